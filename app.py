@@ -5,10 +5,10 @@ import sys
 
 if __name__ == "__main__":
     try:
-        from dreambooth_moslora.cli.terminal import exit_code
+        from dreambooth_moslora.cli.terminal import run_to_exit_code
         from dreambooth_moslora.ui.app import main
 
-        sys.exit(exit_code(main))
+        sys.exit(run_to_exit_code(main))
     except KeyboardInterrupt:  # also while the imports above run
         print("interrupted", file=sys.stderr)
         sys.exit(130)

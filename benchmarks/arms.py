@@ -20,7 +20,7 @@ class Arm:
     slow: bool = False
 
 
-def floor(size: str, resolution_px: int, rank: int) -> Step:
+def build_floor_step(size: str, resolution_px: int, rank: int) -> Step:
     """The frozen UNet's forward and the gradient of its input, with the same malloc: the lower
     bound of a step."""
     from dreambooth_moslora.disk.processes import keep_freed_memory
@@ -28,16 +28,16 @@ def floor(size: str, resolution_px: int, rank: int) -> Step:
     keep_freed_memory()
     import torch
 
-    from dreambooth_moslora.extras.lab.full_step import random_materials
+    from dreambooth_moslora.extras.lab.full_step import build_random_inputs
 
-    materials = random_materials(size, resolution_px)
+    materials = build_random_inputs(size, resolution_px)
     unet, batch = (
         materials.pipeline.unet.requires_grad_(False).train(),
-        materials.batch_at([0]),
+        materials.collate_batch([0]),
     )
     latents, words = (
         batch.latents.to(materials.dtype),
-        materials.family.arguments(materials.prompt_embeds(batch.prompts)),
+        materials.family.collate(materials.text_cache(batch.prompts)),
     )
 
     def step() -> tuple[float, float]:
@@ -52,12 +52,14 @@ def floor(size: str, resolution_px: int, rank: int) -> Step:
     return step
 
 
-def ours(size: str, resolution_px: int, rank: int, *, checkpointing: bool = False) -> Step:
+def build_trainer_step(
+    size: str, resolution_px: int, rank: int, *, checkpointing: bool = False
+) -> Step:
     """The trainer's own step (`train_step.TrainStep`) on a random UNet; only its inputs are made
     here."""
-    from benchmarks.precision import bf16_accelerator
+    from benchmarks.precision import build_bf16_accelerator
     from dreambooth_moslora.disk.processes import keep_freed_memory
-    from dreambooth_moslora.extras.lab.full_step import random_materials
+    from dreambooth_moslora.extras.lab.full_step import build_random_inputs
     from dreambooth_moslora.settings.train_config import TrainConfig
     from dreambooth_moslora.training.step import TrainStep
 
@@ -72,7 +74,10 @@ def ours(size: str, resolution_px: int, rank: int, *, checkpointing: bool = Fals
         seed=0,
     )
     train_step = TrainStep(
-        config, random_materials(size, resolution_px), bf16_accelerator(), max_train_steps=100
+        config,
+        build_random_inputs(size, resolution_px),
+        build_bf16_accelerator(),
+        max_train_steps=100,
     )
 
     def step() -> tuple[float, float]:
@@ -82,18 +87,18 @@ def ours(size: str, resolution_px: int, rank: int, *, checkpointing: bool = Fals
     return step
 
 
-def diffusers(
+def build_diffusers_step(
     size: str, resolution_px: int, rank: int, *, checkpointing: bool = True, fp32: bool = False
 ) -> Step:
-    from benchmarks.diffusers_style_loop import diffusers_style_step
+    from benchmarks.diffusers_style_loop import build_diffusers_style_step
 
-    return diffusers_style_step(size, resolution_px, rank, checkpointing, fp32)
+    return build_diffusers_style_step(size, resolution_px, rank, checkpointing, fp32)
 
 
 ARMS: dict[str, Arm] = {
-    "floor": Arm(floor),
+    "floor": Arm(build_floor_step),
     "ours": Arm(
-        ours,
+        build_trainer_step,
         (
             "floor",
             "diffusers",
@@ -103,11 +108,11 @@ ARMS: dict[str, Arm] = {
         ),
     ),
     "ours-checkpointing": Arm(
-        partial(ours, checkpointing=True),
+        partial(build_trainer_step, checkpointing=True),
         ("diffusers-checkpointing", "diffusers-fp32-checkpointing"),
     ),
-    "diffusers": Arm(partial(diffusers, checkpointing=False), slow=True),
-    "diffusers-fp32": Arm(partial(diffusers, checkpointing=False, fp32=True), slow=True),
-    "diffusers-checkpointing": Arm(diffusers, slow=True),
-    "diffusers-fp32-checkpointing": Arm(partial(diffusers, fp32=True), slow=True),
+    "diffusers": Arm(partial(build_diffusers_step, checkpointing=False), slow=True),
+    "diffusers-fp32": Arm(partial(build_diffusers_step, checkpointing=False, fp32=True), slow=True),
+    "diffusers-checkpointing": Arm(build_diffusers_step, slow=True),
+    "diffusers-fp32-checkpointing": Arm(partial(build_diffusers_step, fp32=True), slow=True),
 }

@@ -17,19 +17,19 @@ from packaging.utils import canonicalize_name
 
 from dreambooth_moslora.errors import UserError
 
-__all__ = ["lacking", "make_bundle"]
+__all__ = ["list_missing_packages", "make_bundle"]
 
 ROOT = Path(__file__).parent.parent
-CARRIED = (
+CARRIED_PATHS = (
     *("dreambooth_moslora", "benchmarks", "assets/configs", "assets/toy-sdxl", "requirements.txt"),
     *("train_dreambooth.py", "pyproject.toml"),
 )
-LEFT_OUT = ("assets/toy-sdxl/image_encoder/", "__pycache__")
+EXCLUDED_PARTS = ("assets/toy-sdxl/image_encoder/", "__pycache__")
 """An evaluation's encoder, which no section needs."""
 LIMIT_MIB = 60
 CUDA = "cuda130"
 """Whose library of bitsandbytes is carried."""
-NEEDED = (
+REQUIRED_PACKAGES = (
     *("torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "safetensors"),
     *("huggingface_hub", "filelock", "pillow", "numpy", "psutil", "tqdm", "jinja2", "packaging"),
     *("matplotlib", "bitsandbytes", "typing_extensions"),
@@ -47,7 +47,7 @@ def make_bundle(file: Path, there: Path | None, wheels: Path | None) -> None:
     Raises UserError when it is larger than can be carried.
     """
     with tarfile.open(file, "w:xz") as bundle:
-        for path in carried_files():
+        for path in list_carried_files():
             bundle.add(path, f"bundle/{path.relative_to(ROOT)}")
         for wheel in sorted(wheels.glob("*.whl")) if wheels else ():
             add_wheel(bundle, wheel)
@@ -57,7 +57,7 @@ def make_bundle(file: Path, there: Path | None, wheels: Path | None) -> None:
     if there:
         lines = there.read_text(encoding="utf-8").splitlines()
         has = dict(line.split("==", 1) for line in lines if "==" in line)
-    names = lacking(has)
+    names = list_missing_packages(has)
     print("wheels that it needs there:", " ".join(names) or "none")
     mib = file.stat().st_size / 2**20
     print(f"{file}: {mib:.1f} MiB. There, three times or until nothing is left:")
@@ -70,12 +70,12 @@ def make_bundle(file: Path, there: Path | None, wheels: Path | None) -> None:
         raise UserError(f"{file} has {mib:.1f} MiB, and {LIMIT_MIB} can be carried.")
 
 
-def carried_files() -> Iterable[Path]:
-    for name in CARRIED:
+def list_carried_files() -> Iterable[Path]:
+    for name in CARRIED_PATHS:
         place = ROOT / name
         for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
             inside = path.relative_to(ROOT).as_posix()
-            if path.is_file() and not any(part in inside for part in LEFT_OUT):
+            if path.is_file() and not any(part in inside for part in EXCLUDED_PARTS):
                 yield path
 
 
@@ -94,7 +94,7 @@ def add_wheel(bundle: tarfile.TarFile, wheel: Path) -> None:
     bundle.addfile(entry, content)
 
 
-def lacking(has: dict[str, str]) -> list[str]:
+def list_missing_packages(has: dict[str, str]) -> list[str]:
     """NAME==VERSION, as here, of each package that the sections need and that machine lacks, or
     has in a version that this program does not take.
 
@@ -109,7 +109,7 @@ def lacking(has: dict[str, str]) -> list[str]:
             ours[canonicalize_name(wanted.name)] = wanted.specifier
 
     found: dict[str, str] = {}
-    waiting = [Requirement(name) for name in NEEDED]
+    waiting = [Requirement(name) for name in REQUIRED_PACKAGES]
     while waiting:
         wanted = waiting.pop(0)
         name = canonicalize_name(wanted.name)

@@ -17,10 +17,10 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import nn
 
-from benchmarks.precision import bf16_accelerator
-from benchmarks.random_sdxl import random_text_encoders, random_unet, random_vae
+from benchmarks.precision import build_bf16_accelerator
+from benchmarks.random_sdxl import build_random_encoders, build_random_unet, build_random_vae
 
-__all__ = ["diffusers_style_step"]
+__all__ = ["build_diffusers_style_step"]
 
 
 @torch.no_grad()
@@ -31,11 +31,11 @@ def embed_prompt(encoders: tuple[nn.Module, nn.Module]) -> tuple[torch.Tensor, t
     return torch.cat([o.hidden_states[-2] for o in outputs], dim=-1), outputs[1][0]
 
 
-def loaded(size: str) -> tuple[tuple[nn.Module, nn.Module], AutoencoderKL, nn.Module]:
+def load_models(size: str) -> tuple[tuple[nn.Module, nn.Module], AutoencoderKL, nn.Module]:
     """All models loaded in fp32, as `from_pretrained` without a dtype does, then all but the VAE
     cast to bf16."""
-    encoders = random_text_encoders(size, torch.float32)
-    vae, unet = random_vae(size, torch.float32), random_unet(size, torch.float32)
+    encoders = build_random_encoders(size, torch.float32)
+    vae, unet = build_random_vae(size, torch.float32), build_random_unet(size, torch.float32)
     for module in (*encoders, vae, unet):
         module.requires_grad_(False)
     for module in (unet, *encoders):
@@ -43,13 +43,13 @@ def loaded(size: str) -> tuple[tuple[nn.Module, nn.Module], AutoencoderKL, nn.Mo
     return encoders, vae, unet
 
 
-def encoded(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+def encode_photo(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     """The photo's latents, encoded again in fp32 and sampled, then cast to the UNet's dtype."""
     latents = vae.encode(pixels.to(vae.dtype)).latent_dist.sample() * vae.config.scaling_factor
     return latents.to(torch.bfloat16)
 
 
-def diffusers_style_step(
+def build_diffusers_style_step(
     size: str,
     resolution_px: int,
     rank: int,
@@ -57,9 +57,9 @@ def diffusers_style_step(
     fp32_adapter: bool = False,
 ) -> Callable[[], tuple[float, float]]:
     """Build everything and return the step: () -> (loss, gradient norm)."""
-    accelerator = bf16_accelerator()
+    accelerator = build_bf16_accelerator()
     schedule = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    encoders, vae, unet = loaded(size)
+    encoders, vae, unet = load_models(size)
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     targets = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -81,7 +81,7 @@ def diffusers_style_step(
     unet.train()
 
     def step() -> tuple[float, float]:
-        latents = encoded(vae, photo)
+        latents = encode_photo(vae, photo)
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, schedule.config.num_train_timesteps, (1,))
         noisy = schedule.add_noise(latents, noise, timesteps)
@@ -96,5 +96,5 @@ def diffusers_style_step(
 
     # The encoders stay in memory during the loop: the script deletes its list of them, not the
     # models.
-    step.kept = encoders
+    step.thumbnails = encoders
     return step

@@ -31,24 +31,38 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu_memory import empty
-from benchmarks.meta_count import GIB, Count, Counter, bytes_of, flash_attention
+from benchmarks.gpu_memory import create_empty
+from benchmarks.meta_count import GIB, Count, Counter, count_bytes, patch_attention
 from dreambooth_moslora.base import decode, devices
-from dreambooth_moslora.base.devices import CONTEXT_GIB, OUTPUTS_A_BLOCK, PLACES
-from dreambooth_moslora.base.families import METHODS
-from dreambooth_moslora.base.quantization import layers_of_blocks
-from dreambooth_moslora.base.streaming import streamed_blocks
+from dreambooth_moslora.base.devices import CONTEXT_GIB, OUTPUTS_PER_BLOCK, RESIDENT_BLOCKS
+from dreambooth_moslora.base.families import FAMILY_CLASSES
+from dreambooth_moslora.base.quantization import list_block_layers
+from dreambooth_moslora.base.streaming import list_streamed_blocks
 from dreambooth_moslora.extras.lab.full_step import SDXL
 from dreambooth_moslora.method.fast_linear import WorkingCopies, disable_fast_path
-from dreambooth_moslora.plan.base_size import BaseSize, size_of_shapes
-from dreambooth_moslora.plan.memory import GRADIENT_BYTES, QUANTIZED_BYTES, STREAMED_BYTES, estimate
-from dreambooth_moslora.settings.family_facts import FAMILIES, OF_UNETS, Facts
-from dreambooth_moslora.settings.train_config import PLANS, TrainConfig
+from dreambooth_moslora.plan.base_size import BaseSize, compute_base_size
+from dreambooth_moslora.plan.memory import (
+    GRADIENT_BYTES,
+    QUANTIZED_BYTES,
+    STREAMED_BYTES,
+    estimate_memory,
+)
+from dreambooth_moslora.settings.family_facts import FAMILIES, UNET_SETTINGS, FamilyFacts
+from dreambooth_moslora.settings.train_config import MEMORY_PLANS, TrainConfig
 from dreambooth_moslora.training.adapters import add_adapters
 
-__all__ = ["MODELS", "COUNTED", "decoding_gib", "deviations", "vae_of", "main"]
+__all__ = [
+    "MODELS",
+    "COUNTED_PLANS",
+    "measure_decoding_gib",
+    "print_deviations",
+    "build_vae",
+    "main",
+]
 
-COUNTED = {name: plan for name, plan in PLANS.items() if not plan.keys() & set(OF_UNETS)}
+COUNTED_PLANS = {
+    name: plan for name, plan in MEMORY_PLANS.items() if not plan.keys() & set(UNET_SETTINGS)
+}
 """Those of transformers."""
 SD3_MEDIUM = {
     "num_layers": 24,
@@ -79,33 +93,35 @@ KLEIN_9B = {
 }
 DEPTHS = ("num_layers", "num_single_layers", "n_layers", "n_refiner_layers")
 """Numbers of blocks, as the configurations call them."""
-Words = dict[str, Any]
+TextInputs = dict[str, Any]
 """One prompt, as the arguments of `predict`."""
 
 
-def pooled(tokens: int, width: int, pooled_width: int) -> Callable[[], Words]:
+def build_pooled_inputs(tokens: int, width: int, pooled_width: int) -> Callable[[], TextInputs]:
     return lambda: {
-        "prompt_embeds": empty(1, tokens, width),
-        "pooled_prompt_embeds": empty(1, pooled_width),
+        "prompt_embeds": create_empty(1, tokens, width),
+        "pooled_prompt_embeds": create_empty(1, pooled_width),
     }
 
 
-def masked(tokens: int, width: int, said: int, device: str = "meta") -> Callable[[], Words]:
+def build_masked_inputs(
+    tokens: int, width: int, prompt_tokens: int, device: str = "meta"
+) -> Callable[[], TextInputs]:
     """`said` of the tokens are the prompt's."""
     return lambda: {
-        "prompt_embeds": empty(1, tokens, width),
-        "prompt_attention_mask": torch.arange(tokens, device=device)[None] < said,
+        "prompt_embeds": create_empty(1, tokens, width),
+        "prompt_attention_mask": torch.arange(tokens, device=device)[None] < prompt_tokens,
     }
 
 
 # name: its family, its configuration, channels of its latents and pixels a side of each, one prompt
-MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, int], Callable[[], Words]]] = {
-    "SDXL": ("sdxl", SDXL, (4, 8), pooled(77, 2048, 1280)),
+MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, int], Callable[[], TextInputs]]] = {
+    "SDXL": ("sdxl", SDXL, (4, 8), build_pooled_inputs(77, 2048, 1280)),
     "SD 1.5": (
         "sd1",
         {"cross_attention_dim": 768},
         (4, 8),
-        lambda: {"prompt_embeds": empty(1, 77, 768)},
+        lambda: {"prompt_embeds": create_empty(1, 77, 768)},
     ),
     "SD 3.5 medium": (
         "sd3",
@@ -116,7 +132,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, int], Callable[[], Words
             **SD3_MEDIUM,
         },
         (16, 8),
-        pooled(333, 4096, 2048),
+        build_pooled_inputs(333, 4096, 2048),
     ),
     "SD 3.5 large": (
         "sd3",
@@ -127,48 +143,48 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, int], Callable[[], Words
             **SD3_LARGE,
         },
         (16, 8),
-        pooled(333, 4096, 2048),
+        build_pooled_inputs(333, 4096, 2048),
     ),
-    "FLUX.1 dev": ("flux", {"guidance_embeds": True}, (16, 8), pooled(512, 4096, 768)),
+    "FLUX.1 dev": ("flux", {"guidance_embeds": True}, (16, 8), build_pooled_inputs(512, 4096, 768)),
     "FLUX.2 klein 4B": (
         "flux2",
         {**KLEIN_4B, "guidance_embeds": False},
         (128, 16),
-        lambda: {"prompt_embeds": empty(1, 512, 7680)},
+        lambda: {"prompt_embeds": create_empty(1, 512, 7680)},
     ),
     "FLUX.2 klein 9B": (
         "flux2",
         {**KLEIN_9B, "guidance_embeds": False},
         (128, 16),
-        lambda: {"prompt_embeds": empty(1, 512, 12288)},
+        lambda: {"prompt_embeds": create_empty(1, 512, 12288)},
     ),
-    "Z-Image": ("z_image", {}, (16, 8), lambda: {"prompt_embeds": [empty(64, 2560)]}),
+    "Z-Image": ("z_image", {}, (16, 8), lambda: {"prompt_embeds": [create_empty(64, 2560)]}),
     "Qwen-Image": (
         "qwen_image",
         {},
         (16, 8),
-        lambda: {"prompt_embeds": empty(1, 64, 3584), "prompt_embeds_mask": None},
+        lambda: {"prompt_embeds": create_empty(1, 64, 3584), "prompt_embeds_mask": None},
     ),
     "Qwen-Image-2.1": (
         "qwen_image21",
         {},
         (64, 16),
-        lambda: {"prompt_embeds": empty(1, 64, 4096), "prompt_embeds_mask": None},
+        lambda: {"prompt_embeds": create_empty(1, 64, 4096), "prompt_embeds_mask": None},
     ),
     "Krea 2": (
         "krea2",
         {},
         (16, 8),
-        lambda: {"prompt_embeds": empty(1, 64, 12, 2560), "prompt_embeds_mask": None},
+        lambda: {"prompt_embeds": create_empty(1, 64, 12, 2560), "prompt_embeds_mask": None},
     ),
     # it reads it
     "Lumina 2": (
         "lumina2",
         {"cap_feat_dim": 2304},
         (16, 8),
-        masked(256, 2304, said=64, device="cpu"),
+        build_masked_inputs(256, 2304, prompt_tokens=64, device="cpu"),
     ),
-    "Sana": ("sana", {}, (32, 32), masked(300, 2304, said=300)),
+    "Sana": ("sana", {}, (32, 32), build_masked_inputs(300, 2304, prompt_tokens=300)),
 }
 
 AUTOENCODER_KL = {
@@ -177,12 +193,12 @@ AUTOENCODER_KL = {
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "layers_per_block": 2,
 }
-OF_16_CHANNELS = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+CONFIG_16_CHANNELS = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
 SANAS_BLOCKS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
 # family: the configuration of its VAE, where that is not its class's own
 VAES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("sdxl", "sd1"), AUTOENCODER_KL),
-    **dict.fromkeys(("sd3", "flux", "z_image", "lumina2"), AUTOENCODER_KL | OF_16_CHANNELS),
+    **dict.fromkeys(("sd3", "flux", "z_image", "lumina2"), AUTOENCODER_KL | CONFIG_16_CHANNELS),
     "sana": {
         "encoder_block_types": SANAS_BLOCKS,
         "decoder_block_types": SANAS_BLOCKS,
@@ -190,11 +206,11 @@ VAES: dict[str, dict[str, Any]] = {
         "downsample_block_type": "Conv",
     },
 }
-BOTH_AS_ONE = ("sdxl", "sd1", "sd3", "z_image", "sana")
+CFG_BATCHED_FAMILIES = ("sdxl", "sd1", "sd3", "z_image", "sana")
 """Families whose pipelines pass a picture with and without its prompt as a batch."""
 
 
-def config_of(facts: Facts, resolution: int, rank: int, plan: str) -> TrainConfig:
+def build_config(facts: FamilyFacts, resolution: int, rank: int, plan: str) -> TrainConfig:
     usual = {
         "instance_data_dir": ".",
         "instance_prompt": "a photo of sks dog",
@@ -206,24 +222,24 @@ def config_of(facts: Facts, resolution: int, rank: int, plan: str) -> TrainConfi
         "target_modules": facts.targets,
         "mixed_precision": "bf16",
     }
-    return TrainConfig(**usual, **settings, **COUNTED[plan])
+    return TrainConfig(**usual, **settings, **COUNTED_PLANS[plan])
 
 
-def facts_named(family: str) -> Facts:
+def find_facts(family: str) -> FamilyFacts:
     return next(facts for facts in FAMILIES if facts.name == family)
 
 
-def denoiser_of(family: str, options: dict[str, Any]) -> tuple[Facts, nn.Module]:
+def build_denoiser(family: str, options: dict[str, Any]) -> tuple[FamilyFacts, nn.Module]:
     """The frozen denoiser of this configuration in bf16 on the meta device."""
-    facts = facts_named(family)
+    facts = find_facts(family)
     with torch.device("meta"):
         model = getattr(diffusers, facts.model)(**options)
     if facts.name == "qwen_image21":
-        model.forward = with_a_real_mask(model.forward)
+        model.forward = wrap_forward(model.forward)
     return facts, model.to(torch.bfloat16).requires_grad_(False).train()
 
 
-def with_a_real_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The forward pass of Qwen-Image-2.1's transformer, which reads from a mask where the picture
     lies: this has values, while nothing else on the meta device has."""
 
@@ -235,27 +251,27 @@ def with_a_real_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
     return computed
 
 
-def prediction(
-    name: str, facts: Facts, denoiser: nn.Module, resolution: int
+def build_prediction(
+    name: str, facts: FamilyFacts, denoiser: nn.Module, resolution: int
 ) -> Callable[[], Tensor]:
     """The forward pass of one picture with one prompt."""
     channels, pixels = MODELS[name][2]
-    family = METHODS[facts.name](facts, told_guidance=3.5)
+    family = FAMILY_CLASSES[facts.name](facts, embedded_guidance=3.5)
     z, time = (
-        empty(1, channels, resolution // pixels, resolution // pixels),
+        create_empty(1, channels, resolution // pixels, resolution // pixels),
         torch.empty(1, device="meta"),
     )
-    return lambda: family.predict(denoiser, z, time, empty(1, 6), **MODELS[name][3]())
+    return lambda: family.predict(denoiser, z, time, create_empty(1, 6), **MODELS[name][3]())
 
 
-def count(name: str, facts: Facts, denoiser: nn.Module, resolution: int) -> Count:
+def count(name: str, facts: FamilyFacts, denoiser: nn.Module, resolution: int) -> Count:
     """One step of one picture by the adapted denoiser, as in `gpu_memory`."""
-    copies, predict = WorkingCopies(denoiser), prediction(name, facts, denoiser, resolution)
+    copies, predict = WorkingCopies(denoiser), build_prediction(name, facts, denoiser, resolution)
     with (
         torch.device("meta"),
         Counter() as counter,
-        flash_attention(),
-        copies.for_one_step() as step,
+        patch_attention(),
+        copies.attach_copies() as step,
     ):
         loss = predict().float().square().mean()
         kept = counter.live
@@ -265,18 +281,20 @@ def count(name: str, facts: Facts, denoiser: nn.Module, resolution: int) -> Coun
     return Count(kept / GIB, counter.peak / GIB, counter.kernels)
 
 
-def drawing_gib(name: str, facts: Facts, denoiser: nn.Module, resolution: int) -> float:
+def measure_drawing_gib(
+    name: str, facts: FamilyFacts, denoiser: nn.Module, resolution: int
+) -> float:
     """A step of denoising one picture by the adapted denoiser, as between two steps of training."""
-    predict = prediction(name, facts, denoiser, resolution)
-    with torch.device("meta"), Counter() as counter, flash_attention(), torch.no_grad():
+    predict = build_prediction(name, facts, denoiser, resolution)
+    with torch.device("meta"), Counter() as counter, patch_attention(), torch.no_grad():
         predict()
-    return counter.peak / GIB * (2 if facts.name in BOTH_AS_ONE else 1)
+    return counter.peak / GIB * (2 if facts.name in CFG_BATCHED_FAMILIES else 1)
 
 
 @cache
-def vae_of(family: str) -> nn.Module:
+def build_vae(family: str) -> nn.Module:
     """A family's VAE on the meta device."""
-    facts = facts_named(family)
+    facts = find_facts(family)
     kind = getattr(diffusers, facts.pipeline)._get_signature_types()["vae"][0]
     with torch.device("meta"):
         vae = kind(**VAES.get(family, {}))
@@ -284,13 +302,13 @@ def vae_of(family: str) -> nn.Module:
 
 
 @cache
-def decoding_gib(family: str, resolution: int, is_short: bool) -> float:
+def measure_decoding_gib(family: str, resolution: int, is_short: bool) -> float:
     """Peak of decoding one picture beside the VAE's weights: whole, or in its smallest tiles where
-    memory `is_short`."""
-    vae = vae_of(family)
+    memory `is_memory_short`."""
+    vae = build_vae(family)
 
     # Qwen's VAEs are of videos, of which a picture is one frame.
-    scale = getattr(vae, "spatial_compression_ratio", None) or decode.scale_of(vae)
+    scale = getattr(vae, "spatial_compression_ratio", None) or decode.get_pixels_per_latent(vae)
     sides = [resolution // scale] * 2
     is_of_videos = "z_dim" in vae.config
     shape = (vae.config.z_dim, 1, *sides) if is_of_videos else (vae.config.latent_channels, *sides)
@@ -298,21 +316,21 @@ def decoding_gib(family: str, resolution: int, is_short: bool) -> float:
     with (
         torch.device("meta"),
         Counter() as counter,
-        flash_attention(),
+        patch_attention(),
         torch.no_grad(),
-        patch.object(devices, "free_gib", lambda device: free_gib),
-        decode.tiled_where_short(vae, [resolution] * 2, vae.device),
+        patch.object(devices, "measure_free_gib", lambda device: free_gib),
+        decode.enable_tiling(vae, [resolution] * 2, vae.device),
     ):
         vae.decode(torch.empty(1, *shape, dtype=vae.dtype))
     return counter.peak / GIB
 
 
-def decoding_line(facts: Facts, resolution: int) -> str:
+def format_decoding(facts: FamilyFacts, resolution: int) -> str:
     """What decoding a picture takes whole and in tiles, beside what `family_facts` says."""
-    said = facts.decoder_bytes_a_pixel / (2 if facts.style == "flow" else 1)
+    said = facts.decoder_bytes_per_pixel / (2 if facts.style == "flow" else 1)
     parts = []
     for is_short, side in ((False, resolution), (True, min(resolution, facts.tile_px))):
-        peak = decoding_gib(facts.name, resolution, is_short)
+        peak = measure_decoding_gib(facts.name, resolution, is_short)
         estimated = side**2 * said / GIB
         words = f"in tiles of {side} px" if is_short else f"    decoder: {side} px"
         counted = f"{peak:.3f} GiB, {peak * GIB / side**2:,.0f} bytes a pixel"
@@ -320,33 +338,33 @@ def decoding_line(facts: Facts, resolution: int) -> str:
     return "; ".join(parts)
 
 
-def saved_gib(denoiser: nn.Module, plan: str) -> float:
+def compute_saved_gib(denoiser: nn.Module, plan: str) -> float:
     """What quantisation takes off the weights."""
-    kind = COUNTED[plan].get("base_quantization")
-    layers = [layer for _, layer in layers_of_blocks(denoiser) if isinstance(layer, nn.Linear)]
+    kind = COUNTED_PLANS[plan].get("base_quantization")
+    layers = [layer for _, layer in list_block_layers(denoiser) if isinstance(layer, nn.Linear)]
     numbers = sum(
-        layer.weight.numel() for layer in layers if layer.out_features % OUTPUTS_A_BLOCK == 0
+        layer.weight.numel() for layer in layers if layer.out_features % OUTPUTS_PER_BLOCK == 0
     )
     return numbers * (2 - QUANTIZED_BYTES[kind]) / GIB if kind else 0.0
 
 
 def on_host_gib(denoiser: nn.Module, plan: str) -> float:
     """What streaming takes off the weights: all blocks, but for those whose places are there."""
-    if not COUNTED[plan].get("stream_blocks"):
+    if not COUNTED_PLANS[plan].get("stream_blocks"):
         return 0.0
-    of_a_number = STREAMED_BYTES.get(COUNTED[plan].get("base_quantization"), 2)
+    of_a_number = STREAMED_BYTES.get(COUNTED_PLANS[plan].get("base_quantization"), 2)
     blocks = []
-    for _, layers in streamed_blocks(denoiser):
+    for _, layers in list_streamed_blocks(denoiser):
         numbers = sum(layer.weight.numel() for layer in layers)
         blocks.append(numbers * of_a_number / GIB)
-    return sum(blocks) - PLACES * max(blocks)
+    return sum(blocks) - RESIDENT_BLOCKS * max(blocks)
 
 
-def row_of(size: BaseSize, steps: dict[bool, float], drawing: float) -> str:
+def format_row(size: BaseSize, steps: dict[bool, float], drawing: float) -> str:
     """What was counted as `family_facts` has it, but for `text_tokens`, `encoders` and `vae`.
 
     steps: GiB of a step without gradients, by whether it is recomputed
-    drawing: `drawing_gib`
+    drawing: `measure_drawing_gib`
     """
     memory = f"full_gib={steps[False]:.3f}, recomputed_gib={steps[True]:.3f}"
     memory += f", drawing_gib={drawing:.3f}, parameters={size.unet / 1e9:.3f}e9"
@@ -355,24 +373,24 @@ def row_of(size: BaseSize, steps: dict[bool, float], drawing: float) -> str:
     return f"    Memory({memory})\n    Model({model}, adapted_widths={size.adapted_widths:_})"
 
 
-def shapes_of(model: nn.Module) -> dict[str, list[int]]:
+def list_shapes(model: nn.Module) -> dict[str, list[int]]:
     return {path: list(weight.shape) for path, weight in model.named_parameters()}
 
 
-def deviations(name: str, resolution: int, rank: int) -> list[tuple[float, float]]:
-    """Print a line for each of `COUNTED`, one of the decoder, and the model's row; returns
+def print_deviations(name: str, resolution: int, rank: int) -> list[tuple[float, float]]:
+    """Print a line for each of `COUNTED_PLANS`, one of the decoder, and the model's row; returns
     estimate / count - 1 of each, of a step and of samples."""
     found, counts, steps = [], {}, {}
-    vae = vae_of(MODELS[name][0])
-    for plan in COUNTED:
+    vae = build_vae(MODELS[name][0])
+    for plan in COUNTED_PLANS:
         # What the program says
         gc.collect()
-        facts, denoiser = denoiser_of(*MODELS[name][:2])
-        config = config_of(facts, resolution, rank, plan)
-        shapes = {facts.denoiser: shapes_of(denoiser), "vae": shapes_of(vae)}
-        size = size_of_shapes(facts, shapes, facts.targets)
-        told = estimate(config, size, total_steps=100)
-        weights = bytes_of(denoiser) / GIB - saved_gib(denoiser, plan)
+        facts, denoiser = build_denoiser(*MODELS[name][:2])
+        config = build_config(facts, resolution, rank, plan)
+        shapes = {facts.denoiser: list_shapes(denoiser), "vae": list_shapes(vae)}
+        size = compute_base_size(facts, shapes, facts.targets)
+        told = estimate_memory(config, size, total_steps=100)
+        weights = count_bytes(denoiser) / GIB - compute_saved_gib(denoiser, plan)
         weights -= on_host_gib(denoiser, plan)
 
         # What is counted: a step and a sample, once for plans that compute the same
@@ -383,15 +401,15 @@ def deviations(name: str, resolution: int, rank: int) -> list[tuple[float, float
         if is_recomputed not in counts:
             ours = count(name, facts, denoiser, resolution)
             steps[is_recomputed] = ours.peak_gib - adapter * GRADIENT_BYTES / GIB
-            drawing = drawing_gib(name, facts, denoiser, resolution)
+            drawing = measure_drawing_gib(name, facts, denoiser, resolution)
             disable_fast_path(denoiser)
             counts[is_recomputed] = ours, count(name, facts, denoiser, resolution)
         counted, of_peft = counts[is_recomputed]
 
         # Both side by side
         staying = weights + adapter * 12 / GIB + CONTEXT_GIB
-        drawn = max(drawing, decoding_gib(facts.name, resolution, is_short=True))
-        drawn += bytes_of(vae) / GIB + adapter * GRADIENT_BYTES / GIB
+        drawn = max(drawing, measure_decoding_gib(facts.name, resolution, is_short=True))
+        drawn += count_bytes(vae) / GIB + adapter * GRADIENT_BYTES / GIB
         totals = [
             (staying + counted.peak_gib, told.training_gib),
             (staying + drawn, told.sampling_gib),
@@ -405,23 +423,23 @@ def deviations(name: str, resolution: int, rank: int) -> list[tuple[float, float
             kernels += f" {total:7.2f} {estimated:9.2f} {estimated / total - 1:+7.1%}"
         print(f"{line} {kernels}", flush=True)
         found.append(tuple(estimated / total - 1 for total, estimated in totals))
-    print(decoding_line(facts, resolution))
-    print(row_of(size, steps, drawing), flush=True)
+    print(format_decoding(facts, resolution))
+    print(format_row(size, steps, drawing), flush=True)
     return found
 
 
-def peaks_of_one_block(name: str) -> tuple[float, float]:
+def measure_block_peaks(name: str) -> tuple[float, float]:
     """GiB of a recomputed step at rank 16 by our layers and by PEFT's own, of a flow model with one
     block of each kind."""
     family, options, _, _ = MODELS[name]
-    kind = getattr(diffusers, facts_named(family).model)
+    kind = getattr(diffusers, find_facts(family).model)
     depths = [one for one in DEPTHS if one in inspect.signature(kind.__init__).parameters]
     shallow = options | dict.fromkeys(depths, 1)
     if "dual_attention_layers" in options:
         shallow["dual_attention_layers"] = (0,)
-    facts, denoiser = denoiser_of(family, shallow)
+    facts, denoiser = build_denoiser(family, shallow)
     with torch.device("meta"):
-        config = config_of(facts, facts.resolution_px, 16, "recompute")
+        config = build_config(facts, facts.resolution_px, 16, "recompute")
         add_adapters(config, {facts.denoiser: denoiser})
     peaks = []
     for prepare in (lambda _: None, disable_fast_path):
@@ -447,9 +465,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(head)
     found = {}
     for name, rank in itertools.product(options.models, options.ranks):
-        for resolution in options.resolutions or [facts_named(MODELS[name][0]).resolution_px]:
-            found[name, resolution, rank] = deviations(name, resolution, rank)
-    for plan, of_plan in zip(COUNTED, zip(*found.values(), strict=True), strict=True):
+        for resolution in options.resolutions or [find_facts(MODELS[name][0]).resolution_px]:
+            found[name, resolution, rank] = print_deviations(name, resolution, rank)
+    for plan, of_plan in zip(COUNTED_PLANS, zip(*found.values(), strict=True), strict=True):
         of_steps, of_samples = zip(*of_plan, strict=True)
         words = f"{max(map(abs, of_steps)):.1%}, of samples "
         words += f"{min(of_samples):+.1%} to {max(of_samples):+.1%}"

@@ -4,7 +4,7 @@ import random
 import shutil
 from pathlib import Path
 
-__all__ = ["PARTS", "damage", "files_of", "harm_photo"]
+__all__ = ["PARTS", "damage_file", "list_files", "harm_photo"]
 
 PARTS = {
     "checkpoint": "dog/checkpoint-2/*",
@@ -18,18 +18,18 @@ PARTS = {
 """Kind -> pattern in a home with a run that was stopped after two steps."""
 
 
-def files_of(home: Path, kind: str) -> list[Path]:
+def list_files(home: Path, kind: str) -> list[Path]:
     return sorted(path for path in home.glob(PARTS[kind]) if path.is_file())
 
 
-def damage(path: Path, rng: random.Random) -> str:
+def damage_file(path: Path, rng: random.Random) -> str:
     """Damage the file in a random way; returns which."""
     name, harm = rng.choice(list(HARMS.items()))
     harm(path, rng)
     return name
 
 
-def cut(path: Path, rng: random.Random) -> None:
+def cut_file(path: Path, rng: random.Random) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: rng.randrange(max(1, len(content)))])
 
@@ -51,7 +51,7 @@ def fill_with_noise(path: Path, rng: random.Random) -> None:
     path.write_bytes(rng.randbytes(rng.randrange(2000)))
 
 
-def lengthen(path: Path, rng: random.Random) -> None:
+def lengthen_file(path: Path, rng: random.Random) -> None:
     path.write_bytes(path.read_bytes() + rng.randbytes(1 + rng.randrange(100)))
 
 
@@ -59,7 +59,7 @@ def remove(path: Path, _: random.Random) -> None:
     path.unlink()
 
 
-def empty(path: Path, _: random.Random) -> None:
+def empty_file(path: Path, _: random.Random) -> None:
     path.write_bytes(b"")
 
 
@@ -69,14 +69,14 @@ def make_loop(path: Path, _: random.Random) -> None:
 
 
 HARMS = {
-    "cut": cut,
+    "cut": cut_file,
     "bit flipped": flip,
     "bit flipped ": flip,
     "zeros": fill_with_zeros,
     "noise": fill_with_noise,
-    "longer": lengthen,
+    "longer": lengthen_file,
     "gone": remove,
-    "empty": empty,
+    "empty": empty_file,
     "link to itself": make_loop,
 }
 
@@ -87,7 +87,7 @@ def harm_photo(home: Path, rng: random.Random) -> str:
     photo = rng.choice(photos)
     choice = rng.choice(("damage", "damage", "exchange", "caption", "more", "all"))
     if choice == "damage":
-        return f"{damage(photo, rng)} {photo.name}"
+        return f"{damage_file(photo, rng)} {photo.name}"
     if choice == "exchange":
         photo.write_bytes(rng.choice(photos).read_bytes())
     elif choice == "caption":

@@ -15,51 +15,51 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.fault_damage import PARTS, damage, files_of, harm_photo
-from benchmarks.fault_runs import CUT, FAIL, KILL, NAME, PATIENCE_SEC, ROOT, STEPS, TORN, Ended
-from benchmarks.fault_trial import Trial, aim, an_operation, armed
+from benchmarks.fault_damage import PARTS, damage_file, harm_photo, list_files
+from benchmarks.fault_runs import CUT, FAIL, KILL, NAME, ROOT, RUN_TIMEOUT_SEC, STEPS, TORN, RunEnd
+from benchmarks.fault_trial import Trial, build_fault, pick_operation, track_operation
 from dreambooth_moslora.disk.run_folder import RunDir
 
 __all__ = ["KINDS"]
 
 
 def kill_at_a_moment(trial: Trial) -> None:
-    trial.fresh()
+    trial.create_home()
     run = trial.start()
-    if not run.is_over_within(trial.moment()):
+    if not run.is_over_within(trial.sample_moment()):
         os.kill(run.pid, signal.SIGKILL)
         trial.killed = True
     trial.end(run)
-    trial.row = f"kill -9 at a random moment: {trial.reached()}"
+    trial.row = f"kill -9 at a random moment: {trial.get_phase()}"
 
 
 def kill_at_an_operation(trial: Trial) -> None:
     """Kill just before a file operation, or in the middle of a write."""
-    trial.fresh()
-    number, phase = an_operation(trial)
+    trial.create_home()
+    number, phase = pick_operation(trial)
     mode = (
         trial.rng.choice((KILL, TORN)) if trial.reference.trace[number - 1][0] == "write" else KILL
     )
     trial.killed = True
-    trial.run(armed(trial, mode, number))
+    trial.run(build_fault(trial, mode, number))
     trial.row = f"kill -9 at a file operation: {phase}"
 
 
 def stop(trial: Trial) -> None:
-    trial.fresh()
+    trial.create_home()
     run, number = trial.start(), trial.rng.choice((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
-    if not run.is_over_within(trial.moment()):
+    if not run.is_over_within(trial.sample_moment()):
         os.kill(run.pid, number)
         trial.killed = True  # as it does before there is a handler
     trial.end(run)
     trial.row = f"{number.name} at a random moment"
 
 
-def full_disk(trial: Trial) -> None:
+def fill_disk(trial: Trial) -> None:
     """From some write on the disk is full."""
-    trial.fresh()
-    number, phase = an_operation(trial, ("write", "create", "mkdir", "fsync"))
-    trial.run(armed(trial, FAIL, number, errno.ENOSPC, sticky=True))
+    trial.create_home()
+    number, phase = pick_operation(trial, ("write", "create", "mkdir", "fsync"))
+    trial.run(build_fault(trial, FAIL, number, errno.ENOSPC, sticky=True))
     trial.row = f"disk full from the n-th operation on: {phase}"
 
 
@@ -74,57 +74,57 @@ REFUSALS = {
 }
 
 
-def error_at_an_operation(trial: Trial) -> None:
+def inject_error(trial: Trial) -> None:
     """One file operation fails, once."""
-    trial.fresh()
-    number, _ = an_operation(trial)
+    trial.create_home()
+    number, _ = pick_operation(trial)
     operation, path = trial.reference.trace[number - 1]
     errors = REFUSALS.get(operation, (errno.EACCES, errno.EIO))
     # without EACCES: it is left out
     error = errno.EIO if path.startswith("photos") else trial.rng.choice(errors)
-    trial.run(armed(trial, FAIL, number, error))
+    trial.run(build_fault(trial, FAIL, number, error))
     trial.row = f"{errno.errorcode[error]} at a file operation"
 
 
-def short_operation(trial: Trial) -> None:
+def cut_operation(trial: Trial) -> None:
     """A write or a read handles only half of its bytes."""
-    trial.fresh()
+    trial.create_home()
     numbers = [
         n for n, (kind, _) in enumerate(trial.reference.trace, 1) if kind in ("write", "read")
     ]
-    trial.run(armed(trial, CUT, aim(trial, trial.rng.choice(numbers))))
+    trial.run(build_fault(trial, CUT, track_operation(trial, trial.rng.choice(numbers))))
     trial.row = "a short write or read"
 
 
-def damaged_part(kind: str, trial: Trial) -> None:
+def damage_part(kind: str, trial: Trial) -> None:
     """A file of a stopped run is damaged before it is resumed."""
     halves = trial.workshop.halves
-    having = [variant for variant, home in halves.items() if files_of(home, kind)]
+    having = [variant for variant, home in halves.items() if list_files(home, kind)]
     trial.variant = (
         trial.variant if trial.variant in having or not having else trial.rng.choice(having)
     )
-    trial.half()
-    files = files_of(trial.home, kind)
+    trial.create_half_home()
+    files = list_files(trial.home, kind)
     for path in trial.rng.sample(files, min(len(files), trial.rng.choice((1, 1, 2)))):
-        trial.detail += f" {damage(path, trial.rng)} {path.relative_to(trial.home)}"
+        trial.detail += f" {damage_file(path, trial.rng)} {path.relative_to(trial.home)}"
     trial.row = f"damaged: {kind}"
 
 
-def mixed_checkpoints(trial: Trial) -> None:
+def mix_checkpoints(trial: Trial) -> None:
     """One file of the newest checkpoint is replaced by that of the previous one."""
-    trial.half()
-    older, newest = RunDir(trial.home / NAME).checkpoints()
+    trial.create_half_home()
+    older, newest = RunDir(trial.home / NAME).list_checkpoints()
     part = trial.rng.choice(sorted(path.name for path in newest.iterdir()))
     shutil.copyfile(older / part, newest / part)
     trial.row, trial.detail = "damaged: a checkpoint with a part of another", part
 
 
-def photo_while_caching(trial: Trial) -> None:
+def replace_photo_while_caching(trial: Trial) -> None:
     """A photo is changed or removed at a random moment and restored, and the run starts again with
     the same cache."""
-    trial.fresh()
+    trial.create_home()
     run = trial.start()
-    run.is_over_within(trial.moment())
+    run.is_over_within(trial.sample_moment())
     trial.detail = harm_photo(trial.home, trial.rng)
     trial.ended.append(run.wait())  # its result may come from other photos
     restore_photos(trial)
@@ -132,11 +132,11 @@ def photo_while_caching(trial: Trial) -> None:
     trial.row = "photo changed or gone at a random moment"
 
 
-def photo_while_training(trial: Trial) -> None:
+def replace_photo_while_training(trial: Trial) -> None:
     """As before, but after all photos have been encoded."""
     if trial.variant == "uncached":
         trial.variant = next(iter(trial.workshop.references))
-    trial.fresh()
+    trial.create_home()
     run = trial.start()
     metrics = trial.home / NAME / "metrics.jsonl"
     while not run.is_over_within(0.01):
@@ -153,24 +153,24 @@ def restore_photos(trial: Trial) -> None:
     shutil.copytree(trial.workshop.photos, trial.home / "photos")
 
 
-def nan(trial: Trial) -> None:
+def inject_nan(trial: Trial) -> None:
     """A weight becomes NaN before a step's loss, or after it."""
-    trial.fresh()
+    trial.create_home()
     step, before = trial.rng.randrange(STEPS), trial.rng.random() < 0.5
-    trial.run(partial(poison, step, before))
+    trial.run(partial(set_weight_to_nan, step, before))
     trial.row, trial.detail = (
         "NaN in a step",
         f"step {step} {'before' if before else 'after'} the loss",
     )
 
 
-def poison(step: int, before_the_loss: bool) -> None:
+def set_weight_to_nan(step: int, before_the_loss: bool) -> None:
     """Set a weight to NaN, in a forked child."""
     import torch
 
     from dreambooth_moslora.training.loop import Training
 
-    honest = Training.accumulate_gradients
+    honest = Training.accumulate_with_less_memory
 
     def accumulate(run: Training) -> object:
         losses = None if before_the_loss else honest(run)
@@ -179,16 +179,16 @@ def poison(step: int, before_the_loss: bool) -> None:
                 run.train_step.parameters[0].view(-1)[0] = float("nan")
         return honest(run) if losses is None else losses
 
-    Training.accumulate_gradients = accumulate
+    Training.accumulate_with_less_memory = accumulate
 
 
-def wrong_clock(trial: Trial) -> None:
-    trial.fresh()
+def shift_clock(trial: Trial) -> None:
+    trial.create_home()
     at, shift = (
         trial.rng.randint(1, 300),
         trial.rng.choice((-1, 1)) * trial.rng.choice((1, 3600, 10**6, 10**9)),
     )
-    trial.run(lambda: trial.workshop.shim.clock(at, shift))
+    trial.run(lambda: trial.workshop.shim.shift_clock(at, shift))
     trial.row, trial.detail = "the clock jumps", f"{shift} s"
 
 
@@ -214,24 +214,24 @@ runpy.run_path("train_dreambooth.py", run_name="__main__")
 """
 
 
-def odd_locale(trial: Trial) -> None:
+def run_odd_locale(trial: Trial) -> None:
     """Run in a process of its own, since Python reads the locale at its start. The small encoders
     keep a plain path."""
     light = trial.workshop.folder / f"{trial.name} light"
-    trial.name = f"{trial.name} {odd_name(trial.rng)}"
-    trial.fresh()
+    trial.name = f"{trial.name} {pick_odd_name(trial.rng)}"
+    trial.create_home()
     words = trial.rng.choice(LOCALES) | trial.rng.choice(ENCODINGS)
     command = [sys.executable, "-c", LIGHT_TRAINING, light]
-    command += trial.workshop.arguments(trial.home, trial.variant)
+    command += trial.workshop.build_arguments(trial.home, trial.variant)
     done = subprocess.run(
         command,
         env={**os.environ, **words},
         capture_output=True,
-        timeout=PATIENCE_SEC,
+        timeout=RUN_TIMEOUT_SEC,
         check=False,
         cwd=ROOT,
     )
-    trial.note(Ended(done.returncode, (done.stdout + done.stderr).decode(errors="replace"), 0.0))
+    trial.note(RunEnd(done.returncode, (done.stdout + done.stderr).decode(errors="replace"), 0.0))
     rename_undecodable(trial)
     trial.row, trial.detail = "odd locale and path", str(words)
 
@@ -263,17 +263,17 @@ NAMES = (
 )
 
 
-def odd_name(rng: random.Random) -> str:
+def pick_odd_name(rng: random.Random) -> str:
     return rng.choice(NAMES)
 
 
-def odd_path(trial: Trial) -> None:
+def run_odd_path(trial: Trial) -> None:
     """A run in a folder with an odd name, which is also killed."""
-    trial.name = f"{trial.name} {odd_name(trial.rng)}"
-    trial.fresh()
-    number, _ = an_operation(trial)
+    trial.name = f"{trial.name} {pick_odd_name(trial.rng)}"
+    trial.create_home()
+    number, _ = pick_operation(trial)
     trial.killed = True
-    trial.run(armed(trial, KILL, number))
+    trial.run(build_fault(trial, KILL, number))
     rename_undecodable(trial)
     trial.row = "odd path"
 
@@ -286,12 +286,12 @@ def rename_undecodable(trial: Trial) -> None:
         trial.home = trial.home.rename(name)
 
 
-def two_runs(trial: Trial) -> None:
-    trial.fresh()
+def start_two_runs(trial: Trial) -> None:
+    trial.create_home()
     first = trial.start()
-    first.is_over_within(trial.moment())
+    first.is_over_within(trial.sample_moment())
     second = trial.start(log="log 2")
-    if trial.rng.random() < 0.5 and not first.is_over_within(trial.moment() / 2):
+    if trial.rng.random() < 0.5 and not first.is_over_within(trial.sample_moment() / 2):
         os.kill(first.pid, signal.SIGKILL)
         trial.killed = True
     trial.end(first)
@@ -299,9 +299,9 @@ def two_runs(trial: Trial) -> None:
     trial.row = "two runs on one folder"
 
 
-def limit(kind: str, trial: Trial) -> None:
+def set_process_limit(kind: str, trial: Trial) -> None:
     """Call `setrlimit` in the child."""
-    trial.fresh()
+    trial.create_home()
     size = {"file size": (500, 60_000), "open files": (1, 20), "memory": (10**5, 10**8)}[kind]
     amount = trial.rng.randint(*size)
     trial.run(partial(set_limit, kind, amount))
@@ -321,11 +321,11 @@ def set_limit(kind: str, amount: int) -> None:
     resource.setrlimit(what[kind], (amount, resource.getrlimit(what[kind])[1]))
 
 
-def folder_gone(trial: Trial) -> None:
+def remove_folder(trial: Trial) -> None:
     """Remove a folder that the run is about to use."""
-    trial.fresh()
+    trial.create_home()
     run = trial.start()
-    run.is_over_within(trial.moment())
+    run.is_over_within(trial.sample_moment())
     checkpoint = f"{NAME}/checkpoint-{trial.rng.randint(1, STEPS)}"
     name = trial.rng.choice((NAME, f"{NAME}/class_images", "cache", checkpoint))
     shutil.rmtree(trial.home / name, ignore_errors=True)
@@ -333,9 +333,9 @@ def folder_gone(trial: Trial) -> None:
     trial.row, trial.detail = "a folder removed at a random moment", name
 
 
-def damaged_base(trial: Trial) -> None:
+def cut_base(trial: Trial) -> None:
     """Shorten files of the base; it is restored before the run is resumed."""
-    trial.half()
+    trial.create_half_home()
     base = shutil.copytree(trial.workshop.base, trial.home / "base")
     path = trial.rng.choice(
         sorted(p for p in base.rglob("*") if p.is_file() and p.name != "README.md")
@@ -348,18 +348,18 @@ def damaged_base(trial: Trial) -> None:
 
 KINDS: tuple[Callable[[Trial], None], ...] = (
     *(kill_at_a_moment, kill_at_an_operation) * 4,
-    *(stop, full_disk, error_at_an_operation, error_at_an_operation) * 2,
-    *(partial(damaged_part, kind) for kind in PARTS),
+    *(stop, fill_disk, inject_error, inject_error) * 2,
+    *(partial(damage_part, kind) for kind in PARTS),
     *(
-        short_operation,
-        mixed_checkpoints,
-        photo_while_caching,
-        photo_while_training,
-        nan,
-        wrong_clock,
-        odd_path,
+        cut_operation,
+        mix_checkpoints,
+        replace_photo_while_caching,
+        replace_photo_while_training,
+        inject_nan,
+        shift_clock,
+        run_odd_path,
     ),
-    *(partial(limit, kind) for kind in ("file size", "open files", "memory")),
-    *(two_runs, folder_gone, damaged_base, odd_locale),
+    *(partial(set_process_limit, kind) for kind in ("file size", "open files", "memory")),
+    *(start_two_runs, remove_folder, cut_base, run_odd_locale),
 )
 """Taken in turn."""

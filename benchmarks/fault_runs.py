@@ -24,7 +24,7 @@ from threading import RLock
 
 from tqdm import tqdm
 
-from dreambooth_moslora.disk.contents import file_digest
+from dreambooth_moslora.disk.contents import hash_file
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
     "STEPS",
     "TORN",
     "VARIANTS",
-    "Ended",
+    "RunEnd",
     "Run",
     "Shim",
     "Workshop",
@@ -44,11 +44,11 @@ __all__ = [
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME, STEPS, HALF = "dog", 4, 2
-PATIENCE_SEC = 300.0
+RUN_TIMEOUT_SEC = 300.0
 COUNT, FAIL, CUT, KILL, TORN = 1, 2, 3, 4, 5
 """What the shim does at the chosen file operation."""
 
-COMMON = {
+COMMON_SETTINGS = {
     "instance_prompt": "a photo of sks dog",
     "resolution": 64,
     "train_batch_size": 1,
@@ -62,11 +62,16 @@ COMMON = {
     "target_modules": "to_q",
     "resume_from_checkpoint": "latest",
 }
-CLASS = {"with_prior_preservation": "true", "class_prompt": "a photo of a dog"}
+CLASS_SETTINGS = {"with_prior_preservation": "true", "class_prompt": "a photo of a dog"}
 VARIANTS = {
-    "class images": {**CLASS, "num_class_images": 2, "sample_batch_size": 1, "caching": "disk"},
+    "class images": {
+        **CLASS_SETTINGS,
+        "num_class_images": 2,
+        "sample_batch_size": 1,
+        "caching": "disk",
+    },
     "text encoders": {
-        **CLASS,
+        **CLASS_SETTINGS,
         "prior": "adapter_off",
         "train_text_encoder": "true",
         "caching": "disk",
@@ -82,7 +87,7 @@ VARIANTS = {
 
 
 @dataclass(frozen=True)
-class Ended:
+class RunEnd:
     """`code` is negative for a signal, and None for a run that had to be killed because it hung."""
 
     code: int | None
@@ -96,13 +101,13 @@ class Shim:
     def __init__(self, library: Path):
         self.path, self.library = library, ctypes.CDLL(str(library))
 
-    def arm(
+    def inject_fault(
         self, mode: int, at: int, error: int, sticky: bool, below: Path, trace: Path | None = None
     ) -> None:
         names = [os.fsencode(below), os.fsencode(trace or "")]
         self.library.fault_arm(mode, ctypes.c_long(at), error, int(sticky), *names)
 
-    def clock(self, at: int, shift_sec: int) -> None:
+    def shift_clock(self, at: int, shift_sec: int) -> None:
         """From the `at`-th reading of the wall clock on it is wrong by `shift_sec`."""
         self.library.fault_clock(ctypes.c_long(at), ctypes.c_long(shift_sec))
 
@@ -131,13 +136,13 @@ class Run:
             time.sleep(0.005)
         return False
 
-    def wait(self) -> Ended:
-        in_time = self.is_over_within(PATIENCE_SEC)
+    def wait(self) -> RunEnd:
+        in_time = self.is_over_within(RUN_TIMEOUT_SEC)
         if not in_time:
             os.kill(self.pid, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         text = self.log.read_text(encoding="utf-8", errors="replace")
-        return Ended(code if in_time else None, text, time.monotonic() - self.begun)
+        return RunEnd(code if in_time else None, text, time.monotonic() - self.begun)
 
 
 @dataclass(frozen=True)
@@ -172,31 +177,33 @@ class Workshop:
         """Import what a run imports, and run each variant unbroken."""
         make_light(self.folder)
         self.run_unbroken(
-            self.home("warm"), "scored", before=partial(note_modules, self.folder / "modules")
+            self.create_home("warm"),
+            "scored",
+            before=partial(note_modules, self.folder / "modules"),
         )
         for name in (self.folder / "modules").read_text().split():
             import_quietly(name)
-        freeze_memory()
+        disable_collection()
         for variant in variants:
             self.references[variant] = self.make_reference(variant)
 
-    def home(self, name: str) -> Path:
+    def create_home(self, name: str) -> Path:
         """A new home with its own photos."""
         home = self.folder / name
         shutil.copytree(self.photos, home / "photos")
         return home
 
-    def half_home(self, name: str, variant: str) -> Path:
+    def create_half_home(self, name: str, variant: str) -> Path:
         """A home with a run that was stopped after two of its four steps."""
         return Path(shutil.copytree(self.halves[variant], self.folder / name))
 
-    def arguments(self, home: Path, variant: str, **changes: object) -> list[str]:
+    def build_arguments(self, home: Path, variant: str, **changes: object) -> list[str]:
         """The command line of a run in `home`."""
         flags = {"pretrained_model_name_or_path": self.base, "instance_data_dir": home / "photos"}
         flags |= {
             "cache_dir": home / "cache",
             "output_dir": home / NAME,
-            **COMMON,
+            **COMMON_SETTINGS,
             **VARIANTS[variant],
             **changes,
         }
@@ -212,32 +219,35 @@ class Workshop:
         **changes: object,
     ) -> Run:
         """Start a process of `train_dreambooth.py`, which first calls `before`."""
-        path, arguments = home / f"{log}.txt", self.arguments(home, variant, **changes)
+        path, arguments = home / f"{log}.txt", self.build_arguments(home, variant, **changes)
         path.touch()  # the run may be killed before it opens its log
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             pid = os.fork()
             if not pid:
-                become_training(arguments, path, before)
+                run_training(arguments, path, before)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return Run(pid, path)
 
-    def run_unbroken(self, home: Path, variant: str, **options: object) -> Ended:
+    def run_unbroken(self, home: Path, variant: str, **options: object) -> RunEnd:
         return self.run_until(STEPS, home, variant, **options)
 
     def run_until(
         self, step: int, home: Path, variant: str, before: Callable[[], object] = bool
-    ) -> Ended:
+    ) -> RunEnd:
         """A run that is stopped after `step`, unless that is its last: its file contains the number
         of steps."""
 
-        def both() -> None:
+        def prepare_child() -> None:
             before()
             if step < STEPS:
                 stop_at(step)
 
-        ended, due = self.start(home, variant, before=both).wait(), 130 if step < STEPS else 0
+        ended, due = (
+            self.start(home, variant, before=prepare_child).wait(),
+            130 if step < STEPS else 0,
+        )
         if ended.code != due:
             raise SystemExit(
                 f"a run ({variant}) until step {step} ended with {ended.code}:\n{ended.text}"
@@ -248,32 +258,30 @@ class Workshop:
         """Stopped after each step; that of two steps is the half."""
         steps = set()
         for step in range(1, STEPS + 1):
-            home = self.home(f"{variant} {step}")
+            home = self.create_home(f"{variant} {step}")
             trace = home / "trace.txt"
-            count = partial(self.shim.arm, COUNT, 0, 0, False, home, trace)
+            count = partial(self.shim.inject_fault, COUNT, 0, 0, False, home, trace)
             ended = self.run_until(step, home, variant, before=count)
-            steps.add(file_digest(home / NAME / PUBLISHED_NAME))
+            steps.add(hash_file(home / NAME / PUBLISHED_NAME))
             if step == HALF:
                 self.halves[variant] = home
         operations = [line.split("\t") for line in trace.read_text().splitlines()]
         known = [(kind, os.path.relpath(path, home)) for kind, path in operations]
-        return Reference(published(home), steps, best(home), known, ended.seconds)
+        return Reference(hash_published(home), steps, hash_best(home), known, ended.seconds)
 
 
-def published(home: Path) -> dict[str, str]:
+def hash_published(home: Path) -> dict[str, str]:
     """Name -> SHA-256 of the existing adapter files."""
     names = (PUBLISHED_NAME, f"{NAME}.kohya.safetensors")
-    return {
-        name: file_digest(home / NAME / name) for name in names if (home / NAME / name).is_file()
-    }
+    return {name: hash_file(home / NAME / name) for name in names if (home / NAME / name).is_file()}
 
 
-def best(home: Path) -> str | None:
+def hash_best(home: Path) -> str | None:
     path = home / NAME / "best" / PUBLISHED_NAME
-    return file_digest(path) if path.is_file() else None
+    return hash_file(path) if path.is_file() else None
 
 
-def become_training(arguments: list[str], log: Path, before: Callable[[], object]) -> None:
+def run_training(arguments: list[str], log: Path, before: Callable[[], object]) -> None:
     """Turn this forked process into a training, exactly as a user starts it."""
     code = 1
     try:
@@ -306,7 +314,7 @@ def stop_at(step: int) -> None:
     """Stop the run after `step` steps; called in a forked child."""
     from dreambooth_moslora.training.reporter import RunContext
 
-    RunContext.stop_requested = lambda context: context.report.step >= step
+    RunContext.is_stop_requested = lambda context: context.report.step >= step
 
 
 def make_light(folder: Path) -> None:
@@ -343,7 +351,7 @@ def import_quietly(name: str) -> None:
         return
 
 
-def freeze_memory() -> None:
+def disable_collection() -> None:
     """Exclude all present objects from the children's garbage collection."""
     import gc
 

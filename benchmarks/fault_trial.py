@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from benchmarks.fault_runs import NAME, Ended, Reference, Run, Workshop, published
+from benchmarks.fault_runs import NAME, Reference, Run, RunEnd, Workshop, hash_published
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
 
-__all__ = ["Trial", "aim", "an_operation", "armed"]
+__all__ = ["Trial", "track_operation", "pick_operation", "build_fault"]
 
 
 @dataclass
@@ -29,16 +29,16 @@ class Trial:
     row: str = ""
     detail: str = ""
     killed: bool = False
-    ended: list[Ended] = field(default_factory=list)
+    ended: list[RunEnd] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     home: Path = Path()
 
-    def fresh(self) -> None:
-        self.home = self.workshop.home(self.name)
+    def create_home(self) -> None:
+        self.home = self.workshop.create_home(self.name)
 
-    def half(self) -> None:
+    def create_half_home(self) -> None:
         """A run that was stopped after two of its four steps."""
-        self.home = self.workshop.half_home(self.name, self.variant)
+        self.home = self.workshop.create_half_home(self.name, self.variant)
 
     @property
     def reference(self) -> Reference:
@@ -50,10 +50,10 @@ class Trial:
     def end(self, run: Run) -> None:
         self.note(run.wait())
 
-    def note(self, ended: Ended) -> None:
+    def note(self, ended: RunEnd) -> None:
         """Record how a run ended, and check what it has published."""
         self.ended.append(ended)
-        found = published(self.home)
+        found = hash_published(self.home)
         if found.get(PUBLISHED_NAME) not in {None, *self.reference.steps}:
             self.wrong.append(PUBLISHED_NAME)
         if ended.code == 0 and found != self.reference.final:
@@ -62,13 +62,13 @@ class Trial:
     def run(self, before: Callable[[], object] = bool, **options: object) -> None:
         self.end(self.start(before, **options))
 
-    def moment(self) -> float:
+    def sample_moment(self) -> float:
         """A random second of a run's life."""
         return self.rng.uniform(0, 1.1 * self.reference.seconds)
 
-    def reached(self) -> str:
+    def get_phase(self) -> str:
         """The phase of the last event in the run folder."""
-        events = RunDir(self.home / NAME).read_metrics()
+        events = RunDir(self.home / NAME).read_events()
         last = events[-1] if events else {"type": "before the first event"}
         return str(last.get("phase", last["type"]))
 
@@ -85,29 +85,29 @@ PHASES = {
 }
 
 
-def phase_of(path: str) -> str:
+def find_phase(path: str) -> str:
     return next(phase for phase, marks in PHASES.items() if any(mark in path for mark in marks))
 
 
-def an_operation(trial: Trial, kinds: tuple[str, ...] = ()) -> tuple[int, str]:
+def pick_operation(trial: Trial, kinds: tuple[str, ...] = ()) -> tuple[int, str]:
     """(number, phase): first a random phase, then one of its operations, so that short phases are
     not neglected."""
     phases: dict[str, list[int]] = {}
     for number, (kind, path) in enumerate(trial.reference.trace, 1):
         if kinds and kind not in kinds:
             continue
-        phases.setdefault(phase_of(path), []).append(number)
+        phases.setdefault(find_phase(path), []).append(number)
     phase = trial.rng.choice(sorted(phases))
-    return aim(trial, trial.rng.choice(phases[phase])), phase
+    return track_operation(trial, trial.rng.choice(phases[phase])), phase
 
 
-def aim(trial: Trial, number: int) -> int:
+def track_operation(trial: Trial, number: int) -> int:
     kind, path = trial.reference.trace[number - 1]
     trial.detail = f"operation {number}, {kind} {path}"
     return number
 
 
-def armed(
+def build_fault(
     trial: Trial, mode: int, number: int, error: int = 0, sticky: bool = False
 ) -> Callable[[], None]:
-    return partial(trial.workshop.shim.arm, mode, number, error, sticky, trial.home)
+    return partial(trial.workshop.shim.inject_fault, mode, number, error, sticky, trial.home)

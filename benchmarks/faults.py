@@ -4,14 +4,13 @@ one.
     python -m benchmarks.faults [--faults 1000] [--out runs/faults] [--jobs 2] [--seed 0]
         [--kinds kill,disk]
 
-It can be stopped with Ctrl-C and started again: faults in `OUT/faults.jsonl` are not repeated. The
-table has for each kind the number of tries, the number of broken runs that ended well at once, and
-the numbers of runs that
-  lost        did not end like the unbroken run when the same command was given again
-  wrong       published a file that no unbroken run publishes
-  traceback   showed a traceback, crashed, or hung instead of printing one line
+It can be stopped with Ctrl-C and started again: faults in `OUT_PATH/faults.jsonl` are not repeated.
+The table has for each kind the number of tries, the number of broken runs that ended well at once,
+and the numbers of runs that lost        did not end like the unbroken run when the same command was
+given again wrong       published a file that no unbroken run publishes traceback   showed a
+traceback, crashed, or hung instead of printing one line
 
-The homes of these stay in `OUT/kept`. Linux, with a C compiler.
+The homes of these stay in `OUT_PATH/kept`. Linux, with a C compiler.
 """
 
 import argparse
@@ -29,20 +28,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.fault_kinds import KINDS
-from benchmarks.fault_runs import VARIANTS, Shim, Workshop, best, build_shim, published
+from benchmarks.fault_runs import VARIANTS, Shim, Workshop, build_shim, hash_best, hash_published
 from benchmarks.fault_trial import Trial
 
 PRELOADED = "DREAMBOOTH_FAULT_SHIM"
 SIGNALS = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
-FLAWS = ("lost", "wrong", "traceback")
+FLAW_NAMES = ("lost", "wrong", "traceback")
 
 
 def main() -> int:
     args = parse(sys.argv[1:])
     if PRELOADED not in os.environ:
-        restart_preloaded()
-    with prepared(args) as workshop:
-        return try_faults(workshop, args)
+        start_preloaded()
+    with prepare_workshop(args) as workshop:
+        return run_faults(workshop, args)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -61,7 +60,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 @contextmanager
-def prepared(args: argparse.Namespace) -> Iterator[Workshop]:
+def prepare_workshop(args: argparse.Namespace) -> Iterator[Workshop]:
     """The workshop with the unbroken runs. This process has the shim preloaded."""
     with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
         workshop = Workshop(Path(scratch), Shim(Path(os.environ[PRELOADED])))
@@ -69,24 +68,26 @@ def prepared(args: argparse.Namespace) -> Iterator[Workshop]:
         yield workshop
 
 
-def try_faults(workshop: Workshop, args: argparse.Namespace) -> int:
+def run_faults(workshop: Workshop, args: argparse.Namespace) -> int:
     """Try those without a record, and print the table; 1 if a run had a flaw."""
     args.out.mkdir(parents=True, exist_ok=True)
     inject(workshop, args)
     records = read_records(args.out)
-    print(table(records))
-    return int(any(record[flaw] for record in records for flaw in FLAWS))
+    print(format_table(records))
+    return int(any(record[flaw] for record in records for flaw in FLAW_NAMES))
 
 
-def restart_preloaded() -> None:
+def start_preloaded() -> None:
     """Restart this command with the shim preloaded."""
     shim = build_shim(Path(tempfile.mkdtemp(prefix="fault-shim-")))
     os.execve(
-        sys.executable, [sys.executable, "-m", "benchmarks.faults", *sys.argv[1:]], preloading(shim)
+        sys.executable,
+        [sys.executable, "-m", "benchmarks.faults", *sys.argv[1:]],
+        build_environment(shim),
     )
 
 
-def preloading(shim: Path) -> dict[str, str]:
+def build_environment(shim: Path) -> dict[str, str]:
     """The environment of a process with the shim, and one thread per training."""
     words = {
         PRELOADED: str(shim),
@@ -101,7 +102,7 @@ def inject(workshop: Workshop, args: argparse.Namespace) -> None:
     """Distribute the remaining faults among `jobs` forked processes."""
     done = {record["number"] for record in read_records(args.out)}
     todo = [number for number in range(args.faults) if number not in done]
-    workers = [fork_worker(workshop, todo[job :: args.jobs], args) for job in range(args.jobs)]
+    workers = [spawn_worker(workshop, todo[job :: args.jobs], args) for job in range(args.jobs)]
     codes = [os.waitpid(pid, 0)[1] for pid in workers]
     if any(codes):
         raise SystemExit(
@@ -109,14 +110,14 @@ def inject(workshop: Workshop, args: argparse.Namespace) -> None:
         )
 
 
-def fork_worker(workshop: Workshop, numbers: list[int], args: argparse.Namespace) -> int:
+def spawn_worker(workshop: Workshop, numbers: list[int], args: argparse.Namespace) -> int:
     pid = os.fork()
     if pid:
         return pid
     code = 0
     try:
         for number in numbers:
-            code |= not try_fault(workshop, number, args)
+            code |= not run_fault(workshop, number, args)
     except BaseException:  # a forked process has no caller
         code = 1
     finally:
@@ -124,11 +125,11 @@ def fork_worker(workshop: Workshop, numbers: list[int], args: argparse.Namespace
         os._exit(code)
 
 
-def try_fault(workshop: Workshop, number: int, args: argparse.Namespace) -> bool:
+def run_fault(workshop: Workshop, number: int, args: argparse.Namespace) -> bool:
     """Whether it has a record now: the bench itself may fail, as on a machine that is too busy for
     its patience."""
     try:
-        record = one_fault(workshop, number, args)
+        record = run_trial(workshop, number, args)
     except Exception as error:
         print(f"fault {number}: {type(error).__name__} {error}", file=sys.stderr)
         return False
@@ -137,7 +138,7 @@ def try_fault(workshop: Workshop, number: int, args: argparse.Namespace) -> bool
     return True
 
 
-def one_fault(workshop: Workshop, number: int, args: argparse.Namespace) -> dict:
+def run_trial(workshop: Workshop, number: int, args: argparse.Namespace) -> dict:
     """Break a run, give the same command again, and compare."""
     kinds = [
         kind
@@ -159,27 +160,35 @@ def one_fault(workshop: Workshop, number: int, args: argparse.Namespace) -> dict
         "detail": trial.detail,
         "codes": went_on,
     }
-    record |= {"lost": reason_lost(trial), "wrong": " ".join(trial.wrong), "traceback": ugly(trial)}
+    record |= {
+        "lost": describe_loss(trial),
+        "wrong": " ".join(trial.wrong),
+        "traceback": find_traceback(trial),
+    }
     record["seconds"] = round(time.monotonic() - begun, 1)
-    if any(record[flaw] for flaw in FLAWS):
+    if any(record[flaw] for flaw in FLAW_NAMES):
         print(json.dumps(record), flush=True)
         keep(trial, args.out / "kept" / str(number))
     shutil.rmtree(trial.home, ignore_errors=True)
     return record
 
 
-def reason_lost(trial: Trial) -> str:
+def describe_loss(trial: Trial) -> str:
     """How the last run differs from an unbroken one; empty if it does not."""
     last = trial.ended[-1]
     if last.code != 0:
         return f"code {last.code}: {last.text[-300:]}"
-    if published(trial.home) != trial.reference.final:
+    if hash_published(trial.home) != trial.reference.final:
         return "other bytes"
     scores_known = "metrics" not in trial.row
-    return "another best step" if scores_known and best(trial.home) != trial.reference.best else ""
+    return (
+        "another best step"
+        if scores_known and hash_best(trial.home) != trial.reference.best
+        else ""
+    )
 
 
-def ugly(trial: Trial) -> str:
+def find_traceback(trial: Trial) -> str:
     """The text of a run that ended with more than a line; empty if there is none."""
     for ended in trial.ended:
         is_ours = trial.killed and ended.code in SIGNALS
@@ -202,7 +211,7 @@ def read_records(out: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def table(records: list[dict]) -> str:
+def format_table(records: list[dict]) -> str:
     """The results as Markdown."""
     rows = defaultdict(list)
     for record in records:
@@ -211,13 +220,13 @@ def table(records: list[dict]) -> str:
         "| fault | tried | ended well at once | lost | wrong | traceback |",
         "|---|---|---|---|---|---|",
     ]
-    lines += [line(row, found) for row, found in sorted(rows.items())]
-    return "\n".join([*lines, line("**all**", records)])
+    lines += [format_line(row, found) for row, found in sorted(rows.items())]
+    return "\n".join([*lines, format_line("**all**", records)])
 
 
-def line(row: str, records: list[dict]) -> str:
+def format_line(row: str, records: list[dict]) -> str:
     well = sum(not any(record["codes"]) for record in records)
-    flaws = [sum(bool(record[flaw]) for record in records) for flaw in FLAWS]
+    flaws = [sum(bool(record[flaw]) for record in records) for flaw in FLAW_NAMES]
     return f"| {' | '.join(map(str, [row, len(records), well, *flaws]))} |"
 
 

@@ -32,7 +32,7 @@ __all__ = ["SECTIONS", "Section", "main"]
 ROOT = Path(__file__).parent.parent
 GRACE_SEC = 15
 """Of each call, for writing what was found."""
-ENOUGH_SEC = 60
+MIN_SECTION_SEC = 60
 """Less is left for no command: it waits for the next call."""
 
 
@@ -41,12 +41,12 @@ class Section:
     """Commands that answer one question.
 
     name: of the section
-    asks: the question
+    question: the question
     commands: each a module of `benchmarks` with its arguments; {work} is a folder for its files
     """
 
     name: str
-    asks: str
+    question: str
     commands: tuple[str, ...]
 
 
@@ -109,7 +109,7 @@ COLUMNS = (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     if options.bundle:
         from benchmarks.bundle import make_bundle
 
@@ -119,27 +119,27 @@ def main(arguments: list[str] | None = None) -> None:
     until = time.monotonic() + 60 * options.minutes - GRACE_SEC
     file = options.out / "first_half_hour.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"results": []}
-    found["machine"] = machine()
+    found["machine"] = collect_machine_facts()
 
     # What has no result yet, in order, each in a process of its own: a broken one breaks no other.
     done = {result["command"] for result in found["results"]}
-    for section, command in commands_of(options.sections, options.size):
+    for section, command in list_commands(options.sections, options.size):
         if command in done:
             continue
         left_sec = until - time.monotonic()
-        if left_sec < ENOUGH_SEC:
+        if left_sec < MIN_SECTION_SEC:
             print("time is up: give the same command again")
             return
         print(f"{section.name}: {command}", flush=True)
         result = run(command, options.work, left_sec)
         found["results"].append({"section": section.name, **result})
         file.write_text(json.dumps(found, indent=1), encoding="utf-8")
-        page = "\n".join(page_of(found)) + "\n"
+        page = "\n".join(format_page(found)) + "\n"
         file.with_suffix(".md").write_text(page, encoding="utf-8")
     print(f"nothing is left: {file.with_suffix('.md')}")
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -160,7 +160,7 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def commands_of(names: Sequence[str], size: str) -> Iterable[tuple[Section, str]]:
+def list_commands(names: Sequence[str], size: str) -> Iterable[tuple[Section, str]]:
     """The sections' commands, one after the other."""
     for section in SECTIONS:
         for command in section.commands if section.name in names else ():
@@ -195,7 +195,7 @@ def run(command: str, work: Path, limit_sec: float) -> dict:
     return {"command": command, "seconds": round(time.monotonic() - start), "rows": rows}
 
 
-def machine() -> dict[str, str]:
+def collect_machine_facts() -> dict[str, str]:
     import diffusers
     import peft
     import transformers
@@ -211,21 +211,21 @@ def machine() -> dict[str, str]:
     }
 
 
-def page_of(found: dict) -> Iterable[str]:
+def format_page(report: dict) -> Iterable[str]:
     """A table for each command."""
     yield "# The first half hour"
     yield ""
-    yield ", ".join(f"{name} {value}" for name, value in found["machine"].items())
+    yield ", ".join(f"{name} {value}" for name, value in report["machine"].items())
     for section in SECTIONS:
-        results = [one for one in found["results"] if one["section"] == section.name]
+        results = [one for one in report["results"] if one["section"] == section.name]
         if results:
-            yield from ("", f"## {section.name}", "", section.asks)
+            yield from ("", f"## {section.name}", "", section.question)
         for result in results:
             yield from ("", f"`{result['command']}`, {result['seconds']} s:", "")
-            yield from table_of(result["rows"])
+            yield from format_table(result["rows"])
 
 
-def table_of(rows: Sequence[dict]) -> Iterable[str]:
+def format_table(rows: Sequence[dict]) -> Iterable[str]:
     columns = [name for name in COLUMNS if any(name in row for row in rows)]
     yield f"| {' | '.join(columns)} |"
     yield "|---" * len(columns) + "|"

@@ -19,24 +19,24 @@ from statistics import median
 
 import torch
 
-from benchmarks.train_step import cpu_flags, timed
+from benchmarks.train_step import read_cpu_flags, time_step
 
 __all__ = ["main", "measure"]
 
 Step = Callable[[], object]
 
 
-def twin(model: torch.nn.Module) -> torch.nn.Module:
+def copy_modules(model: torch.nn.Module) -> torch.nn.Module:
     """A copy of the modules that shares all tensors, so that it takes almost no memory."""
     # `deepcopy` takes what is in its memo for already copied
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
 
 
-def steps_of(size: str, resolution_px: int, rank: int) -> tuple[Step, Step, Step]:
+def build_steps(size: str, resolution_px: int, rank: int) -> tuple[Step, Step, Step]:
     """(floor, gradients of a step, update of the adapter)."""
-    from benchmarks.precision import bf16_accelerator
-    from dreambooth_moslora.extras.lab.full_step import floor_step, random_materials
+    from benchmarks.precision import build_bf16_accelerator
+    from dreambooth_moslora.extras.lab.full_step import build_floor_step, build_random_inputs
     from dreambooth_moslora.settings.train_config import TrainConfig
     from dreambooth_moslora.training.step import TrainStep
 
@@ -48,12 +48,12 @@ def steps_of(size: str, resolution_px: int, rank: int) -> tuple[Step, Step, Step
         train_batch_size=1,
         seed=0,
     )
-    materials = random_materials(size, resolution_px)
+    materials = build_random_inputs(size, resolution_px)
     unet = materials.pipeline.unet.requires_grad_(False)
-    materials.pipeline.unet = twin(unet)
-    alone = floor_step(materials, config, torch.device("cpu"))
+    materials.pipeline.unet = copy_modules(unet)
+    alone = build_floor_step(materials, config, torch.device("cpu"))
     materials.pipeline.unet = unet
-    ours = TrainStep(config, materials, bf16_accelerator(), max_train_steps=100)
+    ours = TrainStep(config, materials, build_bf16_accelerator(), max_train_steps=100)
     losses: list[torch.Tensor] = []
 
     def gradients() -> None:
@@ -67,10 +67,10 @@ def measure(
 ) -> dict[str, str | float | list[float]]:
     """Medians over `steps` pairs: seconds of each, and the ratios on the clock and of the
     processor's seconds."""
-    floor, gradients, update = steps_of(size, resolution_px, rank)
+    floor, gradients, update = build_steps(size, resolution_px, rank)
     rows = []
     for _ in range(warmup + steps):
-        rows.append([timed(step)[:2] for step in (floor, gradients, update)])
+        rows.append([time_step(step)[:2] for step in (floor, gradients, update)])
     rows = rows[warmup:]
     ratios = {
         name: [(g[i] + u[i]) / f[i] for f, g, u in rows]
@@ -78,7 +78,7 @@ def measure(
     }
     return {
         "resolution_px": resolution_px,
-        "flags": cpu_flags(),
+        "flags": read_cpu_flags(),
         **{
             f"{name}_sec": median(row[i][0] for row in rows)
             for i, name in enumerate(("floor", "gradients", "update"))

@@ -19,19 +19,19 @@ from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from benchmarks.family_memory import MODELS, config_of, facts_named
-from benchmarks.gpu_step import WARM_UP, Step, measure_or_say, measured
-from benchmarks.precision import half_accelerator
-from dreambooth_moslora.base.families import METHODS, filled
+from benchmarks.family_memory import MODELS, build_config, find_facts
+from benchmarks.gpu_step import WARM_UP_STEPS, Step, measure_arm, measure_or_say
+from benchmarks.precision import build_half_accelerator
+from dreambooth_moslora.base.families import FAMILY_CLASSES, pad_text_embeddings
 from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.base.streaming import StreamedBlocks
-from dreambooth_moslora.extras.lab.full_step import fill, materials_of, noise_of
+from dreambooth_moslora.extras.lab.full_step import build_inputs, fill_weights, sample_noise
 from dreambooth_moslora.method.fast_linear import disable_fast_path
-from dreambooth_moslora.plan.base_size import size_of_shapes
-from dreambooth_moslora.plan.distributed import DTYPES
-from dreambooth_moslora.plan.memory import estimate
-from dreambooth_moslora.settings.family_facts import Facts
-from dreambooth_moslora.settings.train_config import PLANS
+from dreambooth_moslora.plan.base_size import compute_base_size
+from dreambooth_moslora.plan.distributed import PRECISION_DTYPES
+from dreambooth_moslora.plan.memory import estimate_memory
+from dreambooth_moslora.settings.family_facts import FamilyFacts
+from dreambooth_moslora.settings.train_config import MEMORY_PLANS
 from dreambooth_moslora.training.prepare import TrainInputs
 from dreambooth_moslora.training.step import TrainStep
 
@@ -63,7 +63,7 @@ SMALL = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     for plan, arm in itertools.product(options.plan, options.arms):
         of_plan = argparse.Namespace(**vars(options) | {"plan": plan})
         measure_or_say(measure, arm, of_plan)
@@ -72,20 +72,20 @@ def main(arguments: list[str] | None = None) -> None:
 def measure(arm: str, options: argparse.Namespace) -> dict:
     """Build the arm and time its steps."""
     torch.manual_seed(0)
-    accelerator = half_accelerator()
+    accelerator = build_half_accelerator()
     options.precision = accelerator.mixed_precision
-    step, estimate_gib = trainer_step(arm, options, accelerator)
-    found = measured(arm, step, options, accelerator.device)
+    step, estimate_gib = build_trainer_step(arm, options, accelerator)
+    found = measure_arm(arm, step, options, accelerator.device)
     return found | {"estimate_gib": round(estimate_gib, 2)}
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     arms = "; ".join(f"{name}: {what}" for name, what in ARMS.items())
     options.add_argument("--model", choices=SMALL, default="Z-Image")
     options.add_argument("--arms", nargs="+", choices=ARMS, default=["ours"], help=arms)
     options.add_argument(
-        "--plan", nargs="+", choices=PLANS, default=["recompute"], help="words of --memory"
+        "--plan", nargs="+", choices=MEMORY_PLANS, default=["recompute"], help="words of --memory"
     )
     options.add_argument("--size", choices=("full", "small"), default="full")
     options.add_argument("--resolution", type=int, default=1024)
@@ -95,38 +95,38 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def trainer_step(
+def build_trainer_step(
     arm: str,
     options: argparse.Namespace,
     accelerator: Accelerator,
 ) -> tuple[Step, float]:
     """The trainer's step of one random photo with its update, as the arm and the plan say; and the
     GiB of `--dry_run` for it."""
-    facts, dtype = facts_named(MODELS[options.model][0]), DTYPES[options.precision]
+    facts, dtype = find_facts(MODELS[options.model][0]), PRECISION_DTYPES[options.precision]
     config = replace(
-        config_of(facts, options.resolution, options.rank, "full"),
+        build_config(facts, options.resolution, options.rank, "full"),
         train_batch_size=options.batch,
         mixed_precision=options.precision,
         compile="on" if arm == "compiled" else "off",
         seed=0,
-        **PLANS[options.plan],
+        **MEMORY_PLANS[options.plan],
     )
 
     # The denoiser, as the trainer lays it.
     device = accelerator.device
-    denoiser = random_denoiser(options.model, facts, options.size, dtype, device)
+    denoiser = build_random_denoiser(options.model, facts, options.size, dtype, device)
     shapes = {name: list(weight.shape) for name, weight in denoiser.named_parameters()}
-    size = size_of_shapes(facts, {facts.denoiser: shapes}, facts.targets)
+    size = compute_base_size(facts, {facts.denoiser: shapes}, facts.targets)
     quantize(denoiser, config.base_quantization, dtype)
     if config.stream_blocks:
         StreamedBlocks(denoiser, device)
 
-    materials = random_materials(options.model, facts, denoiser, options.resolution, dtype)
+    materials = build_random_inputs(options.model, facts, denoiser, options.resolution, dtype)
     if arm == "masked":
         family = materials.family
-        family.arguments = lambda texts: filled(type(family).arguments(family, texts))
+        family.collate = lambda texts: pad_text_embeddings(type(family).collate(family, texts))
 
-    steps = WARM_UP + options.steps
+    steps = WARM_UP_STEPS + options.steps
     train_step = TrainStep(config, materials, accelerator, max_train_steps=steps)
     if arm == "peft":
         disable_fast_path(denoiser)
@@ -137,12 +137,12 @@ def trainer_step(
         found = train_step.update_adapter(train_step.accumulate_gradients())
         return found.total, found.grad_norm
 
-    return step, estimate(config, size, total_steps=steps).training_gib
+    return step, estimate_memory(config, size, total_steps=steps).training_gib
 
 
-def random_denoiser(
+def build_random_denoiser(
     model: str,
-    facts: Facts,
+    facts: FamilyFacts,
     size: str,
     dtype: torch.dtype,
     device: torch.device,
@@ -158,15 +158,15 @@ def random_denoiser(
     for name, part in little.named_children():
         if not list(part.parameters()):
             setattr(denoiser, name, part.to(device))
-    noise = noise_of(dtype).to(device)
+    noise = sample_noise(dtype).to(device)
     for part in denoiser.modules():
-        fill(part, noise)
+        fill_weights(part, noise)
     return denoiser
 
 
-def random_materials(
+def build_random_inputs(
     model: str,
-    facts: Facts,
+    facts: FamilyFacts,
     denoiser: nn.Module,
     resolution_px: int,
     dtype: torch.dtype,
@@ -174,16 +174,16 @@ def random_materials(
     """What a run prepares, of one random photo and one random prompt."""
     _, _, (channels, px), words = MODELS[model]
     kind, scheduler = getattr(diffusers, facts.pipeline), FlowMatchEulerDiscreteScheduler()
-    parts = dict.fromkeys(("vae", *facts.encoders, *map(tokenizer_of, facts.encoders)))
+    parts = dict.fromkeys(("vae", *facts.encoders, *map(get_tokenizer_name, facts.encoders)))
     pipeline = kind(**parts, transformer=denoiser, scheduler=scheduler)
     shapes = {name: rows[0].shape for name, rows in words().items() if rows is not None}
     text = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
     side = resolution_px // px
-    latents, family = torch.randn(channels, side, side), METHODS[facts.name](facts)
-    return materials_of(pipeline, family, text, latents, resolution_px, dtype)
+    latents, family = torch.randn(channels, side, side), FAMILY_CLASSES[facts.name](facts)
+    return build_inputs(pipeline, family, text, latents, resolution_px, dtype)
 
 
-def tokenizer_of(encoder: str) -> str:
+def get_tokenizer_name(encoder: str) -> str:
     return encoder.replace("text_encoder", "tokenizer")
 
 

@@ -18,22 +18,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.meta_count import GIB, Count, Counter, bytes_of, flash_attention
-from benchmarks.sdxl_structure import sdxl_unet
-from dreambooth_moslora.settings.train_config import PLANS, TrainConfig
+from benchmarks.meta_count import GIB, Count, Counter, count_bytes, patch_attention
+from benchmarks.sdxl_structure import build_sdxl_unet
+from dreambooth_moslora.settings.train_config import MEMORY_PLANS, TrainConfig
 
 __all__ = [
-    "adapted_unet",
+    "build_adapted_unet",
     "count",
-    "counted_total_gib",
-    "estimated_total_gib",
+    "compute_total_gib",
+    "estimate_total_gib",
     "main",
     "run_config",
 ]
 
 TEXT_WIDTH, POOLED_WIDTH, TOKENS = 2048, 1280, 77
 PROMPT = "a photo of sks dog"
-DENSE = [name for name, plan in PLANS.items() if "base_quantization" not in plan]
+DENSE_PLANS = [name for name, plan in MEMORY_PLANS.items() if "base_quantization" not in plan]
 
 
 def run_config(
@@ -49,11 +49,11 @@ def run_config(
         mixed_precision="bf16",
         num_validation_images=0,
         seed=0,
-        **PLANS[plan],
+        **MEMORY_PLANS[plan],
     )
 
 
-def adapted_unet(
+def build_adapted_unet(
     config: TrainConfig, *, fast: bool = True, unet: nn.Module | None = None
 ) -> nn.Module:
     """SDXL's UNet in bf16, or a given one, with the trainer's own adapters, on the meta device.
@@ -63,7 +63,7 @@ def adapted_unet(
     from dreambooth_moslora.method.fast_linear import disable_fast_path
     from dreambooth_moslora.training.adapters import add_adapters
 
-    unet = unet or sdxl_unet().to(torch.bfloat16).requires_grad_(False).train()
+    unet = unet or build_sdxl_unet().to(torch.bfloat16).requires_grad_(False).train()
     with torch.device("meta"):
         add_adapters(config, {"unet": unet})
     if not fast:
@@ -79,11 +79,11 @@ def count(config: TrainConfig, unet: nn.Module) -> Count:
     batch, side = config.train_batch_size, config.resolution // 8
     trained = [weight for weight in unet.parameters() if weight.requires_grad]
     copies = WorkingCopies(unet)
-    text = empty(batch, TOKENS, TEXT_WIDTH)
-    noisy = empty(batch, 4, side, side).requires_grad_(not trained)
-    added = {"text_embeds": empty(batch, POOLED_WIDTH), "time_ids": empty(batch, 6)}
-    with Counter() as counter, flash_attention(), copies.for_one_step() as step:
-        output = unet(noisy, empty(batch), text, added_cond_kwargs=added).sample
+    text = create_empty(batch, TOKENS, TEXT_WIDTH)
+    noisy = create_empty(batch, 4, side, side).requires_grad_(not trained)
+    added = {"text_embeds": create_empty(batch, POOLED_WIDTH), "time_ids": create_empty(batch, 6)}
+    with Counter() as counter, patch_attention(), copies.attach_copies() as step:
+        output = unet(noisy, create_empty(batch), text, added_cond_kwargs=added).sample
         loss = output.float().square().mean()
         kept = counter.live
         loss.backward()
@@ -92,32 +92,32 @@ def count(config: TrainConfig, unet: nn.Module) -> Count:
     return Count(kept / GIB, counter.peak / GIB, counter.kernels)
 
 
-def empty(*shape: int) -> Tensor:
+def create_empty(*shape: int) -> Tensor:
     return torch.empty(*shape, device="meta", dtype=torch.bfloat16)
 
 
-def counted_total_gib(unet: nn.Module, counted: Count) -> float:
+def compute_total_gib(unet: nn.Module, counted: Count) -> float:
     """Weights, Adam's two moments of the adapters, the step with its gradients, CUDA's context;
     GiB."""
     from dreambooth_moslora.base.devices import CONTEXT_GIB
 
     trained = sum(weight.numel() * 4 for weight in unet.parameters() if weight.requires_grad)
-    return (bytes_of(unet) + 2 * trained) / GIB + counted.peak_gib + CONTEXT_GIB
+    return (count_bytes(unet) + 2 * trained) / GIB + counted.peak_gib + CONTEXT_GIB
 
 
-def estimated_total_gib(config: TrainConfig) -> float:
+def estimate_total_gib(config: TrainConfig) -> float:
     from dreambooth_moslora.plan.base_size import BaseSize
-    from dreambooth_moslora.plan.memory import estimate
+    from dreambooth_moslora.plan.memory import estimate_memory
 
-    return estimate(config, BaseSize(), total_steps=100).training_gib
+    return estimate_memory(config, BaseSize(), total_steps=100).training_gib
 
 
-def floor_unet(config: TrainConfig) -> nn.Module:
+def build_floor_unet(config: TrainConfig) -> nn.Module:
     """The frozen UNet alone: the lower bound for a gradient of its input."""
-    return sdxl_unet().to(torch.bfloat16).requires_grad_(False).train()
+    return build_sdxl_unet().to(torch.bfloat16).requires_grad_(False).train()
 
 
-def row(
+def print_row(
     name: str,
     config: TrainConfig,
     build: Callable[[TrainConfig], nn.Module],
@@ -128,7 +128,7 @@ def row(
     gc.collect()
     unet = build(config)
     counted = count(config, unet)
-    total = counted_total_gib(unet, counted)
+    total = compute_total_gib(unet, counted)
     line = (
         f"{name:44} {counted.kept_gib:6.2f} {counted.peak_gib:6.2f} {counted.kernels:8,} "
         f"{total:7.2f}"
@@ -136,7 +136,7 @@ def row(
     if not estimated:
         print(line, flush=True)
         return 0.0
-    told = estimated_total_gib(config)
+    told = estimate_total_gib(config)
     print(f"{line} {told:9.2f} {told / total - 1:+10.1%}", flush=True)
     return abs(told / total - 1)
 
@@ -153,15 +153,20 @@ def main(arguments: list[str] | None = None) -> None:
         f"{'deviation':>10}"
     )
     first = run_config(options.resolutions[0], options.ranks[0], options.batches[0])
-    row("floor: frozen, no adapter", first, floor_unet, estimated=False)
-    row(
-        "PEFT's own layers", first, lambda config: adapted_unet(config, fast=False), estimated=False
+    print_row("floor: frozen, no adapter", first, build_floor_unet, estimated=False)
+    print_row(
+        "PEFT's own layers",
+        first,
+        lambda config: build_adapted_unet(config, fast=False),
+        estimated=False,
     )
     deviations = []
     for px, rank, batch in itertools.product(options.resolutions, options.ranks, options.batches):
-        for plan in DENSE:
+        for plan in DENSE_PLANS:
             name = f"{px} px, rank {rank}, batch {batch}, {plan}"
-            deviations.append(row(name, run_config(px, rank, batch, plan), adapted_unet))
+            deviations.append(
+                print_row(name, run_config(px, rank, batch, plan), build_adapted_unet)
+            )
     print(f"largest deviation of the estimate: {max(deviations):.1%}")
 
 

@@ -23,9 +23,9 @@ from statistics import median
 import torch
 
 from benchmarks.meta_count import GIB
-from dreambooth_moslora.errors import one_line
+from dreambooth_moslora.errors import format_error
 
-__all__ = ["ARMS", "Step", "main", "measure", "measure_or_say", "measured"]
+__all__ = ["ARMS", "Step", "main", "measure", "measure_or_say", "measure_arm"]
 
 Step = Callable[[], tuple[float, float] | None]
 """One step -> its loss and the norm of its gradient, where it has them."""
@@ -39,11 +39,11 @@ ARMS = {
     "benchmarked": "ours, with cuDNN's own search for algorithms",
     "nf4": "ours, the base in 4 bit",
 }
-WARM_UP = 3
+WARM_UP_STEPS = 3
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     for arm in options.arms:
         measure_or_say(measure, arm, options)
 
@@ -58,7 +58,7 @@ def measure_or_say(
     try:
         found = measure(arm, options)
     except RuntimeError as error:
-        found = {"arm": arm, **told(options), "error": one_line(error)}
+        found = {"arm": arm, **get_options(options), "error": format_error(error)}
     print(json.dumps(found), flush=True)
 
     # The next arm has the memory for itself.
@@ -67,12 +67,12 @@ def measure_or_say(
         torch.cuda.empty_cache()
 
 
-def told(options: argparse.Namespace) -> dict:
+def get_options(options: argparse.Namespace) -> dict:
     """The options, but for the arms."""
     return {name: value for name, value in vars(options).items() if name != "arms"}
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     arms = "; ".join(f"{name}: {what}" for name, what in ARMS.items())
     options.add_argument(
@@ -94,42 +94,46 @@ def parser() -> argparse.ArgumentParser:
 
 def measure(arm: str, options: argparse.Namespace) -> dict:
     """Build the arm and time its steps."""
-    from benchmarks.gpu_memory import estimated_total_gib
-    from benchmarks.precision import half_accelerator
+    from benchmarks.gpu_memory import estimate_total_gib
+    from benchmarks.precision import build_half_accelerator
 
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = arm == "benchmarked"
-    accelerator = half_accelerator()
+    accelerator = build_half_accelerator()
     device, options.precision = accelerator.device, accelerator.mixed_precision
-    step = floor(options, device) if arm == "floor" else trainer_step(arm, options, accelerator)
-    found = measured(arm, step, options, device)
+    step = (
+        build_floor_step(options, device)
+        if arm == "floor"
+        else build_trainer_step(arm, options, accelerator)
+    )
+    found = measure_arm(arm, step, options, device)
     if arm == "ours":
-        found["estimate_gib"] = round(estimated_total_gib(run_config(options, "off")), 2)
+        found["estimate_gib"] = round(estimate_total_gib(run_config(options, "off")), 2)
     return found
 
 
-def measured(
+def measure_arm(
     arm: str,
     step: Step,
     options: argparse.Namespace,
     device: torch.device,
 ) -> dict:
     """Time the step, and say by which options."""
-    for _ in range(WARM_UP):
+    for _ in range(WARM_UP_STEPS):
         step()
     finish(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    runs = [timed(step, device) for _ in range(options.steps)]
-    facts = {"arm": arm, **told(options)}
+    runs = [time_step(step, device) for _ in range(options.steps)]
+    facts = {"arm": arm, **get_options(options)}
     facts["step_sec"] = round(median(whole for whole, _, _ in runs), 4)
     facts["host_sec"] = round(median(host for _, host, _ in runs), 4)
     if runs[-1][2]:
         facts["loss"], facts["grad_norm"] = runs[-1][2]
-    return facts | (card_facts(step) if device.type == "cuda" else {})
+    return facts | (collect_card_facts(step) if device.type == "cuda" else {})
 
 
-def timed(step: Step, device: torch.device) -> tuple[float, float, tuple[float, float] | None]:
+def time_step(step: Step, device: torch.device) -> tuple[float, float, tuple[float, float] | None]:
     """Seconds until the step is done, and until the program was free again; and what it gave."""
     start = time.perf_counter()
     found = step()
@@ -143,18 +147,18 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def card_facts(step: Step) -> dict:
+def collect_card_facts(step: Step) -> dict:
     """Memory of the steps so far, and the kernels of one more."""
     return {
         "allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
         "card": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "kernels": kernels_of(step),
+        "kernels": count_kernels(step),
     }
 
 
-def kernels_of(step: Step) -> int:
+def count_kernels(step: Step) -> int:
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
@@ -163,34 +167,38 @@ def kernels_of(step: Step) -> int:
     return sum(event.count for event in seen.key_averages())
 
 
-def floor(options: argparse.Namespace, device: torch.device) -> Step:
-    from dreambooth_moslora.extras.lab.full_step import floor_step, random_materials
-    from dreambooth_moslora.plan.distributed import DTYPES
+def build_floor_step(options: argparse.Namespace, device: torch.device) -> Step:
+    from dreambooth_moslora.extras.lab.full_step import build_floor_step, build_random_inputs
+    from dreambooth_moslora.plan.distributed import PRECISION_DTYPES
 
-    materials = random_materials(options.size, options.resolution, DTYPES[options.precision])
+    materials = build_random_inputs(
+        options.size, options.resolution, PRECISION_DTYPES[options.precision]
+    )
     unet = materials.pipeline.unet.to(device).requires_grad_(False).train()
     if options.checkpointing:
         unet.enable_gradient_checkpointing()
-    return floor_step(materials, run_config(options, "off"), device)
+    return build_floor_step(materials, run_config(options, "off"), device)
 
 
-def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Step:
+def build_trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Step:
     from dreambooth_moslora.base.quantization import quantize
-    from dreambooth_moslora.extras.lab.full_step import random_materials
+    from dreambooth_moslora.extras.lab.full_step import build_random_inputs
     from dreambooth_moslora.method.fast_linear import disable_fast_path
-    from dreambooth_moslora.plan.distributed import DTYPES
+    from dreambooth_moslora.plan.distributed import PRECISION_DTYPES
     from dreambooth_moslora.training.step import TrainStep
 
-    dtype = DTYPES[options.precision]
-    materials = random_materials(options.size, options.resolution, dtype)
+    dtype = PRECISION_DTYPES[options.precision]
+    materials = build_random_inputs(options.size, options.resolution, dtype)
     unet = materials.pipeline.unet.requires_grad_(False)
     if arm == "nf4":
         quantize(unet, "nf4", dtype, accelerator.device)
     unet.to(accelerator.device)
     if arm == "channels_last":  # before the adapters, which are laid as their layers are
-        lay_convolutions(unet, torch.channels_last)
+        set_convolution_layout(unet, torch.channels_last)
     config = run_config(options, "on" if arm == "compiled" else "off")
-    train_step = TrainStep(config, materials, accelerator, max_train_steps=WARM_UP + options.steps)
+    train_step = TrainStep(
+        config, materials, accelerator, max_train_steps=WARM_UP_STEPS + options.steps
+    )
     if arm == "peft":
         disable_fast_path(unet)
 
@@ -201,7 +209,7 @@ def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Step:
     return step
 
 
-def lay_convolutions(unet: torch.nn.Module, layout: torch.memory_format) -> None:
+def set_convolution_layout(unet: torch.nn.Module, layout: torch.memory_format) -> None:
     for module in unet.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.to(memory_format=layout)

@@ -18,22 +18,22 @@ from pathlib import Path
 
 from PIL import Image
 
-__all__ = ["ARMS", "command_of", "peak_gb"]
+__all__ = ["ARMS", "build_command", "measure_peak_gb"]
 
-OURS = {
+TRAINER_ARMS = {
     "kept": [],
     "recomputed": ["--gradient_checkpointing"],
 }
-BESIDE = ("floor", "diffusers", "diffusers-checkpointing")
-ARMS = (*OURS, *BESIDE)
+OTHER_ARMS = ("floor", "diffusers", "diffusers-checkpointing")
+ARMS = (*TRAINER_ARMS, *OTHER_ARMS)
 PHOTOS = 3
 
 
-def command_of(
+def build_command(
     arm: str, base: Path, folder: Path, resolution_px: int, steps: int, size: str = "sdxl"
 ) -> list[str]:
     """`folder` is empty; photos and the run go there."""
-    if arm in BESIDE:
+    if arm in OTHER_ARMS:
         settings = [
             f"--alone={arm}:{resolution_px}",
             "--rank=4",
@@ -61,10 +61,10 @@ def command_of(
         "seed": 0,
     }
     flags = [word for name, value in words.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, "train_dreambooth.py", *flags, *OURS[arm]]
+    return [sys.executable, "train_dreambooth.py", *flags, *TRAINER_ARMS[arm]]
 
 
-def peak_gb(command: list[str]) -> float:
+def measure_peak_gb(command: list[str]) -> float:
     """Of the process that the command starts; at least this process's own, which must be small.
     Raises CalledProcessError where it fails."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -88,7 +88,9 @@ def main() -> None:
     args = parser.parse_args()
     for arm in args.arms:
         with tempfile.TemporaryDirectory() as folder:
-            peak = peak_gb(command_of(arm, args.base, Path(folder), args.resolution, args.steps))
+            peak = measure_peak_gb(
+                build_command(arm, args.base, Path(folder), args.resolution, args.steps)
+            )
         print(f"{arm:26} {peak:6.2f} GB", flush=True)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["GIB", "Count", "Counter", "bytes_of", "flash_attention"]
+__all__ = ["GIB", "Count", "Counter", "count_bytes", "patch_attention"]
 
 GIB = 2**30
 VIEWS = {
@@ -71,47 +71,47 @@ class Counter(TorchDispatchMode):
             args = tuple(one.to("meta") for one in args)
         result = function(*args, **(kwargs or {}))
         self.kernels += function.overloadpacket.__name__ not in VIEWS
-        inputs = {key_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        inputs = {get_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(result):
             if (
                 isinstance(leaf, Tensor)
                 and leaf.device.type == "meta"
-                and key_of(leaf) not in inputs
+                and get_key(leaf) not in inputs
             ):
                 self._note(leaf)
         return result
 
     def _note(self, tensor: Tensor) -> None:
-        storage, key = tensor.untyped_storage(), key_of(tensor)
+        storage, key = tensor.untyped_storage(), get_key(tensor)
         if key in self._seen:
             return
         self._seen.add(key)
-        size = rounded(storage.nbytes())
+        size = align_size(storage.nbytes())
         self.live += size
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, key, size)
+        weakref.finalize(storage, self._remove, key, size)
 
-    def _forget(self, key: int, size: int) -> None:
+    def _remove(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.live -= size
 
 
-def key_of(tensor: Tensor) -> int:
+def get_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def rounded(size: int) -> int:
+def align_size(size: int) -> int:
     """CUDA's allocator hands out blocks of 512 bytes."""
     return -(-size // 512) * 512
 
 
-def bytes_of(module: nn.Module) -> int:
+def count_bytes(module: nn.Module) -> int:
     """Bytes of all weights, in their current dtype."""
     return sum(weight.numel() * weight.element_size() for weight in module.parameters())
 
 
 @contextmanager
-def flash_attention() -> Iterator[None]:
+def patch_attention() -> Iterator[None]:
     """Use the GPU's attention: on the meta device PyTorch would take the kernel that keeps all
     scores."""
     usual = F.scaled_dot_product_attention

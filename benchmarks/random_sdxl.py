@@ -18,15 +18,15 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from dreambooth_moslora.extras.lab.full_step import WIDTHS, made, random_unet
+from dreambooth_moslora.extras.lab.full_step import WIDTHS, build_random_module, build_random_unet
 
-__all__ = ["random_sdxl", "random_text_encoders", "random_unet", "random_vae"]
+__all__ = ["build_random_sdxl", "build_random_encoders", "build_random_unet", "build_random_vae"]
 
-WORDS = 49408  # CLIP's vocabulary
+VOCABULARY_SIZE = 49408  # CLIP's vocabulary
 TOKENIZER = Path(__file__).parent.parent / "assets" / "toy-sdxl" / "tokenizer"
 
 
-def random_vae(size: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+def build_random_vae(size: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
     """SDXL's autoencoder."""
     widths = (128, 256, 512, 512) if size == "sdxl" else (32, 32, 64, 64)
     options = {
@@ -38,35 +38,37 @@ def random_vae(size: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
         "sample_size": 1024,
         "scaling_factor": 0.13025,
     }
-    return made(lambda: AutoencoderKL(**options), dtype)
+    return build_random_module(lambda: AutoencoderKL(**options), dtype)
 
 
-def random_text_encoders(
+def build_random_encoders(
     size: str, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[nn.Module, nn.Module]:
     """CLIP ViT-L/14 and OpenCLIP bigG/14, the text halves."""
     full, (first, second) = size == "sdxl", WIDTHS[size]
-    config = text_config(first, 12 if full else 2, hidden_act="quick_gelu")
-    config_2 = text_config(second, 32 if full else 2, hidden_act="gelu", projection_dim=second)
-    return made(lambda: CLIPTextModel(config), dtype), made(
+    config = build_text_config(first, 12 if full else 2, hidden_act="quick_gelu")
+    config_2 = build_text_config(
+        second, 32 if full else 2, hidden_act="gelu", projection_dim=second
+    )
+    return build_random_module(lambda: CLIPTextModel(config), dtype), build_random_module(
         lambda: CLIPTextModelWithProjection(config_2), dtype
     )
 
 
-def text_config(width: int, layers: int, **options) -> CLIPTextConfig:
+def build_text_config(width: int, layers: int, **options) -> CLIPTextConfig:
     heads = max(1, width // 64)
     widths = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": heads}
-    return CLIPTextConfig(vocab_size=WORDS, num_hidden_layers=layers, **widths, **options)
+    return CLIPTextConfig(vocab_size=VOCABULARY_SIZE, num_hidden_layers=layers, **widths, **options)
 
 
-def random_sdxl(size: str) -> StableDiffusionXLPipeline:
+def build_random_sdxl(size: str) -> StableDiffusionXLPipeline:
     """All parts in bf16. The tokenizer has fewer tokens than the text encoders."""
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
-    first, second = random_text_encoders(size)
+    first, second = build_random_encoders(size)
     scheduler = EulerDiscreteScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
     )
-    vae, unet = random_vae(size, torch.bfloat16), random_unet(size)
+    vae, unet = build_random_vae(size, torch.bfloat16), build_random_unet(size)
     return StableDiffusionXLPipeline(vae, first, second, tokenizer, tokenizer, unet, scheduler)
 
 
@@ -77,7 +79,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--size", choices=WIDTHS, default="sdxl")
     args = parser.parse_args()
-    random_sdxl(args.size).save_pretrained(args.out)
+    build_random_sdxl(args.size).save_pretrained(args.out)
 
 
 if __name__ == "__main__":

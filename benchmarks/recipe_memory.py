@@ -3,8 +3,8 @@
     python -m benchmarks.recipe_memory --out FOLDER                       # on a GPU, full size
     python -m benchmarks.recipe_memory --out FOLDER --size small --plans stream   # on a CPU
 
-FOLDER gets a base of random weights (6.5 GB; `random_sdxl`), unless it is there already, and a run
-for each plan. It prints one line of JSON for each. On a GPU `memory_gib` plus 0.5 for CUDA's
+FOLDER gets a base of random weights (6.5 GB; `build_random_sdxl`), unless it is there already, and
+a run for each plan. It prints one line of JSON for each. On a GPU `memory_gib` plus 0.5 for CUDA's
 context corresponds to `estimate_gib`; the excess is what workspaces and fragments take.
 """
 
@@ -18,10 +18,10 @@ from statistics import median
 
 from PIL import Image
 
-from benchmarks.gpu_memory import estimated_total_gib
-from benchmarks.random_sdxl import random_sdxl
+from benchmarks.gpu_memory import estimate_total_gib
+from benchmarks.random_sdxl import build_random_sdxl
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.settings.train_config import PLANS, TrainConfig
+from dreambooth_moslora.settings.train_config import MEMORY_PLANS, TrainConfig
 
 __all__ = ["main"]
 
@@ -35,23 +35,25 @@ def main(arguments: list[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     options.add_argument("--out", type=Path, required=True)
     options.add_argument("--size", choices=("sdxl", "small"), default="sdxl")
-    options.add_argument("--plans", nargs="+", choices=("auto", *PLANS), default=["auto", *PLANS])
+    options.add_argument(
+        "--plans", nargs="+", choices=("auto", *MEMORY_PLANS), default=["auto", *MEMORY_PLANS]
+    )
     options = options.parse_args(arguments)
 
     # A base and photos of plain colours.
     base, photos = options.out / f"base-{options.size}", options.out / "photos"
     if not base.is_dir():
-        random_sdxl(options.size).save_pretrained(base, variant="fp16")
+        build_random_sdxl(options.size).save_pretrained(base, variant="fp16")
     photos.mkdir(parents=True, exist_ok=True)
     for number in range(3):
         Image.new("RGB", (1024, 1024), (80 * number, 140, 90)).save(photos / f"{number}.png")
 
     for plan in options.plans:
         run = options.out / "runs" / f"{options.size}-{plan}"
-        print(json.dumps(trained(plan, options.size, base, photos, run)), flush=True)
+        print(json.dumps(train_plan(plan, options.size, base, photos, run)), flush=True)
 
 
-def trained(plan: str, size: str, base: Path, photos: Path, run: Path) -> dict:
+def train_plan(plan: str, size: str, base: Path, photos: Path, run: Path) -> dict:
     """Train by the recipe; returns what its steps said, or the last line of what it said when it
     failed."""
     settings = {
@@ -75,7 +77,7 @@ def trained(plan: str, size: str, base: Path, photos: Path, run: Path) -> dict:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"plan": plan, "error": (done.stderr.strip() or "nothing was said").splitlines()[-1]}
-    events = RunDir(run).read_metrics()
+    events = RunDir(run).read_events()
     steps = [event for event in events if event["type"] == "step"]
     found = {
         "plan": plan,
@@ -89,7 +91,7 @@ def trained(plan: str, size: str, base: Path, photos: Path, run: Path) -> dict:
         # What `--dry_run` says of the settings that the plan came to.
         start = next(event for event in events if event["type"] == "start")
         config = TrainConfig(**start["config"])
-        found["estimate_gib"] = round(estimated_total_gib(config), 2)
+        found["estimate_gib"] = round(estimate_total_gib(config), 2)
     return found
 
 

@@ -12,17 +12,17 @@ from diffusers import UNet2DConditionModel
 from dreambooth_moslora.extras.lab.full_step import SDXL
 from dreambooth_moslora.method.moslora import (
     MoSLoraConfig,
-    adapter_layers,
-    adapter_parameters,
+    get_adapter_layers,
     inject,
-    mixer_parameters,
+    list_adapter_parameters,
+    list_mixer_parameters,
 )
 from dreambooth_moslora.settings import field_facts
 
 RANKS = (4, 16, 64)
 
 
-def sdxl_unet() -> UNet2DConditionModel:
+def build_sdxl_unet() -> UNet2DConditionModel:
     """The UNet of stable-diffusion-xl-base-1.0 on the meta device: 2.57 G parameters, no memory."""
     with torch.device("meta"):
         return UNet2DConditionModel(**SDXL)
@@ -31,25 +31,25 @@ def sdxl_unet() -> UNet2DConditionModel:
 def count(rank: int) -> dict[str, float]:
     """Projections, and millions of parameters in A and B, and in the mixers."""
     unet = inject(
-        sdxl_unet(),
-        MoSLoraConfig(r=rank, lora_alpha=rank, target_modules=list(field_facts.ATTENTION)),
+        build_sdxl_unet(),
+        MoSLoraConfig(r=rank, lora_alpha=rank, target_modules=list(field_facts.ATTENTION_LAYERS)),
     )
-    mixers = sum(p.numel() for _, p in mixer_parameters(unet))
-    every = sum(p.numel() for _, p in adapter_parameters(unet))
+    mixers = sum(p.numel() for _, p in list_mixer_parameters(unet))
+    every = sum(p.numel() for _, p in list_adapter_parameters(unet))
     return {
-        "projections": len(adapter_layers(unet)),
+        "projections": len(get_adapter_layers(unet)),
         "a_and_b": (every - mixers) / 1e6,
         "mixers": mixers / 1e6,
     }
 
 
 def main() -> None:
-    unet = sdxl_unet()
+    unet = build_sdxl_unet()
     print(f"SDXL UNet: {sum(p.numel() for p in unet.parameters()) / 1e9:.2f} G parameters")
     sizes = Counter(
         (m.in_features, m.out_features)
         for n, m in unet.named_modules()
-        if n.endswith(field_facts.ATTENTION)
+        if n.endswith(field_facts.ATTENTION_LAYERS)
     )
     for (inputs, outputs), number in sizes.most_common():
         print(f"{number:>5} projections {inputs:>5} → {outputs}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dreambooth_moslora.extras.lab.selftest import ON_CPU, SelfTest
+from dreambooth_moslora.extras.lab.selftest import CPU_ENV, SelfTest
 
 __all__ = ["main"]
 
@@ -27,10 +27,10 @@ def main(arguments: list[str] | None = None) -> None:
     test = SelfTest(
         options.out,
         precisions=("no",) if is_small else ("no", "bf16"),
-        env=ON_CPU if is_small else {},
+        env=CPU_ENV if is_small else {},
         compiles=not is_small and torch.cuda.is_available(),
     )
-    for finding in test.findings():
+    for finding in test.run_tests():
         print(json.dumps(asdict(finding)), flush=True)
 
 

@@ -38,16 +38,16 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def peak_gb() -> float:
+def get_peak_gb() -> float:
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 
-def page_faults() -> int:
+def get_page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-def timed(step: Callable[[], tuple[float, float]]) -> tuple[float, float, tuple[float, float]]:
+def time_step(step: Callable[[], tuple[float, float]]) -> tuple[float, float, tuple[float, float]]:
     """Wall seconds, processor seconds of all threads, and the step's result."""
     start, cpu_start = time.perf_counter(), time.process_time()
     outcome = step()
@@ -55,10 +55,10 @@ def timed(step: Callable[[], tuple[float, float]]) -> tuple[float, float, tuple[
 
 
 @contextmanager
-def cores_to_ourselves(wanted: bool) -> Iterator[None]:
+def reserve_cores(is_enabled: bool) -> Iterator[None]:
     """Real-time scheduling of all threads, so that other programs wait while steps are timed
     (Linux, root)."""
-    threads = [int(name) for name in os.listdir("/proc/self/task")] if wanted else []
+    threads = [int(name) for name in os.listdir("/proc/self/task")] if is_enabled else []
     for thread in threads:
         os.sched_setscheduler(thread, os.SCHED_RR, os.sched_param(1))
     try:
@@ -77,21 +77,21 @@ def measure(
     torch.manual_seed(0)
     build_start = time.perf_counter()
     step = ARMS[arm].build(size, resolution_px, rank)
-    build_sec, loading_gb = time.perf_counter() - build_start, peak_gb()
+    build_sec, loading_gb = time.perf_counter() - build_start, get_peak_gb()
     for _ in range(warmup):
         step()
     reset_peak()
-    faults = page_faults()
-    with cores_to_ourselves(bool(realtime)):
-        runs = [timed(step) for _ in range(steps)]
+    faults = get_page_faults()
+    with reserve_cores(bool(realtime)):
+        runs = [time_step(step) for _ in range(steps)]
     return {
         "arm": arm,
         "resolution_px": resolution_px,
         "step_sec": statistics.median(wall for wall, _, _ in runs),
         "cpu_sec": statistics.median(cpu for _, cpu, _ in runs),
         "step_secs": [round(wall, 3) for wall, _, _ in runs],
-        "peak_gb": round(peak_gb(), 2),
-        "page_faults_a_step": (page_faults() - faults) // steps,
+        "peak_gb": round(get_peak_gb(), 2),
+        "page_faults_a_step": (get_page_faults() - faults) // steps,
         "loading_peak_gb": round(loading_gb, 2),
         "build_sec": round(build_sec, 1),
         "loss": runs[-1][2][0],
@@ -117,20 +117,20 @@ def run_apart(arm: str, resolution_px: int, options: argparse.Namespace) -> dict
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def ratio(
+def compute_ratio(
     results: list[dict], key: str, arm: str, against: str, resolution_px: int
 ) -> float | None:
     found = {r["arm"]: r.get(key) for r in results if r["resolution_px"] == resolution_px}
     return round(found[arm] / found[against], 3) if found.get(arm) and found.get(against) else None
 
 
-def ratios(results: list[dict], resolution_px: int) -> dict[str, dict[str, float | None]]:
+def compute_ratios(results: list[dict], resolution_px: int) -> dict[str, dict[str, float | None]]:
     """Ratios of each of our arms to the arms that it can fairly be compared with."""
     table = {}
     for name, arm in ARMS.items():
         for other in arm.against:
             pair = {
-                key: ratio(results, key, name, other, resolution_px)
+                key: compute_ratio(results, key, name, other, resolution_px)
                 for key in ("step_sec", "cpu_sec", "peak_gb")
             }
             if any(pair.values()):
@@ -153,14 +153,14 @@ def show(results: list[dict], resolutions: list[int]) -> None:
         )
         print(f"{r['arm']:28} {r['resolution_px']:5} {numbers}  {r['step_secs']}")
     for px in resolutions:
-        for pair, values in ratios(results, px).items():
+        for pair, values in compute_ratios(results, px).items():
             print(
                 f"{px} px  {pair:50} time {values['step_sec']}  cpu {values['cpu_sec']}  memory "
                 f"{values['peak_gb']}"
             )
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     options.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     options.add_argument("--resolutions", nargs="+", type=int, default=[512, 1024], metavar="PX")
@@ -186,20 +186,20 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-OF_PRODUCTS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx", "sve", "i8mm", "bf16")
+MATRIX_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx", "sve", "i8mm", "bf16")
 
 
-def cpu_flags(path: Path = Path("/proc/cpuinfo")) -> str:
+def read_cpu_flags(path: Path = Path("/proc/cpuinfo")) -> str:
     """The instructions that decide how fast this CPU multiplies matrices; "" where Linux does not
     tell."""
     told = path.read_text(encoding="utf-8") if path.exists() else ""
     line = re.search(r"^(?:flags|Features)\s*:(.*)", told, re.MULTILINE)
     return (
-        " ".join(flag for flag in line[1].split() if flag.startswith(OF_PRODUCTS)) if line else ""
+        " ".join(flag for flag in line[1].split() if flag.startswith(MATRIX_FLAGS)) if line else ""
     )
 
 
-def facts(options: argparse.Namespace) -> dict:
+def collect_facts(options: argparse.Namespace) -> dict:
     """The conditions that affect the figures."""
     import torch
 
@@ -208,12 +208,12 @@ def facts(options: argparse.Namespace) -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
-    machine["flags"] = cpu_flags()
+    machine["flags"] = read_cpu_flags()
     settings = {name: getattr(options, name) for name in ARM_SETTINGS}
     return {**machine, "torch": torch.__version__, "dtype": "bfloat16", "batch": 1, **settings}
 
 
-def wanted(options: argparse.Namespace) -> list[tuple[str, int]]:
+def list_pairs(options: argparse.Namespace) -> list[tuple[str, int]]:
     """(arm, resolution) pairs. The slow arms are timed at the smallest resolution only: they take
     minutes at 1024."""
     smallest = min(options.resolutions)
@@ -226,22 +226,22 @@ def wanted(options: argparse.Namespace) -> list[tuple[str, int]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
-    if options.alone:
-        arm, px = options.alone.split(":")
+    options = build_parser().parse_args(arguments)
+    if options.explain_missing_parts:
+        arm, px = options.explain_missing_parts.split(":")
         settings = {name: getattr(options, name) for name in ARM_SETTINGS}
         print(json.dumps(measure(arm, resolution_px=int(px), **settings)))
         return
     if options.quick:
         options.size, options.resolutions = "small", [64]
     results = []
-    for arm, px in wanted(options):
+    for arm, px in list_pairs(options):
         results.append(run_apart(arm, px, options))
         print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     show(results, options.resolutions)
     if options.json:
-        tables = {str(px): ratios(results, px) for px in options.resolutions}
-        report = {"settings": facts(options), "results": results, "ratios": tables}
+        tables = {str(px): compute_ratios(results, px) for px in options.resolutions}
+        report = {"settings": collect_facts(options), "results": results, "ratios": tables}
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 # Name -> the module that has it.
-_HOME = {
+_PUBLIC_MODULES = {
     "UserError": "errors",
     "Base": "base.base",
     "TrainConfig": "settings.train_config",
@@ -24,10 +24,10 @@ _HOME = {
     "evaluate_adapter": "evaluation.scoring",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", *_PUBLIC_MODULES]
 
 
-def wait_briefly() -> None:
+def set_openmp_waiting() -> None:
     """Let OpenMP's idle threads spin for a moment and then sleep, unless the environment chooses
     already.
 
@@ -40,7 +40,7 @@ def wait_briefly() -> None:
         os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 
 
-wait_briefly()
+set_openmp_waiting()
 # It warns of kernels and of a missing GPU as soon as PEFT imports it, even if nothing uses it.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -50,6 +50,6 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str):
-    if name not in _HOME:
+    if name not in _PUBLIC_MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_PUBLIC_MODULES[name]}"), name)

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-CONTROL = re.compile(
+CONTROL_CHARACTERS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f]|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
 """Control characters, and those that turn the direction of a line."""
-NO_MEMORY = re.compile(
+OUT_OF_MEMORY_MESSAGES = re.compile(
     r"can't allocate memory|failed to map segment|out of "
     r"memory|ALLOC_FAILED|AllocFailed|(CUBLAS|HIPBLAS|CUDNN)_STATUS_NOT_INITIALIZED|could not "
     r"create a (primitive|memory object)$"
@@ -19,25 +19,25 @@ NO_MEMORY = re.compile(
 drivers, of libraries, and of oneDNN."""
 
 
-def spelled_out(text: str) -> str:
+def escape_control_characters(text: str) -> str:
     """Undecodable bytes, which file names may have, become `\\udcff`, control characters `\\x1b`
     and `\\u202e`, for any file and terminal. Line feeds and tabs stay."""
     decodable = text.encode("utf-8", "backslashreplace").decode()
-    return CONTROL.sub(lambda found: escape(ord(found[0])), decodable)
+    return CONTROL_CHARACTERS.sub(lambda found: format_escape(ord(found[0])), decodable)
 
 
-def escape(letter: int) -> str:
+def format_escape(letter: int) -> str:
     """A character's number as Python writes it in a string."""
     return f"\\x{letter:02x}" if letter < 256 else f"\\u{letter:04x}"
 
 
-def one_line(error: object, most: int = 200) -> str:
+def format_error(error: object, max_characters: int = 200) -> str:
     """Another library's error as one line of at most `most` characters; its type if it is empty."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return text if len(text) <= max_characters else text[: max_characters - 1] + "…"
 
 
-def first_problem(error: "ValidationError") -> str:
+def format_validation_error(error: "ValidationError") -> str:
     """What is wrong with the first wrong value that pydantic has found, after its name."""
     found = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in found["loc"])
@@ -47,7 +47,7 @@ def first_problem(error: "ValidationError") -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was lacking, on any device: each library says it in its own words."""
     is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return is_named or bool(NO_MEMORY.search(str(error)))
+    return is_named or bool(OUT_OF_MEMORY_MESSAGES.search(str(error)))
 
 
 class StopRequestedError(Exception):
@@ -59,4 +59,4 @@ class UserError(ValueError):
     traceback)."""
 
     def __init__(self, text: str):
-        super().__init__(spelled_out(text))
+        super().__init__(escape_control_characters(text))

@@ -17,15 +17,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from dreambooth_moslora.disk.atomic import atomic_write
+from dreambooth_moslora.disk.atomic import write_atomic
 
 
 def write_png(path: Path, image: Image.Image) -> None:
     """Write a PNG, whatever the path's suffix. The folder must exist."""
-    atomic_write(path, png_bytes(image))
+    write_atomic(path, encode_png(image))
 
 
-def png_bytes(image: Image.Image) -> bytes:
+def encode_png(image: Image.Image) -> bytes:
     """The picture as the content of a PNG file."""
     buffer = BytesIO()
     image.save(buffer, format="PNG")
@@ -33,9 +33,9 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 # Colours of a contact sheet: titles, captions, the sheet.
-INK = "#1b1b1f"
-FAINT = "#6a6a72"
-PAPER = "#ffffff"
+TITLE_COLOUR = "#1b1b1f"
+CAPTION_COLOUR = "#6a6a72"
+SHEET_COLOUR = "#ffffff"
 GAP_PX = 8  # Between its pictures.
 MARGIN_PX = 20  # Around them.
 SPACING_PX = 8  # Between two lines of a text.
@@ -43,7 +43,7 @@ MAX_COLUMNS = 6  # Most pictures on a line.
 
 
 @dataclass(frozen=True)
-class Row:
+class SheetRow:
     """One row of a contact sheet: pictures under a title."""
 
     title: str
@@ -51,15 +51,15 @@ class Row:
     captions: tuple[str, ...] = ()  # drawn under the pictures, one each, if any
 
 
-def draw_contact_sheet(rows: list[Row], path: Path, tile_px: int = 192) -> None:
+def draw_contact_sheet(rows: list[SheetRow], path: Path, tile_px: int = 192) -> None:
     """Write the rows that have pictures, at most MAX_COLUMNS of them on a line, as one PNG."""
     rows = [row for row in rows if row.images]
     columns = min(MAX_COLUMNS, max(len(row.images) for row in rows))
-    strips = [drawn_row(row, columns, tile_px) for row in rows]
+    strips = [draw_row(row, columns, tile_px) for row in rows]
     # One below the other, on a sheet as large as they need.
     width = 2 * MARGIN_PX + strips[0].width
     height = 2 * MARGIN_PX + sum(strip.height for strip in strips)
-    sheet = Image.new("RGB", (width, height), PAPER)
+    sheet = Image.new("RGB", (width, height), SHEET_COLOUR)
     top = MARGIN_PX
     for strip in strips:
         sheet.paste(strip, (MARGIN_PX, top))
@@ -67,34 +67,34 @@ def draw_contact_sheet(rows: list[Row], path: Path, tile_px: int = 192) -> None:
     write_png(path, sheet)
 
 
-def drawn_row(row: Row, columns: int, tile_px: int) -> Image.Image:
+def draw_row(row: SheetRow, columns: int, tile_px: int) -> Image.Image:
     """The row with its title, its captions, and a gap below it."""
     font = ImageFont.load_default(max(11, tile_px // 14))
     line_px = font.size + SPACING_PX
     width = columns * (tile_px + GAP_PX) - GAP_PX
     # The title, in one line or two.
-    title = two_lines(row.title, font, width)
+    title = wrap_text(row.title, font, width)
     first = (title.count("\n") + 1) * line_px
     step = tile_px + GAP_PX + (2 * line_px if row.captions else 0)
     lines = -(-len(row.images) // columns)
-    strip = Image.new("RGB", (width, first + lines * step + GAP_PX), PAPER)
+    strip = Image.new("RGB", (width, first + lines * step + GAP_PX), SHEET_COLOUR)
     draw = ImageDraw.Draw(strip)
-    draw.text((0, 0), title, fill=INK, font=font, spacing=SPACING_PX)
+    draw.text((0, 0), title, fill=TITLE_COLOUR, font=font, spacing=SPACING_PX)
     # The pictures, each whole in a square, with its caption below.
     for number, image in enumerate(row.images):
         line, column = divmod(number, columns)
         left = column * (tile_px + GAP_PX)
         top = first + line * step
-        tile = ImageOps.pad(image.convert("RGB"), (tile_px, tile_px), color=PAPER)
+        tile = ImageOps.pad(image.convert("RGB"), (tile_px, tile_px), color=SHEET_COLOUR)
         strip.paste(tile, (left, top))
         if row.captions:
-            caption = two_lines(row.captions[number], font, tile_px)
+            caption = wrap_text(row.captions[number], font, tile_px)
             place = (left, top + tile_px + 2)
-            draw.text(place, caption, fill=FAINT, font=font, spacing=SPACING_PX)
+            draw.text(place, caption, fill=CAPTION_COLOUR, font=font, spacing=SPACING_PX)
     return strip
 
 
-def two_lines(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
+def wrap_text(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
     """The text in at most two lines of about `width_px`; an ellipsis ends it if cut."""
     character_px = font.getlength(text) / max(1, len(text))
     most = int(width_px / max(1, character_px))
@@ -102,16 +102,16 @@ def two_lines(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
 
 
 # A cell of a table that is set like a number: one, or several with their signs.
-NUMERIC = re.compile(r"[-+\d., /%()\[\]e]+")
+NUMERIC_CELL = re.compile(r"[-+\d., /%()\[\]e]+")
 
 
 def render(template: str, **values: object) -> str:
     """The page that a template makes of the values. Their text is escaped, but not for Markdown."""
-    return environment().get_template(template).render(values)
+    return build_environment().get_template(template).render(values)
 
 
 @cache
-def environment() -> Environment:
+def build_environment() -> Environment:
     """The templates, with `image | jpeg(side_px)` and `figure | png` for pictures, and `text is
     numeric`."""
     found = Environment(
@@ -121,26 +121,26 @@ def environment() -> Environment:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    found.filters |= {"jpeg": jpeg_url, "png": png_url}
-    found.tests["numeric"] = NUMERIC.fullmatch
+    found.filters |= {"jpeg": encode_image_url, "png": encode_figure_url}
+    found.tests["numeric"] = NUMERIC_CELL.fullmatch
     return found
 
 
-def jpeg_url(image: Image.Image, side_px: int) -> str:
+def encode_image_url(image: Image.Image, side_px: int) -> str:
     """The picture, at most `side_px` large, as the address of an <img>."""
     small = image.convert("RGB")
     small.thumbnail((side_px, side_px))
     buffer = BytesIO()
     small.save(buffer, "JPEG", quality=88)
-    return data_url("jpeg", buffer)
+    return format_data_url("jpeg", buffer)
 
 
-def png_url(plot: Figure) -> str:
+def encode_figure_url(plot: Figure) -> str:
     """The plot as the address of an <img>."""
     buffer = BytesIO()
     plot.savefig(buffer, format="png", dpi=110)
-    return data_url("png", buffer)
+    return format_data_url("png", buffer)
 
 
-def data_url(kind: str, buffer: BytesIO) -> str:
+def format_data_url(kind: str, buffer: BytesIO) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -14,31 +14,31 @@ if TYPE_CHECKING:
     import torch
 
 
-def seed_of(*names: object) -> int:
+def compute_seed(*names: object) -> int:
     """A 63-bit seed for this combination of names and numbers."""
     digest = hashlib.blake2b("/".join(map(str, names)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
-def rng(*names: object) -> random.Random:
+def seed_rng(*names: object) -> random.Random:
     """Python's generator, for crops and orders."""
-    return random.Random(seed_of(*names))
+    return random.Random(compute_seed(*names))
 
 
-def generator(*names: object) -> "torch.Generator":
+def seed_generator(*names: object) -> "torch.Generator":
     """A CPU generator: its numbers do not depend on the device that trains."""
     import torch
 
-    return torch.Generator().manual_seed(seed_of(*names))
+    return torch.Generator().manual_seed(compute_seed(*names))
 
 
-def place_of(position: int, length: int, *names: object) -> tuple[int, int]:
+def shuffle_index(index: int, length: int, *names: object) -> tuple[int, int]:
     """(epoch, slot) at `position`, when `length` slots are shuffled anew in each epoch."""
-    epoch, offset = divmod(position, length)
-    return epoch, permutation(length, *names, epoch)[offset]
+    epoch, offset = divmod(index, length)
+    return epoch, shuffle_range(length, *names, epoch)[offset]
 
 
 @lru_cache(maxsize=64)  # a run asks for one epoch's many times, of each of its subjects
-def permutation(length: int, *names: object) -> tuple[int, ...]:
+def shuffle_range(length: int, *names: object) -> tuple[int, ...]:
     """The numbers from 0 to `length` - 1 in the order of these names."""
-    return tuple(rng("order", *names).sample(range(length), length))
+    return tuple(seed_rng("order", *names).sample(range(length), length))

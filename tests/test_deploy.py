@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from dreambooth_moslora.cli.parser import Parser, underscored
+from dreambooth_moslora.cli.parser import CommandParser, normalize_flags
 from dreambooth_moslora.extras.serving import command_serve
 from dreambooth_moslora.extras.serving.front import ServeSettings
 
@@ -26,9 +26,9 @@ def token(monkeypatch):
 
 def settings_of(words: list[str]) -> ServeSettings:
     """What `serve` would start with. Raises UserError."""
-    parser = Parser(prog="serve")
+    parser = CommandParser(prog="serve")
     command_serve.serve_arguments(parser)
-    return command_serve.settings_of(parser.parse_args(underscored(words)))
+    return command_serve.build_settings(parser.parse_args(normalize_flags(words)))
 
 
 def content(name: str) -> dict:

@@ -10,13 +10,13 @@ import torch
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.paths import (
-    assets_folder,
     find_asset,
-    free_name,
-    public_name,
+    find_free_name,
+    get_assets_folder,
+    get_public_name,
 )
-from dreambooth_moslora.errors import UserError, spelled_out
-from dreambooth_moslora.seeds import generator, place_of, rng, seed_of
+from dreambooth_moslora.errors import UserError, escape_control_characters
+from dreambooth_moslora.seeds import compute_seed, seed_generator, seed_rng, shuffle_index
 from dreambooth_moslora.values import is_finite_number, is_number
 from tests.helpers.command_line import parse_train_config
 
@@ -33,15 +33,15 @@ def test_a_public_name_holds_no_path_and_a_folder_here_is_called_by_its_own_name
     tmp_path, monkeypatch
 ):
     for name in ("stabilityai/sdxl-base-1.0", "toy", ""):
-        assert public_name(name) == name
+        assert get_public_name(name) == name
     for path in ("/data/me/x", "./me/x", "~nobody/x", "C:\\Users\\me\\x", Path("/data/me/x")):
-        assert public_name(path) == "x"
+        assert get_public_name(path) == "x"
     folder = tmp_path / "me" / "sdxl"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
-    assert public_name(".") == "sdxl"
+    assert get_public_name(".") == "sdxl"
     monkeypatch.chdir(tmp_path)
-    assert public_name("me/sdxl") == "sdxl", "it looks like a hub id, and is a folder"
+    assert get_public_name("me/sdxl") == "sdxl", "it looks like a hub id, and is a folder"
 
 
 @pytest.mark.parametrize(
@@ -76,19 +76,19 @@ def test_a_record_is_read_by_its_types_or_its_first_wrong_value_is_named(
 
 def test_the_first_free_name():
     taken = {"dog", "dog_2", "dog_1"}
-    assert free_name("cat", taken.__contains__) == "cat"
-    assert free_name("dog", taken.__contains__) == "dog_3"
-    assert free_name("dog", taken.__contains__, "-") == "dog-2"
-    assert free_name("dog", taken.__contains__, is_numbered=True) == "dog_3"
-    assert free_name("cat", taken.__contains__, is_numbered=True) == "cat_1"
+    assert find_free_name("cat", taken.__contains__) == "cat"
+    assert find_free_name("dog", taken.__contains__) == "dog_3"
+    assert find_free_name("dog", taken.__contains__, "-") == "dog-2"
+    assert find_free_name("dog", taken.__contains__, is_numbered=True) == "dog_3"
+    assert find_free_name("cat", taken.__contains__, is_numbered=True) == "cat_1"
 
 
 def test_letters_that_turn_the_direction_of_a_line_are_spelled_out_and_those_of_every_script_stay():
     """`gpj.exe` behind U+202E reads as `exe.jpg` on a terminal."""
     turned = "a\u202egpj.exe\u2069 \u200fa\x1b[0m\x85\r"
-    assert spelled_out(turned) == r"a\u202egpj.exe\u2069 \u200fa\x1b[0m\x85\x0d"
+    assert escape_control_characters(turned) == r"a\u202egpj.exe\u2069 \u200fa\x1b[0m\x85\x0d"
     text = "café 雪 шар כלב 👩\u200d🚀\n\t"
-    assert spelled_out(text) == text
+    assert escape_control_characters(text) == text
 
 
 def test_a_bool_is_no_number_and_what_no_float_can_hold_is_not_finite():
@@ -103,31 +103,34 @@ def test_a_bool_is_no_number_and_what_no_float_can_hold_is_not_finite():
 
 def test_seeds_depend_on_every_name_and_on_nothing_else():
     seeds = {
-        seed_of(*names)
+        compute_seed(*names)
         for names in ((0, "noise", 1), (0, "noise", 2), (1, "noise", 1), (0, "crop", 1))
     }
     assert len(seeds) == 4
-    one, other = (torch.randn(4, generator=generator(7, "a")) for _ in range(2))
+    one, other = (torch.randn(4, generator=seed_generator(7, "a")) for _ in range(2))
     assert torch.equal(one, other)
-    assert rng(7, "a").random() == rng(7, "a").random()
-    assert seed_of("ab", "c") != seed_of("a", "bc") and seed_of(7, "crop", 3) == 2131499920990350508
+    assert seed_rng(7, "a").random() == seed_rng(7, "a").random()
+    assert (
+        compute_seed("ab", "c") != compute_seed("a", "bc")
+        and compute_seed(7, "crop", 3) == 2131499920990350508
+    )
 
 
 def test_each_epoch_shows_every_slot_once_in_a_new_order():
-    places = [place_of(position, 5, 0, "instance") for position in range(15)]
+    places = [shuffle_index(position, 5, 0, "instance") for position in range(15)]
     assert [epoch for epoch, _ in places] == [0] * 5 + [1] * 5 + [2] * 5
     epochs = [tuple(slot for e, slot in places if e == epoch) for epoch in range(3)]
     assert all(sorted(epoch) == list(range(5)) for epoch in epochs) and len(set(epochs)) > 1
-    assert [place_of(position, 5, 0, "instance") for position in reversed(range(15))] == places[
-        ::-1
-    ]
+    assert [
+        shuffle_index(position, 5, 0, "instance") for position in reversed(range(15))
+    ] == places[::-1]
 
 
 def test_a_recipe_and_its_photos_are_found_from_any_folder_and_what_is_here_goes_first(
     tmp_path, monkeypatch
 ):
     """In a clone, assets lie beside the package."""
-    assert assets_folder() == ROOT / "assets"
+    assert get_assets_folder() == ROOT / "assets"
     assert Base.find("toy").folder == ROOT / "assets" / "toy-sdxl"
     monkeypatch.chdir(tmp_path)
     config = parse_train_config(["--config", "assets/configs/quickstart.toml"])

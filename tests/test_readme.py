@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.base.devices import CUDA, ROCM, WHEELS
-from dreambooth_moslora.cli.main import COMMANDS, command
-from dreambooth_moslora.cli.parser import Parser, underscored
+from dreambooth_moslora.base.devices import CUDA_BUILD, ROCM_BUILD, WHEELS_COMMAND
+from dreambooth_moslora.cli.main import COMMANDS, load_command
+from dreambooth_moslora.cli.parser import CommandParser, normalize_flags
 from dreambooth_moslora.cli.train_flags import build_train_parser
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.lora.metadata import dora_table
+from dreambooth_moslora.lora.metadata import format_dora_table
 from dreambooth_moslora.ui import app as serve
 from tests.helpers.command_line import parse_train_config
 
@@ -82,15 +82,15 @@ def command_lines(path: Path) -> list[str]:
 ALL_LINES = sorted({line for path in DOCUMENTS for line in command_lines(path)})
 
 
-def command_parser(name: str) -> Parser:
-    parser = Parser(prog=name)
-    add_arguments, _ = command(name)
+def command_parser(name: str) -> CommandParser:
+    parser = CommandParser(prog=name)
+    add_arguments, _ = load_command(name)
     add_arguments(parser)
     return parser
 
 
-def app_parser() -> Parser:
-    parser = Parser(prog="app.py")
+def app_parser() -> CommandParser:
+    parser = CommandParser(prog="app.py")
     serve.add_arguments(parser)
     return parser
 
@@ -107,7 +107,7 @@ def understand(line: str) -> None:
         case ["pip", "install", "."]:
             require((ROOT / "pyproject.toml").is_file(), line)
         case ["pip", "install", *words] if "torch" in words:
-            wheels = {f"{WHEELS}{build}" for build in (CUDA, ROCM)}
+            wheels = {f"{WHEELS_COMMAND}{build}" for build in (CUDA_BUILD, ROCM_BUILD)}
             require(
                 line in wheels | {wheel.replace("--force-reinstall ", "") for wheel in wheels}, line
             )
@@ -128,7 +128,7 @@ def understand(line: str) -> None:
             app_parser().parse_args(words)
         case ["python", "-m", "dreambooth_moslora", name, *words]:
             require(name in COMMANDS, name)
-            command_parser(name).parse_args(underscored(words))
+            command_parser(name).parse_args(normalize_flags(words))
         case ["python", "-m", "pytest", *words]:
             require(all((ROOT / word).exists() for word in words if word.startswith("tests")), line)
         case ["mkdocs", "build", "--strict"] | ["mkdocs", "serve"]:
@@ -277,7 +277,7 @@ def test_the_snippet_for_diffusers_asks_for_a_gpu_and_fp16_and_draws_with_the_to
 
 
 def test_the_readme_is_short_and_the_docs_say_by_program_what_dora_in_kohya_s_form_is():
-    assert len(read(README).split()) <= MAX_WORDS and dora_table() in read(
+    assert len(read(README).split()) <= MAX_WORDS and format_dora_table() in read(
         ROOT / "docs" / "training.md"
     )
 

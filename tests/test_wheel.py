@@ -115,11 +115,11 @@ def test_help_names_the_command_as_it_was_typed(run):
 
 READ = """
 from PIL import Image
-from dreambooth_moslora.disk.paths import assets_folder
+from dreambooth_moslora.disk.paths import get_assets_folder
 from dreambooth_moslora.photos.captions import load_captioner
 from dreambooth_moslora.photos.masks import load_segmenter
 from dreambooth_moslora.settings.train_config import TrainConfig
-folder = assets_folder() / "subjects" / "rocket"
+folder = get_assets_folder() / "subjects" / "rocket"
 config = TrainConfig(instance_data_dir=str(folder), instance_prompt="a photo of a sks rocket")
 photo = Image.open(sorted(folder.glob("*.jpg"))[0])
 mask = load_segmenter(config).mask(photo)
@@ -190,7 +190,7 @@ def drawn(pipeline: StableDiffusionXLPipeline, prompt: str, count: int) -> torch
     pictures = pipeline(
         [prompt] * count, num_inference_steps=8, guidance_scale=2.5, generator=seeds
     ).images
-    return metrics.load_encoders("toy").dino_images(pictures)
+    return metrics.load_encoders("toy").embed_dino_images(pictures)
 
 
 def test_the_subject_is_learnt_and_its_class_stays_varied(tmp_path):
@@ -199,7 +199,7 @@ def test_the_subject_is_learnt_and_its_class_stays_varied(tmp_path):
     places = {"instance_data_dir": str(rocket), "output_dir": str(tmp_path / "rocket")}
     run = train(replace(config, max_train_steps=40, num_validation_images=0, **places))
     photos = [Image.open(path).convert("RGB") for path in sorted(rocket.glob("*.jpg"))]
-    wanted = metrics.load_encoders("toy").dino_images(photos)
+    wanted = metrics.load_encoders("toy").embed_dino_images(photos)
     pipeline = StableDiffusionXLPipeline.from_pretrained(ROOT / "assets" / "toy-sdxl")
     pipeline.set_progress_bar_config(disable=True)
     words = {"subject": "a photo of a sks rocket in a forest", "class": "a photo of a rocket"}

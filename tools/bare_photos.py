@@ -16,13 +16,13 @@ from pathlib import Path
 
 from PIL import Image
 
-__all__ = ["cut", "main"]
+__all__ = ["crop_strip", "main"]
 
 PHOTOS = Path("assets/subjects")
 SUBJECTS = ("bear", "rocket", "long_eared_rabbit")
 
 
-def cut(photo: Image.Image, mask: Image.Image, wide: bool) -> Image.Image:
+def crop_strip(photo: Image.Image, mask: Image.Image, wide: bool) -> Image.Image:
     """4:3 or 3:4 of a square photo: the strip whose middle is nearest to the middle of the mask's
     white part."""
     side, short = photo.width, photo.width * 3 // 4
@@ -39,7 +39,9 @@ def write(subject: str, folder: Path, captions: bool = False) -> None:
     shutil.copy(PHOTOS / subject / "subject.json", folder)
     for number, path in enumerate(sorted((PHOTOS / subject).glob("*.jpg"))):
         mask = Image.open(path.with_suffix(".mask.png")).convert("L")
-        cut(Image.open(path), mask, wide=number % 2 == 0).save(folder / path.name, quality=90)
+        crop_strip(Image.open(path), mask, wide=number % 2 == 0).save(
+            folder / path.name, quality=90
+        )
     facts = json.loads((folder / "subject.json").read_text(encoding="utf-8"))
     run("check", str(folder), facts["class_word"], "--make_masks", "--no_picture")
     if captions:

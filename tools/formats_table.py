@@ -9,12 +9,12 @@ from pathlib import Path
 
 from dreambooth_moslora.lora import key_names
 from dreambooth_moslora.lora.key_names import DIFFUSERS, KOHYA, PREFIXES
-from dreambooth_moslora.settings.family_facts import FAMILIES, Facts
+from dreambooth_moslora.settings.family_facts import FAMILIES, FamilyFacts
 
-__all__ = ["KINDS", "TOOLS", "is_read", "is_written", "main", "page"]
+__all__ = ["KINDS", "TOOLS", "is_read", "is_written", "main", "render_page"]
 
-OUT = Path(__file__).resolve().parents[1] / "docs" / "formats.md"
-HEAD = """# Files of other tools
+OUT_PATH = Path(__file__).resolve().parents[1] / "docs" / "formats.md"
+PAGE_HEAD = """# Files of other tools
 
 `python -m tools.formats_table` writes this page from the tables of keys in
 `dreambooth_moslora/lora/key_names.py`. A test reads a file for each cell, and compares each layer's
@@ -35,22 +35,22 @@ PARTS = {
     "DoRA": {"down", "up", "dora_scale", "magnitude"},
 }
 KINDS = tuple(PARTS)
-WRITTEN = ("LoRA", "DoRA")
+WRITTEN_KINDS = ("LoRA", "DoRA")
 
 
 def main() -> None:
-    OUT.write_text(page(), encoding="utf-8")
-    print(f"written: {OUT}")
+    OUT_PATH.write_text(render_page(), encoding="utf-8")
+    print(f"written: {OUT_PATH}")
 
 
-def page() -> str:
+def render_page() -> str:
     rows = [" | ".join(["family", *TOOLS]), " | ".join(["---"] * (1 + len(TOOLS)))]
     for facts in FAMILIES:
-        rows.append(" | ".join([facts.title, *(cell(tool, facts) for tool in TOOLS)]))
-    return "\n".join([HEAD, *rows, ""])
+        rows.append(" | ".join([facts.title, *(format_cell(tool, facts) for tool in TOOLS)]))
+    return "\n".join([PAGE_HEAD, *rows, ""])
 
 
-def cell(tool: str, facts: Facts) -> str:
+def format_cell(tool: str, facts: FamilyFacts) -> str:
     """The kinds that are read, those that are written too in bold; "all" for four that are read."""
     found = []
     for kind in KINDS:
@@ -59,17 +59,17 @@ def cell(tool: str, facts: Facts) -> str:
     return "all" if found == list(KINDS) else ", ".join(found) or "–"
 
 
-def is_read(tool: str, facts: Facts, kind: str) -> bool:
+def is_read(tool: str, facts: FamilyFacts, kind: str) -> bool:
     """Whether the tool has a prefix of the family's denoiser, and the kind's endings are known."""
     known = {row.part for row in key_names.ENDINGS}
     names = any(row.tool == tool and facts.denoiser in row.components for row in PREFIXES)
     return names and known >= PARTS[kind]
 
 
-def is_written(tool: str, facts: Facts, kind: str) -> bool:
+def is_written(tool: str, facts: FamilyFacts, kind: str) -> bool:
     """Every run writes diffusers' keys, and one of a UNet kohya's too."""
     is_kohya = tool == KOHYA and facts.denoiser in key_names.WRITTEN_PREFIXES
-    return kind in WRITTEN and (tool == DIFFUSERS or is_kohya)
+    return kind in WRITTEN_KINDS and (tool == DIFFUSERS or is_kohya)
 
 
 if __name__ == "__main__":

@@ -50,28 +50,28 @@ TILE_PX, GAP_PX, CAPTION_PX, LABEL_PX = 256, 8, 96, 110
 FONT_PX = 22
 
 
-def program(*words: str | Path, folder: Path = ROOT) -> None:
+def run_program(*arguments: str | Path, folder: Path = ROOT) -> None:
     """Run a Python program of the project in a folder. Raises CalledProcessError if it fails."""
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": paths}
-    command = [sys.executable, *map(str, words)]
+    command = [sys.executable, *map(str, arguments)]
     subprocess.run(command, cwd=folder, env=environment, check=True)
 
 
-def trained(work: Path, name: str, *flags: str | Path) -> Path:
+def get_trained_run(work: Path, name: str, *flags: str | Path) -> Path:
     """The run folder of `assets/configs/NAME.toml`, trained now if WORK does not hold it."""
     run = work / name
     if not RunDir(run).adapter_path.is_file():
         config = ASSETS / "configs" / f"{name}.toml"
-        program("train_dreambooth.py", "--config", config, "--output_dir", run, *flags)
+        run_program("train_dreambooth.py", "--config", config, "--output_dir", run, *flags)
     return run
 
 
-def strip(work: Path) -> Path:
+def draw_strip(work: Path) -> Path:
     """One photo of the rocket, and what toy-zimage draws in four places before and after training:
     the same prompts and noise, without and with the adapter."""
     pipeline = SubjectPipeline.from_base("toy-zimage")
-    rocket = pipeline.load_adapter(trained(work, "toy_zimage"))
+    rocket = pipeline.load_adapter(get_trained_run(work, "toy_zimage"))
     rows = {"before": (), "after": ((rocket, 1.0),)}
 
     # The left column: the photo, between the two rows
@@ -83,7 +83,7 @@ def strip(work: Path) -> Path:
     font = ImageFont.load_default(size=FONT_PX)
     photo_top = CAPTION_PX + step // 2
     with Image.open(ASSETS / "subjects" / "rocket" / "00.jpg") as photo:
-        sheet.paste(enlarged(photo), (0, photo_top))
+        sheet.paste(resize_tile(photo), (0, photo_top))
     draw.text((0, photo_top - FONT_PX - GAP_PX), "one of 5 photos", "black", font)
 
     # A column for each prompt, a row without and one with the adapter
@@ -94,7 +94,7 @@ def strip(work: Path) -> Path:
         for row, adapters in enumerate(rows.values()):
             params = GenerationParams(prompt, seed=seed, adapters=adapters)
             (image,) = pipeline.draw(params)
-            sheet.paste(enlarged(image.pixels), (left, CAPTION_PX + row * step))
+            sheet.paste(resize_tile(image.pixels), (left, CAPTION_PX + row * step))
     for row, label in enumerate(rows):
         middle = (pictures_left - LABEL_PX // 2, CAPTION_PX + row * step + TILE_PX // 2)
         draw.text(middle, label, "black", font, anchor="mm")
@@ -104,20 +104,20 @@ def strip(work: Path) -> Path:
     return picture
 
 
-def enlarged(picture: Image.Image) -> Image.Image:
+def resize_tile(picture: Image.Image) -> Image.Image:
     """The picture as a tile of the strip."""
     return picture.convert("RGB").resize((TILE_PX, TILE_PX), Image.Resampling.LANCZOS)
 
 
-def quick_start(work: Path) -> Path:
-    return RunDir(trained(work, "quickstart")).contact_sheet_path
+def make_quick_start(work: Path) -> Path:
+    return RunDir(get_trained_run(work, "quickstart")).contact_sheet_path
 
 
-def toy_zimage(work: Path) -> Path:
-    return RunDir(trained(work, "toy_zimage")).contact_sheet_path
+def make_toy_zimage(work: Path) -> Path:
+    return RunDir(get_trained_run(work, "toy_zimage")).contact_sheet_path
 
 
-def overtrained_run(work: Path) -> Path:
+def get_overtrained_run(work: Path) -> Path:
     """Of bare photos, scored while it trains."""
     bare = work / "bare"
     bare.mkdir(exist_ok=True)
@@ -127,34 +127,34 @@ def overtrained_run(work: Path) -> Path:
     ]:
         shutil.copy(path, bare)
     flags = ["--evaluate_steps", "80", "--num_validation_images", "4"]
-    return trained(work, "overtrained", "--instance_data_dir", bare, *flags)
+    return get_trained_run(work, "overtrained", "--instance_data_dir", bare, *flags)
 
 
-def overtrained(work: Path) -> Path:
-    return RunDir(overtrained_run(work)).contact_sheet_path
+def make_overtrained(work: Path) -> Path:
+    return RunDir(get_overtrained_run(work)).contact_sheet_path
 
 
-def scores_while_training(work: Path) -> Path:
-    return RunDir(overtrained_run(work)).loss_plot_path
+def make_score_plot(work: Path) -> Path:
+    return RunDir(get_overtrained_run(work)).loss_plot_path
 
 
 def check_crops(work: Path) -> Path:
     photos = ASSETS / "subjects" / "rocket"
-    program("-m", "dreambooth_moslora", "check", photos, "rocket", folder=work)
+    run_program("-m", "dreambooth_moslora", "check", photos, "rocket", folder=work)
     return work / "rocket_crops.png"
 
 
-def toy_base(work: Path) -> Path:
+def make_toy_base(work: Path) -> Path:
     """A hundred pictures of combinations that no training picture showed."""
     out = work / "toy_base"
     options = ["--images", "100", "--groups", "held-out combinations", "--no_timings"]
-    program(
+    run_program(
         "-m", "toybox.measures.evaluate_base", "--base", ASSETS / "toy-sdxl", "--out", out, *options
     )
     return next(out.glob("*.png"))
 
 
-def recipe(work: Path) -> Path:
+def make_recipe(work: Path) -> Path:
     """Of the six subjects, trained by one word each."""
     sheet = work / "recipe.png"
     runs = []
@@ -162,21 +162,23 @@ def recipe(work: Path) -> Path:
         photos, run = ASSETS / "subjects" / subject, work / "one_word" / subject
         class_word = json.loads((photos / "subject.json").read_text(encoding="utf-8"))["class_word"]
         if not RunDir(run).adapter_path.is_file():
-            program("-m", "dreambooth_moslora", "train", photos, class_word, "--output_dir", run)
+            run_program(
+                "-m", "dreambooth_moslora", "train", photos, class_word, "--output_dir", run
+            )
         runs.append(run)
-    program("-m", "tools.subject_sheet", *runs, "--out", sheet)
+    run_program("-m", "tools.subject_sheet", *runs, "--out", sheet)
     return sheet
 
 
 JPEGS: dict[str, tuple[Callable[[Path], Path], int]] = {
-    "strip": (strip, 1200),
-    "quick_start": (quick_start, 1032),
-    "toy_zimage": (toy_zimage, 1032),
-    "toy_base": (toy_base, 1280),
-    "overtrained": (overtrained, 800),
-    "scores_while_training": (scores_while_training, 1100),
+    "strip": (draw_strip, 1200),
+    "quick_start": (make_quick_start, 1032),
+    "toy_zimage": (make_toy_zimage, 1032),
+    "toy_base": (make_toy_base, 1280),
+    "overtrained": (make_overtrained, 800),
+    "scores_while_training": (make_score_plot, 1100),
     "check_crops": (check_crops, 900),
-    "recipe": (recipe, 712),
+    "recipe": (make_recipe, 712),
 }
 """Name -> what makes the picture in WORK, and its width in `assets/pictures`, px."""
 
@@ -185,18 +187,21 @@ def sample_adapter(work: Path, out: Path) -> None:
     """OUT/adapters/rocket.safetensors, by the recipe for the embedded base."""
     exported = work / "rocket"
     options = ["--dtype", "fp16", "--out", exported]
-    program("-m", "dreambooth_moslora", "export", trained(work, "toy"), *options)
+    run_program("-m", "dreambooth_moslora", "export", get_trained_run(work, "toy"), *options)
     (out / "adapters").mkdir(exist_ok=True)
     shutil.copy(RunDir(exported).adapter_path, out / "adapters" / "rocket.safetensors")
 
 
-def page(work: Path, out: Path) -> None:
-    program(
+def make_page_pictures(work: Path, out: Path) -> None:
+    run_program(
         "-m", "tools.screenshots", "--adapters_dir", out / "adapters", "--out", out / "pictures"
     )
 
 
-OTHERS: dict[str, Callable[[Path, Path], None]] = {"sample_adapter": sample_adapter, "page": page}
+OTHER_PICTURES: dict[str, Callable[[Path, Path], None]] = {
+    "sample_adapter": sample_adapter,
+    "page": make_page_pictures,
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -209,14 +214,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=ASSETS, help="folder with pictures/ and adapters/"
     )
-    parser.add_argument("--only", nargs="+", choices=[*OTHERS, *JPEGS], default=[*OTHERS, *JPEGS])
+    parser.add_argument(
+        "--only", nargs="+", choices=[*OTHER_PICTURES, *JPEGS], default=[*OTHER_PICTURES, *JPEGS]
+    )
     args = parser.parse_args(argv)
     work, out = args.work.resolve(), args.out.resolve()
     for folder in (work, out / "pictures"):
         folder.mkdir(parents=True, exist_ok=True)
     for name in args.only:
-        if name in OTHERS:
-            OTHERS[name](work, out)
+        if name in OTHER_PICTURES:
+            OTHER_PICTURES[name](work, out)
         else:
             make, width = JPEGS[name]
             save_jpeg(make(work), out / "pictures" / f"{name}.jpg", width)

@@ -59,7 +59,7 @@ def main() -> None:
         server, url = start_app(args.base, Path(scratch), "--adapters_dir", str(args.adapters_dir))
         try:
             with chromium() as browser, visit(browser, url, size=SIZE) as visited:
-                photograph(visited.page, args)
+                save_screenshots(visited.page, args)
         finally:
             server.terminate()
             server.wait()
@@ -90,7 +90,7 @@ def start_app(base: str, scratch: Path, *options: str) -> tuple[subprocess.Popen
     raise SystemExit((scratch / "app.log").read_text())
 
 
-def photograph(page: Page, args: argparse.Namespace) -> None:
+def save_screenshots(page: Page, args: argparse.Namespace) -> None:
     """Play each scene, and take the whole page."""
     for name in args.only:
         SCENES[name](page, args)
@@ -104,9 +104,9 @@ def photograph(page: Page, args: argparse.Namespace) -> None:
         wait_for(page, "train_status", "Stopped")
 
 
-def wait_for(page: Page, elem_id: str, words: str) -> None:
+def wait_for(page: Page, elem_id: str, text: str) -> None:
     page.wait_for_function(
-        "([id, w]) => document.getElementById(id)?.innerText.includes(w)", arg=[elem_id, words]
+        "([id, w]) => document.getElementById(id)?.innerText.includes(w)", arg=[elem_id, text]
     )
 
 

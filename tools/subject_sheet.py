@@ -16,20 +16,20 @@ from PIL import Image
 
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.pictures import Row, draw_contact_sheet
-from toybox.measures.grades import drawn_in_places
+from dreambooth_moslora.pictures import SheetRow, draw_contact_sheet
+from toybox.measures.grades import generate_places
 
-__all__ = ["main", "rows"]
+__all__ = ["main", "build_rows"]
 
 
-def rows(runs: list[Path]) -> Iterator[Row]:
+def build_rows(runs: list[Path]) -> Iterator[SheetRow]:
     """A row of five pictures for each run."""
     subject = SubjectPipeline.from_base("toy")
     for run in runs:
         settings = json.loads(RunDir(run).config_path.read_text(encoding="utf-8"))
         photo = min(Path(settings["instance_data_dir"]).glob("*.jpg"))
-        drawn = drawn_in_places(subject, run, settings["instance_prompt"])
-        yield Row(run.name.replace("_", " "), [Image.open(photo), *drawn])
+        drawn = generate_places(subject, run, settings["instance_prompt"])
+        yield SheetRow(run.name.replace("_", " "), [Image.open(photo), *drawn])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="a JPEG")
     args = parser.parse_args(argv)
     with TemporaryDirectory() as folder:
-        draw_contact_sheet(list(rows(args.runs)), Path(folder) / "sheet.png", tile_px=128)
+        draw_contact_sheet(list(build_rows(args.runs)), Path(folder) / "sheet.png", tile_px=128)
         Image.open(Path(folder) / "sheet.png").save(args.out, quality=88)
     print(args.out)
 

@@ -14,7 +14,7 @@ SYSTEMS = ("linux", "darwin", "win32")
 ROOT = Path(__file__).parents[1]
 
 
-def errors_on(system: str, target: str) -> set[str]:
+def check_system(system: str, target: str) -> set[str]:
     """mypy's lines about the target on that system. Raises RuntimeError when mypy cannot run."""
     options = ["--config-file", str(ROOT / "pyproject.toml"), "--platform", system]
     done = subprocess.run(
@@ -28,9 +28,9 @@ def errors_on(system: str, target: str) -> set[str]:
     return {line for line in done.stdout.splitlines() if ": error: " in line}
 
 
-def missing(target: str) -> list[str]:
+def list_problems(target: str) -> list[str]:
     """The lines, each with the systems that it is of."""
-    found = {system: errors_on(system, target) for system in SYSTEMS}
+    found = {system: check_system(system, target) for system in SYSTEMS}
     partial = set.union(*found.values()) - set.intersection(*found.values())
     return [
         f"{line} ({', '.join(s for s in SYSTEMS if line in found[s])})" for line in sorted(partial)
@@ -38,6 +38,6 @@ def missing(target: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    lines = missing(str(ROOT / "dreambooth_moslora"))
+    lines = list_problems(str(ROOT / "dreambooth_moslora"))
     print("\n".join(lines) or "nothing is missing on Linux, macOS or Windows")
     sys.exit(bool(lines))

@@ -12,23 +12,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 
-from dreambooth_moslora.settings.family_facts import OF_UNETS
+from dreambooth_moslora.settings.family_facts import UNET_SETTINGS
 from dreambooth_moslora.settings.field_facts import Prompt, Subject
-from dreambooth_moslora.settings.metric_kinds import MEASURES
+from dreambooth_moslora.settings.metric_kinds import METRICS
 from dreambooth_moslora.settings.optimizers import OPTIMIZERS
 from dreambooth_moslora.settings.train_config import (
     FIELD_TYPES,
     GROUPS,
-    PLANS,
+    MEMORY_PLANS,
     TrainConfig,
-    flags_of,
+    list_flags,
 )
 
-__all__ = ["main", "pages", "settings_page"]
+__all__ = ["main", "render_pages", "render_settings"]
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
-HEAD = """# All settings
+TABLE_PATTERN = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+PAGE_HEAD = """# All settings
 
 `python -m tools.tables` writes this page from `dreambooth_moslora/settings/train_config.py`. Each
 setting is a flag (`--rank 8`), a name in a `--config` file (`rank = 8`), a field of `TrainConfig`,
@@ -44,28 +44,28 @@ KINDS = {
     tuple: "names",
     Prompt: "texts",
 } | {Subject: "tables"}
-TOLD = {"always": "always", "if_changed": "if changed", None: ""}
+METADATA_WORDS = {"always": "always", "if_changed": "if changed", None: ""}
 
 
 def main() -> None:
-    for page, text in pages().items():
+    for page, text in render_pages().items():
         if text != page.read_text(encoding="utf-8"):
             page.write_text(text, encoding="utf-8")
             print(f"written: {page}")
 
 
-def pages() -> dict[Path, str]:
+def render_pages() -> dict[Path, str]:
     """Each page of the docs -> its text, with its tables made anew."""
     made = {}
     for page in sorted(DOCS.glob("*.md")):
-        made[page] = MARKED.sub(
+        made[page] = TABLE_PATTERN.sub(
             lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n{found[3]}",
             page.read_text(encoding="utf-8"),
         )
-    return made | {DOCS / "settings.md": settings_page()}
+    return made | {DOCS / "settings.md": render_settings()}
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def format_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of Markdown, with an end of line after each row."""
     lines = [" | ".join(columns), " | ".join(["---"] * len(columns))]
     for cells in rows:
@@ -74,48 +74,54 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, ""])
 
 
-def measures() -> str:
+def format_measures() -> str:
     """What the reports of an evaluation explain."""
     rows = []
-    for name, row in MEASURES.items():
+    for name, row in METRICS.items():
         if row.help:
             rows.append((row.title, f"`{name}`", row.help, row.better))
-    return table(("measure", "in `scores.json`", "meaning", "better"), rows)
+    return format_table(("measure", "in `scores.json`", "meaning", "better"), rows)
 
 
-def memory() -> str:
+def format_memory_plans() -> str:
     """The plans of `--memory`, as the flags that would be given by hand."""
     rows = []
-    for name, plan in PLANS.items():
+    for name, plan in MEMORY_PLANS.items():
         flags = [
             f"`--{setting}`" if on is True else f"`--{setting} {on}`"
             for setting, on in plan.items()
         ]
-        is_of_unets = any(setting in OF_UNETS for setting in plan)
+        is_of_unets = any(setting in UNET_SETTINGS for setting in plan)
         rows.append((f"`{name}`", " ".join(flags), "" if is_of_unets else "yes"))
-    return table(("`--memory`", "the same by hand", "for transformers too"), rows)
+    return format_table(("`--memory`", "the same by hand", "for transformers too"), rows)
 
 
-def optimizers() -> str:
+def format_optimizers() -> str:
     rows = []
     for name, kind in OPTIMIZERS.items():
-        rows.append((f"`{name}`", kind.about, f"`{kind.package}`" if kind.package else ""))
-    return table(("`--optimizer`", "about", "package"), rows)
+        rows.append((f"`{name}`", kind.summary, f"`{kind.package}`" if kind.package else ""))
+    return format_table(("`--optimizer`", "about", "package"), rows)
 
 
 # By the name in the mark of a page.
-TABLES = {"measures": measures, "memory": memory, "optimizers": optimizers}
+TABLES = {
+    "measures": format_measures,
+    "memory": format_memory_plans,
+    "optimizers": format_optimizers,
+}
 
 
-def settings_page() -> str:
-    parts = [HEAD]
+def render_settings() -> str:
+    parts = [PAGE_HEAD]
     for group in GROUPS:
-        rows = [cells(item) for item in fields(TrainConfig) if item.metadata["group"] == group]
-        parts += [f"## {group.capitalize()}\n", table(COLUMNS, rows)]
+        rows = [
+            format_cells(item) for item in fields(TrainConfig) if item.metadata["group"] == group
+        ]
+        parts += [f"## {group.capitalize()}\n", format_table(COLUMNS, rows)]
     return "\n".join(parts)
 
 
-def cells(item: Field) -> list[str]:
+def format_cells(item: Field) -> list[str]:
     """The row of a setting."""
     facts, default = item.metadata, item.default
     shown = (
@@ -124,12 +130,12 @@ def cells(item: Field) -> list[str]:
     default = (
         "none; `train PHOTOS WORD` chooses" if facts["required"] else f"`{shown}`" if shown else ""
     )
-    names = flags_of(item.name) if facts["flag"] else [f"--{item.name}"]
+    names = list_flags(item.name) if facts["flag"] else [f"--{item.name}"]
     flags = ", ".join(f"`{name}`" for name in names)
-    return [flags, values(item), default, facts["help"], TOLD[facts["publish"]]]
+    return [flags, format_values(item), default, facts["help"], METADATA_WORDS[facts["publish"]]]
 
 
-def values(item: Field) -> str:
+def format_values(item: Field) -> str:
     """The choices, or the kind of value and its bounds: `whole number from 1 to 4096`."""
     facts = item.metadata
     if facts["choices"]:

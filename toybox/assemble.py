@@ -26,10 +26,10 @@ from transformers import (
 
 from toybox.learning.build_tokenizer import load
 
-__all__ = ["assemble"]
+__all__ = ["build_pipeline"]
 
 
-def scheduler() -> EulerDiscreteScheduler:
+def build_scheduler() -> EulerDiscreteScheduler:
     """SDXL's own sampler settings, for a UNet that predicts velocities."""
     return EulerDiscreteScheduler(
         beta_schedule="scaled_linear",
@@ -41,7 +41,7 @@ def scheduler() -> EulerDiscreteScheduler:
     )
 
 
-def assemble(work: Path) -> StableDiffusionXLPipeline:
+def build_pipeline(work: Path) -> StableDiffusionXLPipeline:
     """The pipeline, fp16, from the folders which the training scripts wrote below `work`."""
     clip = work / "clip" / "model"
     decoder = work / "decoder" / "model"  # the same autoencoder, its decoder trained further
@@ -57,7 +57,7 @@ def assemble(work: Path) -> StableDiffusionXLPipeline:
         unet=UNet2DConditionModel.from_pretrained(
             work / "unet" / "model", torch_dtype=torch.float16
         ),
-        scheduler=scheduler(),
+        scheduler=build_scheduler(),
         image_encoder=CLIPVisionModelWithProjection.from_pretrained(clip / "image_encoder", **half),
         feature_extractor=CLIPImageProcessor.from_pretrained(clip / "feature_extractor"),
         force_zeros_for_empty_prompt=True,
@@ -74,7 +74,7 @@ def compute_in_fp32(folder: Path) -> None:
     )
 
 
-def readable_by_transformers_4(base: Path) -> None:
+def convert_to_transformers_4(base: Path) -> None:
     """transformers 4 looks for `text_model.` before the keys of a text encoder, and for a
     tokenizer's vocab.json and merges.txt; without them it draws other words than those asked for,
     or fails. transformers 5 reads both."""
@@ -95,7 +95,7 @@ def readable_by_transformers_4(base: Path) -> None:
         )
 
 
-def forget_origin(folder: Path) -> None:
+def remove_origin(folder: Path) -> None:
     """Remove the folder that a part was loaded from from every config."""
     for path in folder.rglob("config.json"):
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -111,11 +111,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     args = parser.parse_args(argv)
     base = args.assets / "toy-sdxl"
-    assemble(args.work).save_pretrained(base, safe_serialization=True)
+    build_pipeline(args.work).save_pretrained(base, safe_serialization=True)
     for name in ("text_encoder", "text_encoder_2", "image_encoder"):
         compute_in_fp32(base / name)
-    forget_origin(base)
-    readable_by_transformers_4(base)
+    remove_origin(base)
+    convert_to_transformers_4(base)
     if (args.work / "vit" / "model").exists():
         shutil.copytree(args.work / "vit" / "model", args.assets / "toy-dino", dirs_exist_ok=True)
         compute_in_fp32(args.assets / "toy-dino")

@@ -8,15 +8,15 @@ import random
 from dreambooth_moslora.photos.toy_readers import LIGHT_PHRASES
 from toybox.world import Scene, Toy
 
-__all__ = ["canonical_caption", "caption", "full_caption"]
+__all__ = ["format_canonical_caption", "caption", "format_full_caption"]
 
 
-def article(words: str) -> str:
+def add_article(phrase: str) -> str:
     """The words with "a" or "an" in front."""
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
-def adjectives(toy: Toy) -> str:
+def list_adjectives(toy: Toy) -> str:
     """All adjectives of the toy's looks: "glossy red and white striped"."""
     words = [] if toy.material == "matte" else [toy.material]
     words += (
@@ -27,18 +27,19 @@ def adjectives(toy: Toy) -> str:
     return " ".join(words)
 
 
-def canonical_caption(scene: Scene) -> str:
+def format_canonical_caption(scene: Scene) -> str:
     """ "a photo of a {adjectives} {kind} {place}", and the light unless it is day."""
-    toys = " and ".join(article(f"{adjectives(toy)} {toy.kind}") for toy in scene.toys)
+    toys = " and ".join(add_article(f"{list_adjectives(toy)} {toy.kind}") for toy in scene.toys)
     return " ".join(f"a photo of {toys} {scene.place} {LIGHT_PHRASES[scene.light]}".split())
 
 
-def full_caption(scene: Scene) -> str:
+def format_full_caption(scene: Scene) -> str:
     """The canonical caption with the second colour and everything that the toys wear."""
     toys = " and ".join(
-        article(
+        add_article(
             " ".join(
-                f"{adjectives(toy)} {toy.kind} {_with(toy, toy.pattern == 'plain', True)}".split()
+                f"{list_adjectives(toy)} {toy.kind} "
+                f"{_format_details(toy, toy.pattern == 'plain', True)}".split()
             )
         )
         for toy in scene.toys
@@ -48,15 +49,15 @@ def full_caption(scene: Scene) -> str:
 
 def caption(scene: Scene, rng: random.Random) -> str:
     """One of many true sentences; it nearly always has the kind, main colour and place."""
-    toys = " and ".join(article(_toy_words(toy, rng)) for toy in scene.toys)
+    toys = " and ".join(add_article(_sample_toy_phrase(toy, rng)) for toy in scene.toys)
     if len(scene.toys) == 2 and rng.random() < 0.4:
         toys = f"two toys: {toys}"
     place = "" if rng.random() < 0.04 else scene.place
     light = LIGHT_PHRASES[scene.light] if rng.random() < 0.85 else ""
-    return " ".join(f"{_opening(scene, rng)} {toys} {place} {light}".split())
+    return " ".join(f"{_sample_opening(scene, rng)} {toys} {place} {light}".split())
 
 
-def _opening(scene: Scene, rng: random.Random) -> str:
+def _sample_opening(scene: Scene, rng: random.Random) -> str:
     if scene.distance < 1.9 and rng.random() < 0.8:
         return rng.choice(("a close-up of", "a close-up photo of"))
     if scene.distance > 3.6 and rng.random() < 0.6:
@@ -64,7 +65,7 @@ def _opening(scene: Scene, rng: random.Random) -> str:
     return rng.choices(("a photo of", "", "a picture of", "a photograph of"), (60, 20, 12, 8))[0]
 
 
-def _toy_words(toy: Toy, rng: random.Random) -> str:
+def _sample_toy_phrase(toy: Toy, rng: random.Random) -> str:
     colour = "" if rng.random() < 0.03 else toy.colour
     if toy.pattern != "plain" and rng.random() < 0.9:
         colour = rng.choice(
@@ -77,19 +78,19 @@ def _toy_words(toy: Toy, rng: random.Random) -> str:
         )
     material = toy.material if toy.material != "matte" and rng.random() < 0.8 else ""
     noun = f"toy {toy.kind}" if rng.random() < 0.12 else toy.kind
-    return " ".join(f"{material} {colour} {noun} {_details(toy, rng)}".split())
+    return " ".join(f"{material} {colour} {noun} {_sample_details(toy, rng)}".split())
 
 
-def _details(toy: Toy, rng: random.Random) -> str:
+def _sample_details(toy: Toy, rng: random.Random) -> str:
     """What it wears and, mostly, a plain toy's second colour: what no caption tells, a model cannot
     learn to obey."""
     second = toy.pattern == "plain" and rng.random() < 0.8
-    return _with(toy, second, rng.random() < 0.8)
+    return _format_details(toy, second, rng.random() < 0.8)
 
 
-def _with(toy: Toy, second: bool, worn: bool) -> str:
+def _format_details(toy: Toy, second: bool, worn: bool) -> str:
     """ "with {colour2} parts and a {colour} {ornament}", or as much of it as is to be said."""
     details = [f"{toy.colour2} parts"] if second else []
     if worn:
-        details += [article(f"{toy.accent_colour} {name}") for name in toy.accessories]
+        details += [add_article(f"{toy.accent_colour} {name}") for name in toy.accessories]
     return f"with {' and '.join(details)}" if details else ""

@@ -45,29 +45,43 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, multiprocessing
 
 from dreambooth_moslora.disk.processes import keep_freed_memory
-from toybox.captions import canonical_caption
+from toybox.captions import format_canonical_caption
 from toybox.data.cache_latents import encode
-from toybox.data.pieces import kept
+from toybox.data.pieces import load_or_make
 from toybox.data.render_dataset import Shard, write_all
 from toybox.data.renders import Renders, to_uint8
 from toybox.data.sample_latents import draw
 from toybox.learning import train_unet
-from toybox.learning.alignment import Sight
+from toybox.learning.alignment import VisionTower
 from toybox.learning.channels_last import to_channels_last
 from toybox.learning.train_flow import FlowTeacher
-from toybox.learning.training import compute_dtype, rank_and_world, saved_step, wait_for_all
-from toybox.measures.evaluate_base import scenes_for, sheet
+from toybox.learning.training import (
+    compute_dtype,
+    get_rank_and_world,
+    read_saved_step,
+    wait_for_all,
+)
+from toybox.measures.evaluate_base import draw_sheet, sample_scenes
 
 __all__ = ["Settings", "Sheets", "keep_training", "make_renders"]
 
 ROOT = Path(__file__).parents[1]
 BASE, TEACHER = ROOT / "assets" / "toy-sdxl", ROOT / "assets" / "toy-zimage"
-RATES = ["--decay", "0.3", "--detail", "0.5"]
-ON = ["--start", str(BASE / "unet"), "--lr", "6e-4", "--muon_lr", "6e-3", "--ema_decay", "0.9995"]
-ANEW = ["--lr", "1e-3", "--muon_lr", "1e-2", "--ema_decay", "0.999"]
+DEFAULT_RATES = ["--decay", "0.3", "--detail", "0.5"]
+RESUMED_OPTIONS = [
+    "--start",
+    str(BASE / "unet"),
+    "--lr",
+    "6e-4",
+    "--muon_lr",
+    "6e-3",
+    "--ema_decay",
+    "0.9995",
+]
+FRESH_OPTIONS = ["--lr", "1e-3", "--muon_lr", "1e-2", "--ema_decay", "0.999"]
 COLUMNS, SAMPLER_STEPS = 5, 20
-LOWEST = 19
-COMPILED_FROM = 100  # pictures in a shard, or in a batch: compilation takes a minute
+LOWEST_PRIORITY = 19
+MIN_COMPILED_STEPS = 100  # pictures in a shard, or in a batch: compilation takes a minute
 SIGNALS = {
     "pause": [signal.SIGSTOP],
     "go_on": [signal.SIGCONT],
@@ -109,10 +123,10 @@ class Settings:
                 f"--batch {self.batch}: {self.processes} processes cannot share it evenly"
             )
 
-    def shards_of(self, leg: int) -> range:
+    def list_shards(self, leg: int) -> range:
         return range(leg * self.fresh, leg * self.fresh + self.shards)
 
-    def pictures_after(self, step: int) -> int:
+    def count_later_images(self, step: int) -> int:
         """How many pictures are made for the legs after the one of this step."""
         return (-(-self.steps // self.leg) - 1 - step // self.leg) * self.fresh * self.pictures
 
@@ -124,7 +138,8 @@ class Sheets:
     def __init__(self, folder: Path, every: int, vae: Path):
         self.folder, self.every, self.vae = folder, every, vae
         prompts = [
-            canonical_caption(scene) for scene in scenes_for(COLUMNS**2, held_out=False, seed=0)
+            format_canonical_caption(scene)
+            for scene in sample_scenes(COLUMNS**2, held_out=False, seed=0)
         ]
         self.embeds, self.pooled = train_unet.TextTowers(BASE, BASE / "tokenizer")(prompts)
         self.noise = torch.randn(
@@ -134,10 +149,12 @@ class Sheets:
     def __call__(self, step: int, averaged: Callable[[], UNet2DConditionModel]) -> None:
         if step % self.every == 0:
             self.folder.mkdir(exist_ok=True)
-            sheet(self.pictures(averaged()), COLUMNS).save(self.folder / f"{step:05d}.png")
+            draw_sheet(self.generate_images(averaged()), COLUMNS).save(
+                self.folder / f"{step:05d}.png"
+            )
 
     @torch.no_grad()
-    def pictures(self, unet: UNet2DConditionModel) -> Tensor:
+    def generate_images(self, unet: UNet2DConditionModel) -> Tensor:
         """uint8 (25,128,128,3)."""
         unet.eval().to(compute_dtype(), memory_format=torch.channels_last)
         unet.set_attn_processor(AttnProcessor())
@@ -150,8 +167,8 @@ class Sheets:
 def make_renders(state: Path, settings: Settings, leg: int) -> None:
     """Delete the shards that the leg does not learn from; render and encode those of it that are
     missing. The first process renders, in processes of its own; all encode."""
-    began, numbers = time.monotonic(), settings.shards_of(leg)
-    made = render_missing(state, settings, numbers) if rank_and_world()[0] == 0 else 0
+    began, numbers = time.monotonic(), settings.list_shards(leg)
+    made = render_missing(state, settings, numbers) if get_rank_and_world()[0] == 0 else 0
     wait_for_all()
     encode_shards(state, settings, numbers)
     wait_for_all()
@@ -168,7 +185,7 @@ def render_missing(state: Path, settings: Settings, numbers: range) -> int:
         if int(path.stem[-4:]) not in numbers:
             path.unlink()
     (state / "toys").mkdir(parents=True, exist_ok=True)
-    compiled = settings.pictures >= COMPILED_FROM
+    compiled = settings.pictures >= MIN_COMPILED_STEPS
     shape = {
         "count": settings.pictures,
         "seed": settings.seed,
@@ -188,33 +205,35 @@ def render_missing(state: Path, settings: Settings, numbers: range) -> int:
 def encode_shards(state: Path, settings: Settings, numbers: range) -> None:
     """One file of latents for each shard: latents/0007.safetensors. The processes take the shards
     by turns."""
-    renders, size, (rank, world) = Renders(state / "toys"), settings.pictures, rank_and_world()
-    vae, sight = AutoencoderKL.from_pretrained(settings.vae), Sight(BASE / "image_encoder")
+    renders, size, (rank, world) = Renders(state / "toys"), settings.pictures, get_rank_and_world()
+    vae, sight = AutoencoderKL.from_pretrained(settings.vae), VisionTower(BASE / "image_encoder")
     for place, number in list(enumerate(numbers))[rank::world]:
         rows = range(place * size, (place + 1) * size)
         make = partial(encode, renders, rows, vae, sight, first=numbers.start * size)
-        kept(state / "latents" / f"{number:04d}.safetensors", make)
+        load_or_make(state / "latents" / f"{number:04d}.safetensors", make)
 
 
 def keep_training(state: Path, settings: Settings) -> None:
     """All legs that are left, in this process or in one of several: the first makes the renders and
     the sheets."""
-    is_first = rank_and_world()[0] == 0
+    is_first = get_rank_and_world()[0] == 0
     sheets = Sheets(state / "sheets", settings.sheet_every, settings.vae) if is_first else None
-    teacher = FlowTeacher(Path(settings.teacher), compiled=settings.batch >= COMPILED_FROM)
-    while (step := saved_step(state / "unet")) < settings.steps:
+    teacher = FlowTeacher(Path(settings.teacher), compiled=settings.batch >= MIN_COMPILED_STEPS)
+    while (step := read_saved_step(state / "unet")) < settings.steps:
         leg = step // settings.leg
         if is_first:
             print(f"leg {leg} begins at step {step}", flush=True)
         make_renders(state, settings, leg)
-        train_unet.train(arguments(state, settings, (leg + 1) * settings.leg), sheets, teacher)
+        train_unet.train(
+            build_arguments(state, settings, (leg + 1) * settings.leg), sheets, teacher
+        )
         wait_for_all()
     print(
         "the training has ended: the averaged weights are in", state / "unet" / "model", flush=True
     )
 
 
-def one_of(rank: int, state: Path, settings: Settings, port: int) -> None:
+def run_process(rank: int, state: Path, settings: Settings, port: int) -> None:
     """`keep_training` as one of the processes."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(settings.processes)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -228,27 +247,30 @@ def share(state: Path, settings: Settings) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(one_of, (state, settings, port), nprocs=settings.processes)
+    multiprocessing.spawn(run_process, (state, settings, port), nprocs=settings.processes)
 
 
-def arguments(state: Path, settings: Settings, until: int) -> argparse.Namespace:
+def build_arguments(state: Path, settings: Settings, until: int) -> argparse.Namespace:
     """What `train_unet` is told for the leg that ends at step `until`."""
     paths = {"data": state / "toys", "latents": state / "latents", "out": state / "unet"}
     paths |= {"clip": BASE, "tokenizer": BASE / "tokenizer"}
     numbers = {"steps": settings.steps, "until": min(until, settings.steps), "held_back": 0}
-    numbers |= {"batch": settings.batch // rank_and_world()[1], "log_every": min(50, settings.leg)}
+    numbers |= {
+        "batch": settings.batch // get_rank_and_world()[1],
+        "log_every": min(50, settings.leg),
+    }
     words = [word for k, v in (paths | numbers).items() for word in (f"--{k}", str(v))]
-    words += RATES + (ANEW if settings.anew else ON)
-    return train_unet.parse(words + ["--compiled"] * (settings.batch >= COMPILED_FROM))
+    words += DEFAULT_RATES + (FRESH_OPTIONS if settings.anew else RESUMED_OPTIONS)
+    return train_unet.parse(words + ["--compiled"] * (settings.batch >= MIN_COMPILED_STEPS))
 
 
-def lower_priority(pid: int) -> None:
+def set_lowest_priority(pid: int) -> None:
     """To the lowest, for a process that leads a session, and for all that it starts. Where the
     kernel shares the processor among sessions, `nice` counts within one only: the session's own
     priority is in /proc/PID/autogroup."""
-    os.setpriority(os.PRIO_PROCESS, pid, LOWEST)
+    os.setpriority(os.PRIO_PROCESS, pid, LOWEST_PRIORITY)
     try:
-        Path(f"/proc/{pid}/autogroup").write_text(str(LOWEST))
+        Path(f"/proc/{pid}/autogroup").write_text(str(LOWEST_PRIORITY))
     except FileNotFoundError:
         pass  # this kernel shares the processor among processes
     except OSError as error:
@@ -258,7 +280,7 @@ def lower_priority(pid: int) -> None:
         )
 
 
-def running(state: Path) -> tuple[TextIO, int | None]:
+def lock_training(state: Path) -> tuple[TextIO, int | None]:
     """The file STATE/pid, and the training's process or None. The training holds the file's lock
     while it lives; if there is none, the caller has it now."""
     file = (state / "pid").open("a+", encoding="utf-8")
@@ -287,44 +309,44 @@ def start(state: Path, lock: TextIO) -> int:
         process = subprocess.Popen(
             command, cwd=ROOT, env=threads | quiet, pass_fds=[lock.fileno()], **options
         )
-    lower_priority(process.pid)
+    set_lowest_priority(process.pid)
     lock.truncate(0)
     lock.write(str(process.pid))
     lock.close()
     return process.pid
 
 
-def progress(state: Path, settings: Settings) -> str:
+def format_progress(state: Path, settings: Settings) -> str:
     """Step, pictures seen, samples a second, and the time left, with the rendering."""
-    row = last_row(state / "unet" / "log.jsonl")
+    row = read_last_row(state / "unet" / "log.jsonl")
     if row is None:
-        return last_line(state / "log")
+        return read_last_line(state / "log")
     left = (settings.steps - row["step"]) * settings.batch / row["samples_sec"]
-    made = last_row(state / "renders.jsonl") or {"sec": 0, "pictures": 1}
-    left += settings.pictures_after(row["step"]) * made["sec"] / made["pictures"]
+    made = read_last_row(state / "renders.jsonl") or {"sec": 0, "pictures": 1}
+    left += settings.count_later_images(row["step"]) * made["sec"] / made["pictures"]
     seen = f"{row['seen']} pictures seen, {row['samples_sec']} samples a second"
     return f"step {row['step']} of {settings.steps}, {seen}, ETA {left / 3600:.1f} h"
 
 
-def last_line(path: Path) -> str:
+def read_last_line(path: Path) -> str:
     return path.read_text(encoding="utf-8").rstrip().rpartition("\n")[2] if path.exists() else ""
 
 
-def last_row(path: Path) -> dict | None:
-    return json.loads(line) if (line := last_line(path)) else None
+def read_last_row(path: Path) -> dict | None:
+    return json.loads(line) if (line := read_last_line(path)) else None
 
 
 def is_paused(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
-def settings_of(state: Path, given: dict[str, int | str]) -> Settings:
+def load_settings(state: Path, options: dict[str, int | str]) -> Settings:
     """Those of the first call. Raises SystemExit if this call gives another number."""
     path = state / "settings.json"
     if not path.exists():
-        path.write_text(json.dumps(asdict(Settings(**given)), indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(asdict(Settings(**options)), indent=2) + "\n", encoding="utf-8")
     settings = Settings(**json.loads(path.read_text(encoding="utf-8")))
-    for name, value in given.items():
+    for name, value in options.items():
         if getattr(settings, name) != value:
             raise SystemExit(
                 f"--{name} {value}: {path} has {getattr(settings, name)}; "
@@ -344,21 +366,21 @@ def send(action: str, pid: int | None, lock: TextIO) -> str:
     return {"pause": "paused", "go_on": "goes on", "stop": "stopped"}[action]
 
 
-def command(state: Path, action: str | None, given: dict[str, int | str]) -> str:
+def run_command(state: Path, action: str | None, options: dict[str, int | str]) -> str:
     """Do what the command line asks for; returns the line to print."""
     if state.is_relative_to(ROOT):
         raise SystemExit(
             f"{state}: choose a folder outside the repository, which the state would fill"
         )
     state.mkdir(parents=True, exist_ok=True)
-    lock, pid = running(state)
+    lock, pid = lock_training(state)
     if action:
         return send(action, pid, lock)
-    settings = settings_of(state, given)
-    if pid is None and saved_step(state / "unet") < settings.steps:
+    settings = load_settings(state, options)
+    if pid is None and read_saved_step(state / "unet") < settings.steps:
         return f"started as process {start(state, lock)}; its log is {state / 'log'}"
     word = "ended" if pid is None else "paused" if is_paused(pid) else "runs"
-    return f"{word}: {progress(state, settings)}"
+    return f"{word}: {format_progress(state, settings)}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -391,9 +413,9 @@ def main(argv: list[str] | None = None) -> None:
     state, action = args.pop("state").resolve(), args.pop("action")
     given = {name: value for name, value in args.items() if value is not None}
     if action == "here":
-        share(state, settings_of(state, given))
+        share(state, load_settings(state, given))
     else:
-        print(command(state, action, given))
+        print(run_command(state, action, given))
 
 
 if __name__ == "__main__":

@@ -24,10 +24,18 @@ from pathlib import Path
 
 from PIL import Image
 
-from toybox.render import render, toy_masks
-from toybox.world import GENES, KINDS, MATERIALS, PATTERNS, Scene, Toy, lights_of, sample_toy
+from toybox.render import render, render_masks
+from toybox.world import GENES, KINDS, MATERIALS, PATTERNS, Scene, Toy, list_lights, sample_toy
 
-__all__ = ["FOLDER", "PHOTO_PLACES", "SUBJECTS", "Subject", "individuals", "load", "photo_scenes"]
+__all__ = [
+    "FOLDER",
+    "PHOTO_PLACES",
+    "SUBJECTS",
+    "Subject",
+    "sample_individuals",
+    "load",
+    "sample_photo_scenes",
+]
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets" / "subjects"
 PHOTO_PX = 512
@@ -96,7 +104,7 @@ def load(name: str) -> Subject:
     return Subject(name, Toy.from_dict(data["toy"]), data["class_word"], data["token"])
 
 
-def individuals(count: int, seed: int) -> list[Subject]:
+def sample_individuals(count: int, seed: int) -> list[Subject]:
     """Toys drawn by chance, of all kinds in turn; patterns and materials are equally likely, and
     genes reach from -2 to 2."""
     rng, found = random.Random(f"individuals {seed}"), []
@@ -108,7 +116,7 @@ def individuals(count: int, seed: int) -> list[Subject]:
     return found
 
 
-def photo_scenes(subject: Subject) -> list[Scene]:
+def sample_photo_scenes(subject: Subject) -> list[Scene]:
     """The scenes of its five photos."""
     rng = random.Random(subject.name)
     return [
@@ -116,7 +124,7 @@ def photo_scenes(subject: Subject) -> list[Scene]:
             toys=(subject.toy,),
             place=place,
             light=rng.choice(
-                [light for light in lights_of(place) if light in ("day", "overcast", "sunset")]
+                [light for light in list_lights(place) if light in ("day", "overcast", "sunset")]
             ),
             yaw=yaw + rng.uniform(-0.2, 0.2),
             pitch=rng.uniform(0.1, 0.3),
@@ -131,9 +139,9 @@ def photo_scenes(subject: Subject) -> list[Scene]:
 def _write(subject: Subject, out: Path) -> None:
     folder = out / subject.name
     folder.mkdir(parents=True, exist_ok=True)
-    scenes = photo_scenes(subject)
+    scenes = sample_photo_scenes(subject)
     for number, (picture, mask) in enumerate(
-        zip(render(scenes, PHOTO_PX), toy_masks(scenes, PHOTO_PX))
+        zip(render(scenes, PHOTO_PX), render_masks(scenes, PHOTO_PX))
     ):
         Image.fromarray(picture.numpy()).save(folder / f"{number:02d}.jpg", quality=88)
         Image.fromarray(mask.numpy()).save(folder / f"{number:02d}.mask.png", optimize=True)
@@ -159,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.individuals and args.out == FOLDER:
         parser.error("--individuals needs an --out of its own: assets/subjects is for the samples")
     samples = [Subject(name, toy, toy.kind) for name, toy in SUBJECTS.items()]
-    for subject in individuals(args.individuals, args.seed) if args.individuals else samples:
+    for subject in sample_individuals(args.individuals, args.seed) if args.individuals else samples:
         _write(subject, args.out)
 
 

@@ -21,13 +21,13 @@ from pathlib import Path
 from toybox import assemble
 from toybox.data import cache_latents, render_dataset, sample_latents
 from toybox.learning import build_tokenizer, sharpen_decoder, train_clip, train_unet, train_vae
-from toybox.learning.train_unet import HELD_BACK
+from toybox.learning.train_unet import HELD_OUT_COUNT
 
-__all__ = ["Plan", "Stage", "pretrain", "stages"]
+__all__ = ["Plan", "Stage", "run_stages", "build_stages"]
 
 RENDERS_PER_MINUTE = 200  # of --minutes: two cores need about a fifth of the time for them
-FEWEST_RENDERS = 2 * HELD_BACK
-MOST_SAMPLES = 2000
+MIN_RENDERS = 2 * HELD_OUT_COUNT
+MAX_SAMPLES = 2000
 # of the minutes; the rest is for the renders
 SHARES = {"vae": 0.3, "clip": 0.08, "unet": 0.34, "decoder": 0.08}
 
@@ -45,15 +45,15 @@ class Plan:
 
     @property
     def count(self) -> int:
-        return self.renders or max(FEWEST_RENDERS, round(RENDERS_PER_MINUTE * self.minutes))
+        return self.renders or max(MIN_RENDERS, round(RENDERS_PER_MINUTE * self.minutes))
 
-    def training(self, name: str) -> list[str]:
+    def build_training_arguments(self, name: str) -> list[str]:
         """Arguments of a training script: its output, length and device."""
         minutes = str(SHARES[name] * self.minutes)
         length = ["--steps", str(self.steps), "--minutes", minutes]
         return ["--out", str(self.work / name), *length, "--device", self.device]
 
-    def at(self, **paths: str) -> list[str]:
+    def build_path_arguments(self, **paths: str) -> list[str]:
         """Arguments that name files and folders below the work folder."""
         words = []
         for name, path in paths.items():
@@ -72,30 +72,51 @@ class Stage:
     result: Path
 
 
-def stages(plan: Plan) -> list[Stage]:
+def build_stages(plan: Plan) -> list[Stage]:
     """All stages, in their order."""
     towers = {"clip": "clip/model", "tokenizer": "tokenizer"}
     known = {"data": "toys", "latents": "latents.safetensors"}
     workers = os.cpu_count() if plan.device == "cpu" else 1
     rendering = ["--count", str(plan.count), "--device", plan.device, "--workers", str(workers)]
-    of_clip = plan.at(data="toys", tokenizer="tokenizer") + plan.training("clip")
-    of_latents = plan.at(data="toys", vae="vae/model", clip="clip/model", out="latents.safetensors")
+    of_clip = plan.build_path_arguments(
+        data="toys", tokenizer="tokenizer"
+    ) + plan.build_training_arguments("clip")
+    of_latents = plan.build_path_arguments(
+        data="toys", vae="vae/model", clip="clip/model", out="latents.safetensors"
+    )
     of_latents += ["--device", plan.device]
-    of_unet = [*plan.at(**known, **towers), "--batch", "64", *plan.training("unet")]
-    of_samples = plan.at(data="toys", unet="unet/model", out="samples.safetensors", **towers)
-    of_samples += ["--count", str(min(MOST_SAMPLES, plan.count)), "--device", plan.device]
-    of_decoder = plan.at(
+    of_unet = [
+        *plan.build_path_arguments(**known, **towers),
+        "--batch",
+        "64",
+        *plan.build_training_arguments("unet"),
+    ]
+    of_samples = plan.build_path_arguments(
+        data="toys", unet="unet/model", out="samples.safetensors", **towers
+    )
+    of_samples += ["--count", str(min(MAX_SAMPLES, plan.count)), "--device", plan.device]
+    of_decoder = plan.build_path_arguments(
         data="toys", start="vae/model", samples="samples.safetensors"
-    ) + plan.training("decoder")
+    ) + plan.build_training_arguments("decoder")
     rows = [
-        ("renders", render_dataset, plan.at(out="toys") + rendering, "toys/all.json"),
+        (
+            "renders",
+            render_dataset,
+            plan.build_path_arguments(out="toys") + rendering,
+            "toys/all.json",
+        ),
         (
             "tokenizer",
             build_tokenizer,
-            plan.at(data="toys", out="tokenizer"),
+            plan.build_path_arguments(data="toys", out="tokenizer"),
             "tokenizer/tokenizer_config.json",
         ),
-        ("vae", train_vae, plan.at(data="toys") + plan.training("vae"), "vae/report.json"),
+        (
+            "vae",
+            train_vae,
+            plan.build_path_arguments(data="toys") + plan.build_training_arguments("vae"),
+            "vae/report.json",
+        ),
         ("clip", train_clip, of_clip, "clip/report.json"),
         ("latents", cache_latents, of_latents, "latents.safetensors"),
         ("unet", train_unet, of_unet, "unet/report.json"),
@@ -108,9 +129,9 @@ def stages(plan: Plan) -> list[Stage]:
     ]
 
 
-def pretrain(plan: Plan) -> Path:
+def run_stages(plan: Plan) -> Path:
     """Run the unfinished stages, then assemble; returns the folder of the base."""
-    for stage in stages(plan):
+    for stage in build_stages(plan):
         if stage.result.exists():
             print(f"{stage.name}: finished before", flush=True)
         else:
@@ -147,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
         args.renders,
         args.steps,
     )
-    print("the base is in", pretrain(plan))
+    print("the base is in", run_stages(plan))
 
 
 if __name__ == "__main__":

@@ -17,19 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toybox.drawing.paint import mix
-from toybox.drawing.places import BACKDROP, LIGHT_TABLE, PLACES, SCENERY
-from toybox.drawing.trace import Herd, cross, dot, unit
+from toybox.drawing.places import BACKDROP_DISTANCE, LIGHT_TABLE, PLACES, SCENERY
+from toybox.drawing.trace import ToyGroup, cross, dot, normalize
 from toybox.world import Scene
 
-__all__ = ["render", "toy_masks"]
+__all__ = ["render", "render_masks"]
 
 HALF_VIEW = 0.32  # tangent of half the field of view
 CONTRAST = 18 / 255  # between neighbours: above it a pixel is shaded again
 MIDDLE = (0.0, 0.0)
 # with the middle, four points spread over the pixel
 SUBPIXELS = ((-0.36, -0.12), (0.08, 0.38), (0.28, -0.26))
-LENS = 0.6 / 128  # standard deviation of the point spread, in picture widths
-GROUP = 24  # scenes shaded at once
+LENS_SIGMA = 0.6 / 128  # standard deviation of the point spread, in picture widths
+GROUP_SIZE = 24  # scenes shaded at once
 
 
 @torch.no_grad()
@@ -45,31 +45,31 @@ def render(
     """
     device = torch.device(device)
     pictures = torch.empty(len(scenes), size_px, size_px, 3, dtype=torch.uint8, device=device)
-    at_once = max(1, GROUP * 128 * 128 // (size_px * size_px))
-    for numbers in _same_kinds(scenes).values():
+    at_once = max(1, GROUP_SIZE * 128 * 128 // (size_px * size_px))
+    for numbers in _split_by_kinds(scenes).values():
         for start in range(0, len(numbers), at_once):
             some = numbers[start : start + at_once]
-            stage = Stage.of([scenes[i] for i in some], device, compiled)
-            pictures[torch.tensor(some, device=device)] = _picture(stage, size_px)
+            stage = Stage.from_scenes([scenes[i] for i in some], device, compiled)
+            pictures[torch.tensor(some, device=device)] = _render_images(stage, size_px)
     return pictures
 
 
 @torch.no_grad()
-def toy_masks(scenes: Sequence[Scene], size_px: int = 64) -> Tensor:
+def render_masks(scenes: Sequence[Scene], size_px: int = 64) -> Tensor:
     """Which pixels of `render(scenes, size_px)` show a toy: bool (N, size_px, size_px)."""
     masks = torch.zeros(len(scenes), size_px * size_px, dtype=torch.bool)
-    for numbers in _same_kinds(scenes).values():
-        stage = Stage.of([scenes[i] for i in numbers], torch.device("cpu"), compiled=False)
+    for numbers in _split_by_kinds(scenes).values():
+        stage = Stage.from_scenes([scenes[i] for i in numbers], torch.device("cpu"), compiled=False)
         pixels = torch.arange(len(numbers) * size_px * size_px)
-        eye, d, scene = _rays(stage, pixels, size_px, MIDDLE)
+        eye, d, scene = _compute_rays(stage, pixels, size_px, MIDDLE)
         hit = torch.zeros(len(pixels), dtype=torch.bool)
         for herd in stage.herds:
-            hit[herd.hit(eye, d, scene)[0]] = True
+            hit[herd.find_hits(eye, d, scene)[0]] = True
         masks[torch.tensor(numbers)] = hit.view(len(numbers), -1)
     return masks.view(len(scenes), size_px, size_px)
 
 
-def _same_kinds(scenes: Sequence[Scene]) -> dict[tuple[str, ...], list[int]]:
+def _split_by_kinds(scenes: Sequence[Scene]) -> dict[tuple[str, ...], list[int]]:
     """Numbers of the scenes, by the kinds of toys in them."""
     groups = defaultdict(list)
     for number, scene in enumerate(scenes):
@@ -81,7 +81,7 @@ def _same_kinds(scenes: Sequence[Scene]) -> dict[tuple[str, ...], list[int]]:
 class Stage:
     """N scenes whose toys are of the same kinds, ready to be shaded."""
 
-    herds: list[Herd]
+    herds: list[ToyGroup]
     place: Tensor  # (N,)
     variant: Tensor  # (N,)
     light: Tensor  # (11, N): ambient, sun and veil colours, veil amount, haze
@@ -92,13 +92,16 @@ class Stage:
     offset: Tensor  # (2, N)
 
     @classmethod
-    def of(cls, scenes: list[Scene], device: torch.device, compiled: bool) -> Stage:
+    def from_scenes(cls, scenes: list[Scene], device: torch.device, compiled: bool) -> Stage:
         def column(*values: float) -> Tensor:
             return torch.tensor(values, dtype=torch.float32, device=device)
 
         yaw = column(*(s.yaw for s in scenes))
-        herds = [Herd.of(toys, yaw, device, compiled) for toys in zip(*(s.toys for s in scenes))]
-        size = _line_up(herds)
+        herds = [
+            ToyGroup.from_toys(toys, yaw, device, compiled)
+            for toys in zip(*(s.toys for s in scenes))
+        ]
+        size = _align_groups(herds)
         distance = column(*(s.distance for s in scenes)) * size
         pitch = column(*(s.pitch for s in scenes))
         height = torch.stack([h.size[1] for h in herds]).amax(0)
@@ -114,7 +117,7 @@ class Stage:
             torch.stack(
                 [
                     column(*a.ambient, *a.sun, *a.veil, a.veil_amount, a.haze)
-                    for a in _lights(scenes)
+                    for a in _list_lights(scenes)
                 ],
                 1,
             ),
@@ -126,13 +129,13 @@ class Stage:
         )
 
 
-def _lights(scenes: list[Scene]) -> list:
+def _list_lights(scenes: list[Scene]) -> list:
     return [LIGHT_TABLE[scene.light] for scene in scenes]
 
 
-def _line_up(herds: list[Herd]) -> Tensor:
+def _align_groups(herds: list[ToyGroup]) -> Tensor:
     """Place the herds side by side; returns the size (N,) that the camera must frame."""
-    widths = [herd.half_width() for herd in herds]
+    widths = [herd.compute_half_width() for herd in herds]
     total = sum(widths) * 2 + 0.1 * (len(herds) - 1)
     left = -total / 2
     for herd, width in zip(herds, widths):
@@ -142,7 +145,7 @@ def _line_up(herds: list[Herd]) -> Tensor:
     return torch.maximum(height, 0.75 * total)
 
 
-def _picture(stage: Stage, size_px: int) -> Tensor:
+def _render_images(stage: Stage, size_px: int) -> Tensor:
     """Pictures (N, size_px, size_px, 3) uint8."""
     count, device = len(stage.place), stage.place.device
     numbers = torch.arange(count * size_px * size_px, device=device)
@@ -158,13 +161,13 @@ def _picture(stage: Stage, size_px: int) -> Tensor:
     flat[edges] = (flat[edges] + sum(fine)) / (len(fine) + 1)
     for number, name in enumerate(stage.light_names):
         if name in ("rain", "snowfall"):
-            image[number] = _weather(image[number], name, float(stage.variant[number]))
-    return (_lens(image.clamp(0, 1)) * 255).round().to(torch.uint8)
+            image[number] = _draw_weather(image[number], name, float(stage.variant[number]))
+    return (_blur_lens(image.clamp(0, 1)) * 255).round().to(torch.uint8)
 
 
-def _lens(image: Tensor) -> Tensor:
+def _blur_lens(image: Tensor) -> Tensor:
     """The camera's softness: a Gaussian blur of pictures (N, H, W, 3)."""
-    sigma = LENS * image.shape[1]
+    sigma = LENS_SIGMA * image.shape[1]
     reach = torch.arange(-int(3 * sigma + 0.5), int(3 * sigma + 0.5) + 1, device=image.device)
     taps = torch.softmax(-(reach**2) / (2 * sigma**2), 0)
     flat = image.permute(0, 3, 1, 2).flatten(0, 1)[:, None]
@@ -194,10 +197,10 @@ def _shade_pixels(
 
     The rays pass `shift` pixels off the centres; toys are traced only where `near_toy` (R,).
     """
-    return _shade(stage, *_rays(stage, numbers, size_px, shift), near_toy.nonzero()[:, 0])
+    return _shade(stage, *_compute_rays(stage, numbers, size_px, shift), near_toy.nonzero()[:, 0])
 
 
-def _rays(
+def _compute_rays(
     stage: Stage, numbers: Tensor, size_px: int, shift: tuple[float, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For the pixels with these numbers: the eye (3, R), the ray's direction (3, R), the scene's
@@ -207,7 +210,7 @@ def _rays(
     x = (column + 0.5 + shift[0]) * (2 / size_px) - 1 - stage.offset[0][scene]
     y = 1 - (row + 0.5 + shift[1]) * (2 / size_px) - stage.offset[1][scene]
     forward, right, up = stage.axes
-    d = unit(forward[:, scene] + HALF_VIEW * (x * right[:, scene] + y * up[:, scene]))
+    d = normalize(forward[:, scene] + HALF_VIEW * (x * right[:, scene] + y * up[:, scene]))
     return stage.eye[:, scene], d, scene
 
 
@@ -219,7 +222,7 @@ def _shade(
     colour = torch.zeros(len(scene), 3, device=o.device)
     nearest = torch.full_like(o[0], torch.inf)
     for herd in stage.herds:
-        ray, t = herd.hit(o[:, candidates], d[:, candidates], scene[candidates])
+        ray, t = herd.find_hits(o[:, candidates], d[:, candidates], scene[candidates])
         ray = candidates[ray]
         seen = t < nearest[ray]
         ray, t = ray[seen], t[seen]
@@ -231,14 +234,14 @@ def _shade(
     return colour, is_toy
 
 
-def _shade_toy(stage: Stage, herd: Herd, p: Tensor, d: Tensor, scene: Tensor) -> Tensor:
-    base, normal, open_sky, material = herd.surface(p, scene)
+def _shade_toy(stage: Stage, herd: ToyGroup, p: Tensor, d: Tensor, scene: Tensor) -> Tensor:
+    base, normal, open_sky, material = herd.compute_surface(p, scene)
     light, sun = stage.light[:, scene], stage.sun[:, scene]
     facing = dot(normal, sun)
     sky_share = (0.5 + 0.5 * normal[1]) * open_sky
     ambient = light[0:3] * (0.55 + 0.55 * sky_share)
     diffuse = light[3:6] * (facing.clamp_min(0) * (0.4 + 0.6 * open_sky))
-    glint = dot(normal, unit(sun - d)).clamp_min(0) ** 36
+    glint = dot(normal, normalize(sun - d)).clamp_min(0) ** 36
     mirror = d - 2 * dot(normal, d) * normal
     sheen = (
         mix((0.18, 0.17, 0.16), (1.0, 1.0, 1.0), (mirror[1] * 2.2 + 0.45).clamp(0, 1))
@@ -259,7 +262,7 @@ def _shade_toy(stage: Stage, herd: Herd, p: Tensor, d: Tensor, scene: Tensor) ->
 
 def _shade_place(stage: Stage, o: Tensor, d: Tensor, scene: Tensor) -> Tensor:
     to_ground = torch.where(d[1] < -1e-4, -o[1] / d[1], torch.inf)
-    to_backdrop = (BACKDROP - o[2]) / d[2].clamp_min(0.05)
+    to_backdrop = (BACKDROP_DISTANCE - o[2]) / d[2].clamp_min(0.05)
     is_ground = to_ground < to_backdrop
     p = o + torch.minimum(to_ground, to_backdrop) * d
     colour = torch.empty(len(scene), 3, device=o.device)
@@ -274,25 +277,25 @@ def _shade_place(stage: Stage, o: Tensor, d: Tensor, scene: Tensor) -> Tensor:
             colour[ray] = scenery.backdrop(x, p[1, ray], v[ray])
     light = stage.light[:, scene]
     ray = is_ground.nonzero()[:, 0]
-    colour[ray] *= _ground_light(stage, p[:, ray], scene[ray]).T
-    depth = ((p[2] - 0.4) / (BACKDROP - 0.4)).clamp(0, 1)
+    colour[ray] *= _compute_ground_light(stage, p[:, ray], scene[ray]).T
+    depth = ((p[2] - 0.4) / (BACKDROP_DISTANCE - 0.4)).clamp(0, 1)
     veil = torch.where(is_ground, light[9] * depth**1.3 * 0.9, light[9]) + light[10] * 0.6 * (
         1 - depth
     )
     return mix(colour, light[6:9].T, veil.clamp(0, 1))
 
 
-def _ground_light(stage: Stage, p: Tensor, scene: Tensor) -> Tensor:
+def _compute_ground_light(stage: Stage, p: Tensor, scene: Tensor) -> Tensor:
     """Light (3, R) on ground points."""
     light, sun = stage.light[:, scene], stage.sun[:, scene]
     direct, ambient = sun[1].clone(), torch.ones_like(sun[1])
     for herd in stage.herds:
-        direct *= herd.shadow(p, sun, scene)
-        ambient *= herd.contact(p, scene)
+        direct *= herd.compute_shadow(p, sun, scene)
+        ambient *= herd.compute_contact(p, scene)
     return light[0:3] * ambient + light[3:6] * direct
 
 
-def _weather(image: Tensor, name: str, variant: float) -> Tensor:
+def _draw_weather(image: Tensor, name: str, variant: float) -> Tensor:
     """Soft flakes or streaks over a picture (H, W, 3) in [0, 1]."""
     size = image.shape[0]
     axis = (torch.arange(size, device=image.device) + 0.5) / size

@@ -9,29 +9,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["STYLES", "dusk", "ink"]
+__all__ = ["STYLES", "apply_dusk", "apply_ink"]
 
 LEVELS = 4  # of each flat colour
-EDGE = 40 / 255  # a step to a neighbour above it is an outline
-OUTLINE = (0.08, 0.06, 0.12)
+EDGE_CONTRAST = 40 / 255  # a step to a neighbour above it is an outline
+OUTLINE_RGB = (0.08, 0.06, 0.12)
 PALETTE = ((0.14, 0.08, 0.25), (0.45, 0.16, 0.40), (0.85, 0.36, 0.30), (0.98, 0.72, 0.42))
 PALETTE += ((1.00, 0.95, 0.80),)
 
 
-def ink(image: Tensor) -> Tensor:
+def apply_ink(image: Tensor) -> Tensor:
     """uint8 (H, W, 3) -> the same."""
     values = image.float() / 255
     flat = (values * (LEVELS - 1)).round() / (LEVELS - 1)
 
     # A pixel that differs from the one to its right or below it
     edge = torch.zeros(values.shape[:2], dtype=torch.bool)
-    edge[:, :-1] |= (values[:, 1:] - values[:, :-1]).abs().amax(-1) > EDGE
-    edge[:-1] |= (values[1:] - values[:-1]).abs().amax(-1) > EDGE
-    flat[edge] = torch.tensor(OUTLINE)
+    edge[:, :-1] |= (values[:, 1:] - values[:, :-1]).abs().amax(-1) > EDGE_CONTRAST
+    edge[:-1] |= (values[1:] - values[:-1]).abs().amax(-1) > EDGE_CONTRAST
+    flat[edge] = torch.tensor(OUTLINE_RGB)
     return (flat * 255).round().to(torch.uint8)
 
 
-def dusk(image: Tensor) -> Tensor:
+def apply_dusk(image: Tensor) -> Tensor:
     """uint8 (H, W, 3) -> the same: its brightness as a way along the palette."""
     palette = torch.tensor(PALETTE)
     grey = (image.float() / 255) @ torch.tensor((0.299, 0.587, 0.114))
@@ -42,4 +42,4 @@ def dusk(image: Tensor) -> Tensor:
     return (colour * 255).round().to(torch.uint8)
 
 
-STYLES: dict[str, Callable[[Tensor], Tensor]] = {"ink": ink, "dusk": dusk}
+STYLES: dict[str, Callable[[Tensor], Tensor]] = {"ink": apply_ink, "dusk": apply_dusk}

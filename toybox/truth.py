@@ -22,15 +22,15 @@ from PIL import Image
 from torch import Tensor
 
 from dreambooth_moslora.disk.contents import read_json
-from dreambooth_moslora.disk.paths import SUBJECT_FILE, assets_folder
+from dreambooth_moslora.disk.paths import SUBJECT_FILE, get_assets_folder
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluation.metrics import Encoders
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
-from dreambooth_moslora.photos.toy_readers import ToySegmenter, load_net
+from dreambooth_moslora.photos.toy_readers import ToySegmenter, load_segmenter_net
 from toybox.data.renders import to_pixels, to_uint8
-from toybox.measures.sharpness import sharpness
+from toybox.measures.sharpness import measure_sharpness
 from toybox.readers import judge
-from toybox.render import render, toy_masks
+from toybox.render import render, render_masks
 from toybox.world import PLACES, Scene, Toy, sample_scene, sample_toy
 
 VIEWS = 3
@@ -56,7 +56,7 @@ class ToyTruth:
     size_px: int = 128
     _seen: dict[str, RenderedPlace] = field(default_factory=dict)
 
-    def tables(
+    def compute_tables(
         self, plan: EvaluationPlan, pictures: list[Image.Image], vectors: Tensor, photos: Tensor
     ) -> dict[str, np.ndarray]:
         """Scores against the truth, (prompts, seeds) or (prompts, views).
@@ -69,12 +69,12 @@ class ToyTruth:
         judge_*_ceiling: of true renders. toy_sharpness, toy_sharpness_ceiling: of the generated
         toy, and of true renders through the autoencoder.
         """
-        places = [place_in(template) for template in plan.templates]
+        places = [find_place(template) for template in plan.templates]
         seen = {
-            kind: [self._renders(place, kind) for place in places] for kind in ("true", "other")
+            kind: [self._get_renders(place, kind) for place in places] for kind in ("true", "other")
         }
         true, others = (torch.stack([found.dino for found in seen[kind]]) for kind in seen)
-        said = self.encoders.clip_texts(plan.texts)[:, :, None]
+        said = self.encoders.embed_clip_texts(plan.texts)[:, :, None]
         prompt = {kind: torch.stack([found.clip for found in seen[kind]]) @ said for kind in seen}
         generated = vectors.view(len(places), len(plan.seeds), -1)
         return {
@@ -83,43 +83,53 @@ class ToyTruth:
             "clip_t_ceiling": prompt["true"][..., 0].numpy(),
             "clip_t_floor": prompt["other"][..., 0].numpy(),
             "truth": (generated @ true.mT).mean(-1).numpy(),
-            "truth_ceiling": among(true).numpy(),
+            "truth_ceiling": compute_mutual_similarity(true).numpy(),
             "truth_floor": (others @ true.mT).mean(-1).numpy(),
-            **self._readings(places, pictures, len(plan.seeds)),
-            **self._sharpness(places, pictures, len(plan.seeds)),
+            **self._compute_readings(places, pictures, len(plan.seeds)),
+            **self._compute_sharpness(places, pictures, len(plan.seeds)),
         }
 
-    def _renders(self, place: str, kind: str) -> RenderedPlace:
+    def _get_renders(self, place: str, kind: str) -> RenderedPlace:
         """VIEWS renders at a place: `true` of the subject, `other` of others of its kind."""
         key = f"{kind} {place}"
         if key not in self._seen:
             rng = random.Random(f"{key} {self.toy}")
-            toys = [self.toy if kind == "true" else other_toy(self.toy, rng) for _ in range(VIEWS)]
-            scenes = [view(rng, toy, place) for toy in toys]
+            toys = [
+                self.toy if kind == "true" else sample_other_toy(self.toy, rng)
+                for _ in range(VIEWS)
+            ]
+            scenes = [sample_view(rng, toy, place) for toy in toys]
             images = render(scenes, self.size_px)
             pictures = [Image.fromarray(image.numpy()) for image in images]
-            vectors = self.encoders.dino_images(pictures), self.encoders.clip_images(pictures)
-            self._seen[key] = RenderedPlace(images, toy_masks(scenes, self.size_px), *vectors)
+            vectors = (
+                self.encoders.embed_dino_images(pictures),
+                self.encoders.embed_clip_images(pictures),
+            )
+            self._seen[key] = RenderedPlace(images, render_masks(scenes, self.size_px), *vectors)
         return self._seen[key]
 
-    def _readings(
+    def _compute_readings(
         self, places: list[str], pictures: list[Image.Image], seeds: int
     ) -> dict[str, np.ndarray]:
-        if not judge.WEIGHTS.is_file():
+        if not judge.WEIGHTS_PATH.is_file():
             return {}
-        true = torch.cat([self._renders(place, "true").images for place in places])
+        true = torch.cat([self._get_renders(place, "true").images for place in places])
         drawn, ceiling = (
-            self._right(places, stacked(pictures), seeds),
-            self._right(places, true, VIEWS),
+            self._check_answers(places, stack_images(pictures), seeds),
+            self._check_answers(places, true, VIEWS),
         )
         return drawn | {f"{name}_ceiling": hits for name, hits in ceiling.items()}
 
-    def _right(self, places: list[str], images: Tensor, of_each: int) -> dict[str, np.ndarray]:
+    def _check_answers(
+        self, places: list[str], images: Tensor, of_each: int
+    ) -> dict[str, np.ndarray]:
         """Whether the judge's answers to each question are right, (places, of_each), for `of_each`
         images a place."""
         readings = [reading for some in images.split(64) for reading in self.judge.read(some)]
         asked = [Scene((self.toy,), place) for place in places for _ in range(of_each)]
-        right = [reading.right(scene) for reading, scene in zip(readings, asked, strict=True)]
+        right = [
+            reading.check_answers(scene) for reading, scene in zip(readings, asked, strict=True)
+        ]
         hits = {
             name: np.array([each[name] for each in right], dtype=float) for name in judge.QUESTIONS
         }
@@ -127,14 +137,14 @@ class ToyTruth:
             f"judge_{name}": values.reshape(len(places), of_each) for name, values in hits.items()
         }
 
-    def _sharpness(
+    def _compute_sharpness(
         self, places: list[str], pictures: list[Image.Image], seeds: int
     ) -> dict[str, np.ndarray]:
-        images = stacked(pictures)
-        drawn = sharpness(images, self.segmenter.logits(to_pixels(images)) > 0)
-        true = [self._renders(place, "true") for place in places]
-        ceiling = sharpness(
-            self._through_vae(torch.cat([r.images for r in true])),
+        images = stack_images(pictures)
+        drawn = measure_sharpness(images, self.segmenter.compute_logits(to_pixels(images)) > 0)
+        true = [self._get_renders(place, "true") for place in places]
+        ceiling = measure_sharpness(
+            self._encode_and_decode(torch.cat([r.images for r in true])),
             torch.cat([r.masks for r in true]),
         )
         return {
@@ -143,46 +153,48 @@ class ToyTruth:
         }
 
     @torch.no_grad()
-    def _through_vae(self, images: Tensor) -> Tensor:
+    def _encode_and_decode(self, images: Tensor) -> Tensor:
         """Images uint8 (N,H,W,3), encoded and decoded by the embedded base's autoencoder."""
         latents = self.vae.encode(to_pixels(images)).latent_dist.mode()
         return to_uint8(self.vae.decode(latents).sample.clamp(-1, 1))
 
     @cached_property
     def vae(self) -> AutoencoderKL:
-        return AutoencoderKL.from_pretrained(assets_folder() / "toy-sdxl", subfolder="vae").eval()
+        return AutoencoderKL.from_pretrained(
+            get_assets_folder() / "toy-sdxl", subfolder="vae"
+        ).eval()
 
     @cached_property
     def segmenter(self) -> ToySegmenter:
-        return load_net(assets_folder() / "toy-segmenter")
+        return load_segmenter_net(get_assets_folder() / "toy-segmenter")
 
     @cached_property
     def judge(self) -> judge.Judge:
         return judge.load()
 
 
-def stacked(pictures: list[Image.Image]) -> Tensor:
+def stack_images(pictures: list[Image.Image]) -> Tensor:
     """uint8 (N,H,W,3)."""
     return torch.stack([torch.from_numpy(np.array(picture.convert("RGB"))) for picture in pictures])
 
 
-def among(vectors: Tensor) -> Tensor:
+def compute_mutual_similarity(vectors: Tensor) -> Tensor:
     """Mean cosine of each view to the other views of its place: (P, V, D) -> (P, V)."""
     similarities = vectors @ vectors.mT
     views = vectors.shape[1]
     return (similarities.sum(-1) - similarities.diagonal(dim1=1, dim2=2)) / (views - 1)
 
 
-def view(rng: random.Random, toy: Toy, place: str) -> Scene:
+def sample_view(rng: random.Random, toy: Toy, place: str) -> Scene:
     return sample_scene(rng, toy, place, held_out=None)
 
 
-def other_toy(toy: Toy, rng: random.Random) -> Toy:
+def sample_other_toy(toy: Toy, rng: random.Random) -> Toy:
     """Another individual of the same kind."""
     return sample_toy(rng, toy.kind)
 
 
-def place_in(template: str) -> str:
+def find_place(template: str) -> str:
     """The toy world's place that a prompt names."""
     return max((place for place in PLACES if place in template), key=len)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from toybox.drawing.kinds import SHAPES
 from toybox.drawing.parts import ACCESSORIES, GENES
-from toybox.drawing.places import LIGHTS, PLACES, lights_of
+from toybox.drawing.places import LIGHTS, PLACES, list_lights
 
 __all__ = [
     "COLOURS",
@@ -49,8 +49,8 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 PATTERNS = ("plain", "striped", "spotted", "checkered")
 MATERIALS = ("matte", "glossy", "metal")
 HELD_OUT_PERCENT = 6
-SIGHTS_OF_A_PLACE = 4  # `Scene.variant` may be any number
-SIGHTS_OF_A_NARROW_PLACE = 2
+SIGHTS_PER_PLACE = 4  # `Scene.variant` may be any number
+SIGHTS_PER_NARROW_PLACE = 2
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def sample_scene(
         where = place or rng.choice(PLACES)
         if held_out is None or held_out == any(is_held_out(t.kind, t.colour, where) for t in toys):
             view = _sample_view(rng, toys, where)
-            return _narrowed(rng, view) if narrow else view
+            return _replace_camera(rng, view) if narrow else view
     raise ValueError(
         f"no scene with held_out={held_out} exists for {toy} at {place}: leave one of them free"
     )
@@ -168,7 +168,7 @@ def _sample_view(rng: random.Random, toys: tuple[Toy, ...], place: str) -> Scene
     yaw = rng.uniform(0.2, 0.9) if rng.random() < 0.85 else rng.uniform(-3.1416, 3.1416)
     views = ((2.1, 2.6),) if len(toys) > 1 else ((1.6, 1.9), (1.9, 2.6), (3.5, 4.0))
     near, far = rng.choices(views, (5, 91, 4)[-len(views) :])[0]
-    names = lights_of(place)
+    names = list_lights(place)
     light = "day" if rng.random() < 0.7 else rng.choice(names)
     return Scene(
         toys=toys,
@@ -179,13 +179,13 @@ def _sample_view(rng: random.Random, toys: tuple[Toy, ...], place: str) -> Scene
         distance=round(rng.uniform(near, far), 3),
         sun=(round(rng.uniform(-0.9, 0.3), 3), round(rng.uniform(0.7, 1.05), 3)),
         offset=(round(rng.uniform(-0.06, 0.06), 3), round(rng.uniform(-0.04, 0.04), 3)),
-        variant=rng.randrange(SIGHTS_OF_A_PLACE) / SIGHTS_OF_A_PLACE,
+        variant=rng.randrange(SIGHTS_PER_PLACE) / SIGHTS_PER_PLACE,
     )
 
 
-def _narrowed(rng: random.Random, scene: Scene) -> Scene:
+def _replace_camera(rng: random.Random, scene: Scene) -> Scene:
     """The same toys and light before a camera of one height and aim, which hardly comes nearer, and
     one of two sights of the place. Two toys keep their distance, at which both are in the frame."""
     distance = scene.distance if len(scene.toys) > 1 else round(rng.uniform(1.9, 2.3), 3)
-    variant = rng.randrange(SIGHTS_OF_A_NARROW_PLACE) / SIGHTS_OF_A_NARROW_PLACE
+    variant = rng.randrange(SIGHTS_PER_NARROW_PLACE) / SIGHTS_PER_NARROW_PLACE
     return replace(scene, pitch=Scene.pitch, offset=(0.0, 0.0), distance=distance, variant=variant)

@@ -19,12 +19,12 @@ from typing import Any, Literal
 
 from dreambooth_moslora.base import model_files
 from dreambooth_moslora.disk.contents import read_json
-from dreambooth_moslora.disk.paths import public_name, user_path
+from dreambooth_moslora.disk.paths import expand_user_path, get_public_name
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import family_facts, toy_bases
 from dreambooth_moslora.settings.train_config import TrainConfig
 
-SETTINGS = {
+BASE_SETTINGS = {
     "name": "pretrained_model_name_or_path",
     "revision": "revision",
     "cache_dir": "cache_dir",
@@ -32,12 +32,12 @@ SETTINGS = {
     "vae": "pretrained_vae_model_name_or_path",
 }
 """What decides which base a run has, and the setting that says it."""
-LOGIN = "asks for a login: accept its terms on its page, then `hf auth login`"
-HUB_ANSWERS = {401: LOGIN, 403: LOGIN, 404: "has no such model"}
+LOGIN_MESSAGE = "asks for a login: accept its terms on its page, then `hf auth login`"
+HUB_ERRORS = {401: LOGIN_MESSAGE, 403: LOGIN_MESSAGE, 404: "has no such model"}
 """HTTP status -> what follows "the hub" in a message."""
-GIVE_ANOTHER = "give the folder of a base, or a .safetensors file"
+OTHER_BASE_ADVICE = "give the folder of a base, or a .safetensors file"
 """What helps where nobody has a base."""
-HUB_SEC = 5
+HUB_TIMEOUT_SEC = 5
 """How long the hub's answer is waited for."""
 Shapes = dict[str, list[int]]
 """Tensor's name -> its shape."""
@@ -69,7 +69,7 @@ class Base:
         `vae`. Raises UserError for one that is missing, and for a damaged file."""
         if isinstance(name, Base):
             return name
-        path = path_of(name)
+        path = find_path(name)
         source = "hub"
         if path is not None:
             source = "file" if path.is_file() else "folder"
@@ -79,9 +79,9 @@ class Base:
     def of(cls, settings: TrainConfig | Mapping[str, Any]) -> "Base":
         """The base that a run's settings name. Raises UserError as `find` does."""
         given = settings if isinstance(settings, Mapping) else vars(settings)
-        places = {field: given.get(setting) for field, setting in SETTINGS.items()}
+        places = {field: given.get(setting) for field, setting in BASE_SETTINGS.items()}
         del places["name"]
-        return cls.find(given[SETTINGS["name"]], **places)
+        return cls.find(given[BASE_SETTINGS["name"]], **places)
 
     @classmethod
     def of_run(cls, config: TrainConfig) -> "Base":
@@ -96,7 +96,7 @@ class Base:
     @property
     def public_name(self) -> str:
         """Without what is private of a path."""
-        return public_name(self.name)
+        return get_public_name(self.name)
 
     @property
     def is_toy(self) -> bool:
@@ -126,64 +126,66 @@ class Base:
             return self.path if self.source == "folder" else None
 
         # The cache may hold an index alone. A denoiser's configuration says that there is more.
-        if self._cached is None:
+        if self._cache_folder is None:
             return None
-        configs = [self._cached / part / "config.json" for part in family_facts.DENOISERS]
-        return self._cached if any(config.is_file() for config in configs) else None
+        configs = [self._cache_folder / part / "config.json" for part in family_facts.DENOISERS]
+        return self._cache_folder if any(config.is_file() for config in configs) else None
 
     @cached_property
-    def _cached(self) -> Path | None:
+    def _cache_folder(self) -> Path | None:
         """Where the hub's cache has its index, and perhaps no more of it."""
-        return model_files.find_snapshot(self.name, model_files.INDEX, **self.version)
+        return model_files.find_snapshot(self.name, model_files.INDEX_NAME, **self.version)
 
     @property
     def configs(self) -> Path | None:
         """The folder that has its configuration: its own, or the one beside a single file."""
-        return model_files.configs_beside(self.file) if self.file else self.folder
+        return model_files.find_configs(self.file) if self.file else self.folder
 
     @cached_property
-    def _told(self) -> dict | str | None:
+    def _index_or_reason(self) -> dict | str | None:
         """`index`, or why the hub does not give it."""
         # What is on this machine comes first: the hub is asked only where nothing is.
-        home = self._cached if self.source == "hub" else self.configs
+        home = self._cache_folder if self.source == "hub" else self.configs
         if home is not None:
-            return read_json(home / model_files.INDEX)
-        return asked_of_hub(self.name, self.revision) if self.source == "hub" else None
+            return read_json(home / model_files.INDEX_NAME)
+        return fetch_index(self.name, self.revision) if self.source == "hub" else None
 
     @property
     def index(self) -> dict | None:
         """Its `model_index.json`, for which the hub may be asked; None where nobody has it. Raises
         UserError for a damaged one."""
-        return self._told if isinstance(self._told, dict) else None
+        return self._index_or_reason if isinstance(self._index_or_reason, dict) else None
 
     @property
     def unreachable(self) -> str | None:
         """Why neither this machine nor the hub has it; None if one has. The hub may be asked."""
-        if not isinstance(self._told, str):
+        if not isinstance(self._index_or_reason, str):
             return None
         return (
-            f"the base {self.name} is not on this machine, and the hub {self._told}: "
-            f"{GIVE_ANOTHER}, "
+            f"the base {self.name} is not on this machine, and the hub {self._index_or_reason}: "
+            f"{OTHER_BASE_ADVICE}, "
             f"or fetch it with `hf download {self.name}` where there is a connection."
         )
 
     @cached_property
-    def known(self) -> tuple[family_facts.Facts, family_facts.Model] | None:
+    def known(self) -> tuple[family_facts.FamilyFacts, family_facts.PublishedModel] | None:
         """The family and the published model, of an id that is known without its files."""
-        return family_facts.BY_HUB_ID.get(self.name.lower()) if self.source == "hub" else None
+        return (
+            family_facts.MODELS_BY_HUB_ID.get(self.name.lower()) if self.source == "hub" else None
+        )
 
     @cached_property
-    def facts(self) -> family_facts.Facts | None:
+    def facts(self) -> family_facts.FamilyFacts | None:
         """Its family; None for a hub id that is not known and cannot be asked for. Raises UserError
         for a family that cannot be trained."""
         # A published model needs no question to the hub.
-        if self.known and not self._cached:
+        if self.known and not self._cache_folder:
             return self.known[0]
         if self.index is not None:
-            return model_files.facts_in(self.index)
+            return model_files.get_index_facts(self.index)
 
         # A single file without configurations beside it tells its family by its tensors' names.
-        return model_files.facts_by_names(self.file, self.tensors) if self.file else None
+        return model_files.detect_file_facts(self.file, self.tensors) if self.file else None
 
     @property
     def is_flow(self) -> bool:
@@ -194,18 +196,18 @@ class Base:
     def distilled(self) -> str:
         """Why it is a distilled base, which is not one to train; "" for another."""
         # Offline the name alone tells what a hub id is.
-        facts = self.facts or model_files.by_id(self.name)
+        facts = self.facts or model_files.detect_hub_facts(self.name)
         if facts is None or facts.style == "ddpm":
             return ""
         # A model that is known is no distilled one, so its index need not be asked for.
         index = None if self.known else self.index
-        return family_facts.distilled(index or {}, self.name, facts)
+        return family_facts.explain_distilled(index or {}, self.name, facts)
 
     @cached_property
     def tensors(self) -> Shapes:
         """Tensor's name -> shape in a single file; {} for a format that does not tell them. Raises
         UserError for a damaged file."""
-        return model_files.shapes_in(self.file) if self.file else {}
+        return model_files.read_shapes(self.file) if self.file else {}
 
     @cached_property
     def shapes(self) -> dict[str, Shapes]:
@@ -215,7 +217,9 @@ class Base:
         if self.folder is None or self.facts is None:
             return {}
         parts = (self.facts.denoiser, *self.facts.encoders, "vae")
-        return {part: model_files.tensor_shapes(self.folder / part, self.variant) for part in parts}
+        return {
+            part: model_files.read_folder_shapes(self.folder / part, self.variant) for part in parts
+        }
 
     @property
     def denoiser_shapes(self) -> Shapes:
@@ -230,7 +234,7 @@ class Base:
             return toy_bases.RESOLUTION_PX
         with suppress(UserError):
             # The UNet's own configuration knows it better than the family.
-            side = model_files.unet_side(self.configs) if self.configs else None
+            side = model_files.read_unet_resolution(self.configs) if self.configs else None
             if not side and self.facts:
                 side = self.facts.resolution_px
             if side:
@@ -244,8 +248,8 @@ class Base:
         if self.folder is None:
             return None
         home = self.folder / self.facts.denoiser
-        is_plain = any("." not in file.stem for file in model_files.weight_files(home))
-        variants = [] if is_plain else model_files.variants_in(home)
+        is_plain = any("." not in file.stem for file in model_files.list_weight_files(home))
+        variants = [] if is_plain else model_files.list_variants(home)
         return "fp16" if "fp16" in variants else next(iter(variants), None)
 
     @property
@@ -255,7 +259,7 @@ class Base:
         if self.folder:
             for part in self.folder.iterdir():
                 if part.is_dir():
-                    weights += model_files.weight_files(part)
+                    weights += model_files.list_weight_files(part)
         if self.file:
             weights.append(self.file)
         return sum(file.stat().st_size for file in weights) / 2**30
@@ -295,25 +299,25 @@ class Base:
         _ = self.shapes  # raises for a damaged file
 
 
-def path_of(name: str | Path) -> Path | None:
+def find_path(name: str | Path) -> Path | None:
     """The folder or file of that name; None for an id of the hub. Raises UserError for neither."""
     # An embedded base, by its short name.
-    if toy := toy_bases.TOYS.get(str(name)):
-        if not (toy / model_files.INDEX).is_file():
-            lack = f"{toy} has no {model_files.INDEX}"
+    if toy := toy_bases.TOY_FOLDERS.get(str(name)):
+        if not (toy / model_files.INDEX_NAME).is_file():
+            lack = f"{toy} has no {model_files.INDEX_NAME}"
             raise UserError(f"the embedded base is missing: {lack}; clone or install it again.")
         return toy
 
     # A folder or a file that is here, each of which must be a model's.
-    path = user_path(name)
+    path = expand_user_path(name)
     if path.is_dir():
-        if not (path / model_files.INDEX).is_file():
-            raise UserError(f"{path} is not a diffusers model: it has no {model_files.INDEX}.")
+        if not (path / model_files.INDEX_NAME).is_file():
+            raise UserError(f"{path} is not a diffusers model: it has no {model_files.INDEX_NAME}.")
         return path
     if path.is_file():
         if path.suffix not in model_files.SINGLE_FILE_SUFFIXES:
             raise UserError(f"{path} is neither a diffusers folder nor a .safetensors checkpoint.")
-        model_files.shapes_in(path)  # which refuses a damaged one
+        model_files.read_shapes(path)  # which refuses a damaged one
         return path
 
     # Anything else is on the hub, if it could be a name there.
@@ -324,17 +328,17 @@ def path_of(name: str | Path) -> Path | None:
 
 
 @cache
-def asked_of_hub(hub_id: str, revision: str | None) -> dict | str:
+def fetch_index(hub_id: str, revision: str | None) -> dict | str:
     """The `model_index.json` that the hub gives, or why it does not. It is asked once, and waited
-    for only `HUB_SEC`: loading a base asks it again for minutes."""
+    for only `HUB_TIMEOUT_SEC`: loading a base asks it again for minutes."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import OfflineModeIsEnabled, build_hf_headers, get_session
 
-    url = hf_hub_url(hub_id, model_files.INDEX, revision=revision)
+    url = hf_hub_url(hub_id, model_files.INDEX_NAME, revision=revision)
     try:
-        answer = get_session().get(url, headers=build_hf_headers(), timeout=HUB_SEC)
+        answer = get_session().get(url, headers=build_hf_headers(), timeout=HUB_TIMEOUT_SEC)
         if answer.status_code != 200:
-            return HUB_ANSWERS.get(answer.status_code, "has none")
+            return HUB_ERRORS.get(answer.status_code, "has none")
         index = answer.json()
     except OfflineModeIsEnabled:
         return "is not asked, as HF_HUB_OFFLINE is set"

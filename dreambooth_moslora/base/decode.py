@@ -18,17 +18,17 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from dreambooth_moslora.base import devices
-from dreambooth_moslora.precision import LIKE_FP32
+from dreambooth_moslora.precision import FP16_OVERFLOW_ADVICE
 from dreambooth_moslora.settings.family_facts import SDXL
 
 logger = logging.getLogger(__name__)
 
 
-def finite_or_black(pixels: torch.Tensor) -> torch.Tensor:
+def warn_nonfinite_pixels(pixels: torch.Tensor) -> torch.Tensor:
     """The pixels as they are, which become black where they are not finite, with a warning."""
     if not pixels.isfinite().all():
         message = "A picture has values that are not finite (NaN) and is black there: use %s."
-        logger.warning(message, LIKE_FP32)
+        logger.warning(message, FP16_OVERFLOW_ADVICE)
     return pixels
 
 
@@ -46,11 +46,11 @@ def decode_pixels(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     # One picture after the other
     pixels = []
     for one in latents.split(1):
-        decode = partial(decoded, vae, one)
+        decode = partial(decode_latents, vae, one)
 
         # NaN in the latents is the denoiser's: another precision of the VAE would not help.
         if one.isfinite().all():
-            pixels.append(finite_or_fp32(vae, decode))
+            pixels.append(run_with_fp32_fallback(vae, decode))
         else:
             pixels.append(decode())
     if is_upcast:
@@ -58,7 +58,7 @@ def decode_pixels(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     return torch.cat(pixels) / 2 + 0.5
 
 
-def finite_or_fp32(vae: AutoencoderKL, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+def run_with_fp32_fallback(vae: AutoencoderKL, work: Callable[[], torch.Tensor]) -> torch.Tensor:
     """What `work` computes with the VAE. If that is not finite, it is done again in fp32, which the
     VAE then keeps."""
     found = work()
@@ -69,26 +69,26 @@ def finite_or_fp32(vae: AutoencoderKL, work: Callable[[], torch.Tensor]) -> torc
     return found
 
 
-def decoded(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Scaled latents (B, C, h, w) -> pixels (B, 3, 8h, 8w), about in [-1, 1], in fp32, as the VAE
     computes them."""
-    latents = unscaled(vae, latents)
-    size_px = [side * scale_of(vae) for side in latents.shape[-2:]]
-    device = devices.device_of(vae)
-    with tiled_where_short(vae, size_px, device):
+    latents = unscale_latents(vae, latents)
+    size_px = [side * get_pixels_per_latent(vae) for side in latents.shape[-2:]]
+    device = devices.get_device(vae)
+    with enable_tiling(vae, size_px, device):
         return vae.decode(latents.to(device, vae.dtype)).sample.float()
 
 
-def unscaled(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+def unscale_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Latents as the denoiser sees them -> as the VAE decodes them, the same shape, in fp32."""
     latents = latents.float() / vae.config.scaling_factor
-    if statistics := latent_statistics(vae, latents.device):
+    if statistics := get_latent_statistics(vae, latents.device):
         mean, deviation = statistics
         latents = latents * deviation + mean
     return latents
 
 
-def latent_statistics(
+def get_latent_statistics(
     vae: AutoencoderKL, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Mean and standard deviation of each latent channel, (1, C, 1, 1); None for most VAEs."""
@@ -101,12 +101,12 @@ def latent_statistics(
     return mean, deviation
 
 
-def scale_of(vae: AutoencoderKL) -> int:
+def get_pixels_per_latent(vae: AutoencoderKL) -> int:
     """Pixels per latent along a side: 8 for SDXL."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-TILING = (
+TILING_ATTRIBUTES = (
     "use_slicing",
     "use_tiling",
     "tile_sample_min_size",
@@ -117,11 +117,11 @@ SDXL's kind."""
 
 
 @contextmanager
-def tiled_where_short(
+def enable_tiling(
     vae: torch.nn.Module,
     size_px: Sequence[int],
     device: torch.device,
-    bytes_a_pixel: int = SDXL.decoder_bytes_a_pixel,
+    bytes_per_pixel: int = SDXL.decoder_bytes_per_pixel,
 ) -> Iterator[None]:
     """In this block the VAE works on one picture at a time, if it can, and in tiles where memory is
     short for a whole one.
@@ -129,12 +129,12 @@ def tiled_where_short(
     vae: whose settings are restored afterwards
     size_px: height and width
     device: where the VAE computes
-    bytes_a_pixel: peak of the work beside the weights
+    bytes_per_pixel: peak of the work beside the weights
     """
     # How many pixels fit into the free memory. On a CPU all of them do.
-    free = devices.free_gib(device)
-    pixels = math.inf if free is None else free * devices.GIB / bytes_a_pixel
-    before = {name: getattr(vae, name) for name in TILING if hasattr(vae, name)}
+    free = devices.measure_free_gib(device)
+    pixels = math.inf if free is None else free * devices.GIB / bytes_per_pixel
+    before = {name: getattr(vae, name) for name in TILING_ATTRIBUTES if hasattr(vae, name)}
     if not before:
         yield
         return
@@ -148,7 +148,7 @@ def tiled_where_short(
         vae.use_tiling = True
         if "tile_latent_min_size" in before:
             vae.tile_sample_min_size = tile
-            vae.tile_latent_min_size = tile // scale_of(vae)
+            vae.tile_latent_min_size = tile // get_pixels_per_latent(vae)
     try:
         yield
     finally:
@@ -156,7 +156,7 @@ def tiled_where_short(
             setattr(vae, name, value)
 
 
-def pictures_of(pixels: torch.Tensor) -> list[Image.Image]:
+def to_images(pixels: torch.Tensor) -> list[Image.Image]:
     """Pixels (B, 3, H, W), about in [0, 1] -> B pictures."""
     levels = (pixels.clamp(0, 1) * 255).round().nan_to_num().to(torch.uint8)
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels.cpu()]

@@ -13,33 +13,33 @@ import sys
 from typing import Any
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.precision import half_precision
-from dreambooth_moslora.settings.family_facts import Facts
+from dreambooth_moslora.precision import choose_half_precision
+from dreambooth_moslora.settings.family_facts import FamilyFacts
 from dreambooth_moslora.settings.train_config import TrainConfig
 
 GIB = 2**30
 """Bytes in a GiB."""
 CONTEXT_GIB = 0.5  # Memory of the CUDA context of a process, beside its tensors.
-ENCODER_BYTES_A_PIXEL = 2600
+ENCODER_BYTES_PER_PIXEL = 2600
 """Peak of SDXL's fp32 VAE encoder beside its weights, per pixel of the photo."""
 TILES_PX = (512, 256)
 """Sides of the tiles if the whole picture does not fit; the largest that does is taken."""
 
-OUTPUTS_A_BLOCK = 32
+OUTPUTS_PER_BLOCK = 32
 """Outputs that the 4-bit kernels for CPUs compute at a time. It divides every width of SDXL."""
-PLACES = 2
+RESIDENT_BLOCKS = 2
 """Blocks on the device where blocks are streamed: the one that computes, and the next on its way.
 """
 
 
-def process_count() -> int:
+def get_world_size() -> int:
     """Processes that a launcher started for this run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def processes_here() -> int:
+def get_local_world_size() -> int:
     """Those of them on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", process_count()))
+    return int(os.environ.get("LOCAL_WORLD_SIZE", get_world_size()))
 
 
 def is_main_process() -> bool:
@@ -47,7 +47,7 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def best_device() -> Any:
+def get_best_device() -> Any:
     """The GPU of Nvidia or AMD, else Apple's, else the CPU: what training, pictures and the doctor
     use."""
     import torch
@@ -59,22 +59,22 @@ def best_device() -> Any:
 
 def is_on_apple() -> bool:
     """Whether a run here is on Apple's GPU. PyTorch is not asked on other systems."""
-    if sys.platform != "darwin" or asks_accelerate("ACCELERATE_USE_CPU"):
+    if sys.platform != "darwin" or is_variable_true("ACCELERATE_USE_CPU"):
         return False
-    return best_device().type == "mps"
+    return get_best_device().type == "mps"
 
 
-def apple_gib() -> tuple[float, float]:
+def measure_apple_memory() -> tuple[float, float]:
     """GiB that Metal says a process should use at most, and what this process has of it."""
     import torch
 
     return torch.mps.recommended_max_memory() / GIB, torch.mps.current_allocated_memory() / GIB
 
 
-def free_gib(device: Any) -> float | None:
+def measure_free_gib(device: Any) -> float | None:
     """GiB that this process can still use on a GPU; None for other devices."""
     if device.type == "mps":
-        most, used = apple_gib()
+        most, used = measure_apple_memory()
         return most - used
     if device.type != "cuda":
         return None
@@ -86,21 +86,21 @@ def free_gib(device: Any) -> float | None:
     return (free + kept) / GIB
 
 
-def free_gib_of_gpu() -> float | None:
-    """`free_gib` of this process's GPU; None without a GPU, or when accelerate is told to use the
-    CPU. It includes the CUDA context, which asking the driver creates."""
-    if asks_accelerate("ACCELERATE_USE_CPU"):
+def measure_free_gpu_gib() -> float | None:
+    """`measure_free_gib` of this process's GPU; None without a GPU, or when accelerate is told to
+    use the CPU. It includes the CUDA context, which asking the driver creates."""
+    if is_variable_true("ACCELERATE_USE_CPU"):
         return None
     import torch  # not before it is needed: a dry run answers at once
 
-    device = best_device()
+    device = get_best_device()
     if device.type != "cuda":
-        return free_gib(device)
+        return measure_free_gib(device)
     own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return free_gib(own) + CONTEXT_GIB
+    return measure_free_gib(own) + CONTEXT_GIB
 
 
-def device_of(model: Any) -> Any:
+def get_device(model: Any) -> Any:
     """Where a model computes. Models that take turns on a GPU lie in the CPU's memory meanwhile."""
     hook = getattr(model, "_hf_hook", None)
     return getattr(hook, "execution_device", None) or model.device
@@ -124,35 +124,35 @@ def free_unused_host_blocks() -> None:
 
 def has_gpu() -> bool:
     """Whether PyTorch finds an Nvidia or AMD GPU, or Apple's."""
-    return best_device().type != "cpu"
+    return get_best_device().type != "cpu"
 
 
-def searches_fast() -> bool:
+def has_fast_search() -> bool:
     """Whether cuDNN finds each convolution's algorithm soon: AMD's MIOpen searches for minutes."""
     import torch
 
     return not torch.version.hip
 
 
-WHEELS = (
+WHEELS_COMMAND = (
     "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/"
 )
 """What installs another build of PyTorch; the build's name follows."""
-CUDA = "cu128"
+CUDA_BUILD = "cu128"
 """PyTorch's build for Nvidia; pytorch.org names those for other drivers."""
-ROCM = "rocm6.4"
+ROCM_BUILD = "rocm6.4"
 """The same for AMD."""
-HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+HIDING_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 """Variables by which a user hides GPUs from programs."""
 
 
-def unused_gpu() -> str | None:
+def explain_unused_gpu() -> str | None:
     """Where a GPU's driver is installed and PyTorch sees no GPU, one line that says why, with the
     remedy. None where it sees one, where there is no driver, and where the environment asks for the
     CPU. PyPI's PyTorch is built for Nvidia on Linux, and for the CPU on Windows."""
     # Nobody wonders about a GPU that was hidden on purpose.
-    is_hidden = any(os.environ.get(name) in ("", "-1") for name in HIDING)
-    if has_gpu() or is_hidden or asks_accelerate("ACCELERATE_USE_CPU"):
+    is_hidden = any(os.environ.get(name) in ("", "-1") for name in HIDING_VARIABLES)
+    if has_gpu() or is_hidden or is_variable_true("ACCELERATE_USE_CPU"):
         return None
     import torch
 
@@ -162,13 +162,13 @@ def unused_gpu() -> str | None:
         if torch.version.cuda:
             remedy = "install a newer driver, as `nvidia-smi` says"
             return f"PyTorch for CUDA {torch.version.cuda} sees no GPU: {remedy}."
-        return f"there is an Nvidia GPU, and {not_built}: {WHEELS}{CUDA}"
+        return f"there is an Nvidia GPU, and {not_built}: {WHEELS_COMMAND}{CUDA_BUILD}"
     if os.path.exists("/dev/kfd") or shutil.which("rocminfo"):
         if torch.version.hip:
             group = "sudo usermod -aG render,video $USER"
             reasons = f"it knows another, or you may not use it ({group}, then log in anew)"
             return f"PyTorch for ROCm sees no GPU: {reasons}."
-        return f"there is an AMD GPU, and {not_built}: {WHEELS}{ROCM}"
+        return f"there is an AMD GPU, and {not_built}: {WHEELS_COMMAND}{ROCM_BUILD}"
     return None
 
 
@@ -194,20 +194,20 @@ def has_fast_bf16() -> bool:
         return False
 
 
-def asks_accelerate(variable: str) -> bool:
+def is_variable_true(variable: str) -> bool:
     """Whether `accelerate launch`, or the user, turned this on in the environment."""
     return os.environ.get(variable, "false").lower() in ("true", "1")
 
 
-def half_precision_of(facts: Facts | None) -> str:
-    """`half_precision` for this family: "no" where it would be fp16, in which transformers
+def choose_family_precision(facts: FamilyFacts | None) -> str:
+    """`choose_half_precision` for this family: "no" where it would be fp16, in which transformers
     overflow."""
-    half = half_precision()
+    half = choose_half_precision()
     is_transformer = facts is not None and facts.style == "flow"
     return "no" if half == "fp16" and is_transformer else half
 
 
-def precision_of(config: TrainConfig) -> str:
+def get_precision(config: TrainConfig) -> str:
     """The precision that accelerate uses: that of the flag, or of `accelerate launch` in the
     environment."""
     return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
@@ -216,7 +216,7 @@ def precision_of(config: TrainConfig) -> str:
 def check_bf16(config: TrainConfig, instead: str = "fp16") -> None:
     """Raises UserError for a run in bf16, by its flags or `accelerate launch`, on a GPU without it.
     `instead` is what the message advises."""
-    if precision_of(config) != "bf16" or asks_accelerate("ACCELERATE_USE_CPU"):
+    if get_precision(config) != "bf16" or is_variable_true("ACCELERATE_USE_CPU"):
         return
     import torch  # not before it is needed: a dry run answers at once
 

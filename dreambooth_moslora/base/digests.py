@@ -6,15 +6,17 @@ from pathlib import Path
 
 from dreambooth_moslora.base import model_files
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.disk.contents import content_key, hash_files
-from dreambooth_moslora.disk.paths import user_path
-from dreambooth_moslora.settings.family_facts import Facts
+from dreambooth_moslora.disk.contents import hash_files, hash_values
+from dreambooth_moslora.disk.paths import expand_user_path
+from dreambooth_moslora.settings.family_facts import FamilyFacts
 
 RECORD = "digests.json"
 """In the folder of the caches: what each file's digest was."""
 
 
-def hash_parts(base: Base, facts: Facts, parts: Iterable[str], caches: Path) -> dict[str, str]:
+def hash_parts(
+    base: Base, facts: FamilyFacts, parts: Iterable[str], caches: Path
+) -> dict[str, str]:
     """Return part -> SHA-256 of all bytes that decide it; without a part whose files are not here.
 
     base: loaded, so that the hub's files are here
@@ -27,11 +29,11 @@ def hash_parts(base: Base, facts: Facts, parts: Iterable[str], caches: Path) -> 
     digests = {}
     for part in parts:
         if paths := list_files(base, facts, part):
-            digests[part] = content_key(files=hash_files(paths, caches / RECORD))
+            digests[part] = hash_values(files=hash_files(paths, caches / RECORD))
     return digests
 
 
-def list_files(base: Base, facts: Facts, part: str) -> list[Path]:
+def list_files(base: Base, facts: FamilyFacts, part: str) -> list[Path]:
     """Return the files that decide a part: its weights, and of all but the denoiser, whose weights
     tell it, the configuration and what splits prompts. [] where its weights are not here."""
     home = find_home(base, facts, part)
@@ -43,7 +45,9 @@ def list_files(base: Base, facts: Facts, part: str) -> list[Path]:
         weights = [base.file]
     else:
         weights = (
-            model_files.weight_files(home, None if is_other_vae else base.variant) if home else []
+            model_files.list_weight_files(home, None if is_other_vae else base.variant)
+            if home
+            else []
         )
     if is_denoiser or not weights or home is None:
         return weights
@@ -56,11 +60,11 @@ def list_files(base: Base, facts: Facts, part: str) -> list[Path]:
     return weights + [path for path in others if path.is_file()]
 
 
-def find_home(base: Base, facts: Facts, part: str) -> Path | None:
+def find_home(base: Base, facts: FamilyFacts, part: str) -> Path | None:
     """Return the folder of a part; None for one that is not here."""
     # Another VAE has a folder or a hub id of its own.
     if part == "vae" and base.vae:
-        path = user_path(base.vae)
+        path = expand_user_path(base.vae)
         if path.is_dir():
             return path
         return model_files.find_snapshot(base.vae, "config.json", cache_dir=base.cache_dir)
@@ -70,5 +74,5 @@ def find_home(base: Base, facts: Facts, part: str) -> Path | None:
     root = None if base.source == "hub" else base.configs
     if root is None:
         hub_id = facts.models[0].hub_id if base.file else base.name
-        root = model_files.find_snapshot(hub_id, model_files.INDEX, **base.version)
+        root = model_files.find_snapshot(hub_id, model_files.INDEX_NAME, **base.version)
     return root / part if root else None

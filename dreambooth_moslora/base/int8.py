@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-GROUP = 128
+GROUP_SIZE = 128
 """Inputs that share a scale, where it divides their number: an outlier coarsens these alone."""
-LARGEST = 127
+MAX_INT8 = 127
 
 
 class Int8Linear(nn.Linear):
@@ -25,14 +25,14 @@ class Int8Linear(nn.Linear):
     def __init__(self, dense: nn.Linear, dtype: torch.dtype, device: torch.device | str):
         has_bias = dense.bias is not None
         super().__init__(dense.in_features, dense.out_features, has_bias, device="meta")
-        weight, scales = packed(dense.weight.data.to(device), dtype)
+        weight, scales = quantize_weight(dense.weight.data.to(device), dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("scales", scales)
         self.bias = dense.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…,in) -> y (…,out)."""
-        return _Product.apply(x, self.weight, self.scales, self.bias)
+        return _Int8Product.apply(x, self.weight, self.scales, self.bias)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -45,36 +45,36 @@ class Int8Linear(nn.Linear):
 
     def dequantize(self) -> Tensor:
         """The weights (out,in)."""
-        return unpacked(self.weight, self.scales)
+        return dequantize_weight(self.weight, self.scales)
 
 
-class _Product(torch.autograd.Function):
+class _Int8Product(torch.autograd.Function):
     """x (…,in), W8 (out,in), its scales, b (out) or None -> y (…,out). Only x gets a gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight, scales)
-        return F.linear(x, unpacked(weight, scales), bias)
+        return F.linear(x, dequantize_weight(weight, scales), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad.matmul(unpacked(*ctx.saved_tensors).to(grad.dtype)), None, None, None
+        return grad.matmul(dequantize_weight(*ctx.saved_tensors).to(grad.dtype)), None, None, None
 
 
-def packed(dense: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize_weight(dense: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weights (out,in) as int8 (out,in), and their scales (out,groups,1) in `dtype`."""
-    size = math.gcd(dense.shape[1], GROUP)
+    size = math.gcd(dense.shape[1], GROUP_SIZE)
     groups = dense.float().unflatten(1, (-1, size))
-    scales = (groups.abs().amax(2, keepdim=True) / LARGEST).to(dtype)
+    scales = (groups.abs().amax(2, keepdim=True) / MAX_INT8).to(dtype)
 
     # Rounded by the scales as they are kept. Those of zeros are 0.
     steps = scales.float().clamp_min(torch.finfo(torch.float32).tiny)
-    rounded = (groups / steps).round_().clamp_(-LARGEST, LARGEST)
+    rounded = (groups / steps).round_().clamp_(-MAX_INT8, MAX_INT8)
     return rounded.to(torch.int8).flatten(1), scales
 
 
-def unpacked(weight: Tensor, scales: Tensor) -> Tensor:
+def dequantize_weight(weight: Tensor, scales: Tensor) -> Tensor:
     """The weights (out,in) that int8 and its scales stand for, in the dtype of these."""
     groups = weight.to(scales.dtype).unflatten(1, (scales.shape[1], -1))
     return groups.mul_(scales).flatten(1)

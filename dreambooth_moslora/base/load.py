@@ -28,13 +28,20 @@ from transformers import PreTrainedConfig
 from dreambooth_moslora.base import decode, devices, families, model_files
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.quantized_files import QuantizedFile
-from dreambooth_moslora.errors import UserError, one_line
+from dreambooth_moslora.errors import UserError, format_error
 from dreambooth_moslora.settings import toy_bases
-from dreambooth_moslora.settings.family_facts import SDXL, Facts, facts_of
+from dreambooth_moslora.settings.family_facts import SDXL, FamilyFacts, get_facts
 
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SingleFileComponentError)
+CONVERTER_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    SingleFileComponentError,
+)
 """Errors of diffusers' converter for a damaged file, and for one of another model."""
-UNLOADABLE = (
+LOADER_ERRORS = (
     *(OSError, ValueError, OverflowError, RuntimeError, SafetensorError),
     UnpicklingError,  # a .bin file that holds more than weights
 )
@@ -50,17 +57,17 @@ def ignore_kernels() -> None:
     read = PreTrainedConfig.from_dict.__func__
 
     def from_dict(kind: type, config: dict[str, Any], **options: Any) -> Any:
-        return read(kind, without_attention(config), **options)
+        return read(kind, drop_attention_choice(config), **options)
 
     PreTrainedConfig.from_dict = classmethod(from_dict)
 
 
-def without_attention(config: Any) -> Any:
+def drop_attention_choice(config: Any) -> Any:
     """A configuration, and those inside it, without entries that choose the attention."""
     if not isinstance(config, dict):
         return config
     return {
-        name: without_attention(value)
+        name: drop_attention_choice(value)
         for name, value in config.items()
         if "attn_implementation" not in str(name)
     }
@@ -106,14 +113,14 @@ def load_pipeline(
         else:
             options["dtype"] = {"default": dtype, "vae": vae_dtype}
             if base.file:
-                pipeline = around_file(base.file, facts, dtype, options)
+                pipeline = load_around_file(base.file, facts, dtype, options)
             else:
                 pipeline = kind.from_pretrained(base.place, variant=base.variant, **options)
     except UserError:
         raise
-    except UNLOADABLE as error:
+    except LOADER_ERRORS as error:
         raise UserError(
-            f"the base model {base.name} cannot be loaded: {one_line(error, 300)}"
+            f"the base model {base.name} cannot be loaded: {format_error(error, 300)}"
         ) from error
     check_is_whole(pipeline, base.name, needs_denoiser=has_denoiser)
 
@@ -135,11 +142,11 @@ def load_pipeline(
 
 def load_denoiser(pipeline: DiffusionPipeline, base: Base, dtype: torch.dtype) -> None:
     """Give a pipeline that was loaded without it the base's denoiser, frozen. Raises UserError."""
-    facts = facts_of(type(pipeline).__name__)
+    facts = get_facts(type(pipeline).__name__)
     name = facts.denoiser
     try:
         if base.file:
-            model = denoiser_from_file(base.file, facts, dtype)
+            model = load_denoiser_file(base.file, facts, dtype)
         else:
             # Every other part is given, a model as None, and so it is not loaded again.
             others: dict[str, Any] = {}
@@ -151,9 +158,9 @@ def load_denoiser(pipeline: DiffusionPipeline, base: Base, dtype: torch.dtype) -
             model = getattr(whole, name)
     except UserError:
         raise
-    except UNLOADABLE as error:
+    except LOADER_ERRORS as error:
         raise UserError(
-            f"the base model {base.name} cannot be loaded: {one_line(error, 300)}"
+            f"the base model {base.name} cannot be loaded: {format_error(error, 300)}"
         ) from error
     pipeline.register_modules(**{name: model.requires_grad_(False).eval()})
     check_is_whole(pipeline, base.name, needs_encoders=False)
@@ -177,11 +184,13 @@ def load_vae(
     try:
         kind = pipeline._get_signature_types()["vae"][0]
         return kind.from_pretrained(name, dtype=dtype, cache_dir=cache_dir)
-    except UNLOADABLE as error:
-        raise UserError(f"the VAE {name} cannot be loaded: {one_line(error, 300)}") from error
+    except LOADER_ERRORS as error:
+        raise UserError(f"the VAE {name} cannot be loaded: {format_error(error, 300)}") from error
 
 
-def around_file(path: Path, facts: Facts, dtype: torch.dtype, options: dict) -> DiffusionPipeline:
+def load_around_file(
+    path: Path, facts: FamilyFacts, dtype: torch.dtype, options: dict
+) -> DiffusionPipeline:
     """The pipeline around a transformer's file. Encoders and VAE come from a diffusers folder of
     the same stem beside it, else from the hub.
 
@@ -194,15 +203,15 @@ def around_file(path: Path, facts: Facts, dtype: torch.dtype, options: dict) -> 
     """
     parts = {}
     if facts.denoiser not in options:
-        parts[facts.denoiser] = denoiser_from_file(path, facts, dtype)
-    home = model_files.configs_beside(path) or facts.models[0].hub_id
+        parts[facts.denoiser] = load_denoiser_file(path, facts, dtype)
+    home = model_files.find_configs(path) or facts.models[0].hub_id
     try:
         return getattr(diffusers, facts.pipeline).from_pretrained(home, **options, **parts)
     except OSError as error:
-        raise UserError(alone(path, facts)) from error
+        raise UserError(explain_missing_parts(path, facts)) from error
 
 
-def alone(path: Path, facts: Facts) -> str:
+def explain_missing_parts(path: Path, facts: FamilyFacts) -> str:
     """What a person can do about a transformer's file without the other parts."""
     model = facts.models[0].hub_id
     return (
@@ -212,9 +221,9 @@ def alone(path: Path, facts: Facts) -> str:
     )
 
 
-def denoiser_from_file(path: Path, facts: Facts, dtype: torch.dtype) -> nn.Module:
+def load_denoiser_file(path: Path, facts: FamilyFacts, dtype: torch.dtype) -> nn.Module:
     """The model that denoises, of a file, in `dtype`. Raises UserError."""
-    home = model_files.configs_beside(path)
+    home = model_files.find_configs(path)
     kind = getattr(diffusers, facts.model)
     try:
         # diffusers drops scales, and splits and renames the weights: the scales come first.
@@ -229,12 +238,13 @@ def denoiser_from_file(path: Path, facts: Facts, dtype: torch.dtype) -> nn.Modul
         )
     except UserError:
         raise
-    except UNREADABLE as error:
+    except CONVERTER_ERRORS as error:
         # Without configurations beside the file, it may be the hub that did not answer.
         if isinstance(error, OSError) and home is None:
-            raise UserError(alone(path, facts)) from error
+            raise UserError(explain_missing_parts(path, facts)) from error
         raise UserError(
-            f"{path}: diffusers cannot read {facts.denoiser_name} from it: {one_line(error, 300)}"
+            f"{path}: diffusers cannot read {facts.denoiser_name} from it: "
+            f"{format_error(error, 300)}"
         ) from error
 
 
@@ -245,7 +255,7 @@ def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -
     is_quantized = bool(model_files.group_quantized(path))
     if is_quantized:
         options = options | {"unet": None}
-    configs = model_files.configs_beside(path)
+    configs = model_files.find_configs(path)
     local = {} if configs is None else {"config": str(configs)}
     try:
         pipeline = kind.from_single_file(str(path), **options, **local)
@@ -256,12 +266,12 @@ def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -
             "or put the .json and tokenizer files of a diffusers folder of that model "
             f"into {path.with_suffix('')}."
         ) from error
-    except UNREADABLE as error:
-        facts = facts_of(kind.__name__)
+    except CONVERTER_ERRORS as error:
+        facts = get_facts(kind.__name__)
         what = f"{facts.article} {facts.title} checkpoint that diffusers can read"
-        raise UserError(f"{path} is not {what}: {one_line(error, 300)}") from error
+        raise UserError(f"{path} is not {what}: {format_error(error, 300)}") from error
     if is_quantized:
-        unet = denoiser_from_file(path, facts_of(kind.__name__), options["dtype"])
+        unet = load_denoiser_file(path, get_facts(kind.__name__), options["dtype"])
         pipeline.register_modules(unet=unet)
     # A velocity model of SDXL says so by empty tensors of these names, which diffusers ignores.
     if path.suffix == ".safetensors":
@@ -298,7 +308,7 @@ def check_is_whole(
     needs_denoiser: False where it is loaded later
     needs_encoders: False where they were used and let go
     """
-    facts = facts_of(type(pipeline).__name__)
+    facts = get_facts(type(pipeline).__name__)
     needed = []
     if needs_denoiser:
         needed.append(facts.denoiser)
@@ -325,27 +335,27 @@ def check_is_whole(
                 raise UserError(f"the base model {name} is not whole: {lack}.")
 
 
-def default_resolution(pipeline: DiffusionPipeline) -> int:
+def get_default_resolution(pipeline: DiffusionPipeline) -> int:
     """Side in pixels of the base's training images: 1024 for SDXL, 128 for the embedded base."""
-    if toy_bases.is_toy(name_of(pipeline)):
+    if toy_bases.is_toy(get_base_name(pipeline)):
         return toy_bases.RESOLUTION_PX
-    facts = facts_of(type(pipeline).__name__)
+    facts = get_facts(type(pipeline).__name__)
     if facts.style == "flow":
         return facts.resolution_px
     return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 
 
-def default_guidance(pipeline: DiffusionPipeline) -> float:
+def get_default_guidance(pipeline: DiffusionPipeline) -> float:
     """The family's usual guidance; the embedded base has its own."""
-    return toy_bases.guidance_of(name_of(pipeline), facts_of(type(pipeline).__name__))
+    return toy_bases.get_base_guidance(get_base_name(pipeline), get_facts(type(pipeline).__name__))
 
 
-def name_of(pipeline: DiffusionPipeline) -> str:
+def get_base_name(pipeline: DiffusionPipeline) -> str:
     """What it was loaded from: a folder, a file or a hub id."""
     return str(pipeline.config.get("_name_or_path", ""))
 
 
-def guidance_rescale(pipeline: DiffusionPipeline) -> float:
+def get_guidance_rescale(pipeline: DiffusionPipeline) -> float:
     """The pipeline's argument of this name: guidance overexposes pictures of bases with zero
     terminal SNR."""
     return ZERO_SNR_RESCALE if has_zero_terminal_snr(pipeline) else 0.0
@@ -360,13 +370,13 @@ def encode_image(vae: nn.Module, pixels: Tensor, family: families.Family = SDXL_
     """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) for the denoiser, fp32: the mean of
     the VAE's posterior. A VAE that gives NaN is converted to fp32 for good. Raises UserError when
     even fp32 gives NaN."""
-    with decode.tiled_where_short(
+    with decode.enable_tiling(
         vae,
         size_px=pixels.shape[-2:],
         device=vae.device,
-        bytes_a_pixel=devices.ENCODER_BYTES_A_PIXEL,
+        bytes_per_pixel=devices.ENCODER_BYTES_PER_PIXEL,
     ):
-        latents = decode.finite_or_fp32(vae, lambda: family.latents(vae, pixels))
+        latents = decode.run_with_fp32_fallback(vae, lambda: family.encode_latents(vae, pixels))
     if not latents.isfinite().all():
         raise UserError(
             "the VAE gives NaN for a photo even in float32: "
@@ -375,16 +385,21 @@ def encode_image(vae: nn.Module, pixels: Tensor, family: families.Family = SDXL_
     return latents
 
 
-SHAPE = ("in_channels", "block_out_channels", "cross_attention_dim", "transformer_layers_per_block")
+UNET_SHAPE_ENTRIES = (
+    "in_channels",
+    "block_out_channels",
+    "cross_attention_dim",
+    "transformer_layers_per_block",
+)
 """Entries of a UNet's configuration by which an adapter fits it."""
 
 
-def architecture(denoiser: nn.Module) -> dict[str, object]:
+def get_architecture(denoiser: nn.Module) -> dict[str, object]:
     """The shape of a denoiser, JSON-able: SHAPE of a UNet, every whole number of a transformer's
     configuration."""
     config = dict(denoiser.config)
     if "block_out_channels" in config:
-        found = {key: config[key] for key in SHAPE}
+        found = {key: config[key] for key in UNET_SHAPE_ENTRIES}
     else:
         found = {key: value for key, value in config.items() if type(value) is int}
 

@@ -14,13 +14,15 @@ from dreambooth_moslora.settings import family_facts
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
 """How a file begins whose content git-lfs has not fetched."""
-JOINT_KEY = "transformer_blocks.0.attn.add_q_proj.weight"
+SD3_TENSOR = "transformer_blocks.0.attn.add_q_proj.weight"
 """A tensor of SD 3 in diffusers' layout."""
-USUAL_VAE_LEVELS = 4
+DEFAULT_VAE_LEVELS = 4
 """Resolutions inside a VAE. Each but the last halves the side."""
-SMALL_BASE_PX = 256
+MAX_SMALL_BASE_PX = 256
 """A base of at most this resolution needs no care with GPU memory."""
-HUB_NAME = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+HUB_NAME_PATTERN = re.compile(
+    r"(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII
+)
 """owner/model, as the hub allows them."""
 SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
 """Of checkpoints that hold a whole model, or its denoiser."""
@@ -31,11 +33,11 @@ QUANTIZED = re.compile(
     r"|(weight|input|output|pre_quant)?_scale(_\w+)?"
 )
 """Last parts of names that only quantized weights have beside them."""
-INDEX = "model_index.json"
+INDEX_NAME = "model_index.json"
 """diffusers' file that names the parts of a base."""
 
 
-def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+def list_weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """The weight files of a base's component that are loaded: the variant's, if there are any."""
     for suffix in (".safetensors", ".bin"):
         files = sorted(folder.glob(f"*{suffix}"))
@@ -49,23 +51,23 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     return []
 
 
-def variants_in(folder: Path) -> list[str]:
+def list_variants(folder: Path) -> list[str]:
     """The variants of a component's safetensors files: `fp16` of model.fp16.safetensors, also where
     it is split."""
     names = [file.stem.partition(".")[2] for file in folder.glob("*.safetensors")]
     return sorted({name.partition("-")[0] for name in names if name})
 
 
-def tensor_shapes(folder: Path, variant: str | None = None) -> dict[str, list[int]]:
+def read_folder_shapes(folder: Path, variant: str | None = None) -> dict[str, list[int]]:
     """Tensor's name -> shape for a component's folder; {} for another format than safetensors, and
     for no files. Raises UserError for a damaged file."""
     shapes: dict[str, list[int]] = {}
-    for file in weight_files(folder, variant):
-        shapes |= shapes_in(file)
+    for file in list_weight_files(folder, variant):
+        shapes |= read_shapes(file)
     return shapes
 
 
-def shapes_in(path: Path) -> dict[str, list[int]]:
+def read_shapes(path: Path) -> dict[str, list[int]]:
     """{tensor's name: its shape} of a safetensors file; {} for another format. Raises UserError for
     a damaged one."""
     with path.open("rb") as file:
@@ -115,10 +117,10 @@ def group_quantized(path: Path) -> dict[str, dict[str, str]]:
 def is_hub_id(name: str) -> bool:
     """`owner/model-1.0` is one despite its dot; `owner/model.safetensors`, `./model` and what the
     hub would not take as a name are paths."""
-    return bool(HUB_NAME.fullmatch(name)) and Path(name).suffix not in SINGLE_FILE_SUFFIXES
+    return bool(HUB_NAME_PATTERN.fullmatch(name)) and Path(name).suffix not in SINGLE_FILE_SUFFIXES
 
 
-def unet_side(folder: Path) -> int | None:
+def read_unet_resolution(folder: Path) -> int | None:
     """The side in px by the configuration of the UNet, and of the VAE, which may be another's; None
     where it does not say it."""
     try:
@@ -127,7 +129,7 @@ def unet_side(folder: Path) -> int | None:
 
         # The VAE says how many px are in one of them.
         vae = folder / "vae" / "config.json"
-        levels = USUAL_VAE_LEVELS
+        levels = DEFAULT_VAE_LEVELS
         if vae.is_file():
             levels = len(read_json(vae)["block_out_channels"])
         return latent * 2 ** (levels - 1) if latent > 0 else None
@@ -135,7 +137,7 @@ def unet_side(folder: Path) -> int | None:
         return None
 
 
-class Other(NamedTuple):
+class OtherModel(NamedTuple):
     """A model that is no base here, though its files resemble those of a family."""
 
     title: str
@@ -148,58 +150,60 @@ class Other(NamedTuple):
         """Whether the name of a file or a model says that it is this one."""
         return bool(re.search(self.word, name.lower()))
 
-    def is_in(self, name: str, shapes: Mapping[str, list[int]]) -> bool:
+    def is_match(self, name: str, shapes: Mapping[str, list[int]]) -> bool:
         """Whether a file of this name with these tensors is this one."""
         columns = shapes.get("img_in.weight", [0])[-1]
         has_keys = bool(self.keys) and shapes.keys() >= {*self.keys} and self.lacks not in shapes
         return has_keys and self.inputs in (0, columns) and self.is_named(name)
 
 
-FLUX1 = ("vector_in.in_layer.weight", "double_blocks.0.img_attn.norm.key_norm.scale")
-OTHERS = (
-    Other("FLUX.1 Kontext", FLUX1, word="kontext"),
-    Other("FLUX.1 Fill", FLUX1, inputs=384),
-    Other("FLUX.1 Depth or Canny", FLUX1, inputs=128),
-    Other("FLUX.1 schnell", FLUX1, lacks="guidance_in.in_layer.bias"),
-    Other("FLUX.2 dev", ("single_stream_modulation.lin.weight", "guidance_in.in_layer.weight")),
-    Other("Qwen-Image-Edit", ("txt_norm.weight",), word="qwen.?image.*edit"),
-    Other("Chroma", ("distilled_guidance_layer.in_proj.bias",)),
-    Other("Wan", ("head.modulation",)),
-    Other("HiDream", ("double_stream_blocks.0.block.adaLN_modulation.1.bias",)),
-    Other("FLUX.1 in diffusers' layout", ("single_transformer_blocks.0.proj_mlp.weight",)),
-    Other("Stable Diffusion 3 in diffusers' layout", ("pos_embed.proj.weight", JOINT_KEY)),
-    Other("a GGUF file", word="gguf"),
+FLUX1_TENSORS = ("vector_in.in_layer.weight", "double_blocks.0.img_attn.norm.key_norm.scale")
+OTHER_MODELS = (
+    OtherModel("FLUX.1 Kontext", FLUX1_TENSORS, word="kontext"),
+    OtherModel("FLUX.1 Fill", FLUX1_TENSORS, inputs=384),
+    OtherModel("FLUX.1 Depth or Canny", FLUX1_TENSORS, inputs=128),
+    OtherModel("FLUX.1 schnell", FLUX1_TENSORS, lacks="guidance_in.in_layer.bias"),
+    OtherModel(
+        "FLUX.2 dev", ("single_stream_modulation.lin.weight", "guidance_in.in_layer.weight")
+    ),
+    OtherModel("Qwen-Image-Edit", ("txt_norm.weight",), word="qwen.?image.*edit"),
+    OtherModel("Chroma", ("distilled_guidance_layer.in_proj.bias",)),
+    OtherModel("Wan", ("head.modulation",)),
+    OtherModel("HiDream", ("double_stream_blocks.0.block.adaLN_modulation.1.bias",)),
+    OtherModel("FLUX.1 in diffusers' layout", ("single_transformer_blocks.0.proj_mlp.weight",)),
+    OtherModel("Stable Diffusion 3 in diffusers' layout", ("pos_embed.proj.weight", SD3_TENSOR)),
+    OtherModel("a GGUF file", word="gguf"),
 )
 """Asked before the marks of the families. Without its files a hub id is told by the word alone."""
 
 
-def facts_by_names(path: Path, tensors: Mapping[str, list[int]]) -> family_facts.Facts:
+def detect_file_facts(path: Path, tensors: Mapping[str, list[int]]) -> family_facts.FamilyFacts:
     """The family of a single file, by the names of its tensors {name: shape}. Raises UserError for
     another model, and for one that no family claims."""
     # Another format than safetensors does not tell its tensors.
     if not tensors:
         return family_facts.SDXL
     shapes = {name.removeprefix(DENOISER_PREFIX): shape for name, shape in tensors.items()}
-    if other := next((one for one in OTHERS if one.is_in(path.stem, shapes)), None):
-        raise UserError(f"{path} is {other.title}, which is no base here: {a_file_of_a_family()}.")
+    if other := next((one for one in OTHER_MODELS if one.is_match(path.stem, shapes)), None):
+        raise UserError(f"{path} is {other.title}, which is no base here: {format_file_advice()}.")
     for facts in family_facts.FAMILIES:
-        if facts.file_mark in shapes:
+        if facts.marker_tensor in shapes:
             return facts
     raise UserError(
         f"{path} holds weights of no family that is known here, but {min(shapes):.80}: "
-        f"{a_file_of_a_family()}."
+        f"{format_file_advice()}."
     )
 
 
-def a_file_of_a_family() -> str:
+def format_file_advice() -> str:
     titles = ", ".join(facts.title for facts in family_facts.FAMILIES)
     return f"give a file of {titles}, in the layout of its authors"
 
 
-def by_id(name: str) -> family_facts.Facts | None:
+def detect_hub_facts(name: str) -> family_facts.FamilyFacts | None:
     """The flow family whose name a hub id has; None for another id. Raises UserError for an id that
     says that it is something else."""
-    if other := next((one for one in OTHERS if one.word and one.is_named(name)), None):
+    if other := next((one for one in OTHER_MODELS if one.word and one.is_named(name)), None):
         raise UserError(f"{name} is {other.title} by its name, which is no base here.")
     letters = re.sub(r"[^a-z0-9]", "", name.lower())
     flows = [facts for facts in family_facts.FAMILIES if facts.style == "flow"]
@@ -218,7 +222,7 @@ def check_is_dense(folder: Path) -> None:
         )
 
 
-def facts_in(index: dict) -> family_facts.Facts:
+def get_index_facts(index: dict) -> family_facts.FamilyFacts:
     """The family of a base by its `model_index.json`. Raises UserError for one that cannot be
     trained."""
     name = str(index.get("_class_name", ""))
@@ -226,18 +230,18 @@ def facts_in(index: dict) -> family_facts.Facts:
     # SDXL has pipelines for other tasks, such as inpainting, whose parts are the same.
     if not name or name.startswith("StableDiffusionXL"):
         name = "StableDiffusionXLPipeline"
-    return family_facts.facts_of(name)
+    return family_facts.get_facts(name)
 
 
 def check_weights(folder: Path, variant: str | None = None) -> None:
     """Raises UserError for a part of a base without weights."""
-    if not weight_files(folder, variant):
+    if not list_weight_files(folder, variant):
         lack = "there is neither a .safetensors nor a .bin file in it"
         raise UserError(f"{folder} has no weights: {lack}.")
 
 
-def configs_beside(checkpoint: Path) -> Path | None:
+def find_configs(checkpoint: Path) -> Path | None:
     """The folder of the same stem beside a single-file checkpoint, if it holds a diffusers model's
     configs."""
     folder = checkpoint.with_suffix("")
-    return folder if (folder / INDEX).is_file() else None
+    return folder if (folder / INDEX_NAME).is_file() else None

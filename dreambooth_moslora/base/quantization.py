@@ -7,8 +7,8 @@ et al. 2023) by bitsandbytes or to 8 bit (`int8`): they hold nine tenths of SDXL
 import torch
 from torch import nn
 
-from dreambooth_moslora.base.devices import OUTPUTS_A_BLOCK
-from dreambooth_moslora.base.families import block_classes
+from dreambooth_moslora.base.devices import OUTPUTS_PER_BLOCK
+from dreambooth_moslora.base.families import list_block_classes
 from dreambooth_moslora.base.int8 import Int8Linear
 
 
@@ -31,12 +31,12 @@ def quantize(
 
     # One layer after the other, each forgotten before the next: the dense weights need not fit onto
     # the device together, nor beside the packed ones into the host's memory.
-    for name in [name for name, _ in layers_of_blocks(denoiser)]:
+    for name in [name for name, _ in list_block_layers(denoiser)]:
         if ".lora_" in name:  # the adapter's own, of a base that has one already
             continue
         dense = denoiser.get_submodule(name)
-        if type(dense) is nn.Linear and dense.out_features % OUTPUTS_A_BLOCK == 0:
-            layer = quantized(
+        if type(dense) is nn.Linear and dense.out_features % OUTPUTS_PER_BLOCK == 0:
+            layer = quantize_layer(
                 dense,
                 kind=kind,
                 compute_dtype=compute_dtype,
@@ -50,9 +50,9 @@ def quantize(
         denoiser.is_loaded_in_4bit = True
 
 
-def layers_of_blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
+def list_block_layers(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of everything inside the repeated blocks."""
-    kinds = block_classes(denoiser)
+    kinds = list_block_classes(denoiser)
     modules = list(denoiser.named_modules())
     blocks = tuple(f"{name}." for name, module in modules if type(module).__name__ in kinds)
 
@@ -61,7 +61,7 @@ def layers_of_blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in modules if name.startswith(inside)]
 
 
-def quantized(
+def quantize_layer(
     dense: nn.Linear, kind: str, compute_dtype: torch.dtype, device: torch.device | str
 ) -> nn.Module:
     """One layer (out, in), quantised on `device`, where it was."""

@@ -22,27 +22,27 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dreambooth_moslora.base import model_files
-from dreambooth_moslora.disk.contents import from_json
-from dreambooth_moslora.errors import UserError, one_line
+from dreambooth_moslora.disk.contents import parse_json
+from dreambooth_moslora.errors import UserError, format_error
 
-SCALES = {"scale_weight": 1, "weight_scale": 1, "weight_scale_inv": 1, "SCB": 127}
+SCALE_DIVISORS = {"scale_weight": 1, "weight_scale": 1, "weight_scale_inv": 1, "SCB": 127}
 """Last part of the name of a weight's scale -> what it is divided by."""
-UNUSED = ("scale_input", "input_scale", "scaled_fp8", "comfy_quant", "weight_format")
+UNUSED_PARTS = ("scale_input", "input_scale", "scaled_fp8", "comfy_quant", "weight_format")
 """Last parts of names beside a weight that are no scale of it."""
 FORMATS = (
     *("float8_e4m3fn", "float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise", "float8_e5m2"),
     *("int8_tensorwise", "int8_blockwise"),
 )
 """The formats of ComfyUI and convert_to_quant that are read. Some files leave the name out."""
-UNREAD = {"weight_scale_2": "nvfp4", "bitsandbytes__nf4": "nf4", "bitsandbytes__fp4": "fp4"}
+UNREAD_FORMATS = {"weight_scale_2": "nvfp4", "bitsandbytes__nf4": "nf4", "bitsandbytes__fp4": "fp4"}
 """Last part of a name -> a format that may say no more of itself."""
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes of scales."""
-DTYPES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, *FLOATS)
+WEIGHT_DTYPES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, *SCALE_DTYPES)
 """The dtypes of weights beside a scale."""
-BLOCK = 128
+DEFAULT_BLOCK_SIZE = 128
 """Rows and columns of a block, unless the file says it."""
-GROUP = 256
+DEFAULT_GROUP_SIZE = 256
 """Columns that ConvRot rotates together, unless the file says it."""
 
 
@@ -59,7 +59,7 @@ class QuantizedFile:
         self.path = path
         layers = model_files.group_quantized(path)
         is_whole = any(
-            name.startswith(model_files.DENOISER_PREFIX) for name in model_files.shapes_in(path)
+            name.startswith(model_files.DENOISER_PREFIX) for name in model_files.read_shapes(path)
         )
         prefix = model_files.DENOISER_PREFIX if is_whole else ""
         self.layers = {
@@ -101,16 +101,16 @@ class QuantizedFile:
         try:
             settings = self.formats[layer]
             if "comfy_quant" in parts:
-                settings = from_json(parts["comfy_quant"].numpy().tobytes()) | settings
+                settings = parse_json(parts["comfy_quant"].numpy().tobytes()) | settings
             return restore_weight(parts, settings)
         except (ValueError, TypeError) as error:
             unread = [
-                UNREAD[part]
+                UNREAD_FORMATS[part]
                 for dtypes in self.layers.values()
-                for part in dtypes.keys() & UNREAD.keys()
+                for part in dtypes.keys() & UNREAD_FORMATS.keys()
             ]
             raise UserError(
-                f"{self.path} holds weights in {unread[0] if unread else one_line(error)}, "
+                f"{self.path} holds weights in {unread[0] if unread else format_error(error)}, "
                 "which is not read here: take the same model in bf16, scaled fp8 or int8."
             ) from error
 
@@ -127,7 +127,7 @@ def read_formats(path: Path) -> dict[str, dict[str, Any]]:
     with safe_open(path, "np") as file:
         text = (file.metadata() or {}).get("_quantization_metadata", "{}")
     try:
-        return from_json(text, Header).layers
+        return parse_json(text, Header).layers
     except UserError as error:
         raise UserError(f"{path}: _quantization_metadata in its header: {error}.") from error
 
@@ -151,21 +151,25 @@ def restore_weight(parts: dict[str, Tensor], settings: dict[str, Any]) -> Tensor
 
     # One scale that is known, of a weight that is known, and no more.
     weight = parts.get("weight")
-    scales = [part for part in parts if part not in ("weight", *UNUSED)]
+    scales = [part for part in parts if part not in ("weight", *UNUSED_PARTS)]
     if not scales and (weight is None or weight.is_floating_point()):
         return weight
-    is_known = len(scales) == 1 and scales[0] in SCALES and parts[scales[0]].dtype in FLOATS
+    is_known = (
+        len(scales) == 1 and scales[0] in SCALE_DIVISORS and parts[scales[0]].dtype in SCALE_DTYPES
+    )
     is_by_rows = not parts.get("weight_format", torch.zeros(1)).any()  # as bitsandbytes saves it
-    if not is_known or not is_by_rows or weight is None or weight.dtype not in DTYPES:
+    if not is_known or not is_by_rows or weight is None or weight.dtype not in WEIGHT_DTYPES:
         kinds = (f"{part}: {str(tensor.dtype)[6:]}" for part, tensor in sorted(parts.items()))
         raise ValueError(f"an unknown format ({', '.join(kinds)})")
     options = settings.get("params", {}) | settings
-    scale = parts[scales[0]].float() / SCALES[scales[0]]
-    restored = weight.float() * expand_scale(scale, weight.shape, options.get("group_size", BLOCK))
+    scale = parts[scales[0]].float() / SCALE_DIVISORS[scales[0]]
+    restored = weight.float() * expand_scale(
+        scale, weight.shape, options.get("group_size", DEFAULT_BLOCK_SIZE)
+    )
 
     # Rotated columns are rotated back.
     if options.get("convrot"):
-        size = options.get("convrot_groupsize", GROUP)
+        size = options.get("convrot_groupsize", DEFAULT_GROUP_SIZE)
         matrix = build_hadamard(size)
         if weight.ndim != 2 or weight.shape[1] % size:
             raise ValueError(f"int8 with convrot in groups of {size} of {weight.shape[1]} columns")

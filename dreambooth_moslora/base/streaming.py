@@ -28,17 +28,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dreambooth_moslora.base import devices
-from dreambooth_moslora.base.devices import PLACES
-from dreambooth_moslora.base.families import block_classes
+from dreambooth_moslora.base.devices import RESIDENT_BLOCKS
+from dreambooth_moslora.base.families import list_block_classes
 
-ALIGNED = 256
+ALIGNMENT_BYTES = 256
 """Bytes between which a weight begins: kernels read several numbers at once."""
-PIECE = 2**24
+PIECE_BYTES = 2**24
 """Bytes of a piece of a block on the host. PyTorch rounds each pinned buffer up to a power of two.
 """
 
 
-class Copies:
+class BlockCopier:
     """How a block comes to the device: on a GPU of Nvidia or AMD beside the computation, on a
     stream of its own; elsewhere a copy has ended when it has begun."""
 
@@ -66,7 +66,7 @@ class Copies:
 def copy_pieces(place: Tensor, pieces: Sequence[Tensor]) -> None:
     """Fill the beginning of `place` (bytes,) with the pieces, without waiting where they are
     pinned."""
-    for target, piece in zip(place.split(PIECE), pieces):
+    for target, piece in zip(place.split(PIECE_BYTES), pieces):
         target[: len(piece)].copy_(piece, non_blocking=piece.is_pinned())
 
 
@@ -81,10 +81,10 @@ class StreamedBlocks:
     `held` are the numbers of the blocks on the device.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, copies: Copies | None = None):
-        self.blocks = streamed_blocks(model)
-        self.largest = max(sum(map(room_of, layers)) for _, layers in self.blocks)
-        self.make_places(device, copies or Copies(device))
+    def __init__(self, model: nn.Module, device: torch.device, copies: BlockCopier | None = None):
+        self.blocks = list_streamed_blocks(model)
+        self.largest = max(sum(map(compute_padded_bytes, layers)) for _, layers in self.blocks)
+        self.make_places(device, copies or BlockCopier(device))
 
         # Each block moves to the host, and comes again whenever its forward is called. A compiler
         # must not look into that.
@@ -94,34 +94,34 @@ class StreamedBlocks:
         enter = torch.compiler.disable(self.enter)
         leave = torch.compiler.disable(self.leave)
         for number, (block, layers) in enumerate(self.blocks):
-            packed = bytes_of(layers).split(PIECE)
-            self.pieces.append([pinned(piece) if is_cuda else piece for piece in packed])
-            self.lay(number)
+            packed = pack_weights(layers).split(PIECE_BYTES)
+            self.pieces.append([move_to_pinned(piece) if is_cuda else piece for piece in packed])
+            self.bind_block(number)
             self.hooks.append(block.register_forward_pre_hook(partial(enter, number)))
             self.hooks.append(block.register_forward_hook(partial(leave, number)))
 
-    def make_places(self, device: torch.device, copies: Copies) -> None:
+    def make_places(self, device: torch.device, copies: BlockCopier) -> None:
         """Empty places on the device, as large as the largest block."""
         self.copies = copies
         self.places = []
-        for _ in range(PLACES):
+        for _ in range(RESIDENT_BLOCKS):
             self.places.append(torch.empty(self.largest, dtype=torch.uint8, device=device))
-        self.held: list[int | None] = [None] * PLACES
-        self.begun: list[Any] = [None] * PLACES
+        self.resident_blocks: list[int | None] = [None] * RESIDENT_BLOCKS
+        self.pending_copies: list[Any] = [None] * RESIDENT_BLOCKS
         self.last = -1
 
-    def move(self, device: torch.device) -> None:
+    def move_to_device(self, device: torch.device) -> None:
         """Compute on another device from here on, between two passes. The memory of the places on
         the present one is freed; blocks lie on the host as before."""
         self.wait()
-        self.make_places(device, Copies(device))
+        self.make_places(device, BlockCopier(device))
         for number in range(len(self.blocks)):
-            self.lay(number)
+            self.bind_block(number)
 
     def wait(self) -> None:
         """Let nothing compute before all copies have ended: one may still write to a place whose
         memory is given back."""
-        for copy in self.begun:
+        for copy in self.pending_copies:
             self.copies.wait(copy)
 
     def end(self) -> None:
@@ -130,48 +130,48 @@ class StreamedBlocks:
         for hook in self.hooks:
             hook.remove()
         for (_, layers), pieces in zip(self.blocks, self.pieces, strict=True):
-            lay(layers, torch.cat(pieces))
+            bind_weights(layers, torch.cat(pieces))
 
             # Or PyTorch keeps what was pinned, and the host holds the base twice.
             pieces.clear()
             devices.free_unused_host_blocks()
 
-    def lay(self, number: int) -> None:
+    def bind_block(self, number: int) -> None:
         """Make a block's matrices views of its place."""
-        lay(self.blocks[number][1], self.places[number % PLACES])
+        bind_weights(self.blocks[number][1], self.places[number % RESIDENT_BLOCKS])
 
     def enter(self, number: int, *_: Any) -> None:
         """Called before block `number` computes, forwards or backwards: it waits for that block,
         and begins to bring the next one, which in a backward pass is the one before."""
-        self.bring(number)
-        self.copies.wait(self.begun[number % PLACES])
+        self.fetch_block(number)
+        self.copies.wait(self.pending_copies[number % RESIDENT_BLOCKS])
         ahead = number + 1 if number > self.last else number - 1
         self.last = number
         if 0 <= ahead < len(self.pieces):
-            self.bring(ahead)
+            self.fetch_block(ahead)
 
     def leave(self, number: int, block: nn.Module, inputs: tuple, outputs: Any) -> None:
         """Called after block `number` has computed: it enters again with the outputs' gradients.
         After the last one of a pass without gradients the next pass begins, with the first ones."""
         if number == len(self.blocks) - 1 and not torch.is_grad_enabled():
-            for first in range(min(PLACES, len(self.blocks))):
-                self.bring(first)
+            for first in range(min(RESIDENT_BLOCKS, len(self.blocks))):
+                self.fetch_block(first)
         for output in outputs if isinstance(outputs, tuple) else (outputs,):
             if isinstance(output, Tensor) and output.requires_grad:
                 output.register_hook(partial(self.enter, number))
 
-    def bring(self, number: int) -> None:
+    def fetch_block(self, number: int) -> None:
         """Begin to copy a block to its place, unless it is there."""
-        place = number % PLACES
-        if self.held[place] != number:
-            self.held[place] = number
-            self.begun[place] = self.copies.start(self.places[place], self.pieces[number])
+        place = number % RESIDENT_BLOCKS
+        if self.resident_blocks[place] != number:
+            self.resident_blocks[place] = number
+            self.pending_copies[place] = self.copies.start(self.places[place], self.pieces[number])
 
 
-def streamed_blocks(model: nn.Module) -> list[tuple[nn.Module, list[nn.Linear]]]:
+def list_streamed_blocks(model: nn.Module) -> list[tuple[nn.Module, list[nn.Linear]]]:
     """The blocks that are streamed, each with the layers whose matrices are, in the order of use.
     The few blocks that refine an input are not: Lumina 2 does not recompute them."""
-    kinds = block_classes(model)
+    kinds = list_block_classes(model)
     found = []
 
     # A UNet has its middle after its upper half, and uses it before.
@@ -192,28 +192,28 @@ def streamed_blocks(model: nn.Module) -> list[tuple[nn.Module, list[nn.Linear]]]
     return found
 
 
-def lay(layers: Sequence[nn.Linear], room: Tensor) -> None:
+def bind_weights(layers: Sequence[nn.Linear], buffer: Tensor) -> None:
     """Make the layers' matrices views of `room` (bytes,)."""
     start = 0
     for layer in layers:
         weight = layer.weight
-        part = room[start : start + weight.nbytes]
+        part = buffer[start : start + weight.nbytes]
         weight.data = part.view(weight.dtype).view(weight.shape)
-        start += room_of(layer)
+        start += compute_padded_bytes(layer)
 
 
-def bytes_of(layers: Sequence[nn.Linear]) -> Tensor:
+def pack_weights(layers: Sequence[nn.Linear]) -> Tensor:
     """The bytes of the layers' matrices on the host, as they lie in a place."""
-    host = torch.empty(sum(map(room_of, layers)), dtype=torch.uint8)
+    host = torch.empty(sum(map(compute_padded_bytes, layers)), dtype=torch.uint8)
     start = 0
     for layer in layers:
         flat = layer.weight.data.contiguous().view(-1).view(torch.uint8)
         host[start : start + len(flat)].copy_(flat)
-        start += room_of(layer)
+        start += compute_padded_bytes(layer)
     return host
 
 
-def pinned(piece: Tensor) -> Tensor:
+def move_to_pinned(piece: Tensor) -> Tensor:
     """The piece in pinned memory; as it is where the host has none left, as Windows lets a driver
     pin half of the memory. It is copied more slowly then."""
     try:
@@ -222,6 +222,6 @@ def pinned(piece: Tensor) -> Tensor:
         return piece
 
 
-def room_of(layer: nn.Linear) -> int:
+def compute_padded_bytes(layer: nn.Linear) -> int:
     """Bytes that a layer's matrix takes of a block."""
-    return -(-layer.weight.nbytes // ALIGNED) * ALIGNED
+    return -(-layer.weight.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

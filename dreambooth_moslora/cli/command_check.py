@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli import one_word, terminal, train_flags
 from dreambooth_moslora.disk.paths import find_asset
-from dreambooth_moslora.errors import UserError, spelled_out
-from dreambooth_moslora.plan.validation import own_bucket_step
+from dreambooth_moslora.errors import UserError, escape_control_characters
+from dreambooth_moslora.plan.validation import get_bucket_step
 from dreambooth_moslora.settings import train_config
-from dreambooth_moslora.settings.family_facts import STOCK_SDXL
+from dreambooth_moslora.settings.family_facts import SDXL_HUB_ID
 
 if TYPE_CHECKING:
     from dreambooth_moslora.photos.folder import PhotoReport
     from dreambooth_moslora.photos.photo_file import Photo
 
 # What `check` takes beside the settings of a training
-OWN_FLAGS = ("folder", "word", "no_picture", "make_masks")
+COMMAND_FLAGS = ("folder", "word", "no_picture", "make_masks")
 # Most photos in the picture of the crops
-MAX_PICTURED = 48
+MAX_DRAWN_PHOTOS = 48
 
 
 def check_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,82 +42,82 @@ def check_arguments(parser: argparse.ArgumentParser) -> None:
 def run_check(args: argparse.Namespace) -> int:
     """Print how training would use the photos, and draw the crops. Raises UserError without a
     usable photo."""
-    from dreambooth_moslora.photos.faces import with_faces
-    from dreambooth_moslora.photos.folder import photo_report
-    from dreambooth_moslora.photos.quality import examine
+    from dreambooth_moslora.photos.faces import add_faces
+    from dreambooth_moslora.photos.folder import build_photo_report
+    from dreambooth_moslora.photos.quality import find_photo_faults
 
     # What `train DIR WORD` chooses
-    flags = {name: value for name, value in vars(args).items() if name not in OWN_FLAGS}
-    given, has_recipe = train_flags.settings_of(flags, without_words=True)
-    chosen = one_word.choose([args.folder, args.word], given, has_recipe=has_recipe)
-    terminal.say(chosen.lines)
-    config = train_config.TrainConfig.from_dict(chosen.all)
-    config = replace(config, **own_bucket_step(config, Base.of(config)))
+    flags = {name: value for name, value in vars(args).items() if name not in COMMAND_FLAGS}
+    given, has_recipe = train_flags.resolve_settings(flags, without_words=True)
+    chosen = one_word.choose_settings([args.folder, args.word], given, has_recipe=has_recipe)
+    terminal.print_lines(chosen.lines)
+    config = train_config.TrainConfig.from_dict(chosen.all_settings)
+    config = replace(config, **get_bucket_step(config, Base.of(config)))
 
     # The photos, once more when masks were made beside them
     report = chosen.photo_report
     if args.make_masks:
-        make_masks(report.photos, config)
-        report = photo_report(config)
-    report = replace(report, photos=with_faces(config, report.photos))
-    report = examine(report, config.resolution)
+        write_masks(report.photos, config)
+        report = build_photo_report(config)
+    report = replace(report, photos=add_faces(config, report.photos))
+    report = find_photo_faults(report, config.resolution)
 
     # The crops as training cuts them, and what was found
     crops = None
     if not args.no_picture:
-        crops = draw(report.photos, config, Path(config.instance_data_dir))
-    print(spelled_out(as_text(report, judged_for(config), crops)))
+        crops = draw_crops(report.photos, config, Path(config.instance_data_dir))
+    print(escape_control_characters(format_report(report, describe_target(config), crops)))
     return 0
 
 
-def make_masks(photos: Sequence["Photo"], config: train_config.TrainConfig) -> None:
+def write_masks(photos: Sequence["Photo"], config: train_config.TrainConfig) -> None:
     """Write masks beside the photos, with a line about each on stderr. Raises UserError."""
-    from dreambooth_moslora.base.devices import best_device
-    from dreambooth_moslora.photos.masks import load_segmenter, make_beside
+    from dreambooth_moslora.base.devices import get_best_device
+    from dreambooth_moslora.photos.masks import load_segmenter, write_mask_files
 
-    terminal.say_loading()
-    terminal.hush()
-    for made in make_beside(photos, load_segmenter(config, best_device())):
+    terminal.print_loading()
+    terminal.disable_library_notes()
+    for made in write_mask_files(photos, load_segmenter(config, get_best_device())):
         done = f"{made.path.name} is written" if made.path else ""
         line = "; ".join(filter(None, [done, made.remark]))
-        print(spelled_out(f"  mask  {made.photo.path.name}  {line}"), file=sys.stderr)
+        print(escape_control_characters(f"  mask  {made.photo.path.name}  {line}"), file=sys.stderr)
 
 
-def draw(photos: Sequence["Photo"], config: train_config.TrainConfig, folder: Path) -> str:
+def draw_crops(photos: Sequence["Photo"], config: train_config.TrainConfig, folder: Path) -> str:
     """Draw the picture of the crops, NAME_crops.png in the current folder; returns a line about it.
     It never lies among the photos, where it would be taken for one of them."""
-    from dreambooth_moslora.photos.quality import crop_rows
+    from dreambooth_moslora.photos.quality import build_crop_rows
     from dreambooth_moslora.pictures import draw_contact_sheet
 
     folder = folder.resolve()
     path = Path(f"{folder.name or 'photos'}_crops.png")
     if path.parent.resolve() == folder:
         path = folder.parent / path.name
-    draw_contact_sheet(crop_rows(photos[:MAX_PICTURED], config), path)
+    draw_contact_sheet(build_crop_rows(photos[:MAX_DRAWN_PHOTOS], config), path)
     return f"the crops: {path}"
 
 
-def judged_for(config: train_config.TrainConfig) -> str:
+def describe_target(config: train_config.TrainConfig) -> str:
     """The model and the size for which photos are judged. The toy's 128 px ask for less."""
     base = Base.of(config)
     said = f"for {base.name} at {config.resolution} px"
-    return f"{said}; for SDXL add --base {STOCK_SDXL}" if base.is_toy else said
+    return f"{said}; for SDXL add --base {SDXL_HUB_ID}" if base.is_toy else said
 
 
-def as_text(report: "PhotoReport", judged: str, crops: str | None = None) -> str:
+def format_report(report: "PhotoReport", target: str, crops: str | None = None) -> str:
     """The lines of an examined report, one of them about the picture of the `crops`, if it is
     there. `judged` says for which model."""
-    from dreambooth_moslora.photos.faults import faults_of
-    from dreambooth_moslora.photos.photo_file import quoted
+    from dreambooth_moslora.photos.faults import list_faults
+    from dreambooth_moslora.photos.photo_file import format_captions
 
     # Each file, with what the user should know of it
     lines = []
     for photo in report.photos:
         height, width = photo.size_px
         remarks = [*photo.reasons, "has a mask"] if photo.has_mask_file else photo.reasons
-        mark = "bad" if faults_of(photo) else "ok "
+        mark = "bad" if list_faults(photo) else "ok "
         line = f"  {mark}   {photo.path.name}  {width} x {height}  {'; '.join(remarks)}"
-        lines += [line.rstrip(), f"        {quoted(photo)}"]
+        lines += [line.rstrip(), f"        {format_captions(photo)}"]
     lines += [f"  left  {item.path.name}  {item.reason}" for item in report.skipped]
 
     # The whole
@@ -127,18 +127,18 @@ def as_text(report: "PhotoReport", judged: str, crops: str | None = None) -> str
     lines.append(f"{usable} usable, {left_out} left out, {beside} captions and masks")
     if crops:
         lines.append(crops)
-    lines.append(f"{verdict(report)} ({judged})")
+    lines.append(f"{format_verdict(report)} ({target})")
     return "\n".join(lines)
 
 
-def verdict(report: "PhotoReport") -> str:
+def format_verdict(report: "PhotoReport") -> str:
     """Which photos to leave out, and whether the others are enough."""
-    from dreambooth_moslora.photos.faults import faults_of
-    from dreambooth_moslora.photos.quality import FEWEST
+    from dreambooth_moslora.photos.faults import list_faults
+    from dreambooth_moslora.photos.quality import MIN_GOOD_PHOTOS
 
-    faulty = [photo.path.name for photo in filter(faults_of, report.photos)]
+    faulty = [photo.path.name for photo in filter(list_faults, report.photos)]
     good = len(report.photos) - len(faulty)
-    if good < FEWEST:  # the others are better than none
+    if good < MIN_GOOD_PHOTOS:  # the others are better than none
         return f"verdict: {'; '.join(report.remarks)}"
     advice = ""
     if faulty:
@@ -157,10 +157,10 @@ def caption_arguments(parser: argparse.ArgumentParser) -> None:
         "for others a language model writes"
     )
     parser.add_argument(
-        *train_config.flags_of("pretrained_model_name_or_path"),
+        *train_config.list_flags("pretrained_model_name_or_path"),
         dest="base",
         metavar="TEXT",
-        default=STOCK_SDXL,
+        default=SDXL_HUB_ID,
         help=about_base,
     )
     about_model = train_config.SETTINGS["caption_model"].metadata["help"]
@@ -171,9 +171,9 @@ def caption_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_caption(args: argparse.Namespace) -> int:
     """Write the missing captions, with a line about each photo. Raises UserError."""
-    from dreambooth_moslora.base.devices import best_device
-    from dreambooth_moslora.photos.captions import load_captioner, make_beside
-    from dreambooth_moslora.photos.folder import find_photos, summary_of_skipped
+    from dreambooth_moslora.base.devices import get_best_device
+    from dreambooth_moslora.photos.captions import load_captioner, write_caption_files
+    from dreambooth_moslora.photos.folder import find_photos, summarize_skipped
 
     # Captions are made as a training on this base makes them.
     folder = Path(find_asset(args.folder))
@@ -186,16 +186,16 @@ def run_caption(args: argparse.Namespace) -> int:
     )
     report = find_photos(folder, config.instance_prompt, config.resolution)
     if not report.photos:
-        raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
+        raise UserError(f"no usable photo in {folder}: {summarize_skipped(report)}")
 
     # One photo after the other, each told when its caption is there.
-    terminal.say_loading()
-    terminal.hush()
-    captioner = load_captioner(config, best_device())
-    captions = make_beside(report.photos, captioner, config.instance_prompt)
+    terminal.print_loading()
+    terminal.disable_library_notes()
+    captioner = load_captioner(config, get_best_device())
+    captions = write_caption_files(report.photos, captioner, config.instance_prompt)
     count = 0
     for made in captions:
         count += made.caption is not None
-        print(spelled_out(f"  {made.photo.path.name}  {made.caption or made.remark}"))
+        print(escape_control_characters(f"  {made.photo.path.name}  {made.caption or made.remark}"))
     print(f"{len(report.photos)} photos, {count} captions written")
     return 0

@@ -6,10 +6,10 @@ import platform
 import shutil
 from dataclasses import dataclass, field
 
-from dreambooth_moslora.cli.terminal import say_loading
-from dreambooth_moslora.precision import half_precision
+from dreambooth_moslora.cli.terminal import print_loading
+from dreambooth_moslora.precision import choose_half_precision
 from dreambooth_moslora.settings.optimizers import OPTIMIZERS
-from dreambooth_moslora.settings.rules import version_of
+from dreambooth_moslora.settings.rules import find_package_version
 
 LIBRARIES = (
     "torch",
@@ -45,57 +45,59 @@ def doctor_arguments(_: argparse.ArgumentParser) -> None:
 def run_doctor(_: argparse.Namespace) -> int:
     """Look for problems and print what was found."""
     found = Findings()
-    examine_versions(found)
-    examine_machine(found)
-    print(as_text(found))
+    collect_versions(found)
+    collect_machine_facts(found)
+    print(format_findings(found))
     return 0
 
 
-def as_text(found: Findings) -> str:
+def format_findings(findings: Findings) -> str:
     """The findings as lines: warnings, then facts."""
-    lines = [f"warning  {line}" for line in found.warnings]
+    lines = [f"warning  {line}" for line in findings.warnings]
     lines = lines or ["no problems found"]
-    lines += [f"  {name:16} {value}" for name, value in found.facts.items()]
+    lines += [f"  {name:16} {value}" for name, value in findings.facts.items()]
     return "\n".join(lines).rstrip()
 
 
-def examine_versions(found: Findings) -> None:
+def collect_versions(findings: Findings) -> None:
     """Python and the libraries."""
-    found.facts["python"] = platform.python_version()
+    findings.facts["python"] = platform.python_version()
     for name in LIBRARIES:
-        found.facts[name] = version_of(name) or "-"
+        findings.facts[name] = find_package_version(name) or "-"
 
 
-def examine_machine(found: Findings) -> None:
+def collect_machine_facts(findings: Findings) -> None:
     """Processor, disk, GPU and what PyTorch can do on it."""
     import psutil
 
     free = shutil.disk_usage(".").free / 2**30
     memory = psutil.virtual_memory().total / 2**30
-    found.facts["processor"] = f"{os.cpu_count()} cores, {memory:.1f} GiB"
-    found.facts["disk"] = f"{free:.1f} GiB free here"
-    say_loading()
+    findings.facts["processor"] = f"{os.cpu_count()} cores, {memory:.1f} GiB"
+    findings.facts["disk"] = f"{free:.1f} GiB free here"
+    print_loading()
     try:
         import torch
     except Exception as error:  # a broken installation may raise any error
-        found.warnings.append(f"torch cannot be imported: {' '.join(str(error).split())[:200]}")
+        findings.warnings.append(f"torch cannot be imported: {' '.join(str(error).split())[:200]}")
         return
-    from dreambooth_moslora.base.devices import apple_gib, unused_gpu
+    from dreambooth_moslora.base.devices import explain_unused_gpu, measure_apple_memory
 
     # The device that trains
     if torch.cuda.is_available():
         facts = torch.cuda.get_device_properties(0)
         gib = facts.total_memory / 2**30
         count = torch.cuda.device_count()
-        found.facts["device"] = f"{facts.name}, {gib:.1f} GiB, {count} of them"
+        findings.facts["device"] = f"{facts.name}, {gib:.1f} GiB, {count} of them"
     elif torch.backends.mps.is_available():
-        found.facts["device"] = f"Apple GPU (mps), {apple_gib()[0]:.1f} GiB for a process"
+        findings.facts["device"] = (
+            f"Apple GPU (mps), {measure_apple_memory()[0]:.1f} GiB for a process"
+        )
     else:
-        found.facts["device"] = "CPU"
-        line = unused_gpu()
+        findings.facts["device"] = "CPU"
+        line = explain_unused_gpu()
         if line:
-            found.warnings.append(line)
-        found.warnings.append("no GPU: the embedded base trains in minutes, SDXL in hours")
+            findings.warnings.append(line)
+        findings.warnings.append("no GPU: the embedded base trains in minutes, SDXL in hours")
         return
-    has_bf16 = half_precision() == "bf16"
-    found.facts["bf16"] = "yes" if has_bf16 else "no: use --mixed_precision fp16"
+    has_bf16 = choose_half_precision() == "bf16"
+    findings.facts["bf16"] = "yes" if has_bf16 else "no: use --mixed_precision fp16"

@@ -10,34 +10,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.cli.terminal import bar, hush, say_loading
-from dreambooth_moslora.disk.atomic import atomic_write
-from dreambooth_moslora.disk.contents import file_digest
+from dreambooth_moslora.cli.terminal import create_bar, disable_library_notes, print_loading
+from dreambooth_moslora.disk.atomic import write_atomic
+from dreambooth_moslora.disk.contents import hash_file
 from dreambooth_moslora.disk.paths import find_asset
-from dreambooth_moslora.errors import UserError, spelled_out
+from dreambooth_moslora.errors import UserError, escape_control_characters
 from dreambooth_moslora.generation import image_params
-from dreambooth_moslora.plan.validation import output_folder
+from dreambooth_moslora.plan.validation import require_output_folder
 from dreambooth_moslora.settings import family_facts, metric_kinds
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from dreambooth_moslora.evaluation.enlarge import Enlargement, Shot
+    from dreambooth_moslora.evaluation.enlarge import Enlargement, ShotRequest
 
 EPILOG = """examples:
   enlarge rex.jpg dog        makes the folder rex
   train rex dog"""
 # Draws in a few steps; its licence allows training on what it draws
-EDITOR = "black-forest-labs/FLUX.2-klein-4B"
+DEFAULT_EDITOR = "black-forest-labs/FLUX.2-klein-4B"
 # Of models whose family has several licences
-LICENCES = {EDITOR: "Apache-2.0", "black-forest-labs/FLUX.2-klein-9B": "FLUX Non-Commercial"}
+LICENCES = {
+    DEFAULT_EDITOR: "Apache-2.0",
+    "black-forest-labs/FLUX.2-klein-9B": "FLUX Non-Commercial",
+}
 # Steps and guidance of a base, and of one that is distilled to few steps
-USUAL = (25, None)
-DISTILLED = (4, 1.0)
+BASE_STEPS_AND_GUIDANCE = (25, None)
+DISTILLED_STEPS_AND_GUIDANCE = (4, 1.0)
 
 # Least side of a reference picture, and how many times as long the other may be: diffusers' limits
-LEAST_PX = 64
-MOST_TIMES = 8
+MIN_SIDE_PX = 64
+MAX_SIDE_RATIO = 8
 
 
 def enlarge_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +57,8 @@ def enlarge_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "base",
         "pretrained_model_name_or_path",
-        default=EDITOR,
-        help=f"the model that draws, which takes reference pictures (default: {EDITOR})",
+        default=DEFAULT_EDITOR,
+        help=f"the model that draws, which takes reference pictures (default: {DEFAULT_EDITOR})",
     )
     add("output_dir", help="where the photos go (default: beside the photo, by its name)")
 
@@ -66,7 +69,8 @@ def enlarge_arguments(parser: argparse.ArgumentParser) -> None:
         "steps",
         "num_inference_steps",
         type=int,
-        help=f"denoising steps (default {USUAL[0]}; {DISTILLED[0]} of a distilled model)",
+        help=f"denoising steps (default {BASE_STEPS_AND_GUIDANCE[0]}; "
+        f"{DISTILLED_STEPS_AND_GUIDANCE[0]} of a distilled model)",
     )
     add(
         "guidance_scale",
@@ -85,8 +89,8 @@ def enlarge_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "dino",
-        default=metric_kinds.DINO,
-        help=f"a DINOv2: hub id or folder (default {metric_kinds.DINO})",
+        default=metric_kinds.DINO_REPO,
+        help=f"a DINOv2: hub id or folder (default {metric_kinds.DINO_REPO})",
     )
 
 
@@ -94,25 +98,25 @@ def run_enlarge(args: argparse.Namespace) -> int:
     """Draw, sort and say what was kept. Raises UserError."""
     # All that can be wrong with the arguments, before torch is imported
     path = Path(find_asset(args.photo))
-    photo = opened(path)
-    base = editor(args.base)
-    folder = output_folder(args.output_dir or str(path.with_suffix("")))
-    check_arguments(args, base, photo)
-    check_its_place(path, folder / path.name)
-    say_loading()
+    photo = load_photo(path)
+    base = find_editor(args.base)
+    folder = require_output_folder(args.output_dir or str(path.with_suffix("")))
+    validate_arguments(args, base, photo)
+    check_copy_path(path, folder / path.name)
+    print_loading()
     from dreambooth_moslora.evaluation import enlarge, metrics
 
-    hush()
+    disable_library_notes()
 
     # What is to be drawn: the same again where all that decides it is the same
-    steps, guidance = DISTILLED if base.distilled else USUAL
+    steps, guidance = DISTILLED_STEPS_AND_GUIDANCE if base.distilled else BASE_STEPS_AND_GUIDANCE
     args.steps = args.steps or steps
     args.guidance_scale = guidance if args.guidance_scale is None else args.guidance_scale
-    shots = enlarge.shots_of(
+    shots = enlarge.build_shots(
         args.word,
         args.num_images,
         args.seed,
-        photo=file_digest(path),
+        photo=hash_file(path),
         base=base.public_name,
         steps=args.steps,
         guidance=args.guidance_scale,
@@ -120,23 +124,23 @@ def run_enlarge(args: argparse.Namespace) -> int:
     )
 
     # The folder, with the photo in it
-    sorter = enlarge.Sorter(metrics.load_dino(args.dino), photo, args.min_likeness)
+    sorter = enlarge.ShotSorter(metrics.load_dino(args.dino), photo, args.min_likeness)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / path.name).exists():
-        atomic_write(folder / path.name, path.read_bytes())
+        write_atomic(folder / path.name, path.read_bytes())
     into = enlarge.Enlargement(
-        folder=folder, sorter=sorter, base=base.public_name, licence=licence_of(base)
+        folder=folder, sorter=sorter, base=base.public_name, licence=get_licence(base)
     )
 
     # Pictures and their sorting, each as soon as it is drawn
-    with bar(len(shots), "drawing photos", "photo") as shown:
-        for _ in into.fill(shots, partial(drawn, args, base, photo)):
+    with create_bar(len(shots), "drawing photos", "photo") as shown:
+        for _ in into.generate_missing(shots, partial(generate_shots, args, base, photo)):
             shown.update()
-    print(spelled_out(summary(into, shots, args.word)))
+    print(escape_control_characters(format_summary(into, shots, args.word)))
     return 0
 
 
-def opened(path: Path) -> "Image.Image":
+def load_photo(path: Path) -> "Image.Image":
     """The photo as RGB. Raises UserError."""
     from dreambooth_moslora.photos.photo_file import UnreadableImageError, open_image, to_rgb
 
@@ -148,7 +152,7 @@ def opened(path: Path) -> "Image.Image":
         raise UserError(f"{path}: {error}.") from error
 
 
-def check_arguments(args: argparse.Namespace, base: Base, photo: "Image.Image") -> None:
+def validate_arguments(args: argparse.Namespace, base: Base, photo: "Image.Image") -> None:
     """Raises UserError for what could not be drawn."""
     if not args.word.strip() or "/" in args.word:
         said = "say in one word what it shows, as in `enlarge rex.jpg dog`"
@@ -156,9 +160,11 @@ def check_arguments(args: argparse.Namespace, base: Base, photo: "Image.Image") 
 
     # The photo, as a reference
     shorter, longer = sorted(photo.size)
-    if shorter < LEAST_PX or longer > MOST_TIMES * shorter:
+    if shorter < MIN_SIDE_PX or longer > MAX_SIDE_RATIO * shorter:
         width, height = photo.size
-        said = f"at least {LEAST_PX} px wide and high, and at most {MOST_TIMES} times as long"
+        said = (
+            f"at least {MIN_SIDE_PX} px wide and high, and at most {MAX_SIDE_RATIO} times as long"
+        )
         raise UserError(f"{args.photo}: {width} x {height} px: it must be {said}.")
 
     # Numbers, which are those of a picture
@@ -172,20 +178,20 @@ def check_arguments(args: argparse.Namespace, base: Base, photo: "Image.Image") 
     image_params.GenerationParams(
         prompt=args.word,
         seed=args.seed,
-        steps=USUAL[0] if args.steps is None else args.steps,
+        steps=BASE_STEPS_AND_GUIDANCE[0] if args.steps is None else args.steps,
         guidance_scale=args.guidance_scale,
         height_px=side,
         width_px=side,
     )
 
 
-def check_its_place(path: Path, target: Path) -> None:
+def check_copy_path(path: Path, target: Path) -> None:
     """Raises UserError where another photo has the place of the photo's copy."""
-    if target.exists() and file_digest(target) != file_digest(path):
+    if target.exists() and hash_file(target) != hash_file(path):
         raise UserError(f"{target} is another photo: name another --output_dir.")
 
 
-def editor(name: str) -> Base:
+def find_editor(name: str) -> Base:
     """The base of that name. Raises UserError for one that is not here, and for one that takes no
     reference pictures."""
     base = Base.find(name)
@@ -196,18 +202,18 @@ def editor(name: str) -> Base:
         able = [facts.title for facts in family_facts.FAMILIES if facts.takes_references]
         raise UserError(
             f"{title} takes no reference pictures: give --base a model that does, "
-            f"of {' or '.join(able)}, such as {EDITOR}."
+            f"of {' or '.join(able)}, such as {DEFAULT_EDITOR}."
         )
     return base
 
 
-def licence_of(base: Base) -> str:
+def get_licence(base: Base) -> str:
     """The model's licence; its family's where the model is not known."""
     return LICENCES.get(base.public_name, base.facts.licence)
 
 
-def drawn(
-    args: argparse.Namespace, base: Base, photo: "Image.Image", shots: "Sequence[Shot]"
+def generate_shots(
+    args: argparse.Namespace, base: Base, photo: "Image.Image", shots: "Sequence[ShotRequest]"
 ) -> "Iterator[Image.Image]":
     """The pictures of the shots, each drawn when it is asked for. Raises UserError."""
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
@@ -217,7 +223,7 @@ def drawn(
     pipeline = SubjectPipeline.from_base(base)
     sampler = Sampler(
         pipeline=pipeline.pipeline,
-        embed=partial(pipeline.family.texts, pipeline.pipeline),
+        embed=partial(pipeline.family.encode_prompts, pipeline.pipeline),
         resolution_px=args.resolution or base.resolution_px,
         device=pipeline.home.device,
         inference_steps=args.steps,
@@ -234,15 +240,19 @@ def drawn(
             pipeline.home.leave()
 
 
-def summary(into: "Enlargement", shots: "Sequence[Shot]", word: str) -> str:
+def format_summary(
+    enlargement: "Enlargement", shots: "Sequence[ShotRequest]", class_word: str
+) -> str:
     """What was kept and what was not, where to look, and what comes next."""
-    found = Counter({kind: len(some) for kind, some in into.rows(shots).items()})
+    found = Counter({kind: len(some) for kind, some in enlargement.collect_outcomes(shots).items()})
     kept = found.pop("kept")
-    lines = [f"{kept} of {len(shots)} kept in {into.folder}"]
+    lines = [f"{kept} of {len(shots)} kept in {enlargement.folder}"]
     if found:
         reasons = ", ".join(f"{kind} {count}" for kind, count in found.items())
         lines.append(f"rejected: {reasons}")
-    lines.append(f"look at {into.draw_sheet(shots)}, and move what is sorted wrongly")
+    lines.append(f"look at {enlargement.draw_sheet(shots)}, and move what is sorted wrongly")
     if kept:
-        lines.append(f"then: train {shlex.quote(str(into.folder))} {shlex.quote(word)}")
+        lines.append(
+            f"then: train {shlex.quote(str(enlargement.folder))} {shlex.quote(class_word)}"
+        )
     return "\n".join(lines)

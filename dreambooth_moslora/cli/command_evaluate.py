@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.cli.terminal import bar, hush, say_loading
-from dreambooth_moslora.disk.contents import read_json, reason_of, small_text
-from dreambooth_moslora.disk.paths import find_asset, user_path
-from dreambooth_moslora.disk.run_folder import RunDir, find_weights, header_of
-from dreambooth_moslora.errors import UserError, spelled_out
-from dreambooth_moslora.photos.folder import log_strays, photo_report, require_folder_of_photos
+from dreambooth_moslora.cli.terminal import create_bar, disable_library_notes, print_loading
+from dreambooth_moslora.disk.contents import explain_read_error, read_json, read_small_text
+from dreambooth_moslora.disk.paths import expand_user_path, find_asset
+from dreambooth_moslora.disk.run_folder import RunDir, find_weights, read_header
+from dreambooth_moslora.errors import UserError, escape_control_characters
+from dreambooth_moslora.photos.folder import build_photo_report, log_strays, require_photo_folder
 from dreambooth_moslora.photos.photo_file import Photo
-from dreambooth_moslora.plan.validation import check_references, output_folder
+from dreambooth_moslora.plan.validation import check_references, require_output_folder
 from dreambooth_moslora.settings import config_files, metric_kinds, subject_kinds, train_config
-from dreambooth_moslora.settings.family_facts import text_options_of
+from dreambooth_moslora.settings.family_facts import get_text_options
 from dreambooth_moslora.training import run_advice
-from dreambooth_moslora.training.run_metrics import figures_of
+from dreambooth_moslora.training.run_metrics import load_run_metrics
 
 if TYPE_CHECKING:
     from dreambooth_moslora.evaluation.metrics import Encoders
@@ -47,7 +47,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="the real photos (default: those that the run was trained on)",
     )
     parser.add_argument(
-        *train_config.flags_of("pretrained_model_name_or_path"),
+        *train_config.list_flags("pretrained_model_name_or_path"),
         dest="base",
         metavar="BASE",
         help='base model (default: what the run or the file says; "toy" is the embedded one)',
@@ -100,41 +100,41 @@ def run_evaluate(args: argparse.Namespace) -> int:
     """Draw, score and report. Raises UserError."""
     # All that can be wrong with the arguments, before torch is imported
     check_paths(args)
-    folder = output_folder(args.output_dir or usual_folder(args))
-    config = resolve(args)
+    folder = require_output_folder(args.output_dir or get_default_folder(args))
+    config = resolve_config(args)
     base = args.base or Base.of_run(config)
     if args.reference:
         check_references(Base.find(base), config, "--reference")
-    say_loading()
+    print_loading()
     from dreambooth_moslora.base import load
     from dreambooth_moslora.evaluation import report
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
-    hush()
+    disable_library_notes()
 
     # The photos, and what is asked of each subject
-    folders = photo_report(config)
+    folders = build_photo_report(config)
     log_strays(folders)
     subjects = config.each_subject
-    of_each = report.photos_by_subject(folders.photos, len(subjects))
-    plans = [plan_of(args, subject, own) for subject, own in zip(subjects, of_each)]
+    of_each = report.split_photos(folders.photos, len(subjects))
+    plans = [build_plan(args, subject, own) for subject, own in zip(subjects, of_each)]
 
     # The models: what draws, and what looks
     pipeline = SubjectPipeline.from_base(base)
     name = pipeline.load_adapter(find_asset(args.adapter))
     guidance = args.guidance_scale
     if guidance is None:
-        guidance = load.default_guidance(pipeline.pipeline)
-    evaluators = report.evaluators_of(
+        guidance = load.get_default_guidance(pipeline.pipeline)
+    evaluators = report.build_evaluators(
         subjects=subjects,
         photos=folders.photos,
         plans=plans,
-        encoders=encoders_beside(args, config, pipeline),
+        encoders=load_device_encoders(args, config, pipeline),
         size_px=pipeline.resolution_px,
     )
 
     # Pictures and scores of each subject
-    found = scored(args, config, evaluators, pipeline, name, guidance)
+    found = evaluate_subjects(args, config, evaluators, pipeline, name, guidance)
 
     # The files, and the figures on the terminal
     about = report.ReportContext(
@@ -145,8 +145,10 @@ def run_evaluate(args: argparse.Namespace) -> int:
         guidance_scale=guidance,
         adapter_scale=args.scale,
     )
-    files = report.write_reports(folder=folder, evaluators=evaluators, found=found, about=about)
-    print(summary(report.pooled(found)))
+    files = report.write_reports(
+        folder=folder, evaluators=evaluators, evaluations=found, context=about
+    )
+    print(format_summary(report.merge_evaluations(found)))
     for one in found:
         if one.beside:
             print(f"{'references':18} {one.beside.verdict}")
@@ -155,7 +157,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def encoders_beside(
+def load_device_encoders(
     args: argparse.Namespace, config: train_config.TrainConfig, pipeline: "SubjectPipeline"
 ) -> "Encoders":
     """What looks at the pictures, on the device where the pipeline draws them."""
@@ -166,12 +168,12 @@ def encoders_beside(
         config.pretrained_model_name_or_path,
         args.clip,
         args.dino,
-        families.denoiser_of(pipeline.pipeline).device,
-        subject_kinds.any_has_face(config.each_subject),
+        families.get_denoiser(pipeline.pipeline).device,
+        subject_kinds.has_face_subject(config.each_subject),
     )
 
 
-def scored(
+def evaluate_subjects(
     args: argparse.Namespace,
     config: train_config.TrainConfig,
     evaluators: "list[Evaluator]",
@@ -192,22 +194,22 @@ def scored(
 
     # References are drawn without the adapter and with it.
     plans = [evaluator.plan for evaluator in evaluators]
-    count = sum(map(picture_count, plans))
+    count = sum(map(count_images, plans))
     if args.reference:
         count += 2 * sum(len(plan.subject_requests) for plan in plans)
-    with bar(count, "drawing pictures", "picture") as shown:
+    with create_bar(count, "drawing pictures", "picture") as shown:
         judge = partial(
             scoring.evaluate_adapter,
             pipeline,
             name,
             on_picture=shown.update,
             guidance_scale=guidance,
-            text_options=text_options_of(config),
+            text_options=get_text_options(config),
         )
         found = [judge(evaluator, scale=args.scale) for evaluator in evaluators]
         if args.reference:
             for evaluator, one in zip(evaluators, found):
-                one.beside = reference_arms.compare(evaluator, one, judge, args.scale)
+                one.beside = reference_arms.evaluate_arms(evaluator, one, judge, args.scale)
     return found
 
 
@@ -217,21 +219,21 @@ def check_paths(args: argparse.Namespace) -> None:
     if not any(RunDir(folder).config_path.is_file() for folder in (path, path.parent)):
         find_weights(path)
     if args.photos:
-        require_folder_of_photos(Path(find_asset(args.photos)))
+        require_photo_folder(Path(find_asset(args.photos)))
     if args.base:
         Base.find(args.base)
 
 
-def picture_count(plan: "EvaluationPlan") -> int:
+def count_images(plan: "EvaluationPlan") -> int:
     """How many pictures are drawn, by the adapter and by the base."""
     by_both = len(plan.subject_requests) + plan.class_images + len(plan.unrelated_requests)
     return 2 * by_both + len(plan.bare_requests)
 
 
-def resolve(args: argparse.Namespace) -> train_config.TrainConfig:
+def resolve_config(args: argparse.Namespace) -> train_config.TrainConfig:
     """What to evaluate, from the arguments, the run folder's configuration and the file's header.
     Raises UserError."""
-    known = known_of(Path(find_asset(args.adapter)))
+    known = infer_settings(Path(find_asset(args.adapter)))
 
     # Several subjects, as the run has them
     if known.get("subjects"):
@@ -271,19 +273,21 @@ def resolve(args: argparse.Namespace) -> train_config.TrainConfig:
     return train_config.TrainConfig.from_dict(known | chosen)
 
 
-def known_of(path: Path) -> dict:
+def infer_settings(path: Path) -> dict:
     """The settings of the run with the file or folder; else those in the header of a file that we
     published."""
-    from dreambooth_moslora.lora.metadata import metadata_in
+    from dreambooth_moslora.lora.metadata import parse_metadata
 
     # A run's folder, which may have been moved, or one in it
     for folder in (path, path.parent):
         config = RunDir(folder).config_path
         if config.is_file():
-            return config_files.still_known(read_json(config)) | {"output_dir": str(folder)}
+            return config_files.drop_removed_settings(read_json(config)) | {
+                "output_dir": str(folder)
+            }
 
     # A file alone
-    facts = metadata_in(header_of(find_weights(path)))
+    facts = parse_metadata(read_header(find_weights(path)))
     if facts is None or not facts.trigger_words:
         return {}
     base = "toy" if facts.base_id == "toy-sdxl" else facts.base_id
@@ -297,14 +301,14 @@ def known_of(path: Path) -> dict:
     return known
 
 
-def plan_of(
+def build_plan(
     args: argparse.Namespace, subject: train_config.TrainConfig, photos: Sequence[Photo]
 ) -> "EvaluationPlan":
     """The flags' plan for a subject, without places in its photos' captions. Raises UserError."""
-    from dreambooth_moslora.evaluation.protocol import plan_of_subject, spread
+    from dreambooth_moslora.evaluation.protocol import build_subject_plan, pick_evenly
 
-    file = user_path(args.prompts)
-    plan = plan_of_subject(
+    file = expand_user_path(args.prompts)
+    plan = build_subject_plan(
         subject,
         photos,
         "auto" if file.is_file() else args.prompts,
@@ -316,41 +320,45 @@ def plan_of(
     # The user's own prompts
     if file.is_file():
         try:
-            lines = map(str.strip, small_text(file).splitlines())
+            lines = map(str.strip, read_small_text(file).splitlines())
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts {file}: {reason_of(error)}.") from error
+            raise UserError(f"--prompts {file}: {explain_read_error(error)}.") from error
         plan = replace(plan, templates=tuple(filter(None, lines)))
 
     if args.num_prompts:
-        plan = replace(plan, templates=spread(plan.templates, args.num_prompts))
+        plan = replace(plan, templates=pick_evenly(plan.templates, args.num_prompts))
     return plan
 
 
-def usual_folder(args: argparse.Namespace) -> Path:
+def get_default_folder(args: argparse.Namespace) -> Path:
     """Where the report goes by default. That of `best/` or of a checkpoint lies beside it, as the
     run replaces or removes these."""
-    path = user_path(args.adapter)
+    path = expand_user_path(args.adapter)
     home = RunDir(path)
     parent = RunDir(path.parent)
     is_whole = path.is_dir() and (home.config_path.is_file() or not parent.config_path.is_file())
     return home.evaluation_dir if is_whole else path.with_name(f"{path.stem}_evaluation")
 
 
-def summary(found: "Evaluation") -> str:
+def format_summary(evaluation: "Evaluation") -> str:
     """The chosen measures and the score, one a line."""
     lines = []
-    for name, row in metric_kinds.MEASURES.items():
-        if row.summary and name in found.tables:
-            lines.append(f"{name:18} {found.interval(name)}")
+    for name, row in metric_kinds.METRICS.items():
+        if row.summary and name in evaluation.tables:
+            lines.append(f"{name:18} {evaluation.interval(name)}")
     alarm = "no copy alarm"
-    if found.alarm.raised:
-        alarm = f"copy alarm: {found.alarm.share:.0%} of the pictures are copies"
-    score = f"{found.score:.3f}" if found.score is not None else f"none: {found.no_score}"
+    if evaluation.alarm.raised:
+        alarm = f"copy alarm: {evaluation.alarm.share:.0%} of the pictures are copies"
+    score = (
+        f"{evaluation.score:.3f}"
+        if evaluation.score is not None
+        else f"none: {evaluation.no_score}"
+    )
     return "\n".join([*lines, f"{'score':18} {score}  ({alarm})"])
 
 
 # State of a run -> how `explain` begins
-STATES = {"done": "it ended", "interrupted": "it was stopped", "failed": "it failed"}
+STATE_PHRASES = {"done": "it ended", "interrupted": "it was stopped", "failed": "it failed"}
 
 
 def explain_arguments(parser: argparse.ArgumentParser) -> None:
@@ -361,26 +369,30 @@ def explain_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_explain(args: argparse.Namespace) -> int:
     """Print what a run's figures point to. Raises UserError for a folder without a run."""
-    found = figures_of(RunDir(args.run))
+    found = load_run_metrics(RunDir(args.run))
 
     # How far it came
     shown = ""
     if found.exposures is not None:
         shown = f"; each of {found.photos:g} photos was shown {found.exposures:.0f} times"
-    is_early = found.planned is not None and found.step < found.planned
-    steps = f"{found.step} of {found.planned} steps" if is_early else f"{found.step} steps"
-    print(spelled_out(f"{STATES.get(found.state, 'it has not ended')} after {steps}{shown}"))
+    is_early = found.planned_steps is not None and found.step < found.planned_steps
+    steps = f"{found.step} of {found.planned_steps} steps" if is_early else f"{found.step} steps"
+    print(
+        escape_control_characters(
+            f"{STATE_PHRASES.get(found.state, 'it has not ended')} after {steps}{shown}"
+        )
+    )
 
     if found.verdict:
-        print(spelled_out(f"beside reference pictures: {found.verdict}"))
+        print(escape_control_characters(f"beside reference pictures: {found.verdict}"))
 
     # How it goes on, and the advice
-    leads = run_advice.leads(found)
-    advice = run_advice.advice_after(found)
+    leads = run_advice.list_resume_hints(found)
+    advice = run_advice.list_advice(found)
     for line in leads:
-        print(spelled_out(line))
+        print(escape_control_characters(line))
     if not (leads or advice):
-        advice = [run_advice.NOTHING]
+        advice = [run_advice.NO_ADVICE]
     if advice:
-        print(spelled_out("\n  ".join(["what to try next", *advice])))
+        print(escape_control_characters("\n  ".join(["what to try next", *advice])))
     return 0

@@ -5,8 +5,8 @@ import argparse
 import json
 from pathlib import Path
 
-from dreambooth_moslora.cli.terminal import say_loading
-from dreambooth_moslora.disk.paths import find_asset, user_path
+from dreambooth_moslora.cli.terminal import print_loading
+from dreambooth_moslora.disk.paths import expand_user_path, find_asset
 from dreambooth_moslora.disk.run_folder import (
     BEST_NAME,
     PUBLISHED_NAME,
@@ -34,12 +34,12 @@ def run_info(args: argparse.Namespace) -> int:
             raise UserError(f"there is no file {file}")
 
         # It takes torch, which is not imported for a missing file.
-        say_loading()
-        from dreambooth_moslora.lora.describe import describe, lines
+        print_loading()
+        from dreambooth_moslora.lora.describe import describe, format_lines
 
         facts = describe(file)
         separator = "\n" if number and not args.json else ""
-        print(separator + (json.dumps(facts) if args.json else "\n".join(lines(facts))))
+        print(separator + (json.dumps(facts) if args.json else "\n".join(format_lines(facts))))
     return 0
 
 
@@ -67,12 +67,12 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
 def run_export(args: argparse.Namespace) -> int:
     """Write the published files. Raises UserError."""
     # The source, before torch is imported
-    source = find_raw(user_path(args.source))
-    out = user_path(args.out)
+    source = find_raw_file(expand_user_path(args.source))
+    out = expand_user_path(args.out)
     refuse_to_replace(out)
     name = args.name or out.resolve().name or "adapter"
     check_name(name)
-    say_loading()
+    print_loading()
     from dreambooth_moslora.lora import raw_file, writer
 
     _, facts = raw_file.read_raw(source)
@@ -80,7 +80,7 @@ def run_export(args: argparse.Namespace) -> int:
     # Models that have the adapter's layers but not the base's weights, which the files do not need
     components = {}
     for part, structure in facts.structures.items():
-        components[part] = raw_file.empty_model(structure)
+        components[part] = raw_file.build_empty_model(structure)
     raw_file.load_raw(source, components)
 
     proof = writer.publish(
@@ -88,14 +88,14 @@ def run_export(args: argparse.Namespace) -> int:
         out,
         name,
         facts,
-        writer.DTYPES[args.dtype],
+        writer.FILE_DTYPES[args.dtype],
     )
 
     # What was written, and what the comparison with the raw weights says
     for file in proof.files:
         size = (out / file).stat().st_size / 2**20
         print(f"{out / file}  {size:.2f} MiB")
-    print(f"{proof.sentence()}.")
+    print(f"{proof.describe()}.")
     for note in proof.notes:
         print(f"Note: {note}.")
     return 0
@@ -111,14 +111,14 @@ def refuse_to_replace(out: Path) -> None:
         )
 
 
-def find_raw(path: Path) -> Path:
+def find_raw_file(path: Path) -> Path:
     """The raw file: the path itself, or the file in a checkpoint's folder, or in a run's last
     complete checkpoint. Raises UserError."""
     if path.is_file():
         return path
     if not path.is_dir():
         raise UserError(f"there is no file or folder {path}")
-    folder = path if (path / RAW_NAME).is_file() else RunDir(path).latest_checkpoint()
+    folder = path if (path / RAW_NAME).is_file() else RunDir(path).find_latest_checkpoint()
     if folder is None:
         raise UserError(f"{path} holds neither {RAW_NAME} nor a checkpoint")
     return folder / RAW_NAME

@@ -8,21 +8,21 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dreambooth_moslora.base.base import SETTINGS, Base
-from dreambooth_moslora.cli.terminal import hush, say, say_loading
+from dreambooth_moslora.base.base import BASE_SETTINGS, Base
+from dreambooth_moslora.cli.terminal import disable_library_notes, print_lines, print_loading
 from dreambooth_moslora.disk.contents import read_json
-from dreambooth_moslora.disk.paths import find_asset, free_name, user_path
+from dreambooth_moslora.disk.paths import expand_user_path, find_asset, find_free_name
 from dreambooth_moslora.disk.run_folder import RunDir, find_weights
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import image_params
-from dreambooth_moslora.plan.validation import output_folder
+from dreambooth_moslora.plan.validation import require_output_folder
 from dreambooth_moslora.settings import train_config
 
 EPILOG = """examples:
   generate --adapter runs/dog --prompt "a photo of a sks dog"
   generate --adapter runs/dog:0.8 --prompt "a sks dog in the snow" --num_images 4"""
 # Parameter -> its value when nothing is said
-DEFAULTS = {field.name: field.default for field in fields(image_params.GenerationParams)}
+PARAM_DEFAULTS = {field.name: field.default for field in fields(image_params.GenerationParams)}
 
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +53,7 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
         "num_inference_steps",
         type=int,
         metavar="N",
-        help=f"denoising steps (default {DEFAULTS['steps']})",
+        help=f"denoising steps (default {PARAM_DEFAULTS['steps']})",
     )
     add(
         "guidance_scale",
@@ -75,32 +75,32 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
 def run_generate(args: argparse.Namespace) -> int:
     """Draw the pictures and print their paths. Raises UserError."""
     # All that can be wrong with the arguments, before torch is imported
-    wanted = image_params.GenerationParams.from_dict(_values(args))
-    base = base_of_runs(args.adapter, args.base)
+    wanted = image_params.GenerationParams.from_dict(_collect_params(args))
+    base = find_runs_base(args.adapter, args.base)
     check_paths(args)
-    say_loading()
+    print_loading()
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
-    hush()
+    disable_library_notes()
 
     # The base and the adapters
     pipeline = SubjectPipeline.from_base(base)
     if not args.adapter:
-        say(["note: without --adapter the base draws alone"])
+        print_lines(["note: without --adapter the base draws alone"])
     adapters = []
     for path, scale in map(_split_scale, args.adapter):
         adapters.append((pipeline.load_adapter(find_asset(path)), scale))
 
     events = pipeline.generate(replace(wanted, adapters=adapters))
-    return _save_all(events, user_path(args.output_dir))
+    return _save_all(events, expand_user_path(args.output_dir))
 
 
-def base_of_runs(adapters: list[str], given: str | None = None) -> Base:
+def find_runs_base(adapters: list[str], base_name: str | None = None) -> Base:
     """The given base; else that of the first adapter which lies in its run's folder, or in a folder
     there; else the embedded one. Raises UserError for a damaged file of its run, and for a base
     that is missing."""
-    if given:
-        return Base.find(given)
+    if base_name:
+        return Base.find(base_name)
 
     # Of a file, a run's folder or one in it, such as best/
     for path, _ in map(_split_scale, adapters):
@@ -110,9 +110,11 @@ def base_of_runs(adapters: list[str], given: str | None = None) -> Base:
             if file.is_file():
                 # Its base, by the settings that find it
                 known = read_json(file)
-                told = {name: known[name] for name in SETTINGS.values() if name in known}
+                told = {name: known[name] for name in BASE_SETTINGS.values() if name in known}
                 base = Base.of_run(train_config.TrainConfig.from_dict(told))
-                say([f"base: {base.name}, which the run in {folder} was trained on (--base)"])
+                print_lines(
+                    [f"base: {base.name}, which the run in {folder} was trained on (--base)"]
+                )
                 return base
     return Base.find("toy")
 
@@ -122,7 +124,7 @@ def check_paths(args: argparse.Namespace) -> None:
     torch is imported."""
     for path, _ in map(_split_scale, args.adapter):
         find_weights(find_asset(path))
-    output_folder(args.output_dir)
+    require_output_folder(args.output_dir)
 
 
 def _split_scale(text: str) -> tuple[str, float]:
@@ -135,7 +137,7 @@ def _split_scale(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def _values(args: argparse.Namespace) -> dict[str, object]:
+def _collect_params(args: argparse.Namespace) -> dict[str, object]:
     """The given parameters, by their names in `GenerationParams`. Raises UserError without a
     prompt."""
     if args.prompt is None:
@@ -149,7 +151,7 @@ def _values(args: argparse.Namespace) -> dict[str, object]:
         "width_px": args.width,
         "num_images": args.num_images,
         "scheduler": args.scheduler,
-        "seed": None if args.seed is None else image_params.draw_seed(args.seed),
+        "seed": None if args.seed is None else image_params.resolve_seed(args.seed),
     }
     return {name: value for name, value in given.items() if value is not None}
 
@@ -165,13 +167,13 @@ def _save_all(events: Iterator, folder: Path) -> int:
                 bar.update()
             elif isinstance(event, image_params.Image):
                 stem = f"image_{event.params.seed}"
-                name = free_name(stem, lambda taken: (folder / f"{taken}.png").exists())
+                name = find_free_name(stem, lambda taken: (folder / f"{taken}.png").exists())
                 tqdm.write(str(event.save(folder / f"{name}.png")))
-                if image_params.about_black([event]):
+                if image_params.describe_black_images([event]):
                     black.append(event)
 
     # What went wrong in a picture is no error, but must not go unnoticed.
-    said = image_params.about_black(black)
+    said = image_params.describe_black_images(black)
     if said:
-        say([f"note: of the pictures, {said}."])
+        print_lines([f"note: of the pictures, {said}."])
     return 0

@@ -15,29 +15,34 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.devices import is_main_process
 from dreambooth_moslora.cli import one_word
-from dreambooth_moslora.cli.parser import underscored, unknown_flag_message
+from dreambooth_moslora.cli.parser import describe_unknown_flag, normalize_flags
 from dreambooth_moslora.cli.run_log import start_log
 from dreambooth_moslora.cli.terminal import (
-    DONE,
-    INTERRUPTED,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
     StopRequest,
     TerminalProgress,
-    exit_code,
-    hush,
-    say,
-    say_loading,
+    disable_library_notes,
+    print_lines,
+    print_loading,
+    run_to_exit_code,
 )
-from dreambooth_moslora.cli.train_flags import SCRIPT, build_train_parser, require, settings_of
-from dreambooth_moslora.disk.paths import find_asset, public_name
+from dreambooth_moslora.cli.train_flags import (
+    SCRIPT,
+    build_train_parser,
+    require_settings,
+    resolve_settings,
+)
+from dreambooth_moslora.disk.paths import find_asset, get_public_name
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.errors import UserError, spelled_out
+from dreambooth_moslora.errors import UserError, escape_control_characters
 from dreambooth_moslora.plan import agreement, defaults
 from dreambooth_moslora.settings import train_config
 
 if TYPE_CHECKING:
     from dreambooth_moslora.disk.events import Event
     from dreambooth_moslora.photos.folder import PhotoReport
-    from dreambooth_moslora.plan.plan import Plan
+    from dreambooth_moslora.plan.plan import RunPlan
     from dreambooth_moslora.training.loop import TrainResult
 
 logger = logging.getLogger(__name__)
@@ -46,38 +51,38 @@ logger = logging.getLogger(__name__)
 def train_main(argv: Sequence[str] | None = None) -> int:
     """`python train_dreambooth.py …`, alone or under `accelerate launch`."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return exit_code(lambda: run_train(words))
+    return run_to_exit_code(lambda: run_train(words))
 
 
 def run_train(argv: list[str], prog: str = SCRIPT) -> int:
     """Describe or train the run of a command line; returns the exit code. Raises UserError."""
     chosen = parse_training(argv, prog)
-    config = train_config.TrainConfig.from_dict(chosen.all)
+    config = train_config.TrainConfig.from_dict(chosen.all_settings)
 
     # Only say what would be trained
     if config.dry_run:
         from dreambooth_moslora.training.dry_run import describe_run
 
-        lines = [describe_run(config, chosen.photo_report), *chosen.last_words]
-        print(spelled_out("\n".join(lines)))
-        return DONE
+        lines = [describe_run(config, chosen.photo_report), *chosen.closing_lines]
+        print(escape_control_characters("\n".join(lines)))
+        return EXIT_DONE
 
     # Train it here. What cannot be is said before the log file creates or changes a folder, and
     # before torch is imported.
     with StopRequest() as stop:
-        check_beforehand(config)
-        plan = plan_with_room(config, chosen.photo_report)
+        check_folders_and_base(config)
+        plan = plan_run(config, chosen.photo_report)
         start_log(RunDir(config.output_dir))
 
         # The log also says how the run ended; these records are not for the terminal.
-        base = public_name(config.pretrained_model_name_or_path)
+        base = get_public_name(config.pretrained_model_name_or_path)
         logger.info("begins: version %s, base %s", __version__, base)
         try:
-            code = run_trainer(plan, stop, chosen.last_words)
+            code = run_trainer(plan, stop, chosen.closing_lines)
         except Exception as error:
             logger.info("stopped: %s", error, exc_info=not isinstance(error, UserError))
             raise
-        logger.info("ended: %s", "stopped" if code == INTERRUPTED else "done")
+        logger.info("ended: %s", "stopped" if code == EXIT_INTERRUPTED else "done")
         return code
 
 
@@ -105,22 +110,22 @@ def train_subject(
     if base is not None:
         settings["pretrained_model_name_or_path"] = str(base)
     # The given settings are checked before the rest is chosen.
-    given = train_config.check_each(settings)
-    chosen = one_word.choose([str(photos), word], given, has_recipe=False)
-    for line in filter(None, chosen.last_words):
+    given = train_config.check_values(settings)
+    chosen = one_word.choose_settings([str(photos), word], given, has_recipe=False)
+    for line in filter(None, chosen.closing_lines):
         logger.warning("%s", line)
-    config = train_config.TrainConfig.from_dict(chosen.all)
-    check_beforehand(config)
+    config = train_config.TrainConfig.from_dict(chosen.all_settings)
+    check_folders_and_base(config)
 
     progress = on_event or TerminalProgress()
     try:
-        return train_plan(plan_with_room(config, chosen.photo_report), progress, should_stop)
+        return train_plan(plan_run(config, chosen.photo_report), progress, should_stop)
     finally:
         if on_event is None:
             progress.close()
 
 
-def check_beforehand(config: train_config.TrainConfig) -> None:
+def check_folders_and_base(config: train_config.TrainConfig) -> None:
     """Raises UserError for folders and a base that cannot be used, before anything is written."""
     from dreambooth_moslora.plan.validation import check_folders
 
@@ -130,28 +135,28 @@ def check_beforehand(config: train_config.TrainConfig) -> None:
         raise UserError(refusal)
 
 
-def plan_with_room(config: train_config.TrainConfig, report: "PhotoReport | None") -> "Plan":
+def plan_run(config: train_config.TrainConfig, report: "PhotoReport | None") -> "RunPlan":
     """The plan of a run. Raises UserError, also for a disk that it would fill."""
     from dreambooth_moslora.plan.plan import make_plan
-    from dreambooth_moslora.training.dry_run import lack_of_disk
+    from dreambooth_moslora.training.dry_run import describe_disk_lack
 
     plan = make_plan(config, report)
 
     # What a run that goes on writes is partly there.
-    lack = lack_of_disk(plan)
+    lack = describe_disk_lack(plan)
     if lack and not config.resume_from_checkpoint:
         raise UserError(f"{lack[0]}: free some of it, or give --output_dir on another disk.")
     return plan
 
 
 def train_plan(
-    plan: "Plan", on_event: "Callable[[Event], None]", should_stop: Callable[[], bool] | None
+    plan: "RunPlan", on_event: "Callable[[Event], None]", should_stop: Callable[[], bool] | None
 ) -> "TrainResult":
     """Train, with the scores that the run's settings ask for. Raises UserError."""
     from dreambooth_moslora.training.loop import train
 
     # The encoders that score load with a bar each.
-    hush()
+    disable_library_notes()
     evaluator = None
     if plan.config.is_scored:
         from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
@@ -164,38 +169,40 @@ def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> defaults.Choices:
     """The settings of a command line, and what was chosen for them. Raises UserError; SystemExit
     for --help and --version."""
     # All processes of a launcher must have been given the same.
-    given = agreement.by_all(
-        lambda: given_by(argv, prog),
-        lambda own: "\n".join([*own.words, agreement.in_lines(own.settings)]),
+    given = agreement.agree_on_result(
+        lambda: parse_command_line(argv, prog),
+        lambda own: "\n".join([*own.positionals, agreement.format_settings(own.settings)]),
     )
 
     # PHOTOS WORD leaves the rest to the program.
     chosen = defaults.Choices(given.settings)
-    if given.words:
-        chosen = one_word.choose(given.words, given.settings, has_recipe=given.has_recipe)
-        say(chosen.lines)
-    require(chosen.all)
+    if given.positionals:
+        chosen = one_word.choose_settings(
+            given.positionals, given.settings, has_recipe=given.has_recipe
+        )
+        print_lines(chosen.lines)
+    require_settings(chosen.all_settings)
     defaults.choose_resolution(chosen)
     return chosen
 
 
-class Given(NamedTuple):
+class CommandLine(NamedTuple):
     """What a command line gives."""
 
-    words: list[str]
+    positionals: list[str]
     settings: dict[str, Any]
     has_recipe: bool  # a file replaces the recipe
 
 
-def given_by(argv: Sequence[str], prog: str) -> Given:
+def parse_command_line(argv: Sequence[str], prog: str) -> CommandLine:
     """Words and settings of a command line, with those of its files. Raises UserError; SystemExit
     for --help and --version."""
     if not argv:
-        asked = f"say which photos to train, and what they show, {one_word.AS_ONE_WORD}"
+        asked = f"say which photos to train, and what they show, {one_word.USAGE_EXAMPLE}"
         raise UserError(f"{asked}; --help shows the flags.")
 
     # PHOTOS WORD, then the flags
-    argv = underscored(argv)
+    argv = normalize_flags(argv)
     flags_from = [number for number, word in enumerate(argv) if word.startswith("-")]
     first_flag = flags_from[0] if flags_from else len(argv)
     words = argv[:first_flag]
@@ -206,51 +213,51 @@ def given_by(argv: Sequence[str], prog: str) -> Given:
         words = unknown
         unknown = []
     if unknown:
-        raise UserError(unknown_flag_message(unknown[0]))
-    settings, has_recipe = settings_of(vars(found), without_words=bool(words))
-    return Given(words=words, settings=settings, has_recipe=has_recipe)
+        raise UserError(describe_unknown_flag(unknown[0]))
+    settings, has_recipe = resolve_settings(vars(found), without_words=bool(words))
+    return CommandLine(positionals=words, settings=settings, has_recipe=has_recipe)
 
 
-def run_trainer(plan: "Plan", stop: Callable[[], bool], last_words: Sequence[str] = ()) -> int:
+def run_trainer(plan: "RunPlan", stop: Callable[[], bool], final_lines: Sequence[str] = ()) -> int:
     """Train a run, with its progress on the terminal.
 
     plan: of the run
     stop: whether someone asked to stop
-    last_words: said behind all remarks
+    final_lines: said behind all remarks
 
     Returns the exit code. Raises UserError.
     """
-    from dreambooth_moslora.training.dry_run import advice
+    from dreambooth_moslora.training.dry_run import list_plan_advice
 
-    say_loading()
+    print_loading()
     if is_main_process():
-        for line in advice(plan):
+        for line in list_plan_advice(plan):
             logger.warning("note: %s", line)
-    say(last_words)
+    print_lines(final_lines)
 
     progress = TerminalProgress()
     try:
         result = train_plan(plan, progress, stop)
     finally:
         progress.close()
-    say(ending_of(plan, result))
-    return INTERRUPTED if result.interrupted else DONE
+    print_lines(format_ending(plan, result))
+    return EXIT_INTERRUPTED if result.interrupted else EXIT_DONE
 
 
-def ending_of(plan: "Plan", result: "TrainResult") -> list[str]:
+def format_ending(plan: "RunPlan", result: "TrainResult") -> list[str]:
     """Where the adapter is, and of a run that was not stopped the most important advice of
     `explain`."""
-    from dreambooth_moslora.training.run_advice import closing_advice, to_go_on
-    from dreambooth_moslora.training.run_metrics import figures_of
+    from dreambooth_moslora.training.run_advice import format_resume_command, list_closing_advice
+    from dreambooth_moslora.training.run_metrics import load_run_metrics
 
     folder = result.run_dir
     step = result.step
     if result.interrupted and not step:
         return ["stopped before the first step: nothing was saved."]
-    figures = figures_of(RunDir(folder), plan.photos)
+    figures = load_run_metrics(RunDir(folder), plan.photos)
     if result.interrupted:
         there = f"stopped at step {step}: the adapter so far is in {folder}"
-        return [f"{there}; {to_go_on(figures)}"]
+        return [f"{there}; {format_resume_command(figures)}"]
     load = f'pipe.load_lora_weights("{folder}") loads the adapter'
     text = f"done: {step} steps. {load}; {folder}/README.md says more."
-    return [text, *(f"try next: {line}" for line in closing_advice(figures))]
+    return [text, *(f"try next: {line}" for line in list_closing_advice(figures))]

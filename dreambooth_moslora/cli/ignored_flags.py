@@ -1,7 +1,7 @@
 """Flags of other trainers that have no effect here.
 
 A command that has them runs, and one line names them with what is done instead. A flag that would
-change the training is none of them: it ends the command (`parser.FOREIGN`).
+change the training is none of them: it ends the command (`parser.FOREIGN_NAMES`).
 """
 
 import argparse

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.cli import command_train, terminal
-from dreambooth_moslora.cli.parser import Parser, underscored
+from dreambooth_moslora.cli.parser import CommandParser, normalize_flags
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings.field_facts import nearest
+from dreambooth_moslora.settings.field_facts import find_nearest_name
 
 COMMANDS = {
     "check": (
@@ -81,19 +81,19 @@ first steps, with a folder of photos and a word for what they show:
   train photos/dog dog
   generate --adapter runs/dog --prompt "a photo of a sks dog\""""
 # The two ways to start `main`
-INSTALLED = "dreambooth-moslora"
-MODULE = "python -m dreambooth_moslora"
+PROGRAM_NAME = "dreambooth-moslora"
+MODULE_PROGRAM = "python -m dreambooth_moslora"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, by default the process's own; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return terminal.exit_code(lambda: run_command(words))
+    return terminal.run_to_exit_code(lambda: run_command(words))
 
 
 def run_command(argv: list[str]) -> int:
     """Run a command with its arguments; returns the exit code. Raises UserError."""
-    program = INSTALLED if Path(sys.argv[0]).stem == INSTALLED else MODULE
+    program = PROGRAM_NAME if Path(sys.argv[0]).stem == PROGRAM_NAME else MODULE_PROGRAM
 
     # The help, also for no words at all
     if not argv or argv[0] in ("-h", "--help"):
@@ -103,11 +103,11 @@ def run_command(argv: list[str]) -> int:
         for name, (_, about) in COMMANDS.items():
             print(f"  {name:9} {about}")
         print(FIRST_STEPS)
-        return terminal.DONE if argv else terminal.MISTAKE
+        return terminal.EXIT_DONE if argv else terminal.EXIT_MISTAKE
     name, *rest = argv
     if name == "--version":
         print(__version__)
-        return terminal.DONE
+        return terminal.EXIT_DONE
 
     # Commands that parse their own arguments, as their scripts do
     if name == "train":
@@ -120,20 +120,20 @@ def run_command(argv: list[str]) -> int:
     # The others; only the module of the command is imported.
     if name not in COMMANDS:
         known = ("train", "app", *COMMANDS)
-        close = nearest(name, known)
+        close = find_nearest_name(name, known)
         hint = f"did you mean {close}?" if close else f"choose one of {', '.join(known)}."
         raise UserError(f"unknown command {name}: {hint}")
-    add_arguments, run = command(name)
-    parser = Parser(
+    add_arguments, run = load_command(name)
+    parser = CommandParser(
         prog=f"{program} {name}",
         usage=f"{program} {name} [ARGUMENT …] [--FLAG VALUE …]",
         description=COMMANDS[name][1],
     )
     add_arguments(parser)
-    return run(parser.parse_args(underscored(rest)))
+    return run(parser.parse_args(normalize_flags(rest)))
 
 
-def command(name: str) -> tuple[Callable, Callable]:
+def load_command(name: str) -> tuple[Callable, Callable]:
     """What adds the command's arguments to a parser, and what runs it."""
     place, _ = COMMANDS[name]
     module = import_module(f"dreambooth_moslora.{place}")

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import field_facts, train_config
 
-FOREIGN = {
+FOREIGN_NAMES = {
     # earlier versions of diffusers' script, and its siblings
     "train_text_encoder_ti token_abstraction placeholder_token": (
         "not supported: no new tokens are learnt"
@@ -62,7 +62,7 @@ FOREIGN = {
 """Flags of other trainers -> what to give instead."""
 
 
-GUESSES = {
+FLAG_GUESSES = {
     "steps": "max_train_steps",
     "lr": "learning_rate",
     "epochs": "num_train_epochs",
@@ -70,50 +70,52 @@ GUESSES = {
     "prompt": "instance_prompt",
 }
 """What people try first -> the flag that they mean."""
-DEVICE = "the GPU is taken where there is one; CUDA_VISIBLE_DEVICES in the environment chooses one"
+DEVICE_HINT = (
+    "the GPU is taken where there is one; CUDA_VISIBLE_DEVICES in the environment chooses one"
+)
 
 
 # Each flag of other trainers -> what to give instead: those of FOREIGN, and the names that settings
 # of ours have elsewhere.
 FOREIGN_FLAGS = {
-    flag: f"use --{name}" for flag, name in train_config.by_names_in("elsewhere").items()
+    flag: f"use --{name}" for flag, name in train_config.map_aliases("elsewhere").items()
 }
-for flags, instead in FOREIGN.items():
+for flags, instead in FOREIGN_NAMES.items():
     FOREIGN_FLAGS |= dict.fromkeys(flags.split(), instead)
 
 
-def name_of(flag: str) -> str:
+def parse_flag_name(flag: str) -> str:
     """`--seed=1` -> `seed`."""
     return flag.partition("=")[0].lstrip("-")
 
 
-def unknown_flag_message(word: str, known: Collection[str] = ()) -> str:
+def describe_unknown_flag(word: str, flag_names: Collection[str] = ()) -> str:
     """What to give in place of a word of the command line that is not understood. `known`: the
     command's own flags, without their hyphens; those of a training if there are none."""
     if not word.startswith("-"):
         return f"`{word}` belongs to no flag: a prompt of several words goes in quotes."
     flag = word.partition("=")[0]
-    name = name_of(word)
+    name = parse_flag_name(word)
 
     # Another trainer's flag, then a mistyped one of ours
-    if name in FOREIGN_FLAGS and not known:
+    if name in FOREIGN_FLAGS and not flag_names:
         return f"{flag}: {FOREIGN_FLAGS[name]}."
     if name in ("device", "gpu", "gpus"):
-        return f"unknown flag {flag}: {DEVICE}."
-    known = known or {*train_config.SETTINGS, *train_config.ALIASES}
-    close = GUESSES.get(name)
-    if close not in known:
-        close = field_facts.nearest(name.removeprefix("no_"), known)
+        return f"unknown flag {flag}: {DEVICE_HINT}."
+    flag_names = flag_names or {*train_config.SETTINGS, *train_config.ALIASES}
+    close = FLAG_GUESSES.get(name)
+    if close not in flag_names:
+        close = field_facts.find_nearest_name(name.removeprefix("no_"), flag_names)
     if close:
-        return f"unknown flag {flag}: did you mean --{train_config.shown_flag(close)}?"
+        return f"unknown flag {flag}: did you mean --{train_config.get_flag_name(close)}?"
     return f"unknown flag {flag}; see --help."
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError for a mistake. `is_of_training`: it takes the
+class CommandParser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError for a mistake. `has_settings`: it takes the
     settings of a run."""
 
-    is_of_training = False
+    has_settings = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         # An abbreviation would mean another flag once a new one begins with the same letters.
@@ -125,13 +127,13 @@ class Parser(argparse.ArgumentParser):
         """Raises UserError, in place of argparse's usage of many lines and exit."""
         unknown = message.removeprefix("unrecognized arguments: ")
         word = next(iter(unknown.split()), "")
-        if unknown != message and (self.is_of_training or word.startswith("-")):
-            own = [] if self.is_of_training else map(name_of, self._option_string_actions)
-            raise UserError(unknown_flag_message(word, list(own)))
+        if unknown != message and (self.has_settings or word.startswith("-")):
+            own = [] if self.has_settings else map(parse_flag_name, self._option_string_actions)
+            raise UserError(describe_unknown_flag(word, list(own)))
         raise UserError(f"{message}; see {self.prog} --help.")
 
 
-def underscored(argv: Sequence[str]) -> list[str]:
+def normalize_flags(argv: Sequence[str]) -> list[str]:
     """`--train-batch-size=1` -> `--train_batch_size=1`; values do not change."""
     words = []
     for word in argv:

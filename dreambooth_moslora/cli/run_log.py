@@ -5,14 +5,14 @@ import warnings
 
 from dreambooth_moslora.base.devices import is_main_process
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.errors import spelled_out
+from dreambooth_moslora.errors import escape_control_characters
 
 
-class SpelledOut(logging.Formatter):
+class EscapingFormatter(logging.Formatter):
     """Escapes control characters, which a file name in a record may contain."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return spelled_out(super().format(record))
+        return escape_control_characters(super().format(record))
 
 
 def start_log(run_dir: RunDir) -> None:
@@ -28,10 +28,10 @@ def start_log(run_dir: RunDir) -> None:
     # One process writes; the others only say errors.
     terminal = logging.StreamHandler()
     terminal.setLevel(logging.WARNING if is_main_process() else logging.ERROR)
-    terminal.setFormatter(SpelledOut("%(message)s"))
+    terminal.setFormatter(EscapingFormatter("%(message)s"))
     root.addHandler(terminal)
     if is_main_process():
         run_dir.path.mkdir(parents=True, exist_ok=True)
         file = logging.FileHandler(run_dir.log_path, encoding="utf-8", errors="backslashreplace")
-        file.setFormatter(SpelledOut("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        file.setFormatter(EscapingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root.addHandler(file)

@@ -24,29 +24,29 @@ from tqdm import tqdm
 
 from dreambooth_moslora.base.devices import is_main_process
 from dreambooth_moslora.disk import events, processes
-from dreambooth_moslora.errors import UserError, is_out_of_memory, spelled_out
-from dreambooth_moslora.settings.metric_kinds import curves
+from dreambooth_moslora.errors import UserError, escape_control_characters, is_out_of_memory
+from dreambooth_moslora.settings.metric_kinds import get_curve_labels
 
 # The file descriptor: a signal handler must not use Python's stream, which may be in the middle of
 # a write
 STDERR = 2
 
 
-def say(lines: Iterable[str]) -> None:
+def print_lines(lines: Iterable[str]) -> None:
     """Print the lines on standard error, in the first process only."""
     if is_main_process():
         for line in lines:
-            print(spelled_out(line), file=sys.stderr)
+            print(escape_control_characters(line), file=sys.stderr)
 
 
-def say_loading() -> None:
+def print_loading() -> None:
     """Tell a person who waits that PyTorch is being imported, which takes a minute on a busy
     machine; nothing once it is there, and in a file."""
     if "torch" not in sys.modules and sys.stderr.isatty():
-        say(["loading PyTorch …"])
+        print_lines(["loading PyTorch …"])
 
 
-def hush() -> None:
+def disable_library_notes() -> None:
     """No bars while a base is loaded (but of downloads), and none of the libraries' notes that ask
     for nothing."""
     from diffusers.utils import logging as of_diffusers
@@ -54,12 +54,12 @@ def hush() -> None:
 
     of_diffusers.disable_progress_bar()
     of_transformers.disable_progress_bar()
-    logging.getLogger("diffusers.models.modeling_utils").addFilter(is_of_use)
-    # `about_black` says it in words
+    logging.getLogger("diffusers.models.modeling_utils").addFilter(is_useful_record)
+    # `describe_black_images` says it in words
     warnings.filterwarnings("ignore", "invalid value encountered in cast")
 
 
-def is_of_use(record: logging.LogRecord) -> bool:
+def is_useful_record(record: logging.LogRecord) -> bool:
     """Whether it is another record than diffusers' note about layers to keep in fp32 that names
     none."""
     return "should be kept in float32: []" not in record.getMessage()
@@ -74,14 +74,14 @@ class BreakableStream:
 
     def write(self, text: str) -> int:
         """Write, or drop the text."""
-        self._try(lambda: self._stream.write(text))
+        self._run_or_drop(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
         """Flush, or drop what was buffered."""
-        self._try(self._stream.flush)
+        self._run_or_drop(self._stream.flush)
 
-    def _try(self, act: Callable[[], object]) -> None:
+    def _run_or_drop(self, act: Callable[[], object]) -> None:
         try:
             act()
         except OSError:
@@ -94,7 +94,7 @@ class BreakableStream:
 
 
 @contextmanager
-def survive_broken_pipes() -> Iterator[None]:
+def ignore_broken_pipes() -> Iterator[None]:
     """In this block `sys.stdout` and `sys.stderr` survive their reader, and escape what cannot be
     encoded."""
     before = sys.stdout, sys.stderr
@@ -117,22 +117,22 @@ def survive_broken_pipes() -> Iterator[None]:
 
 
 # What the first and the second Ctrl-C say; a third one ends the process
-MESSAGES = (
+STOP_MESSAGES = (
     "\nstopping after this step, then saving; Ctrl-C twice more to leave at once without saving\n",
     "\nstill finishing the step and saving; once more to leave at once\n",
 )
 # The exit code that shells give after Ctrl-C
-INTERRUPTED = 130
+EXIT_INTERRUPTED = 130
 
 
 class StopRequest:
     """Context manager; calling it returns whether someone asked to stop, by a signal or by the file
-    that the process's starter has named (`disk.processes.ask_to_stop`). A third Ctrl-C ends the
-    process at once."""
+    that the process's starter has named (`disk.processes.send_stop_request`). A third Ctrl-C ends
+    the process at once."""
 
     def __init__(self) -> None:
         self.requested = False
-        self._file = os.environ.get(processes.STOP_FILE, "")
+        self._file = os.environ.get(processes.STOP_FILE_VARIABLE, "")
         self._interrupts = 0
         self._before: dict[int, object] = {}
 
@@ -164,11 +164,11 @@ class StopRequest:
         self.requested = True
         if number == signal.SIGINT:
             self._interrupts += 1
-            if self._interrupts > len(MESSAGES):
-                os._exit(INTERRUPTED)
+            if self._interrupts > len(STOP_MESSAGES):
+                os._exit(EXIT_INTERRUPTED)
         if first or number == signal.SIGINT:
             with suppress(OSError):  # a closed pipe: the same Ctrl-C stopped `| tee`
-                os.write(STDERR, MESSAGES[max(0, self._interrupts - 1)].encode())
+                os.write(STDERR, STOP_MESSAGES[max(0, self._interrupts - 1)].encode())
 
 
 # Phases before and between the steps -> the titles of their bars
@@ -183,13 +183,15 @@ PHASE_TITLES = {
     "exporting": "saving and verifying the adapter",
 }
 # Title of the bar of steps
-TRAINING = "training"
-STEPS = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+TRAINING_TITLE = "training"
+STEP_BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 """Without the bar's own forecast, which would take the seconds of scoring and of samples for those
 of a step."""
 
 
-def bar(total: int, title: str, unit: str, stream: TextIO | None = None, **options: Any) -> tqdm:
+def create_bar(
+    total: int, title: str, unit: str, stream: TextIO | None = None, **options: Any
+) -> tqdm:
     """A bar of progress on standard error, or on `stream`; in a file a line every five seconds."""
     stream = stream or sys.stderr
     return tqdm(
@@ -222,7 +224,7 @@ class TerminalProgress:
                 self._show_step(event)
             case events.CheckpointSaved():
                 self.write(f"step {event.step}: checkpoint {event.path}")
-            case events.SamplesDrawn():
+            case events.SamplesSaved():
                 self.write(f"step {event.step}: {len(event.files)} sample images")
             case events.StepEvaluated():
                 self._show_scores(event)
@@ -242,8 +244,8 @@ class TerminalProgress:
 
     def _open(self, title: str, total: int, start: int, unit: str) -> None:
         self.close()
-        form = STEPS if title == TRAINING else None
-        self._bar = bar(total, title, unit, self.stream, initial=start, bar_format=form)
+        form = STEP_BAR_FORMAT if title == TRAINING_TITLE else None
+        self._bar = create_bar(total, title, unit, self.stream, initial=start, bar_format=form)
         self._phase = title
 
     def _show_phase(self, event: events.PhaseProgress) -> None:
@@ -253,73 +255,73 @@ class TerminalProgress:
 
         # A single item is a line; it must not tear the bar of steps.
         if event.total <= 1:
-            if self._phase != TRAINING or event.phase == "exporting":
+            if self._phase != TRAINING_TITLE or event.phase == "exporting":
                 self.close()
                 self.write(f"{title} …")
             return
         if self._phase != title:
             unit = "step" if event.phase == "sampling" else "image"
             self._open(title, event.total, event.done, unit)
-        self._advance(event.done)
+        self._update_bar(event.done)
 
     def _show_scores(self, event: events.StepEvaluated) -> None:
         said = []
-        for name, label in curves().items():
+        for name, label in get_curve_labels().items():
             if name in event.scores:
                 said.append(f"{label} {event.scores[name]:.3f}")
         self.write(f"step {event.step}: {', '.join(said)}")
 
     def _show_step(self, event: events.StepDone) -> None:
-        if self._phase != TRAINING:
-            self._open(TRAINING, self.total_steps, event.step - 1, "step")
+        if self._phase != TRAINING_TITLE:
+            self._open(TRAINING_TITLE, self.total_steps, event.step - 1, "step")
 
         shown = {}
         if event.eta_sec is not None:
             shown["left"] = tqdm.format_interval(event.eta_sec)
         shown["loss"] = f"{event.loss:.3f}"
         self._bar.set_postfix(shown, refresh=False)
-        self._advance(event.step)
+        self._update_bar(event.step)
 
-    def _advance(self, done: int) -> None:
+    def _update_bar(self, done: int) -> None:
         self._bar.update(done - self._bar.n)
         if done >= (self._bar.total or 0):
             self.close()
 
 
 # Exit codes, beside INTERRUPTED
-DONE = 0
-OUR_BUG = 1
-MISTAKE = 2
+EXIT_DONE = 0
+EXIT_BUG = 1
+EXIT_MISTAKE = 2
 # Errors for lack of room
-IS_FULL = (errno.ENOSPC, errno.EDQUOT)
-OUT_OF_MEMORY = (
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+OUT_OF_MEMORY_MESSAGE = (
     "out of memory: try --gradient_checkpointing, --train_batch_size 1, --mixed_precision bf16 "
     "(fp16 on Nvidia GPUs before Ampere), a smaller --resolution or --base_quantization nf4; "
     "--dry_run estimates the need."
 )
 
 
-def exit_code(run: Callable[[], int]) -> int:
+def run_to_exit_code(run: Callable[[], int]) -> int:
     """Run, and return the exit code. An error becomes one line; a closed pipe (`| head`) does not
     end the run."""
-    processes.avoid_fragmentation()
-    with survive_broken_pipes():
+    processes.enable_expandable_segments()
+    with ignore_broken_pipes():
         try:
             return run()
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            return INTERRUPTED
+            return EXIT_INTERRUPTED
         except Exception as error:
-            line = message_for_known_error(error)
+            line = describe_known_error(error)
             if line is None:
                 # What nobody foresaw is our bug, and its traceback helps to find it.
                 traceback.print_exc()
-                return OUR_BUG
-            print(f"error: {spelled_out(' '.join(line.split()))}", file=sys.stderr)
-            return MISTAKE
+                return EXIT_BUG
+            print(f"error: {escape_control_characters(' '.join(line.split()))}", file=sys.stderr)
+            return EXIT_MISTAKE
 
 
-def message_for_known_error(error: Exception) -> str | None:
+def describe_known_error(error: Exception) -> str | None:
     """One line for a person's mistake and for an error of the machine (memory, disk, permissions);
     None for any other error."""
     if isinstance(error, UserError):
@@ -327,7 +329,7 @@ def message_for_known_error(error: Exception) -> str | None:
 
     # PyTorch
     if is_out_of_memory(error):
-        return OUT_OF_MEMORY
+        return OUT_OF_MEMORY_MESSAGE
 
     # The system, in its own words
     if not isinstance(error, OSError) or not error.strerror:
@@ -335,6 +337,6 @@ def message_for_known_error(error: Exception) -> str | None:
     # Of a rename that fails, the second name is the one that the person knows.
     name = error.filename2 or error.filename
     place = f": {name}" if name else ", while a file was written"
-    if error.errno in IS_FULL:
+    if error.errno in DISK_FULL_ERRNOS:
         return f"{error.strerror}{place}; free some of the disk and resume."
     return f"{error.strerror}{place}."

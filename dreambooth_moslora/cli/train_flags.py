@@ -12,11 +12,11 @@ from typing import Any
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.cli.ignored_flags import add_ignored_flags, describe_ignored
-from dreambooth_moslora.cli.parser import Parser
-from dreambooth_moslora.cli.terminal import say
+from dreambooth_moslora.cli.parser import CommandParser
+from dreambooth_moslora.cli.terminal import print_lines
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import config_files, train_config
-from dreambooth_moslora.settings.field_facts import WORDS, Prompt, Subject
+from dreambooth_moslora.settings.field_facts import COMMAND_WORDS, Prompt, Subject
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ DESCRIPTION = (
 )
 # The name under which it is called as a script
 SCRIPT = "train_dreambooth.py"
-EXAMPLE = """examples:
+EXAMPLES = """examples:
   {command} photos/dog dog
       a folder and a word: the program chooses and prints the rest, and any flag below overrides it
   {command} photos/dog dog --base stabilityai/stable-diffusion-xl-base-1.0
@@ -34,7 +34,7 @@ EXAMPLE = """examples:
 
 Flags are those of diffusers' train_dreambooth_lora_sdxl.py, and more. Switches are undone by
 --no_SWITCH. Ctrl-C finishes the step and saves; --resume_from_checkpoint latest goes on."""
-DAILY = (
+DAILY_FLAGS = (
     "pretrained_model_name_or_path",
     "instance_data_dir",
     "instance_prompt",
@@ -56,14 +56,14 @@ DAILY = (
 METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAME", Prompt: "TEXT", Subject: "DIR"}
 
 
-def build_train_parser(prog: str = SCRIPT, hidden: Collection[str] = ()) -> Parser:
+def build_train_parser(prog: str = SCRIPT, hidden: Collection[str] = ()) -> CommandParser:
     """The parser of `train`'s flags; words come before them. `hidden` settings are not in the
     help."""
-    parser = Parser(
+    parser = CommandParser(
         prog=prog,
         add_help=False,
         description=DESCRIPTION,
-        epilog=EXAMPLE.format(command=f"python {SCRIPT}" if prog == SCRIPT else prog),
+        epilog=EXAMPLES.format(command=f"python {SCRIPT}" if prog == SCRIPT else prog),
         usage=f"{prog} [PHOTOS WORD] [--FLAG VALUE …]",
     )
 
@@ -71,7 +71,7 @@ def build_train_parser(prog: str = SCRIPT, hidden: Collection[str] = ()) -> Pars
     # prints any text and exits.
     if not hidden:
         short = build_train_parser(
-            prog, hidden=train_config.SETTINGS.keys() - {*DAILY}
+            prog, hidden=train_config.SETTINGS.keys() - {*DAILY_FLAGS}
         ).format_help()
         about = "the flags in daily use"
         parser.add_argument("-h", "--help", action="version", version=short, help=about)
@@ -81,13 +81,13 @@ def build_train_parser(prog: str = SCRIPT, hidden: Collection[str] = ()) -> Pars
     return parser
 
 
-def add_training_flags(parser: Parser, hidden: Collection[str] = ()) -> None:
+def add_training_flags(parser: CommandParser, hidden: Collection[str] = ()) -> None:
     """Add `--config`, a flag for each setting, and other trainers' flags that have no effect.
 
     What is parsed has the given settings alone, and `ignored` if there are any. `hidden` settings
     are understood, but not in the help.
     """
-    parser.is_of_training = True
+    parser.has_settings = True
     about = "settings from a .toml or .json file; flags override them"
     parser.add_argument("--config", metavar="FILE", help=about)
     for title, rows in groupby(train_config.SETTINGS.values(), lambda item: item.metadata["group"]):
@@ -110,7 +110,7 @@ def add_flag(group: Any, item: Field, *, is_hidden: bool = False) -> None:
     about = argparse.SUPPRESS if is_hidden else about.replace("%", "%%")
 
     # A flag that is not given leaves nothing behind: a file's setting is then seen.
-    names = train_config.flags_of(item.name)
+    names = train_config.list_flags(item.name)
     options: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": about}
     if kind is bool:
         group.add_argument(*names, nargs="?", const=True, metavar="true|false", **options)
@@ -126,7 +126,7 @@ def add_flag(group: Any, item: Field, *, is_hidden: bool = False) -> None:
     )
 
 
-def settings_of(
+def resolve_settings(
     flags: Mapping[str, Any], *, without_words: bool = False
 ) -> tuple[dict[str, Any], bool]:
     """The settings of flags and --config, and whether there is such a file. Flags that are ignored
@@ -137,17 +137,17 @@ def settings_of(
     """
     flags = dict(flags)
     file = flags.pop("config")
-    say(describe_ignored(flags.pop("ignored", [])))
+    print_lines(describe_ignored(flags.pop("ignored", [])))
 
     # A flag may replace another setting of the file, such as the photos by their other source. A
     # switch that is turned off replaces none.
     given = {
         name
         for name, value in flags.items()
-        if train_config.checked_setting(name, value) is not False
+        if train_config.parse_setting(name, value) is not False
     }
     if without_words:
-        given.add(WORDS)
+        given.add(COMMAND_WORDS)
     settings = {}
     for name, value in (config_files.load_settings(file) if file else {}).items():
         item = train_config.SETTINGS.get(name)
@@ -155,16 +155,16 @@ def settings_of(
             settings[name] = value
         elif name == "subjects":
             logger.warning("note: the subjects in %s are left out, as others are given", file)
-    return train_config.check_each(settings | flags), bool(file)
+    return train_config.check_values(settings | flags), bool(file)
 
 
-def require(settings: Mapping[str, Any]) -> None:
+def require_settings(settings: Mapping[str, Any]) -> None:
     """Raises UserError for missing settings. An empty prompt is one, which captions may stand in
     for."""
     needed = ["pretrained_model_name_or_path"]
     if not settings.get("subjects"):
         needed += ["instance_prompt", "instance_data_dir"]
-    missing = [f"--{train_config.shown_flag(name)}" for name in needed if name not in settings]
+    missing = [f"--{train_config.get_flag_name(name)}" for name in needed if name not in settings]
     if missing:
         flags = ", ".join(missing)
         raise UserError(

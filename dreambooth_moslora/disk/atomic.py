@@ -12,60 +12,60 @@ from pathlib import Path
 
 from filelock import lock_descriptor
 
-from dreambooth_moslora.disk.process_identity import is_running, own_host, own_token
+from dreambooth_moslora.disk.process_identity import get_current_token, get_host_id, is_running
 
 # The name of a temporary: whose it becomes, who made it on which host, and whether it is the new
 # content or the old.
-TEMPORARY = re.compile(
+TEMPORARY_NAME = re.compile(
     r"\.(?P<name>.+)\.(?P<pid>[0-9]{1,9})-(?P<token>[0-9a-f]{8})(-(?P<host>[0-9a-f]{8}))?"
     r"\.(?P<kind>new|old)"
 )
-FOREIGN_SEC = 24 * 60 * 60.0
+MAX_FOREIGN_AGE_SEC = 24 * 60 * 60.0
 """How long a temporary of another host is left alone: whether its process runs is not known."""
 
 
-def atomic_write(path: Path, content: bytes | str) -> None:
+def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a file completely, or leave its old content. The folder must exist."""
     path = Path(path)
-    temporary = temporary_name(path, "new")
+    temporary = build_temporary_path(path, "new")
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        rename(temporary, path)
+        rename_with_retry(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
 
-IS_OPEN = (5, 32)
+OPEN_FILE_ERRORS = (5, 32)
 """Errors of Windows for a file that another program has open (ERROR_ACCESS_DENIED,
 ERROR_SHARING_VIOLATION)."""
-WAIT_SEC = 10.0  # How long a rename is tried again,
-AGAIN_SEC = 0.1  # and how often.
+RENAME_TIMEOUT_SEC = 10.0  # How long a rename is tried again,
+RENAME_RETRY_SEC = 0.1  # and how often.
 
 
-def rename(source: Path, target: Path) -> None:
+def rename_with_retry(source: Path, target: Path) -> None:
     """`os.replace`, tried again for WAIT_SEC while another program has a file there open, which
     only Windows refuses: a viewer, or a scanner of viruses. Raises the last PermissionError."""
-    end = time.monotonic() + WAIT_SEC
+    end = time.monotonic() + RENAME_TIMEOUT_SEC
     while True:
         try:
             return os.replace(source, target)
         except PermissionError as error:
-            if getattr(error, "winerror", None) not in IS_OPEN or time.monotonic() > end:
+            if getattr(error, "winerror", None) not in OPEN_FILE_ERRORS or time.monotonic() > end:
                 raise
-        time.sleep(AGAIN_SEC)
+        time.sleep(RENAME_RETRY_SEC)
 
 
 @contextmanager
-def scratch_directory(folder: Path, name: str = "scratch") -> Iterator[Path]:
+def make_scratch_directory(folder: Path, name: str = "scratch") -> Iterator[Path]:
     """A folder in `folder` for the length of the block. Folders that a killed process left are
     removed."""
-    clean_stale(folder)
-    scratch = temporary_name(folder / name, "new")
+    clean_temporaries(folder)
+    scratch = build_temporary_path(folder / name, "new")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
@@ -76,12 +76,12 @@ def scratch_directory(folder: Path, name: str = "scratch") -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
+def write_atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; it is renamed to `path` when the block ends without
     an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_directory(path.parent, path.name) as temporary:
+    with make_scratch_directory(path.parent, path.name) as temporary:
         yield temporary
         # All of it must be on the disk before it has its name.
         for file in temporary.rglob("*"):
@@ -91,14 +91,14 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         sync_folder(temporary)
 
         # The old folder steps aside, and comes back if the new one cannot take its place.
-        old = temporary_name(path, "old")
+        old = build_temporary_path(path, "old")
         if path.exists():  # `recover` repairs a kill between the two renames
-            rename(path, old)
+            rename_with_retry(path, old)
         try:
-            rename(temporary, path)
+            rename_with_retry(temporary, path)
         except OSError:
             with suppress(FileNotFoundError):
-                rename(old, path)
+                rename_with_retry(old, path)
             raise
         sync_folder(path.parent)
         shutil.rmtree(old, ignore_errors=True)
@@ -107,9 +107,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 def remove_directory(path: Path) -> None:
     """Rename it, so that its name is free at once, then delete it. One that is in use stays whole,
     with a warning."""
-    doomed = temporary_name(path, "new")
+    doomed = build_temporary_path(path, "new")
     try:
-        rename(path, doomed)
+        rename_with_retry(path, doomed)
     except PermissionError as error:
         logging.getLogger(__name__).warning("%s was not removed: %s", path, error.strerror)
     else:
@@ -129,14 +129,14 @@ def hold(path: Path) -> Iterator[bool]:
         yield is_mine
 
 
-def temporary_name(path: Path, kind: str) -> Path:
-    maker = f"{os.getpid()}-{own_token(os.getpid())}-{own_host()}"
+def build_temporary_path(path: Path, kind: str) -> Path:
+    maker = f"{os.getpid()}-{get_current_token(os.getpid())}-{get_host_id()}"
     return path.with_name(f".{path.name}.{maker}.{kind}")
 
 
-def recover(folder: Path) -> None:
+def restore_directories(folder: Path) -> None:
     """Restore a folder's name after a kill between the two renames of its replacement."""
-    for path, match in temporaries(folder):
+    for path, match in list_temporaries(folder):
         target = folder / match["name"]
         is_old = match["kind"] == "old" and path.is_dir()
         if is_old and not target.exists() and not is_in_use(path, match):
@@ -144,10 +144,10 @@ def recover(folder: Path) -> None:
                 os.replace(path, target)
 
 
-def clean_stale(folder: Path) -> None:
+def clean_temporaries(folder: Path) -> None:
     """Remove temporaries of processes that no longer run from `folder`."""
-    recover(folder)
-    for path, match in temporaries(folder):
+    restore_directories(folder)
+    for path, match in list_temporaries(folder):
         if is_in_use(path, match):
             continue
         if path.is_dir():
@@ -156,21 +156,21 @@ def clean_stale(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def temporaries(folder: Path) -> list[tuple[Path, re.Match[str]]]:
+def list_temporaries(folder: Path) -> list[tuple[Path, re.Match[str]]]:
     """The temporaries in the folder, each with what its name says."""
-    named = [(path, TEMPORARY.fullmatch(path.name)) for path in folder.iterdir()]
+    named = [(path, TEMPORARY_NAME.fullmatch(path.name)) for path in folder.iterdir()]
     return [(path, match) for path, match in named if match]
 
 
-def is_in_use(path: Path, named: re.Match[str]) -> bool:
+def is_in_use(path: Path, name_match: re.Match[str]) -> bool:
     """Whether the process that made it still runs, or may do so on another host. Each removes its
     own temporaries itself."""
-    if named["host"] in (None, own_host()):
+    if name_match["host"] in (None, get_host_id()):
         with hold(path) as is_mine:
-            return is_running(int(named["pid"]), named["token"]) or not is_mine
+            return is_running(int(name_match["pid"]), name_match["token"]) or not is_mine
     # A rename changes this time, and no other of a folder.
     with suppress(OSError):
-        return time.time() - path.stat().st_ctime < FOREIGN_SEC
+        return time.time() - path.stat().st_ctime < MAX_FOREIGN_AGE_SEC
     return True
 
 

@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from dreambooth_moslora.disk.atomic import atomic_write
-from dreambooth_moslora.errors import UserError, first_problem
+from dreambooth_moslora.disk.atomic import write_atomic
+from dreambooth_moslora.errors import UserError, format_validation_error
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 M = TypeVar("M")
 
 
-def content_key(**facts: object) -> str:
+def hash_values(**facts: object) -> str:
     """A hex key of JSON-able values, the same in every process."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def file_digest(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """SHA-256. Raises UserError for what is no file: a device may have no end."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a file")
@@ -57,7 +57,7 @@ def hash_files(paths: Iterable[Path], record: Path) -> list[str]:
         stamp = read_stamp(path)
         last_stamp, digest = remembered.get(str(path), ((), ""))
         if last_stamp != stamp:
-            digest = file_digest(path)
+            digest = hash_file(path)
             remembered[str(path)] = (stamp, digest)
             is_new = True
         digests.append(digest)
@@ -67,59 +67,59 @@ def hash_files(paths: Iterable[Path], record: Path) -> list[str]:
         remembered = {path: entry for path, entry in remembered.items() if os.path.exists(path)}
         with suppress(OSError):
             record.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(record, json.dumps(remembered, indent=1))
+            write_atomic(record, json.dumps(remembered, indent=1))
     return digests
 
 
-MOST_TEXT_BYTES = 32 * 2**20  # Of a text file that is read whole.
+MAX_TEXT_BYTES = 32 * 2**20  # Of a text file that is read whole.
 
 
-def check_size(path: Path, most_bytes: int) -> None:
+def check_file_size(path: Path, max_bytes: int) -> None:
     """Raise OSError for a larger file: a hole of gigabytes on the disk would fill the memory. So
     too for a pipe, which might be waited for without end."""
     if path.is_fifo() and not path.is_relative_to("/dev"):  # where a shell's <(…) is one
         raise OSError(errno.EINVAL, "it is a pipe, not a file")
-    if path.stat().st_size > most_bytes:
-        raise OSError(errno.EFBIG, f"it has more than {most_bytes // 2**20} MiB")
+    if path.stat().st_size > max_bytes:
+        raise OSError(errno.EFBIG, f"it has more than {max_bytes // 2**20} MiB")
 
 
-def small_text(path: Path, most_bytes: int = MOST_TEXT_BYTES, errors: str = "strict") -> str:
+def read_small_text(path: Path, max_bytes: int = MAX_TEXT_BYTES, errors: str = "strict") -> str:
     """The text of a file; `errors` says what becomes of bytes that are not UTF-8.
 
     Raises UnicodeDecodeError, and OSError, also for more than `most_bytes`.
     """
-    check_size(path, most_bytes)
+    check_file_size(path, max_bytes)
     return path.read_text(encoding="utf-8-sig", errors=errors)
 
 
-def stored_text(path: Path, most_bytes: int = MOST_TEXT_BYTES) -> str:
+def read_stored_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """The text of a file that a run left, perhaps somebody else's. Raises UserError naming it."""
     try:
-        return small_text(path, most_bytes, errors="replace")
+        return read_small_text(path, max_bytes, errors="replace")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}.") from error
 
 
 def read_json(path: Path, model: type[M] = dict, make_dict: Callable = dict) -> M:
-    """What `from_json` makes of a file. Raises UserError with its name and first wrong value."""
+    """What `parse_json` makes of a file. Raises UserError with its name and first wrong value."""
     try:
-        return from_json(small_text(path), model, make_dict)
+        return parse_json(read_small_text(path), model, make_dict)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {reason_of(error)}.") from error
+        raise UserError(f"{path}: {explain_read_error(error)}.") from error
 
 
-def from_json(text: str | bytes, model: type[M] = dict, make_dict: Callable = dict) -> M:
+def parse_json(text: str | bytes, model: type[M] = dict, make_dict: Callable = dict) -> M:
     """The JSON text as a plain dict, or as a `model` (a dataclass, a list of words …) whose types
     pydantic checks: 1 is a float, but no "1" and no true. `make_dict` makes plain dicts of their
     pairs. Raises UserError with the first wrong value.
     """
     try:
         if model is not dict:
-            return type_adapter(model).validate_json(text, strict=True)
+            return build_type_adapter(model).validate_json(text, strict=True)
         found = json.loads(text, object_pairs_hook=make_dict)
     except (ValueError, RecursionError) as error:  # pydantic's own error is a ValueError
         is_pydantics = hasattr(error, "errors")
-        what = first_problem(error) if is_pydantics else f"it is not valid JSON: {error}"
+        what = format_validation_error(error) if is_pydantics else f"it is not valid JSON: {error}"
         raise UserError(what) from error
     if not isinstance(found, dict):
         raise UserError(f"expected names and values, found a {type(found).__name__}")
@@ -127,13 +127,13 @@ def from_json(text: str | bytes, model: type[M] = dict, make_dict: Callable = di
 
 
 @cache
-def type_adapter(model: type[M]) -> "TypeAdapter[M]":
+def build_type_adapter(model: type[M]) -> "TypeAdapter[M]":
     from pydantic import TypeAdapter  # not before it is needed: most commands read no record
 
     return TypeAdapter(model)
 
 
-def reason_of(error: Exception) -> str:
+def explain_read_error(error: Exception) -> str:
     """Why a text file was not read."""
     if isinstance(error, FileNotFoundError):
         return "there is no such file"

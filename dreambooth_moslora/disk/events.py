@@ -18,16 +18,16 @@ from typing import Any, ClassVar, TypeVar
 
 from typing_extensions import TypedDict
 
-from dreambooth_moslora.disk.contents import from_json, stored_text
+from dreambooth_moslora.disk.contents import parse_json, read_stored_text
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.values import is_finite_number
 
-MOST_BYTES = 64 * 2**20  # of a file of events; 200,000 steps have less
+MAX_EVENTS_BYTES = 64 * 2**20  # of a file of events; 200,000 steps have less
 
 
 def append_event(path: Path, event: dict[str, Any]) -> None:
     """Append one line. Numbers that JSON cannot hold (NaN, infinity) become null."""
-    text = json.dumps(finite(event), ensure_ascii=False, allow_nan=False, default=str)
+    text = json.dumps(replace_nonfinite(event), ensure_ascii=False, allow_nan=False, default=str)
     line = f"{text}\n"
     with path.open("a+b") as file:
         if file.seek(0, os.SEEK_END):
@@ -42,7 +42,7 @@ def read_events(path: Path, kind: str = "") -> list[dict[str, Any]]:
     off is left out. Raises UserError for a file that cannot be read or has more than MOST_BYTES."""
     mark = f'"{kind}"' if kind else ""
     found = []
-    for line in stored_text(path, MOST_BYTES).split("\n"):
+    for line in read_stored_text(path, MAX_EVENTS_BYTES).split("\n"):
         event = parse_event(line) if mark in line else None
         # The word may stand in another event's text.
         if event is not None and kind in ("", event["type"]):
@@ -50,12 +50,12 @@ def read_events(path: Path, kind: str = "") -> list[dict[str, Any]]:
     return found
 
 
-def finite(value: Any) -> Any:
+def replace_nonfinite(value: Any) -> Any:
     """The same value for JSON: None in place of NaN and infinity, at any depth."""
     if isinstance(value, dict):
-        return {str(key): finite(inner) for key, inner in value.items()}
+        return {str(key): replace_nonfinite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(inner) for inner in value]
+        return [replace_nonfinite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -63,31 +63,31 @@ def parse_event(line: str | bytes) -> dict[str, Any] | None:
     """The event in a line; None for any other line."""
     event: dict[str, Any] = {}
     with suppress(UserError):
-        event = from_json(line)
+        event = parse_json(line)
     is_event = isinstance(event.get("type"), str) and isinstance(event.get("step", 0), int)
     return event if is_event else None
 
 
 @dataclass
-class Metrics:
+class EventLog:
     """The events, read again when their file has changed."""
 
     path: Path
     events: list[dict[str, Any]] = field(default_factory=list)
     problem: str = ""  # why a file that is there was not read
-    _seen: tuple[int, ...] = ()  # the file that was read: its number, size and time
+    _file_stamp: tuple[int, ...] = ()  # the file that was read: its number, size and time
 
-    def refresh(self) -> "Metrics":
+    def refresh(self) -> "EventLog":
         """Read the file if it has changed. `problem` says why one that is there was not read."""
         seen: tuple[int, ...] = ()
         with suppress(OSError):
             now = self.path.stat()
             seen = (now.st_ino, now.st_size, now.st_mtime_ns)
-        if seen == self._seen:
+        if seen == self._file_stamp:
             return self
 
         # A resumed run replaces the file, so all of it is read.
-        self._seen = seen
+        self._file_stamp = seen
         self.events = []
         self.problem = ""
         try:
@@ -96,15 +96,15 @@ class Metrics:
             self.problem = str(error)
         return self
 
-    def of(self, kind: str) -> list[dict[str, Any]]:
+    def list_events(self, kind: str) -> list[dict[str, Any]]:
         """The events of one kind."""
         return [event for event in self.events if event.get("type") == kind]
 
-    def last(self, kind: str) -> dict[str, Any]:
+    def get_last(self, kind: str) -> dict[str, Any]:
         """The last event of a kind; {} without one."""
-        return next(reversed(self.of(kind)), {})
+        return next(reversed(self.list_events(kind)), {})
 
-    def since_start(self) -> list[dict[str, Any]]:
+    def list_since_start(self) -> list[dict[str, Any]]:
         """Events since the last start. In a resumed run, events of the earlier one, even an `end`,
         come before it."""
         starts = [i for i, event in enumerate(self.events) if event.get("type") == "start"]
@@ -151,7 +151,7 @@ class StepDone(Event):
 
 
 @dataclass(frozen=True)
-class SamplesDrawn(Event):
+class SamplesSaved(Event):
     kind: ClassVar[str] = "sample"
     step: int
     files: list[str]  # pictures relative to the run folder; each has its prompt and seed
@@ -202,21 +202,21 @@ class RunEnded(Event):
 
 
 # The word on disk -> the event.
-KINDS: dict[str, type[Event]] = {kind.kind: kind for kind in Event.__subclasses__()}
+EVENT_CLASSES: dict[str, type[Event]] = {kind.kind: kind for kind in Event.__subclasses__()}
 E = TypeVar("E", bound=Event)
 
 
-def record_of(event: Event) -> dict[str, Any]:
+def build_record(event: Event) -> dict[str, Any]:
     """The event as one line has it: each score is a value of its own."""
     values = asdict(event)
     moment = values.pop("time")
     return {"type": event.kind, "time": moment} | values.pop("scores", {}) | values
 
 
-def event_of(record: Mapping[str, Any]) -> Event | None:
+def parse_record(record: Mapping[str, Any]) -> Event | None:
     """The event of one line; None for another program's line, and for a missing field or a wrong
     type."""
-    kind = KINDS.get(str(record.get("type")))
+    kind = EVENT_CLASSES.get(str(record.get("type")))
     if kind is None:
         return None
     names = {item.name for item in fields(kind)}
@@ -228,11 +228,11 @@ def event_of(record: Mapping[str, Any]) -> Event | None:
             name: float(value) for name, value in others.items() if is_finite_number(value)
         }
     with suppress(UserError):
-        return from_json(json.dumps(values), kind)
+        return parse_json(json.dumps(values), kind)
     return None
 
 
-def events_of(kind: type[E], records: Iterable[Mapping[str, Any]]) -> list[E]:
+def filter_events(kind: type[E], records: Iterable[Mapping[str, Any]]) -> list[E]:
     """The events of one kind among these lines."""
-    found = map(event_of, records)
+    found = map(parse_record, records)
     return [event for event in found if isinstance(event, kind)]

@@ -7,30 +7,30 @@ from itertools import count
 from pathlib import Path
 
 # The folder of the program's own modules.
-PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE_DIR = Path(__file__).resolve().parents[1]
 
 
-def clone_folder() -> Path | None:
+def find_clone_folder() -> Path | None:
     """The root of the repository, or None when the program was installed from a wheel."""
-    return None if (PACKAGE / "assets").is_dir() else PACKAGE.parent
+    return None if (PACKAGE_DIR / "assets").is_dir() else PACKAGE_DIR.parent
 
 
-def assets_folder() -> Path:
+def get_assets_folder() -> Path:
     """The folder of the toy world's models, `adapters`, `configs`, `studies` and `subjects`."""
-    return (clone_folder() or PACKAGE) / "assets"
+    return (find_clone_folder() or PACKAGE_DIR) / "assets"
 
 
-def import_environment() -> dict[str, str]:
+def get_import_environment() -> dict[str, str]:
     """Environment variables that let a child process import this program from any folder:
     PYTHONPATH in a clone."""
-    clone = clone_folder()
+    clone = find_clone_folder()
     if clone is None:
         return {}
     inherited = os.environ.get("PYTHONPATH", "")
     return {"PYTHONPATH": f"{clone}{os.pathsep}{inherited}" if inherited else str(clone)}
 
 
-def user_path(path: str | Path) -> Path:
+def expand_user_path(path: str | Path) -> Path:
     """A path of the user's, `~` resolved. That of an unknown user stays, where pathlib's own raises
     a RuntimeError."""
     return Path(os.path.expanduser(path))
@@ -43,27 +43,27 @@ def find_asset(path: str) -> str:
     # The README's examples say `assets/…`, and shall work from any folder.
     if parts[:1] != ("assets",) or os.path.exists(path):
         return path
-    own = assets_folder().joinpath(*parts[1:])
+    own = get_assets_folder().joinpath(*parts[1:])
     return str(own) if own.exists() else path
 
 
 SUBJECT_FILE = "subject.json"  # Beside photos: their token and class word; of a toy, what it is
 MAX_WORD_CHARACTERS = 60  # Of a token, and of the word for what photos show.
 # `owner/model` of the hub.
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+HUB_ID_PATTERN = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-def public_name(name: str | Path) -> str:
+def get_public_name(name: str | Path) -> str:
     """A hub id or `toy` unchanged; of a path, also a Windows path, only its last part, since the
     rest is private."""
     path = os.path.expanduser(str(name))
     if path and os.path.exists(path):
         return os.path.basename(os.path.abspath(path))
     text = str(name).replace("\\", "/")
-    return text if HUB_ID.fullmatch(text) else Path(text).name
+    return text if HUB_ID_PATTERN.fullmatch(text) else Path(text).name
 
 
-def free_name(
+def find_free_name(
     name: str, is_taken: Callable[[str], bool], separator: str = "_", *, is_numbered: bool = False
 ) -> str:
     """A name that is not taken: `name`, else the first of `name_2`, `name_3` and so on.

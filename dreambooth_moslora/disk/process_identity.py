@@ -8,25 +8,25 @@ from pathlib import Path
 
 
 @cache
-def own_token(pid: int) -> str:
-    """`process_token` of this process; `pid` is its own."""
-    return process_token(pid) or secrets.token_hex(4)
+def get_current_token(pid: int) -> str:
+    """`compute_process_token` of this process; `pid` is its own."""
+    return compute_process_token(pid) or secrets.token_hex(4)
 
 
 @cache
-def own_host() -> str:
+def get_host_id() -> str:
     """Distinguishes this machine or container from others that share a folder with it."""
     return hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
 
 
-def process_token(pid: int) -> str:
+def compute_process_token(pid: int) -> str:
     """Distinguishes a running process from an earlier one of the same number: systems use numbers
     again. "" without a process, and where its start is not told."""
-    birth = birth_of(pid)
+    birth = read_process_start(pid)
     return hashlib.blake2b(f"{pid} {birth}".encode(), digest_size=4).hexdigest() if birth else ""
 
 
-def birth_of(pid: int) -> str:
+def read_process_start(pid: int) -> str:
     """When the process was started: on Linux the machine's boot and the tick, which no change of
     the clock alters, elsewhere the time. "" without a process, and if it is not told."""
     try:
@@ -45,9 +45,10 @@ def birth_of(pid: int) -> str:
 
 
 def is_running(pid: int, token: str) -> bool:
-    """Whether the process with this `process_token` still runs; by its number alone where its start
-    is not told. It is not asked by a signal: on Windows `os.kill(pid, 0)` ends the process."""
+    """Whether the process with this `compute_process_token` still runs; by its number alone where
+    its start is not told. It is not asked by a signal: on Windows `os.kill(pid, 0)` ends the
+    process."""
     import psutil
 
-    now = process_token(pid)
+    now = compute_process_token(pid)
     return now == token if now else psutil.pid_exists(pid)

@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from dreambooth_moslora.disk.paths import import_environment
+from dreambooth_moslora.disk.paths import get_import_environment
 from dreambooth_moslora.disk.run_folder import METRICS_NAME
 
 # From <malloc.h>.
@@ -37,11 +37,11 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     if kept:
-        ask_for_huge_pages(libc)
+        reserve_huge_pages(libc)
     return kept
 
 
-def ask_for_huge_pages(libc: ctypes.CDLL) -> None:
+def reserve_huge_pages(libc: ctypes.CDLL) -> None:
     """Grow the heap by three quarters of the machine's memory, untouched and so not taken, ask for
     huge pages there, and free it again: as the heap is not trimmed, later allocations come from
     this range."""
@@ -58,7 +58,7 @@ def ask_for_huge_pages(libc: ctypes.CDLL) -> None:
         libc.free(ctypes.c_void_p(block))
 
 
-def give_freed_memory_back() -> None:
+def release_freed_memory() -> None:
     """Return freed memory to the system for a smaller phase, by malloc_trim(3); nothing without
     glibc."""
     try:
@@ -67,7 +67,7 @@ def give_freed_memory_back() -> None:
         return
 
 
-def peak_memory_gib() -> float | None:
+def measure_peak_memory_gib() -> float | None:
     """The largest resident set of this process so far, GiB; on Windows its largest working set."""
     if sys.platform == "win32":
         import psutil
@@ -81,19 +81,19 @@ def peak_memory_gib() -> float | None:
 
 
 def reset_peak_memory() -> None:
-    """Restart `peak_memory_gib` from what is resident now, on systems that can (proc(5),
+    """Restart `measure_peak_memory_gib` from what is resident now, on systems that can (proc(5),
     clear_refs)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def avoid_fragmentation() -> None:
+def enable_expandable_segments() -> None:
     """Let PyTorch grow its blocks of GPU memory, unless the user chose. Before it is imported."""
     if sys.platform.startswith("linux") and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
-def when_orphaned(parent: int, then: Callable[[], object]) -> None:
+def watch_parent(parent: int, on_exit: Callable[[], object]) -> None:
     """Call `then` in a thread as soon as the process `parent` has ended, also if its own parent has
     not taken note (a zombie)."""
     import psutil
@@ -103,19 +103,19 @@ def when_orphaned(parent: int, then: Callable[[], object]) -> None:
             process = psutil.Process(parent)
             while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
                 time.sleep(0.5)
-        then()
+        on_exit()
 
     Thread(target=wait, daemon=True).start()
 
 
-def ask_to_stop(run_dir: Path) -> None:
-    """Ask the process that `start_logged` has started there to end between two steps, with a
+def send_stop_request(run_dir: Path) -> None:
+    """Ask the process that `start_process` has started there to end between two steps, with a
     checkpoint and an adapter. It reads the request (`cli.terminal.StopRequest`): no signal does
     that on Windows, where SIGTERM ends a process."""
-    (run_dir / STOP_NAME).touch()
+    (run_dir / STOP_FILE_NAME).touch()
 
 
-def end_process(pid: int) -> None:
+def kill_process(pid: int) -> None:
     """Kill it, its children first. What it has saved stays."""
     import psutil
 
@@ -125,41 +125,41 @@ def end_process(pid: int) -> None:
             process.kill()
 
 
-def has_gone_silent(asked: float, run_dir: Path) -> bool:
+def has_stopped_answering(requested_time: float, run_dir: Path) -> bool:
     """Whether a process that was `asked` to stop at that time has written no event and no line of
     its log for ANSWER_SEC."""
-    files = [run_dir / name for name in (METRICS_NAME, LOG_NAME)]
+    files = [run_dir / name for name in (METRICS_NAME, JOB_LOG_NAME)]
     written = [file.stat().st_mtime for file in files if file.exists()]
-    return time.time() - max([asked, *written]) > ANSWER_SEC
+    return time.time() - max([requested_time, *written]) > MAX_SILENCE_SEC
 
 
-def was_killed(code: int | None, log_tail: str) -> bool:
+def has_been_killed(code: int | None, log_tail: str) -> bool:
     """Whether a process that recorded no end was killed. Without an exit status, and on Windows,
     where that of a killed one is of no kind of its own, its log decides."""
     if code is not None and IS_POSIX:
         return code < 0
-    return "rror" not in _last_words(log_tail)
+    return "rror" not in _find_last_line(log_tail)
 
 
-def why_it_ended(code: int | None, log_tail: str, *, was_asked: bool) -> str:
+def explain_ending(code: int | None, log_tail: str, *, is_stop_requested: bool) -> str:
     """The reason, for a process that recorded no end.
 
     code: its exit status; None if an earlier server had started it
     log_tail: the end of its log
-    was_asked: whether it was asked to stop
+    is_stop_requested: whether it was asked to stop
     """
-    words = _last_words(log_tail)
-    if code in STOPPED_BY_SIGNAL and was_asked:
-        return STOPPED_EARLY
+    words = _find_last_line(log_tail)
+    if code in SIGTERM_STATUSES and is_stop_requested:
+        return STOPPED_EARLY_MESSAGE
 
     # The system kills a process for want of memory without a word.
-    if was_killed(code, log_tail):
-        cause = "" if was_asked else ", perhaps for want of memory"
+    if has_been_killed(code, log_tail):
+        cause = "" if is_stop_requested else ", perhaps for want of memory"
         return f"The process was killed{cause}; its last words: {words or 'none'}"
     return words or "The process ended without a word."
 
 
-def _last_words(log_tail: str) -> str:
+def _find_last_line(log_tail: str) -> str:
     """The last line of the log that is not a progress bar."""
     lines = [line for line in log_tail.splitlines() if line.strip() and "%|" not in line]
     return lines[-1][:300] if lines else ""
@@ -167,35 +167,35 @@ def _last_words(log_tail: str) -> str:
 
 IS_POSIX = os.name == "posix"  # Sessions, handed-on files, and exit statuses that name a signal
 # Of a run: its settings, and the terminal's output
-CONFIG_NAME = "job_config.json"
-LOG_NAME = "job.log"
+JOB_CONFIG_NAME = "job_config.json"
+JOB_LOG_NAME = "job.log"
 # -P: no `torch.py` of the current folder is imported
-TRAIN = ("-P", "-m", "dreambooth_moslora", "train")
-STOP_NAME = "job.stop"
-STOP_FILE = "DREAMBOOTH_STOP_FILE"
+TRAIN_ARGUMENTS = ("-P", "-m", "dreambooth_moslora", "train")
+STOP_FILE_NAME = "job.stop"
+STOP_FILE_VARIABLE = "DREAMBOOTH_STOP_FILE"
 """A file whose presence asks the run to stop, and the environment variable that tells the process
 its path."""
-ANSWER_SEC = 1200.0
+MAX_SILENCE_SEC = 1200.0
 """How long a process that was asked to stop may show no sign: a CPU saves and proves SDXL's adapter
 in minutes."""
-STOPPED_EARLY = "It was stopped before training had begun."
-STOPPED_BY_SIGNAL = (-signal.SIGTERM, signal.SIGTERM)
+STOPPED_EARLY_MESSAGE = "It was stopped before training had begun."
+SIGTERM_STATUSES = (-signal.SIGTERM, signal.SIGTERM)
 """Exit statuses; Windows' of `terminate` is SIGTERM's number without a sign."""
-LOG_TAIL_LINES = 40  # What `log_tail` gives,
-TAIL_BYTES = 64 * 1024  # of the last bytes that it reads.
+MAX_TAIL_LINES = 40  # What `read_log_tail` gives,
+MAX_TAIL_BYTES = 64 * 1024  # of the last bytes that it reads.
 
 
 def write_settings(run_dir: Path, settings: Mapping[str, Any]) -> None:
-    """The settings of the process that `start_logged` will start there, for it to read."""
-    (run_dir / CONFIG_NAME).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    """The settings of the process that `start_process` will start there, for it to read."""
+    (run_dir / JOB_CONFIG_NAME).write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
-def start_logged(
+def start_process(
     run_dir: Path,
     arguments: Sequence[str],
     environment: Mapping[str, str] | None = None,
     folder: str | None = None,
-    inherits: Sequence[int] = (),
+    inherited_files: Sequence[int] = (),
 ) -> subprocess.Popen:
     """Start Python apart from this terminal's Ctrl-C and end, its output to a log.
 
@@ -203,17 +203,17 @@ def start_logged(
     arguments: of Python
     environment: variables to add
     folder: in which it runs; None for the current one
-    inherits: open files that are passed on, but not on Windows
+    inherited_files: open files that are passed on, but not on Windows
     """
-    (run_dir / STOP_NAME).unlink(missing_ok=True)
+    (run_dir / STOP_FILE_NAME).unlink(missing_ok=True)
     # The log follows the run line by line, and a file beside it asks the run to stop.
     own = {
         "PYTHONUNBUFFERED": "1",
         "PYTHONIOENCODING": "utf-8",
-        STOP_FILE: os.path.abspath(run_dir / STOP_NAME),
+        STOP_FILE_VARIABLE: os.path.abspath(run_dir / STOP_FILE_NAME),
     }
-    own |= {**import_environment(), **(environment or {})}
-    with (run_dir / LOG_NAME).open("ab") as log:
+    own |= {**get_import_environment(), **(environment or {})}
+    with (run_dir / JOB_LOG_NAME).open("ab") as log:
         return subprocess.Popen(
             [sys.executable, *arguments],
             stdin=subprocess.DEVNULL,
@@ -221,25 +221,25 @@ def start_logged(
             stderr=subprocess.STDOUT,
             env=os.environ | own,
             cwd=folder,
-            **apart(inherits),
+            **get_detach_options(inherited_files),
         )
 
 
-def apart(inherits: Sequence[int]) -> dict[str, Any]:
+def get_detach_options(inherited_files: Sequence[int]) -> dict[str, Any]:
     """Options by which no Ctrl-C here and no closed terminal reaches it; on Windows its own console
     is not shown."""
     if IS_POSIX:
-        return {"start_new_session": True, "pass_fds": inherits}
+        return {"start_new_session": True, "pass_fds": inherited_files}
     return {"creationflags": getattr(subprocess, "CREATE_NO_WINDOW", 0)}
 
 
-def log_tail(run_dir: Path) -> str:
+def read_log_tail(run_dir: Path) -> str:
     """The last lines of the log, with the last state of progress bars. Empty without a log."""
     try:
-        with (run_dir / LOG_NAME).open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+        with (run_dir / JOB_LOG_NAME).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_TAIL_BYTES))
             text = file.read().decode("utf-8", errors="replace")
     except OSError:
         return ""
     shown = [line for line in text.split("\n") if line.strip()]
-    return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in shown[-LOG_TAIL_LINES:])
+    return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in shown[-MAX_TAIL_LINES:])

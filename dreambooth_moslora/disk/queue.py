@@ -27,49 +27,49 @@ from typing import Any, BinaryIO
 from filelock import lock_descriptor
 
 from dreambooth_moslora.disk import events, processes, run_folder
-from dreambooth_moslora.disk.atomic import atomic_write, clean_stale, rename
+from dreambooth_moslora.disk.atomic import clean_temporaries, rename_with_retry, write_atomic
 from dreambooth_moslora.disk.contents import read_json
-from dreambooth_moslora.errors import UserError, one_line, spelled_out
+from dreambooth_moslora.errors import UserError, escape_control_characters, format_error
 
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = "run.lock"  # The file that a run locks.
-HOLD_NAME = ".worker.lock"  # of a fleet's worker
+WORKER_LOCK_NAME = ".worker.lock"  # of a fleet's worker
 NEW_RECORD_NAME = ".job.json.tmp"  # becomes job.json
-WRITTEN_TO = (
+OPENED_FILE_NAMES = (
     LOCK_NAME,
     run_folder.METRICS_NAME,
     run_folder.LOG_NAME,
-    processes.LOG_NAME,
-    processes.CONFIG_NAME,
-    HOLD_NAME,
+    processes.JOB_LOG_NAME,
+    processes.JOB_CONFIG_NAME,
+    WORKER_LOCK_NAME,
     NEW_RECORD_NAME,
 )
 """Opened where they are, while others are replaced; the last four by a queue and a fleet."""
 
 
 @contextmanager
-def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
+def lock_folder(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
     """Hold the existing `folder` of the option `flag` for the block. Raises UserError when another
     run holds it, or when a file that a run writes to is a link or a pipe: the folder may be a
     stranger's."""
-    refuse_links(folder, flag)
+    check_no_links(folder, flag)
     path = folder / LOCK_NAME
-    file = take(path, flag)
+    file = claim_lock(path, flag)
     try:
         yield
     finally:
-        release(path, file)
+        release_lock(path, file)
 
 
-def refuse_links(folder: Path, flag: str) -> None:
+def check_no_links(folder: Path, flag: str) -> None:
     """Raises UserError for a file there that a run would write to elsewhere, or wait for."""
-    for path in (folder / name for name in WRITTEN_TO):
+    for path in (folder / name for name in OPENED_FILE_NAMES):
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise UserError(f"{flag} {folder}: {path.name} in it is no file of its own; remove it.")
 
 
-def release(path: Path, file: BinaryIO) -> None:
+def release_lock(path: Path, file: BinaryIO) -> None:
     """Remove the file and give up its lock, in the order that the system allows: Windows removes no
     open file, and none that the next owner has opened meanwhile."""
     try:
@@ -83,20 +83,20 @@ def release(path: Path, file: BinaryIO) -> None:
     file.close()
 
 
-def check_free(folder: Path) -> None:
+def check_unlocked(folder: Path) -> None:
     """Raises UserError when a run holds the folder, which need not exist."""
     path = folder / LOCK_NAME
     if path.is_file():
-        take(path, "--output_dir").close()
+        claim_lock(path, "--output_dir").close()
 
 
-def take(path: Path, flag: str) -> BinaryIO:
+def claim_lock(path: Path, flag: str) -> BinaryIO:
     """Open and lock the file, created again if its owner removes it.
 
     Raises UserError when another process holds it."""
     while True:
         file = path.open("a+b")
-        if not lock(file, path.parent):
+        if not lock_file(file, path.parent):
             file.close()
             raise UserError(
                 f"{flag} {path.parent}: another process is training there; wait for its end, or "
@@ -108,7 +108,7 @@ def take(path: Path, flag: str) -> BinaryIO:
         file.close()
 
 
-def lock(file: BinaryIO, folder: Path) -> bool:
+def lock_file(file: BinaryIO, folder: Path) -> bool:
     """Whether this process holds the open file in `folder` now.
 
     The lock lasts until this process, and those that inherit the file, have closed it or ended.
@@ -117,19 +117,19 @@ def lock(file: BinaryIO, folder: Path) -> bool:
     try:
         return lock_descriptor(file.fileno(), blocking=False)
     except OSError as error:
-        remark_no_locks(folder, one_line(error.strerror))
+        warn_no_locks(folder, format_error(error.strerror))
         return True
 
 
 @cache  # the page takes the queue's lock every second
-def remark_no_locks(folder: Path, reason: str) -> None:
+def warn_no_locks(folder: Path, reason: str) -> None:
     said = f"files there cannot be locked ({reason}), so two runs in it are not kept apart"
-    logger.warning("%s", spelled_out(f"{folder}: {said}"))
+    logger.warning("%s", escape_control_characters(f"{folder}: {said}"))
 
 
 QUEUE_NAME = ".queue"  # The queue's folder in the folder of runs.
-HELD_SEC = 30.0  # How long another process may hold the waiting runs,
-POLL_SEC = 0.02  # and how often it is tried again.
+QUEUE_TIMEOUT_SEC = 30.0  # How long another process may hold the waiting runs,
+QUEUE_POLL_SEC = 0.02  # and how often it is tried again.
 
 
 @dataclass(frozen=True)
@@ -164,41 +164,41 @@ class RunQueue:
     def add(self, run: QueuedRun) -> int:
         """Add a run behind the others; returns its place, from 1. Raises UserError for a name that
         is in the queue."""
-        with self._held():
-            waiting = self.waiting()
-            if run.name in [found.name for found in waiting + self.started()]:
+        with self._lock_waiting():
+            waiting = self.list_waiting()
+            if run.name in [found.name for found in waiting + self.list_started()]:
                 raise UserError(f"the run {run.name} is in the queue already")
             self._write("waiting", run)
             return len(waiting) + 1
 
-    def waiting(self) -> list[QueuedRun]:
+    def list_waiting(self) -> list[QueuedRun]:
         """The waiting runs in their order: the first that was added comes first."""
-        return sorted(self._all("waiting"), key=lambda run: run.queued)
+        return sorted(self._read_runs("waiting"), key=lambda run: run.queued)
 
-    def started(self) -> list[QueuedRun]:
+    def list_started(self) -> list[QueuedRun]:
         """The run whose turn it is, or an empty list."""
-        return sorted(self._all("started"), key=lambda run: run.started)
+        return sorted(self._read_runs("started"), key=lambda run: run.started)
 
     def remove(self, name: str) -> QueuedRun:
         """Remove a waiting run, and its folder, which was made for it, if nothing was trained
         there. Raises UserError for a run that does not wait."""
-        with self._held():
-            run = next((run for run in self.waiting() if run.name == name), None)
+        with self._lock_waiting():
+            run = next((run for run in self.list_waiting() if run.name == name), None)
             if run is None:
                 raise UserError(f"no run called {name!r:.60} waits in the queue")
-            self._path("waiting", name).unlink()
+            self._get_path("waiting", name).unlink()
         run_dir = run_folder.RunDir(self.runs_dir / name)
         if not run_dir.metrics_path.exists():
             shutil.rmtree(run_dir.path, ignore_errors=True)
         return run
 
     @contextmanager
-    def turn(self) -> Iterator[bool]:
+    def claim_turn(self) -> Iterator[bool]:
         """Whether this process may start and end runs of the queue, for the length of the block."""
         held = None
         if self.folder.is_dir():
             with suppress(UserError):
-                held = take(self.folder / "turn.lock", "--runs_dir")
+                held = claim_lock(self.folder / "turn.lock", "--runs_dir")
         try:
             yield held is not None
         finally:
@@ -207,13 +207,15 @@ class RunQueue:
 
     def claim(self) -> QueuedRun | None:
         """Move the first waiting run to `started` and return it; None when none waits."""
-        with self._held():
-            waiting = self.waiting()
+        with self._lock_waiting():
+            waiting = self.list_waiting()
             if not waiting:
                 return None
             run = waiting[0]
             (self.folder / "started").mkdir(exist_ok=True)
-            rename(self._path("waiting", run.name), self._path("started", run.name))
+            rename_with_retry(
+                self._get_path("waiting", run.name), self._get_path("started", run.name)
+            )
             return run
 
     def note(self, run: QueuedRun) -> None:
@@ -224,41 +226,41 @@ class RunQueue:
         """Record the end of a run; `state` is done, interrupted or failed."""
         facts = {"type": "ended", "time": time.time(), "name": run.name, "state": state}
         events.append_event(self.ended_path, facts | {"message": message})
-        self._path("started", run.name).unlink(missing_ok=True)
+        self._get_path("started", run.name).unlink(missing_ok=True)
 
-    def ended(self) -> list[dict[str, Any]]:
+    def list_ended(self) -> list[dict[str, Any]]:
         """The runs that have ended, and how, the earliest first."""
         return events.read_events(self.ended_path) if self.ended_path.is_file() else []
 
-    def _all(self, kind: str) -> list[QueuedRun]:
+    def _read_runs(self, kind: str) -> list[QueuedRun]:
         """Of a pipe there, which nobody writes to, reading would have no end."""
         paths = [path for path in (self.folder / kind).glob("[!.]*.json") if not path.is_fifo()]
         return [QueuedRun.load(path) for path in paths]
 
-    def _path(self, kind: str, name: str) -> Path:
+    def _get_path(self, kind: str, name: str) -> Path:
         return self.folder / kind / f"{name}.json"
 
     def _write(self, kind: str, run: QueuedRun) -> None:
-        path = self._path(kind, run.name)
+        path = self._get_path(kind, run.name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        clean_stale(path.parent)
-        atomic_write(path, json.dumps(asdict(run), indent=1))
+        clean_temporaries(path.parent)
+        write_atomic(path, json.dumps(asdict(run), indent=1))
 
     @contextmanager
-    def _held(self) -> Iterator[None]:
+    def _lock_waiting(self) -> Iterator[None]:
         """Lock the waiting runs for the block, which must be short. Raises UserError
         when another process holds them for HELD_SEC."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        end = time.monotonic() + HELD_SEC
+        end = time.monotonic() + QUEUE_TIMEOUT_SEC
         while True:
             with suppress(UserError):
-                lock = take(self.folder / "order.lock", "--runs_dir")
+                lock = claim_lock(self.folder / "order.lock", "--runs_dir")
                 break
             if time.monotonic() > end:
                 raise UserError(
                     f"{self.folder}: another process is changing the queue and does not end"
                 )
-            time.sleep(POLL_SEC)
+            time.sleep(QUEUE_POLL_SEC)
         try:
             yield
         finally:

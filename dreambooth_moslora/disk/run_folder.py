@@ -1,8 +1,8 @@
 """The run folder: the names of its files, which of its checkpoints are complete, and the adapters
 in it.
 
-Adapter files lie in folders of adapters and in runs. A user chooses one by the name that `name_of`
-gives it.
+Adapter files lie in folders of adapters and in runs. A user chooses one by the name that
+`format_adapter_name` gives it.
 """
 
 import re
@@ -14,17 +14,17 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dreambooth_moslora.disk.atomic import recover, remove_directory
-from dreambooth_moslora.disk.contents import read_json, stored_text
+from dreambooth_moslora.disk.atomic import remove_directory, restore_directories
+from dreambooth_moslora.disk.contents import read_json, read_stored_text
 from dreambooth_moslora.disk.events import (
     RunEnded,
     StepEvaluated,
     append_event,
-    events_of,
+    filter_events,
     read_events,
 )
-from dreambooth_moslora.disk.paths import free_name, user_path
-from dreambooth_moslora.errors import UserError, one_line
+from dreambooth_moslora.disk.paths import expand_user_path, find_free_name
+from dreambooth_moslora.errors import UserError, format_error
 
 # The published LoRA, as diffusers names it, and A, B and M as they are trained.
 PUBLISHED_NAME = "pytorch_lora_weights.safetensors"
@@ -39,8 +39,8 @@ SCORES_NAME = "scores.json"  # in a folder of `evaluate`
 POSITION_NAME = "position.json"  # these two in a checkpoint
 OPTIMIZER_NAME = "optimizer.pt"
 CHECKPOINT_FILES = (POSITION_NAME, OPTIMIZER_NAME, RAW_NAME)  # Without one it is not complete.
-NAME_BYTES = 200  # Of a run's name: files have 255, and their names add to it.
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+MAX_NAME_BYTES = 200  # Of a run's name: files have 255, and their names add to it.
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class RunDir:
@@ -75,53 +75,53 @@ class RunDir:
 
     def read_card(self) -> str | None:
         """The text of the model card; None without one. Raises UserError."""
-        return stored_text(self.card_path) if self.card_path.is_file() else None
+        return read_stored_text(self.card_path) if self.card_path.is_file() else None
 
-    def checkpoint_path(self, step: int) -> Path:
+    def get_checkpoint_path(self, step: int) -> Path:
         return self.path / f"checkpoint-{step}"
 
-    def checkpoints(self) -> list[Path]:
+    def list_checkpoints(self) -> list[Path]:
         """Complete checkpoints by step, including `last`."""
-        return [path for path in self.named_checkpoints() if is_checkpoint(path)]
+        return [path for path in self.list_checkpoint_folders() if is_checkpoint(path)]
 
-    def named_checkpoints(self) -> list[Path]:
+    def list_checkpoint_folders(self) -> list[Path]:
         """All folders with a checkpoint's name, by step: complete, damaged, or not a run's."""
         if not self.path.is_dir():
             return []
-        recover(self.path)
+        restore_directories(self.path)
         named = []
         for path in self.path.iterdir():
-            if checkpoint_step(path) is not None or path == self.last_dir:
+            if parse_checkpoint_step(path) is not None or path == self.last_dir:
                 named.append(path)
-        return sorted(named, key=step_of)
+        return sorted(named, key=read_checkpoint_step)
 
-    def latest_checkpoint(self) -> Path | None:
+    def find_latest_checkpoint(self) -> Path | None:
         """The complete checkpoint of the most steps; None without one."""
-        found = self.checkpoints()
+        found = self.list_checkpoints()
         return found[-1] if found else None
 
-    def rotate(self, limit: int | None) -> None:
+    def rotate_checkpoints(self, limit: int | None) -> None:
         """Keep the newest `limit` numbered checkpoints; None keeps all."""
         if limit is None:
             return
-        numbered = [path for path in self.checkpoints() if path != self.last_dir]
+        numbered = [path for path in self.list_checkpoints() if path != self.last_dir]
         for path in numbered[: -max(1, limit)]:
             remove_directory(path)
 
-    def append_metrics(self, event: dict[str, Any]) -> None:
+    def record_event(self, event: dict[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         append_event(self.metrics_path, event)
 
-    def read_metrics(self, kind: str = "") -> list[dict[str, Any]]:
+    def read_events(self, kind: str = "") -> list[dict[str, Any]]:
         return read_events(self.metrics_path, kind) if self.metrics_path.is_file() else []
 
-    def ending(self) -> str:
+    def read_ending(self) -> str:
         """How its last run ended: `done`, `interrupted` or `failed`; "" if it has not."""
-        last = self.read_metrics()[-1:]
+        last = self.read_events()[-1:]
         return last[0]["state"] if last and last[0]["type"] == RunEnded.kind else ""
 
     def read_scores(self) -> list[StepEvaluated]:
-        return events_of(StepEvaluated, self.read_metrics(StepEvaluated.kind))
+        return filter_events(StepEvaluated, self.read_events(StepEvaluated.kind))
 
 
 def check_name(name: str) -> None:
@@ -129,20 +129,22 @@ def check_name(name: str) -> None:
     temporaries' names."""
     if name in ("", ".", "..") or not name.isprintable() or Path(name).name != name:
         raise UserError(f"{name!a} cannot be part of a file's name; give the adapter a plain name")
-    if len(name.encode()) > NAME_BYTES:
-        raise UserError(f"the name {name} is too long: an adapter's has at most {NAME_BYTES} bytes")
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise UserError(
+            f"the name {name} is too long: an adapter's has at most {MAX_NAME_BYTES} bytes"
+        )
 
 
-def checkpoint_step(path: PurePath) -> int | None:
+def parse_checkpoint_step(path: PurePath) -> int | None:
     """The step in a checkpoint's name; None for another name."""
-    match = CHECKPOINT.fullmatch(path.name)
+    match = CHECKPOINT_NAME.fullmatch(path.name)
     return int(match[1]) if match else None
 
 
-def step_of(path: Path) -> int:
+def read_checkpoint_step(path: Path) -> int:
     """The step of a checkpoint: from its name, or for `last` from its position file; -1 when that
     is damaged."""
-    named = checkpoint_step(path)
+    named = parse_checkpoint_step(path)
     if named is not None:
         return named
     with suppress(UserError):
@@ -156,7 +158,7 @@ class Position:
 
     step: int  # optimizer steps done
     seed: int  # names every draw
-    optimizer: str = ""  # `optimizer_kind`
+    optimizer: str = ""  # `get_optimizer_name`
     # Digests of the base's parts (`identify_base`); a sentence in earlier versions.
     base: dict[str, str] | str = field(default_factory=dict)
     digest: str = ""  # of the position and the files beside it (`digest_of`)
@@ -172,30 +174,30 @@ def is_checkpoint(path: Path) -> bool:
 
 
 # A sentence of each model card of this program.
-SIGNATURE = "Made with dreambooth_moslora"
+CARD_SIGNATURE = "Made with dreambooth_moslora"
 # The trainer's, as a card names them; other files there are not the run's
-PICTURE = re.compile(r"\burl: (image_\d+\.png)")
+CARD_PICTURE = re.compile(r"\burl: (image_\d+\.png)")
 
 
 def is_card(text: str) -> bool:
-    return SIGNATURE in text
+    return CARD_SIGNATURE in text
 
 
-def pictures_named(text: str) -> set[str]:
+def list_card_pictures(text: str) -> set[str]:
     """The picture files that a card names; empty for a text that is not a card of this program."""
-    return set(PICTURE.findall(text)) if is_card(text) else set()
+    return set(CARD_PICTURE.findall(text)) if is_card(text) else set()
 
 
-NONE = "none"  # The choice of no adapter; no file gets this name.
-PEFT_CONFIG = "adapter_config.json"  # beside adapter_model.safetensors, by PEFT
+NO_ADAPTER = "none"  # The choice of no adapter; no file gets this name.
+PEFT_CONFIG_NAME = "adapter_config.json"  # beside adapter_model.safetensors, by PEFT
 # What a name to show cannot have.
-UNSAFE = re.compile(r"[^\w .+-]+")
+UNSAFE_CHARACTERS = re.compile(r"[^\w .+-]+")
 
 
 def find_weights(path: str | Path) -> Path:
     """An adapter's file: the path, a run's published or a checkpoint's raw one. Raises UserError,
     also for pickles."""
-    path = user_path(path)
+    path = expand_user_path(path)
     if path.is_dir():
         path = path / (PUBLISHED_NAME if (path / PUBLISHED_NAME).is_file() else RAW_NAME)
     if not path.is_file():
@@ -214,7 +216,7 @@ def find_weights(path: str | Path) -> Path:
     return path
 
 
-def header_of(file: Path) -> dict[str, str]:
+def read_header(file: Path) -> dict[str, str]:
     """The strings in the header of a safetensors file; no tensor is read. Raises UserError for any
     other file."""
     try:
@@ -222,47 +224,47 @@ def header_of(file: Path) -> dict[str, str]:
             return dict(opened.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
-            f"it is not a safetensors file, or it is damaged: {one_line(error)}"
+            f"it is not a safetensors file, or it is damaged: {format_error(error)}"
         ) from None
 
 
-def files_by_name(
-    files: Iterable[Path], folders: Collection[Path], taken: Collection[str] = ()
+def map_adapter_names(
+    files: Iterable[Path], folders: Collection[Path], reserved_names: Collection[str] = ()
 ) -> dict[str, Path]:
     """Name -> file, in order, with a number if `taken`; without links out of `folders`."""
     found: dict[str, Path] = {}
-    known = {NONE, *taken}
+    known = {NO_ADAPTER, *reserved_names}
     for file in files:
         if not is_file_inside(file, folders):
             continue
-        name = free_name(name_of(file, folders), known.__contains__, " ")
+        name = find_free_name(format_adapter_name(file, folders), known.__contains__, " ")
         known.add(name)
         found[name] = file
     return found
 
 
-def run_files(runs: Collection[Path]) -> list[Path]:
+def list_run_adapters(runs: Collection[Path]) -> list[Path]:
     """Adapters of runs, the newest first, with the best step; then checkpoints, the last of a run
     first."""
     # The best step's adapter lies beside the run's own, whose time counts.
     found = []
-    for run_dir in sorted(map(RunDir, runs), key=published_at, reverse=True):
+    for run_dir in sorted(map(RunDir, runs), key=get_publish_time, reverse=True):
         places = (run_dir.adapter_path, run_dir.best_dir / PUBLISHED_NAME)
         found += [file for file in places if file.is_file()]
 
     def run_and_step(file: Path) -> tuple[str, int]:
-        return file.parent.parent.name, -(checkpoint_step(file.parent) or 0)
+        return file.parent.parent.name, -(parse_checkpoint_step(file.parent) or 0)
 
     checkpoints = [file for run in runs for file in run.glob(f"checkpoint-*/{RAW_NAME}")]
     return [*found, *sorted(checkpoints, key=run_and_step)]
 
 
-def published_at(run_dir: RunDir) -> float:
+def get_publish_time(run_dir: RunDir) -> float:
     """When the run's adapter was written; 0 without one."""
     return run_dir.adapter_path.stat().st_mtime if run_dir.adapter_path.is_file() else 0.0
 
 
-def name_of(file: Path, folders: Collection[Path]) -> str:
+def format_adapter_name(file: Path, folders: Collection[Path]) -> str:
     """`dog`, `dog@500` and `dog@last` for a checkpoint, `dog@best` for the best step of a run."""
     if file.name == RAW_NAME:
         checkpoint = file.parent.name.removeprefix("checkpoint-")
@@ -276,7 +278,7 @@ def name_of(file: Path, folders: Collection[Path]) -> str:
 
 def clean_name(text: str) -> str:
     """A name to show, to put in a tag and to use for a file: letters, digits, space and `.+-_`."""
-    return UNSAFE.sub("_", text).strip(" ._")[:60].rstrip(" .") or "adapter"
+    return UNSAFE_CHARACTERS.sub("_", text).strip(" ._")[:60].rstrip(" .") or "adapter"
 
 
 def is_file_inside(file: Path, folders: Collection[Path]) -> bool:

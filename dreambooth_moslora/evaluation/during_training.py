@@ -1,7 +1,7 @@
 """Scores during training: every `--evaluate_steps` for the same few prompts and seeds.
 
 Scores are the means over several subjects. The run's best step has the highest
-`metrics.checkpoint_score`.
+`metrics.compute_checkpoint_score`.
 """
 
 import logging
@@ -19,7 +19,7 @@ from dreambooth_moslora.settings.train_config import TrainConfig
 logger = logging.getLogger(__name__)
 
 # Other seeds than those of `evaluate`: these choose the best step
-SEEDS = (100, 101)
+TRAINING_SEEDS = (100, 101)
 
 
 class TrainingEvaluator:
@@ -44,14 +44,16 @@ class TrainingEvaluator:
         self.config = config
         self.photos = photos
         self.subjects = config.each_subject
-        of_each = report.photos_by_subject(photos, len(self.subjects))
-        self.plans = [plan_of(subject, own) for subject, own in zip(self.subjects, of_each)]
+        of_each = report.split_photos(photos, len(self.subjects))
+        self.plans = [
+            build_small_plan(subject, own) for subject, own in zip(self.subjects, of_each)
+        ]
 
         # Loaded now, so that a missing one fails before the first step
         if encoders is None and scores:
             encoders = metrics.load_encoders(
                 config.pretrained_model_name_or_path,
-                faces=subject_kinds.any_has_face(self.subjects),
+                faces=subject_kinds.has_face_subject(self.subjects),
             )
         self.encoders = encoders
 
@@ -61,17 +63,17 @@ class TrainingEvaluator:
         return sorted({prompt for plan in self.plans for prompt in plan.prompts})
 
     @cached_property
-    def photos_as_trained(self) -> list[photo_file.Photo]:
+    def trained_photos(self) -> list[photo_file.Photo]:
         """With the masks and captions that the run has made by now."""
-        return folder.with_made(self.config, self.photos)
+        return folder.add_saved_sidecars(self.config, self.photos)
 
     @cached_property
     def evaluators(self) -> list[scoring.Evaluator]:
         """One for each subject. Encoders stay on the CPU: a dozen pictures take seconds there, and
         no GPU memory."""
-        return report.evaluators_of(
+        return report.build_evaluators(
             subjects=self.subjects,
-            photos=self.photos_as_trained,
+            photos=self.trained_photos,
             plans=self.plans,
             encoders=self.encoders,
             size_px=self.config.resolution,
@@ -79,9 +81,9 @@ class TrainingEvaluator:
 
     def __call__(self, sampler: Sampler, step: int) -> StepEvaluated:
         """Return the scores of a step, and what they cost."""
-        draw = self._draw(sampler)
+        draw = self._build_generator(sampler)
         of_each = [evaluator(draw) for evaluator in self.evaluators]
-        found = report.pooled(of_each)
+        found = report.merge_evaluations(of_each)
         if found.no_score:
             logger.warning("step %d has no score: %s.", step, found.no_score)
 
@@ -92,32 +94,34 @@ class TrainingEvaluator:
                 numbered[f"dino_subject_{number}"] = round(one.mean("dino"), 4)
         return StepEvaluated(
             step,
-            scores=found.logged() | numbered,
+            scores=found.list_logged_scores() | numbered,
             copy_alarm=found.alarm.raised,
-            photos=self._about_photos(),
+            photos=self._summarize_photos(),
             cost={
                 "seconds": round(found.seconds, 2),
                 "pictures": sum(map(len, found.pictures.values())),
             },
         )
 
-    def _about_photos(self) -> dict[str, int]:
+    def _summarize_photos(self) -> dict[str, int]:
         """What `explain` must know of the photos to judge the scores."""
-        facts = {"count": len(self.photos_as_trained)}
-        counts = photo_file.counts_of(self.photos_as_trained)
+        facts = {"count": len(self.trained_photos)}
+        counts = photo_file.count_photos(self.trained_photos)
         if len(counts) > 1:
             facts["largest"] = max(counts)
-        bare = [photo.bare_prompt for photo in self.photos_as_trained]
+        bare = [photo.bare_prompt for photo in self.trained_photos]
         facts["without_bare_prompt"] = len(bare) - bare.count(None)
         return facts
 
-    def _draw(self, sampler: Sampler) -> scoring.Draw:
+    def _build_generator(self, sampler: Sampler) -> scoring.ImageGenerator:
         """Draws with fewer denoising steps than samples have."""
         steps = self.plans[0].inference_steps
-        return scoring.sampler_draw(replace(sampler, inference_steps=steps))
+        return scoring.build_generator(replace(sampler, inference_steps=steps))
 
 
-def plan_of(subject: TrainConfig, photos: list[photo_file.Photo]) -> protocol.EvaluationPlan:
+def build_small_plan(
+    subject: TrainConfig, photos: list[photo_file.Photo]
+) -> protocol.EvaluationPlan:
     """A plan of a dozen pictures."""
-    full = protocol.plan_of_subject(subject, photos, seeds=SEEDS)
-    return full.smaller(templates=3, seeds=2, class_images=2, unrelated=1, inference_steps=20)
+    full = protocol.build_subject_plan(subject, photos, seeds=TRAINING_SEEDS)
+    return full.reduce_plan(templates=3, seeds=2, class_images=2, unrelated=1, inference_steps=20)

@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from dreambooth_moslora.disk.atomic import rename
-from dreambooth_moslora.disk.contents import content_key
+from dreambooth_moslora.disk.atomic import rename_with_retry
+from dreambooth_moslora.disk.contents import hash_values
 from dreambooth_moslora.evaluation.metrics import DinoEncoder
-from dreambooth_moslora.evaluation.reference_arms import SAME
+from dreambooth_moslora.evaluation.reference_arms import SAME_SUBJECT_SUFFIX
 from dreambooth_moslora.generation.sampling import SampleRequest
 from dreambooth_moslora.photos import quality, synthetic
 from dreambooth_moslora.photos.folder import find_photos
-from dreambooth_moslora.photos.photo_file import open_again, open_rgb, to_rgb
-from dreambooth_moslora.pictures import Row, draw_contact_sheet, write_png
+from dreambooth_moslora.photos.photo_file import open_rgb, require_image, to_rgb
+from dreambooth_moslora.pictures import SheetRow, draw_contact_sheet, write_png
 from dreambooth_moslora.settings.metric_kinds import MIN_LIKENESS
 
 # Name of a shot -> how its prompt goes on after the subject. Each has a side, a distance, a place
@@ -56,12 +56,12 @@ MAX_SHARPNESS = 3.5
 MIN_CONTRAST = 3.0
 
 # Picture of all that was made, in REJECTED, and the side of its tiles
-SHEET = "sheet.png"
+SHEET_NAME = "sheet.png"
 TILE_PX = 192
 
 
 @dataclass(frozen=True)
-class Shot:
+class ShotRequest:
     """A picture to draw. `key` changes with all that decides its pixels."""
 
     name: str  # of its file
@@ -69,27 +69,27 @@ class Shot:
     key: str
 
 
-def shots_of(word: str, count: int, seed: int, **made_from: object) -> list[Shot]:
+def build_shots(class_word: str, count: int, seed: int, **made_from: object) -> list[ShotRequest]:
     """`count` shots of what the word says, in turn, of consecutive seeds. `made_from` is what else
     decides the pixels."""
     found = []
     kinds = list(SHOTS.items())
     for number in range(count):
         kind, words = kinds[number % len(kinds)]
-        prompt = f"a photo of a {word} {words}{SAME.format(word)}"
+        prompt = f"a photo of a {class_word} {words}{SAME_SUBJECT_SUFFIX.format(class_word)}"
         request = SampleRequest(prompt, seed + number)
-        key = content_key(prompt=prompt, seed=request.seed, **made_from)
+        key = hash_values(prompt=prompt, seed=request.seed, **made_from)
         # What is made from something else, as another photo, lies beside it.
-        found.append(Shot(f"{kind}_{request.seed}_{key[:6]}.png", request, key))
+        found.append(ShotRequest(f"{kind}_{request.seed}_{key[:6]}.png", request, key))
     return found
 
 
-def broken(picture: Image.Image) -> str:
+def find_fault(image: Image.Image) -> str:
     """What is wrong with the pixels of an RGB picture; "" if nothing is."""
-    sharp = quality.sharpness(picture)
+    sharp = quality.measure_sharpness(image)
     if sharp > MAX_SHARPNESS:
         return f"noise, sharpness {sharp:.2f}"
-    if np.std(quality.shrunk(picture.convert("L"), quality.THUMBNAIL_PX)) < MIN_CONTRAST:
+    if np.std(quality.resize_square(image.convert("L"), quality.THUMBNAIL_PX)) < MIN_CONTRAST:
         return "one colour"
     if sharp < quality.MIN_SHARPNESS:
         return f"blurred, sharpness {sharp:.2f}"
@@ -97,19 +97,19 @@ def broken(picture: Image.Image) -> str:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ShotVerdict:
     """Why a picture is rejected, "" if it is kept, and its cosine to the photo."""
 
     reason: str
     likeness: float
 
     @property
-    def kind(self) -> str:
+    def reason_kind(self) -> str:
         """The reason without what was measured."""
         return self.reason.partition(":")[0]
 
 
-class Sorter:
+class ShotSorter:
     """Judges pictures beside a photo and those that are kept already.
 
     encoder: compares subjects
@@ -122,31 +122,34 @@ class Sorter:
     ) -> None:
         self.encoder = encoder
         self.min_likeness = min_likeness
-        self.vector = encoder.dino_images([photo])[0]
-        self.kept: dict[str, np.ndarray] = {}
-        self.keep("the photo", photo)
+        self.photo_embedding = encoder.embed_dino_images([photo])[0]
+        self.thumbnails: dict[str, np.ndarray] = {}
+        self.add_reference("the photo", photo)
 
-    def keep(self, name: str, picture: Image.Image) -> None:
+    def add_reference(self, name: str, picture: Image.Image) -> None:
         """No later picture may be a copy of this one."""
-        self.kept[name] = quality.thumbnail(picture)
+        self.thumbnails[name] = quality.compute_thumbnail(picture)
 
-    def judge(self, picture: Image.Image) -> Verdict:
+    def evaluate_image(self, picture: Image.Image) -> ShotVerdict:
         """Whether to keep an RGB picture."""
-        likeness = float(self.encoder.dino_images([picture])[0] @ self.vector)
-        if fault := broken(picture):
+        likeness = float(self.encoder.embed_dino_images([picture])[0] @ self.photo_embedding)
+        if fault := find_fault(picture):
             reason = f"broken: {fault}"
-        elif name := self.copied(picture):
+        elif name := self.find_copied(picture):
             reason = f"near copy: of {name}"
         elif likeness < self.min_likeness:
             reason = f"not the subject: likeness {likeness:.2f}, below {self.min_likeness:g}"
         else:
             reason = ""
-        return Verdict(reason, round(likeness, 4))
+        return ShotVerdict(reason, round(likeness, 4))
 
-    def copied(self, picture: Image.Image) -> str:
+    def find_copied(self, picture: Image.Image) -> str:
         """Which of the kept pictures this one is nearly equal to, also mirrored; "" if none."""
-        own = [quality.thumbnail(picture), quality.thumbnail(ImageOps.mirror(picture))]
-        for name, other in self.kept.items():
+        own = [
+            quality.compute_thumbnail(picture),
+            quality.compute_thumbnail(ImageOps.mirror(picture)),
+        ]
+        for name, other in self.thumbnails.items():
             if max(float(one @ other) for one in own) > quality.MAX_LIKENESS:
                 return name
         return ""
@@ -162,53 +165,59 @@ class Enlargement:
     """
 
     folder: Path
-    sorter: Sorter
+    sorter: ShotSorter
     base: str
     licence: str
 
     def __post_init__(self) -> None:
-        (self.folder / synthetic.REJECTED).mkdir(exist_ok=True)
+        (self.folder / synthetic.REJECTED_NAME).mkdir(exist_ok=True)
         self.record = synthetic.read_record(self.folder)
 
-    def place(self, name: str) -> Path | None:
+    def find_path(self, name: str) -> Path | None:
         """Where a picture lies: in the folder or in REJECTED; None if in neither."""
-        places = (self.folder / name, self.folder / synthetic.REJECTED / name)
+        places = (self.folder / name, self.folder / synthetic.REJECTED_NAME / name)
         return next((path for path in places if path.is_file()), None)
 
-    def is_made(self, shot: Shot) -> bool:
+    def is_up_to_date(self, shot: ShotRequest) -> bool:
         """Whether the picture is there, and was made from the same."""
         known = self.record.get(shot.name)
-        return known is not None and known["made_from"] == shot.key and bool(self.place(shot.name))
+        return (
+            known is not None and known["made_from"] == shot.key and bool(self.find_path(shot.name))
+        )
 
-    def fill(
-        self, shots: Sequence[Shot], draw: Callable[[Sequence[Shot]], Iterator[Image.Image]]
-    ) -> Iterator[Shot]:
+    def generate_missing(
+        self,
+        shots: Sequence[ShotRequest],
+        draw: Callable[[Sequence[ShotRequest]], Iterator[Image.Image]],
+    ) -> Iterator[ShotRequest]:
         """Draw what is missing, and sort all. Yields each shot when its picture lies in its place.
         `draw` gives the pictures of shots, in their order."""
         # Photos that are no shots are no candidates, but may be copied.
         names = {shot.name for shot in shots}
-        for photo in find_photos(self.folder, "", quality.MIN_LOOK_PX).photos:
+        for photo in find_photos(self.folder, "", quality.MIN_SHARPNESS_PX).photos:
             if photo.path.name not in names:
-                self.sorter.keep(photo.path.name, open_rgb(photo))
+                self.sorter.add_reference(photo.path.name, open_rgb(photo))
 
-        missing = [shot for shot in shots if not self.is_made(shot)]
+        missing = [shot for shot in shots if not self.is_up_to_date(shot)]
         drawn = draw(missing) if missing else iter(())
         for shot in shots:
             if shot in missing:
-                self.settle(shot, next(drawn).convert("RGB"), is_new=True)
+                self.sort_image(shot, next(drawn).convert("RGB"), is_new=True)
             else:
-                self.settle(shot, to_rgb(open_again(self.place(shot.name))), is_new=False)
+                self.sort_image(
+                    shot, to_rgb(require_image(self.find_path(shot.name))), is_new=False
+                )
             yield shot
 
-    def settle(self, shot: Shot, picture: Image.Image, *, is_new: bool) -> None:
+    def sort_image(self, shot: ShotRequest, picture: Image.Image, *, is_new: bool) -> None:
         """Judge a picture, note it, and put it into its place. One that a person has moved stays
         there."""
         home = self.folder / shot.name
-        other = self.folder / synthetic.REJECTED / shot.name
+        other = self.folder / synthetic.REJECTED_NAME / shot.name
         is_moved = not is_new and home.is_file() == bool(self.record[shot.name]["rejected"])
         if not is_moved:
-            verdict = self.sorter.judge(picture)
-            self.record[shot.name] = synthetic.Made(
+            verdict = self.sorter.evaluate_image(picture)
+            self.record[shot.name] = synthetic.SyntheticRecord(
                 base=self.base,
                 licence=self.licence,
                 prompt=shot.request.prompt,
@@ -223,31 +232,31 @@ class Enlargement:
             if is_new:
                 write_png(target, picture)
             elif not target.is_file():
-                rename(before, target)
+                rename_with_retry(before, target)
             before.unlink(missing_ok=True)
         if home.is_file():
-            self.sorter.keep(shot.name, picture)
+            self.sorter.add_reference(shot.name, picture)
 
-    def rows(self, shots: Sequence[Shot]) -> dict[str, list[Shot]]:
+    def collect_outcomes(self, shots: Sequence[ShotRequest]) -> dict[str, list[ShotRequest]]:
         """The shots by what became of them: "kept" first, then each reason."""
-        found: dict[str, list[Shot]] = {"kept": []}
+        found: dict[str, list[ShotRequest]] = {"kept": []}
         for shot in shots:
-            kind = Verdict(self.record[shot.name]["rejected"], 0).kind or "moved"
+            kind = ShotVerdict(self.record[shot.name]["rejected"], 0).reason_kind or "moved"
             if (self.folder / shot.name).is_file():
                 kind = "kept"
             found.setdefault(kind, []).append(shot)
         return found
 
-    def draw_sheet(self, shots: Sequence[Shot]) -> Path:
+    def draw_sheet(self, shots: Sequence[ShotRequest]) -> Path:
         """A picture of all shots, by what became of them. Returns its path."""
         rows = []
-        for kind, some in self.rows(shots).items():
+        for kind, some in self.collect_outcomes(shots).items():
             pictures = []
             for shot in some:
-                picture = open_again(self.place(shot.name))
+                picture = require_image(self.find_path(shot.name))
                 picture.thumbnail((TILE_PX, TILE_PX))
                 pictures.append(picture)
-            rows.append(Row(kind, pictures, tuple(shot.name for shot in some)))
-        path = self.folder / synthetic.REJECTED / SHEET
+            rows.append(SheetRow(kind, pictures, tuple(shot.name for shot in some)))
+        path = self.folder / synthetic.REJECTED_NAME / SHEET_NAME
         draw_contact_sheet(rows, path, TILE_PX)
         return path

@@ -38,20 +38,20 @@ import transformers
 from PIL import Image
 from torch.nn.functional import normalize
 
-from dreambooth_moslora.disk.paths import public_name
-from dreambooth_moslora.photos.faces import FaceReader, load_faces
-from dreambooth_moslora.photos.pretrained import frozen, loaded
+from dreambooth_moslora.disk.paths import get_public_name
+from dreambooth_moslora.photos.faces import FaceReader, load_face_reader
+from dreambooth_moslora.photos.pretrained import load_frozen, load_pretrained
 from dreambooth_moslora.settings import toy_bases
-from dreambooth_moslora.settings.metric_kinds import CLIP, DINO
+from dreambooth_moslora.settings.metric_kinds import CLIP_REPO, DINO_REPO
 
 # Pictures or texts that are encoded at once
-BATCH = 16
+ENCODER_BATCH_SIZE = 16
 # How errors call a model of this module
-FLAG = "the encoder"
+ENCODER_LABEL = "the encoder"
 # Of DINO, whose patches tell style
 STYLE_LAYER = 2
 # Most tokens of a text that CLIP reads
-TOKENS = 77
+MAX_TEXT_TOKENS = 77
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,18 @@ class DinoEncoder:
 
     dino: torch.nn.Module
     dino_processor: Any
-    batch_size: int = BATCH
+    batch_size: int = ENCODER_BATCH_SIZE
 
-    def dino_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+    def embed_dino_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """N pictures of any size -> unit vectors (N, D) of the class token after the last layer
         norm, on the CPU."""
 
         def embed(pixels: torch.Tensor) -> torch.Tensor:
             return self.dino(pixel_values=pixels).last_hidden_state[:, 0]
 
-        return self._images(images, self.dino_processor, embed)
+        return self._embed_images(images, self.dino_processor, embed)
 
-    def style_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+    def embed_styles(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """N pictures of any size -> unit vectors (N, 2 D) of their style, on the CPU: mean and
         deviation of the patches' values in an early layer of DINO, which knows strokes and
         colours and not yet things."""
@@ -91,19 +91,19 @@ class DinoEncoder:
             patches = layers[STYLE_LAYER][:, 1:]
             return torch.cat([patches.mean(1), patches.std(1)], dim=1)
 
-        return self._images(images, self.dino_processor, embed)
+        return self._embed_images(images, self.dino_processor, embed)
 
-    def _images(
+    def _embed_images(
         self, images: Sequence[Image.Image], processor: Any, embed: Callable
     ) -> torch.Tensor:
-        def read(some: list[Image.Image]) -> torch.Tensor:
+        def preprocess_images(some: list[Image.Image]) -> torch.Tensor:
             rgb = [image.convert("RGB") for image in some]
             return processor(rgb, return_tensors="pt").pixel_values
 
-        return self._vectors(images, read, embed)
+        return self._embed_batches(images, preprocess_images, embed)
 
     @torch.no_grad()
-    def _vectors(
+    def _embed_batches(
         self, items: Sequence, read: Callable[[list], Any], embed: Callable[[Any], torch.Tensor]
     ) -> torch.Tensor:
         """Unit vectors (N, P) on the CPU.
@@ -127,20 +127,20 @@ class Encoders(DinoEncoder):
     names: tuple[str, str] = ("clip", "dino")  # public ones, never paths
     faces: FaceReader | None = None  # for pictures of people
 
-    def clip_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+    def embed_clip_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """N pictures of any size -> unit vectors (N, P), on the CPU."""
-        return self._images(images, self.clip.processor, self.clip.embed_images)
+        return self._embed_images(images, self.clip.processor, self.clip.embed_images)
 
-    def clip_texts(self, texts: Sequence[str]) -> torch.Tensor:
+    def embed_clip_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """N texts -> unit vectors (N, P), on the CPU. Texts are cut at the model's 77 tokens."""
         read = partial(
             self.clip.tokenizer,
             padding=True,
             truncation=True,
-            max_length=TOKENS,
+            max_length=MAX_TEXT_TOKENS,
             return_tensors="pt",
         )
-        return self._vectors(texts, read, self.clip.embed_texts)
+        return self._embed_batches(texts, read, self.clip.embed_texts)
 
 
 def load_encoders(
@@ -160,71 +160,71 @@ def load_encoders(
     Raises UserError for one that cannot be loaded.
     """
     is_toy = toy_bases.is_toy(base)
-    reader = load_faces() if faces else None
+    reader = load_face_reader() if faces else None
     if reader:
         reader.load()
 
     # CLIP: the toy world's own is part of its base.
     if is_toy and not clip:
-        towers = clip_in_pipeline(toy_bases.CLIP_FOLDER, device)
+        towers = load_pipeline_clip(toy_bases.CLIP_FOLDER, device)
         clip_name = f"{toy_bases.CLIP_FOLDER.name} CLIP"
     else:
-        clip = clip or CLIP
+        clip = clip or CLIP_REPO
         towers = load_clip(clip, device)
-        clip_name = public_name(clip)
+        clip_name = get_public_name(clip)
 
     # DINO
-    dino = dino or (toy_bases.DINO_FOLDER if is_toy else DINO)
+    dino = dino or (toy_bases.DINO_FOLDER if is_toy else DINO_REPO)
     return Encoders(
         **vars(load_dino(dino, device)),
         clip=towers,
-        names=(clip_name, public_name(dino)),
+        names=(clip_name, get_public_name(dino)),
         faces=reader,
     )
 
 
-def load_dino(name: str | Path = DINO, device: str | torch.device = "cpu") -> DinoEncoder:
+def load_dino(name: str | Path = DINO_REPO, device: str | torch.device = "cpu") -> DinoEncoder:
     """DINO alone. Raises UserError."""
     return DinoEncoder(
-        dino=frozen(transformers.AutoModel, name, FLAG, device, dtype=torch.float32),
-        dino_processor=loaded(transformers.AutoImageProcessor, name, FLAG),
+        dino=load_frozen(transformers.AutoModel, name, ENCODER_LABEL, device, dtype=torch.float32),
+        dino_processor=load_pretrained(transformers.AutoImageProcessor, name, ENCODER_LABEL),
     )
 
 
 def load_clip(name: str | Path, device: str | torch.device) -> Clip:
     """A CLIP model with both halves. Raises UserError."""
     # Its output of either half is not projected yet.
-    model = frozen(transformers.CLIPModel, name, FLAG, device, dtype=torch.float32)
+    model = load_frozen(transformers.CLIPModel, name, ENCODER_LABEL, device, dtype=torch.float32)
 
     def embed_images(pixels: torch.Tensor) -> torch.Tensor:
         return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
 
-    def embed_texts(words: Any) -> torch.Tensor:
-        read = model.text_model(words.input_ids, words.attention_mask)
+    def embed_texts(texts: Any) -> torch.Tensor:
+        read = model.text_model(texts.input_ids, texts.attention_mask)
         return model.text_projection(read.pooler_output)
 
     return Clip(
         embed_images=embed_images,
         embed_texts=embed_texts,
-        tokenizer=loaded(transformers.CLIPTokenizer, name, FLAG),
-        processor=loaded(transformers.CLIPImageProcessor, name, FLAG),
+        tokenizer=load_pretrained(transformers.CLIPTokenizer, name, ENCODER_LABEL),
+        processor=load_pretrained(transformers.CLIPImageProcessor, name, ENCODER_LABEL),
     )
 
 
-def clip_in_pipeline(folder: Path, device: str | torch.device) -> Clip:
+def load_pipeline_clip(folder: Path, device: str | torch.device) -> Clip:
     """The CLIP of a pipeline's folder: its image encoder, and its second text encoder."""
     # Its two halves lie in folders of their own, as parts of the pipeline.
-    vision = frozen(
+    vision = load_frozen(
         transformers.CLIPVisionModelWithProjection,
         folder / "image_encoder",
-        FLAG,
+        ENCODER_LABEL,
         device,
         dtype=torch.float32,
     )
-    text = frozen(
+    text = load_frozen(
         transformers.CLIPTextModelWithProjection,
         folder / "text_encoder_2",
-        FLAG,
+        ENCODER_LABEL,
         device,
         dtype=torch.float32,
     )
@@ -232,23 +232,29 @@ def clip_in_pipeline(folder: Path, device: str | torch.device) -> Clip:
     def embed_images(pixels: torch.Tensor) -> torch.Tensor:
         return vision(pixel_values=pixels).image_embeds
 
-    def embed_texts(words: Any) -> torch.Tensor:
-        return text(words.input_ids, attention_mask=words.attention_mask).text_embeds
+    def embed_texts(texts: Any) -> torch.Tensor:
+        return text(texts.input_ids, attention_mask=texts.attention_mask).text_embeds
 
     return Clip(
         embed_images=embed_images,
         embed_texts=embed_texts,
-        tokenizer=loaded(transformers.CLIPTokenizer, folder / "tokenizer_2", FLAG),
-        processor=loaded(transformers.CLIPImageProcessor, folder / "feature_extractor", FLAG),
+        tokenizer=load_pretrained(
+            transformers.CLIPTokenizer, folder / "tokenizer_2", ENCODER_LABEL
+        ),
+        processor=load_pretrained(
+            transformers.CLIPImageProcessor, folder / "feature_extractor", ENCODER_LABEL
+        ),
     )
 
 
 # Of the bootstrap
-RESAMPLES = 4000
+BOOTSTRAP_RESAMPLES = 4000
 # The 97.5 % points of the normal distribution, and of Student's t with so many degrees of freedom
-NORMAL = 1.960
-DEGREES = np.array([1, 2, 3, 4, 5, 6, 8, 10, 15, 30, np.inf])
-STUDENT = np.array([12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.306, 2.228, 2.131, 2.042, NORMAL])
+NORMAL_QUANTILE = 1.960
+T_DEGREES = np.array([1, 2, 3, 4, 5, 6, 8, 10, 15, 30, np.inf])
+T_QUANTILES = np.array(
+    [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.306, 2.228, 2.131, 2.042, NORMAL_QUANTILE]
+)
 
 
 @dataclass(frozen=True)
@@ -260,7 +266,7 @@ class Interval:
     high: float | None
 
     @property
-    def reach(self) -> tuple[float, float]:
+    def error_lengths(self) -> tuple[float, float]:
         """How far the interval goes below the mean and above it."""
         if self.low is None:
             return 0.0, 0.0
@@ -284,7 +290,9 @@ class Interval:
         return found
 
 
-def bootstrap_mean(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+def bootstrap_mean(
+    values: np.ndarray, resamples: int = BOOTSTRAP_RESAMPLES, seed: int = 0
+) -> Interval:
     """The mean of a table of any number of axes and its interval. Raises ValueError when empty or
     not finite."""
     values = np.asarray(values, dtype=np.float64)
@@ -305,11 +313,11 @@ def bootstrap_mean(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
     means = np.einsum(f"{axes},{terms}->R", values, *weights, optimize=True)
 
     mean = values.mean()
-    low, high = mean + widening(values) * (np.percentile(means, (2.5, 97.5)) - mean)
+    low, high = mean + compute_widening(values) * (np.percentile(means, (2.5, 97.5)) - mean)
     return Interval(float(mean), float(low), float(high))
 
 
-def widening(values: np.ndarray) -> float:
+def compute_widening(values: np.ndarray) -> float:
     """The factor that a percentile interval lacks for few items along each axis: at least 1, 1.44
     for six subjects."""
     # The variance of the mean by each axis, from the means of its items
@@ -329,22 +337,22 @@ def widening(values: np.ndarray) -> float:
     # Satterthwaite's degrees of freedom, and the variance that resampling shows: (n - 1) / n of it
     degrees = variances.sum() ** 2 / (variances**2 / (counts - 1)).sum()
     shown = (variances * (counts - 1) / counts).sum()
-    return student(degrees) / NORMAL * float(np.sqrt(variances.sum() / shown))
+    return compute_t_quantile(degrees) / NORMAL_QUANTILE * float(np.sqrt(variances.sum() / shown))
 
 
-def student(degrees: float) -> float:
+def compute_t_quantile(degrees: float) -> float:
     """The 97.5 % point of Student's t. Between tabulated degrees it errs to the wide side."""
-    return float(np.interp(-1 / degrees, -1 / DEGREES, STUDENT))
+    return float(np.interp(-1 / degrees, -1 / T_DEGREES, T_QUANTILES))
 
 
 Vectors = TypeVar("Vectors", torch.Tensor, np.ndarray)
 # A copy is more than this fraction of the way from another photo to one photo itself
-COPIED = 0.5
+MIN_COPY_INDEX = 0.5
 # The alarm is raised when more than this fraction of the pictures are copies
-ALARM_SHARE = 0.1
+MIN_ALARM_SHARE = 0.1
 # Nearness assumed for a single photo, which has nothing to be compared with, and of its face
-LONE_PHOTO_NEARNESS = 0.8
-LONE_FACE_LIKENESS = 0.6
+SINGLE_PHOTO_SIMILARITY = 0.8
+SINGLE_FACE_SIMILARITY = 0.6
 
 
 def subject_fidelity(generated: torch.Tensor, photos: torch.Tensor) -> torch.Tensor:
@@ -356,10 +364,10 @@ def subject_fidelity(generated: torch.Tensor, photos: torch.Tensor) -> torch.Ten
 def photo_fidelity(photos: torch.Tensor) -> float:
     """Mean cosine between different photos (P, D): the paper's row "Real Images". NaN for a single
     photo."""
-    return float(likeness_to_others(photos).mean())
+    return float(compute_mutual_similarity(photos).mean())
 
 
-def likeness_to_others(photos: Vectors) -> Vectors:
+def compute_mutual_similarity(photos: Vectors) -> Vectors:
     """The mean cosine of each photo, or of its face, to the others, (P, D) -> (P,). NaN for a
     single photo."""
     similarities = photos @ photos.T
@@ -381,30 +389,30 @@ def diversity(vectors: torch.Tensor, count: int) -> np.ndarray:
 
 
 def drift(adapted: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """1 - cosine of the adapter's and base's `joint_vectors` (N, D) -> (N,); the base's `diversity`
-    is its scale."""
+    """1 - cosine of the adapter's and base's `join_embeddings` (N, D) -> (N,); the base's
+    `diversity` is its scale."""
     return 1 - (adapted * base).sum(1)
 
 
-def joint_vectors(clip: torch.Tensor, dino: torch.Tensor) -> torch.Tensor:
+def join_embeddings(clip: torch.Tensor, dino: torch.Tensor) -> torch.Tensor:
     """CLIP (N, C) and DINO (N, D) as unit vectors (N, C + D): a copy is near in both, subject and
     place."""
     return torch.cat([clip, dino], dim=1) / 2**0.5
 
 
-def photo_nearness(photos: torch.Tensor) -> float:
+def compute_photo_similarity(photos: torch.Tensor) -> float:
     """The mean over photos (P, D) of their largest cosine to another; a picture this near is no
     copy yet."""
     if len(photos) < 2:
-        return LONE_PHOTO_NEARNESS
+        return SINGLE_PHOTO_SIMILARITY
     similarities = (photos @ photos.T).fill_diagonal_(-1)
     return float(similarities.amax(1).mean())
 
 
-def copy_index(generated: torch.Tensor, photos: torch.Tensor) -> torch.Tensor:
+def compute_copy_index(generated: torch.Tensor, photos: torch.Tensor) -> torch.Tensor:
     """(m - r)/(1 - r) of each picture (N, D) -> (N,): m its largest cosine to a photo (P, D), r
-    `photo_nearness`."""
-    nearness = min(photo_nearness(photos), 0.99)  # equal frames would divide by zero
+    `compute_photo_similarity`."""
+    nearness = min(compute_photo_similarity(photos), 0.99)  # equal frames would divide by zero
     return ((generated @ photos.T).amax(1) - nearness) / (1 - nearness)
 
 
@@ -420,22 +428,22 @@ class CopyAlarm:
     raised: bool
 
 
-def copy_alarm(generated: torch.Tensor, photos: torch.Tensor) -> CopyAlarm:
+def detect_copies(generated: torch.Tensor, photos: torch.Tensor) -> CopyAlarm:
     """Judge joint vectors of the generated pictures (N, D) against those of the photos (P, D)."""
-    index = copy_index(generated, photos)
+    index = compute_copy_index(generated, photos)
     worst = int(index.argmax())
-    share = float((index > COPIED).float().mean())
+    share = float((index > MIN_COPY_INDEX).float().mean())
     nearest = int((generated[worst] @ photos.T).argmax())
     return CopyAlarm(
         share=share,
         largest=float(index[worst]),
         picture=worst,
         photo=nearest,
-        raised=share > ALARM_SHARE,
+        raised=share > MIN_ALARM_SHARE,
     )
 
 
-def background_leak(
+def compute_background_leak(
     generated: torch.Tensor, base: torch.Tensor, backgrounds: torch.Tensor
 ) -> torch.Tensor:
     """How much nearer to the photos' backgrounds (P, D) in CLIP pictures (N, D) are than the base's
@@ -443,7 +451,9 @@ def background_leak(
     return subject_fidelity(generated, backgrounds) - subject_fidelity(base, backgrounds)
 
 
-def confusion(generated: torch.Tensor, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def confusion(
+    generated: torch.Tensor, photos: torch.Tensor, other_photos: torch.Tensor
+) -> torch.Tensor:
     """How far pictures of a subject went from its own photos to another subject's: (N, D), (P, D),
     (Q, D) -> (N,).
 
@@ -456,12 +466,14 @@ def confusion(generated: torch.Tensor, own: torch.Tensor, other: torch.Tensor) -
     LONE_PHOTO_NEARNESS near to itself.
     """
     # m of the own photos is within_own - alike, that of the other's alike - within_other.
-    alike = float((own @ other.T).mean())
-    within_own = LONE_PHOTO_NEARNESS if len(own) < 2 else photo_fidelity(own)
-    within_other = LONE_PHOTO_NEARNESS if len(other) < 2 else photo_fidelity(other)
+    alike = float((photos @ other_photos.T).mean())
+    within_own = SINGLE_PHOTO_SIMILARITY if len(photos) < 2 else photo_fidelity(photos)
+    within_other = (
+        SINGLE_PHOTO_SIMILARITY if len(other_photos) < 2 else photo_fidelity(other_photos)
+    )
     apart = max(within_own + within_other - 2 * alike, 0.01)  # equal series would divide by zero
 
-    margin = subject_fidelity(generated, own) - subject_fidelity(generated, other)
+    margin = subject_fidelity(generated, photos) - subject_fidelity(generated, other_photos)
     return (within_own - alike - margin) / apart
 
 
@@ -472,7 +484,7 @@ NO_STYLE_SCORE = (
 """Why a style has no score."""
 
 
-def style_share(
+def compute_style_share(
     generated: torch.Tensor, base: torch.Tensor, photos: torch.Tensor
 ) -> torch.Tensor | None:
     """Return how far pictures went from the base's style to the photos': 0: as the base's; 1: as
@@ -483,7 +495,7 @@ def style_share(
     Returns (N,); None where the two ends differ by no more than they vary from picture to picture.
     """
     start = subject_fidelity(base, photos)
-    end = likeness_to_others(photos) if len(photos) > 1 else torch.ones(1)
+    end = compute_mutual_similarity(photos) if len(photos) > 1 else torch.ones(1)
     distance = end.mean() - start.mean()
     spread = (start.var(correction=0) + end.var(correction=0)).sqrt()
     if distance <= spread:
@@ -491,19 +503,19 @@ def style_share(
     return (subject_fidelity(generated, photos) - start.mean()) / distance
 
 
-def leaked_things(
-    generated: torch.Tensor, asked: torch.Tensor, things: torch.Tensor
+def find_leaked_things(
+    generated: torch.Tensor, requested: torch.Tensor, things: torch.Tensor
 ) -> torch.Tensor:
     """Which thing a picture shows in place of what was asked for: CLIP's vectors of pictures (N,
     D), of what each was asked for (N, D) and of the things (T, D) -> (N,), the number of the
     nearest thing; -1 where what was asked for is nearer."""
     to_things, nearest = (generated @ things.T).max(1)
-    own = (generated * asked).sum(1)
+    own = (generated * requested).sum(1)
     return torch.where(to_things > own, nearest, -1)
 
 
-def identity(
-    vectors: Sequence[np.ndarray | None], photos: np.ndarray, of_each: int
+def compute_identity(
+    vectors: Sequence[np.ndarray | None], photos: np.ndarray, images_per_prompt: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The mean cosine of each picture's face to the photos' faces, and where none was found.
 
@@ -515,23 +527,27 @@ def identity(
     without one, (N / of_each, of_each). A picture without a face says nothing of whose it is.
     """
     likeness = [np.nan if one is None else float((photos @ one).mean()) for one in vectors]
-    table = np.array(likeness).reshape(-1, of_each)
+    table = np.array(likeness).reshape(-1, images_per_prompt)
     missing = np.isnan(table)
     seen = table[~missing.all(1)]
     means = np.nanmean(seen, axis=1, keepdims=True) if len(seen) else seen[:, :1]
     return means, missing.astype(float)
 
 
-def face_likeness(identity: float, of_photos: float, shown: float, base_shown: float) -> float:
+def compute_face_likeness(
+    identity: float, photo_identity: float, face_share: float, base_face_share: float
+) -> float:
     """How much of a person's face the pictures show, in [0, 1]: `identity` as a share of the
     photos' own, × the share of pictures with a face, as a share of the base's at the same
     prompts."""
-    kept = min(shown / base_shown, 1.0) if base_shown > 0 else 1.0
-    return min(max(identity, 0.0) / max(of_photos, 0.01), 1.0) * kept
+    kept = min(face_share / base_face_share, 1.0) if base_face_share > 0 else 1.0
+    return min(max(identity, 0.0) / max(photo_identity, 0.01), 1.0) * kept
 
 
-def checkpoint_score(fidelity: float, prompt: float, base_prompt: float, copied: float) -> float:
-    """fidelity (DINO; of a person its mean with `face_likeness`) × prompt (CLIP-T to the base's, at
-    most 1) × (1 - fraction `copied`), in [0, 1]."""
+def compute_checkpoint_score(
+    fidelity: float, prompt: float, base_prompt: float, copied_share: float
+) -> float:
+    """fidelity (DINO; of a person its mean with `compute_face_likeness`) × prompt (CLIP-T to the
+    base's, at most 1) × (1 - fraction `copied`), in [0, 1]."""
     kept = min(prompt / base_prompt, 1.0) if base_prompt > 0 else 1.0
-    return max(fidelity, 0.0) * max(kept, 0.0) * (1 - copied)
+    return max(fidelity, 0.0) * max(kept, 0.0) * (1 - copied_share)

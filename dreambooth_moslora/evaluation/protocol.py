@@ -15,23 +15,23 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.sampling import SampleRequest
 from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.settings import prompts, subject_kinds, toy_bases, train_config
-from dreambooth_moslora.settings.prompts import Subject
+from dreambooth_moslora.settings.prompts import SubjectWords
 
 # Names of `--prompts` -> prompts with `{}` for the subject's words
 TEMPLATE_SETS = {
     "object": prompts.DREAMBOOTH_OBJECT_TEMPLATES,
     "live": prompts.DREAMBOOTH_LIVE_TEMPLATES,
     "person": subject_kinds.PERSON_TEMPLATES,
-    "toy": toy_bases.TEMPLATES,
+    "toy": toy_bases.PLACE_TEMPLATES,
     "style": subject_kinds.STYLE_TEMPLATES,
     "toy_style": prompts.TOY_STYLE_TEMPLATES,
 }
 # Words of a class that is alive, and words that make an object of it all the same
-LIVING = {"dog", "puppy", "cat", "kitten", "animal", "pet", "horse", "bird"}
-LIVING |= {"person", "man", "woman", "boy", "girl"}
-LIFELESS = {"stuffed", "plush", "toy", "statue", "figurine", "figure", "sculpture", "doll"}
+LIVING_WORDS = {"dog", "puppy", "cat", "kitten", "animal", "pet", "horse", "bird"}
+LIVING_WORDS |= {"person", "man", "woman", "boy", "girl"}
+LIFELESS_WORDS = {"stuffed", "plush", "toy", "statue", "figurine", "figure", "sculpture", "doll"}
 # What has nothing to do with any subject
-UNRELATED = (
+UNRELATED_PROMPTS = (
     "a bowl of fruit on a kitchen table",
     "a city street at night in the rain",
     "an old wooden boat on a mountain lake",
@@ -45,7 +45,7 @@ UNRELATED = (
 class EvaluationPlan:
     """What is drawn for one subject. Raises UserError without seeds or usable templates."""
 
-    subject: Subject
+    subject: SubjectWords
     templates: tuple[str, ...]  # with `{}` for the subject's words
     unrelated: tuple[str, ...]
     seeds: tuple[int, ...] = (0, 1, 2, 3)  # of each prompt
@@ -70,22 +70,22 @@ class EvaluationPlan:
     @property
     def texts(self) -> list[str]:
         """The prompts without the token: CLIP-T's texts, and the base's prompts."""
-        bare = [template.replace(subject_kinds.OF_A_STYLE, "") for template in self.templates]
+        bare = [template.replace(subject_kinds.STYLE_SUFFIX, "") for template in self.templates]
         return [template.replace("{}", self.class_word) for template in bare]
 
     @property
     def subject_requests(self) -> list[SampleRequest]:
-        words = self.subject.words
+        words = self.subject.trigger_words
         texts = [template.replace("{}", words) + self.ending for template in self.templates]
-        return self._each(texts)
+        return self._build_requests(texts)
 
     @property
     def base_requests(self) -> list[SampleRequest]:
-        return self._each(self.texts)
+        return self._build_requests(self.texts)
 
     @property
     def bare_requests(self) -> list[SampleRequest]:
-        return self._each([self.bare_prompt] if self.bare_prompt else [])
+        return self._build_requests([self.bare_prompt] if self.bare_prompt else [])
 
     @property
     def class_requests(self) -> list[SampleRequest]:
@@ -95,7 +95,7 @@ class EvaluationPlan:
 
     @property
     def unrelated_requests(self) -> list[SampleRequest]:
-        return self._each(list(self.unrelated))
+        return self._build_requests(list(self.unrelated))
 
     @property
     def prompts(self) -> list[str]:
@@ -109,10 +109,10 @@ class EvaluationPlan:
         ]
         return sorted({request.prompt for request in requests})
 
-    def _each(self, prompts: list[str]) -> list[SampleRequest]:
+    def _build_requests(self, prompts: list[str]) -> list[SampleRequest]:
         return [SampleRequest(prompt, seed) for prompt in prompts for seed in self.seeds]
 
-    def smaller(
+    def reduce_plan(
         self,
         templates: int,
         seeds: int,
@@ -129,22 +129,26 @@ class EvaluationPlan:
         """
         return replace(
             self,
-            templates=spread(self.templates, templates),
-            unrelated=spread(self.unrelated, unrelated),
+            templates=pick_evenly(self.templates, templates),
+            unrelated=pick_evenly(self.unrelated, unrelated),
             seeds=self.seeds[:seeds],
             class_images=min(class_images, self.class_images),
             inference_steps=inference_steps or self.inference_steps,
         )
 
 
-def spread(items: Sequence[str], count: int) -> tuple[str, ...]:
+def pick_evenly(items: Sequence[str], count: int) -> tuple[str, ...]:
     """`count` of the items at even distances, including the first."""
     count = min(count, len(items))
     return tuple(items[number * len(items) // count] for number in range(count))
 
 
-def plan_for(
-    base: str, subject: Subject, templates: str = "auto", captions: Collection[str] = (), **changes
+def build_plan(
+    base: str,
+    subject: SubjectWords,
+    templates: str = "auto",
+    captions: Collection[str] = (),
+    **changes,
 ) -> EvaluationPlan:
     """The full protocol for a subject: the toy world's places for `toy`, DreamBooth's 25 templates
     otherwise.
@@ -160,7 +164,7 @@ def plan_for(
     Raises UserError.
     """
     if templates == "auto":
-        templates = templates_for(base, subject)
+        templates = choose_templates(base, subject)
     if templates not in TEMPLATE_SETS:
         known = ", ".join(TEMPLATE_SETS)
         raise UserError(f"prompts {templates!r}: choose one of auto, {known}, or a text file")
@@ -174,10 +178,12 @@ def plan_for(
             unseen.append(template)
 
     # Other things; the toy world has other toys
-    unrelated = UNRELATED
+    unrelated = UNRELATED_PROMPTS
     if toy_bases.is_toy(base):
         others = [
-            text.format(kind) for text, kind in toy_bases.UNRELATED if kind != subject.class_word
+            text.format(kind)
+            for text, kind in toy_bases.UNRELATED_PROMPTS
+            if kind != subject.class_word
         ]
         unrelated = tuple(others)
     return EvaluationPlan(
@@ -188,28 +194,28 @@ def plan_for(
     )
 
 
-def templates_for(base: str, subject: Subject) -> str:
+def choose_templates(base: str, subject: SubjectWords) -> str:
     """The name of the templates that suit the subject."""
     if toy_bases.is_toy(base):
         return "toy"
     words = set(subject.class_word.lower().split())
-    return "live" if words & LIVING and not words & LIFELESS else "object"
+    return "live" if words & LIVING_WORDS and not words & LIFELESS_WORDS else "object"
 
 
-def plan_of_subject(
+def build_subject_plan(
     subject: train_config.TrainConfig, photos: Iterable[Photo], templates: str = "auto", **changes
 ) -> EvaluationPlan:
-    """`plan_for` a subject's settings and photos, with its instance prompt as the bare one. Raises
-    UserError."""
+    """`build_plan` a subject's settings and photos, with its instance prompt as the bare one.
+    Raises UserError."""
     base = subject.pretrained_model_name_or_path
     captions = [caption for photo in photos for caption in photo.captions]
 
     # A style is drawn on other content, and has no class.
-    kind = subject_kinds.kind_of(subject)
+    kind = subject_kinds.get_subject_kind(subject)
     if kind.is_style:
         changes["is_style"] = True
         changes["class_images"] = 0
-        changes["things"] = things_in(captions)
+        changes["things"] = collect_nouns(captions)
         captions = []
         if templates == "auto":
             templates = "toy_style" if toy_bases.is_toy(base) else "style"
@@ -217,9 +223,9 @@ def plan_of_subject(
     # A kind of subject may have templates of its own; the toy world knows no others than its.
     if templates == "auto" and subject.subject in TEMPLATE_SETS and not toy_bases.is_toy(base):
         templates = subject.subject
-    return plan_for(
+    return build_plan(
         base,
-        prompts.subject_of(subject),
+        prompts.parse_subject(subject),
         templates,
         captions,
         bare_prompt=subject.instance_prompt,
@@ -227,8 +233,8 @@ def plan_of_subject(
     )
 
 
-def things_in(captions: Iterable[str]) -> tuple[str, ...]:
+def collect_nouns(captions: Iterable[str]) -> tuple[str, ...]:
     """What captions say that the pictures show, each once: `a red duck on grass in ink style` ->
     `red duck`."""
-    nouns = map(prompts.noun_of, captions)
+    nouns = map(prompts.parse_noun, captions)
     return tuple(dict.fromkeys(noun for noun in nouns if noun and noun != "picture"))

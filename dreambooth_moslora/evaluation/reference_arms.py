@@ -18,124 +18,131 @@ import numpy as np
 from PIL import Image
 
 from dreambooth_moslora.evaluation import metrics
-from dreambooth_moslora.evaluation.protocol import spread
+from dreambooth_moslora.evaluation.protocol import pick_evenly
 from dreambooth_moslora.evaluation.scoring import Evaluation, Evaluator
-from dreambooth_moslora.settings.prompts import Subject
+from dreambooth_moslora.settings.prompts import SubjectWords
 
 # Photos that are shown at once: each makes every step slower
-MOST_REFERENCES = 4
+MAX_REFERENCES = 4
 # What is added to a prompt of the base, which does not know the token
-SAME = ", the same {} as in the reference pictures"
+SAME_SUBJECT_SUFFIX = ", the same {} as in the reference pictures"
 
-TRAIN = "train: the adapter is more like your photos than references are"
-DO_NOT_TRAIN = "do not train: references are more like your photos than the adapter is"
-UNKNOWN = "not known from so few pictures"
-MIXED = "not known: one is more like your photos, the other follows the prompts better"
+VERDICT_TRAIN = "train: the adapter is more like your photos than references are"
+VERDICT_DO_NOT_TRAIN = "do not train: references are more like your photos than the adapter is"
+VERDICT_UNKNOWN = "not known from so few pictures"
+VERDICT_MIXED = "not known: one is more like your photos, the other follows the prompts better"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class TrainingVerdict:
     """Whether to train, and the adapter's means less those of the references."""
 
-    words: str
+    conclusion: str
     likeness: metrics.Interval
     prompt: metrics.Interval
 
     def __str__(self) -> str:
         differences = f"DINO {self.likeness:+}, CLIP-T {self.prompt:+}"
-        return f"{self.words} (adapter less references: {differences})"
+        return f"{self.conclusion} (adapter less references: {differences})"
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ReferenceComparison:
     """The three ways by their names, as evaluations of the same prompts and seeds."""
 
     arms: dict[str, Evaluation]
-    verdict: Verdict
+    verdict: TrainingVerdict
 
 
-def compare(
-    evaluator: Evaluator, by_adapter: Evaluation, judge: Callable[..., Evaluation], scale: float
-) -> Comparison:
+def evaluate_arms(
+    evaluator: Evaluator,
+    adapter_evaluation: Evaluation,
+    evaluate: Callable[..., Evaluation],
+    scale: float,
+) -> ReferenceComparison:
     """Draw by references, without the adapter and with it.
 
     evaluator: of the subject, with the photos
-    by_adapter: its evaluation of the adapter
-    judge: `evaluate_adapter` of the pipeline and the adapter
+    adapter_evaluation: its evaluation of the adapter
+    evaluate: `evaluate_adapter` of the pipeline and the adapter
     scale: of the adapter
     """
-    references = references_of(evaluator)
-    by_references = draw_by_references(evaluator, judge)
-    by_both = judge(evaluator.of_subject(), scale=scale, references=references)
-    return Comparison(
-        arms={"adapter": by_adapter, "references": by_references, "both": by_both},
-        verdict=verdict(by_adapter.tables, by_references.tables),
+    references = pick_references(evaluator)
+    by_references = evaluate_references(evaluator, evaluate)
+    by_both = evaluate(evaluator.copy_subject_only(), scale=scale, references=references)
+    return ReferenceComparison(
+        arms={"adapter": adapter_evaluation, "references": by_references, "both": by_both},
+        verdict=compare_tables(adapter_evaluation.tables, by_references.tables),
     )
 
 
-def draw_by_references(evaluator: Evaluator, judge: Callable[..., Evaluation]) -> Evaluation:
+def evaluate_references(evaluator: Evaluator, evaluate: Callable[..., Evaluation]) -> Evaluation:
     """The subject's pictures by the base that is shown photos, without an adapter."""
-    return judge(without_token(evaluator), scale=0.0, references=references_of(evaluator))
+    return evaluate(
+        build_reference_evaluator(evaluator), scale=0.0, references=pick_references(evaluator)
+    )
 
 
-def references_of(evaluator: Evaluator) -> Sequence[Image.Image]:
+def pick_references(evaluator: Evaluator) -> Sequence[Image.Image]:
     """The photos that are shown."""
-    return spread(evaluator.photos.pictures, MOST_REFERENCES)
+    return pick_evenly(evaluator.photos.pictures, MAX_REFERENCES)
 
 
-def without_token(evaluator: Evaluator) -> Evaluator:
+def build_reference_evaluator(evaluator: Evaluator) -> Evaluator:
     """The evaluator with prompts that ask for the subject of the reference pictures. CLIP-T and the
     base's pictures have the prompts as they were."""
-    found = evaluator.of_subject()
+    found = evaluator.copy_subject_only()
     word = evaluator.plan.class_word
     found.plan = replace(
         found.plan,
-        subject=Subject(token="", class_word=word),
-        ending=SAME.format(word),
+        subject=SubjectWords(token="", class_word=word),
+        ending=SAME_SUBJECT_SUFFIX.format(word),
     )
     return found
 
 
-def verdict(adapter: Mapping[str, np.ndarray], references: Mapping[str, np.ndarray]) -> Verdict:
+def compare_tables(
+    adapter: Mapping[str, np.ndarray], references: Mapping[str, np.ndarray]
+) -> TrainingVerdict:
     """Whether the adapter is worth its training, by tables of DINO and CLIP-T of equal prompts and
     seeds."""
 
-    def difference(name: str) -> metrics.Interval:
+    def compute_difference(name: str) -> metrics.Interval:
         return metrics.bootstrap_mean(adapter[name] - references[name])
 
-    likeness = difference("dino")
-    prompt = difference("clip_t")
-    better, follows = sign(likeness), sign(prompt)
+    likeness = compute_difference("dino")
+    prompt = compute_difference("clip_t")
+    better, follows = get_sign(likeness), get_sign(prompt)
     if better * follows < 0:
-        words = MIXED
+        words = VERDICT_MIXED
     elif better:
-        words = TRAIN if better > 0 else DO_NOT_TRAIN
+        words = VERDICT_TRAIN if better > 0 else VERDICT_DO_NOT_TRAIN
     else:
-        words = UNKNOWN
-    return Verdict(words=words, likeness=likeness, prompt=prompt)
+        words = VERDICT_UNKNOWN
+    return TrainingVerdict(conclusion=words, likeness=likeness, prompt=prompt)
 
 
-def sign(difference: metrics.Interval) -> int:
+def get_sign(interval: metrics.Interval) -> int:
     """1 or -1 if all of the interval is above or below 0, else 0."""
-    if difference.low is None:
+    if interval.low is None:
         return 0
-    return (difference.low > 0) - (difference.high < 0)
+    return (interval.low > 0) - (interval.high < 0)
 
 
-def rows(found: Comparison) -> Sequence[tuple]:
+def build_rows(comparison: ReferenceComparison) -> Sequence[tuple]:
     """Way, DINO, CLIP-T, share of copies and score of each, for a report."""
     rows = []
-    for name, one in found.arms.items():
+    for name, one in comparison.arms.items():
         score = "none" if one.score is None else one.score
         rows.append((name, one.interval("dino"), one.interval("clip_t"), one.alarm.share, score))
     return rows
 
 
-def as_json(found: Comparison) -> dict:
+def to_dict(comparison: ReferenceComparison) -> dict:
     """For scores.json."""
     return {
-        "verdict": str(found.verdict),
-        "dino": found.verdict.likeness.to_dict(),
-        "clip_t": found.verdict.prompt.to_dict(),
-        "arms": {name: one.means() for name, one in found.arms.items()},
+        "verdict": str(comparison.verdict),
+        "dino": comparison.verdict.likeness.to_dict(),
+        "clip_t": comparison.verdict.prompt.to_dict(),
+        "arms": {name: one.summarize_scores() for name, one in comparison.arms.items()},
     }

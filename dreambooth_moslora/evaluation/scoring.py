@@ -24,21 +24,21 @@ from PIL import Image
 from dreambooth_moslora.evaluation import metrics, protocol
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.generation.sampling import Sampler, SampleRequest
-from dreambooth_moslora.method.moslora import disabled
+from dreambooth_moslora.method.moslora import disable_adapters
 from dreambooth_moslora.photos.faces import FaceReader
 from dreambooth_moslora.settings.family_facts import DENOISERS
-from dreambooth_moslora.settings.metric_kinds import MEASURES
-from dreambooth_moslora.settings.prompts import noun_of
+from dreambooth_moslora.settings.metric_kinds import METRICS
+from dreambooth_moslora.settings.prompts import parse_noun
 from dreambooth_moslora.settings.toy_bases import is_toy
 
 # Name of a measure -> its table
 Tables = dict[str, np.ndarray]
 # (requests, with the adapter?) -> pictures
-Draw = Callable[[list[SampleRequest], bool], list[Image.Image]]
+ImageGenerator = Callable[[list[SampleRequest], bool], list[Image.Image]]
 # Pictures drawn at once
-BATCH = 4
+IMAGE_BATCH_SIZE = 4
 # What covers the subject where only the background counts
-GREY = (128, 128, 128)
+MASK_FILL_RGB = (128, 128, 128)
 
 
 @dataclass
@@ -55,12 +55,12 @@ class Evaluation:
     photo_likeness: Mapping[str, float] = field(default_factory=dict)  # of each to the others, DINO
     no_score: str = ""
     leaked: str = ""  # the thing of a style's pictures that appears most often unasked
-    # a `reference_arms.Comparison`, if the prompts were drawn by reference pictures too
+    # a `reference_arms.ReferenceComparison`, if the prompts were drawn by reference pictures too
     beside: Any = field(repr=False, default=None)
 
     @property
     def words(self) -> str:
-        return self.plan.subject.words
+        return self.plan.subject.trigger_words
 
     def mean(self, name: str) -> float:
         return float(self.tables[name].mean())
@@ -68,27 +68,27 @@ class Evaluation:
     def interval(self, name: str) -> metrics.Interval:
         return metrics.bootstrap_mean(self.tables[name])
 
-    def means(self) -> dict[str, float]:
+    def summarize_scores(self) -> dict[str, float]:
         """All means, relative scores, copies and the score if there is one, rounded."""
         found = {name: round(float(table.mean()), 4) for name, table in self.tables.items()}
         copies = {"copied": round(self.alarm.share, 4), "copy_alarm": self.alarm.raised}
         score = {} if self.score is None else {"score": round(self.score, 4)}
-        return {**found, **self.relative(), **copies, **score}
+        return {**found, **self.compute_relative_scores(), **copies, **score}
 
-    def logged(self) -> dict[str, float]:
+    def list_logged_scores(self) -> dict[str, float]:
         """The means that a training run writes into its events."""
-        means = self.means()
+        means = self.summarize_scores()
         found = {}
-        for name, row in MEASURES.items():
+        for name, row in METRICS.items():
             if row.logged and name in means:
                 found[name] = float(means[name])
         return found
 
-    def relative(self) -> dict[str, float]:
+    def compute_relative_scores(self) -> dict[str, float]:
         """Scores relative to the base's, the toy's ceiling, or the base's spread, where these were
         measured."""
         found = {}
-        for name, row in MEASURES.items():
+        for name, row in METRICS.items():
             measure, whole = row.share or ("", "")
             if whole in self.tables and measure in self.tables and self.mean(whole):
                 found[name] = round(self.mean(measure) / self.mean(whole), 4)
@@ -98,7 +98,7 @@ class Evaluation:
 class Truth(Protocol):
     """A world that knows the subject's true appearance (`toybox.truth.ToyTruth`)."""
 
-    def tables(
+    def compute_tables(
         self,
         plan: protocol.EvaluationPlan,
         pictures: list[Image.Image],
@@ -108,7 +108,7 @@ class Truth(Protocol):
 
 
 @dataclass(frozen=True)
-class Views:
+class EmbeddedImages:
     """N pictures with their vectors."""
 
     pictures: list[Image.Image]
@@ -118,7 +118,7 @@ class Views:
     @property
     def joint(self) -> torch.Tensor:
         """(N, C + D)."""
-        return metrics.joint_vectors(self.clip, self.dino)
+        return metrics.join_embeddings(self.clip, self.dino)
 
 
 class Evaluator:
@@ -149,14 +149,14 @@ class Evaluator:
         self.encoders = encoders
         self.truth = truth
         self.names = names
-        self.photos = self._views(list(photos))
+        self.photos = self._embed_images(list(photos))
         self.rivals: list[torch.Tensor] = []
         self.leaked = ""
-        self._base: dict[str, Views] = {}  # shared with copies
+        self._base: dict[str, EmbeddedImages] = {}  # shared with copies
 
         # The photos' faces, (P, D)
         self.faces = faces
-        seen = faces.vectors(self.photos.pictures) if faces else []
+        seen = faces.embed_faces(self.photos.pictures) if faces else []
         found = [vector for vector in seen if vector is not None]
         self.photo_faces = np.stack(found) if found else None
 
@@ -164,10 +164,10 @@ class Evaluator:
         backgrounds = []
         for photo, mask in zip(photos, masks):
             if mask is not None:
-                backgrounds.append(paint_over(photo, mask))
-        self.backgrounds = encoders.clip_images(backgrounds) if backgrounds else None
+                backgrounds.append(mask_subject(photo, mask))
+        self.backgrounds = encoders.embed_clip_images(backgrounds) if backgrounds else None
 
-    def __call__(self, draw: Draw) -> Evaluation:
+    def __call__(self, draw: ImageGenerator) -> Evaluation:
         """Draw, look and measure."""
         started = time.perf_counter()
         plan = self.plan
@@ -180,7 +180,7 @@ class Evaluator:
         }
         for name, requests in by_base.items():
             if requests and name not in self._base:
-                self._base[name] = self._views(draw(requests, False))
+                self._base[name] = self._embed_images(draw(requests, False))
 
         # The adapter's
         by_adapter = {
@@ -192,24 +192,24 @@ class Evaluator:
         drawn = {}
         for name, requests in by_adapter.items():
             if requests:
-                drawn[name] = self._views(draw(requests, True))
+                drawn[name] = self._embed_images(draw(requests, True))
 
         # The tables, and from them the score
-        tables = self._subject_tables(drawn["subject"], self._base["subject"])
-        tables |= self._other_tables(drawn)
-        alarm = metrics.copy_alarm(drawn["subject"].joint, self.photos.joint)
+        tables = self._compute_subject_tables(drawn["subject"], self._base["subject"])
+        tables |= self._compute_other_tables(drawn)
+        alarm = metrics.detect_copies(drawn["subject"].joint, self.photos.joint)
         score, no_score = None, metrics.NO_STYLE_SCORE
         if "style" in tables or not plan.is_style:
             no_score = ""
-            score = metrics.checkpoint_score(
-                fidelity=fidelity_of(tables),
+            score = metrics.compute_checkpoint_score(
+                fidelity=compute_fidelity(tables),
                 prompt=float(tables["clip_t"].mean()),
                 base_prompt=float(tables["clip_t_base"].mean()),
-                copied=alarm.share,
+                copied_share=alarm.share,
             )
         pictures = {name: views.pictures for name, views in drawn.items()}
         pictures |= {f"{name}_base": views.pictures for name, views in self._base.items()}
-        likeness = metrics.likeness_to_others(self.photos.dino).tolist()
+        likeness = metrics.compute_mutual_similarity(self.photos.dino).tolist()
         return Evaluation(
             plan=plan,
             tables=tables,
@@ -223,31 +223,31 @@ class Evaluator:
             leaked=self.leaked,
         )
 
-    def of_subject(self) -> "Evaluator":
+    def copy_subject_only(self) -> "Evaluator":
         """A copy that draws only the subject's pictures, which suffice for the score."""
         smaller = copy(self)
         smaller.plan = replace(self.plan, class_images=0, unrelated=(), bare_prompt="")
         return smaller
 
     @cached_property
-    def texts(self) -> torch.Tensor:
+    def text_embeddings(self) -> torch.Tensor:
         """CLIP vectors of the prompts without the token, repeated for each seed: (prompts × seeds,
         P)."""
-        vectors = self.encoders.clip_texts(self.plan.texts)
+        vectors = self.encoders.embed_clip_texts(self.plan.texts)
         return vectors.repeat_interleave(len(self.plan.seeds), 0)
 
     @cached_property
-    def asked_things(self) -> torch.Tensor:
+    def requested_things(self) -> torch.Tensor:
         """CLIP vectors of what each prompt asks for, without its place: (prompts × seeds, P)."""
-        nouns = [f"a photo of a {noun_of(text)}" for text in self.plan.texts]
-        return self.encoders.clip_texts(nouns).repeat_interleave(len(self.plan.seeds), 0)
+        nouns = [f"a photo of a {parse_noun(text)}" for text in self.plan.texts]
+        return self.encoders.embed_clip_texts(nouns).repeat_interleave(len(self.plan.seeds), 0)
 
-    def _views(self, pictures: list[Image.Image]) -> Views:
-        clip = self.encoders.clip_images(pictures)
-        dino = self.encoders.dino_images(pictures)
-        return Views(pictures=pictures, clip=clip, dino=dino)
+    def _embed_images(self, pictures: list[Image.Image]) -> EmbeddedImages:
+        clip = self.encoders.embed_clip_images(pictures)
+        dino = self.encoders.embed_dino_images(pictures)
+        return EmbeddedImages(pictures=pictures, clip=clip, dino=dino)
 
-    def _subject_tables(self, subject: Views, base: Views) -> Tables:
+    def _compute_subject_tables(self, subject: EmbeddedImages, base: EmbeddedImages) -> Tables:
         """Of the subject's prompts, (prompts, seeds), by the adapter and by the base."""
         photos = self.photos
 
@@ -255,14 +255,14 @@ class Evaluator:
         columns = {
             "dino": metrics.subject_fidelity(subject.dino, photos.dino),
             "clip_i": metrics.subject_fidelity(subject.clip, photos.clip),
-            "clip_t": metrics.prompt_fidelity(subject.clip, self.texts),
+            "clip_t": metrics.prompt_fidelity(subject.clip, self.text_embeddings),
             "dino_base": metrics.subject_fidelity(base.dino, photos.dino),
             "clip_i_base": metrics.subject_fidelity(base.clip, photos.clip),
-            "clip_t_base": metrics.prompt_fidelity(base.clip, self.texts),
-            "copy_index": metrics.copy_index(subject.joint, photos.joint),
+            "clip_t_base": metrics.prompt_fidelity(base.clip, self.text_embeddings),
+            "copy_index": metrics.compute_copy_index(subject.joint, photos.joint),
         }
         if self.backgrounds is not None:
-            columns["background_leak"] = metrics.background_leak(
+            columns["background_leak"] = metrics.compute_background_leak(
                 subject.clip, base.clip, self.backgrounds
             )
         # With several rivals: the mean over them
@@ -280,52 +280,54 @@ class Evaluator:
             tables["diversity"] = metrics.diversity(subject.dino, seeds)
             tables["diversity_base"] = metrics.diversity(base.dino, seeds)
         if self.plan.is_style:
-            tables |= self._style_tables(subject, base)
+            tables |= self._compute_style_tables(subject, base)
         if self.photo_faces is not None:
-            tables |= self._face_tables(subject.pictures, base.pictures)
+            tables |= self._compute_face_tables(subject.pictures, base.pictures)
         if self.truth is not None:
-            known = self.truth.tables(self.plan, subject.pictures, subject.dino, photos.dino)
+            known = self.truth.compute_tables(
+                self.plan, subject.pictures, subject.dino, photos.dino
+            )
             if twice := known.keys() & tables.keys():
                 raise ValueError(f"the truth has tables of the same name: {sorted(twice)}")
             tables |= known
         return tables
 
-    def _style_tables(self, subject: Views, base: Views) -> Tables:
+    def _compute_style_tables(self, subject: EmbeddedImages, base: EmbeddedImages) -> Tables:
         """How much of the style the pictures have, if that can be scored, and in which a thing of
         the style's pictures appears unasked, (prompts, seeds)."""
         shape = (len(self.plan.templates), len(self.plan.seeds))
-        look = self.encoders.style_images
+        look = self.encoders.embed_styles
         of_base, of_photos = look(base.pictures), look(self.photos.pictures)
-        style = metrics.style_share(look(subject.pictures), of_base, of_photos)
+        style = metrics.compute_style_share(look(subject.pictures), of_base, of_photos)
         tables = {} if style is None else {"style": style.numpy().reshape(shape)}
 
         # What was asked for, and the things, in the same words around them
         things = self.plan.things
         if things:
-            vectors = self.encoders.clip_texts([f"a photo of a {thing}" for thing in things])
+            vectors = self.encoders.embed_clip_texts([f"a photo of a {thing}" for thing in things])
             for end, views in (("_base", base), ("", subject)):
-                found = metrics.leaked_things(views.clip, self.asked_things, vectors)
+                found = metrics.find_leaked_things(views.clip, self.requested_things, vectors)
                 tables[f"leak{end}"] = (found >= 0).float().numpy().reshape(shape)
             counts = torch.bincount(found[found >= 0], minlength=len(things))
             self.leaked = things[int(counts.argmax())] if counts.any() else ""
         return tables
 
-    def _face_tables(self, drawn: list[Image.Image], base: list[Image.Image]) -> Tables:
+    def _compute_face_tables(self, drawn: list[Image.Image], base: list[Image.Image]) -> Tables:
         """Whose face the pictures show, (prompts that show one, 1), and which show none, (prompts,
         seeds). Without a face in any picture there is no identity."""
         tables = {}
         for end, pictures in (("", drawn), ("_base", base)):
-            likeness, missing = metrics.identity(
-                self.faces.vectors(pictures), self.photo_faces, len(self.plan.seeds)
+            likeness, missing = metrics.compute_identity(
+                self.faces.embed_faces(pictures), self.photo_faces, len(self.plan.seeds)
             )
             tables[f"no_face{end}"] = missing
             if likeness.size:
                 tables[f"identity{end}"] = likeness
         if "identity" in tables and len(self.photo_faces) > 1:
-            tables["identity_of_photos"] = metrics.likeness_to_others(self.photo_faces)
+            tables["identity_of_photos"] = metrics.compute_mutual_similarity(self.photo_faces)
         return tables
 
-    def _other_tables(self, drawn: dict[str, Views]) -> Tables:
+    def _compute_other_tables(self, drawn: dict[str, EmbeddedImages]) -> Tables:
         """Of the bare prompt, of the bare class and of unrelated things, where they were drawn."""
         tables = {}
         photos = self.photos.dino
@@ -351,7 +353,7 @@ class Evaluator:
         return tables
 
 
-def fidelity_of(tables: Tables) -> float:
+def compute_fidelity(tables: Tables) -> float:
     """The likeness that the score is made of: DINO, of a person the mean with the face's, of a
     style its own."""
     dino = float(tables["dino"].mean())
@@ -369,19 +371,19 @@ def fidelity_of(tables: Tables) -> float:
     if not (shown or base_shown):
         return dino
     likeness = tables.get("identity", np.zeros(1)).mean()
-    of_photos = tables.get("identity_of_photos", np.full(1, metrics.LONE_FACE_LIKENESS)).mean()
-    face = metrics.face_likeness(float(likeness), float(of_photos), shown, base_shown)
+    of_photos = tables.get("identity_of_photos", np.full(1, metrics.SINGLE_FACE_SIMILARITY)).mean()
+    face = metrics.compute_face_likeness(float(likeness), float(of_photos), shown, base_shown)
     return (max(dino, 0.0) + face) / 2
 
 
-def paint_over(photo: Image.Image, mask: Image.Image) -> Image.Image:
+def mask_subject(photo: Image.Image, mask: Image.Image) -> Image.Image:
     """The photo with the subject (white in the mask) painted grey, so that only its background is
     left."""
-    grey = Image.new("RGB", photo.size, GREY)
+    grey = Image.new("RGB", photo.size, MASK_FILL_RGB)
     return Image.composite(grey, photo.convert("RGB"), mask.convert("L").resize(photo.size))
 
 
-def truth_of(
+def load_truth(
     base: str,
     photos_dir: str | Path | None,
     plan: protocol.EvaluationPlan,
@@ -406,21 +408,21 @@ def truth_of(
     return find_truth(Path(photos_dir), encoders, size_px)
 
 
-def sampler_draw(
-    sampler: Sampler, batch_size: int = BATCH, on_picture: Callable[[], object] = bool
-) -> Draw:
+def build_generator(
+    sampler: Sampler, batch_size: int = IMAGE_BATCH_SIZE, on_picture: Callable[[], object] = bool
+) -> ImageGenerator:
     """Draw through a Sampler; for the base alone the adapters are switched off, and it is shown no
     references. `on_picture` hears of each picture."""
     alone = replace(sampler, references=())
 
-    def draw(requests: list[SampleRequest], with_adapter: bool) -> list[Image.Image]:
+    def generate_requests(requests: list[SampleRequest], with_adapter: bool) -> list[Image.Image]:
         with ExitStack() as stack:
             # All that an adapter may change; not every family has each
             if not with_adapter:
                 for name in (*DENOISERS, "text_encoder", "text_encoder_2"):
                     model = getattr(sampler.pipeline, name, None)
                     if model is not None:
-                        stack.enter_context(disabled(model))
+                        stack.enter_context(disable_adapters(model))
 
             pictures = []
             for picture in (sampler if with_adapter else alone)(requests, batch_size):
@@ -428,14 +430,14 @@ def sampler_draw(
                 on_picture()
             return pictures
 
-    return draw
+    return generate_requests
 
 
 def evaluate_adapter(
     pipeline: SubjectPipeline,
     adapter: str | None,
     evaluator: Evaluator,
-    batch_size: int = BATCH,
+    batch_size: int = IMAGE_BATCH_SIZE,
     scale: float = 1.0,
     guidance_scale: float | None = None,
     on_picture: Callable[[], object] = bool,
@@ -461,7 +463,7 @@ def evaluate_adapter(
     pipeline.activate(tuple((name, scale) for name in names))
     sampler = Sampler(
         pipeline=pipeline.pipeline,
-        embed=partial(family.texts, pipeline.pipeline),
+        embed=partial(family.encode_prompts, pipeline.pipeline),
         resolution_px=pipeline.resolution_px,
         device=pipeline.home.device,
         inference_steps=evaluator.plan.inference_steps,
@@ -471,7 +473,7 @@ def evaluate_adapter(
     try:
         pipeline.home.enter()
         with torch.no_grad():
-            return evaluator(sampler_draw(sampler, batch_size, on_picture))
+            return evaluator(build_generator(sampler, batch_size, on_picture))
     finally:
         if pipeline.home.is_resting:  # the models took turns
             pipeline.home.leave()

@@ -18,9 +18,9 @@ from typing import Any
 import PIL.Image
 from PIL.PngImagePlugin import PngInfo
 
-from dreambooth_moslora.disk.contents import from_json
+from dreambooth_moslora.disk.contents import parse_json
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings.family_facts import TEXT_OPTIONS, Facts
+from dreambooth_moslora.settings.family_facts import TEXT_OPTIONS, FamilyFacts
 from dreambooth_moslora.settings.train_config import TrainConfig
 
 # The text chunk with the recipe, and the version of its format
@@ -30,7 +30,7 @@ MAX_SEED = 2**32 - 1
 # Sides are multiples of this: the VAE halves them three times
 SIZE_STEP_PX = 8
 # Least and largest value of each number
-LIMITS = {
+PARAM_LIMITS = {
     "seed": (0, MAX_SEED),
     "steps": (1, 200),
     "guidance_scale": (0.0, 50.0),
@@ -41,11 +41,11 @@ LIMITS = {
 MAX_PROMPT_CHARACTERS = 5000
 MAX_ADAPTERS = 8
 # `<lora:name:0.8>`, as A1111 writes it
-LORA_TAG = re.compile(r"<lora:([^<>]{1,200})>")
+LORA_TAG_PATTERN = re.compile(r"<lora:([^<>]{1,200})>")
 # Most steps on a machine that draws for many users: more would block the queue
 MAX_STEPS = 100
 # Largest area relative to the base's own: larger pictures take much longer and repeat themselves
-MAX_AREA = 4
+MAX_AREA_RATIO = 4
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Scheduler:
 
 
 # Options of DPM++ on Karras' noise levels; diffusers allows one kind of levels at a time
-KARRAS = {
+KARRAS_OPTIONS = {
     "algorithm_type": "dpmsolver++",
     "use_karras_sigmas": True,
     "use_exponential_sigmas": False,
@@ -69,12 +69,12 @@ SCHEDULERS = {
     "dpmpp_2m_karras": Scheduler(
         title="DPM++ 2M Karras",
         class_name="DPMSolverMultistepScheduler",
-        options=KARRAS,
+        options=KARRAS_OPTIONS,
     ),
     "dpmpp_2m_sde_karras": Scheduler(
         title="DPM++ 2M SDE Karras",
         class_name="DPMSolverMultistepScheduler",
-        options=KARRAS | {"algorithm_type": "sde-dpmsolver++"},
+        options=KARRAS_OPTIONS | {"algorithm_type": "sde-dpmsolver++"},
     ),
     "unipc": Scheduler(title="UniPC", class_name="UniPCMultistepScheduler"),
 }
@@ -125,7 +125,7 @@ class GenerationParams:
         if not self.prompt.strip():
             raise UserError("the prompt is empty; write what the picture should show")
 
-        for name, (low, high) in LIMITS.items():
+        for name, (low, high) in PARAM_LIMITS.items():
             _check_number(name, getattr(self, name), low, high, whole=name != "guidance_scale")
         for name in ("height_px", "width_px"):
             size = getattr(self, name)
@@ -139,8 +139,8 @@ class GenerationParams:
             raise UserError(f"scheduler {scheduler!r:.60} is unknown; choose one of {known}")
 
         # Lists and dictionaries of JSON become tuples: the class is frozen.
-        object.__setattr__(self, "adapters", _checked_adapters(self.adapters))
-        object.__setattr__(self, "text_options", _checked_text_options(self.text_options))
+        object.__setattr__(self, "adapters", _parse_adapters(self.adapters))
+        object.__setattr__(self, "text_options", _parse_text_options(self.text_options))
 
     def for_image(self, index: int) -> "GenerationParams":
         """The parameters of image `index` alone, for its PNG."""
@@ -149,7 +149,7 @@ class GenerationParams:
     def apply_tags(self) -> "GenerationParams":
         """Turn `<lora:name:0.8>` in the prompt into an adapter; a tag overrides the scale chosen
         elsewhere."""
-        prompt, tags = split_lora_tags(self.prompt)
+        prompt, tags = parse_lora_tags(self.prompt)
         if not tags:
             return self
         adapters = tuple((dict(self.adapters) | dict(tags)).items())
@@ -186,7 +186,7 @@ class GenerationParams:
             "versions": dict(provenance.versions),
         }
         return {
-            "parameters": _a1111_text(self, provenance),
+            "parameters": _format_a1111_text(self, provenance),
             PNG_KEY: json.dumps(recipe, ensure_ascii=False),
         }
 
@@ -214,7 +214,7 @@ class Recipe:
     provenance: Provenance
 
 
-def check_sides(sides: tuple[int, int], facts: Facts) -> None:
+def check_sides(sides: tuple[int, int], facts: FamilyFacts) -> None:
     """Raises UserError for sides, px, that the family's patches do not divide."""
     step = facts.multiple_px
     for side in sides:
@@ -225,24 +225,24 @@ def check_sides(sides: tuple[int, int], facts: Facts) -> None:
             )
 
 
-def draw_seed(seed: int) -> int:
+def resolve_seed(seed: int) -> int:
     """`seed` itself, or a random one if it is negative."""
     return secrets.randbelow(2**31) if seed < 0 else int(seed)
 
 
-def split_lora_tags(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
+def parse_lora_tags(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
     """ "a dog <lora:rex:0.8>" -> ("a dog", (("rex", 0.8),)). A tag without a number means 1. Raises
     UserError for a tag that is not read."""
-    tags = dict(map(tag_of, LORA_TAG.findall(prompt)))
+    tags = dict(map(parse_lora_tag, LORA_TAG_PATTERN.findall(prompt)))
     if not tags:
         return prompt, ()
 
     # A tag between two words leaves two spaces behind.
-    words = LORA_TAG.sub("", prompt)
+    words = LORA_TAG_PATTERN.sub("", prompt)
     return re.sub(r"\s{2,}", " ", words).strip(), tuple(tags.items())
 
 
-def tag_of(text: str) -> tuple[str, float]:
+def parse_lora_tag(text: str) -> tuple[str, float]:
     """ "rex:0.8" -> ("rex", 0.8). Raises UserError."""
     name, colon, scale = text.partition(":")
     try:
@@ -255,10 +255,10 @@ def tag_of(text: str) -> tuple[str, float]:
 
 def read_recipe(path: str | Path) -> Recipe:
     """The recipe in a PNG; pixels are not decoded. Raises UserError for a file without one."""
-    return recipe_in(texts_in(Path(path)), Path(path).name)
+    return parse_recipe(read_png_texts(Path(path)), Path(path).name)
 
 
-def texts_in(path: Path) -> dict[str, str]:
+def read_png_texts(path: Path) -> dict[str, str]:
     """Name -> text of a PNG's chunks. Raises UserError for any other file, and for a damaged
     one."""
     try:
@@ -270,15 +270,15 @@ def texts_in(path: Path) -> dict[str, str]:
         raise UserError(f"{path.name} is not a readable PNG file") from error
 
 
-def recipe_in(text: Mapping[str, str], name: str) -> Recipe:
+def parse_recipe(texts: Mapping[str, str], name: str) -> Recipe:
     """The recipe in the texts of the picture `name`. Raises UserError when they hold none, or a
     damaged one."""
-    if PNG_KEY not in text:
+    if PNG_KEY not in texts:
         raise UserError(
             f"{name} carries no recipe of this program; was it saved again by another one?"
         )
     try:
-        found = from_json(text[PNG_KEY], StoredRecipe)
+        found = parse_json(texts[PNG_KEY], StoredRecipe)
     except UserError as error:
         raise UserError(f"the recipe inside the PNG is damaged: {error}") from error
     provenance = Provenance(
@@ -320,7 +320,7 @@ def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool
         raise UserError(f"{name} is {value}; it must lie between {low} and {high}")
 
 
-def _checked_adapters(adapters: Any) -> tuple[tuple[str, float], ...]:
+def _parse_adapters(adapters: Any) -> tuple[tuple[str, float], ...]:
     # A name alone stands for the adapter at its full strength.
     given = [adapters] if isinstance(adapters, str) else adapters
     try:
@@ -346,7 +346,7 @@ def _checked_adapters(adapters: Any) -> tuple[tuple[str, float], ...]:
     return pairs
 
 
-def _checked_text_options(options: Any) -> tuple[tuple[str, Any], ...]:
+def _parse_text_options(options: Any) -> tuple[tuple[str, Any], ...]:
     """Names and values, as `TrainConfig` has them."""
     try:
         options = dict(options)
@@ -363,7 +363,7 @@ def _checked_text_options(options: Any) -> tuple[tuple[str, Any], ...]:
     return tuple((name, getattr(config, name)) for name in options)
 
 
-def _a1111_text(params: GenerationParams, provenance: Provenance) -> str:
+def _format_a1111_text(params: GenerationParams, provenance: Provenance) -> str:
     """The text for other programs: prompt with tags, negative prompt, one line of settings."""
     tags = "".join(f" <lora:{name}:{scale:g}>" for name, scale in params.adapters)
     hashes = ", ".join(f"{name}: {sha[:12]}" for name, sha in provenance.adapter_sha256)
@@ -390,8 +390,8 @@ def check_size(params: GenerationParams, resolution_px: int) -> None:
     """Raises UserError for a picture that is too large. `resolution_px` is the base's own side."""
     height = params.height_px or resolution_px
     width = params.width_px or resolution_px
-    if height * width > MAX_AREA * resolution_px**2:
-        side = int(MAX_AREA**0.5 * resolution_px)
+    if height * width > MAX_AREA_RATIO * resolution_px**2:
+        side = int(MAX_AREA_RATIO**0.5 * resolution_px)
         most = f"at most {side} x {side} px are drawn"
         raise UserError(f"{width} x {height} px is too large for this base; {most}")
 
@@ -437,16 +437,16 @@ class Image:
 
 
 # Why a picture is black
-WHY_BLACK = (
+BLACK_IMAGE_CAUSE = (
     "an adapter's values or its scale are too large for this base, or the base's safety checker "
     "took it for unsafe"
 )
 
 
-def about_black(pictures: Iterable[Image]) -> str:
+def describe_black_images(images: Iterable[Image]) -> str:
     """How many are black and why, "" for none: too large values give black pictures, not errors."""
-    count = sum(picture.pixels.getbbox() is None for picture in pictures)
+    count = sum(picture.pixels.getbbox() is None for picture in images)
     if not count:
         return ""
     these = "1 of them is" if count == 1 else f"{count} of them are"
-    return f"{these} black: {WHY_BLACK}"
+    return f"{these} black: {BLACK_IMAGE_CAUSE}"

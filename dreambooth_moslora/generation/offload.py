@@ -4,16 +4,16 @@ import torch
 from diffusers import DiffusionPipeline
 
 from dreambooth_moslora.base import devices
-from dreambooth_moslora.base.streaming import StreamedBlocks, streamed_blocks
+from dreambooth_moslora.base.streaming import StreamedBlocks, list_streamed_blocks
 
 CPU = torch.device("cpu")
 # Free memory over weights below which models take turns: 9.7 GiB for SDXL in fp16
-ROOM_BESIDE_WEIGHTS = 1.5
+FREE_TO_WEIGHTS_RATIO = 1.5
 # GiB beside the largest model below which blocks are streamed: what two pictures of 1024 px take
-ROOM_BESIDE_A_MODEL = 1.0
+MIN_FREE_BESIDE_MODEL_GIB = 1.0
 
 
-class Home:
+class Placement:
     """The device that a pipeline draws on, from the CPU's memory. If it is short of memory, models
     take turns on it; if it is too small for one of them, their blocks do."""
 
@@ -24,25 +24,27 @@ class Home:
         self.streamed: list[StreamedBlocks] = []
 
     @property
-    def is_short(self) -> bool:
+    def is_memory_short(self) -> bool:
         """Whether the device has too little free memory for a resting pipeline's models."""
         if not self.is_resting:
             return False
-        free = devices.free_gib(self.device)
-        return free is not None and free < ROOM_BESIDE_WEIGHTS * weights_gib(self.pipeline)
+        free = devices.measure_free_gib(self.device)
+        return free is not None and free < FREE_TO_WEIGHTS_RATIO * measure_weights_gib(
+            self.pipeline
+        )
 
     @property
     def is_too_small(self) -> bool:
         """Whether the device has too little free memory for one of the models alone."""
-        free = devices.free_gib(self.device)
-        largest = max(map(gib_of, models_of(self.pipeline)))
-        return free is not None and free < largest + ROOM_BESIDE_A_MODEL
+        free = devices.measure_free_gib(self.device)
+        largest = max(map(measure_model_gib, list_models(self.pipeline)))
+        return free is not None and free < largest + MIN_FREE_BESIDE_MODEL_GIB
 
     def enter(self) -> None:
         """Move all models to the device, or let them, or their blocks, take turns until `leave`."""
-        if self.streamed or (self.is_short and self.is_too_small):
+        if self.streamed or (self.is_memory_short and self.is_too_small):
             self.stream()
-        elif self.is_short:
+        elif self.is_memory_short:
             self.pipeline.enable_model_cpu_offload(device=self.device)
         elif self.is_resting:
             self.pipeline.to(self.device)
@@ -52,10 +54,10 @@ class Home:
         """Keep the blocks of the denoiser and of the text encoders on the host, from the first time
         on, and move all else to the device."""
         for blocks in self.streamed:
-            blocks.move(self.device)
+            blocks.move_to_device(self.device)
         if not self.streamed:
-            for model in models_of(self.pipeline):
-                if model is not self.pipeline.vae and streamed_blocks(model):
+            for model in list_models(self.pipeline):
+                if model is not self.pipeline.vae and list_streamed_blocks(model):
                     self.streamed.append(StreamedBlocks(model, self.device))
         self.pipeline.to(self.device)
 
@@ -64,7 +66,7 @@ class Home:
         self.is_resting = True
         self.pipeline.remove_all_hooks()
         for blocks in self.streamed:
-            blocks.move(CPU)
+            blocks.move_to_device(CPU)
         self.pipeline.to(CPU, silence_dtype_warnings=True)
         devices.free_unused_blocks(self.device)
 
@@ -76,15 +78,15 @@ class Home:
         self.streamed = []
 
 
-def models_of(pipeline: DiffusionPipeline) -> list[torch.nn.Module]:
+def list_models(pipeline: DiffusionPipeline) -> list[torch.nn.Module]:
     return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
 
 
-def weights_gib(pipeline: DiffusionPipeline) -> float:
+def measure_weights_gib(pipeline: DiffusionPipeline) -> float:
     """GiB of all weights, in their current dtype."""
-    return sum(map(gib_of, models_of(pipeline)))
+    return sum(map(measure_model_gib, list_models(pipeline)))
 
 
-def gib_of(model: torch.nn.Module) -> float:
+def measure_model_gib(model: torch.nn.Module) -> float:
     """GiB of a model's weights, in their current dtype."""
     return sum(weight.nbytes for weight in model.parameters()) / devices.GIB

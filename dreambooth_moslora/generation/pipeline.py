@@ -34,33 +34,35 @@ from dreambooth_moslora.generation.image_params import (
     Step,
     check_sides,
 )
-from dreambooth_moslora.generation.offload import CPU, Home
-from dreambooth_moslora.generation.previews import Clock, LatentColours, Preview, Watcher
+from dreambooth_moslora.generation.offload import CPU, Placement
+from dreambooth_moslora.generation.previews import LatentColours, Preview, StepCallback, StepClock
 from dreambooth_moslora.lora import metadata, reader
 
 Item = TypeVar("Item")
 # A file's place, time (ns) and size (bytes): an unchanged one need not be read again
-Stamp = tuple[Path, int, int]
+FileStamp = tuple[Path, int, int]
 # Adapters kept in the model; the least recently used one is dropped first
 RESIDENT_ADAPTERS = 8
 Event = Step | Preview | Image
 
 
-def iterate(work: Callable[[Callable[[Item], None], Callable[[], bool]], None]) -> Iterator[Item]:
+def stream_events(
+    work: Callable[[Callable[[Item], None], Callable[[], bool]], None],
+) -> Iterator[Item]:
     """Run `work(emit, abandoned)` in a thread; yield what it emits until either ends, and raise its
     exception."""
     # The thread that works
     events: queue.SimpleQueue = queue.SimpleQueue()
     abandoned = threading.Event()  # the consumer has closed the iterator
 
-    def body() -> None:
+    def run_work() -> None:
         try:
             work(events.put, abandoned.is_set)
             events.put(None)
         except BaseException as error:  # raised by the consumer
             events.put(error)
 
-    thread = threading.Thread(target=body, name="generate", daemon=True)
+    thread = threading.Thread(target=run_work, name="generate", daemon=True)
     thread.start()
 
     # Its events, until it ends or nobody listens any more
@@ -84,10 +86,10 @@ class Adapter:
     key: str  # the name inside PEFT
     sha256: str
     header: dict[str, str]  # the file's metadata
-    stamp: Stamp
+    stamp: FileStamp
 
 
-def scheduler_name(scheduler: diffusers.SchedulerMixin) -> str | None:
+def find_scheduler_name(scheduler: diffusers.SchedulerMixin) -> str | None:
     """The name of a base's own scheduler in `SCHEDULERS`; None if it has none there."""
     kind = type(scheduler).__name__.removeprefix("FlowMatch")
     for name, known in SCHEDULERS.items():
@@ -115,11 +117,11 @@ class SubjectPipeline:
         self.resident_adapters = RESIDENT_ADAPTERS
         self.pipeline = pipeline
         self.base_name = base_name
-        self.home = Home(pipeline, torch.device(home or pipeline.device))
+        self.home = Placement(pipeline, torch.device(home or pipeline.device))
         self.adapters: dict[str, Adapter] = {}
-        self.family = families.family_of(pipeline)
+        self.family = families.build_family(pipeline)
         self._active: dict[str, float] | None = None
-        self._own_scheduler = pipeline.scheduler
+        self._base_scheduler = pipeline.scheduler
         self._lock = threading.RLock()
         pipeline.set_progress_bar_config(disable=True)
 
@@ -143,7 +145,7 @@ class SubjectPipeline:
         """
         base = Base.find(base)
         base = replace(base, variant=base.variant or base.variant_here)
-        device = torch.device(device or devices.best_device())
+        device = torch.device(device or devices.get_best_device())
 
         # Flows were trained in bf16, and their activations overflow in fp16.
         half = torch.bfloat16 if base.is_flow else torch.float16
@@ -151,7 +153,7 @@ class SubjectPipeline:
         subject = cls(load.load_pipeline(base, dtype=dtype), base.public_name, device)
 
         # Models that take turns are moved with the first picture.
-        if not (resting or subject.home.is_short):
+        if not (resting or subject.home.is_memory_short):
             subject.home.enter()
         return subject
 
@@ -167,7 +169,7 @@ class SubjectPipeline:
 
     @property
     def resolution_px(self) -> int:
-        return load.default_resolution(self.pipeline)
+        return load.get_default_resolution(self.pipeline)
 
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
         """Load an adapter file (this program's, diffusers', kohya's) or a run folder into the
@@ -176,30 +178,30 @@ class SubjectPipeline:
         An unchanged file that is already loaded costs nothing. Raises UserError when it is no
         adapter for this base.
         """
-        name = name or reader.adapter_name(path)
+        name = name or reader.get_adapter_name(path)
         file = find_weights(path)
         facts = file.stat()
         stamp = (file.resolve(), facts.st_mtime_ns, facts.st_size)
         with self._lock:
             known = self.adapters.get(name)
             if known is not None and known.stamp == stamp:
-                self._touch(name)
+                self._track_use(name)
                 return name
 
             # The new one comes first: if it cannot be loaded, the old one stays.
-            adapter = self._install(name, file, stamp)
-            self._forget(name, unless=adapter.key)
+            adapter = self._install_adapter(name, file, stamp)
+            self._remove_adapter(name, unless=adapter.key)
             self.adapters[name] = adapter
-            self._make_room()
+            self._drop_least_recent()
         return name
 
-    def _install(self, name: str, file: Path, stamp: Stamp) -> Adapter:
+    def _install_adapter(self, name: str, file: Path, stamp: FileStamp) -> Adapter:
         """Read the file and put its weights into the model. Raises UserError."""
         weights = reader.read_adapter(file, self.pipeline)
         reader.check_fits(weights, self.pipeline)
 
         # Files of equal content share their weights.
-        if weights.key not in self._keys():
+        if weights.key not in self._list_keys():
             self._active = None
             reader.install(weights, self.pipeline)
         return Adapter(
@@ -212,7 +214,7 @@ class SubjectPipeline:
     def unload_adapter(self, name: str) -> None:
         """Remove the adapter of that name from the model, if it is there."""
         with self._lock:
-            self._forget(name)
+            self._remove_adapter(name)
 
     def generate(
         self, params: GenerationParams, should_stop: Callable[[], bool] | None = None
@@ -222,12 +224,12 @@ class SubjectPipeline:
         loaded, and for want of memory."""
         params = self.complete(params)
 
-        def work(emit: Callable[[Event], None], abandoned: Callable[[], bool]) -> None:
+        def run_generation(emit: Callable[[Event], None], abandoned: Callable[[], bool]) -> None:
             stop = (lambda: abandoned() or should_stop()) if should_stop else abandoned
             with self._lock, torch.no_grad():
                 self._generate_all(params, emit, stop)
 
-        return iterate(work)
+        return stream_events(run_generation)
 
     def draw(self, params: GenerationParams, should_stop: Callable[[], bool] = bool) -> list[Image]:
         """The finished pictures of `generate`; fewer than requested after a stop."""
@@ -244,8 +246,8 @@ class SubjectPipeline:
                 raise UserError(f"adapter {name!r:.60} is not loaded; loaded are: {known}")
 
         # The base's scheduler is named only if a PNG can name it.
-        scheduler = params.scheduler or scheduler_name(self._own_scheduler)
-        if scheduler and "EDM" in type(self._own_scheduler).__name__:
+        scheduler = params.scheduler or find_scheduler_name(self._base_scheduler)
+        if scheduler and "EDM" in type(self._base_scheduler).__name__:
             title = SCHEDULERS[scheduler].title
             raise UserError(
                 f"{title} does not know the noise levels of this base, which are EDM's: "
@@ -253,7 +255,7 @@ class SubjectPipeline:
             )
         guidance = params.guidance_scale
         if guidance is None:
-            guidance = load.default_guidance(self.pipeline)
+            guidance = load.get_default_guidance(self.pipeline)
         return replace(
             params,
             guidance_scale=guidance,
@@ -292,11 +294,13 @@ class SubjectPipeline:
 
         # What the active adapters were trained with
         for name, scale in adapters:
-            told = metadata.text_options_in(self.adapters[name].header) if scale else {}
+            told = metadata.parse_text_options(self.adapters[name].header) if scale else {}
             for option, value in told.items():
                 if option in facts.text_options:
                     options.setdefault(option, value)
-        return families.family_of(self.pipeline, options=families.encoding_options(options))
+        return families.build_family(
+            self.pipeline, options=families.build_encoding_options(options)
+        )
 
     def provenance(self, params: GenerationParams) -> Provenance:
         """The files and programs that draw pictures of these parameters."""
@@ -318,14 +322,14 @@ class SubjectPipeline:
 
             # Adapters and words, once for all pictures
             for name, _ in params.adapters:
-                self._touch(name)
+                self._track_use(name)
             self.activate(params.adapters)
             words = self._encode(params)
 
             # The pictures, one by one
-            clock = Clock(params.num_images)
+            clock = StepClock(params.num_images)
             for index in range(params.num_images):
-                self._generate_one(
+                self._generate_image(
                     index=index, params=params, words=words, clock=clock, emit=emit, stop=stop
                 )
         except StopRequestedError:
@@ -339,16 +343,16 @@ class SubjectPipeline:
                 f"there is too little memory for {size}; choose a smaller size"
             ) from error
         finally:
-            self.pipeline.scheduler = self._own_scheduler
+            self.pipeline.scheduler = self._base_scheduler
             if self.home.is_resting:  # the models took turns
                 self.home.leave()
 
-    def _generate_one(
+    def _generate_image(
         self,
         index: int,
         params: GenerationParams,
         words: dict[str, torch.Tensor | None],
-        clock: Clock,
+        clock: StepClock,
         emit: Callable[[Event], None],
         stop: Callable[[], bool],
     ) -> None:
@@ -368,8 +372,8 @@ class SubjectPipeline:
 
         # A flow's sampler is part of the model; its latents are packed and have no preview.
         if not is_flow:
-            self.pipeline.scheduler = self._scheduler(own.scheduler)
-        watcher = Watcher(
+            self.pipeline.scheduler = self._build_scheduler(own.scheduler)
+        watcher = StepCallback(
             index=index,
             params=own,
             clock=clock,
@@ -386,7 +390,7 @@ class SubjectPipeline:
             num_inference_steps=own.steps,
             callback_on_step_end=watcher,
         )
-        (picture,) = decode.pictures_of(self._blacken_unsafe(pixels))
+        (picture,) = decode.to_images(self._blacken_unsafe(pixels))
         image = Image(
             index=index,
             pixels=picture,
@@ -402,7 +406,7 @@ class SubjectPipeline:
             return pixels
 
         # It is given what the VAE gives, in [-1, 1].
-        dtype = families.denoiser_of(self.pipeline).dtype
+        dtype = families.get_denoiser(self.pipeline).dtype
         _, is_unsafe = self.pipeline.run_safety_checker(pixels * 2 - 1, pixels.device, dtype)
         is_safe = torch.tensor(is_unsafe, device=pixels.device).logical_not()
         return pixels.where(is_safe[:, None, None, None], 0)
@@ -410,13 +414,13 @@ class SubjectPipeline:
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
         """Text conditioning for all images of a call, as in training."""
         family = self.family_for(params.adapters, dict(params.text_options))
-        (said,) = family.texts(self.pipeline, [params.prompt])
-        against = family.negative(self.pipeline, params.negative_prompt)
-        return family.with_negative(family.arguments([said]), family.arguments([against]))
+        (said,) = family.encode_prompts(self.pipeline, [params.prompt])
+        against = family.encode_negative(self.pipeline, params.negative_prompt)
+        return family.add_negative(family.collate([said]), family.collate([against]))
 
-    def _scheduler(self, name: str | None) -> diffusers.SchedulerMixin:
+    def _build_scheduler(self, name: str | None) -> diffusers.SchedulerMixin:
         """A scheduler of that name, or the base's own, at the noise levels of the base's own."""
-        own = self._own_scheduler
+        own = self._base_scheduler
         kind = getattr(diffusers, SCHEDULERS[name].class_name) if name else type(own)
         return kind.from_config(own.config, **SCHEDULERS[name].options if name else {})
 
@@ -425,23 +429,23 @@ class SubjectPipeline:
         """The map of the previews, fitted with the first picture."""
         return LatentColours(self.pipeline.vae, self.pipeline._execution_device)
 
-    def _touch(self, name: str) -> None:
-        """Mark as just used, so that `_make_room` drops others first."""
+    def _track_use(self, name: str) -> None:
+        """Mark as just used, so that `_drop_least_recent` drops others first."""
         self.adapters[name] = self.adapters.pop(name)
 
-    def _make_room(self) -> None:
+    def _drop_least_recent(self) -> None:
         """Drop adapters, from the least recently used one on."""
         while len({adapter.sha256 for adapter in self.adapters.values()}) > self.resident_adapters:
-            self._forget(next(iter(self.adapters)))
+            self._remove_adapter(next(iter(self.adapters)))
 
-    def _forget(self, name: str, unless: str = "") -> None:
+    def _remove_adapter(self, name: str, unless: str = "") -> None:
         """Remove an adapter, and its weights from the model unless another one has them or their
         key is `unless`."""
         gone = self.adapters.pop(name, None)
-        if gone and gone.key != unless and gone.key not in self._keys():
+        if gone and gone.key != unless and gone.key not in self._list_keys():
             self.pipeline.delete_adapters(gone.key)
             self._active = None
 
-    def _keys(self) -> set[str]:
+    def _list_keys(self) -> set[str]:
         """Keys of the adapters in the model; files of equal content share one."""
         return {adapter.key for adapter in self.adapters.values()}

@@ -20,9 +20,9 @@ from dreambooth_moslora.errors import StopRequestedError
 from dreambooth_moslora.generation.image_params import GenerationParams, Step
 
 # The longer side of a preview on the page
-PREVIEW_PX = 384
+MAX_PREVIEW_PX = 384
 # Side of the latents that the map is fitted on; 1024 pixels determine its 15 numbers
-FIT_SIDE = 32
+FIT_SIDE_LATENTS = 32
 
 
 class LatentColours:
@@ -31,25 +31,25 @@ class LatentColours:
 
     @torch.no_grad()
     def __init__(self, vae: AutoencoderKL, device: torch.device | str = "cpu") -> None:
-        latents = smooth_latents(vae.config.latent_channels)
+        latents = sample_smooth_latents(vae.config.latent_channels)
 
         # As the pipeline decodes: SDXL's own VAE overflows in fp16.
         dtype = vae.dtype
         try:
             vae.to(torch.float32)
-            pixels = vae.decode(decode.unscaled(vae, latents).to(device)).sample
+            pixels = vae.decode(decode.unscale_latents(vae, latents).to(device)).sample
         finally:
             vae.to(dtype)
 
         # One row for each latent pixel: its channels and a 1, and the colour that the VAE gave it
-        colours = torch.nn.functional.adaptive_avg_pool2d(pixels.float().cpu(), FIT_SIDE)
+        colours = torch.nn.functional.adaptive_avg_pool2d(pixels.float().cpu(), FIT_SIDE_LATENTS)
         rows = colours[0].nan_to_num().flatten(1).T
-        self.weight = torch.linalg.lstsq(_with_ones(latents), rows).solution
+        self.weight = torch.linalg.lstsq(_add_ones_column(latents), rows).solution
 
     def __call__(self, latents: torch.Tensor, size_px: tuple[int, int]) -> Image.Image:
         """The first of `latents` (B, C, h, w) as a picture of `size_px` (height, width)."""
         height, width = latents.shape[-2:]
-        rows = _with_ones(latents[:1].float().cpu()) @ self.weight
+        rows = _add_ones_column(latents[:1].float().cpu()) @ self.weight
         array = ((rows.reshape(height, width, 3) / 2 + 0.5).clamp(0, 1) * 255).byte().numpy()
         return Image.fromarray(array).resize(size_px[::-1], Image.Resampling.BICUBIC)
 
@@ -74,7 +74,7 @@ class PreviewTracker:
         if type(scheduler).__name__ in ("EulerDiscreteScheduler", "EDMEulerScheduler"):
             self.sigmas = scheduler.sigmas.float().cpu()
 
-    def clean_latents(self, step: int, latents: torch.Tensor) -> torch.Tensor:
+    def estimate_clean_latents(self, step: int, latents: torch.Tensor) -> torch.Tensor:
         """`latents` after step `step` (0-based) -> estimate of x0, same shape."""
         if self.predicted is not None:
             return self.predicted[-1].float()
@@ -95,16 +95,16 @@ class PreviewTracker:
         return x - sigma_next * (x - before) / (sigma_next - sigma)
 
 
-def smooth_latents(channels: int, seed: int = 0) -> torch.Tensor:
+def sample_smooth_latents(channels: int, seed: int = 0) -> torch.Tensor:
     """(1, channels, 32, 32) of unit variance whose neighbours are similar, as in a real picture's
     latents."""
     generator = torch.Generator().manual_seed(seed)
-    side = FIT_SIDE // 4
+    side = FIT_SIDE_LATENTS // 4
     coarse = torch.randn(1, channels, side, side, generator=generator)
     return torch.nn.functional.interpolate(coarse, scale_factor=4.0, mode="nearest")
 
 
-def _with_ones(latents: torch.Tensor) -> torch.Tensor:
+def _add_ones_column(latents: torch.Tensor) -> torch.Tensor:
     """(1, C, h, w) -> (h·w, C + 1)."""
     rows = latents[0].flatten(1).T
     return torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
@@ -122,39 +122,39 @@ class Preview:
     @cached_property
     def pixels(self) -> Image.Image:
         """The picture, in the image's shape, its longer side at most 384 px."""
-        shrink = min(1.0, PREVIEW_PX / max(self.size_px))
+        shrink = min(1.0, MAX_PREVIEW_PX / max(self.size_px))
         height, width = (max(1, round(side * shrink)) for side in self.size_px)
         return self.colours(self.latents, (height, width))
 
 
-class Clock:
+class StepClock:
     """Estimates the remaining time from the steps of this call."""
 
     def __init__(self, num_images: int) -> None:
         self.num_images = num_images
         self.started: float | None = None
-        self.done = 0
+        self.steps_done = 0
 
     def tick(self, steps: int) -> float:
         """Count one of an image's `steps`; returns the remaining seconds, NaN after the first step,
         which includes the warm-up."""
         now = time.perf_counter()
-        self.done += 1
+        self.steps_done += 1
         if self.started is None:
             self.started = now
             return float("nan")
-        sec_per_step = (now - self.started) / (self.done - 1)
-        return sec_per_step * (steps * self.num_images - self.done)
+        sec_per_step = (now - self.started) / (self.steps_done - 1)
+        return sec_per_step * (steps * self.num_images - self.steps_done)
 
 
 @dataclass
-class Watcher:
+class StepCallback:
     """diffusers' `callback_on_step_end`: reports progress, offers a preview, and stops the loop on
     request."""
 
     index: int
     params: GenerationParams
-    clock: Clock
+    clock: StepClock
     colours: LatentColours | None  # None: no previews, as the latents are packed
     emit: Callable[[Step | Preview], None]
     stop: Callable[[], bool]
@@ -182,7 +182,7 @@ class Watcher:
         self.tracker = self.tracker or PreviewTracker(pipeline.scheduler)
         preview = Preview(
             index=self.index,
-            latents=self.tracker.clean_latents(step, tensors["latents"]),
+            latents=self.tracker.estimate_clean_latents(step, tensors["latents"]),
             size_px=(self.params.height_px, self.params.width_px),
             colours=self.colours,
         )

@@ -21,8 +21,8 @@ from PIL import Image
 
 from dreambooth_moslora.base import decode, devices, families, load
 from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory
-from dreambooth_moslora.precision import LIKE_FP32
-from dreambooth_moslora.settings.family_facts import facts_of
+from dreambooth_moslora.precision import FP16_OVERFLOW_ADVICE
+from dreambooth_moslora.settings.family_facts import get_facts
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,9 @@ class Sampler:
     """Draws pictures by a pipeline with its adapters, as they are at the moment."""
 
     pipeline: DiffusionPipeline
-    embed: Callable[[list[str]], list[families.Text]]  # the texts of prompts, cached or computed
+    embed: Callable[
+        [list[str]], list[families.TextEmbedding]
+    ]  # the texts of prompts, cached or computed
     resolution_px: int
     device: torch.device
     inference_steps: int = DEFAULT_INFERENCE_STEPS
@@ -62,7 +64,7 @@ class Sampler:
         if not requests:
             return
         pipeline = self.pipeline
-        facts = facts_of(type(pipeline).__name__)
+        facts = get_facts(type(pipeline).__name__)
         parts = [getattr(pipeline, name) for name in (facts.denoiser, *facts.encoders)]
         parts = [part for part in parts if part is not None]
 
@@ -84,12 +86,12 @@ class Sampler:
     @torch.no_grad()
     def _draw(self, requests: Sequence[SampleRequest]) -> list[Image.Image]:
         """One batch of pictures. Raises StopRequestedError."""
-        family = families.family_of(self.pipeline)
+        family = families.build_family(self.pipeline)
         prompts = [request.prompt for request in requests]
         empty = self._words([""] * len(requests))
-        words = family.with_negative(self._words(prompts), empty)
+        words = family.add_negative(self._words(prompts), empty)
         if self.references:
-            words = family.beside_references(words, prompts, self.references, self.resolution_px)
+            words = family.add_references(words, prompts, self.references, self.resolution_px)
         pixels = draw_pixels(
             self.pipeline,
             words,
@@ -99,15 +101,16 @@ class Sampler:
             num_inference_steps=self.inference_steps,
             callback_on_step_end=stopper(self.should_stop, self.on_step),
         )
-        return decode.pictures_of(decode.finite_or_black(pixels))
+        return decode.to_images(decode.warn_nonfinite_pixels(pixels))
 
     def _words(self, prompts: list[str]) -> dict[str, Any]:
         """The prompts' texts as arguments of the pipeline, where and as the denoiser computes."""
-        dtype = families.denoiser_of(self.pipeline).dtype
+        dtype = families.get_denoiser(self.pipeline).dtype
         texts = [
-            families.in_dtype(text, device=self.device, dtype=dtype) for text in self.embed(prompts)
+            families.cast_embedding(text, device=self.device, dtype=dtype)
+            for text in self.embed(prompts)
         ]
-        return families.family_of(self.pipeline).arguments(texts)
+        return families.build_family(self.pipeline).collate(texts)
 
 
 def in_batches(
@@ -155,29 +158,29 @@ def draw_pixels(
     guidance: None is the base's own
     options: further arguments of the call
     """
-    facts = facts_of(type(pipeline).__name__)
+    facts = get_facts(type(pipeline).__name__)
     options["height"], options["width"] = size_px
     if guidance is None:
-        guidance = load.default_guidance(pipeline)
+        guidance = load.get_default_guidance(pipeline)
     options[facts.guidance_name] = guidance
-    conditioning = families.guided(facts, conditioning, guidance)
+    conditioning = families.drop_unused_negative(facts, conditioning, guidance)
 
     # On the CPU: a seed means the same noise on every device and in any batch.
     options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     # A flow's pipeline unpacks its latents and decodes them itself. A fourth channel is opacity.
     if facts.style == "flow":
-        with decode.tiled_where_short(
+        with decode.enable_tiling(
             pipeline.vae,
             size_px=size_px,
-            device=devices.device_of(pipeline.vae),
-            bytes_a_pixel=facts.decoder_bytes_a_pixel,
+            device=devices.get_device(pipeline.vae),
+            bytes_per_pixel=facts.decoder_bytes_per_pixel,
         ):
             return pipeline(**conditioning, **options, output_type="pt").images[:, :3].float()
 
     # Latents of UNets are decoded here, in fp32 where fp16 overflows. Models that take turns on a
     # GPU then leave it.
-    options["guidance_rescale"] = load.guidance_rescale(pipeline)
+    options["guidance_rescale"] = load.get_guidance_rescale(pipeline)
     latents = pipeline(**conditioning, **options, output_type="latent").images
     pixels = decode.decode_pixels(pipeline.vae, latents)
     pipeline.maybe_free_model_hooks()
@@ -223,16 +226,18 @@ def generate_images(
 
     # A flow's pipeline given a prompt alone may draw without guidance, and no pipeline knows all
     # options.
-    if facts_of(type(pipeline).__name__).style == "flow" or text_options:
-        family = families.family_of(pipeline, options=text_options)
-        (text,) = family.texts(pipeline, [prompt])
-        negative = family.negative(pipeline, "")
-        words = family.with_negative(
-            family.arguments([text] * len(seeds)),
-            family.arguments([negative] * len(seeds)),
+    if get_facts(type(pipeline).__name__).style == "flow" or text_options:
+        family = families.build_family(pipeline, options=text_options)
+        (text,) = family.encode_prompts(pipeline, [prompt])
+        negative = family.encode_negative(pipeline, "")
+        words = family.add_negative(
+            family.collate([text] * len(seeds)),
+            family.collate([negative] * len(seeds)),
         )
 
     pixels = draw_pixels(pipeline, words, seeds, size_px, callback_on_step_end=stopper(should_stop))
     if not pixels.isfinite().all():
-        raise UserError(f"the base draws pictures that are not finite (NaN): give {LIKE_FP32}.")
-    return decode.pictures_of(pixels)
+        raise UserError(
+            f"the base draws pictures that are not finite (NaN): give {FP16_OVERFLOW_ADVICE}."
+        )
+    return decode.to_images(pixels)

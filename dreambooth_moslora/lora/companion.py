@@ -17,19 +17,19 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import reader
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.method.mixer import LowRank
-from dreambooth_moslora.settings.family_facts import facts_of
+from dreambooth_moslora.settings.family_facts import get_facts
 
 Layers = dict[str, LowRank]
 """Module path of the denoiser -> the companion's matrices there, with its scale in `up`."""
 
 
-def read(path: str | Path, pipeline: DiffusionPipeline) -> Layers:
+def read_companion(path: str | Path, pipeline: DiffusionPipeline) -> Layers:
     """The companion in a LoRA file. Raises UserError for another base's, and for more than a plain
     LoRA of the denoiser."""
-    weights = reader.read_for("--companion", path, pipeline)
+    weights = reader.read_fitting("--companion", path, pipeline)
 
     # Of the denoiser alone, as nothing is trained or drawn with other parts changed.
-    facts = facts_of(type(pipeline).__name__)
+    facts = get_facts(type(pipeline).__name__)
     found = {}
     for component, (layers, scales) in weights.parts.items():
         for name, layer in layers.items():
@@ -39,14 +39,14 @@ def read(path: str | Path, pipeline: DiffusionPipeline) -> Layers:
                     f"--companion {weights.file_name}: give a plain LoRA of {facts.denoiser_name} "
                     f"alone, without DoRA and biases; it has {component}.{name:.100}."
                 )
-            found[name] = LowRank(layer.down, scales.of(name, layer.rank) * layer.up.float())
+            found[name] = LowRank(layer.down, scales.get_scale(name, layer.rank) * layer.up.float())
     return found
 
 
 @torch.no_grad()
-def add(companion: Layers, denoiser: nn.Module) -> None:
+def add_companion(companion: Layers, denoiser: nn.Module) -> None:
     """Add it to the weights of a dense denoiser, in place. The sums are rounded once."""
-    layers = moslora.matrix_layers(denoiser)
+    layers = moslora.get_matrix_layers(denoiser)
     for path, matrices in companion.items():
         weight = layers[path].weight
         weight.copy_(weight.float() + matrices.delta.to(weight.device))

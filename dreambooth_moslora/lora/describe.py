@@ -5,17 +5,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dreambooth_moslora.disk.paths import user_path
-from dreambooth_moslora.errors import UserError, escape, one_line
+from dreambooth_moslora.disk.paths import expand_user_path
+from dreambooth_moslora.errors import UserError, format_error, format_escape
 from dreambooth_moslora.lora import key_names, lora_settings, raw_file
-from dreambooth_moslora.lora.key_names import PAIRED
-from dreambooth_moslora.lora.metadata import HEADER, AdapterMetadata, metadata_in
+from dreambooth_moslora.lora.key_names import PAIRED_TOOLS
+from dreambooth_moslora.lora.metadata import METADATA_KEY, AdapterMetadata, parse_metadata
 
 
 def describe(path: str | Path) -> dict[str, object]:
     """What a LoRA file is and contains, JSON-able. Raises UserError for a broken file, and for one
     without a LoRA."""
-    path = user_path(path)
+    path = expand_user_path(path)
     tensors, header = raw_file.read_tensors(path)
     facts = {"file": path.name, "size_mib": round(path.stat().st_size / 2**20, 3)}
     facts["dtypes"] = sorted(
@@ -30,8 +30,8 @@ def describe(path: str | Path) -> dict[str, object]:
         raise
     # torch lacks the operation for this dtype, or an alpha is no number
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path.name} is broken: {one_line(error)}") from error
-    return facts | said_by_header(header)
+        raise UserError(f"{path.name} is broken: {format_error(error)}") from error
+    return facts | describe_header(header)
 
 
 def describe_raw(path: Path) -> dict[str, object]:
@@ -40,7 +40,7 @@ def describe_raw(path: Path) -> dict[str, object]:
     kind = "raw MoSLoRA weights (for resuming; export it to use it elsewhere)"
     settings = ("rank", "alpha", "use_rslora", "use_dora", "mixer")
     facts = {name: getattr(metadata, name) for name in settings}
-    return {"kind": kind, **facts, **said_by_metadata(metadata)}
+    return {"kind": kind, **facts, **describe_metadata(metadata)}
 
 
 def describe_layers(
@@ -48,13 +48,13 @@ def describe_layers(
 ) -> dict[str, object]:
     """The layers of a LoRA file; of other kinds of adapters only the kind. Raises UserError."""
     # The layers with a down matrix are those of a plain LoRA; of the others the tool is told.
-    keys = [key for key in map(key_names.parse, tensors) if key]
-    modules, _ = key_names.grouped(tensors)
+    keys = [key for key in map(key_names.parse_key, tensors) if key]
+    modules, _ = key_names.parse_keys(tensors)
     pairs = {}
     for module, parts in modules.items():
         if "down" in parts and "mixer" not in parts:
             pairs[module] = parts
-    kinds = sorted({key.tool for key in keys} - PAIRED)
+    kinds = sorted({key.tool for key in keys} - PAIRED_TOOLS)
     if not pairs and not kinds:
         raise UserError(
             f"{path.name} holds no known LoRA; "
@@ -65,16 +65,20 @@ def describe_layers(
     sizes = [tensor for key, tensor in tensors.items() if key.endswith(".dora_scale")]
     use_dora = bool(sizes) or any("lora_magnitude_vector" in key for key in tensors)
     if use_dora:
-        is_read = all(map(key_names.is_by_rows, sizes))
+        is_read = all(map(key_names.is_row_magnitude, sizes))
         kinds.append("DoRA" if is_read else "DoRA by columns, which is not read here")
     kinds += sorted({key.tool for key in keys if key.part == "down" and key.module in pairs})
-    kind = ("published by dreambooth_moslora, " if HEADER in header else "") + ", ".join(kinds)
+    kind = ("published by dreambooth_moslora, " if METADATA_KEY in header else "") + ", ".join(
+        kinds
+    )
     if not pairs:
         return {"kind": kind, "use_dora": use_dora}
 
     # How many layers there are, and of which ranks and alphas.
-    settings = lora_settings.beside(path, tensors) or lora_settings.in_header(header, path.name)
-    alphas = alphas_in(settings) | {float(p["alpha"]) for p in pairs.values() if "alpha" in p}
+    settings = lora_settings.read_sidecar_settings(
+        path, tensors
+    ) or lora_settings.read_header_settings(header, path.name)
+    alphas = list_alphas(settings) | {float(p["alpha"]) for p in pairs.values() if "alpha" in p}
     ranks = Counter(len(parts["down"]) for parts in pairs.values())
     return {
         "kind": kind,
@@ -86,7 +90,7 @@ def describe_layers(
     }
 
 
-def alphas_in(settings: dict[str, object]) -> set[float]:
+def list_alphas(settings: dict[str, object]) -> set[float]:
     """The alphas in PEFT's settings, of any component."""
     found = set()
     for name, value in settings.items():
@@ -97,11 +101,11 @@ def alphas_in(settings: dict[str, object]) -> set[float]:
     return found
 
 
-def said_by_header(header: dict[str, str]) -> dict[str, object]:
+def describe_header(header: dict[str, str]) -> dict[str, object]:
     """What the header says about the adapter, in keys of this program, ModelSpec or kohya."""
-    if metadata := metadata_in(header):
-        return {"mixer": f"{metadata.mixer}, folded"} | said_by_metadata(metadata)
-    if HEADER in header:
+    if metadata := parse_metadata(header):
+        return {"mixer": f"{metadata.mixer}, folded"} | describe_metadata(metadata)
+    if METADATA_KEY in header:
         return {"base": "unknown: the moslora header is broken"}
     facts = {
         "title": header.get("modelspec.title") or header.get("ss_output_name"),
@@ -112,7 +116,7 @@ def said_by_header(header: dict[str, str]) -> dict[str, object]:
     return {key: value for key, value in facts.items() if value}
 
 
-def said_by_metadata(metadata: AdapterMetadata) -> dict[str, object]:
+def describe_metadata(metadata: AdapterMetadata) -> dict[str, object]:
     said = {
         "base": metadata.base_id,
         "trigger_words": ", ".join(metadata.trigger_words),
@@ -123,7 +127,7 @@ def said_by_metadata(metadata: AdapterMetadata) -> dict[str, object]:
     return {key: value for key, value in said.items() if value}
 
 
-SPELLINGS = {
+LABELS = {
     "size_mib": "Size (MiB)",
     "use_dora": "DoRA",
     "use_rslora": "rsLoRA",
@@ -131,27 +135,28 @@ SPELLINGS = {
 }
 
 
-def label(key: str) -> str:
+def format_label(key: str) -> str:
     """How `info` and the page call a fact of `describe`."""
-    return SPELLINGS.get(key) or key.replace("_", " ").capitalize()
+    return LABELS.get(key) or key.replace("_", " ").capitalize()
 
 
-def lines(facts: dict[str, object]) -> list[str]:
+def format_lines(facts: dict[str, object]) -> list[str]:
     return [
-        f"{label(key) + ':':<24} {printable(as_text(key, value))}" for key, value in facts.items()
+        f"{format_label(key) + ':':<24} {escape_nonprintable(format_value(key, value))}"
+        for key, value in facts.items()
     ]
 
 
-def printable(text: str) -> str:
+def escape_nonprintable(text: str) -> str:
     """Return the text with what is no printable character escaped, as `\\x1b`: a file's header may
     hold some that affect the terminal, or turn a line's direction."""
-    return "".join(c if c.isprintable() else escape(ord(c)) for c in text)
+    return "".join(c if c.isprintable() else format_escape(ord(c)) for c in text)
 
 
-def as_text(key: str, value: object) -> str:
+def format_value(key: str, value: object) -> str:
     """A fact of `describe` in one line, for `info` and the page."""
     if key == "ranks":
-        return ranks_in_words(value)
+        return format_ranks(value)
     if isinstance(value, dict):
         return ", ".join(f"{name} {number}" for name, number in value.items())
     if isinstance(value, bool):
@@ -161,7 +166,7 @@ def as_text(key: str, value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def ranks_in_words(counts: dict[str, int]) -> str:
+def format_ranks(counts: dict[str, int]) -> str:
     """ "rank 16 in 146 layers", or of more than three ranks "ranks 1 to 12 in 146 layers"."""
     if len(counts) > 3:
         lowest, *_, highest = counts

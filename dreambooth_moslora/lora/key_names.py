@@ -28,10 +28,10 @@ from typing import NamedTuple
 
 import torch
 
-from dreambooth_moslora.lora.metadata import AdapterMetadata, most_common
+from dreambooth_moslora.lora.metadata import AdapterMetadata, get_most_common
 from dreambooth_moslora.lora.raw_file import COMPONENTS
 from dreambooth_moslora.method.mixer import Folded, Tensors
-from dreambooth_moslora.settings.family_facts import DENOISERS, facts_of_model
+from dreambooth_moslora.settings.family_facts import DENOISERS, get_denoiser_facts
 
 
 class Prefix(NamedTuple):
@@ -62,7 +62,7 @@ WRITTEN_PREFIXES = {
     "text_encoder": "lora_te1_",
     "text_encoder_2": "lora_te2_",
 }
-WRITTEN_ALONE = "lora_te_"
+WRITTEN_SINGLE_PREFIX = "lora_te_"
 """For a text encoder that is the only one."""
 
 
@@ -78,7 +78,7 @@ class Ending(NamedTuple):
 PEFT_KEYS, KOHYA_KEYS, OLD_KEYS = "PEFT keys", "kohya keys", "old diffusers keys"
 DIFFUSERS_KEYS, ENCODER_KEYS = "diffusers keys", "diffusers text encoder keys"
 LOHA, LOKR = "LyCORIS LoHa", "LyCORIS LoKr"
-UNFOLDED = "MoSLoRA in PEFT's form, unfolded"
+UNFOLDED_KEYS = "MoSLoRA in PEFT's form, unfolded"
 ENDINGS = (
     *(Ending(f".{part}", part, LOHA) for part in ("hada_w1_a", "hada_w1_b", "hada_t1")),
     *(Ending(f".{part}", part, LOHA) for part in ("hada_w2_a", "hada_w2_b", "hada_t2")),
@@ -86,7 +86,7 @@ ENDINGS = (
     *(Ending(f".{part}", part, LOKR) for part in ("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")),
     Ending(".lora_mid.weight", "mid", "LyCORIS LoCon"),
     Ending(".lora_AB.weight", "between", "MoSLoRA reference code"),
-    Ending(".lora_B.mixer", "mixer", UNFOLDED),
+    Ending(".lora_B.mixer", "mixer", UNFOLDED_KEYS),
     Ending(".lora_A.weight", "down", PEFT_KEYS),
     Ending(".lora_B.weight", "up", PEFT_KEYS),
     Ending(".lora_B.bias", "bias", PEFT_KEYS),
@@ -106,16 +106,16 @@ ENDINGS = (
     Ending(".lora_linear_layer.up.weight", "up", ENCODER_KEYS),
     Ending(".lora_linear_layer.up.bias", "bias", ENCODER_KEYS),
 )
-BY_TEXT = {row.text: row for row in ENDINGS}
+ENDINGS_BY_TEXT = {row.text: row for row in ENDINGS}
 WRITTEN_ENDINGS = {(row.tool, row.part): row.text for row in ENDINGS if row.is_written}
-ENDED = re.compile(f"(.+?)({'|'.join(re.escape(text) for text in BY_TEXT)})")
-PAIRED = {row.tool for row in ENDINGS if row.part == "down"}
+KEY_PATTERN = re.compile(f"(.+?)({'|'.join(re.escape(text) for text in ENDINGS_BY_TEXT)})")
+PAIRED_TOOLS = {row.tool for row in ENDINGS if row.part == "down"}
 """Tools whose files hold an up and a down matrix a layer; of the others `info` tells the kind."""
 LYCORIS_PARTS = {row.part for row in ENDINGS if row.tool in (LOHA, LOKR)}
-READ_PARTS = {row.part for row in ENDINGS if row.tool in PAIRED} | LYCORIS_PARTS
+READ_PARTS = {row.part for row in ENDINGS if row.tool in PAIRED_TOOLS} | LYCORIS_PARTS
 
 
-class Module(NamedTuple):
+class FileModule(NamedTuple):
     """A layer as a file names it."""
 
     prefix: Prefix
@@ -131,46 +131,46 @@ class Module(NamedTuple):
         return "" if self.prefix.components == COMPONENTS else self.prefix.components[0]
 
 
-class Key(NamedTuple):
-    module: Module
+class ParsedKey(NamedTuple):
+    module: FileModule
     part: str
     tool: str
 
 
-Modules = dict[Module, Tensors]  # and the parts of each
+Modules = dict[FileModule, Tensors]  # and the parts of each
 
 
-def parse(key: str) -> Key | None:
+def parse_key(key: str) -> ParsedKey | None:
     """Whose layer and which part of it the key names; None for a key of no known spelling."""
-    match = ENDED.fullmatch(key.replace(".processor.", "."))
+    match = KEY_PATTERN.fullmatch(key.replace(".processor.", "."))
     if match is None:
         return None
-    ending = BY_TEXT[match[2]]
+    ending = ENDINGS_BY_TEXT[match[2]]
     prefix = next(row for row in PREFIXES if match[1].startswith(row.text))
     path = match[1].removeprefix(prefix.text)
     if ending.tool == OLD_KEYS:  # `attn1.to_out_lora`, `self_attn.to_q_lora`
         block, _, projection = path.rpartition(".")
-        names = OLD_TEXT_NAMES if block.endswith("self_attn") else OLD_NAMES
+        names = OLD_ENCODER_NAMES if block.endswith("self_attn") else OLD_NAMES
         path = f"{block}.{names.get(projection, projection)}"
-    return Key(Module(prefix, path), ending.part, ending.tool)
+    return ParsedKey(FileModule(prefix, path), ending.part, ending.tool)
 
 
 OLD_NAMES = {"to_out": "to_out.0"}
-OLD_TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+OLD_ENCODER_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
-def grouped(tensors: Tensors) -> tuple[Modules, list[str]]:
+def parse_keys(tensors: Tensors) -> tuple[Modules, list[str]]:
     """A file's tensors by module and part, and the keys of no known spelling."""
     modules, unknown = {}, []
     for text, tensor in tensors.items():
-        if key := parse(text):
+        if key := parse_key(text):
             modules.setdefault(key.module, {})[key.part] = tensor
         else:
             unknown.append(text)
     return modules, unknown
 
 
-WORDS = (  # of original layouts, each one segment of a path
+LAYOUT_SEGMENTS = (  # of original layouts, each one segment of a path
     *("joint_blocks", "x_block", "context_block"),  # SD 3
     *("double_blocks", "single_blocks", "img_attn", "txt_attn", "img_mlp", "txt_mlp"),  # FLUX
     *("img_mod", "txt_mod", "img_in", "txt_in", "time_in", "vector_in", "guidance_in"),
@@ -181,52 +181,52 @@ WORDS = (  # of original layouts, each one segment of a path
     *("adaLN_modulation", "final_layer", "x_embedder", "t_embedder", "y_embedder"),
     "context_embedder",
 )
-SEPARATED = re.compile(rf"(?<![^_])({'|'.join(WORDS)})(?![^_])|_")
+SEGMENT_SEPARATOR = re.compile(rf"(?<![^_])({'|'.join(LAYOUT_SEGMENTS)})(?![^_])|_")
 
 
-def dotted(module: Module) -> str:
+def to_dotted_path(module: FileModule) -> str:
     """The path, `joint_blocks_0_x_block_attn_qkv` as `joint_blocks.0.x_block.attn.qkv`."""
     if not module.prefix.text.endswith("_"):
         return module.path
-    return SEPARATED.sub(lambda match: match[1] or ".", module.path)
+    return SEGMENT_SEPARATOR.sub(lambda match: match[1] or ".", module.path)
 
 
-def spell(tool: str, name: str, part: str) -> str:
+def format_key(tool: str, name: str, part: str) -> str:
     """The key of a part of the layer that a file calls `name`, as the tool writes it."""
     return name + WRITTEN_ENDINGS[tool, part]
 
 
-def published_path(component: str, path: str) -> str:
+def get_published_path(component: str, path: str) -> str:
     """The path that other programs know: they keep CLIPTextModel's `text_model.`, which
     transformers 5 dropped."""
     is_bare = component not in DENOISERS and not path.startswith(("text_model.", "text_projection"))
     return f"text_model.{path}" if is_bare else path
 
 
-def kohya_name(component: str, path: str, components: Collection[str] = COMPONENTS) -> str:
+def format_kohya_name(component: str, path: str, components: Collection[str] = COMPONENTS) -> str:
     """`unet`, `mid_block.attentions.0` -> `lora_unet_mid_block_attentions_0`, in a file with these
     components."""
     is_alone = component == "text_encoder" and "text_encoder_2" not in components
-    prefix = WRITTEN_ALONE if is_alone else WRITTEN_PREFIXES[component]
+    prefix = WRITTEN_SINGLE_PREFIX if is_alone else WRITTEN_PREFIXES[component]
     return prefix + path.replace(".", "_")
 
 
-WIDTHS = (2048, 768)  # of the text in SDXL and in Stable Diffusion 1.5
+TEXT_WIDTHS = (2048, 768)  # of the text in SDXL and in Stable Diffusion 1.5
 
 
-def is_by_rows(dora_scale: torch.Tensor) -> bool:
+def is_row_magnitude(dora_scale: torch.Tensor) -> bool:
     """Whether DoRA's magnitudes are of W's rows: (out, 1) or (out, 1, 1, 1). Some programs write
     (1, in)."""
     return dora_scale.ndim > 1 and dora_scale.shape[1:].numel() == 1
 
 
-def kohya_tensors(components: Folded, dtype: torch.dtype = torch.float32) -> Tensors:
+def build_kohya_tensors(components: Folded, dtype: torch.dtype = torch.float32) -> Tensors:
     """All tensors of the file, with the shapes above; the scale is already in `up`."""
-    alpha = common_rank(components)
+    alpha = get_common_rank(components)
     tensors = {}
     for component, layers in components.items():
         for path, layer in layers.items():
-            name = kohya_name(component, path, components)
+            name = format_kohya_name(component, path, components)
             parts = {
                 "down": layer.down.to(dtype),
                 "up": (layer.up * (layer.rank / alpha)).to(dtype),
@@ -234,15 +234,19 @@ def kohya_tensors(components: Folded, dtype: torch.dtype = torch.float32) -> Ten
             }
             if layer.magnitude is not None:
                 parts["dora_scale"] = layer.magnitude[:, None]
-            tensors |= {spell(KOHYA_KEYS, name, part): tensor for part, tensor in parts.items()}
+            tensors |= {
+                format_key(KOHYA_KEYS, name, part): tensor for part, tensor in parts.items()
+            }
     return tensors
 
 
-def common_rank(components: Folded) -> int:
-    return most_common(layer.rank for layers in components.values() for layer in layers.values())
+def get_common_rank(components: Folded) -> int:
+    return get_most_common(
+        layer.rank for layers in components.values() for layer in layers.values()
+    )
 
 
-def kohya_header(title: str, metadata: AdapterMetadata, components: Folded) -> dict[str, str]:
+def build_kohya_header(title: str, metadata: AdapterMetadata, components: Folded) -> dict[str, str]:
     """Title, trigger phrase, architecture and rank. Every value is a string, as safetensors
     requires."""
     ranks = {layer.rank for layers in components.values() for layer in layers.values()}
@@ -250,10 +254,10 @@ def kohya_header(title: str, metadata: AdapterMetadata, components: Folded) -> d
     rank = str(*ranks) if len(ranks) == 1 else "Dynamic"
     config = metadata.structures.get("unet", {}).get("config", {"addition_embed_type": "text_time"})
     facts, cross = (
-        facts_of_model("UNet2DConditionModel", config),
-        config.get("cross_attention_dim", WIDTHS[0]),
+        get_denoiser_facts("UNet2DConditionModel", config),
+        config.get("cross_attention_dim", TEXT_WIDTHS[0]),
     )
-    is_usual = cross in WIDTHS
+    is_usual = cross in TEXT_WIDTHS
     header = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{facts.modelspec}/lora"
@@ -266,7 +270,7 @@ def kohya_header(title: str, metadata: AdapterMetadata, components: Folded) -> d
         "ss_sd_model_name": metadata.base_id,
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
-        "ss_network_alpha": str(common_rank(components)),
+        "ss_network_alpha": str(get_common_rank(components)),
         "ss_v2": "False",
     }
     if is_usual:

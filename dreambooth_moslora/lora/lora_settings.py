@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.disk.contents import from_json, read_json
-from dreambooth_moslora.disk.run_folder import PEFT_CONFIG
+from dreambooth_moslora.disk.contents import parse_json, read_json
+from dreambooth_moslora.disk.run_folder import PEFT_CONFIG_NAME
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import key_names
-from dreambooth_moslora.method.mixer import nominal_scale
+from dreambooth_moslora.method.mixer import compute_scale
 from dreambooth_moslora.settings.family_facts import DENOISERS
 from dreambooth_moslora.values import is_number
 
-PEFT_SETTINGS = "lora_adapter_metadata"
+PEFT_SETTINGS_KEY = "lora_adapter_metadata"
 """Key of the settings in the header, as diffusers' scripts for transformers write it."""
-LARGEST_ALPHA = 1e6
+MAX_ALPHA = 1e6
 """No training has a larger one: it would be a broken file."""
-PEFT_ALPHA = 8
+PEFT_DEFAULT_ALPHA = 8
 """PEFT's default when a header has no alpha."""
-MODULE_NAME = re.compile(r"\^?\w[\w.-]*")
+MODULE_NAME_PATTERN = re.compile(r"\^?\w[\w.-]*")
 """An entry of a pattern that names modules. PEFT allows any regular expression there."""
 
 
@@ -32,14 +32,12 @@ class Scales:
     alphas: dict[str, float]  # module path -> alpha
     use_rslora: bool = False  # s is alpha/√r, not alpha/r
 
-    def of(self, path: str, rank: int) -> float:
+    def get_scale(self, path: str, rank: int) -> float:
         """s of the module with that path."""
-        return nominal_scale(self.alphas[path], rank, self.use_rslora)
+        return compute_scale(self.alphas[path], rank, self.use_rslora)
 
 
-def scales_of_settings(
-    component: str, paths: Iterable[str], settings: dict, file_name: str
-) -> Scales:
+def parse_scales(component: str, paths: Iterable[str], settings: dict, file_name: str) -> Scales:
     """The alphas of one component's modules. Raises UserError for settings that are broken.
 
     component: such as `unet`
@@ -49,31 +47,31 @@ def scales_of_settings(
     """
     paths = list(paths)
     pattern = settings.get("alpha_pattern") or {}
-    alphas = dict.fromkeys(paths, settings.get("lora_alpha", PEFT_ALPHA))
-    alphas |= matches(component, paths, pattern, file_name)
+    alphas = dict.fromkeys(paths, settings.get("lora_alpha", PEFT_DEFAULT_ALPHA))
+    alphas |= match_pattern(component, paths, pattern, file_name)
     return Scales(alphas, use_rslora=bool(settings.get("use_rslora")))
 
 
 def check_alphas(alphas: Mapping[str, object], file_name: str) -> None:
     """Raises UserError for an alpha that is no number, or too large."""
     for value in alphas.values():
-        if not is_number(value) or not abs(value) <= LARGEST_ALPHA:
-            raise broken(file_name, f"it has an alpha of {value!r:.40}")
+        if not is_number(value) or not abs(value) <= MAX_ALPHA:
+            raise make_broken_error(file_name, f"it has an alpha of {value!r:.40}")
 
 
-def in_header(header: Mapping[str, str], file_name: str) -> dict[str, object]:
+def read_header_settings(header: Mapping[str, str], file_name: str) -> dict[str, object]:
     """The header's settings, named `component.name`, or `name` of one model; {} without any. Raises
     UserError for broken ones."""
     try:
-        return from_json(header.get(PEFT_SETTINGS, "{}"), dict[str, Any] | None) or {}
+        return parse_json(header.get(PEFT_SETTINGS_KEY, "{}"), dict[str, Any] | None) or {}
     except UserError as error:
-        raise broken(file_name, f"its LoRA settings: {error}") from error
+        raise make_broken_error(file_name, f"its LoRA settings: {error}") from error
 
 
-def beside(file: Path, keys: Iterable[str]) -> dict[str, Any]:
+def read_sidecar_settings(file: Path, keys: Iterable[str]) -> dict[str, Any]:
     """The settings that PEFT keeps beside a LoRA with its own keys; {} for any other file. Raises
     UserError for broken ones, and for another kind of adapter."""
-    config = file.parent / PEFT_CONFIG
+    config = file.parent / PEFT_CONFIG_NAME
     is_pefts = any(key.startswith(key_names.PEFT_PREFIX) for key in keys) and config.is_file()
     if not is_pefts:
         return {}
@@ -84,7 +82,7 @@ def beside(file: Path, keys: Iterable[str]) -> dict[str, Any]:
     return settings
 
 
-def matches(
+def match_pattern(
     component: str, paths: Iterable[str], pattern: object, file_name: str
 ) -> dict[str, float]:
     """The values of a pattern of PEFT.
@@ -98,31 +96,31 @@ def matches(
     fits. Raises UserError for entries that name no module.
     """
     if not isinstance(pattern, dict):
-        raise broken(file_name, "its alpha_pattern is no object")
+        raise make_broken_error(file_name, "its alpha_pattern is no object")
     plain = {str(name).replace(r"\.", "."): value for name, value in pattern.items()}
     for name in plain:
-        if not MODULE_NAME.fullmatch(name):
-            raise broken(file_name, f"its alpha_pattern {name!r:.60} names no module")
+        if not MODULE_NAME_PATTERN.fullmatch(name):
+            raise make_broken_error(file_name, f"its alpha_pattern {name!r:.60} names no module")
 
     found = {}
     for path in paths:
         # Versions of transformers differ in the prefix `text_model.` of a text encoder.
         bare = path if component in DENOISERS else path.removeprefix("text_model.")
-        names = (bare, key_names.published_path(component, path))
-        fitting = (value for entry, value in plain.items() if fits(entry, names))
+        names = (bare, key_names.get_published_path(component, path))
+        fitting = (value for entry, value in plain.items() if is_name_match(entry, names))
         value = next(fitting, None)
         if value is not None:
             found[path] = value
     return found
 
 
-def fits(entry: str, names: Iterable[str]) -> bool:
+def is_name_match(entry: str, names: Iterable[str]) -> bool:
     """Whether the entry of a pattern is one of the names, or the end of one."""
     if entry.startswith("^"):
         return entry[1:] in names
     return any(f".{name}".endswith(f".{entry}") for name in names)
 
 
-def broken(file_name: str, what: str) -> UserError:
+def make_broken_error(file_name: str, problem: str) -> UserError:
     """The error for a file that no program writes so."""
-    return UserError(f"{file_name} is broken: {what}")
+    return UserError(f"{file_name} is broken: {problem}")

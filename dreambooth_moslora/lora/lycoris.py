@@ -16,10 +16,10 @@ from dreambooth_moslora.method.mixer import Tensors
 
 Factors = tuple[Tensor, Tensor]  # (out, r) and (r, n), for their product
 
-LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+LOHA_PARTS = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 
 
-def lora_of(parts: Tensors, size: tuple[int, ...]) -> Factors:
+def convert_to_lora(parts: Tensors, size: tuple[int, ...]) -> Factors:
     """up (out, r) with the scale, and down (r, n), in fp32, of the parts of a layer (out, in, …).
     Raises ValueError, KeyError or RuntimeError for parts that make no such layer."""
     outputs, inputs = size[0], prod(size[1:])
@@ -28,7 +28,7 @@ def lora_of(parts: Tensors, size: tuple[int, ...]) -> Factors:
         for name, tensor in parts.items()
         if name not in ("alpha", "dora_scale")
     }
-    fold = hadamard if matrices.keys() >= LOHA else kronecker
+    fold = hadamard if matrices.keys() >= LOHA_PARTS else kronecker
     up, down, rank = fold(matrices, outputs, inputs)
     if up.shape != (outputs, len(down)) or down.shape[1] != inputs:
         raise ValueError("another size")
@@ -43,12 +43,12 @@ def lora_of(parts: Tensors, size: tuple[int, ...]) -> Factors:
 def hadamard(parts: Tensors, outputs: int, inputs: int) -> tuple[Tensor, Tensor, int]:
     """LoHa's factors and its own rank. Raises ValueError."""
     rank = len(parts["hada_w1_b"])
-    up, down = factors(parts, "hada_w1", "hada_t1", outputs * inputs)
-    other_up, other_down = factors(parts, "hada_w2", "hada_t2", outputs * inputs)
+    up, down = get_factors(parts, "hada_w1", "hada_t1", outputs * inputs)
+    other_up, other_down = get_factors(parts, "hada_w2", "hada_t2", outputs * inputs)
     if {(len(up), down.shape[1]), (len(other_up), other_down.shape[1])} != {(outputs, inputs)}:
         raise ValueError("another size")
     if len(down) * len(other_down) >= min(outputs, inputs):
-        return *whole((up @ down) * (other_up @ other_down)), rank
+        return *split_matrix((up @ down) * (other_up @ other_down)), rank
     return (
         (up[:, :, None] * other_up[:, None]).flatten(1),
         (down[:, None] * other_down[None]).flatten(0, 1),
@@ -58,30 +58,30 @@ def hadamard(parts: Tensors, outputs: int, inputs: int) -> tuple[Tensor, Tensor,
 
 def kronecker(parts: Tensors, outputs: int, inputs: int) -> tuple[Tensor, Tensor, int | None]:
     """LoKr's factors and its own rank, None if it has two whole matrices. Raises ValueError."""
-    up, down = factors(parts, "lokr_w1", "lokr_t1", outputs * inputs)
-    other_up, other_down = factors(parts, "lokr_w2", "lokr_t2", outputs * inputs)
+    up, down = get_factors(parts, "lokr_w1", "lokr_t1", outputs * inputs)
+    other_up, other_down = get_factors(parts, "lokr_w2", "lokr_t2", outputs * inputs)
     if (len(up) * len(other_up), down.shape[1] * other_down.shape[1]) != (outputs, inputs):
         raise ValueError("another size")
     rank = next((len(parts[name]) for name in ("lokr_w1_b", "lokr_w2_b") if name in parts), None)
     if len(down) * len(other_down) >= min(outputs, inputs):
-        return *whole(torch.kron(up @ down, other_up @ other_down)), rank
+        return *split_matrix(torch.kron(up @ down, other_up @ other_down)), rank
     return torch.kron(up, other_up), torch.kron(down, other_down), rank
 
 
-def factors(parts: Tensors, name: str, core: str, most: int) -> Factors:
+def get_factors(parts: Tensors, name: str, core: str, max_numbers: int) -> Factors:
     """The product that one matrix of LoHa or LoKr is. Raises ValueError for a core that makes more
     than `most` numbers, which could be more than the memory holds."""
     if name in parts:
-        return whole(parts[name].flatten(1))
+        return split_matrix(parts[name].flatten(1))
     up, down = parts[f"{name}_a"], parts[f"{name}_b"]
     if core not in parts:
         return up, down
-    if up.shape[1] * down.shape[1] * parts[core].shape[2:].numel() > most:
+    if up.shape[1] * down.shape[1] * parts[core].shape[2:].numel() > max_numbers:
         raise ValueError("another size")
-    return whole(torch.einsum("ijhw,jn,io->onhw", parts[core], down, up).flatten(1))
+    return split_matrix(torch.einsum("ijhw,jn,io->onhw", parts[core], down, up).flatten(1))
 
 
-def whole(change: Tensor) -> Factors:
+def split_matrix(change: Tensor) -> Factors:
     """A matrix (out, n) as a product of the rank of its shorter side."""
     unit = torch.eye(min(change.shape), dtype=change.dtype)
     return (unit, change) if len(change) <= change.shape[1] else (change, unit)

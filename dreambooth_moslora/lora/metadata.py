@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.errors import UserError, first_problem
+from dreambooth_moslora.errors import UserError, format_validation_error
 from dreambooth_moslora.settings import config_files, rules, train_config
 from dreambooth_moslora.settings.family_facts import TEXT_OPTIONS
 
@@ -38,25 +38,25 @@ DORA_NOTE = (
     + "); pytorch_lora_weights.safetensors is exact in diffusers"
 )
 """What a run with DoRA says of a UNet's two files."""
-DORA_OF_TRANSFORMERS = (
+TRANSFORMER_DORA_NOTE = (
     "--use_dora: pytorch_lora_weights.safetensors is exact in diffusers; "
     "ComfyUI, where it reads the file, drops the magnitudes, which is another adapter"
 )
 """What it says of a transformer's one file."""
 
 
-def dora_note(*, has_kohya_file: bool) -> str:
+def get_dora_note(*, has_kohya_file: bool) -> str:
     """What a run with DoRA says of its files."""
-    return DORA_NOTE if has_kohya_file else DORA_OF_TRANSFORMERS
+    return DORA_NOTE if has_kohya_file else TRANSFORMER_DORA_NOTE
 
 
-def dora_table() -> str:
+def format_dora_table() -> str:
     """`DORA_READERS` in Markdown, for the model card."""
     rows = [f"| {programs} | {what} |" for programs, what in DORA_READERS.items()]
     return "\n".join(["| DoRA in the kohya file, read by | computes |", "|---|---|", *rows])
 
 
-HEADER = "moslora"
+METADATA_KEY = "moslora"
 """Key of the metadata in a safetensors header."""
 
 
@@ -64,11 +64,11 @@ Rank = Annotated[int, Field(gt=0)]
 """A rank, or another count that begins at 1."""
 
 
-STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+STRICT_CONFIG = ConfigDict(strict=True, allow_inf_nan=False)
 """No number is read from text, and none is infinite."""
 
 
-@dataclass(frozen=True, config=STRICT)
+@dataclass(frozen=True, config=STRICT_CONFIG)
 class AdapterMetadata:
     """What a file says about its adapter. Nothing in it is a path, or describes photos or the
     machine. Anyone may have written the file, so each value is checked.
@@ -96,7 +96,7 @@ class AdapterMetadata:
     class_word: str = ""
     resolution_px: Rank | None = None
     versions: dict[str, str] = field(default_factory=dict)
-    # `settings.config_files.recipe_of`.
+    # `settings.config_files.build_recipe`.
     recipe: dict[str, Any] = field(default_factory=dict)
     # Of several subjects.
     subject_prompts: tuple[str, ...] = ()
@@ -108,13 +108,13 @@ class AdapterMetadata:
     @property
     def header(self) -> dict[str, str]:
         """The metadata as strings of a safetensors header."""
-        return {HEADER: self.to_json()}
+        return {METADATA_KEY: self.to_json()}
 
     def to_json(self) -> str:
         """The metadata as a file holds it. Entries that later versions added are left out when
         they are empty: files keep their bytes."""
         facts = asdict(self)
-        for name in LATER:
+        for name in LATER_ENTRIES:
             if not facts[name]:
                 del facts[name]
         return json.dumps(facts, sort_keys=True)
@@ -125,25 +125,25 @@ class AdapterMetadata:
         try:
             return TypeAdapter(cls).validate_json(text)
         except ValidationError as error:
-            raise ValueError(first_problem(error)) from None
+            raise ValueError(format_validation_error(error)) from None
 
 
-LATER = ("recipe", "subject_prompts", "step", "processes")
+LATER_ENTRIES = ("recipe", "subject_prompts", "step", "processes")
 """Entries that the first files did not have."""
 
 
-def metadata_in(header: Mapping[str, str]) -> AdapterMetadata | None:
+def parse_metadata(header: Mapping[str, str]) -> AdapterMetadata | None:
     """The metadata in a file's header; None unless this program wrote it."""
     try:
-        return AdapterMetadata.from_json(header[HEADER])
+        return AdapterMetadata.from_json(header[METADATA_KEY])
     except (KeyError, ValueError):
         return None
 
 
-def text_options_in(header: Mapping[str, str]) -> dict[str, Any]:
+def parse_text_options(header: Mapping[str, str]) -> dict[str, Any]:
     """Settings of `TEXT_OPTIONS` -> the run's values, as far as the header of an adapter tells
     them."""
-    facts = metadata_in(header)
+    facts = parse_metadata(header)
     told = {}
     if facts is None:
         return told
@@ -151,29 +151,29 @@ def text_options_in(header: Mapping[str, str]) -> dict[str, Any]:
         # A value that is none is left out: anyone may have written the header.
         if name in facts.recipe:
             with suppress(UserError):
-                told[name] = train_config.checked_setting(name, facts.recipe[name])
+                told[name] = train_config.parse_setting(name, facts.recipe[name])
     return told
 
 
-def most_common(values: Iterable[float]) -> float:
+def get_most_common(values: Iterable[float]) -> float:
     """The value that occurs most often, the first if several do. A file states it once for all its
     modules."""
     return Counter(values).most_common(1)[0][0]
 
 
-def versions() -> dict[str, str]:
+def get_versions() -> dict[str, str]:
     """Name -> version of this package and the libraries that an adapter depends on."""
     found = {"dreambooth_moslora": __version__}
     for name in ("torch", "diffusers", "transformers", "peft"):
-        version = rules.version_of(name)
+        version = rules.find_package_version(name)
         if version:
             found[name] = version
     return found
 
 
-def with_recipe(config: train_config.TrainConfig, facts: AdapterMetadata) -> AdapterMetadata:
+def add_recipe(config: train_config.TrainConfig, metadata: AdapterMetadata) -> AdapterMetadata:
     """The `facts` with what a file tells of the run's settings."""
     # A single table of subjects trains the very file that flags train.
     if len(config.subjects) == 1:
         (config,) = config.each_subject
-    return replace(facts, recipe=config_files.recipe_of(config))
+    return replace(metadata, recipe=config_files.build_recipe(config))

@@ -27,12 +27,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from dreambooth_moslora.disk.atomic import atomic_write
-from dreambooth_moslora.disk.paths import public_name, user_path
-from dreambooth_moslora.errors import UserError, one_line
-from dreambooth_moslora.lora.metadata import HEADER, AdapterMetadata, most_common, versions
+from dreambooth_moslora.disk.atomic import write_atomic
+from dreambooth_moslora.disk.paths import expand_user_path, get_public_name
+from dreambooth_moslora.errors import UserError, format_error
+from dreambooth_moslora.lora.metadata import (
+    METADATA_KEY,
+    AdapterMetadata,
+    get_most_common,
+    get_versions,
+)
 from dreambooth_moslora.method import mixer
-from dreambooth_moslora.method.mixer import Components, MixedLowRank, Tensors, nominal_scale
+from dreambooth_moslora.method.mixer import Components, MixedLowRank, Tensors, compute_scale
 from dreambooth_moslora.settings import family_facts
 
 if TYPE_CHECKING:
@@ -49,13 +54,13 @@ def check_finite(tensors: Tensors, owner: str) -> None:
             )
 
 
-def write_file(path: Path, tensors: Tensors, header: dict[str, str]) -> None:
+def write_safetensors(path: Path, tensors: Tensors, header: dict[str, str]) -> None:
     """Write a safetensors file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, with_sorted_metadata(save(tensors, metadata=header)))
+    write_atomic(path, sort_metadata(save(tensors, metadata=header)))
 
 
-def with_sorted_metadata(content: bytes) -> bytes:
+def sort_metadata(content: bytes) -> bytes:
     """The safetensors file with sorted metadata: equal adapters then have equal hashes."""
     # A file is the header's length in 8 bytes, the header in JSON, and the tensors.
     length = int.from_bytes(content[:8], "little")
@@ -70,7 +75,7 @@ def with_sorted_metadata(content: bytes) -> bytes:
 
 def read_tensors(path: str | Path) -> tuple[Tensors, dict[str, str]]:
     """Tensors and header strings of a safetensors file. Raises UserError for any other file."""
-    path = user_path(path)
+    path = expand_user_path(path)
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     try:
@@ -79,12 +84,12 @@ def read_tensors(path: str | Path) -> tuple[Tensors, dict[str, str]]:
             return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
-            f"{path.name} is truncated or not a safetensors file: {one_line(error)}"
+            f"{path.name} is truncated or not a safetensors file: {format_error(error)}"
         ) from None
 
 
-def model_config(model: nn.Module) -> dict[str, object]:
-    """{"class", "config"}, JSON-able and without file names, for `empty_model`."""
+def get_model_config(model: nn.Module) -> dict[str, object]:
+    """{"class", "config"}, JSON-able and without file names, for `build_empty_model`."""
     # A config of transformers tells what differs from its defaults; one of diffusers is a dict.
     config = model.config
     values = config.to_diff_dict() if hasattr(config, "to_diff_dict") else dict(config)
@@ -92,41 +97,48 @@ def model_config(model: nn.Module) -> dict[str, object]:
     # Nothing of where the model came from, and nothing that weights have.
     public = {}
     for name, value in values.items():
-        if not name.startswith("_") and name not in PRIVATE:
+        if not name.startswith("_") and name not in PRIVATE_ENTRIES:
             public[name] = value
     return {"class": type(model).__name__, "config": json.loads(json.dumps(public, default=str))}
 
 
-CLASSES = {facts.model: "diffusers" for facts in family_facts.FAMILIES}
-CLASSES |= dict.fromkeys(("CLIPTextModel", "CLIPTextModelWithProjection"), "transformers")
+MODEL_LIBRARIES = {facts.model: "diffusers" for facts in family_facts.FAMILIES}
+MODEL_LIBRARIES |= dict.fromkeys(("CLIPTextModel", "CLIPTextModelWithProjection"), "transformers")
 """Class of an adapted model -> its library. A file names the class, so no other class is ever
 built."""
-PRIVATE = ("name_or_path", "quantization_config", "transformers_version", "dtype", "torch_dtype")
+PRIVATE_ENTRIES = (
+    "name_or_path",
+    "quantization_config",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+)
 """Entries of a configuration that no file holds."""
 
 
-def empty_model(description: Mapping[str, object]) -> nn.Module:
-    """The model of a `model_config`, with zeros that take no memory. Raises UserError for any other
-    class."""
+def build_empty_model(description: Mapping[str, object]) -> nn.Module:
+    """The model of a `get_model_config`, with zeros that take no memory. Raises UserError for any
+    other class."""
     name, config = description.get("class"), description.get("config")
-    if name not in CLASSES or not isinstance(config, dict):
+    if name not in MODEL_LIBRARIES or not isinstance(config, dict):
         raise UserError(
-            f"{name!r:.60} is not a part of a model that can be built; it has {', '.join(CLASSES)}"
+            f"{name!r:.60} is not a part of a model that can be built; "
+            f"it has {', '.join(MODEL_LIBRARIES)}"
         )
 
     try:
-        return build(str(name), config).eval()
+        return build_model(str(name), config).eval()
     except Exception as error:  # constructors raise any error on contradictory sizes
         raise UserError(
-            f"the {name} that the file describes cannot be built: {one_line(error)}"
+            f"the {name} that the file describes cannot be built: {format_error(error)}"
         ) from error
 
 
-def build(name: str, config: dict) -> nn.Module:
+def build_model(name: str, config: dict) -> nn.Module:
     """A model of that class, in which every parameter is a zero with strides of 0."""
-    kind = getattr(import_module(CLASSES[name]), name)
+    kind = getattr(import_module(MODEL_LIBRARIES[name]), name)
     with torch.device("meta"):
-        if CLASSES[name] == "diffusers":
+        if MODEL_LIBRARIES[name] == "diffusers":
             # A file may be of another version, whose models have other entries.
             known = inspect.signature(kind.__init__).parameters
             values = {entry: value for entry, value in config.items() if entry in known}
@@ -165,8 +177,12 @@ RAW_KEY = "raw_format"
 """The tensor that makes stock loaders refuse a raw file."""
 
 
-def adapter_metadata(
-    components: Components, adapter_name: str = "default", *, base_id: str | Path = "", **said: Any
+def build_adapter_metadata(
+    components: Components,
+    adapter_name: str = "default",
+    *,
+    base_id: str | Path = "",
+    **entries: Any,
 ) -> AdapterMetadata:
     """A live adapter's metadata. `said` are further entries."""
     # The settings that a file has once for all components. PEFT's own config has no mixer, and
@@ -177,10 +193,10 @@ def adapter_metadata(
         settings[name] = getattr(config, name, getattr(AdapterMetadata, name))
 
     # Ranks and alphas: the usual one, and the modules that differ from it.
-    layers = all_layers(components, adapter_name)
+    layers = get_all_layers(components, adapter_name)
     ranks = {path: layer.r[adapter_name] for path, layer in layers.items()}
     alphas = {path: layer.lora_alpha[adapter_name] for path, layer in layers.items()}
-    rank, alpha = most_common(ranks.values()), most_common(alphas.values())
+    rank, alpha = get_most_common(ranks.values()), get_most_common(alphas.values())
     other_ranks = {path: own for path, own in ranks.items() if own != rank}
     other_alphas = {path: own for path, own in alphas.items() if own != alpha}
 
@@ -190,20 +206,20 @@ def adapter_metadata(
         **settings,
         ranks=other_ranks,
         alphas=other_alphas,
-        base_id=public_name(base_id),
-        structures={name: model_config(model) for name, model in components.items()},
-        versions=versions(),
-        **said,
+        base_id=get_public_name(base_id),
+        structures={name: get_model_config(model) for name, model in components.items()},
+        versions=get_versions(),
+        **entries,
     )
 
 
-def all_layers(components: Components, adapter_name: str) -> dict[str, "LoraLayer"]:
+def get_all_layers(components: Components, adapter_name: str) -> dict[str, "LoraLayer"]:
     """`component.path` -> PEFT layer, over all components."""
     from dreambooth_moslora.method import moslora
 
     found = {}
     for component, model in components.items():
-        for path, layer in moslora.adapter_layers(model, adapter_name).items():
+        for path, layer in moslora.get_adapter_layers(model, adapter_name).items():
             found[f"{component}.{path}"] = layer
     return found
 
@@ -226,14 +242,14 @@ def save_raw(
     from dreambooth_moslora.method import moslora
 
     # What the live adapter is, whatever the metadata said.
-    live = adapter_metadata(components, adapter_name)
+    live = build_adapter_metadata(components, adapter_name)
     taken = ("rank", "alpha", "ranks", "alphas", "structures", "versions", *SHARED_SETTINGS)
     metadata = replace(metadata, **{name: getattr(live, name) for name in taken})
 
     # The matrices as they are learnt, so that a run goes on from them.
     tensors = {RAW_KEY: torch.tensor([1])}
-    for module_path, layer in all_layers(components, adapter_name).items():
-        found = moslora.matrices_of(layer, adapter_name)
+    for module_path, layer in get_all_layers(components, adapter_name).items():
+        found = moslora.get_matrices(layer, adapter_name)
         parts = {
             "lora_A": found.down,
             "mixer": found.mixer,
@@ -245,7 +261,7 @@ def save_raw(
                 tensors[f"{module_path}.{part}"] = tensor.detach().cpu().contiguous()
 
     check_finite(tensors, "the adapter")
-    write_file(Path(path), tensors, metadata.header)
+    write_safetensors(Path(path), tensors, metadata.header)
 
 
 def read_raw(path: str | Path) -> tuple[Tensors, AdapterMetadata]:
@@ -261,10 +277,10 @@ def read_raw(path: str | Path) -> tuple[Tensors, AdapterMetadata]:
 
     # Without the header the scale is not known, and a wrong one would go unnoticed.
     try:
-        metadata = AdapterMetadata.from_json(header[HEADER])
+        metadata = AdapterMetadata.from_json(header[METADATA_KEY])
     except (KeyError, ValueError) as error:
         lost = "has lost its header, which holds alpha and the mixer's kind"
-        raise UserError(f"{name} {lost} ({one_line(error)})") from None
+        raise UserError(f"{name} {lost} ({format_error(error)})") from None
 
     check_finite(tensors, name)
     return tensors, metadata
@@ -279,7 +295,7 @@ def load_raw(
 
     # Read and compare everything before the first model is changed.
     tensors, metadata = read_raw(path)
-    by_component = by_module(tensors)
+    by_component = split_by_module(tensors)
     missing = sorted(by_component.keys() - components.keys())
     if missing:
         raise UserError(
@@ -302,7 +318,7 @@ def load_raw(
         for module in modules:
             ranks[module] = metadata.ranks.get(f"{component}.{module}", metadata.rank)
             alphas[module] = metadata.alphas.get(f"{component}.{module}", metadata.alpha)
-        config = moslora.exact_config(
+        config = moslora.build_exact_config(
             ranks=ranks,
             alphas=alphas,
             rank=metadata.rank,
@@ -310,12 +326,12 @@ def load_raw(
             **settings,
         )
         moslora.inject(model, config, adapter_name)
-        for module, layer in moslora.adapter_layers(model, adapter_name).items():
-            fill(layer, adapter_name, modules[module])
+        for module, layer in moslora.get_adapter_layers(model, adapter_name).items():
+            fill_layer(layer, adapter_name, modules[module])
     return metadata
 
 
-def by_module(tensors: Tensors) -> dict[str, dict[str, Tensors]]:
+def split_by_module(tensors: Tensors) -> dict[str, dict[str, Tensors]]:
     """Component -> module path -> part name -> tensor."""
     modules: dict[str, dict[str, Tensors]] = {}
     for key, tensor in tensors.items():
@@ -325,7 +341,7 @@ def by_module(tensors: Tensors) -> dict[str, dict[str, Tensors]]:
     return modules
 
 
-def matrices_from(parts: Tensors, metadata: AdapterMetadata, module: str) -> MixedLowRank:
+def build_matrices(parts: Tensors, metadata: AdapterMetadata, module: str) -> MixedLowRank:
     """A (r, in, …), M (r, r), B (out, r) and s of one module of a raw file.
 
     parts: the module's tensors in the file
@@ -338,7 +354,7 @@ def matrices_from(parts: Tensors, metadata: AdapterMetadata, module: str) -> Mix
         down=parts["lora_A"],
         mixer=parts.get("mixer"),
         up=parts["lora_B"],
-        scale=nominal_scale(alpha, rank, metadata.use_rslora),
+        scale=compute_scale(alpha, rank, metadata.use_rslora),
         magnitude=parts.get("magnitude"),
     )
 
@@ -358,24 +374,27 @@ def check_fits(
     known = dict(model.named_modules(remove_duplicate=False))
     for module_path, parts in modules.items():
         size = (len(parts["lora_B"]), *parts["lora_A"].shape[1:])
-        here = moslora.weight_size(known.get(module_path))
+        here = moslora.get_weight_size(known.get(module_path))
         if size != here:
-            raise of_another_base(name, f"{component}.{module_path}", size, here, metadata.base_id)
+            raise make_other_base_error(
+                name, f"{component}.{module_path}", size, here, metadata.base_id
+            )
 
 
-def of_another_base(
-    name: str, module: str, size: tuple[int, ...], here: tuple[int, ...], base_id: str = ""
+def make_other_base_error(
+    name: str, module: str, size: tuple[int, ...], base_size: tuple[int, ...], base_id: str = ""
 ) -> UserError:
     """The error for a file with a module of another size than the base's.
 
     name: of the file
     module: `component.path`
-    size, here: in the file, and in the base, (out, in) or (out, in, h, w); () if it has no such one
+    size, base_size: in the file, and in the base, (out, in) or (out, in, h, w); () if it has no
+    such one
     base_id: whose the file says that it is
     """
     made_for = f" ({base_id})" if base_id else ""
     wanted = "×".join(map(str, size))
-    there = f"is {'×'.join(map(str, here))}" if here else "does not exist"
+    there = f"is {'×'.join(map(str, base_size))}" if base_size else "does not exist"
     return UserError(
         f"{name} was made for another base{made_for}: "
         f"it needs {module:.100} of {wanted} (out×in), which {there} here"
@@ -383,7 +402,7 @@ def of_another_base(
 
 
 @torch.no_grad()
-def fill(layer: "LoraLayer", adapter_name: str, parts: Tensors) -> None:
+def fill_layer(layer: "LoraLayer", adapter_name: str, parts: Tensors) -> None:
     """Copy the saved tensors into the layer; `check_fits` has compared the shapes."""
     lora_b = layer.lora_B[adapter_name]
     layer.lora_A[adapter_name].weight.copy_(parts["lora_A"])

@@ -23,30 +23,35 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from dreambooth_moslora.disk import run_folder
-from dreambooth_moslora.disk.contents import file_digest
-from dreambooth_moslora.errors import UserError, one_line
+from dreambooth_moslora.disk.contents import hash_file
+from dreambooth_moslora.errors import UserError, format_error
 from dreambooth_moslora.lora import key_names, raw_file
-from dreambooth_moslora.lora.key_names import ENCODER_KEYS, PEFT_KEYS, spell
-from dreambooth_moslora.lora.layer_mapping import Parts, as_lora, no_layer, no_part
+from dreambooth_moslora.lora.key_names import ENCODER_KEYS, PEFT_KEYS, format_key
+from dreambooth_moslora.lora.layer_mapping import (
+    Parts,
+    make_unknown_key_error,
+    make_unknown_layer_error,
+    map_to_lora,
+)
 from dreambooth_moslora.lora.lora_settings import (
     Scales,
-    beside,
-    broken,
     check_alphas,
-    in_header,
-    scales_of_settings,
+    make_broken_error,
+    parse_scales,
+    read_header_settings,
+    read_sidecar_settings,
 )
-from dreambooth_moslora.lora.metadata import most_common
+from dreambooth_moslora.lora.metadata import get_most_common
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.method.mixer import Components, Folded, LowRank, Tensors
-from dreambooth_moslora.settings.family_facts import DENOISERS, facts_of
+from dreambooth_moslora.settings.family_facts import DENOISERS, get_facts
 
 logger = logging.getLogger(__name__)
 
 Layers = dict[str, LowRank]  # by module path
 
 
-def projections(parts: Parts, file_name: str) -> Folded:
+def build_projections(parts: Parts, file_name: str) -> Folded:
     """Component -> module path -> matrices down (r, in, …) and up (out, r, …). Raises UserError for
     values that are not finite, and TypeError for a layer that is half there."""
     if not parts:
@@ -57,7 +62,7 @@ def projections(parts: Parts, file_name: str) -> Folded:
             if not tensor.float().isfinite().all():
                 name = f"{component}.{path}.{field}"
                 said = "has values that are NaN, infinite or beyond single precision"
-                raise broken(file_name, f"{name!r:.100} {said}")
+                raise make_broken_error(file_name, f"{name!r:.100} {said}")
         result.setdefault(component, {})[path] = LowRank(**own)
     # DoRA is in all layers of a component, or in none.
     for component, layers in result.items():
@@ -69,44 +74,50 @@ def projections(parts: Parts, file_name: str) -> Folded:
     return result
 
 
-def by_layer(found: Tensors | tuple[Tensors, object], file_name: str) -> Parts:
+def parse_state_dict(state_dict: Tensors | tuple[Tensors, object], file_name: str) -> Parts:
     """The layers in what diffusers' `lora_state_dict` gives. Raises UserError for a key of none."""
-    modules, unknown = key_names.grouped(found if isinstance(found, dict) else found[0])
+    modules, unknown = key_names.parse_keys(
+        state_dict if isinstance(state_dict, dict) else state_dict[0]
+    )
     strange = [module for module in modules if module.prefix.text != f"{module.component}."]
     if unknown or strange:
-        raise no_layer(file_name, strange[0]) if strange else no_part(file_name, unknown[0])
+        raise (
+            make_unknown_layer_error(file_name, strange[0])
+            if strange
+            else make_unknown_key_error(file_name, unknown[0])
+        )
     return {(module.component, module.path): parts for module, parts in modules.items()}
 
 
-PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # they leave the base unchanged
+PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # they leave the base unchanged
 
 
-def scales(
-    component: str, found: Layers, alphas: dict[str, float], of_peft: dict, file_name: str
+def build_scales(
+    component: str, layers: Layers, alphas: dict[str, float], peft_settings: dict, file_name: str
 ) -> Scales:
     """The alphas of one component, the file's by path or PEFT's. Raises UserError for invalid or
     contradicting settings, and for a file that goes with a changed base."""
     # diffusers refuses both, too: one of them would be ignored.
-    if of_peft and alphas:
-        raise broken(file_name, "it has both alphas and LoRA settings")
+    if peft_settings and alphas:
+        raise make_broken_error(file_name, "it has both alphas and LoRA settings")
     prefix = f"{component}."
-    settings = {k.removeprefix(prefix): v for k, v in of_peft.items() if k.startswith(prefix)}
+    settings = {k.removeprefix(prefix): v for k, v in peft_settings.items() if k.startswith(prefix)}
     if settings:
         start = settings.get("init_lora_weights", True)
-        if start not in PLAIN_STARTS:
+        if start not in PLAIN_INITS:
             raise UserError(
                 f"{file_name} goes with a changed base (init_lora_weights {start!r:.40}); "
                 "export a plain LoRA"
             )
-        result = scales_of_settings(component, found, settings, file_name)
+        result = parse_scales(component, layers, settings, file_name)
     # a layer without an alpha gets the most common one, as in diffusers; without any, alpha is the
     # rank
     else:
-        common = most_common(alphas.values()) if alphas else None
+        common = get_most_common(alphas.values()) if alphas else None
         result = Scales(
             {
                 path: alphas.get(path, p.rank if common is None else common)
-                for path, p in found.items()
+                for path, p in layers.items()
             }
         )
     check_alphas(result.alphas, file_name)
@@ -129,9 +140,9 @@ class AdapterWeights:
         return f"sha_{self.sha256[:16]}"
 
 
-def adapter_name(path: str | Path) -> str:
-    """The name of an adapter's file, or of a run: see `run_folder.name_of`."""
-    return run_folder.name_of(run_folder.find_weights(path).absolute(), folders=())
+def get_adapter_name(path: str | Path) -> str:
+    """The name of an adapter's file, or of a run: see `choose_run_folder.format_adapter_name`."""
+    return run_folder.format_adapter_name(run_folder.find_weights(path).absolute(), folders=())
 
 
 def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeights:
@@ -139,7 +150,7 @@ def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeight
     no known LoRA."""
     file = run_folder.find_weights(path)
     tensors, header = raw_file.read_tensors(file)
-    own = beside(file, tensors)
+    own = read_sidecar_settings(file, tensors)
 
     # A checkpoint's own file, or one of any tool.
     if raw_file.RAW_KEY in tensors:
@@ -150,22 +161,22 @@ def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeight
     # By the base's own paths, each projection with the scale that the file means.
     parts = {}
     for component, of_component in layers.items():
-        paths = {path: _base_path(component, path, pipeline) for path in of_component}
+        paths = {path: _get_base_path(component, path, pipeline) for path in of_component}
         found = {paths[path]: projection for path, projection in of_component.items()}
         own = {paths[path]: alpha for path, alpha in alphas.get(component, {}).items()}
-        parts[component] = found, scales(component, found, own, settings, file.name)
+        parts[component] = found, build_scales(component, found, own, settings, file.name)
     return AdapterWeights(
         file_name=file.name,
-        sha256=file_digest(file),
+        sha256=hash_file(file),
         parts=parts,
         header=header,
     )
 
 
-def _base_path(component: str, path: str, pipeline: DiffusionPipeline) -> str:
+def _get_base_path(component: str, path: str, pipeline: DiffusionPipeline) -> str:
     """The module's path in the base; transformers 5 has no `text_model.` in CLIPTextModel, files
     have it or not."""
-    path = key_names.published_path(component, path)
+    path = key_names.get_published_path(component, path)
     has_prefix = component in DENOISERS or hasattr(getattr(pipeline, component, None), "text_model")
     return path if has_prefix else path.removeprefix("text_model.")
 
@@ -174,15 +185,19 @@ def fold_raw(file: Path) -> Folded:
     """A checkpoint, folded, in fp32. Raises UserError."""
     tensors, metadata = raw_file.read_raw(file)
     folded: Folded = {}
-    for component, modules in raw_file.by_module(tensors).items():
+    for component, modules in raw_file.split_by_module(tensors).items():
         for path, parts in modules.items():
-            layer = raw_file.matrices_from(parts, metadata, f"{component}.{path}").fold()
+            layer = raw_file.build_matrices(parts, metadata, f"{component}.{path}").fold()
             folded.setdefault(component, {})[path] = layer
     return folded
 
 
 def _read_published(
-    file: Path, tensors: Tensors, header: dict[str, str], own: dict, pipeline: DiffusionPipeline
+    file: Path,
+    tensors: Tensors,
+    header: dict[str, str],
+    sidecar_settings: dict,
+    pipeline: DiffusionPipeline,
 ) -> tuple[Folded, dict[str, dict], dict]:
     """Matrices, alphas by component and path, and PEFT's settings. `own`: those beside the file.
     Raises UserError."""
@@ -192,31 +207,31 @@ def _read_published(
             k: t.float() if t.is_floating_point() and t.element_size() == 1 else t
             for k, t in tensors.items()
         }
-        parts = as_lora(tensors, pipeline, file.name)
+        parts = map_to_lora(tensors, pipeline, file.name)
         if not parts:
             # The names are none of this base's layers, until diffusers gives them others. If it
             # does not, `check_fits` refuses the file, so that the alphas that diffusers keeps apart
             # are not missed.
-            is_unet = facts_of(type(pipeline).__name__).denoiser == "unet"
+            is_unet = get_facts(type(pipeline).__name__).denoiser == "unet"
             options = {"unet_config": pipeline.unet.config} if is_unet else {}
-            parts = by_layer(pipeline.lora_state_dict(tensors, **options), file.name)
+            parts = parse_state_dict(pipeline.lora_state_dict(tensors, **options), file.name)
         alphas: dict[str, dict[str, float]] = {}
         for (component, path), of_layer in parts.items():
             if "alpha" in of_layer:
                 alphas.setdefault(component, {})[path] = float(of_layer.pop("alpha"))
-        settings = own or in_header(header, file.name)
-        if own or "lora_alpha" in settings:  # of one model, whatever its name
+        settings = sidecar_settings or read_header_settings(header, file.name)
+        if sidecar_settings or "lora_alpha" in settings:  # of one model, whatever its name
             settings = {
                 f"{component}.{name}": value
                 for component, _ in parts
                 for name, value in settings.items()
             }
-        return projections(parts, file.name), alphas, settings
+        return build_projections(parts, file.name), alphas, settings
     except UserError:
         raise
     except Exception as error:  # diffusers' conversion raises any error on unknown names
         raise UserError(
-            f"{file.name} is not a LoRA file that diffusers can read: {one_line(error)}"
+            f"{file.name} is not a LoRA file that diffusers can read: {format_error(error)}"
         ) from error
 
 
@@ -224,13 +239,13 @@ def check_fits(weights: AdapterWeights, pipeline: DiffusionPipeline) -> None:
     """Raises UserError unless each layer of the file is one of the base, in its size."""
     for component, (found, _) in weights.parts.items():
         model = getattr(pipeline, component, None)
-        layers = {} if model is None else moslora.matrix_layers(model)
+        layers = {} if model is None else moslora.get_matrix_layers(model)
         for path, projection in found.items():
-            here = moslora.weight_size(layers.get(path))
+            here = moslora.get_weight_size(layers.get(path))
             size = (len(projection.up), *projection.down.shape[1:])
             if size != here:
                 name = f"{component}.{path}"
-                raise raw_file.of_another_base(weights.file_name, name, size, here)
+                raise raw_file.make_other_base_error(weights.file_name, name, size, here)
 
 
 def install(weights: AdapterWeights, pipeline: DiffusionPipeline) -> None:
@@ -242,26 +257,29 @@ def install(weights: AdapterWeights, pipeline: DiffusionPipeline) -> None:
     except Exception as error:
         pipeline.delete_adapters(weights.key)
         raise UserError(
-            f"{weights.file_name} could not be put into the base: {one_line(error)}"
+            f"{weights.file_name} could not be put into the base: {format_error(error)}"
         ) from error
 
 
-def _load(component: str, found: Layers, scales: Scales, key: str, pipeline) -> None:
+def _load(component: str, layers: Layers, scales: Scales, key: str, pipeline) -> None:
     """The tensors get names for diffusers' loader: PEFT's for a UNet, its own older ones for a text
     encoder."""
     # The tensors
     is_denoiser = component in DENOISERS
     tool = PEFT_KEYS if is_denoiser else ENCODER_KEYS
     tensors = {}
-    for path, projection in found.items():
+    for path, projection in layers.items():
         name = f"{component}.{path}"
         parts = {
-            spell(tool, name, part): getattr(projection, part) for part in ("down", "up", "bias")
+            format_key(tool, name, part): getattr(projection, part)
+            for part in ("down", "up", "bias")
         }
-        parts[spell(PEFT_KEYS, name, "magnitude") + ".weight"] = projection.magnitude
+        parts[format_key(PEFT_KEYS, name, "magnitude") + ".weight"] = projection.magnitude
         tensors |= {key: part for key, part in parts.items() if part is not None}
     # What every loader takes, then what each kind of model's takes
-    config = {f"{component}.{name}": value for name, value in lora_config(found, scales).items()}
+    config = {
+        f"{component}.{name}": value for name, value in build_lora_config(layers, scales).items()
+    }
     model = getattr(pipeline, component)
     options = {"adapter_name": key, "metadata": config, "_pipeline": pipeline}
     if component == "unet":
@@ -275,22 +293,22 @@ def _load(component: str, found: Layers, scales: Scales, key: str, pipeline) -> 
         pipeline.load_lora_into_text_encoder(tensors, text_encoder=model, **options)
 
 
-def lora_config(found: Layers, scales: Scales) -> dict[str, Any]:
-    ranks, alphas = {path: p.rank for path, p in found.items()}, scales.alphas
-    rank, alpha = most_common(ranks.values()), most_common(alphas.values())
+def build_lora_config(layers: Layers, scales: Scales) -> dict[str, Any]:
+    ranks, alphas = {path: p.rank for path, p in layers.items()}, scales.alphas
+    rank, alpha = get_most_common(ranks.values()), get_most_common(alphas.values())
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": moslora.value_pattern(ranks, rank),
-        "alpha_pattern": moslora.value_pattern(alphas, alpha),
-        "target_modules": list(found),
+        "rank_pattern": moslora.build_value_pattern(ranks, rank),
+        "alpha_pattern": moslora.build_value_pattern(alphas, alpha),
+        "target_modules": list(layers),
         "use_rslora": scales.use_rslora,
-        "use_dora": any(p.magnitude is not None for p in found.values()),
-        "lora_bias": any(p.bias is not None for p in found.values()),
+        "use_dora": any(p.magnitude is not None for p in layers.values()),
+        "lora_bias": any(p.bias is not None for p in layers.values()),
     }
 
 
-def read_for(flag: str, path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeights:
+def read_fitting(flag: str, path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeights:
     """The content of a file that fits the pipeline. Raises UserError, which begins with the flag
     that named it."""
     try:
@@ -304,7 +322,7 @@ def read_for(flag: str, path: str | Path, pipeline: DiffusionPipeline) -> Adapte
 def read_start(path: str | Path, pipeline: DiffusionPipeline, use_dora: bool) -> AdapterWeights:
     """The file's content. Raises UserError for another base's, and for what no adapter of the run
     can hold."""
-    weights = read_for("--init_adapter", path, pipeline)
+    weights = read_fitting("--init_adapter", path, pipeline)
     name = f"--init_adapter {weights.file_name}"
 
     # An adapter of this run has no biases, and magnitudes only where it is a DoRA.
@@ -327,14 +345,14 @@ def read_start(path: str | Path, pipeline: DiffusionPipeline, use_dora: bool) ->
 
 
 @torch.no_grad()
-def begin_with(
+def copy_into_adapter(
     weights: AdapterWeights, components: Components, adapter_name: str = "default"
 ) -> str:
     """Copy the file's update into a fresh adapter; returns a line about it. Raises UserError
     without a common layer."""
-    live = raw_file.all_layers(components, adapter_name)
+    live = raw_file.get_all_layers(components, adapter_name)
     update = {
-        f"{component}.{path}": (projection, scales.of(path, projection.rank))
+        f"{component}.{path}": (projection, scales.get_scale(path, projection.rank))
         for component, (found, scales) in weights.parts.items()
         for path, projection in found.items()
     }
@@ -347,7 +365,7 @@ def begin_with(
             f"--init_adapter {weights.file_name}: no layer of it is trained here ({first})."
         )
     for path in common:
-        begin_layer(live[path], adapter_name, *update[path])
+        copy_into_layer(live[path], adapter_name, *update[path])
     return (
         f"--init_adapter {weights.file_name}: {len(common)} layers go on from it, "
         f"{len(live) - len(common)} begin anew, and {len(update) - len(common)} of its layers are "
@@ -355,33 +373,33 @@ def begin_with(
     )
 
 
-def begin_layer(layer: LoraLayer, adapter_name: str, projection: LowRank, scale: float) -> None:
+def copy_into_layer(layer: LoraLayer, adapter_name: str, projection: LowRank, scale: float) -> None:
     """Give a fresh layer the update of a file, in the layer's rank, scale and mixer."""
-    own = moslora.matrices_of(layer, adapter_name)
-    wanted = of_rank(projection, scale, own.down)
+    own = moslora.get_matrices(layer, adapter_name)
+    wanted = resize_rank(projection, scale, own.down)
     up = wanted.up / own.scale
     if own.mixer is not None:
         up = torch.linalg.solve(own.mixer.cpu().double(), up, left=False)
     parts = {"lora_A": wanted.down.view(own.down.shape), "lora_B": up, "mixer": own.mixer}
     if projection.magnitude is not None:
         parts["magnitude"] = projection.magnitude.flatten()
-    raw_file.fill(layer, adapter_name, parts)
+    raw_file.fill_layer(layer, adapter_name, parts)
 
 
-def of_rank(projection: LowRank, scale: float, own: Tensor) -> LowRank:
+def resize_rank(projection: LowRank, scale: float, layer_down: Tensor) -> LowRank:
     """The update in the rank of the layer's `own` A (r, …), flattened, in fp64."""
     down, up = projection.down.double().flatten(1), scale * projection.up.double().flatten(1)
     # rows that are zero on both sides would never learn
     used = (down != 0).any(1) | (up != 0).any(0)
-    down, up, rank = down[used], up[:, used], len(own)
+    down, up, rank = down[used], up[:, used], len(layer_down)
     if len(down) > rank:
-        up, down = leading_part(*product_svd(up, down), rank)
-    own = own.detach().cpu().double().flatten(1)
+        up, down = build_leading_factors(*compute_product_svd(up, down), rank)
+    layer_down = layer_down.detach().cpu().double().flatten(1)
     missing = up.new_zeros(len(up), rank - len(down))
-    return LowRank(torch.cat([down, own[len(down) :]]), torch.cat([up, missing], dim=1))
+    return LowRank(torch.cat([down, layer_down[len(down) :]]), torch.cat([up, missing], dim=1))
 
 
-def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def compute_product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD of up (out, r) · down (r, in) in fp64, without forming the (out, in) product: U
     (out, r), S (r,), Vh."""
     q_up, r_up = torch.linalg.qr(up.double())
@@ -390,8 +408,10 @@ def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q_up @ left[:, : len(sizes)], sizes, right[: len(sizes)] @ q_down.T
 
 
-def leading_part(left: Tensor, sizes: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def build_leading_factors(
+    left_vectors: Tensor, sizes: Tensor, right_vectors: Tensor, rank: int
+) -> tuple[Tensor, Tensor]:
     """U (out, n), S (n,), Vh (n, in) -> up (out, rank), down (rank, in) of equal norms: the best
     approximation."""
     root = sizes[:rank].sqrt()
-    return left[:, :rank] * root, root[:, None] * right[:rank]
+    return left_vectors[:, :rank] * root, root[:, None] * right_vectors[:rank]

@@ -22,13 +22,13 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import key_names, raw_file
 from dreambooth_moslora.lora.key_names import KOHYA_KEYS
 from dreambooth_moslora.method.mixer import Components, Tensors
-from dreambooth_moslora.settings.family_facts import DENOISERS, facts_of_model
+from dreambooth_moslora.settings.family_facts import DENOISERS, get_denoiser_facts
 
 # Of ΔW, by rounding up and down
-BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-STOCK = "proof"
+MAX_DIFFERENCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+STOCK_ADAPTER = "proof"
 # Of the loader's text: its cause stands at its end, behind a dump of the pipeline.
-MOST_LETTERS = 200
+MAX_ERROR_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Proof:
             "max_relative_difference": self.max_relative_difference,
         }
 
-    def sentence(self) -> str:
+    def describe(self) -> str:
         return (
             f"{self.projections} projections reloaded by the stock loader: "
             "largest relative difference "
@@ -72,17 +72,17 @@ class Proof:
         )
 
 
-def relative_difference(found: Tensor, expected: Tensor) -> float:
+def compute_relative_difference(actual: Tensor, expected: Tensor) -> float:
     """‖found − expected‖ / ‖expected‖; 0 if both are zero, infinite if only `expected` is, or for
     NaN."""
-    size, difference = float(expected.norm()), float((found - expected).norm())
+    size, difference = float(expected.norm()), float((actual - expected).norm())
     if difference == 0:
         return 0.0
     return difference / size if size > 0 and difference == difference else float("inf")
 
 
 @contextmanager
-def full_fp32() -> Iterator[None]:
+def disable_tf32() -> Iterator[None]:
     """Compute fp32 products in full precision, without TF32, and restore PyTorch's switches
     afterwards."""
     switches = torch.backends.cuda.matmul, torch.backends.cudnn
@@ -97,15 +97,15 @@ def full_fp32() -> Iterator[None]:
 
 
 @torch.no_grad()
-@full_fp32()
-def prove_file(path: Path, components: Components, adapter_name: str) -> FileProof:
+@disable_tf32()
+def verify_file(path: Path, components: Components, adapter_name: str) -> FileProof:
     """Reload `path` and compare it with the live adapter. Raises UserError."""
     # The layers on both sides
-    live = raw_file.all_layers(components, adapter_name)
+    live = raw_file.get_all_layers(components, adapter_name)
     tensors, _ = raw_file.read_tensors(path)
     if any(key.endswith(".dora_scale") for key in tensors):
-        return prove_kohya_dora(path, tensors, live, adapter_name)
-    stock = stock_layers(path, components)
+        return verify_kohya_dora(path, tensors, live, adapter_name)
+    stock = load_stock_layers(path, components)
     if missing := sorted(set(live) ^ set(stock)):
         raise UserError(
             f"{path.name}: the stock loader adapts other modules than the adapter does, "
@@ -116,22 +116,22 @@ def prove_file(path: Path, components: Components, adapter_name: str) -> FilePro
     differences = {}
     for name, layer in live.items():
         other = stock[name]
-        wanted = delta(layer, adapter_name)
-        differences[name] = relative_difference(delta(other, STOCK), wanted)
+        wanted = get_delta(layer, adapter_name)
+        differences[name] = compute_relative_difference(get_delta(other, STOCK_ADAPTER), wanted)
         if adapter_name in layer.lora_magnitude_vector:
-            found = other.lora_magnitude_vector[STOCK].weight.float().cpu()
+            found = other.lora_magnitude_vector[STOCK_ADAPTER].weight.float().cpu()
             trained = layer.lora_magnitude_vector[adapter_name].weight.float().cpu()
-            differences[name] = max(differences[name], relative_difference(found, trained))
-    return worst_of(differences, file=path.name, loader="diffusers load_lora_weights")
+            differences[name] = max(differences[name], compute_relative_difference(found, trained))
+    return build_file_proof(differences, file=path.name, loader="diffusers load_lora_weights")
 
 
-def worst_of(differences: dict[str, float], file: str, loader: str) -> FileProof:
+def build_file_proof(differences: dict[str, float], file: str, loader: str) -> FileProof:
     """The proof of a file whose layers, or tensors, differ so."""
     worst = max(differences, key=differences.__getitem__)
     return FileProof(file=file, largest=differences[worst], worst=worst, loader=loader)
 
 
-def stock_layers(path: Path, components: Components) -> dict[str, LoraLayer]:
+def load_stock_layers(path: Path, components: Components) -> dict[str, LoraLayer]:
     """Layers of a stock diffusers pipeline that loaded the file. Raises UserError if it refuses."""
     denoiser = next((components[name] for name in DENOISERS if name in components), None)
     if denoiser is None:
@@ -140,39 +140,43 @@ def stock_layers(path: Path, components: Components) -> dict[str, LoraLayer]:
             "give `unet` or `transformer` among the components"
         )
     twins = {
-        name: raw_file.empty_model(raw_file.model_config(model))
+        name: raw_file.build_empty_model(raw_file.get_model_config(model))
         for name, model in components.items()
     }
-    kind = getattr(diffusers, facts_of_model(type(denoiser).__name__, denoiser.config).pipeline)
+    kind = getattr(diffusers, get_denoiser_facts(type(denoiser).__name__, denoiser.config).pipeline)
     expected, _ = kind._get_signature_keys(kind)
     parts = dict.fromkeys(expected)
     # Some pipelines cannot be made without all their parts, none of which the loader needs. The
     # loader says of each component that it got no adapter.
-    with quiet():
+    with silence_libraries():
         shell = kind.__new__(kind)
         shell.register_modules(**parts | twins)
         try:
             shell.load_lora_weights(
-                str(path.parent), weight_name=path.name, adapter_name=STOCK, local_files_only=True
+                str(path.parent),
+                weight_name=path.name,
+                adapter_name=STOCK_ADAPTER,
+                local_files_only=True,
             )
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
-                f"{path.name} was not published: the stock loader refuses it: {end_of(error)} "
+                f"{path.name} was not published: the stock loader refuses it: "
+                f"{format_error_end(error)} "
                 "(probably a bug of ours; a training's checkpoints are kept, and it goes on with "
                 "--resume_from_checkpoint latest)"
             ) from error
     adapted = {name: twin for name, twin in twins.items() if hasattr(twin, "peft_config")}
-    return raw_file.all_layers(adapted, STOCK)
+    return raw_file.get_all_layers(adapted, STOCK_ADAPTER)
 
 
-def end_of(error: Exception) -> str:
+def format_error_end(error: Exception) -> str:
     """The last words of the loader's error, as one line."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= MOST_LETTERS else "…" + text[1 - MOST_LETTERS :]
+    return text if len(text) <= MAX_ERROR_CHARACTERS else "…" + text[1 - MAX_ERROR_CHARACTERS :]
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_libraries() -> Iterator[None]:
     """In this block no library warns or shows a bar."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -183,12 +187,12 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def delta(layer: LoraLayer, adapter_name: str) -> Tensor:
+def get_delta(layer: LoraLayer, adapter_name: str) -> Tensor:
     """ΔW, in the shape of W, by PEFT, in fp32 on the CPU."""
     return layer.get_delta_weight(adapter_name).float().cpu()
 
 
-def prove_kohya_dora(
+def verify_kohya_dora(
     path: Path, tensors: Tensors, live: dict[str, LoraLayer], adapter_name: str
 ) -> FileProof:
     """Compare ΔW and DoRA's magnitudes as the file defines them."""
@@ -197,19 +201,19 @@ def prove_kohya_dora(
     for name, layer in live.items():
         # What the file has of the layer, under kohya's name.
         component, module = name.split(".", 1)
-        named = key_names.kohya_name(
-            component, key_names.published_path(component, module), components
+        named = key_names.format_kohya_name(
+            component, key_names.get_published_path(component, module), components
         )
         up, down, alpha, found_size = (
-            tensors[key_names.spell(KOHYA_KEYS, named, part)].double()
+            tensors[key_names.format_key(KOHYA_KEYS, named, part)].double()
             for part in ("up", "down", "alpha", "dora_scale")
         )
 
         # What the live layer computes with.
-        wanted = delta(layer, adapter_name)
+        wanted = get_delta(layer, adapter_name)
         size = layer.lora_magnitude_vector[adapter_name].weight.cpu()[:, None]
         differences[name] = max(
-            relative_difference(float(alpha) / len(down) * up @ down, wanted.double()),
-            relative_difference(found_size, size.double()),
+            compute_relative_difference(float(alpha) / len(down) * up @ down, wanted.double()),
+            compute_relative_difference(found_size, size.double()),
         )
-    return worst_of(differences, file=path.name, loader="the definition of dora_scale")
+    return build_file_proof(differences, file=path.name, loader="the definition of dora_scale")

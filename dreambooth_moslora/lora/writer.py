@@ -20,19 +20,19 @@ from pathlib import Path
 
 import torch
 
-from dreambooth_moslora.disk.atomic import scratch_directory
+from dreambooth_moslora.disk.atomic import make_scratch_directory
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME, check_name
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import key_names, raw_file
-from dreambooth_moslora.lora.key_names import PEFT_KEYS, spell
-from dreambooth_moslora.lora.lora_settings import PEFT_SETTINGS
-from dreambooth_moslora.lora.metadata import AdapterMetadata, dora_note, most_common
-from dreambooth_moslora.lora.verify import BOUNDS, FileProof, Proof, prove_file
+from dreambooth_moslora.lora.key_names import PEFT_KEYS, format_key
+from dreambooth_moslora.lora.lora_settings import PEFT_SETTINGS_KEY
+from dreambooth_moslora.lora.metadata import AdapterMetadata, get_dora_note, get_most_common
+from dreambooth_moslora.lora.verify import MAX_DIFFERENCES, FileProof, Proof, verify_file
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.method.mixer import Components, Folded, LowRank, Tensors
 from dreambooth_moslora.settings.family_facts import DENOISERS
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FILE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """The name of a setting -> the dtype of a published file."""
 
 
@@ -63,11 +63,11 @@ def publish(
     for component, model in components.items():
         folded[component] = {}
         for path, layer in moslora.fold(model, adapter_name).items():
-            folded[component][key_names.published_path(component, path)] = layer
+            folded[component][key_names.get_published_path(component, path)] = layer
 
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    with scratch_directory(out_dir) as scratch:
+    with make_scratch_directory(out_dir) as scratch:
         # Write aside, and let a stock loader read each file.
         written = write_published(
             folded,
@@ -76,21 +76,21 @@ def publish(
             metadata=metadata,
             dtype=dtype,
         )
-        proofs = [prove_file(path, components, adapter_name) for path in written]
+        proofs = [verify_file(path, components, adapter_name) for path in written]
 
         # NaN is no difference that is small enough, hence `not … <=`.
         for proof in proofs:
-            if not proof.largest <= BOUNDS[dtype]:
+            if not proof.largest <= MAX_DIFFERENCES[dtype]:
                 raise UserError(
                     f"{proof.file} was not published: reloaded by {proof.loader} it differs "
                     f"from the live adapter by {proof.largest:.2e} (relative, worst in "
-                    f"{proof.worst}), and {dtype} explains at most {BOUNDS[dtype]:.0e}"
+                    f"{proof.worst}), and {dtype} explains at most {MAX_DIFFERENCES[dtype]:.0e}"
                 )
 
         # All are right: now they get their places.
         for path in written:
             path.replace(out_dir / path.name)
-    return report(tuple(proofs), dtype, folded)
+    return build_proof(tuple(proofs), dtype, folded)
 
 
 def write_published(
@@ -115,36 +115,36 @@ def write_published(
     for component, layers in folded.items():
         for path, layer in layers.items():
             ranks[f"{component}.{path}"] = layer.rank
-    rank = most_common(ranks.values())
+    rank = get_most_common(ranks.values())
     others = {path: own for path, own in ranks.items() if own != rank}
     metadata = replace(
         metadata, rank=rank, alpha=rank, ranks=others, alphas=others, use_rslora=False
     )
 
     if dtype == torch.float16:
-        folded = each_layer(folded, balanced)
+        folded = map_layers(folded, normalize_factors)
 
     # diffusers' file. A transformer's loader needs PEFT's settings in the header too.
     header = {"format": "pt"} | replace(metadata, structures={}).header
-    filled = padded(folded)
+    filled = pad_ranks(folded)
     head = dict(header)
     if "unet" not in folded:
-        head[PEFT_SETTINGS] = json.dumps(peft_settings(filled), indent=2, sort_keys=True)
-    files = [(folder / PUBLISHED_NAME, published_tensors(filled, dtype), head)]
+        head[PEFT_SETTINGS_KEY] = json.dumps(build_peft_settings(filled), indent=2, sort_keys=True)
+    files = [(folder / PUBLISHED_NAME, build_published_tensors(filled, dtype), head)]
 
     # kohya's file, of a UNet alone.
     if "unet" in folded:
         path = folder / f"{name}{KOHYA_SUFFIX}"
-        head = header | key_names.kohya_header(name, metadata, folded)
-        files.append((path, key_names.kohya_tensors(folded, dtype), head))
+        head = header | key_names.build_kohya_header(name, metadata, folded)
+        files.append((path, key_names.build_kohya_tensors(folded, dtype), head))
 
     for path, tensors, head in files:
         raw_file.check_finite(tensors, f"the adapter in {dtype}")
-        raw_file.write_file(path, tensors, head)
+        raw_file.write_safetensors(path, tensors, head)
     return [path for path, _, _ in files]
 
 
-def each_layer(folded: Folded, change: Callable[[LowRank], LowRank]) -> Folded:
+def map_layers(folded: Folded, change: Callable[[LowRank], LowRank]) -> Folded:
     """The adapter with each layer changed."""
     result: Folded = {}
     for component, layers in folded.items():
@@ -152,7 +152,7 @@ def each_layer(folded: Folded, change: Callable[[LowRank], LowRank]) -> Folded:
     return result
 
 
-def peft_settings(folded: Folded) -> dict[str, object]:
+def build_peft_settings(folded: Folded) -> dict[str, object]:
     """`component.name` -> a setting of PEFT's LoraConfig, of layers of one rank. Alpha is the rank,
     as the scale is in `up`. Paths are without `text_model.`, as new versions of transformers have
     them."""
@@ -173,24 +173,24 @@ def peft_settings(folded: Folded) -> dict[str, object]:
     return settings
 
 
-def published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) -> Tensors:
+def build_published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) -> Tensors:
     """The tensors under PEFT's keys, which diffusers reads since 0.22. DoRA's magnitudes stay in
     fp32."""
     tensors = {}
     for component, layers in folded.items():
         for path, layer in layers.items():
             name = f"{component}.{path}"
-            tensors[spell(PEFT_KEYS, name, "down")] = layer.down.to(dtype)
-            tensors[spell(PEFT_KEYS, name, "up")] = layer.up.to(dtype)
+            tensors[format_key(PEFT_KEYS, name, "down")] = layer.down.to(dtype)
+            tensors[format_key(PEFT_KEYS, name, "up")] = layer.up.to(dtype)
             if layer.magnitude is not None:
                 # For a UNet every diffusers adds `.weight`, and old ones need that; transformers'
                 # loader does not.
                 suffix = "" if component in DENOISERS else ".weight"
-                tensors[spell(PEFT_KEYS, name, "magnitude") + suffix] = layer.magnitude
+                tensors[format_key(PEFT_KEYS, name, "magnitude") + suffix] = layer.magnitude
     return tensors
 
 
-def padded(folded: Folded) -> Folded:
+def pad_ranks(folded: Folded) -> Folded:
     """All projections at the file's largest rank, with zeros: old diffusers uses one alpha for all
     ranks."""
     rank = max(layer.rank for layers in folded.values() for layer in layers.values())
@@ -205,10 +205,10 @@ def padded(folded: Folded) -> Folded:
             magnitude=layer.magnitude,
         )
 
-    return each_layer(folded, pad)
+    return map_layers(folded, pad)
 
 
-def balanced(layer: LowRank) -> LowRank:
+def normalize_factors(layer: LowRank) -> LowRank:
     """Move a power of two between up and down, which is exact: fp16 would round the small `up` of
     early steps to 0."""
     up, down = layer.up.abs().max(), layer.down.abs().max()
@@ -218,7 +218,7 @@ def balanced(layer: LowRank) -> LowRank:
     return LowRank(down=layer.down / factor, up=layer.up * factor, magnitude=layer.magnitude)
 
 
-def report(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded) -> Proof:
+def build_proof(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded) -> Proof:
     """The proof of all files of that dtype, which hold the `folded` adapter, with notes for other
     programs."""
     layers = []
@@ -227,12 +227,12 @@ def report(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded) ->
 
     notes = []
     if any(layer.magnitude is not None for layer in layers):
-        notes.append(dora_note(has_kohya_file="unet" in folded))
+        notes.append(get_dora_note(has_kohya_file="unet" in folded))
 
-    names = {one: name for name, one in DTYPES.items()}
+    names = {one: name for name, one in FILE_DTYPES.items()}
     return Proof(
         dtype=names[dtype],
-        bound=BOUNDS[dtype],
+        bound=MAX_DIFFERENCES[dtype],
         projections=len(layers),
         file_proofs=proofs,
         notes=tuple(notes),

@@ -10,7 +10,8 @@ the base weight's dtype. The scale is folded into U: `addmm` with a factor other
 the fast CPU kernels.
 
 It is for a frozen `nn.Linear`, dense or in 4 or 8 bit, with an adapter without dropout, DoRA or
-bias (`slow_reason`). Calls that need more, and those outside of a step, go to PEFT's own forward.
+bias (`explain_slow_path`). Calls that need more, and those outside of a step, go to PEFT's own
+forward.
 
 `WorkingCopies` makes A and U of a whole model in the base's dtype once per optimizer step, as
 leaves of autograd:
@@ -34,7 +35,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dreambooth_moslora.base.int8 import Int8Linear, unpacked
+from dreambooth_moslora.base.int8 import Int8Linear, dequantize_weight
 from dreambooth_moslora.method import mixer, moslora
 
 
@@ -52,7 +53,7 @@ class _AdaptedLinear(torch.autograd.Function):
         inner = rows.mm(down.t())
 
         # The base's output W0·x + b.
-        result = frozen_product(rows, weight, bias, packing)
+        result = compute_base_output(rows, weight, bias, packing)
 
         # The branch U·(A·x) is added in place: there is no second tensor of full width.
         result.addmm_(inner, up)
@@ -75,59 +76,64 @@ class _AdaptedLinear(torch.autograd.Function):
         grad_x = None
         if needs_x:
             if ctx.packing is not None:
-                weight = dense_weight(weight, ctx.packing).to(grad.dtype)
+                weight = dequantize_packed(weight, ctx.packing).to(grad.dtype)
             grad_x = grad.mm(weight).addmm_(grad_inner, down).view(x.shape)
 
         grad_down = grad_inner.t().mm(x.reshape(-1, x.shape[-1])) if needs_down else None
         return grad_x, None, None, None, grad_down, grad_up
 
 
-def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None, packing) -> Tensor:
+def compute_base_output(x: Tensor, weight: Tensor, bias: Tensor | None, packing) -> Tensor:
     """W0·x + b of x (n,in) -> (n,out)."""
     if packing is None:
         return F.linear(x, weight, bias)
     if isinstance(packing, Tensor):
-        return F.linear(x, unpacked(weight, packing), bias)
-    return linear_4bit(x, weight, bias, packing)
+        return F.linear(x, dequantize_weight(weight, packing), bias)
+    return compute_linear_4bit(x, weight, bias, packing)
 
 
-def linear_4bit(x: Tensor, weight: Tensor, bias: Tensor | None, packing) -> Tensor:
+def compute_linear_4bit(x: Tensor, weight: Tensor, bias: Tensor | None, packing) -> Tensor:
     from bitsandbytes import matmul_4bit
 
     return matmul_4bit(x, weight, bias=bias, quant_state=packing)
 
 
-def dense_weight(weight: Tensor, packing) -> Tensor:
+def dequantize_packed(weight: Tensor, packing) -> Tensor:
     """The packed weight as a matrix (out,in)."""
     if isinstance(packing, Tensor):
-        return unpacked(weight, packing)
+        return dequantize_weight(weight, packing)
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(weight, packing)
 
 
-class ShortWay:
+class FusedForward:
     """PEFT's LoRA layer whose forward uses this node whenever it computes the same function."""
 
-    working: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({})
+    step_copies: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({})
     """Adapter name -> its copies A (r,in) and Uᵀ (r,out), while a step lends them."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x (…,in) -> y (…,out), as PEFT's forward computes it."""
-        name, base = self._only_adapter(), self.base_layer
+        name, base = self._find_only_adapter(), self.base_layer
 
         # PEFT's own forward outside of a step, and where the node would compute something else: the
         # caller chooses an adapter for each sample, there are no or several adapters, or x has
         # another dtype.
-        if args or kwargs or name not in self.working or not _same_dtype(x, compute_dtype(base)):
+        if (
+            args
+            or kwargs
+            or name not in self.step_copies
+            or not _is_same_dtype(x, get_compute_dtype(base))
+        ):
             return super().forward(x, *args, **kwargs)
-        down, up = self.working[name]
+        down, up = self.step_copies[name]
 
         # The usual case: one node for W0·x and the branch.
-        x = x.to(compute_dtype(base))
-        return _AdaptedLinear.apply(x, base.weight, base.bias, packing_of(base), down, up)
+        x = x.to(get_compute_dtype(base))
+        return _AdaptedLinear.apply(x, base.weight, base.bias, get_packing(base), down, up)
 
-    def _only_adapter(self) -> str | None:
+    def _find_only_adapter(self) -> str | None:
         """The only active adapter, or None when PEFT's forward must decide."""
         if self.disable_adapters or self.merged_adapters:
             return None
@@ -135,36 +141,36 @@ class ShortWay:
         return names[0] if len(names) == 1 else None
 
 
-class FastLinear(ShortWay, LoraLinear):
+class FastLinear(FusedForward, LoraLinear):
     """The fused node over a dense base."""
 
 
 @cache
-def fast_class(kind: type) -> type | None:
+def get_fast_class(kind: type) -> type | None:
     """The fused class for PEFT's layer class `kind`; None when there is none."""
     if kind is LoraLinear:
         return FastLinear
-    if issubclass(kind, ShortWay):
+    if issubclass(kind, FusedForward):
         return kind
 
     # Its class is known by name: it can be imported only where bitsandbytes is installed.
     is_4bit = (kind.__module__, kind.__name__) == ("peft.tuners.lora.bnb", "Linear4bit")
-    return type("FastLinear4bit", (ShortWay, kind), {}) if is_4bit else None
+    return type("FastLinear4bit", (FusedForward, kind), {}) if is_4bit else None
 
 
-def packing_of(base: nn.Module):
+def get_packing(base: nn.Module):
     """What belongs to a packed weight: its scales in 8 bit, its shape and scales in 4 bit; None for
     a dense one."""
     return base.scales if type(base) is Int8Linear else getattr(base.weight, "quant_state", None)
 
 
-def compute_dtype(base: nn.Module) -> torch.dtype:
+def get_compute_dtype(base: nn.Module) -> torch.dtype:
     """The dtype of products with the frozen weight: packed layers have one, others use the weight's
     own."""
     return getattr(base, "compute_dtype", base.weight.dtype)
 
 
-def _same_dtype(x: Tensor, dtype: torch.dtype) -> bool:
+def _is_same_dtype(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether the base would compute in its own `dtype`; autocast casts x to its dtype."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -172,9 +178,9 @@ def _same_dtype(x: Tensor, dtype: torch.dtype) -> bool:
     return x.dtype == dtype
 
 
-def slow_reason(layer: nn.Module, adapter_name: str = "default") -> str | None:
+def explain_slow_path(layer: nn.Module, adapter_name: str = "default") -> str | None:
     """Why this adapted layer keeps PEFT's forward, in a few words; None when it can be fused."""
-    if fast_class(type(layer)) is None:
+    if get_fast_class(type(layer)) is None:
         return f"not a linear layer ({type(layer).__module__}.{type(layer).__name__})"
 
     # The base layer: the node reads its weight by itself, so it must be a kind that is known.
@@ -211,12 +217,12 @@ def is_trainable_4bit(base: nn.Module) -> bool:
 
 
 def enable_fast_path(model: nn.Module, adapter_name: str = "default") -> int:
-    """Fuse every injected projection whose result stays the same (`slow_reason`). Returns how many
-    were fused."""
+    """Fuse every injected projection whose result stays the same (`explain_slow_path`). Returns how
+    many were fused."""
     count = 0
-    for layer in moslora.adapter_layers(model, adapter_name).values():
-        if slow_reason(layer, adapter_name) is None:
-            layer.__class__ = fast_class(type(layer))
+    for layer in moslora.get_adapter_layers(model, adapter_name).values():
+        if explain_slow_path(layer, adapter_name) is None:
+            layer.__class__ = get_fast_class(type(layer))
             count += 1
     return count
 
@@ -224,12 +230,12 @@ def enable_fast_path(model: nn.Module, adapter_name: str = "default") -> int:
 def disable_fast_path(model: nn.Module) -> None:
     """Give every fused projection its class of PEFT back."""
     for layer in model.modules():
-        if isinstance(layer, ShortWay):
+        if isinstance(layer, FusedForward):
             layer.__class__ = type(layer).__bases__[1]
 
 
 class WorkingCopies:
-    """The copies of every `ShortWay` in the given models, for one step after the other.
+    """The copies of every `FusedForward` in the given models, for one step after the other.
 
     models: with adapters, on which `enable_fast_path` was called
     adapter_name: the adapter that is trained
@@ -238,29 +244,32 @@ class WorkingCopies:
     def __init__(self, *models: nn.Module, adapter_name: str = "default"):
         self.adapter_name = adapter_name
         modules = [module for model in models for module in model.modules()]
-        self.layers = [layer for layer in modules if isinstance(layer, ShortWay)]
-        self.batches: list[Batch] = []
+        self.layers = [layer for layer in modules if isinstance(layer, FusedForward)]
+        self.batches: list[LayerBatch] = []
 
     @contextmanager
-    def for_one_step(self) -> Iterator["WorkingCopies"]:
+    def attach_copies(self) -> Iterator["WorkingCopies"]:
         """Lend the copies for the block, in which the adapter is constant; `collect` after each
         backward pass. The gradients are handed over if the block ends without an error."""
         # What changed since the last step, such as hooks or an adapter with dropout, may send a
         # layer through PEFT. The others are copied in batches of alike ones.
-        groups: dict[tuple, list[ShortWay]] = defaultdict(list)
+        groups: dict[tuple, list[FusedForward]] = defaultdict(list)
         for layer in self.layers:
-            if isinstance(layer, ShortWay) and slow_reason(layer, self.adapter_name) is None:
-                groups[kind_of(layer, self.adapter_name)].append(layer)
-        self.batches = [Batch(alike, self.adapter_name) for alike in groups.values()]
+            if (
+                isinstance(layer, FusedForward)
+                and explain_slow_path(layer, self.adapter_name) is None
+            ):
+                groups[get_batch_key(layer, self.adapter_name)].append(layer)
+        self.batches = [LayerBatch(alike, self.adapter_name) for alike in groups.values()]
 
         try:
             yield self
         finally:
             for layers in groups.values():
                 for layer in layers:
-                    del layer.working
+                    del layer.step_copies
         for batch in self.batches:
-            batch.hand_over()
+            batch.set_gradients()
         self.batches = []
 
     def collect(self) -> None:
@@ -269,20 +278,20 @@ class WorkingCopies:
             batch.collect()
 
 
-def kind_of(layer: ShortWay, name: str) -> tuple:
+def get_batch_key(layer: FusedForward, name: str) -> tuple:
     """Equal for layers that one batch can hold: shape, scale, dtype, device, and what learns."""
     base, down, lora_b = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name]
     sizes = (down.shape, base.out_features, layer.scaling[name])
-    place = (compute_dtype(base), base.weight.device)
+    place = (get_compute_dtype(base), base.weight.device)
     learns_mixer = isinstance(lora_b, mixer.MixerLinear) and lora_b.mixer.requires_grad
     return (sizes, place, type(lora_b), learns_mixer, down.requires_grad)
 
 
-class Batch:
+class LayerBatch:
     """n alike layers: A (n,r,in), B (n,out,r) and M (n,r,r), copied to A and Uᵀ (n,r,out), with
     which the layers compute from then on."""
 
-    def __init__(self, layers: list[ShortWay], adapter_name: str):
+    def __init__(self, layers: list[FusedForward], adapter_name: str):
         self.scale = layers[0].scaling[adapter_name]
 
         # The masters.
@@ -302,14 +311,14 @@ class Batch:
 
         # The copies: each layer's leaves are views of the batch.
         self.copies: list[tuple[Tensor, Tensor]] = []
-        whole = self._whole(compute_dtype(layers[0].base_layer))
+        whole = self._stack_matrices(get_compute_dtype(layers[0].base_layer))
         for layer, down, up in zip(layers, *whole, strict=True):
             pair = (down.detach().requires_grad_(self.learns_down), up.detach().requires_grad_())
             self.copies.append(pair)
-            layer.working = {adapter_name: pair}
+            layer.step_copies = {adapter_name: pair}
 
     @torch.no_grad()
-    def _whole(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _stack_matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (n,r,in) and Uᵀ (n,r,out)."""
         # Uᵀ = s·Mᵀ·Bᵀ in fp32, all layers in one batch, and only then in the base's dtype.
         up = torch.stack(self.ups).mT
@@ -331,12 +340,12 @@ class Batch:
         # Sum in fp32: sums over many micro-batches would lose their small parts in half precision.
         dtype = self.downs[0].dtype
         downs, ups = zip(*self.copies, strict=True)
-        self.up_sum = added(self.up_sum, gradients_of(ups).to(dtype))
+        self.up_sum = add_in_place(self.up_sum, pop_gradients(ups).to(dtype))
         if self.learns_down:
-            self.down_sum = added(self.down_sum, gradients_of(downs).to(dtype))
+            self.down_sum = add_in_place(self.down_sum, pop_gradients(downs).to(dtype))
 
     @torch.no_grad()
-    def hand_over(self) -> None:
+    def set_gradients(self) -> None:
         """Turn the step's sums of dA and dU into the gradients of the masters A, M and B."""
         if self.up_sum is None:
             return
@@ -344,32 +353,32 @@ class Batch:
 
         # dA is A's own gradient.
         if self.down_sum is not None:
-            self._give(self.downs, self.down_sum)
+            self._add_gradients(self.downs, self.down_sum)
 
         # U = s·B·M, so dM = s·Bᵀ·dU and dB = s·dU·Mᵀ.
         if self.scale != 1:
             grad = grad * self.scale
         if self.is_mixed and self.mixers[0].requires_grad:
-            self._give(self.mixers, torch.stack(self.ups).mT.bmm(grad))
+            self._add_gradients(self.mixers, torch.stack(self.ups).mT.bmm(grad))
         if not self.learns_up:
             return
         if self.is_mixed:
             grad = grad.bmm(torch.stack(self.mixers).mT)
-        self._give(self.ups, grad.contiguous())
+        self._add_gradients(self.ups, grad.contiguous())
 
-    def _give(self, parameters: list[nn.Parameter], gradients: Tensor) -> None:
+    def _add_gradients(self, parameters: list[nn.Parameter], gradients: Tensor) -> None:
         """Add to existing gradients: a layer that PEFT's forward was called for has one."""
         for i in self.reached:
             weight, grad = parameters[i], gradients[i]
             weight.grad = grad if weight.grad is None else weight.grad + grad
 
 
-def added(total: Tensor | None, more: Tensor) -> Tensor:
+def add_in_place(total: Tensor | None, more: Tensor) -> Tensor:
     """`more`, added to the total in place where there is one."""
     return more if total is None else total.add_(more)
 
 
-def gradients_of(leaves: tuple[Tensor, ...]) -> Tensor:
+def pop_gradients(leaves: tuple[Tensor, ...]) -> Tensor:
     """The leaves' gradients as one tensor (n, …); they are removed from the leaves."""
     found = torch.stack([torch.zeros_like(one) if one.grad is None else one.grad for one in leaves])
     for one in leaves:

@@ -61,48 +61,48 @@ PLACEHOLDER_SHAPE = (1, 1)
 """The shape of `lora_B.weight` in the state dict of an adapter with a mixer."""
 
 
-def nominal_scale(alpha: float, rank: int, use_rslora: bool = False) -> float:
+def compute_scale(alpha: float, rank: int, use_rslora: bool = False) -> float:
     """s = alpha/r, or alpha/√r for rsLoRA."""
     return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
-def orthogonal(mixer: torch.Tensor, generator: torch.Generator) -> None:
+def init_orthogonal(mixer: torch.Tensor, generator: torch.Generator) -> None:
     torch.nn.init.orthogonal_(mixer, generator=generator)
 
 
-def kaiming(mixer: torch.Tensor, generator: torch.Generator) -> None:
+def init_kaiming(mixer: torch.Tensor, generator: torch.Generator) -> None:
     """As PEFT starts A by itself."""
     torch.nn.init.kaiming_uniform_(mixer, a=math.sqrt(5), generator=generator)
 
 
-def identity(mixer: torch.Tensor, generator: torch.Generator) -> None:
+def init_identity(mixer: torch.Tensor, generator: torch.Generator) -> None:
     torch.nn.init.eye_(mixer)
 
 
-def butterfly(mixer: torch.Tensor, generator: torch.Generator) -> None:
+def init_butterfly(mixer: torch.Tensor, generator: torch.Generator) -> None:
     """[[I, I], [I, I]]: each subspace is mixed with one of the other half."""
     mixer.copy_(torch.eye(len(mixer) // 2).repeat(2, 2))
 
 
-STARTS: dict[str, Callable[[torch.Tensor, torch.Generator], None]] = {
-    "orthogonal": orthogonal,
-    "kaiming": kaiming,
-    "identity": identity,
-    "butterfly": butterfly,
+INITIALIZERS: dict[str, Callable[[torch.Tensor, torch.Generator], None]] = {
+    "orthogonal": init_orthogonal,
+    "kaiming": init_kaiming,
+    "identity": init_identity,
+    "butterfly": init_butterfly,
 }
 """Kind -> how M (r, r) starts, in place, from the generator alone. `train_config.MIXERS` offers
 them."""
 
 
-def initial_mixer(kind: str, rank: int, seed: int, path: str) -> torch.Tensor:
+def build_initial_mixer(kind: str, rank: int, seed: int, path: str) -> torch.Tensor:
     """M₀ (r, r) in fp32 on the CPU.
 
-    kind: one of `STARTS`; raises ValueError for another
+    kind: one of `INITIALIZERS`; raises ValueError for another
     rank: r
     seed, path: of the run and of the layer. They alone decide the draw, so each layer has its own,
         whatever other layers are adapted
     """
-    if kind not in STARTS:
+    if kind not in INITIALIZERS:
         raise ValueError(f"there is no mixer {kind!r}")
 
     # A seed of torch is below 2⁶³: hence the shift by one bit.
@@ -110,7 +110,7 @@ def initial_mixer(kind: str, rank: int, seed: int, path: str) -> torch.Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
 
     mixer = torch.empty(rank, rank, dtype=torch.float32, device="cpu")
-    STARTS[kind](mixer, generator)
+    INITIALIZERS[kind](mixer, generator)
     return mixer
 
 
@@ -168,18 +168,18 @@ class MixerLinear(torch.nn.Module):
         else:
             self.register_buffer("mixer", mixer)
 
-    def product(self) -> torch.Tensor:
+    def compute_product(self) -> torch.Tensor:
         """B·M, in the shape of a plain LoRA's B: (out, r)."""
         return self.up @ self.mixer
 
     @property
     def weight(self) -> torch.Tensor:
         """The product, which PEFT merges as it does a plain LoRA's weight."""
-        return self.product()
+        return self.compute_product()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, r) -> (…, out)."""
-        return F.linear(x, self.product())
+        return F.linear(x, self.compute_product())
 
     def _save_to_state_dict(
         self, destination: dict[str, torch.Tensor], prefix: str, keep_vars: bool
@@ -201,10 +201,10 @@ class MixerLinear(torch.nn.Module):
 class MixerConv2d(MixerLinear):
     """The same for a convolution, whose B is a 1×1 convolution. `up` and `mixer` stay matrices."""
 
-    def product(self) -> torch.Tensor:
+    def compute_product(self) -> torch.Tensor:
         """B·M, in the shape of a plain LoRA's B: (out, r, 1, 1)."""
-        return super().product()[:, :, None, None]
+        return super().compute_product()[:, :, None, None]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, r, H, W) -> (N, out, H, W)."""
-        return F.conv2d(x, self.product())
+        return F.conv2d(x, self.compute_product())

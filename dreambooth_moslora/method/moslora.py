@@ -25,16 +25,16 @@ from dreambooth_moslora.method import mixer
 from dreambooth_moslora.settings.train_config import MIXERS
 
 
-def without_wrapper(model: nn.Module) -> nn.Module:
+def get_unwrapped_model(model: nn.Module) -> nn.Module:
     """The model that `peft.get_peft_model` was given."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+def get_base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Module path -> module, as without PEFT's wrappers; a shared one under its first path, without
     the model."""
     modules, seen = {}, set()
-    for path, module in _walk(without_wrapper(model), ""):
+    for path, module in _walk(get_unwrapped_model(model), ""):
         if module not in seen:
             seen.add(module)
             modules[path] = module
@@ -49,10 +49,10 @@ def _walk(parent: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
         yield from _walk(module, f"{prefix}{name}.")
 
 
-def matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The `base_modules` whose weight has at least 2 dimensions: projections, convolutions and
+def get_matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The `get_base_modules` whose weight has at least 2 dimensions: projections, convolutions and
     embeddings."""
-    modules = base_modules(model).items()
+    modules = get_base_modules(model).items()
     found = {}
     for path, module in modules:
         weight = getattr(module, "weight", None)
@@ -61,7 +61,7 @@ def matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def value_pattern(values: Mapping[str, float], common: float) -> dict[str, float]:
+def build_value_pattern(values: Mapping[str, float], common: float) -> dict[str, float]:
     """PEFT's `rank_pattern` or `alpha_pattern` for the paths with another value than the common
     one. It has one regular expression a value, as PEFT tries each on every module."""
     paths: dict[float, list[str]] = {}
@@ -71,7 +71,7 @@ def value_pattern(values: Mapping[str, float], common: float) -> dict[str, float
     return {f"^(?:{'|'.join(names)})": value for value, names in paths.items()}
 
 
-def weight_size(module: nn.Module | None) -> tuple[int, ...]:
+def get_weight_size(module: nn.Module | None) -> tuple[int, ...]:
     """(out, in) of a projection, also if quantised, (out, in, h, w) of a convolution, () of
     anything else."""
     module = getattr(module, "base_layer", module)
@@ -81,14 +81,14 @@ def weight_size(module: nn.Module | None) -> tuple[int, ...]:
 
 
 # PEFT's own method, which the patch calls.
-create = LoraModel._create_and_replace
+create_and_replace = LoraModel._create_and_replace
 
 
 @cache
 def patch_peft() -> None:
     """Make PEFT's LoraModel put the config's mixer into each layer. PEFT ignores its own
     registration of layer classes for a second adapter."""
-    LoraModel._create_and_replace = create_and_mix
+    LoraModel._create_and_replace = create_with_mixer
 
 
 def has_mixer(config: LoraConfig) -> bool:
@@ -96,14 +96,16 @@ def has_mixer(config: LoraConfig) -> bool:
     return getattr(config, "mixer", "none") != "none"
 
 
-@wraps(create)
-def create_and_mix(
+@wraps(create_and_replace)
+def create_with_mixer(
     self, lora_config, adapter_name, target, target_name, parent, current_key, **options
 ):
     """Also put an fp32 mixer between PEFT's A and B. Raises UserError for a layer into which none
     can be put."""
     # PEFT makes its layer with A and B, as for a plain LoRA.
-    create(self, lora_config, adapter_name, target, target_name, parent, current_key, **options)
+    create_and_replace(
+        self, lora_config, adapter_name, target, target_name, parent, current_key, **options
+    )
     if not has_mixer(lora_config):
         return
 
@@ -119,7 +121,7 @@ def create_and_mix(
 
     # Draw M₀, and put B·M in the place of B. B learns if PEFT's B would, and M with it.
     plain = layer.lora_B[adapter_name].weight
-    start = mixer.initial_mixer(
+    start = mixer.build_initial_mixer(
         kind=lora_config.mixer,
         rank=plain.shape[1],
         seed=lora_config.mixer_seed,
@@ -157,7 +159,7 @@ def check_variants(config: LoraConfig) -> None:
         raise UserError(f'{given[0]} excludes a mixer; leave it out or use mixer="none"')
 
 
-START = LoraConfig.__dataclass_fields__["init_lora_weights"]
+INIT_WEIGHTS_FIELD = LoraConfig.__dataclass_fields__["init_lora_weights"]
 """PEFT's field, whose help text is kept with another default."""
 
 
@@ -166,7 +168,7 @@ class MoSLoraConfig(LoraConfig):
     """PEFT's LoraConfig with a mixer; its other fields are PEFT's. Raises UserError for what a
     mixer excludes."""
 
-    init_lora_weights: bool | str = field(default="gaussian", metadata=START.metadata)
+    init_lora_weights: bool | str = field(default="gaussian", metadata=INIT_WEIGHTS_FIELD.metadata)
     mixer: str = field(
         default="orthogonal", metadata={"help": f"How M starts: one of {', '.join(MIXERS)}."}
     )
@@ -180,7 +182,7 @@ class MoSLoraConfig(LoraConfig):
             patch_peft()
 
 
-def exact_config(
+def build_exact_config(
     ranks: Mapping[str, int],
     alphas: Mapping[str, float],
     rank: int,
@@ -196,8 +198,8 @@ def exact_config(
     return MoSLoraConfig(
         r=rank,
         lora_alpha=alpha,
-        rank_pattern=value_pattern(ranks, rank),
-        alpha_pattern=value_pattern(alphas, alpha),
+        rank_pattern=build_value_pattern(ranks, rank),
+        alpha_pattern=build_value_pattern(alphas, alpha),
         target_modules="|".join(map(re.escape, ranks)),
         **settings,
     )
@@ -215,15 +217,15 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
     # A mark of diffusers and transformers: their own methods for adapters ask for it.
     if hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = True
-    for layer in adapter_layers(model, adapter_name).values():
+    for layer in get_adapter_layers(model, adapter_name).values():
         layer.set_adapter(adapter_name)
     return model
 
 
-def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraLayer]:
+def get_adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraLayer]:
     """Module path -> PEFT layer, for each layer with this adapter, in the model's order. Raises
     UserError where there is none."""
-    base = without_wrapper(model)
+    base = get_unwrapped_model(model)
     layers = {}
     for path, module in base.named_modules():
         if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
@@ -236,12 +238,12 @@ def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str,
     return layers
 
 
-def adapter_parameters(
+def list_adapter_parameters(
     model: nn.Module, adapter_name: str = "default"
 ) -> list[tuple[str, nn.Parameter]]:
     """(name, parameter) of every learnt A, B, M and DoRA magnitude, in the model's order."""
     found = []
-    for path, layer in adapter_layers(model, adapter_name).items():
+    for path, layer in get_adapter_layers(model, adapter_name).items():
         for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
             modules = getattr(layer, part)
             if adapter_name not in modules:
@@ -251,28 +253,28 @@ def adapter_parameters(
     return found
 
 
-def mixer_parameters(
+def list_mixer_parameters(
     model: nn.Module, adapter_name: str = "default"
 ) -> list[tuple[str, nn.Parameter]]:
-    """The learnt mixers among `adapter_parameters`. Weight decay would pull M to 0, not to its
+    """The learnt mixers among `list_adapter_parameters`. Weight decay would pull M to 0, not to its
     start: exempt them."""
-    named = adapter_parameters(model, adapter_name)
+    named = list_adapter_parameters(model, adapter_name)
     return [(name, parameter) for name, parameter in named if name.endswith(".lora_B.mixer")]
 
 
-def lora_layers(model: nn.Module) -> list[LoraLayer]:
+def list_lora_layers(model: nn.Module) -> list[LoraLayer]:
     """PEFT's layers, of any adapter."""
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
-def disabled(model: nn.Module) -> AbstractContextManager[None]:
+def disable_adapters(model: nn.Module) -> AbstractContextManager[None]:
     """Switch all adapters off for the block, without changing gradient flags as PEFT's own switch
     does."""
-    return switched_off(lora_layers(model))
+    return disable_layers(list_lora_layers(model))
 
 
 @contextmanager
-def switched_off(layers: list[LoraLayer]) -> Iterator[None]:
+def disable_layers(layers: list[LoraLayer]) -> Iterator[None]:
     """`disabled` for given layers: finding them means walking over thousands of modules."""
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
@@ -284,7 +286,7 @@ def switched_off(layers: list[LoraLayer]) -> Iterator[None]:
             layer._disable_adapters = was
 
 
-def matrices_of(layer: LoraLayer, adapter_name: str) -> mixer.MixedLowRank:
+def get_matrices(layer: LoraLayer, adapter_name: str) -> mixer.MixedLowRank:
     """The live A, M, B and magnitude of one layer, not copied. Its scale is the s of training,
     which PEFT's `set_scale` does not change."""
     # Without a mixer, B is PEFT's own.
@@ -294,7 +296,7 @@ def matrices_of(layer: LoraLayer, adapter_name: str) -> mixer.MixedLowRank:
     else:
         mix, up = None, lora_b.weight.flatten(1)
 
-    scale = mixer.nominal_scale(
+    scale = mixer.compute_scale(
         layer.lora_alpha[adapter_name], layer.r[adapter_name], layer.use_rslora[adapter_name]
     )
     magnitudes = layer.lora_magnitude_vector
@@ -311,5 +313,5 @@ def matrices_of(layer: LoraLayer, adapter_name: str) -> mixer.MixedLowRank:
 def fold(model: nn.Module, adapter_name: str = "default") -> dict[str, mixer.LowRank]:
     """Module path -> the plain LoRA (fp32, CPU) that equals this adapter at scale 1. Raises
     UserError."""
-    layers = adapter_layers(model, adapter_name)
-    return {path: matrices_of(layer, adapter_name).fold() for path, layer in layers.items()}
+    layers = get_adapter_layers(model, adapter_name)
+    return {path: get_matrices(layer, adapter_name).fold() for path, layer in layers.items()}

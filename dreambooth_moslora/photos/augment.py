@@ -19,9 +19,9 @@ from dreambooth_moslora.settings import train_config
 # (left, top, right, bottom) px of a face in the upright photo
 Box = tuple[float, float, float, float]
 # Of the crop's side, that a face fills in a near crop; that is every other one
-NEAR_SHARE = 0.4
+NEAR_FACE_SHARE = 0.4
 # Around a face, of its size: hair and chin
-MARGIN = 0.4
+FACE_MARGIN = 0.4
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class CropPlan:
         width; px."""
         return *self.original_size, *self.crop_top_left, *self.target_size
 
-    def box(self, width: int, height: int) -> tuple[float, float, float, float]:
+    def get_box(self, width: int, height: int) -> tuple[float, float, float, float]:
         """(left, top, right, bottom) of the crop in the photo, which is not mirrored, shown at
         (width, height)."""
         crop_height, crop_width = self.target_size
@@ -59,7 +59,7 @@ class CropPlan:
         return left * across, top * down, right * across, bottom * down
 
 
-def resized_size(size_px: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+def compute_resized_size(size_px: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
     """(h, w) of the photo scaled to the smallest size that covers `target` (h, w)."""
     height, width = size_px
     least_height, least_width = target
@@ -68,7 +68,7 @@ def resized_size(size_px: tuple[int, int], target: tuple[int, int]) -> tuple[int
     return max(least_height, height * least_width // width), least_width
 
 
-def bucket_of(size_px: tuple[int, int], resolution_px: int, step_px: int) -> tuple[int, int]:
+def choose_bucket(size_px: tuple[int, int], resolution_px: int, step_px: int) -> tuple[int, int]:
     """(h, w), multiples of `step_px`, of at most the square's area, with the shape nearest to
     `size_px`'s."""
     # All rectangles with sides from half the resolution to twice, as wide as the area allows
@@ -90,7 +90,9 @@ def bucket_of(size_px: tuple[int, int], resolution_px: int, step_px: int) -> tup
     return min(sorted(shapes), key=distance)
 
 
-def nearest_shape(size_px: tuple[int, int], shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+def find_nearest_shape(
+    size_px: tuple[int, int], shapes: Iterable[tuple[int, int]]
+) -> tuple[int, int]:
     """Of `shapes` (h, w), the one nearest to that of `size_px` (h, w)."""
     ratio = size_px[0] / size_px[1]
     return min(sorted(shapes), key=lambda shape: abs(math.log(shape[0] / shape[1] / ratio)))
@@ -105,15 +107,15 @@ class CropRule:
     random_flip: bool = False  # of which half are mirrored
     crops_per_photo: int | None = 1  # different ones; None: always new ones
     zoom: float = 1.0  # most, at random, within a photo's own pixels
-    bucket_step_px: int | None = None  # to the rectangle of `bucket_of` instead
+    bucket_step_px: int | None = None  # to the rectangle of `choose_bucket` instead
 
-    def target(self, size_px: tuple[int, int]) -> tuple[int, int]:
+    def get_target_size(self, size_px: tuple[int, int]) -> tuple[int, int]:
         """(h, w) of the crops of a photo of `size_px` (h, w)."""
         if self.bucket_step_px is None:
             return self.resolution_px, self.resolution_px
-        return bucket_of(size_px, self.resolution_px, self.bucket_step_px)
+        return choose_bucket(size_px, self.resolution_px, self.bucket_step_px)
 
-    def plan(
+    def plan_crop(
         self,
         size_px: tuple[int, int],
         rng: Random,
@@ -129,26 +131,26 @@ class CropRule:
         closer = rng.random()
 
         # The zoom, bounded by the photo's own pixels: enlarging would only blur
-        target_height, target_width = target = target or self.target(size_px)
+        target_height, target_width = target = target or self.get_target_size(size_px)
         side = min(target)
         own = min(size_px[0] * side // target_height, size_px[1] * side // target_width)
         zoomed = round(side * (1 + (self.zoom - 1) * closer))
         if face is not None and closer >= 0.5:
             height = (face[3] - face[1]) / min(size_px)
-            zoomed = max(zoomed, round(side * NEAR_SHARE / height))
+            zoomed = max(zoomed, round(side * NEAR_FACE_SHARE / height))
         shorter = max(side, min(zoomed, own))
 
         # The smallest resized photo that covers the zoomed target
         covered = (target_height * shorter // side, target_width * shorter // side)
-        height, width = resized_size(size_px, covered)
+        height, width = compute_resized_size(size_px, covered)
 
         # The place of the crop in it: anywhere, or where the face is whole
         is_mirrored = self.random_flip and mirror < 0.5
         tops = (0, height - target_height)
         lefts = (0, width - target_width)
         if face is not None:
-            tops = around(face[1::2], height / size_px[0], target_height, height)
-            lefts = around(face[::2], width / size_px[1], target_width, width)
+            tops = compute_face_range(face[1::2], height / size_px[0], target_height, height)
+            lefts = compute_face_range(face[::2], width / size_px[1], target_width, width)
             # The plan counts from the left of the mirrored photo.
             if is_mirrored:
                 first, last = lefts
@@ -168,7 +170,9 @@ class CropRule:
         )
 
 
-def around(face: tuple[float, float], scale: float, target: int, whole: int) -> tuple[int, int]:
+def compute_face_range(
+    face: tuple[float, float], scale: float, target: int, whole: int
+) -> tuple[int, int]:
     """The first and the last place, px, of a crop along one axis that holds a face.
 
     face: its two ends in the photo, px
@@ -176,7 +180,7 @@ def around(face: tuple[float, float], scale: float, target: int, whole: int) -> 
     target, whole: sides of the crop and of the resized photo, px
     """
     near, far = face
-    margin = MARGIN * (far - near)
+    margin = FACE_MARGIN * (far - near)
     near = max(0, round((near - margin) * scale))
     far = min(whole, round((far + margin) * scale))
 
@@ -187,7 +191,7 @@ def around(face: tuple[float, float], scale: float, target: int, whole: int) -> 
     return max(0, far - target), min(whole - target, near)
 
 
-def crop_rule(config: train_config.TrainConfig) -> CropRule:
+def build_crop_rule(config: train_config.TrainConfig) -> CropRule:
     """The rule that these settings describe."""
     step_px = config.bucket_reso_steps or (64 if config.resolution > 256 else 8)
     return CropRule(
@@ -202,11 +206,11 @@ def crop_rule(config: train_config.TrainConfig) -> CropRule:
 
 
 def apply_crop(
-    image: Image.Image, plan: CropPlan, by: Image.Resampling = Image.Resampling.LANCZOS
+    image: Image.Image, plan: CropPlan, resampling: Image.Resampling = Image.Resampling.LANCZOS
 ) -> Image.Image:
     """The crop, of `target_size`, of the photo or its mask at any scale. Only the crop is
     resampled."""
-    left, top, right, bottom = plan.box(image.width, image.height)
+    left, top, right, bottom = plan.get_box(image.width, image.height)
     box = (left, top, min(right, image.width), min(bottom, image.height))
-    crop = image.resize(plan.target_size[::-1], by, box=box)
+    crop = image.resize(plan.target_size[::-1], resampling, box=box)
     return ImageOps.mirror(crop) if plan.is_mirrored else crop

@@ -20,11 +20,11 @@ from dreambooth_moslora.settings import subject_kinds, train_config
 from dreambooth_moslora.settings.metric_kinds import SFACE, YUNET
 
 # The picture's longer side as YuNet sees it: it finds faces of 10 to 300 px
-SEEN_PX = 640
+MAX_INPUT_PX = 640
 # Of YuNet: a box below this is no face
-LEAST_CERTAINTY = 0.8
+MIN_CERTAINTY = 0.8
 # A face that fills less of the photo's shorter side is a dozen latents of a 1024 px crop
-SMALL_SHARE = 0.1
+MIN_FACE_SHARE = 0.1
 # A face with this share of the largest one's side, or more, is of a second person, no passer-by
 SECOND_SHARE = 0.5
 
@@ -32,7 +32,7 @@ SECOND_SHARE = 0.5
 @dataclass(frozen=True)
 class Face:
     box: Box  # in the upright picture
-    found: Any = None  # what the finder says of it, for the comparer
+    detection: Any = None  # what the finder says of it, for the comparer
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class FaceReader:
     vector: Callable[[Image.Image, Face], np.ndarray]  # a unit vector (D,) of a face
     load: Callable[[], object] = bool  # what compares, so that a missing file is told early
 
-    def vectors(self, images: Sequence[Image.Image]) -> list[np.ndarray | None]:
+    def embed_faces(self, images: Sequence[Image.Image]) -> list[np.ndarray | None]:
         """The unit vector (D,) of each picture's largest face; None where there is no face."""
         found = []
         for image in images:
@@ -53,7 +53,7 @@ class FaceReader:
         return found
 
 
-def load_faces() -> FaceReader:
+def load_face_reader() -> FaceReader:
     """YuNet and SFace, each loaded at its first use. Raises UserError without OpenCV, and later for
     weights that are not here."""
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # OpenCV 5 warns of its own engine
@@ -64,37 +64,39 @@ def load_faces() -> FaceReader:
 
     @cache
     def finder() -> Any:
-        path = weights(*YUNET)
-        return cv2.FaceDetectorYN.create(path, "", (SEEN_PX, SEEN_PX), LEAST_CERTAINTY)
+        path = download_weights(*YUNET)
+        return cv2.FaceDetectorYN.create_and_replace(
+            path, "", (MAX_INPUT_PX, MAX_INPUT_PX), MIN_CERTAINTY
+        )
 
     @cache
     def comparer() -> Any:
-        return cv2.FaceRecognizerSF.create(weights(*SFACE), "")
+        return cv2.FaceRecognizerSF.create_and_replace(download_weights(*SFACE), "")
 
     def find(image: Image.Image) -> list[Face]:
         # YuNet sees a shrunk copy; its rows are boxes, five points and a certainty.
-        scale = min(1.0, SEEN_PX / max(image.size))
+        scale = min(1.0, MAX_INPUT_PX / max(image.size))
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         finder().setInputSize(size)
-        _, rows = finder().detect(bgr(image.resize(size)))
+        _, rows = finder().detect(to_bgr(image.resize(size)))
         found = []
         for row in [] if rows is None else rows:
             row = np.asarray(row, dtype=np.float32).copy()
             row[:14] /= scale
             left, top, width, height = map(float, row[:4])
-            found.append(Face(box=(left, top, left + width, top + height), found=row))
-        return sorted(found, key=area, reverse=True)
+            found.append(Face(box=(left, top, left + width, top + height), detection=row))
+        return sorted(found, key=get_area, reverse=True)
 
     def vector(image: Image.Image, face: Face) -> np.ndarray:
         # SFace wants the face turned upright, by its five points.
-        upright = comparer().alignCrop(bgr(image), face.found)
+        upright = comparer().alignCrop(to_bgr(image), face.detection)
         values = np.asarray(comparer().feature(upright), dtype=np.float32).ravel()
         return values / max(float(np.linalg.norm(values)), 1e-6)
 
     return FaceReader(find=find, vector=vector, load=comparer)
 
 
-def bgr(image: Image.Image) -> np.ndarray:
+def to_bgr(image: Image.Image) -> np.ndarray:
     """uint8 (height, width, 3) in OpenCV's order of colours."""
     return np.ascontiguousarray(np.asarray(image)[:, :, ::-1])
 
@@ -105,12 +107,12 @@ def longer_side(face: Face) -> float:
     return max(right - left, bottom - top)
 
 
-def area(face: Face) -> float:
+def get_area(face: Face) -> float:
     left, top, right, bottom = face.box
     return (right - left) * (bottom - top)
 
 
-def weights(repository: str, file: str) -> str:
+def download_weights(repository: str, file: str) -> str:
     """The path of a model's file from the hub. Raises UserError when it cannot be had."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -122,24 +124,24 @@ def weights(repository: str, file: str) -> str:
         raise UserError(f"faces: {repository} {missing}") from error
 
 
-def with_faces(
+def add_faces(
     config: train_config.TrainConfig, photos: Sequence[photo_file.Photo]
 ) -> list[photo_file.Photo]:
     """The photos; those of a person with the box of the face, and a remark on one that is small or
     not found. Raises UserError."""
-    if not subject_kinds.any_has_face(config.each_subject):
+    if not subject_kinds.has_face_subject(config.each_subject):
         return list(photos)
-    kinds = [subject_kinds.kind_of(subject) for subject in config.each_subject]
-    reader = load_faces()
+    kinds = [subject_kinds.get_subject_kind(subject) for subject in config.each_subject]
+    reader = load_face_reader()
     found = []
     for photo in photos:
         if kinds[photo.subject].has_face:
-            photo = with_face(photo, reader.find(photo_file.open_rgb(photo)))
+            photo = add_face(photo, reader.find(photo_file.open_rgb(photo)))
         found.append(photo)
     return found
 
 
-def with_face(photo: photo_file.Photo, faces: Sequence[Face]) -> photo_file.Photo:
+def add_face(photo: photo_file.Photo, faces: Sequence[Face]) -> photo_file.Photo:
     """The photo with its largest face, and a remark where that shows little, or is not alone."""
     if not faces:
         return replace(photo, reasons=(*photo.reasons, "no face was found"))
@@ -148,7 +150,7 @@ def with_face(photo: photo_file.Photo, faces: Sequence[Face]) -> photo_file.Phot
     # How large it is.
     sides = [longer_side(face) for face in faces]
     share = sides[0] / min(photo.size_px)
-    if share < SMALL_SHARE:
+    if share < MIN_FACE_SHARE:
         reasons = (*reasons, f"small face: {share:.0%} of the frame")
 
     # Who else is there.

@@ -20,13 +20,13 @@ class Reason(str):
     fault: str
 
 
-def reason(name: str, /, **found: object) -> Reason:
+def make_reason(name: str, /, **values: object) -> Reason:
     """A fault of the table with what was found, as a photo's reason."""
-    words = Reason(name + FAULTS[name].format_map(found))
+    words = Reason(name + FAULTS[name].format_map(values))
     words.fault = name
     return words
 
 
-def faults_of(photo: Photo) -> list[Reason]:
+def list_faults(photo: Photo) -> list[Reason]:
     """Those of its reasons that are faults."""
     return [words for words in photo.reasons if isinstance(words, Reason)]

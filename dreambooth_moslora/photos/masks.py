@@ -24,39 +24,43 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dreambooth_moslora.disk.atomic import atomic_write
-from dreambooth_moslora.disk.paths import public_name
+from dreambooth_moslora.disk.atomic import write_atomic
+from dreambooth_moslora.disk.paths import get_public_name
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import photo_file
-from dreambooth_moslora.photos.pretrained import frozen, loaded
+from dreambooth_moslora.photos.pretrained import load_frozen, load_pretrained
 from dreambooth_moslora.settings import prompts, toy_bases, train_config
 
 # The text chunk of a kept mask that says from which photo, model and word it was made
-KEY = "made-from"
+KEY_CHUNK = "made-from"
 # The models by default: of photographs, and of the embedded base
-CLIPSEG = "CIDAS/clipseg-rd64-refined"
-OWN = toy_bases.SEGMENTER_FOLDER.name
+DEFAULT_MASK_MODEL = "CIDAS/clipseg-rd64-refined"
+TOY_SEGMENTER = toy_bases.SEGMENTER_FOLDER.name
 # If no pixel's probability is above this, the subject was not found
-LEAST_PEAK = 0.2
+MIN_PEAK = 0.2
 # Shares of the photo; a mask outside is probably wrong
-SMALLEST_SHARE = 0.005
-LARGEST_SHARE = 0.9
+MIN_MASK_SHARE = 0.005
+MAX_MASK_SHARE = 0.9
 
 
-def segmenter_name(config: train_config.TrainConfig) -> str:
+def get_segmenter_name(config: train_config.TrainConfig) -> str:
     """The model of `--mask_model`; by default the embedded base's own net, or CLIPSeg for other
     bases."""
     if config.mask_model:
         return os.path.expanduser(config.mask_model)
-    return OWN if toy_bases.is_toy(config.pretrained_model_name_or_path) else CLIPSEG
+    return (
+        TOY_SEGMENTER
+        if toy_bases.is_toy(config.pretrained_model_name_or_path)
+        else DEFAULT_MASK_MODEL
+    )
 
 
-def sought_word(config: train_config.TrainConfig) -> str:
+def get_mask_word(config: train_config.TrainConfig) -> str:
     """What CLIPSeg looks for: `--mask_prompt`, else the class word; "" for the toy world's net.
     Raises UserError."""
-    if segmenter_name(config) == OWN:
+    if get_segmenter_name(config) == TOY_SEGMENTER:
         return ""
-    word = config.mask_prompt or prompts.class_word_of(config)
+    word = config.mask_prompt or prompts.get_class_word(config)
     if not word:
         raise UserError(
             'masks: no word says what the subject is; give --mask_prompt, such as "dog".'
@@ -74,40 +78,44 @@ class Segmenter:
         """L of the picture's size: 255 on the subject, 0 elsewhere; all 0 when it was not found."""
         found = np.asarray(self.probabilities(image))
         peak = float(found.max())
-        white = (found >= peak / 2) & (peak >= LEAST_PEAK)
+        white = (found >= peak / 2) & (peak >= MIN_PEAK)
         return Image.fromarray(white.astype(np.uint8) * 255)
 
 
 def load_segmenter(config: train_config.TrainConfig, device: Any = "cpu") -> Segmenter:
     """The segmenter of `--mask_model`, loaded at the first mask. Raises UserError when no word says
     what to look for."""
-    name = segmenter_name(config)
-    word = sought_word(config)
+    name = get_segmenter_name(config)
+    word = get_mask_word(config)
 
     # Loading takes seconds and memory. It waits for the first mask, which may never be needed.
     @cache
     def finder() -> Callable[[Image.Image], Any]:
-        return toy_finder(device) if name == OWN else clipseg_finder(name, word, device)
+        return (
+            load_toy_segmenter(device)
+            if name == TOY_SEGMENTER
+            else load_clipseg(name, word, device)
+        )
 
-    return Segmenter(public_name(name), word, lambda image: finder()(image))
+    return Segmenter(get_public_name(name), word, lambda image: finder()(image))
 
 
-def toy_finder(device: Any) -> Callable[[Image.Image], Any]:
+def load_toy_segmenter(device: Any) -> Callable[[Image.Image], Any]:
     """A function from an RGB picture of the toy world to probabilities (height, width)."""
     import torch
 
-    from dreambooth_moslora.photos.toy_readers import load_net
+    from dreambooth_moslora.photos.toy_readers import load_segmenter_net
 
-    net = load_net(toy_bases.SEGMENTER_FOLDER).to(device)
+    net = load_segmenter_net(toy_bases.SEGMENTER_FOLDER).to(device)
 
     def find(image: Image.Image) -> torch.Tensor:
         pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
-        return net.logits(pixels[None].to(device))[0].sigmoid().cpu()
+        return net.compute_logits(pixels[None].to(device))[0].sigmoid().cpu()
 
     return find
 
 
-def clipseg_finder(name: str, word: str, device: Any) -> Callable[[Image.Image], Any]:
+def load_clipseg(name: str, word: str, device: Any) -> Callable[[Image.Image], Any]:
     """A function from an RGB picture (width, height) to probabilities (height, width). Raises
     UserError."""
     import torch
@@ -115,8 +123,8 @@ def clipseg_finder(name: str, word: str, device: Any) -> Callable[[Image.Image],
     from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
     flag = "--mask_model"
-    processor = loaded(CLIPSegProcessor, name, flag)
-    model = frozen(CLIPSegForImageSegmentation, name, flag, device, dtype=torch.float32)
+    processor = load_pretrained(CLIPSegProcessor, name, flag)
+    model = load_frozen(CLIPSegForImageSegmentation, name, flag, device, dtype=torch.float32)
 
     def find(image: Image.Image) -> torch.Tensor:
         inputs = processor(
@@ -133,13 +141,15 @@ def clipseg_finder(name: str, word: str, device: Any) -> Callable[[Image.Image],
 
 
 @dataclass(frozen=True)
-class MadeMask:
+class GeneratedMask:
     photo: photo_file.Photo
     path: Path | None  # of its mask, if one was made
     remark: str = ""  # for the user
 
 
-def make_beside(photos: Iterable[photo_file.Photo], segmenter: Segmenter) -> Iterator[MadeMask]:
+def write_mask_files(
+    photos: Iterable[photo_file.Photo], segmenter: Segmenter
+) -> Iterator[GeneratedMask]:
     """Write `name.mask.png` beside each photo without a mask, one after the other. Raises
     OSError."""
     photos = list(photos)
@@ -147,29 +157,31 @@ def make_beside(photos: Iterable[photo_file.Photo], segmenter: Segmenter) -> Ite
         target = photo.path.with_name(f"{photo.path.stem}.mask.png")
 
         # What the user drew is never written over.
-        reason = photo_file.why_not_beside(photo, target, photos)
+        reason = photo_file.explain_name_conflict(photo, target, photos)
         if photo.mask_path:
             reason = "it has a mask, which is kept"
-        yield MadeMask(photo, None, reason) if reason else make(photo, target, segmenter)
+        yield GeneratedMask(photo, None, reason) if reason else make_mask(photo, target, segmenter)
 
 
-def make_kept(photo: photo_file.Photo, segmenter: Segmenter, folder: Path) -> MadeMask:
+def make_run_mask(photo: photo_file.Photo, segmenter: Segmenter, folder: Path) -> GeneratedMask:
     """Write the photo's mask into `folder`. One made before from the same photo, model and word is
     kept."""
-    key = photo.key(model=segmenter.name, word=segmenter.word)
-    target = photo_file.kept_path(photo, folder)
+    key = photo.compute_key(model=segmenter.name, word=segmenter.word)
+    target = photo_file.get_saved_mask_path(photo, folder)
     target.parent.mkdir(parents=True, exist_ok=True)
 
     # A resumed run finds its masks here; a changed photo or word gives another key.
     try:
-        if target.is_file() and photo_file.open_image(target).info.get(KEY) == key:
-            return MadeMask(photo, target)
+        if target.is_file() and photo_file.open_image(target).info.get(KEY_CHUNK) == key:
+            return GeneratedMask(photo, target)
     except photo_file.UnreadableImageError:
         pass  # it is made again
-    return make(photo, target, segmenter, key)
+    return make_mask(photo, target, segmenter, key)
 
 
-def make(photo: photo_file.Photo, target: Path, segmenter: Segmenter, key: str = "") -> MadeMask:
+def make_mask(
+    photo: photo_file.Photo, target: Path, segmenter: Segmenter, key: str = ""
+) -> GeneratedMask:
     """Find the subject and write the mask to `target`, with the `key` if there is one."""
     mask = segmenter.mask(photo_file.open_rgb(photo))
 
@@ -177,22 +189,22 @@ def make(photo: photo_file.Photo, target: Path, segmenter: Segmenter, key: str =
     if mask.getextrema()[1] == 0:
         target.unlink(missing_ok=True)  # it was made for another word
         sought = f"“{segmenter.word}”" if segmenter.word else "the subject"
-        return MadeMask(photo, None, f"empty: {sought} was not found, so no mask is written")
+        return GeneratedMask(photo, None, f"empty: {sought} was not found, so no mask is written")
 
     facts = PngInfo()
     if key:
-        facts.add_text(KEY, key)
+        facts.add_text(KEY_CHUNK, key)
     png = BytesIO()
     mask.convert("1").save(png, format="PNG", pnginfo=facts, optimize=True)
-    atomic_write(target, png.getvalue())
-    return MadeMask(photo, target, quality_warning(mask))
+    write_atomic(target, png.getvalue())
+    return GeneratedMask(photo, target, describe_mask_quality(mask))
 
 
-def quality_warning(mask: Image.Image) -> str:
+def describe_mask_quality(mask: Image.Image) -> str:
     """What looks wrong with a mask (L, not all black), in words; "" when nothing does."""
     share = float((np.asarray(mask) > 127).mean())
-    if share < SMALLEST_SHARE:
+    if share < MIN_MASK_SHARE:
         return f"nearly empty: {share:.1%} of the photo"
-    if share > LARGEST_SHARE:
+    if share > MAX_MASK_SHARE:
         return f"nearly the whole picture: {share:.0%} of the photo"
     return ""

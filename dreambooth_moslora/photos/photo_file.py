@@ -15,10 +15,10 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, ImageChops, ImageCms
 
-from dreambooth_moslora.disk.contents import content_key, file_digest
-from dreambooth_moslora.errors import UserError, one_line
+from dreambooth_moslora.disk.contents import hash_file, hash_values
+from dreambooth_moslora.errors import UserError, format_error
 
-FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000")
 """Formats that are read as photos; none runs an interpreter (EPS) or fetches anything."""
 # Suffixes of files that claim to be photos; any file of FORMATS is read, whatever its name
 IMAGE_SUFFIXES = frozenset(
@@ -27,8 +27,8 @@ IMAGE_SUFFIXES = frozenset(
     | {".tif", ".tiff", ".gif", ".bmp", ".ppm", ".pgm", ".jp2"}
 )
 # An alpha channel whose least value is this or more shows nothing through
-OPAQUE_FROM = 250
-TURNS = {
+MIN_OPAQUE_ALPHA = 250
+ORIENTATION_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -39,7 +39,7 @@ TURNS = {
 }
 """EXIF orientation -> the transposition that makes the picture upright."""
 
-OF_THE_MACHINE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+MACHINE_ERRORS = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 """Errors of the machine, not of the picture, which may be readable next time."""
 
 
@@ -61,7 +61,7 @@ def open_image(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(path, formats=FORMATS)
+            image = Image.open(path, formats=IMAGE_FORMATS)
             image.load()
 
     # Each reason in words for the person who chose the folder
@@ -71,9 +71,9 @@ def open_image(path: Path) -> Image.Image:
     except Image.UnidentifiedImageError:
         raise UnreadableImageError("broken: not a picture, or damaged") from None
     except Exception as error:  # decoders raise any error on damaged bytes
-        if getattr(error, "errno", None) in OF_THE_MACHINE:
+        if getattr(error, "errno", None) in MACHINE_ERRORS:
             raise
-        raise UnreadableImageError(f"broken: {one_line(error)}") from None
+        raise UnreadableImageError(f"broken: {format_error(error)}") from None
 
     # Lab, and greys of 16 and 32 bits, whose white no file tells
     if image.mode == "LAB" or image.mode.startswith(("I", "F")):
@@ -81,7 +81,7 @@ def open_image(path: Path) -> Image.Image:
     return image
 
 
-def orientation(image: Image.Image) -> int:
+def read_orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 is upright."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -89,15 +89,15 @@ def orientation(image: Image.Image) -> int:
         return 1
 
 
-def upright_size(image: Image.Image) -> tuple[int, int]:
+def get_upright_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) of the upright picture: EXIF orientations from 5 on swap the sides."""
-    turned = orientation(image) in (5, 6, 7, 8)
+    turned = read_orientation(image) in (5, 6, 7, 8)
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def upright(image: Image.Image) -> Image.Image:
+def rotate_upright(image: Image.Image) -> Image.Image:
     """The pixels turned upright. EXIF is dropped: encoding it again fails on damaged entries."""
-    turn = TURNS.get(orientation(image))
+    turn = ORIENTATION_TRANSPOSES.get(read_orientation(image))
     if turn is None:
         return image
     turned = image.transpose(turn)
@@ -108,8 +108,8 @@ def upright(image: Image.Image) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An opened image as upright RGB; transparent parts become white."""
-    image = upright(image)
-    if alpha_of(image) is None:
+    image = rotate_upright(image)
+    if get_alpha(image) is None:
         return to_srgb(image)
 
     # The colours are converted without the alpha channel, which profiles do not know.
@@ -120,15 +120,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return white
 
 
-def alpha_of(image: Image.Image) -> Image.Image | None:
+def get_alpha(image: Image.Image) -> Image.Image | None:
     """The upright alpha channel as L; None when everything is opaque."""
     if image.mode not in ("RGBA", "LA", "La", "RGBa", "PA") and "transparency" not in image.info:
         return None
     try:
-        alpha = upright(image).convert("RGBA").getchannel("A")
+        alpha = rotate_upright(image).convert("RGBA").getchannel("A")
     except ValueError:  # a mode without transparency, with a stray tag
         return None
-    return None if alpha.getextrema()[0] >= OPAQUE_FROM else alpha
+    return None if alpha.getextrema()[0] >= MIN_OPAQUE_ALPHA else alpha
 
 
 def to_srgb(image: Image.Image, profile: bytes | None = None) -> Image.Image:
@@ -138,11 +138,11 @@ def to_srgb(image: Image.Image, profile: bytes | None = None) -> Image.Image:
     # Palettes and the rest become RGB first: profiles are written for these three modes.
     if image.mode not in ("RGB", "CMYK", "L"):
         image = image.convert("RGB")
-    converted = by_profile(image, profile) if profile else None
+    converted = apply_profile(image, profile) if profile else None
     return converted or image.convert("RGB")
 
 
-def by_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
+def apply_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
     """Convert by an ICC profile; None when the profile is damaged or meant for another mode."""
     try:
         transform = ImageCms.buildTransform(
@@ -176,7 +176,7 @@ class Photo:
     made_by: str = ""  # the model that made it, with its licence (`synthetic`); "" of a real photo
 
     @property
-    def kept_name(self) -> str:
+    def run_file_name(self) -> str:
         """Name of files that a run folder keeps for it; those of further subjects are in `1/` and
         so on."""
         return f"{self.subject}/{self.path.name}" if self.subject else self.path.name
@@ -186,24 +186,24 @@ class Photo:
         """Whether the mask is a file, not the photo's own transparency."""
         return self.mask_path not in (None, self.path)
 
-    def key(self, **made_by: str) -> str:
+    def compute_key(self, **maker: str) -> str:
         """A key of what is made for the photo. It changes with the photo's content, and with the
         model and words that make it."""
-        return content_key(photo=file_digest(self.path), **made_by)
+        return hash_values(photo=hash_file(self.path), **maker)
 
 
-def counts_of(photos: Iterable[Photo]) -> list[int]:
+def count_photos(photos: Iterable[Photo]) -> list[int]:
     """How many photos each subject has, in the order of the subjects."""
     counts = Counter(photo.subject for photo in photos)
     return [counts[subject] for subject in sorted(counts)]
 
 
-def quoted(photo: Photo) -> str:
+def format_captions(photo: Photo) -> str:
     """The photo's captions in quotation marks."""
     return " or ".join(f"“{caption}”" for caption in photo.captions)
 
 
-def open_again(path: Path) -> Image.Image:
+def require_image(path: Path) -> Image.Image:
     """A file that could be read before. Raises UserError when it cannot any more."""
     try:
         return open_image(path)
@@ -214,10 +214,10 @@ def open_again(path: Path) -> Image.Image:
 def open_rgb(photo: Photo) -> Image.Image:
     """The photo's pixels: RGB, upright, on white. Raises UserError when it cannot be read any
     more."""
-    return to_rgb(open_again(photo.path))
+    return to_rgb(require_image(photo.path))
 
 
-def why_not_beside(photo: Photo, target: Path, photos: Sequence[Photo]) -> str:
+def explain_name_conflict(photo: Photo, target: Path, photos: Sequence[Photo]) -> str:
     """Why `target` is not made beside a photo, or "": something has its name, or two photos would
     share it."""
     if target.exists():
@@ -228,26 +228,26 @@ def why_not_beside(photo: Photo, target: Path, photos: Sequence[Photo]) -> str:
 
 
 def find_mask(
-    path: Path, photo: Image.Image, beside: Path | None, *, alpha_is_mask: bool
+    path: Path, photo: Image.Image, sidecar: Path | None, *, alpha_is_mask: bool
 ) -> tuple[Path | None, list[str]]:
     """The file that holds the photo's mask, or None, and remarks for the user.
 
     path: of the photo
     photo: as opened
-    beside: the file that has a mask's name, if there is one
+    sidecar: the file that has a mask's name, if there is one
     alpha_is_mask: whether the opaque part of a transparent photo is its mask
     """
     reasons = []
 
     # What the user drew comes first.
-    if beside and beside.is_file():
-        problem = mask_problem(beside, upright_size(photo))
+    if sidecar and sidecar.is_file():
+        problem = explain_unusable_mask(sidecar, get_upright_size(photo))
         if problem is None:
-            return beside, reasons
+            return sidecar, reasons
         reasons.append(f"mask not used: {problem}")
 
     # Then a photo that was cut out
-    transparent = alpha_of(photo)
+    transparent = get_alpha(photo)
     if transparent is None:
         return None, reasons
     if transparent.getextrema()[1] == 0:
@@ -257,10 +257,10 @@ def find_mask(
     return None, [*reasons, "transparent: on white"]
 
 
-def mask_problem(path: Path, photo_px: tuple[int, int]) -> str | None:
+def explain_unusable_mask(path: Path, photo_px: tuple[int, int]) -> str | None:
     """Why a mask file cannot be used with a photo of this (height, width), or None."""
     try:
-        mask = grey_mask(open_image(path))
+        mask = to_grey_mask(open_image(path))
     except UnreadableImageError as error:
         return str(error)
 
@@ -272,15 +272,15 @@ def mask_problem(path: Path, photo_px: tuple[int, int]) -> str | None:
     return "it is black everywhere" if mask.getextrema()[1] == 0 else None
 
 
-def grey_mask(image: Image.Image) -> Image.Image:
+def to_grey_mask(image: Image.Image) -> Image.Image:
     """The mask as L, white on the subject: the brightness, or else the opacity, with a maximum of
     255."""
-    alpha = alpha_of(image)
+    alpha = get_alpha(image)
     if alpha is None:
         grey = to_rgb(image).convert("L")
     else:
         # A picture that is black where it is opaque was drawn with its transparency alone.
-        brightness = upright(image).convert("LA").getchannel("L")
+        brightness = rotate_upright(image).convert("LA").getchannel("L")
         seen = ImageChops.multiply(brightness, alpha)
         grey = alpha if seen.getextrema()[1] == 0 else seen
 
@@ -293,28 +293,36 @@ def open_mask(photo: Photo) -> Image.Image | None:
     """L, 255 on the subject and 0 elsewhere; None without a mask. Raises UserError."""
     if photo.mask_path is None:
         return None
-    image = open_again(photo.mask_path)
-    return alpha_of(image) if photo.mask_path == photo.path else grey_mask(image)
+    image = require_image(photo.mask_path)
+    return get_alpha(image) if photo.mask_path == photo.path else to_grey_mask(image)
 
 
-def kept_path(photo: Photo, folder: Path) -> Path:
+def get_saved_mask_path(photo: Photo, folder: Path) -> Path:
     """The photo's mask in `folder`; `dog.jpg` and `dog.png` have different ones."""
-    return folder / f"{photo.kept_name}.mask.png"
+    return folder / f"{photo.run_file_name}.mask.png"
 
 
-def with_kept_masks(photos: Iterable[Photo], folder: Path) -> list[Photo]:
+def add_saved_masks(photos: Iterable[Photo], folder: Path) -> list[Photo]:
     """The photos; those without a mask of their own get the one that training made, if it is there
     and fits."""
     found = []
     for photo in photos:
-        path = kept_path(photo, folder)
-        photo = without_kept_mask(photo, folder)
-        if photo.mask_path is None and path.is_file() and not mask_problem(path, photo.size_px):
+        path = get_saved_mask_path(photo, folder)
+        photo = drop_saved_mask(photo, folder)
+        if (
+            photo.mask_path is None
+            and path.is_file()
+            and not explain_unusable_mask(path, photo.size_px)
+        ):
             photo = replace(photo, mask_path=path)
         found.append(photo)
     return found
 
 
-def without_kept_mask(photo: Photo, folder: Path) -> Photo:
+def drop_saved_mask(photo: Photo, folder: Path) -> Photo:
     """The photo, without its mask if training made that."""
-    return replace(photo, mask_path=None) if photo.mask_path == kept_path(photo, folder) else photo
+    return (
+        replace(photo, mask_path=None)
+        if photo.mask_path == get_saved_mask_path(photo, folder)
+        else photo
+    )

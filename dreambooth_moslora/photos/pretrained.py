@@ -4,10 +4,10 @@ the repository."""
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.errors import UserError, one_line
+from dreambooth_moslora.errors import UserError, format_error
 
 
-def loaded(kind: Any, name: str | Path, flag: str, **options: Any) -> Any:
+def load_pretrained(kind: Any, name: str | Path, flag: str, **options: Any) -> Any:
     """`kind.from_pretrained(name)`.
 
     kind: a class of transformers
@@ -25,14 +25,14 @@ def loaded(kind: Any, name: str | Path, flag: str, **options: Any) -> Any:
         missing = "is not here and cannot be fetched: connect to the hub once, or name a folder"
         raise UserError(f"{flag} {name} {missing}") from error
     except Exception as error:  # files of other models may raise any error
-        reason = one_line(f"{type(error).__name__} {error}")
+        reason = format_error(f"{type(error).__name__} {error}")
         raise UserError(f"{flag} {name} cannot be read as a {kind.__name__}: {reason}") from error
 
 
-def frozen(kind: Any, name: str | Path, flag: str, device: Any, **options: Any) -> Any:
+def load_frozen(kind: Any, name: str | Path, flag: str, device: Any, **options: Any) -> Any:
     """A complete model on the torch device, for inference; arguments as of `loaded`. Raises
     UserError for missing weights, which transformers would fill with random ones."""
-    model, info = loaded(kind, name, flag, output_loading_info=True, **options)
+    model, info = load_pretrained(kind, name, flag, output_loading_info=True, **options)
     lacking = sorted(info["missing_keys"])
     if lacking:
         raise UserError(f"{flag} {name} is no {kind.__name__}: it has no {lacking[0]}")

@@ -29,18 +29,18 @@ from transformers import (
 from dreambooth_moslora.settings.toy_bases import PLACES
 
 # The segmenter's weights in its folder
-FILE = "model.safetensors"
+WEIGHTS_NAME = "model.safetensors"
 # Shorter side of its training pictures
-SIZE_PX = 128
+TRAINING_PX = 128
 # The pixels of 2 x 2 patches become channels: a quarter of the work for the same outline
-PATCH = 2
+PATCH_PX = 2
 # Channels of each level; each has half the sides of the one before
-WIDTHS = (24, 32, 40, 48)
+LEVEL_CHANNELS = (24, 32, 40, 48)
 # Sides must be multiples of this
-STRIDE = PATCH * 2 ** (len(WIDTHS) - 1)
+SIDE_MULTIPLE_PX = PATCH_PX * 2 ** (len(LEVEL_CHANNELS) - 1)
 
 
-def _convolution(inputs: int, outputs: int, stride: int = 1) -> torch.nn.Sequential:
+def _build_convolution(inputs: int, outputs: int, stride: int = 1) -> torch.nn.Sequential:
     """Convolution, normalization and SiLU. (N, inputs, h, w) -> (N, outputs, h / stride,
     w / stride)."""
     convolution = torch.nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
@@ -53,19 +53,20 @@ class ToySegmenter(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        pairs = list(pairwise(WIDTHS))
-        self.stem = _convolution(3 * PATCH**2, WIDTHS[0])
+        pairs = list(pairwise(LEVEL_CHANNELS))
+        self.stem = _build_convolution(3 * PATCH_PX**2, LEVEL_CHANNELS[0])
         self.down = torch.nn.ModuleList(
-            torch.nn.Sequential(_convolution(a, b, 2), _convolution(b, b)) for a, b in pairs
+            torch.nn.Sequential(_build_convolution(a, b, 2), _build_convolution(b, b))
+            for a, b in pairs
         )
         self.narrow = torch.nn.ModuleList(torch.nn.Conv2d(b, a, 1) for a, b in reversed(pairs))
-        self.up = torch.nn.ModuleList(_convolution(a, a) for a, _ in reversed(pairs))
-        self.head = torch.nn.Conv2d(WIDTHS[0], PATCH**2, 1)
+        self.up = torch.nn.ModuleList(_build_convolution(a, a) for a, _ in reversed(pairs))
+        self.head = torch.nn.Conv2d(LEVEL_CHANNELS[0], PATCH_PX**2, 1)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """(N,3,H,W) in [-1, 1] -> logits (N,H,W)."""
         # Down: features of each size, from fine to coarse
-        levels = [self.stem(pixel_unshuffle(pixels, PATCH))]
+        levels = [self.stem(pixel_unshuffle(pixels, PATCH_PX))]
         for down in self.down:
             levels.append(down(levels[-1]))
 
@@ -74,23 +75,26 @@ class ToySegmenter(torch.nn.Module):
         for narrow, up in zip(self.narrow, self.up):
             x = interpolate(narrow(x), scale_factor=2, mode="bilinear")
             x = up(x + levels.pop())
-        return pixel_shuffle(self.head(x), PATCH)[:, 0]
+        return pixel_shuffle(self.head(x), PATCH_PX)[:, 0]
 
     @torch.no_grad()
-    def logits(self, pixels: torch.Tensor) -> torch.Tensor:
+    def compute_logits(self, pixels: torch.Tensor) -> torch.Tensor:
         """(N,3,H,W) of any size -> (N,H,W); computed with the shorter side scaled to about
         128 px."""
         sides = pixels.shape[-2:]
-        scale = SIZE_PX / min(sides)
-        seen = [max(STRIDE, round(side * scale / STRIDE) * STRIDE) for side in sides]
+        scale = TRAINING_PX / min(sides)
+        seen = [
+            max(SIDE_MULTIPLE_PX, round(side * scale / SIDE_MULTIPLE_PX) * SIDE_MULTIPLE_PX)
+            for side in sides
+        ]
         small = interpolate(pixels, size=seen, mode="bilinear", antialias=True)
         return interpolate(self(small)[:, None], size=sides, mode="bilinear")[:, 0]
 
 
-def load_net(folder: Path) -> ToySegmenter:
+def load_segmenter_net(folder: Path) -> ToySegmenter:
     """The segmenter of a folder, in fp32, whatever its file has."""
     net = ToySegmenter().eval().requires_grad_(False)
-    weights = load_file(folder / FILE)
+    weights = load_file(folder / WEIGHTS_NAME)
     net.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return net
 
@@ -106,25 +110,27 @@ LIGHT_PHRASES = {
     "snowfall": "in falling snow",
 }
 # Places with a lamp: they have day and night, but no weather
-INDOORS = (
+INDOOR_PLACES = (
     "on a wooden floor",
     "on a purple rug",
     "on a checkered floor",
     "in a pink room",
     "in a kitchen",
 )
-LIGHTS_AT = dict.fromkeys(PLACES, tuple(LIGHT_PHRASES)) | dict.fromkeys(INDOORS, ("day", "night"))
-LIGHTS_AT |= dict.fromkeys(
+PLACE_LIGHTS = dict.fromkeys(PLACES, tuple(LIGHT_PHRASES)) | dict.fromkeys(
+    INDOOR_PLACES, ("day", "night")
+)
+PLACE_LIGHTS |= dict.fromkeys(
     ("on the beach", "on water", "on autumn leaves"), tuple(LIGHT_PHRASES)[:-1]
 )
-LIGHTS_AT |= dict.fromkeys(("on the moon", "on a stage with red curtains", "on lava"), ("day",))
-LIGHTS_AT["in the snow"] = ("day", "sunset", "night", "overcast", "fog", "snowfall")
-LIGHTS_AT["in the desert"] = ("day", "sunset", "night", "overcast")
+PLACE_LIGHTS |= dict.fromkeys(("on the moon", "on a stage with red curtains", "on lava"), ("day",))
+PLACE_LIGHTS["in the snow"] = ("day", "sunset", "night", "overcast", "fog", "snowfall")
+PLACE_LIGHTS["in the desert"] = ("day", "sunset", "night", "overcast")
 """The places of the toy world, and the lights under which each may be shown."""
-SURROUNDINGS = tuple((place, light) for place, lights in LIGHTS_AT.items() for light in lights)
+SURROUNDINGS = tuple((place, light) for place, lights in PLACE_LIGHTS.items() for light in lights)
 
 
-def phrase(place: str, light: str) -> str:
+def format_surroundings(place: str, light: str) -> str:
     """The words of a caption: "on the beach at sunset"; daylight adds none."""
     return f"{place} {LIGHT_PHRASES[light]}".strip()
 
@@ -146,11 +152,14 @@ class SurroundingsReader:
             tower.requires_grad_(False).eval().to(device)
 
         # A folder's photos all show the same kind: its captions are encoded once.
-        self.vectors = cache(self._vectors)
+        self.vectors = cache(self._embed_captions)
 
-    def _vectors(self, kind: str) -> torch.Tensor:
+    def _embed_captions(self, kind: str) -> torch.Tensor:
         """Unit vectors (S, P) of a caption for each of the S surroundings."""
-        captions = [f"a photo of a {kind} {phrase(place, light)}" for place, light in SURROUNDINGS]
+        captions = [
+            f"a photo of a {kind} {format_surroundings(place, light)}"
+            for place, light in SURROUNDINGS
+        ]
         words = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
         return normalize(self.text(words.input_ids.to(self.device)).text_embeds, dim=-1)
 

@@ -9,50 +9,54 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from dreambooth_moslora.base import devices
-from dreambooth_moslora.base.devices import process_count
+from dreambooth_moslora.base.devices import get_world_size
 from dreambooth_moslora.settings import train_config
 
 Result = TypeVar("Result")
 
 
-def is_alone() -> bool:
+def is_single_process() -> bool:
     """Whether a launcher started no other process of this run."""
-    return process_count() < 2
+    return get_world_size() < 2
 
 
-def by_all(find: Callable[[], Result], words: Callable[[Result], str] = lambda found: "") -> Result:
+def agree_on_result(
+    find: Callable[[], Result], format_result: Callable[[Result], str] = lambda found: ""
+) -> Result:
     """What each process finds. Raises UserError on all where one has other `words`, or where `find`
     raises it."""
-    if is_alone():
+    if is_single_process():
         return find()
-    from dreambooth_moslora.plan.distributed import agreed, joined
+    from dreambooth_moslora.plan.distributed import join_processes, require_agreement
 
-    return agreed(joined(), find, words, "give all processes the same flags and files.")
+    return require_agreement(
+        join_processes(), find, format_result, "give all processes the same flags and files."
+    )
 
 
-def check_same(config: train_config.TrainConfig) -> None:
+def check_same_settings(config: train_config.TrainConfig) -> None:
     """Raises UserError on all processes where one has other settings."""
-    by_all(lambda: config, lambda own: in_lines(own.to_dict()))
+    agree_on_result(lambda: config, lambda own: format_settings(own.to_dict()))
 
 
-def in_lines(settings: Mapping[str, Any]) -> str:
+def format_settings(settings: Mapping[str, Any]) -> str:
     """A line for each setting that the processes must share, given or not."""
-    apart = {*train_config.named("secret"), *train_config.named("per_process")}
+    apart = {*train_config.list_settings("secret"), *train_config.list_settings("per_process")}
     lines = []
     for name, item in train_config.SETTINGS.items():
         if name not in apart:
-            value = train_config.checked_setting(name, settings.get(name, item.default))
+            value = train_config.parse_setting(name, settings.get(name, item.default))
             lines.append(f"--{name} {value!r}")
     return "\n".join(lines)
 
 
-def least_free_gib() -> float | None:
+def get_min_free_gib() -> float | None:
     """GiB that are free on the GPU of the process that has the least, so that all choose the same;
     None without a GPU. All must call it."""
-    own = devices.free_gib_of_gpu()
-    if is_alone():
+    own = devices.measure_free_gpu_gib()
+    if is_single_process():
         return own
-    from dreambooth_moslora.plan.distributed import exchange, joined
+    from dreambooth_moslora.plan.distributed import gather_results, join_processes
 
-    told = exchange(joined(), [own], None)
+    told = gather_results(join_processes(), [own], None)
     return min((free for free in told if free is not None), default=None)

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.devices import OUTPUTS_A_BLOCK
+from dreambooth_moslora.base.devices import OUTPUTS_PER_BLOCK
 from dreambooth_moslora.settings import family_facts, field_facts
 
-STOCK = family_facts.SDXL.models[0]  # Whose counts an unknown base is taken to have.
-BLOCKS = re.compile(r"(\w*transformer_blocks|layers|\w*refiner)\.\d+\.")
-UNET_BLOCKS = re.compile(r".*transformer_blocks\.\d+\.")
+DEFAULT_MODEL = family_facts.SDXL.models[0]  # Whose counts an unknown base is taken to have.
+FLOW_BLOCK_PATH = re.compile(r"(\w*transformer_blocks|layers|\w*refiner)\.\d+\.")
+UNET_BLOCK_PATH = re.compile(r".*transformer_blocks\.\d+\.")
 """Paths of a denoiser's repeated blocks, whose linear layers are quantised."""
 
 
@@ -24,18 +24,18 @@ class BaseSize:
     `streamed` those that `--stream_blocks` keeps on the host, and `largest_block` those of one
     block. For a convolution (out, in, h, w), in is in·h·w."""
 
-    unet: int = STOCK.parameters
-    projections: int = STOCK.in_blocks
-    streamed: int = STOCK.in_blocks
-    largest_block: int = STOCK.largest_block
-    text_encoders: int = STOCK.encoders
-    vae: int = STOCK.vae
-    adapted_widths: int = STOCK.adapted_widths
-    adapted_layers: int = STOCK.adapted_layers
+    unet: int = DEFAULT_MODEL.parameters
+    projections: int = DEFAULT_MODEL.block_parameters
+    streamed: int = DEFAULT_MODEL.block_parameters
+    largest_block: int = DEFAULT_MODEL.largest_block
+    text_encoders: int = DEFAULT_MODEL.encoders
+    vae: int = DEFAULT_MODEL.vae
+    adapted_widths: int = DEFAULT_MODEL.adapted_widths
+    adapted_layers: int = DEFAULT_MODEL.adapted_layers
     is_measured: bool = False
     widths: tuple[tuple[str, int], ...] = ()
     """Path and in + out of each layer that gets an adapter, where known."""
-    family: family_facts.Facts = family_facts.SDXL
+    family: family_facts.FamilyFacts = family_facts.SDXL
     hub_id: str = ""  # Of the known model, where its files are not here.
     # Whether the base is another model than that one, whose size is not known.
     is_assumed: bool = False
@@ -44,14 +44,14 @@ class BaseSize:
     """The same of the text encoders' layers that get an adapter if those are trained."""
 
 
-def size_of_base(base: Base, target_modules: tuple[str, ...]) -> BaseSize:
+def find_base_size(base: Base, target_modules: tuple[str, ...]) -> BaseSize:
     """The size of a base with the adapter on these layers, counted in its folder where that is
     whole. Else it is assumed, with the adapter on the family's usual layers, by the model that is
     known by its id, or that a single file is nearest to; of another base by the largest model of
     its family, or by SDXL where the family is not known either. Raises UserError for damaged files.
     """
     if base.shapes and all(base.shapes.values()):
-        return size_of_shapes(base.facts, base.shapes, target_modules)
+        return compute_base_size(base.facts, base.shapes, target_modules)
 
     # Which model it is, or is nearest to.
     facts, model = base.known or (base.facts, None)
@@ -67,8 +67,8 @@ def size_of_base(base: Base, target_modules: tuple[str, ...]) -> BaseSize:
     clip = [family_facts.CLIP_LAYERS[name] for name in facts.adapted_encoders]
     return BaseSize(
         unet=model.parameters,
-        projections=model.in_blocks,
-        streamed=model.streamed or model.in_blocks,
+        projections=model.block_parameters,
+        streamed=model.streamed or model.block_parameters,
         largest_block=model.largest_block,
         text_encoders=model.encoders,
         vae=model.vae,
@@ -82,8 +82,8 @@ def size_of_base(base: Base, target_modules: tuple[str, ...]) -> BaseSize:
     )
 
 
-def size_of_shapes(
-    facts: family_facts.Facts,
+def compute_base_size(
+    facts: family_facts.FamilyFacts,
     shapes: Mapping[str, dict[str, list[int]]],
     target_modules: tuple[str, ...],
 ) -> BaseSize:
@@ -103,11 +103,11 @@ def size_of_shapes(
     )
 
     # Those of each block that quantisation replaces, as `base.quantization` chooses them.
-    pattern = BLOCKS if facts.style == "flow" else UNET_BLOCKS
+    pattern = FLOW_BLOCK_PATH if facts.style == "flow" else UNET_BLOCK_PATH
     blocks: Counter[str] = Counter()
     for path, shape in layers.items():
         block = pattern.match(path)
-        if block and len(shape) == 2 and shape[0] % OUTPUTS_A_BLOCK == 0:
+        if block and len(shape) == 2 and shape[0] % OUTPUTS_PER_BLOCK == 0:
             blocks[block[0]] += math.prod(shape)
 
     # Of these, the blocks that `base.streaming` streams.

@@ -17,25 +17,27 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.base import devices
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.devices import process_count
-from dreambooth_moslora.disk.paths import assets_folder
+from dreambooth_moslora.base.devices import get_world_size
+from dreambooth_moslora.disk.paths import get_assets_folder
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import config_files, family_facts, rules, toy_bases
-from dreambooth_moslora.settings.metric_kinds import CLIP, DINO, SFACE
-from dreambooth_moslora.settings.subject_kinds import KINDS
-from dreambooth_moslora.settings.train_config import TrainConfig, shown_flag
+from dreambooth_moslora.settings.metric_kinds import CLIP_REPO, DINO_REPO, SFACE
+from dreambooth_moslora.settings.subject_kinds import SUBJECT_KINDS
+from dreambooth_moslora.settings.train_config import TrainConfig, get_flag_name
 
 if TYPE_CHECKING:
     from dreambooth_moslora.photos.folder import PhotoReport
     from dreambooth_moslora.photos.photo_file import Photo
 
-TOKEN = "sks"  # The rare word, if none is given.
-OBLONG = 1.1  # Photos whose sides differ by more than this factor are cropped in their own shapes.
-USUAL_EXPOSURES = 200
+DEFAULT_TOKEN = "sks"  # The rare word, if none is given.
+MIN_OBLONG_RATIO = (
+    1.1  # Photos whose sides differ by more than this factor are cropped in their own shapes.
+)
+DEFAULT_EXPOSURES = 200
 """Exposures of a photo: the recipes show each of five photos 192 to 400 times."""
-PHOTOS_OF_A_RECIPE = 5
+RECIPE_PHOTOS = 5
 """A recipe's number of steps is meant for this many photos; both give the exposures of each."""
-OWN = (
+RUN_SETTINGS = (
     "pretrained_model_name_or_path",
     "instance_data_dir",
     "output_dir",
@@ -44,50 +46,50 @@ OWN = (
     "max_train_steps",
 )
 """What a recipe names that is another run's, or is chosen here."""
-CROPS_OF_A_FACE = 4  # Of each photo of a person: about half of them come near the face.
-NO_SAMPLES = {"num_validation_images": 0, "validation_steps": None}
+FACE_CROPS_PER_PHOTO = 4  # Of each photo of a person: about half of them come near the face.
+NO_SAMPLE_SETTINGS = {"num_validation_images": 0, "validation_steps": None}
 """Chosen on a CPU, where each picture of a large base takes minutes."""
 
 
 @dataclass
 class Choices:
     """`said` has a sentence about each choice and its flags; `photo_report` is set if the photos
-    were read for one. `last_words` are lines to be said just before the run begins."""
+    were read for one. `closing_lines` are lines to be said just before the run begins."""
 
-    given: Mapping[str, Any]
+    user_settings: Mapping[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
-    said: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    notes: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     photo_report: "PhotoReport | None" = None
-    last_words: Sequence[str] = ()
+    closing_lines: Sequence[str] = ()
 
-    def add(self, words: str, *flags: str, **settings: Any) -> None:
+    def add(self, text: str, *flags: str, **settings: Any) -> None:
         """Choose these settings unless given. `words` are said if any was chosen, unless they are
         empty."""
-        chosen = {name: value for name, value in settings.items() if name not in self.given}
+        chosen = {name: value for name, value in settings.items() if name not in self.user_settings}
         self.settings |= chosen
-        if chosen and words:
-            self.say(words, *flags)
+        if chosen and text:
+            self.add_note(text, *flags)
 
-    def say(self, words: str, *flags: str) -> None:
-        self.said.append((words, flags))
+    def add_note(self, text: str, *flags: str) -> None:
+        self.notes.append((text, flags))
 
     @property
     def lines(self) -> list[str]:
         """The sentences with their flags, for the terminal."""
         found = []
-        for words, flags in self.said:
-            named = ", ".join(f"--{shown_flag(flag)}" for flag in flags)
+        for words, flags in self.notes:
+            named = ", ".join(f"--{get_flag_name(flag)}" for flag in flags)
             found.append(f"{words} ({named})" if flags else words)
         return found
 
     @property
-    def all(self) -> dict[str, Any]:
-        return self.settings | dict(self.given)
+    def all_settings(self) -> dict[str, Any]:
+        return self.settings | dict(self.user_settings)
 
     @cached_property
     def base(self) -> Base:
         """Ask for it once the base is chosen: it stays. Raises UserError."""
-        return Base.of(self.all)
+        return Base.of(self.all_settings)
 
 
 def choose_recipe(choices: Choices, free_gib: float | None) -> int:
@@ -99,30 +101,30 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
     Returns the exposures of each photo in the recipe.
     """
     base = choices.base
-    name, recipe = recipe_settings(base)
+    name, recipe = load_recipe(base)
 
     # Its steps are for five photos; what is kept of them is how often each photo is shown.
     photos_a_step = recipe["train_batch_size"] * recipe.get("gradient_accumulation_steps", 1)
-    exposures = recipe["max_train_steps"] * photos_a_step // PHOTOS_OF_A_RECIPE
+    exposures = recipe["max_train_steps"] * photos_a_step // RECIPE_PHOTOS
 
     # What of the recipe is another run's, or chosen by other settings.
-    left_out = set(OWN)
+    left_out = set(RUN_SETTINGS)
     # It gives way to what was given and cannot stand beside it.
-    for setting, others in rules.EXCLUDED.items():
-        if choices.given.get(setting):
+    for setting, others in rules.EXCLUSIONS.items():
+        if choices.user_settings.get(setting):
             left_out.update(others)
-        if any(choices.given.get(other) for other in others):
+        if any(choices.user_settings.get(other) for other in others):
             left_out.add(setting)
     if base.facts and not base.is_toy and base.is_flow:
-        left_out.update(family_facts.OF_UNETS)
+        left_out.update(family_facts.UNET_SETTINGS)
     # The rate of an optimizer that a recipe names is that optimizer's alone.
     named = recipe.get("optimizer", "").lower()
-    if named and str(choices.given.get("optimizer", named)).lower() != named:
+    if named and str(choices.user_settings.get("optimizer", named)).lower() != named:
         left_out.add("learning_rate")
     layers = recipe.get("target_modules")
-    if layers and choices.given.get("use_dora"):  # which is of projections alone
+    if layers and choices.user_settings.get("use_dora"):  # which is of projections alone
         recipe["target_modules"] = [name for name in layers if "conv" not in name]
-    if choices.given.get("with_prior_preservation") is False:
+    if choices.user_settings.get("with_prior_preservation") is False:
         left_out.update(key for key in recipe if "prior" in key)
     recipe = {key: value for key, value in recipe.items() if key not in left_out}
 
@@ -133,20 +135,20 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
     # What the person is told of it.
     if not base.is_toy and free_gib is None and not devices.has_gpu():
         line = "samples: none, as each takes minutes on a CPU"
-        choices.add(line, "num_validation_images", **NO_SAMPLES)
-        recipe = {key: value for key, value in recipe.items() if key not in NO_SAMPLES}
+        choices.add(line, "num_validation_images", **NO_SAMPLE_SETTINGS)
+        recipe = {key: value for key, value in recipe.items() if key not in NO_SAMPLE_SETTINGS}
     choices.add(f"recipe: assets/configs/{name}", "config", **recipe)
     if choices.settings.get("mixed_precision") == "no":
         lacks = "this CPU has no bf16"
         if devices.has_gpu():
             lacks = "this GPU has no bf16, and the model overflows in fp16"
-        choices.say(f"precision: fp32, as {lacks}", "mixed_precision")
+        choices.add_note(f"precision: fp32, as {lacks}", "mixed_precision")
     return exposures
 
 
 def choose_resolution(choices: Choices) -> None:
     """The base's own, unless given; the default is SDXL's."""
-    if "resolution" in choices.all:
+    if "resolution" in choices.all_settings:
         return
     with suppress(UserError):  # of a base that cannot be used, which is refused later
         own = choices.base.resolution_px
@@ -154,11 +156,11 @@ def choose_resolution(choices: Choices) -> None:
             choices.add(f"resolution: {own} px, the base's own", "resolution", resolution=own)
 
 
-def recipe_settings(base: Base) -> tuple[str, dict[str, Any]]:
+def load_recipe(base: Base) -> tuple[str, dict[str, Any]]:
     """The file in `assets/configs` for this base's family, and its settings, with what the recipes
     leave open: bases without fp16 files, and the precision that the GPU, or the CPU where there is
     none, computes fast."""
-    folder = assets_folder() / "configs"
+    folder = get_assets_folder() / "configs"
     if base.is_toy:
         name = "toy_zimage.toml" if base.is_flow else "toy.toml"
         return name, config_files.load_settings(folder / name)
@@ -167,33 +169,33 @@ def recipe_settings(base: Base) -> tuple[str, dict[str, Any]]:
     # The precision.
     precision = "no"
     if devices.has_gpu():
-        precision = devices.half_precision_of(facts)
+        precision = devices.choose_family_precision(facts)
     elif devices.has_fast_bf16():
         precision = "bf16"
 
     # The file: the family's, or SDXL's where the family is not known.
     name = f"{facts.name if facts else 'sdxl'}.toml"
     recipe = config_files.load_settings(folder / name)
-    if base.name != family_facts.STOCK_SDXL:  # the only one that is known to have fp16 files
+    if base.name != family_facts.SDXL_HUB_ID:  # the only one that is known to have fp16 files
         recipe["variant"] = None
     return name, recipe | {"mixed_precision": precision}
 
 
-def choose_words(choices: Choices, word: str) -> None:
+def choose_prompts(choices: Choices, word: str) -> None:
     """Choose the prompts, and prior preservation by the frozen base unless it was refused."""
-    kind = KINDS[choices.all.get("subject", TrainConfig.subject)]
+    kind = SUBJECT_KINDS[choices.all_settings.get("subject", TrainConfig.subject)]
     if kind.is_style:
         choose_style(choices, word)
         return
-    token = choices.given.get("token") or TOKEN
+    token = choices.user_settings.get("token") or DEFAULT_TOKEN
     prompt = f"a photo of a {token} {word}"
     of_class = f"a photo of a {kind.class_word or word}"
-    if "instance_prompt" not in choices.given:
+    if "instance_prompt" not in choices.user_settings:
         # the whole: a prompt's words from "with" on count as its context
         choices.add("", class_word=word)
     choices.add(f"words: “{prompt}”", "instance_prompt", "token", instance_prompt=prompt)
-    if choices.given.get("with_prior_preservation") is not False:
-        said = choices.given.get("class_prompt", of_class)
+    if choices.user_settings.get("with_prior_preservation") is not False:
+        said = choices.user_settings.get("class_prompt", of_class)
         choices.add(
             f"the class: “{said}” stays as the base draws it",
             "no_with_prior_preservation",
@@ -210,7 +212,7 @@ def choose_style(choices: Choices, name: str) -> None:
     prompt = f"a picture in {name} style"
     choices.add(f"words: “{prompt}”", "instance_prompt", instance_prompt=prompt, token=name)
     choices.add("", with_prior_preservation=False)
-    if not choices.all["with_prior_preservation"]:
+    if not choices.all_settings["with_prior_preservation"]:
         # What the recipe says of it would be remarked on as without effect.
         for name in [name for name in choices.settings if name.startswith("prior")]:
             del choices.settings[name]
@@ -223,82 +225,88 @@ def choose_style(choices: Choices, name: str) -> None:
 def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> None:
     """Choose masks and shapes, and unless the steps were given, the number that shows each photo
     `exposures` times."""
-    from dreambooth_moslora.photos.photo_file import counts_of
+    from dreambooth_moslora.photos.photo_file import count_photos
 
-    is_given = choices.given.keys() & {"max_train_steps", "num_train_epochs", "exposures_per_photo"}
+    is_given = choices.user_settings.keys() & {
+        "max_train_steps",
+        "num_train_epochs",
+        "exposures_per_photo",
+    }
     if not is_given:
         choices.settings["exposures_per_photo"] = exposures
 
     # The photos are named first, whatever was chosen before.
-    counts = counts_of(photos)
+    counts = count_photos(photos)
     masked = sum(photo.mask_path is not None for photo in photos)
     shown = " + ".join(map(str, counts))
     line = f"photos: {shown}, {masked} with a mask (name.mask.png beside each)"
-    choices.said.insert(0, (line, ()))
+    choices.notes.insert(0, (line, ()))
 
     # Masks for those without one. A style is in the whole picture.
-    kind = KINDS[choices.all.get("subject", TrainConfig.subject)]
+    kind = SUBJECT_KINDS[choices.all_settings.get("subject", TrainConfig.subject)]
     bare = 0 if kind.is_style else len(photos) - masked
     if bare and choices.base.is_toy:
         choices.add(f"masks: made for the {bare} without one", "masks", masks="auto")
     # SDXL's segmenter is a download, which needs the user's consent
-    elif bare and "masks" not in choices.given:
-        choices.say("masks: off, as they need a download", "masks auto")
+    elif bare and "masks" not in choices.user_settings:
+        choices.add_note("masks: off, as they need a download", "masks auto")
 
     # The crops, then the steps, which the other choices do not change any more.
     choose_shapes(choices, photos)
     if not is_given:
-        line = f"steps: {steps_of(choices, photos)}, which show each photo {exposures} times"
+        line = f"steps: {count_steps(choices, photos)}, which show each photo {exposures} times"
         if len(set(counts)) > 1:
             line += ", and those of a subject with fewer oftener"
-        choices.say(line, "exposures_per_photo", "max_train_steps")
+        choices.add_note(line, "exposures_per_photo", "max_train_steps")
 
 
 def choose_shapes(choices: Choices, photos: Sequence["Photo"]) -> None:
     """Crop photos in their own shapes unless all are nearly square, and a person's near and far.
     Square crops of 4:3 photos followed the prompts less on the sample subjects
     (`docs/studies.md`)."""
-    if KINDS[choices.all.get("subject", TrainConfig.subject)].has_face:
-        line = f"crops: {CROPS_OF_A_FACE} of each photo, near the face and far"
-        choices.add(line, "crops_per_photo", crops_per_photo=CROPS_OF_A_FACE)
-    if any(max(photo.size_px) > OBLONG * min(photo.size_px) for photo in photos):
+    if SUBJECT_KINDS[choices.all_settings.get("subject", TrainConfig.subject)].has_face:
+        line = f"crops: {FACE_CROPS_PER_PHOTO} of each photo, near the face and far"
+        choices.add(line, "crops_per_photo", crops_per_photo=FACE_CROPS_PER_PHOTO)
+    if any(max(photo.size_px) > MIN_OBLONG_RATIO * min(photo.size_px) for photo in photos):
         choices.add("crops: in the photos' own shapes", "no_enable_bucket", enable_bucket=True)
 
 
-def steps_of(choices: Choices, photos: list["Photo"]) -> int:
+def count_steps(choices: Choices, photos: list["Photo"]) -> int:
     """The steps of the run, as far as it is chosen."""
-    from dreambooth_moslora.photos.photo_file import counts_of
+    from dreambooth_moslora.photos.photo_file import count_photos
     from dreambooth_moslora.plan.plan import plan_steps
 
-    config = TrainConfig.from_dict(choices.all)
-    return plan_steps(config, counts_of(photos), process_count()).total_steps
+    config = TrainConfig.from_dict(choices.all_settings)
+    return plan_steps(config, count_photos(photos), get_world_size()).total_steps
 
 
-def choose_scores(choices: Choices, photos: list["Photo"], is_wanted: bool | None = None) -> None:
+def choose_scores(
+    choices: Choices, photos: list["Photo"], is_requested: bool | None = None
+) -> None:
     """The embedded base has its own encoders; others are used where they are, as nobody asked for a
     download. `is_wanted`: the user has asked for scores, or has refused them; None when neither.
     Given steps of 0 refuse them."""
-    given = choices.given.get("evaluate_steps")
-    is_open = is_wanted is None and (given or "evaluate_steps" not in choices.given)
-    missing = encoders_to_fetch(choices.base.name, choices.all.get("subject", "thing"))
-    is_scored = not missing if is_open else is_wanted
+    given = choices.user_settings.get("evaluate_steps")
+    is_open = is_requested is None and (given or "evaluate_steps" not in choices.user_settings)
+    missing = list_missing_encoders(choices.base.name, choices.all_settings.get("subject", "thing"))
+    is_scored = not missing if is_open else is_requested
     if is_scored:
         # Four times in the run, unless the steps were given.
-        every = given or max(1, steps_of(choices, photos) // 4)
+        every = given or max(1, count_steps(choices, photos) // 4)
         wanted = {"evaluate_steps": every, "validation_steps": every}
         line = f"scores: every {every} steps, the best in best/"
         choices.add(line, "evaluate_steps", **wanted)
     elif is_open and not given:
         line = f"scores: none, as they take {' and '.join(missing)} from the hub"
-        choices.say(line, "evaluate_steps")
+        choices.add_note(line, "evaluate_steps")
 
 
-def encoders_are_here(base: str) -> bool:
+def has_encoders(base: str) -> bool:
     """Whether a run of a thing can be scored without a download."""
-    return not encoders_to_fetch(base, "thing")
+    return not list_missing_encoders(base, "thing")
 
 
-def encoders_to_fetch(base: str, kind: str) -> list[str]:
+def list_missing_encoders(base: str, kind: str) -> list[str]:
     """Names of what scores need and is not in the hub's cache. The embedded base has encoders; a
     kind of KINDS with a face needs what compares faces, too."""
     from huggingface_hub import try_to_load_from_cache
@@ -308,8 +316,8 @@ def encoders_to_fetch(base: str, kind: str) -> list[str]:
 
     missing = []
     own = toy_bases.is_toy(base)
-    if not own and not all(is_here(name, "model.safetensors") for name in (CLIP, DINO)):
+    if not own and not all(is_here(name, "model.safetensors") for name in (CLIP_REPO, DINO_REPO)):
         missing += ["CLIP", "DINOv2"]
-    if KINDS[kind].has_face and not is_here(*SFACE):
+    if SUBJECT_KINDS[kind].has_face and not is_here(*SFACE):
         missing.append("SFace")
     return missing

@@ -17,58 +17,63 @@ from accelerate.state import AcceleratorState
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from dreambooth_moslora.base.devices import asks_accelerate, check_bf16
+from dreambooth_moslora.base.devices import check_bf16, is_variable_true
 from dreambooth_moslora.disk import processes, run_folder
-from dreambooth_moslora.disk.atomic import clean_stale
-from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory, one_line
+from dreambooth_moslora.disk.atomic import clean_temporaries
+from dreambooth_moslora.errors import StopRequestedError, UserError, format_error, is_out_of_memory
 from dreambooth_moslora.settings.train_config import TrainConfig
 
-PATIENCE = timedelta(days=7)  # For other processes: class images and pictures can take hours
+PROCESS_TIMEOUT = timedelta(days=7)  # For other processes: class images and pictures can take hours
 # What accelerate may be set to, and adapters do not need.
-SHARDING = ("FSDP", "DeepSpeed", "Megatron-LM")
+SHARDING_MODES = ("FSDP", "DeepSpeed", "Megatron-LM")
 # The precisions of accelerate that a run can have.
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+PRECISION_DTYPES = {
+    "no": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Processes = Accelerator | PartialState  # Of a run, or of one that has no precision yet
 
 
-def any_process(accelerator: Accelerator, said: bool) -> bool:
+def reduce_any(accelerator: Accelerator, vote: bool) -> bool:
     """Whether any process says yes. All must call it, and all get the same answer."""
     if accelerator.num_processes == 1:
-        return said
-    votes = torch.tensor(float(said), device=accelerator.device)
-    with others_present():
+        return vote
+    votes = torch.tensor(float(vote), device=accelerator.device)
+    with detect_lost_process():
         return bool(accelerator.reduce(votes, "sum") > 0)
 
 
-def mean_over(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
+def reduce_mean(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
     """The mean of the processes' `values`, of one shape. All must call it. Raises UserError when a
     process has gone."""
     if accelerator.num_processes == 1:
         return values
-    with others_present():
+    with detect_lost_process():
         return accelerator.reduce(values, "mean")
 
 
-def on_main(accelerator: Processes, work: Callable[[], Result]) -> Result:
+def run_on_main(accelerator: Processes, work: Callable[[], Result]) -> Result:
     """Do `work` on the main process; all get its small, picklable result, or its error or stop."""
     is_main = accelerator.is_main_process
-    result, error = attempt(work) if is_main else (None, None)
-    told = exchange(accelerator, [result] if is_main else [], error)
+    result, error = call_safely(work) if is_main else (None, None)
+    told = gather_results(accelerator, [result] if is_main else [], error)
     return result if is_main else told[0]
 
 
-def on_each(accelerator: Processes, work: Callable[[], Result]) -> Result:
+def run_on_each(accelerator: Processes, work: Callable[[], Result]) -> Result:
     """Do `work` on each process, which gets its own result. An error or stop of one is raised on
     all."""
-    result, error = attempt(work)
-    exchange(accelerator, [], error)
+    result, error = call_safely(work)
+    gather_results(accelerator, [], error)
     return result
 
 
-def share_out(
+def share_work(
     accelerator: Accelerator,
     items: Sequence[Item],
     work: Callable[[Sequence[Item]], Generator[Result, None, None]],
@@ -76,22 +81,22 @@ def share_out(
     """The results of `items`, equal in all processes, in their order; of n processes each works on
     every n-th. `work` yields one picklable result for each of its items. An error or stop of one is
     raised on all after an item."""
-    with closing(work(share_of(accelerator, items))) as own:
+    with closing(work(select_share(accelerator, items))) as own:
         for first in range(0, len(items), accelerator.num_processes):
             has_one = first + accelerator.process_index < len(items)
-            result, error = attempt(lambda: next(own)) if has_one else (None, None)
-            yield from exchange(accelerator, [result] if has_one else [], error)
+            result, error = call_safely(lambda: next(own)) if has_one else (None, None)
+            yield from gather_results(accelerator, [result] if has_one else [], error)
 
 
-def share_of(accelerator: Accelerator, items: Sequence[Item]) -> Sequence[Item]:
-    """What this process works on in `share_out`."""
+def select_share(accelerator: Accelerator, items: Sequence[Item]) -> Sequence[Item]:
+    """What this process works on in `share_work`."""
     return items[accelerator.process_index :: accelerator.num_processes]
 
 
-def agreed(
+def require_agreement(
     accelerator: Processes,
     find: Callable[[], Result],
-    words: Callable[[Result], str],
+    format_result: Callable[[Result], str],
     remedy: str = (
         "the photos, --class_data_dir and --output_dir must be on a disk that all machines share."
     ),
@@ -100,7 +105,7 @@ def agreed(
 
     accelerator: of the process
     find: its own look, such as a reading of the photos
-    words: lines that are equal where the findings are
+    format_result: lines that are equal where the findings are
     remedy: what the person can do
 
     Raises UserError on all where one's words differ from the main process's, with the lines that
@@ -110,22 +115,22 @@ def agreed(
         return find()
 
     # Processes tell their words, which are small; what they found stays with each.
-    found, error = attempt(find)
-    told = exchange(accelerator, [] if error else [words(found)], error)
+    found, error = call_safely(find)
+    told = gather_results(accelerator, [] if error else [format_result(found)], error)
     for number, said in enumerate(told):
         if said != told[0]:
-            theirs = lines_without(told[0], said)
-            ours = lines_without(said, told[0])
+            theirs = format_extra_lines(told[0], said)
+            ours = format_extra_lines(said, told[0])
             raise UserError(f"process {number} has {theirs}, and the main process {ours}: {remedy}")
     return found
 
 
-def lines_without(others: str, own: str) -> str:
+def format_extra_lines(reference: str, text: str) -> str:
     """The lines of `own` that are not in `others`, as one."""
-    return ", ".join(line for line in own.splitlines() if line not in others.splitlines())
+    return ", ".join(line for line in text.splitlines() if line not in reference.splitlines())
 
 
-def attempt(work: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
+def call_safely(work: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
     """The result of `work`, or its error."""
     try:
         return work(), None
@@ -133,7 +138,9 @@ def attempt(work: Callable[[], Result]) -> tuple[Result | None, Exception | None
         return None, error
 
 
-def exchange(accelerator: Processes, own: list[Result], error: Exception | None) -> list[Result]:
+def gather_results(
+    accelerator: Processes, local_results: list[Result], error: Exception | None
+) -> list[Result]:
     """The results of all processes, in their order. One's `error` is raised on all; an error is
     more than a stop."""
     # Each tells its results, and how it ended: whether by a stop, and in which words.
@@ -141,9 +148,9 @@ def exchange(accelerator: Processes, own: list[Result], error: Exception | None)
     ending = None
     if error is not None:
         ending = (is_stop, str(error) or type(error).__name__)
-    told = [(own, ending)]
+    told = [(local_results, ending)]
     if accelerator.num_processes > 1:
-        with others_present():
+        with detect_lost_process():
             told = utils.gather_object(told)
 
     endings = [(process, ended) for process, (_, ended) in enumerate(told) if ended is not None]
@@ -162,7 +169,7 @@ def exchange(accelerator: Processes, own: list[Result], error: Exception | None)
 
 
 @contextmanager
-def others_present() -> Iterator[None]:
+def detect_lost_process() -> Iterator[None]:
     """Within it the processes exchange values. Raises UserError when one has gone, as when it was
     killed."""
     try:
@@ -171,7 +178,7 @@ def others_present() -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise UserError(
-            f"another process of this run has gone ({one_line(error, 100)}): its own last "
+            f"another process of this run has gone ({format_error(error, 100)}): its own last "
             "line says why. start again, with --resume_from_checkpoint latest if it had a "
             "checkpoint."
         ) from error
@@ -188,11 +195,11 @@ def make_accelerator(config: TrainConfig, run_dir: run_folder.RunDir) -> Acceler
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    compute_exactly(config.deterministic)
+    set_deterministic(config.deterministic)
 
     # accelerate reads the precision from its own settings where the run's do not say it.
     run_dir.path.mkdir(parents=True, exist_ok=True)
-    clean_stale(run_dir.path)
+    clean_temporaries(run_dir.path)
     folders = utils.ProjectConfiguration(str(run_dir.path), str(run_dir.path / config.logging_dir))
     tracker = None if config.report_to in (None, "none") else config.report_to
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
@@ -203,11 +210,11 @@ def make_accelerator(config: TrainConfig, run_dir: run_folder.RunDir) -> Acceler
             project_config=folders,
             # `TrainStep` divides
             gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=1),
-            kwargs_handlers=[utils.InitProcessGroupKwargs(timeout=PATIENCE)],
+            kwargs_handlers=[utils.InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
         )
     except ValueError as error:
-        raise refusal(error) from error
-    if accelerator.mixed_precision not in DTYPES:
+        raise make_accelerate_error(error) from error
+    if accelerator.mixed_precision not in PRECISION_DTYPES:
         asks = (
             "`accelerate config` or the environment asks for the precision "
             f"{accelerator.mixed_precision}"
@@ -220,45 +227,49 @@ def make_accelerator(config: TrainConfig, run_dir: run_folder.RunDir) -> Acceler
     return accelerator
 
 
-def compute_exactly(is_wanted: bool) -> None:
+def set_deterministic(is_enabled: bool) -> None:
     """With it PyTorch takes kernels that sum in one order, and raises RuntimeError where it has
     none. To warn is not enough: attention would go on as usual (pytorch #182551). Call it before
     the first product on the GPU."""
-    torch.use_deterministic_algorithms(is_wanted)
+    torch.use_deterministic_algorithms(is_enabled)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it only shows errors of programs
-    if is_wanted:
+    if is_enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
 
 
-def joined() -> PartialState:
+def join_processes() -> PartialState:
     """The processes that a launcher started, before their precision is known. Raises UserError if
     they are apart."""
     refuse_sharding()
     try:
-        state = PartialState(cpu=utils.parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
+        state = PartialState(
+            cpu=utils.parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PROCESS_TIMEOUT
+        )
     except ValueError as error:
-        raise refusal(error) from error
+        raise make_accelerate_error(error) from error
     return state
 
 
 def refuse_sharding() -> None:
     """Raises UserError when `accelerate config` or `launch` asks to shard the model."""
-    for name in SHARDING:
-        if asks_accelerate(f"ACCELERATE_USE_{name.upper().replace('-', '_')}"):
+    for name in SHARDING_MODES:
+        if is_variable_true(f"ACCELERATE_USE_{name.upper().replace('-', '_')}"):
             remedy = "adapters need no sharding; use accelerate launch --multi_gpu."
             raise UserError(f"accelerate is set to {name}: {remedy}")
 
 
-def refusal(error: ValueError) -> UserError:
+def make_accelerate_error(error: ValueError) -> UserError:
     """accelerate's message, with the places of its settings."""
     return UserError(
-        f"accelerate says: {one_line(error, 300).rstrip('.')}; look at --mixed_precision, at "
+        f"accelerate says: {format_error(error, 300).rstrip('.')}; look at --mixed_precision, at "
         "`accelerate config` and at ACCELERATE_… in the environment."
     )
 
 
-def chosen_seed(seed: int | None, accelerator: Accelerator) -> int:
+def choose_seed(seed: int | None, accelerator: Accelerator) -> int:
     """`--seed`, or a random one that all processes share. It is saved, so that the run can be
     resumed."""
-    return on_main(accelerator, lambda: SystemRandom().randrange(2**31) if seed is None else seed)
+    return run_on_main(
+        accelerator, lambda: SystemRandom().randrange(2**31) if seed is None else seed
+    )

@@ -7,21 +7,21 @@ tokens, images and bytes.
 
 What a setting that saves memory takes away is counted in one place:
 
-    base_quantization                                  `denoiser_gib`
-    stream_blocks                                      `on_host_gib`
-    gradient_checkpointing, recompute_feed_forward     `step_gib`
+    base_quantization                                  `estimate_denoiser_gib`
+    stream_blocks                                      `estimate_host_gib`
+    gradient_checkpointing, recompute_feed_forward     `estimate_step_gib`
 """
 
 import math
 from dataclasses import dataclass, replace
 
 from dreambooth_moslora.base import devices
-from dreambooth_moslora.base.devices import precision_of
+from dreambooth_moslora.base.devices import get_precision
 from dreambooth_moslora.plan.base_size import BaseSize
 from dreambooth_moslora.settings import family_facts, optimizers, train_config
 
 # Bytes of a parameter or an activation, by precision.
-BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
+PRECISION_BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.016}
 """Bytes of a quantised parameter, with its share of the scales. Those outside the blocks keep their
 precision."""
@@ -30,32 +30,32 @@ STREAMED_BYTES = {"nf4": 0.5, "int8": 1.0}
 AVERAGE_BYTES = 4  # Further bytes per parameter of a checkpoint with an average.
 GRADIENT_BYTES = 4  # Of those of the optimizer, what no checkpoint holds.
 STEP_GIB = 5.24
-STEP_GIB_A_RANK = 0.00102
+STEP_GIB_PER_RANK = 0.00102
 """GiB of a step's image of 1024 px without recomputation, and in addition for each rank."""
-SCORES_GIB = (12.2, 1.75)
+ATTENTION_SCORES_GIB = (12.2, 1.75)
 """What Apple's attention adds, which keeps all scores for the backward pass (pytorch #179294):
 without and with recomputation, counted with attention in single operations."""
 FEED_FORWARD_GIB = 2.15  # GiB of them that recomputing the feed-forward blocks saves.
-TEXT_GIB = 0.025  # The same of its text, which does not grow with the image.
+STEP_TEXT_GIB = 0.025  # The same of its text, which does not grow with the image.
 TRAINED_TEXT_GIB = 0.125
 """GiB of a prompt's pass through SDXL's text encoders where they are trained;
 counted like a step."""
-TEXT_RECOMPUTED = 0.1  # What is left of them with recomputation, as of SDXL's UNet.
-PEFT_STEP = 1.4
-PEFT_RECOMPUTED = 1.1
+RECOMPUTED_TEXT_RATIO = 0.1  # What is left of them with recomputation, as of SDXL's UNet.
+PEFT_STEP_RATIO = 1.4
+PEFT_RECOMPUTED_RATIO = 1.1
 """Factors where PEFT's own layers compute the adapter: DoRA, or dropout."""
-TEXTS_GIB = 0.1  # Peak of encoding one prompt, beside the encoders.
-TEXTS_STAYING = 0.3
+TEXT_ENCODING_GIB = 0.1  # Peak of encoding one prompt, beside the encoders.
+RESIDENT_TEXT_ENCODER_RATIO = 0.3
 """Of the text encoders' weights, what is on a device that streams their blocks: of Gemma 2. Of
 small ones it is more, which is little."""
 # GiB of the UNet's pass with and without a prompt, for an image of 1024 px in half precision.
-DRAWING_GIB = 0.31
-PNG_BYTES_A_PIXEL = 1.6  # Of a picture of a run on the disk.
+SAMPLING_GIB = 0.31
+PNG_BYTES_PER_PIXEL = 1.6  # Of a picture of a run on the disk.
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """All in GiB, but `adapter_parameters`, which is a count."""
+class MemoryEstimate:
+    """All in GiB, but `count_adapter_parameters`, which is a count."""
 
     adapter_parameters: int
     encoding_gib: float
@@ -70,34 +70,36 @@ class Estimate:
         return max(self.encoding_gib, self.training_gib, self.sampling_gib)
 
 
-def estimate(config: train_config.TrainConfig, size: BaseSize, total_steps: int) -> Estimate:
+def estimate_memory(
+    config: train_config.TrainConfig, size: BaseSize, total_steps: int
+) -> MemoryEstimate:
     """The device memory of each phase, and the disk space, GiB."""
     # The frozen weights of each part, and of the denoiser's those that the host keeps.
-    unet = denoiser_gib(config, size)
-    texts = size.text_encoders * BYTES[precision_of(config)] / devices.GIB
-    vae = size.vae * vae_number(config, size) / devices.GIB
+    unet = estimate_denoiser_gib(config, size)
+    texts = size.text_encoders * PRECISION_BYTES[get_precision(config)] / devices.GIB
+    vae = size.vae * get_vae_number_bytes(config, size) / devices.GIB
 
     # The adapter with its gradients and the optimizer's states.
-    kind = optimizers.optimizer_of(config)
+    kind = optimizers.get_optimizer_kind(config)
     is_8_bit = config.use_8bit_adam and kind.in_8_bit
     bytes_each = optimizers.BYTES_IN_8_BIT if is_8_bit else kind.bytes_each
-    adapter = adapter_parameters(config, size)
+    adapter = count_adapter_parameters(config, size)
     optimized = adapter * bytes_each / devices.GIB
-    weights = unet - on_host_gib(config, size) + optimized
+    weights = unet - estimate_host_gib(config, size) + optimized
     if config.train_text_encoder:
         weights += texts
 
     # Before the first step, photos and texts are encoded.
-    preparing = preparing_gib(config, size=size, unet=unet, texts=texts, vae=vae)
+    preparing = estimate_preparing_gib(config, size=size, unet=unet, texts=texts, vae=vae)
 
     # A step, on top of the weights. Without a cache it encodes its photos too.
-    step = step_gib(config, size, adapter) + trained_texts_gib(config, size)
+    step = estimate_step_gib(config, size, adapter) + estimate_text_training_gib(config, size)
     if config.caching == "off":
         step += vae
 
     # A sample between two steps: the UNet and the decoder work one after the other.
-    decoder = tile_gib(config, size, size.family.decoder_bytes_a_pixel)
-    denoising = drawing_gib(config, size)
+    decoder = estimate_tile_gib(config, size, size.family.decoder_bytes_per_pixel)
+    denoising = estimate_sampling_gib(config, size)
     drawing = vae + max(decoder, denoising)
     if not (config.sample_count or config.is_scored):
         drawing = 0
@@ -105,56 +107,60 @@ def estimate(config: train_config.TrainConfig, size: BaseSize, total_steps: int)
     # A checkpoint has the states, and no gradients.
     in_checkpoint = bytes_each - GRADIENT_BYTES + AVERAGE_BYTES * kind.averages
     checkpoint = adapter * in_checkpoint / devices.GIB
-    return Estimate(
+    return MemoryEstimate(
         adapter_parameters=adapter,
         encoding_gib=devices.CONTEXT_GIB + preparing,
         training_gib=devices.CONTEXT_GIB + weights + step,
         sampling_gib=devices.CONTEXT_GIB + weights + drawing,
         checkpoint_gib=checkpoint,
-        disk_gib=disk_gib(config, adapter, checkpoint, total_steps),
+        disk_gib=estimate_disk_gib(config, adapter, checkpoint, total_steps),
         size=size,
     )
 
 
-def denoiser_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
+def estimate_denoiser_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
     """The denoiser's frozen weights, wherever they lie."""
-    number = BYTES[precision_of(config)]
+    number = PRECISION_BYTES[get_precision(config)]
     in_blocks = size.projections * QUANTIZED_BYTES.get(config.base_quantization, number)
     return ((size.unet - size.projections) * number + in_blocks) / devices.GIB
 
 
-def on_host_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
+def estimate_host_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
     """What of them the host keeps while a step computes."""
-    return away_gib(config, size) if config.stream_blocks else 0.0
+    return estimate_streamed_away_gib(config, size) if config.stream_blocks else 0.0
 
 
-def away_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
+def estimate_streamed_away_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
     """What of them the host keeps where blocks are streamed."""
-    return streamed_gib(config, size) - streamed_gib(config, size, devices.PLACES)
+    return estimate_streamed_gib(config, size) - estimate_streamed_gib(
+        config, size, devices.RESIDENT_BLOCKS
+    )
 
 
-def streamed_gib(
+def estimate_streamed_gib(
     config: train_config.TrainConfig, size: BaseSize, blocks: int | None = None
 ) -> float:
     """The weights of so many blocks that are streamed, or of all."""
-    number = STREAMED_BYTES.get(config.base_quantization, BYTES[precision_of(config)])
+    number = STREAMED_BYTES.get(config.base_quantization, PRECISION_BYTES[get_precision(config)])
     count = size.streamed if blocks is None else blocks * size.largest_block
     return min(count, size.streamed) * number / devices.GIB
 
 
-def vae_number(config: train_config.TrainConfig, size: BaseSize) -> float:
+def get_vae_number_bytes(config: train_config.TrainConfig, size: BaseSize) -> float:
     """Bytes of a number in the VAE: that of a UNet works in fp32."""
-    return BYTES[precision_of(config)] if size.family.style == "flow" else 4.0
+    return PRECISION_BYTES[get_precision(config)] if size.family.style == "flow" else 4.0
 
 
-def tile_gib(config: train_config.TrainConfig, size: BaseSize, bytes_a_pixel: int) -> float:
+def estimate_tile_gib(
+    config: train_config.TrainConfig, size: BaseSize, bytes_per_pixel: int
+) -> float:
     """What the VAE takes beside its weights in its smallest tiles, as where memory is short; so
-    many `bytes_a_pixel` in fp32."""
+    many `bytes_per_pixel` in fp32."""
     side = min(config.resolution, size.family.tile_px)
-    return side**2 * bytes_a_pixel * vae_number(config, size) / 4 / devices.GIB
+    return side**2 * bytes_per_pixel * get_vae_number_bytes(config, size) / 4 / devices.GIB
 
 
-def preparing_gib(
+def estimate_preparing_gib(
     config: train_config.TrainConfig, size: BaseSize, unet: float, texts: float, vae: float
 ) -> float:
     """The most before the first step: photos are encoded, then texts. GiB.
@@ -163,26 +169,32 @@ def preparing_gib(
     size: of its base
     unet, texts, vae: weights of the denoiser, the text encoders and the autoencoder, GiB
     """
-    encoder = vae + tile_gib(config, size, devices.ENCODER_BYTES_A_PIXEL)
+    encoder = vae + estimate_tile_gib(config, size, devices.ENCODER_BYTES_PER_PIXEL)
 
     # Class images are drawn first: one at a time if need be, and where the base does not fit, its
     # blocks are streamed.
     class_images = 0.0
-    if config.draws_class_images:
-        decoder = tile_gib(config, size, size.family.decoder_bytes_a_pixel)
-        weights = unet - away_gib(config, size) + TEXTS_STAYING * texts + vae
-        class_images = weights + max(decoder, drawing_gib(config, size))
+    if config.uses_class_images:
+        decoder = estimate_tile_gib(config, size, size.family.decoder_bytes_per_pixel)
+        weights = (
+            unet
+            - estimate_streamed_away_gib(config, size)
+            + RESIDENT_TEXT_ENCODER_RATIO * texts
+            + vae
+        )
+        class_images = weights + max(decoder, estimate_sampling_gib(config, size))
 
     # A flow's denoiser is loaded later, and its text encoders encode on the CPU if they do not fit.
     if size.family.style == "flow" and not config.train_text_encoder:
         return max(class_images, encoder)
-    return max(class_images, encoder, texts + TEXTS_GIB)
+    return max(class_images, encoder, texts + TEXT_ENCODING_GIB)
 
 
-def adapter_parameters(config: train_config.TrainConfig, size: BaseSize) -> int:
+def count_adapter_parameters(config: train_config.TrainConfig, size: BaseSize) -> int:
     """Of A, B and the mixers. Patterns count only where the layers' paths are known."""
     layers = [
-        (train_config.rank_and_alpha(config, "unet", path)[0], width) for path, width in size.widths
+        (train_config.get_rank_and_alpha(config, "unet", path)[0], width)
+        for path, width in size.widths
     ]
 
     # Of layers that are only counted, each has the mean width.
@@ -192,78 +204,90 @@ def adapter_parameters(config: train_config.TrainConfig, size: BaseSize) -> int:
     if config.train_text_encoder:
         mean_width = size.text_widths / max(1, size.text_layers)
         layers += [(config.rank, mean_width)] * size.text_layers
-    return round(sum(train_config.layer_parameters(config, rank, width) for rank, width in layers))
+    return round(
+        sum(train_config.count_layer_parameters(config, rank, width) for rank, width in layers)
+    )
 
 
-def drawing_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
+def estimate_sampling_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
     """Memory of a step of denoising one picture. A transformer's largest block decides it."""
     memory = size.family.memory
     if memory is None:
-        return DRAWING_GIB * scale_of(config, size)
+        return SAMPLING_GIB * compute_cost_ratio(config, size)
 
     # Of the model that the family was counted on
     models = size.family.models
     counted = min(models, key=lambda model: abs(model.parameters - memory.parameters))
     width = math.sqrt(size.largest_block / counted.largest_block)
-    return memory.drawing_gib * tokens_of(config, memory) * width * BYTES[precision_of(config)] / 2
+    return (
+        memory.sampling_gib
+        * compute_token_ratio(config, memory)
+        * width
+        * PRECISION_BYTES[get_precision(config)]
+        / 2
+    )
 
 
-def scale_of(config: train_config.TrainConfig, size: BaseSize) -> float:
+def compute_cost_ratio(config: train_config.TrainConfig, size: BaseSize) -> float:
     """Cost relative to an image of 1024 px in half precision of SDXL, or of the model that the
     family was counted on; a narrower model needs less, about as its width. A transformer's grows
     with all tokens, those of the text too."""
     memory = size.family.memory
     if memory:
         width = math.sqrt(size.unet / memory.parameters)
-        return tokens_of(config, memory) * width * BYTES[precision_of(config)] / 2
+        return (
+            compute_token_ratio(config, memory) * width * PRECISION_BYTES[get_precision(config)] / 2
+        )
     width = math.sqrt(size.unet / BaseSize.unet)
-    return (config.resolution / 1024) ** 2 * width * BYTES[precision_of(config)] / 2
+    return (config.resolution / 1024) ** 2 * width * PRECISION_BYTES[get_precision(config)] / 2
 
 
-def tokens_of(config: train_config.TrainConfig, memory: family_facts.Memory) -> float:
+def compute_token_ratio(
+    config: train_config.TrainConfig, memory: family_facts.ActivationMemory
+) -> float:
     """Tokens of a picture and its text, relative to those of 1024 px."""
     tokens = (config.resolution / 16) ** 2 + memory.text_tokens
     return tokens / (4096 + memory.text_tokens)
 
 
-def step_gib(config: train_config.TrainConfig, size: BaseSize, adapter: int) -> float:
+def estimate_step_gib(config: train_config.TrainConfig, size: BaseSize, adapter: int) -> float:
     """Memory of one forward and backward pass, without weights and gradients."""
-    images = config.images_a_pass
+    images = config.images_per_pass
     is_pefts = config.use_dora or config.lora_dropout > 0
-    scale = scale_of(config, size) * images
+    scale = compute_cost_ratio(config, size) * images
     memory = size.family.memory
-    kept_scores = SCORES_GIB if devices.is_on_apple() and not memory else (0.0, 0.0)
+    kept_scores = ATTENTION_SCORES_GIB if devices.is_on_apple() and not memory else (0.0, 0.0)
 
     # Whole blocks are recomputed: little more than their inputs is kept.
     if config.gradient_checkpointing:
         recomputed = (memory or size.family).recomputed_gib + kept_scores[1]
-        return recomputed * scale * (PEFT_RECOMPUTED if is_pefts else 1)
+        return recomputed * scale * (PEFT_RECOMPUTED_RATIO if is_pefts else 1)
 
     # A transformer was counted as a whole.
     if memory:
-        return memory.full_gib * scale * (PEFT_STEP if is_pefts else 1)
+        return memory.full_gib * scale * (PEFT_STEP_RATIO if is_pefts else 1)
 
     # The UNet's grows with the rank, of which patterns change the average.
-    plain = adapter_parameters(replace(config, rank_pattern=()), size)
+    plain = count_adapter_parameters(replace(config, rank_pattern=()), size)
     rank = adapter * config.rank / max(1, plain)
-    image = STEP_GIB + STEP_GIB_A_RANK * rank * size.adapted_layers / 560
-    image *= PEFT_STEP if is_pefts else 1
+    image = STEP_GIB + STEP_GIB_PER_RANK * rank * size.adapted_layers / 560
+    image *= PEFT_STEP_RATIO if is_pefts else 1
     image += kept_scores[0] - (FEED_FORWARD_GIB if config.recompute_feed_forward else 0)
-    text = TEXT_GIB * images * math.sqrt(size.unet / BaseSize.unet)
+    text = STEP_TEXT_GIB * images * math.sqrt(size.unet / BaseSize.unet)
     casts = adapter * 2 / devices.GIB
     return image * scale + text + casts
 
 
-def trained_texts_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
+def estimate_text_training_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
     """What a step's prompts keep in text encoders for the backward pass."""
     if not config.train_text_encoder:
         return 0.0
-    prompts = config.images_a_pass * size.text_widths / BaseSize.text_widths
-    kept = TRAINED_TEXT_GIB * prompts * BYTES[precision_of(config)] / 2
-    return kept * (TEXT_RECOMPUTED if config.gradient_checkpointing else 1)
+    prompts = config.images_per_pass * size.text_widths / BaseSize.text_widths
+    kept = TRAINED_TEXT_GIB * prompts * PRECISION_BYTES[get_precision(config)] / 2
+    return kept * (RECOMPUTED_TEXT_RATIO if config.gradient_checkpointing else 1)
 
 
-def disk_gib(
+def estimate_disk_gib(
     config: train_config.TrainConfig, adapter: int, checkpoint_gib: float, total_steps: int
 ) -> float:
     """The disk space of a run, GiB.
@@ -282,11 +306,11 @@ def disk_gib(
     times = 2 + total_steps // (config.validation_steps or max(1, total_steps))
     samples = len(subjects) * config.sample_count * times
     classes = {
-        one.class_prompt for one in subjects if one.draws_class_images and not one.class_data_dir
+        one.class_prompt for one in subjects if one.uses_class_images and not one.class_data_dir
     }
     pixels = (samples + len(classes) * config.num_class_images) * config.resolution**2
 
     # Published files, that of the best step beside the last.
     published = 2 if config.evaluate_steps else 1
-    files = (published * adapter * 8 + pixels * PNG_BYTES_A_PIXEL) / devices.GIB
+    files = (published * adapter * 8 + pixels * PNG_BYTES_PER_PIXEL) / devices.GIB
     return checkpoints * checkpoint_gib + files

@@ -1,5 +1,5 @@
 """`--memory`: one word for precision, recomputation, caching and quantisation, one of the plans in
-`settings.train_config.PLANS`.
+`settings.train_config.MEMORY_PLANS`.
 
 It only adds to the given flags; on a GPU it also chooses half precision, unless a precision was
 given. `auto` is the first plan that is possible and fits the GPU's free memory; without a GPU it is
@@ -27,29 +27,29 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.plan.agreement import least_free_gib
-from dreambooth_moslora.plan.base_size import BaseSize, size_of_base
-from dreambooth_moslora.plan.memory import estimate, streamed_gib
+from dreambooth_moslora.plan.agreement import get_min_free_gib
+from dreambooth_moslora.plan.base_size import BaseSize, find_base_size
+from dreambooth_moslora.plan.memory import estimate_memory, estimate_streamed_gib
 from dreambooth_moslora.settings import family_facts, rules, train_config
 
 # Runs that need less fit every GPU: then neither the driver is asked nor PyTorch loaded.
-SMALL_GIB = 2.0
+MIN_CHECKED_GIB = 2.0
 # Usable fraction of the free memory: libraries' workspaces and fragmentation take the rest.
-USABLE = 0.9
+USABLE_RATIO = 0.9
 # Of the host's memory, for streamed blocks: as much as Windows lets a driver pin.
-HOST_SHARE = 0.5
-OF_A_LOADED_BASE = {
+MAX_HOST_RATIO = 0.5
+LOADED_BASE_SETTINGS = {
     "recompute_feed_forward",
     "gradient_checkpointing",
     "base_quantization",
     "stream_blocks",
 }
-"""Settings that a run can take on before its first update (`TrainStep.go_on_as`)."""
-Plan = Mapping[str, Any]
-"""The settings of a plan, as a row of `PLANS` names them."""
+"""Settings that a run can take on before its first update (`TrainStep.apply_settings`)."""
+MemoryPlan = Mapping[str, Any]
+"""The settings of a plan, as a row of `MEMORY_PLANS` names them."""
 
 
-def memory_settings(
+def choose_memory_settings(
     config: train_config.TrainConfig, base: Base, free_gib: float | None = None
 ) -> dict[str, Any]:
     """The settings that its `--memory` chooses; none without that option. `free_gib` is the GPU's,
@@ -57,122 +57,124 @@ def memory_settings(
     damaged files."""
     if config.memory is None:
         return {}
-    free = least_free_gib() if free_gib is None else free_gib
-    kept = kept_plan(config)
+    free = get_min_free_gib() if free_gib is None else free_gib
+    kept = read_saved_plan(config)
     if kept is not None:
         return kept
-    size = size_of_base(base, config.target_modules)
-    precision = half_settings(config, size.family, free)
-    return precision | fitting_settings(replace(config, **precision), size, free)
+    size = find_base_size(base, config.target_modules)
+    precision = choose_precision_settings(config, size.family, free)
+    return precision | choose_plan_settings(replace(config, **precision), size, free)
 
 
-def kept_plan(config: train_config.TrainConfig) -> dict[str, Any] | None:
+def read_saved_plan(config: train_config.TrainConfig) -> dict[str, Any] | None:
     """What `--memory` chose for a run that goes on from a checkpoint with the same word: another
     plan would change the result's bytes. None for a fresh run, and for one that began with another
     word."""
     run_dir = RunDir(config.output_dir)
-    if not config.resume_from_checkpoint or run_dir.latest_checkpoint() is None:
+    if not config.resume_from_checkpoint or run_dir.find_latest_checkpoint() is None:
         return None
     with suppress(UserError):  # the folder has no settings
         saved = read_json(run_dir.config_path)
         if saved.get("memory") == config.memory:
             # What a word of `--memory` decides, but for what was given.
             decided = train_config.SETTINGS["memory"].metadata["replaces"]
-            names = [name for name in decided if not rules.given_flag(config, name)]
+            names = [name for name in decided if not rules.format_flag(config, name)]
             return {name: saved[name] for name in names if name in saved}
     return None
 
 
-def without_plan(config: train_config.TrainConfig) -> train_config.TrainConfig:
+def reset_plan_settings(config: train_config.TrainConfig) -> train_config.TrainConfig:
     """The same settings, with the defaults in place of what a plan sets."""
-    names = [name for name in train_config.OF_PLANS if name != "images_at_once"]
+    names = [name for name in train_config.MEMORY_PLAN_SETTINGS if name != "images_at_once"]
     return replace(config, **{name: train_config.SETTINGS[name].default for name in names})
 
 
-def half_settings(
-    config: train_config.TrainConfig, facts: family_facts.Facts, free_gib: float | None
+def choose_precision_settings(
+    config: train_config.TrainConfig, facts: family_facts.FamilyFacts, free_gib: float | None
 ) -> dict[str, str]:
     """Half precision on a GPU, if the family has one there, unless a precision was given."""
-    is_given = config.mixed_precision is not None or devices.precision_of(config) != "no"
+    is_given = config.mixed_precision is not None or devices.get_precision(config) != "no"
     if free_gib is None or is_given:
         return {}
-    return {"mixed_precision": devices.half_precision_of(facts)}
+    return {"mixed_precision": devices.choose_family_precision(facts)}
 
 
-def fitting_settings(
+def choose_plan_settings(
     config: train_config.TrainConfig, size: BaseSize, free_gib: float | None
 ) -> dict[str, Any]:
     """The plan that `--memory` names, or with `auto` the first whose smallest pass fits, with its
     largest that fits."""
-    passes = passes_of(config)
-    plan = plan_settings(config, plan_name(config, size, free_gib))
+    passes = list_pass_settings(config)
+    plan = get_plan_settings(config, choose_plan(config, size, free_gib))
     if free_gib is None:
         return plan
     for images in passes:
         tried = replace(config, **plan, **images)
-        if estimate(tried, size, 1).peak_gib <= USABLE * free_gib:
+        if estimate_memory(tried, size, 1).peak_gib <= USABLE_RATIO * free_gib:
             return plan | images
     return plan | passes[-1]
 
 
-def plan_name(config: train_config.TrainConfig, size: BaseSize, free_gib: float | None) -> str:
+def choose_plan(config: train_config.TrainConfig, size: BaseSize, free_gib: float | None) -> str:
     """The plan of `--memory`; for `auto`, the first whose smallest pass fits, or else the leanest
     possible one, which a later check refuses."""
     if config.memory != "auto":
         return config.memory
     if free_gib is None:
-        return next(iter(train_config.PLANS))
-    needs = costs(replace(config, **passes_of(config)[-1]), size)
-    fitting = [name for name, gib in needs.items() if gib <= USABLE * free_gib]
+        return next(iter(train_config.MEMORY_PLANS))
+    needs = estimate_plans(replace(config, **list_pass_settings(config)[-1]), size)
+    fitting = [name for name, gib in needs.items() if gib <= USABLE_RATIO * free_gib]
     return fitting[0] if fitting else list(needs)[-1]
 
 
-def passes_of(config: train_config.TrainConfig) -> list[dict[str, int]]:
+def list_pass_settings(config: train_config.TrainConfig) -> list[dict[str, int]]:
     """The passes to choose from, as settings: all images of a step together, half of them, and so
     on down to one; the given one, and a micro-batch where texts are trained, alone. A pass of one
     micro-batch sets nothing."""
-    if config.images_at_once is not None or rules.excluded_by("images_at_once", config):
+    if config.images_at_once is not None or rules.list_exclusions("images_at_once", config):
         return [{}]
     found = []
-    images = config.gradient_accumulation_steps * config.images_a_micro_batch
+    images = config.gradient_accumulation_steps * config.images_per_micro_batch
     while images not in found:
         found.append(images)
         images = math.ceil(images / 2)
-    usual = config.images_a_micro_batch
+    usual = config.images_per_micro_batch
     return [{} if images == usual else {"images_at_once": images} for images in found]
 
 
-def plan_settings(config: train_config.TrainConfig, name: str) -> dict[str, Any]:
+def get_plan_settings(config: train_config.TrainConfig, name: str) -> dict[str, Any]:
     """What the plan adds to the given settings; a given quantisation stays."""
-    plan = dict(train_config.PLANS[name])
+    plan = dict(train_config.MEMORY_PLANS[name])
     if config.base_quantization != "none":
         plan.pop("base_quantization", None)
     return plan
 
 
-def costs(config: train_config.TrainConfig, size: BaseSize) -> dict[str, float]:
+def estimate_plans(config: train_config.TrainConfig, size: BaseSize) -> dict[str, float]:
     """Plan -> peak memory in GiB, for those that these settings and packages allow."""
     found = {}
-    for name, plan in train_config.PLANS.items():
-        if not is_possible(name, config, size.family):
+    for name, plan in train_config.MEMORY_PLANS.items():
+        if not is_plan_possible(name, config, size.family):
             continue
-        tried = replace(config, **plan_settings(config, name))
+        tried = replace(config, **get_plan_settings(config, name))
         # Blocks may need more than the host has. Those in 4 bit take a quarter: nothing takes less.
         is_large = "stream_blocks" in plan and plan.get("base_quantization") != "nf4"
-        if is_large and streamed_gib(tried, size) > HOST_SHARE * host_gib():
+        if is_large and estimate_streamed_gib(tried, size) > MAX_HOST_RATIO * measure_host_gib():
             continue
-        found[name] = estimate(tried, size, 1).peak_gib
+        found[name] = estimate_memory(tried, size, 1).peak_gib
     return found
 
 
-def host_gib() -> float:
+def measure_host_gib() -> float:
     """The memory of this machine that a process of the run has, GiB: each keeps its own blocks."""
-    return psutil.virtual_memory().total / devices.GIB / devices.processes_here()
+    return psutil.virtual_memory().total / devices.GIB / devices.get_local_world_size()
 
 
-def is_possible(name: str, config: train_config.TrainConfig, facts: family_facts.Facts) -> bool:
+def is_plan_possible(
+    name: str, config: train_config.TrainConfig, facts: family_facts.FamilyFacts
+) -> bool:
     """Whether a run can take this plan, with its settings, its family and the packages here."""
-    plan = train_config.PLANS[name]
+    plan = train_config.MEMORY_PLANS[name]
     # Apple's attention keeps all scores unless blocks are recomputed; it has no bitsandbytes, and
     # its GPU computes in the host's memory.
     is_in_4_bit, is_streamed = plan.get("base_quantization") == "nf4", "stream_blocks" in plan
@@ -180,45 +182,47 @@ def is_possible(name: str, config: train_config.TrainConfig, facts: family_facts
         return False
     if is_in_4_bit and (devices.is_on_apple() or not find_spec("bitsandbytes")):
         return False
-    if facts.style == "flow" and any(setting in family_facts.OF_UNETS for setting in plan):
+    if facts.style == "flow" and any(setting in family_facts.UNET_SETTINGS for setting in plan):
         return False
 
     # The rules between settings.
     with suppress(UserError):
-        return bool(replace(config, **plan_settings(config, name)))
+        return bool(replace(config, **get_plan_settings(config, name)))
     return False
 
 
-def leaner(
-    config: train_config.TrainConfig, facts: family_facts.Facts
+def find_leaner_settings(
+    config: train_config.TrainConfig, facts: family_facts.FamilyFacts
 ) -> tuple[str, dict[str, Any]] | None:
     """What takes less memory than these settings, of what a loaded base can change to: as a flag,
     and as settings. First half as many images at once, which computes nothing twice, then the next
     plan. None if nothing is left."""
-    images = math.ceil(config.images_a_pass / 2)
-    if images < config.images_a_pass and not rules.excluded_by("images_at_once", config):
+    images = math.ceil(config.images_per_pass / 2)
+    if images < config.images_per_pass and not rules.list_exclusions("images_at_once", config):
         return f"--images_at_once {images}", {"images_at_once": images}
 
     # Go on after the leanest plan whose settings the run has.
     later = []
-    for name, plan in train_config.PLANS.items():
-        settings = plan_settings(config, name)
+    for name, plan in train_config.MEMORY_PLANS.items():
+        settings = get_plan_settings(config, name)
         if all(getattr(config, key) == value for key, value in settings.items()):
             later = []
-        elif is_for_loaded(plan, config) and is_possible(name, config, facts):
+        elif can_switch_plan(plan, config) and is_plan_possible(name, config, facts):
             later.append(name)
     if not later:
         return None
 
     # Layers in 8 bit cannot become those in 4 bit, which take less: they come last.
-    found = min(later, key=lambda name: train_config.PLANS[name].get("base_quantization") == "int8")
+    found = min(
+        later, key=lambda name: train_config.MEMORY_PLANS[name].get("base_quantization") == "int8"
+    )
 
     # A block that is recomputed as a whole would recompute its feed-forward part twice.
-    settings = {"recompute_feed_forward": False} | plan_settings(config, found)
+    settings = {"recompute_feed_forward": False} | get_plan_settings(config, found)
     return f"--memory {found}", settings
 
 
-def is_for_loaded(plan: Plan, config: train_config.TrainConfig) -> bool:
+def can_switch_plan(plan: MemoryPlan, config: train_config.TrainConfig) -> bool:
     """Whether a base that is loaded for these settings can change to the plan."""
     # Layers are quantised once. DoRA's magnitudes are those of the dense weights, and streamed ones
     # cannot be quantised.
@@ -229,20 +233,20 @@ def is_for_loaded(plan: Plan, config: train_config.TrainConfig) -> bool:
 
     # Blocks in half precision may need more than the host has.
     is_streamed_dense = "stream_blocks" in plan and kind == "none"
-    return plan.keys() <= OF_A_LOADED_BASE and not is_streamed_dense
+    return plan.keys() <= LOADED_BASE_SETTINGS and not is_streamed_dense
 
 
-def plan_lines(config: train_config.TrainConfig, size: BaseSize) -> list[str]:
+def format_plans(config: train_config.TrainConfig, size: BaseSize) -> list[str]:
     """For `--dry_run`: what each plan would need, and what the GPU has free."""
     if config.memory is None:
         return []
-    free = devices.free_gib_of_gpu()
-    plans = costs(without_plan(config), size)
+    free = devices.measure_free_gpu_gib()
+    plans = estimate_plans(reset_plan_settings(config), size)
     needs = ", ".join(f"{name} {cost:.1f} GiB" for name, cost in plans.items())
     has = "there is no GPU here" if free is None else f"{free:.1f} GiB are free"
     passes = (
-        f"{config.images_a_pass} of a step's "
-        f"{config.images_a_micro_batch * config.gradient_accumulation_steps}"
+        f"{config.images_per_pass} of a step's "
+        f"{config.images_per_micro_batch * config.gradient_accumulation_steps}"
     )
     return [
         f"memory plans: {needs}; {has}; {passes} images pass at once (--memory {config.memory})"
@@ -252,33 +256,34 @@ def plan_lines(config: train_config.TrainConfig, size: BaseSize) -> list[str]:
 def check_memory(config: train_config.TrainConfig, size: BaseSize) -> None:
     """Raises UserError, with settings that fit, for a base of known size that needs more memory
     than can be used, by the same bound as `--memory auto`."""
-    need = estimate(config, size, 1).peak_gib
+    need = estimate_memory(config, size, 1).peak_gib
     is_known = size.is_measured or (bool(size.hub_id) and not size.is_assumed)
-    if need < SMALL_GIB or not is_known:
+    if need < MIN_CHECKED_GIB or not is_known:
         return
-    free = devices.free_gib_of_gpu()
-    if free is not None and need > USABLE * free:
+    free = devices.measure_free_gpu_gib()
+    if free is not None and need > USABLE_RATIO * free:
         of = f" of {size.family.title}" if size.family.memory else ""
         raise UserError(
             f"this run{of} needs about {need:.1f} GiB of GPU memory and {free:.1f} GiB are free, "
-            f"of which it can use {USABLE * free:.1f}: {way_out(config, size, free)}"
+            f"of which it can use {USABLE_RATIO * free:.1f}: "
+            f"{format_memory_advice(config, size, free)}"
         )
 
 
-def way_out(config: train_config.TrainConfig, size: BaseSize, free_gib: float) -> str:
+def format_memory_advice(config: train_config.TrainConfig, size: BaseSize, free_gib: float) -> str:
     """The fewest changes to these settings that fit."""
     # A resumed run's plan is kept by the same word, so that another word must be named.
     start = config
-    is_kept = config.memory == "auto" and kept_plan(config) is not None
+    is_kept = config.memory == "auto" and read_saved_plan(config) is not None
     if is_kept:
-        start = replace(without_plan(config), images_at_once=None)
+        start = replace(reset_plan_settings(config), images_at_once=None)
 
     # What `--memory auto` would choose.
     tried = replace(start, memory="auto")
-    tried = replace(tried, **half_settings(tried, size.family, free_gib))
-    word = plan_name(tried, size, free_gib) if is_kept else "auto"
-    tried = replace(tried, **fitting_settings(tried, size, free_gib))
-    cost = estimate(tried, size, 1).peak_gib
-    if cost <= USABLE * free_gib:
+    tried = replace(tried, **choose_precision_settings(tried, size.family, free_gib))
+    word = choose_plan(tried, size, free_gib) if is_kept else "auto"
+    tried = replace(tried, **choose_plan_settings(tried, size, free_gib))
+    cost = estimate_memory(tried, size, 1).peak_gib
+    if cost <= USABLE_RATIO * free_gib:
         return f"give --memory {word} (then {cost:.1f} GiB)."
     return f"give a smaller --resolution than {config.resolution}, or free the GPU."

@@ -16,14 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.devices import is_main_process, process_count
+from dreambooth_moslora.base.devices import get_world_size, is_main_process
 from dreambooth_moslora.photos import faces, folder, photo_file
 from dreambooth_moslora.plan import agreement, memory, memory_plans, validation
 from dreambooth_moslora.settings import subject_kinds
 from dreambooth_moslora.settings.train_config import TrainConfig
 
-FEW_EXPOSURES = 20  # Exposures of a photo below which hardly anything of a subject is learnt
-NEEDED_EXPOSURES = "a subject needs 100 or more"
+MIN_EXPOSURES = 20  # Exposures of a photo below which hardly anything of a subject is learnt
+EXPOSURES_ADVICE = "a subject needs 100 or more"
 
 
 @dataclass(frozen=True)
@@ -32,56 +32,54 @@ class StepPlan:
 
     photo_counts: tuple[int, ...]  # of each subject
     repeats: int
-    photos_a_step: int
-    steps_an_epoch: int
+    photos_per_step: int
+    steps_per_epoch: int
     total_steps: int
 
     @property
-    def exposures_a_subject(self) -> float:
-        return self.total_steps * self.photos_a_step / len(self.photo_counts)
+    def exposures_per_subject(self) -> float:
+        return self.total_steps * self.photos_per_step / len(self.photo_counts)
 
     @property
-    def exposures_a_photo(self) -> float:
+    def exposures_per_photo(self) -> float:
         """Exposures of a photo of the subject with the most photos."""
-        return self.exposures_a_subject / max(self.photo_counts)
+        return self.exposures_per_subject / max(self.photo_counts)
 
-    def sentence(self) -> str:
+    def describe(self) -> str:
         """The plan in words, for a dry run and the log."""
         counts = " + ".join(map(str, self.photo_counts)) + " photos"
-        seen = f"each photo is seen about {self.exposures_a_photo:.0f} times"
+        seen = f"each photo is seen about {self.exposures_per_photo:.0f} times"
         if len(self.photo_counts) > 1:
             counts = f"{len(self.photo_counts)} subjects, {counts}"
-            seen = f"each subject is seen about {self.exposures_a_subject:.0f} times"
-        epochs = self.total_steps / self.steps_an_epoch
+            seen = f"each subject is seen about {self.exposures_per_subject:.0f} times"
+        epochs = self.total_steps / self.steps_per_epoch
         return (
-            f"{counts} × {self.repeats} repeats, {self.photos_a_step} a step: "
-            f"{self.steps_an_epoch} steps an epoch; "
+            f"{counts} × {self.repeats} repeats, {self.photos_per_step} a step: "
+            f"{self.steps_per_epoch} steps an epoch; "
             f"{self.total_steps} steps = {epochs:.1f} epochs; {seen}"
         )
 
 
-def plan_steps(
-    config: TrainConfig, photos: int | Sequence[int], process_count: int = 1
-) -> StepPlan:
+def plan_steps(config: TrainConfig, photos: int | Sequence[int], world_size: int = 1) -> StepPlan:
     """The steps of a run.
 
     config: its settings
     photos: how many there are, or how many of each subject
-    process_count: processes that share each step
+    world_size: processes that share each step
 
-    Raises ZeroDivisionError without photos (see `photo_report`).
+    Raises ZeroDivisionError without photos (see `build_photo_report`).
     """
     # Each subject counts as if it had as many photos as the largest.
     counts = (photos,) if isinstance(photos, int) else tuple(photos)
     photo_count = len(counts) * max(counts)
     samples = photo_count * config.repeats
-    if config.draws_class_images:
+    if config.uses_class_images:
         samples = max(samples, config.num_class_images)
 
     # Steps of an epoch, as diffusers' script counts them.
-    batches = math.ceil(samples / (config.train_batch_size * process_count))
+    batches = math.ceil(samples / (config.train_batch_size * world_size))
     steps_an_epoch = math.ceil(batches / config.gradient_accumulation_steps)
-    photos_a_step = config.train_batch_size * config.gradient_accumulation_steps * process_count
+    photos_a_step = config.train_batch_size * config.gradient_accumulation_steps * world_size
 
     # The steps of the run: given, by epochs, or by exposures.
     total = config.max_train_steps or config.num_train_epochs * steps_an_epoch
@@ -90,13 +88,13 @@ def plan_steps(
     return StepPlan(
         photo_counts=counts,
         repeats=config.repeats,
-        photos_a_step=photos_a_step,
-        steps_an_epoch=steps_an_epoch,
+        photos_per_step=photos_a_step,
+        steps_per_epoch=steps_an_epoch,
         total_steps=total,
     )
 
 
-def shares(sizes: Mapping[tuple[int, int], int], total: int) -> dict[tuple[int, int], int]:
+def split_total(sizes: Mapping[tuple[int, int], int], total: int) -> dict[tuple[int, int], int]:
     """Split `total` in proportion to the photos of each size (h, w), each at least 1 if it can."""
     exact = {size: total * count / sum(sizes.values()) for size, count in sorted(sizes.items())}
     found = dict.fromkeys(exact, int(total >= len(exact)))
@@ -107,14 +105,14 @@ def shares(sizes: Mapping[tuple[int, int], int], total: int) -> dict[tuple[int, 
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What a run will do, and what it costs. The trainer follows it."""
 
     config: TrainConfig  # after its `--memory`
     base: Base
     photo_report: folder.PhotoReport
     steps: StepPlan  # of all processes
-    cost: memory.Estimate
+    cost: memory.MemoryEstimate
 
     @property
     def photos(self) -> list[photo_file.Photo]:
@@ -127,7 +125,7 @@ def make_plan(
     *,
     free_gib: float | None = None,
     is_later: bool = False,
-) -> Plan:
+) -> RunPlan:
     """The plan of a run whose folders `check_folders` allows, in all its processes.
 
     config: the settings, as they were given
@@ -138,33 +136,37 @@ def make_plan(
     Raises UserError for what training would refuse.
     """
     # All processes must begin with the same settings: they make the same plan.
-    agreement.check_same(config)
+    agreement.check_same_settings(config)
 
     # What the base's family says, then what `--memory` chooses by the GPU with the least memory.
-    base = agreement.by_all(lambda: Base.of(config))
-    config = replace(config, **validation.family_settings(config, base))
-    config = replace(config, **memory_plans.memory_settings(config, base, free_gib))
-    agreement.check_same(config)
+    base = agreement.agree_on_result(lambda: Base.of(config))
+    config = replace(config, **validation.get_family_settings(config, base))
+    config = replace(config, **memory_plans.choose_memory_settings(config, base, free_gib))
+    agreement.check_same_settings(config)
 
     # The checks, before photos are read: they answer at once.
-    size = agreement.by_all(lambda: validation.preflight(config, base, is_later=is_later))
+    size = agreement.agree_on_result(
+        lambda: validation.validate_run(config, base, is_later=is_later)
+    )
 
     # The photos, and with them the steps.
     if report is None:
         # The main process reads first, and tells alone what is wrong with the folder.
-        first = agreement.by_all(lambda: folder.photo_report(config) if is_main_process() else None)
-        report = agreement.by_all(lambda: first or folder.photo_report(config))
+        first = agreement.agree_on_result(
+            lambda: folder.build_photo_report(config) if is_main_process() else None
+        )
+        report = agreement.agree_on_result(lambda: first or folder.build_photo_report(config))
     else:
         # Masks may have been chosen after the photos were read.
-        report = replace(report, photos=folder.with_made(config, report.photos))
-    report = replace(report, photos=faces.with_faces(config, report.photos))
-    if config.is_scored and subject_kinds.any_has_face(config.each_subject):
-        faces.load_faces().load()  # the scores ask for what compares them
-    steps = plan_steps(config, photo_file.counts_of(report.photos), process_count())
-    return Plan(
+        report = replace(report, photos=folder.add_saved_sidecars(config, report.photos))
+    report = replace(report, photos=faces.add_faces(config, report.photos))
+    if config.is_scored and subject_kinds.has_face_subject(config.each_subject):
+        faces.load_face_reader().load()  # the scores ask for what compares them
+    steps = plan_steps(config, photo_file.count_photos(report.photos), get_world_size())
+    return RunPlan(
         config=config,
         base=base,
         photo_report=report,
         steps=steps,
-        cost=memory.estimate(config, size, steps.total_steps),
+        cost=memory.estimate_memory(config, size, steps.total_steps),
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from dreambooth_moslora.base import devices
 from dreambooth_moslora.settings import train_config
 
-WORTH_IMAGES = 1000
+MIN_COMPILED_IMAGES = 1000
 """Forward and backward passes of an image of 1024 px from which compilation pays. Not measured
 here: others report about a minute to compile the blocks, and a tenth of a second saved per image.
 """
@@ -21,46 +21,46 @@ here: others report about a minute to compile the blocks, and a tenth of a secon
 class Speed:
     """What is on.
 
-    compiled: whether the blocks are
-    searches: whether cuDNN searches algorithms
+    is_compiled: whether the blocks are
+    has_cudnn_search: whether cuDNN searches algorithms
     """
 
-    compiled: bool
-    searches: bool
+    is_compiled: bool
+    has_cudnn_search: bool
 
-    def sentence(self) -> str:
+    def describe(self) -> str:
         """The same in words, for a dry run and the log."""
         said = "transformer blocks compiled, which makes later steps faster"
-        if not self.compiled:
+        if not self.is_compiled:
             said = "transformer blocks not compiled, which pays in a longer run on a GPU"
-        if self.searches:
+        if self.has_cudnn_search:
             said += ", cuDNN searches algorithms"
         return said
 
 
-def speed_of(config: train_config.TrainConfig, device_type: str, steps: int) -> Speed:
+def choose_speed(config: train_config.TrainConfig, device_type: str, steps: int) -> Speed:
     """The choice for `steps` optimizer steps on such a device."""
-    images = images_of(config, steps)
-    pays = device_type == "cuda" and images >= WORTH_IMAGES
+    images = count_images(config, steps)
+    pays = device_type == "cuda" and images >= MIN_COMPILED_IMAGES
     by_itself = config.compile == "auto" and pays
 
     # A search is lost when sizes change, and may choose another algorithm the next time.
     is_fixed = not config.enable_bucket and not config.deterministic
-    searches = pays and devices.searches_fast() and is_fixed
+    searches = pays and devices.has_fast_search() and is_fixed
     return Speed(
-        compiled=config.compile == "on" or by_itself,
-        searches=searches,
+        is_compiled=config.compile == "on" or by_itself,
+        has_cudnn_search=searches,
     )
 
 
-def speed_here(config: train_config.TrainConfig, steps: int) -> Speed:
+def choose_local_speed(config: train_config.TrainConfig, steps: int) -> Speed:
     """The choice on this machine, for a dry run. It looks for a GPU only where that matters."""
-    is_long = images_of(config, steps) >= WORTH_IMAGES
-    is_on_gpu = is_long and not devices.asks_accelerate("ACCELERATE_USE_CPU")
-    return speed_of(config, devices.best_device().type if is_on_gpu else "cpu", steps)
+    is_long = count_images(config, steps) >= MIN_COMPILED_IMAGES
+    is_on_gpu = is_long and not devices.is_variable_true("ACCELERATE_USE_CPU")
+    return choose_speed(config, devices.get_best_device().type if is_on_gpu else "cpu", steps)
 
 
-def images_of(config: train_config.TrainConfig, steps: int) -> float:
+def count_images(config: train_config.TrainConfig, steps: int) -> float:
     """Images of 1024 px that so many steps pass through the denoiser."""
-    images = steps * config.gradient_accumulation_steps * config.images_a_micro_batch
+    images = steps * config.gradient_accumulation_steps * config.images_per_micro_batch
     return images * (config.resolution / 1024) ** 2

@@ -13,12 +13,12 @@ from typing import Any
 
 from dreambooth_moslora.base import devices
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.model_files import SMALL_BASE_PX
+from dreambooth_moslora.base.model_files import MAX_SMALL_BASE_PX
 from dreambooth_moslora.disk import queue, run_folder
-from dreambooth_moslora.disk.paths import user_path
-from dreambooth_moslora.errors import UserError, one_line
-from dreambooth_moslora.photos.folder import require_folder_of_photos
-from dreambooth_moslora.plan.base_size import BaseSize, size_of_base
+from dreambooth_moslora.disk.paths import expand_user_path
+from dreambooth_moslora.errors import UserError, format_error
+from dreambooth_moslora.photos.folder import require_photo_folder
+from dreambooth_moslora.plan.base_size import BaseSize, find_base_size
 from dreambooth_moslora.plan.memory_plans import check_memory
 from dreambooth_moslora.settings import (
     family_facts,
@@ -27,17 +27,17 @@ from dreambooth_moslora.settings import (
     subject_kinds,
     train_config,
 )
-from dreambooth_moslora.settings.family_facts import SDXL, Facts
+from dreambooth_moslora.settings.family_facts import SDXL, FamilyFacts
 
 # diffusers reads no such layers from a kohya file: they cannot be verified
-UNREADABLE = "add_embedding."
+UNREADABLE_PREFIX = "add_embedding."
 
 
 def check_layers(
     targets: Iterable[str],
     layers: Mapping[str, int],
     use_dora: bool,
-    facts: Facts = SDXL,
+    facts: FamilyFacts = SDXL,
 ) -> None:
     """Raises UserError for names of layers that get no adapter.
 
@@ -53,7 +53,7 @@ def check_layers(
             usual = "to_q, to_k, to_v and to_out.0 are those of attention."
             if facts.denoiser != "unet":
                 usual = f"diffusers' script takes {', '.join(facts.targets)}."
-            hint = hint_for(name, layers) or usual
+            hint = format_layer_hint(name, layers) or usual
             raise UserError(
                 f"--target_modules {name}: {facts.denoiser_name} has no such layer; {hint}"
             )
@@ -61,7 +61,7 @@ def check_layers(
         # Each of them can have the adapter.
         for layer in meant:
             # The published file could not name it.
-            if layer.startswith(UNREADABLE):
+            if layer.startswith(UNREADABLE_PREFIX):
                 raise UserError(
                     f"--target_modules {name}: {layer} has no name in kohya's files; name others, "
                     "or blocks: down_blocks.* mid_block.* up_blocks.*"
@@ -72,10 +72,10 @@ def check_layers(
                 )
 
 
-def hint_for(name: str, layers: Iterable[str]) -> str:
+def format_layer_hint(name: str, layers: Iterable[str]) -> str:
     """Names what was probably meant: a layer's path, or its last name; else ""."""
-    known = set(layers) if "." in name else {last_name(layer) for layer in layers}
-    close = field_facts.nearest(field_facts.full_name(name), sorted(known))
+    known = set(layers) if "." in name else {get_last_name(layer) for layer in layers}
+    close = field_facts.find_nearest_name(field_facts.expand_layer_name(name), sorted(known))
     return f"did you mean {close}?" if close else ""
 
 
@@ -86,12 +86,12 @@ def check_patterns(config: train_config.TrainConfig, layers: Iterable[str]) -> N
     for flag in ("rank_pattern", "alpha_pattern"):
         for text in getattr(config, flag):
             name = field_facts.parse_pattern(flag, text)[0]
-            if not any(field_facts.is_meant(layer, name) for layer in adapted):
-                hint = hint_for(name, adapted) or "--target_modules says which have one."
+            if not any(field_facts.is_pattern_match(layer, name) for layer in adapted):
+                hint = format_layer_hint(name, adapted) or "--target_modules says which have one."
                 raise UserError(f"--{flag} {text}: no layer with an adapter has that name; {hint}")
 
 
-def last_name(path: str) -> str:
+def get_last_name(path: str) -> str:
     """`….attn1.to_q` -> `to_q`, `….attn1.to_out.0` -> `to_out.0`."""
     *_, parent, name = f".{path}".split(".")
     return f"{parent}.{name}" if name.isdigit() else name
@@ -115,9 +115,9 @@ def check_folders(config: train_config.TrainConfig) -> None:
     run_folder.check_name(run_dir.name)
     for subject in config.each_subject:
         check_photo_folders(subject, run_dir)
-        check_places(subject, run_dir)
-    check_strangers(run_dir)
-    queue.refuse_links(run_dir.path, "--output_dir")
+        check_writable_folders(subject, run_dir)
+    check_foreign_files(run_dir)
+    queue.check_no_links(run_dir.path, "--output_dir")
 
 
 def check_photo_folders(config: train_config.TrainConfig, run_dir: run_folder.RunDir) -> None:
@@ -154,7 +154,7 @@ def check_photo_folders(config: train_config.TrainConfig, run_dir: run_folder.Ru
         ]
         if name != "class_data_dir":
             own.append(run_dir.class_images_dir)
-        is_checkpoint = run_folder.checkpoint_step(Path(first)) is not None
+        is_checkpoint = run_folder.parse_checkpoint_step(Path(first)) is not None
         if is_checkpoint or first in {path.name for path in own}:
             raise UserError(
                 f"--{name} {value}: the run writes to {first} in its folder; keep the photos "
@@ -162,9 +162,9 @@ def check_photo_folders(config: train_config.TrainConfig, run_dir: run_folder.Ru
             )
 
 
-def check_places(config: train_config.TrainConfig, run_dir: run_folder.RunDir) -> None:
+def check_writable_folders(config: train_config.TrainConfig, run_dir: run_folder.RunDir) -> None:
     """Raises UserError when a place that the run writes to cannot be written."""
-    for name, folder in config.written_folders.items():
+    for name, folder in config.output_folders.items():
         require_writable(name, str(folder))
 
     # Class images that are there may lie where nobody can write.
@@ -176,26 +176,26 @@ def check_places(config: train_config.TrainConfig, run_dir: run_folder.RunDir) -
 def require_writable(name: str, value: str) -> None:
     """Raises UserError unless a file can be made there: permissions alone do not tell."""
     try:
-        TemporaryFile(dir=nearest_existing(Path(value))).close()
+        TemporaryFile(dir=find_existing_folder(Path(value))).close()
     except OSError as error:
         raise UserError(f"--{name} {value}: cannot be written: {error.strerror}.") from error
 
 
-def output_folder(path: str | Path) -> Path:
+def require_output_folder(path: str | Path) -> Path:
     """The folder of --output_dir, checked before anything is drawn. Raises UserError when it cannot
     be written."""
-    folder = user_path(path)
+    folder = expand_user_path(path)
     require_writable("output_dir", str(folder))
     return folder
 
 
-def nearest_existing(path: Path) -> Path:
+def find_existing_folder(path: Path) -> Path:
     """The path itself, or its nearest existing parent."""
     path = Path(os.path.abspath(path))
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-def check_strangers(run_dir: run_folder.RunDir) -> None:
+def check_foreign_files(run_dir: run_folder.RunDir) -> None:
     """Raises UserError for a model card or pictures that have a run's file names but come from no
     run."""
     if not run_dir.path.is_dir():
@@ -207,7 +207,7 @@ def check_strangers(run_dir: run_folder.RunDir) -> None:
             f"{run_dir.card_path} is not a run's and would be overwritten: name another "
             "--output_dir."
         )
-    known = run_folder.pictures_named(card or "")
+    known = run_folder.list_card_pictures(card or "")
     for path in sorted(run_dir.path.glob("image_*.png")):
         if path.name not in known:
             raise UserError(
@@ -216,20 +216,22 @@ def check_strangers(run_dir: run_folder.RunDir) -> None:
             )
 
 
-def preflight(config: train_config.TrainConfig, base: Base, *, is_later: bool = False) -> BaseSize:
+def validate_run(
+    config: train_config.TrainConfig, base: Base, *, is_later: bool = False
+) -> BaseSize:
     """Check settings and memory (not `is_later`). Returns the base's size. Raises UserError."""
-    check_settings(config, base)
-    size = size_of_base(base, config.target_modules)
+    validate_settings(config, base)
+    size = find_base_size(base, config.target_modules)
     if not is_later:
         check_memory(config, size)
     return size
 
 
-def check_settings(config: train_config.TrainConfig, base: Base) -> None:
+def validate_settings(config: train_config.TrainConfig, base: Base) -> None:
     """The checks of `preflight` that concern no memory. Raises UserError."""
     # What the settings alone tell, before the base is looked at.
     if config.instance_data_dir:
-        require_folder_of_photos(Path(config.instance_data_dir))
+        require_photo_folder(Path(config.instance_data_dir))
     devices.check_bf16(config)
 
     # Ranks that the mixer can have.
@@ -241,9 +243,9 @@ def check_settings(config: train_config.TrainConfig, base: Base) -> None:
 
     # What else is named: the place on the hub, and files to begin with.
     if config.push_to_hub:
-        check_push(config)
+        check_hub_upload(config)
     if config.init_adapter and not config.resume_from_checkpoint:
-        check_start(config.init_adapter)
+        check_init_adapter(config.init_adapter)
     if config.companion and not Path(config.companion).exists():
         raise UserError(f"--companion {config.companion}: there is no such file.")
 
@@ -288,7 +290,7 @@ def check_distilled(base: Base, companion: str | None) -> None:
         )
 
 
-def family_settings(config: train_config.TrainConfig, base: Base) -> dict[str, Any]:
+def get_family_settings(config: train_config.TrainConfig, base: Base) -> dict[str, Any]:
     """What the base's family says where nothing was chosen. Raises UserError for what it cannot
     obey."""
     facts = base.facts
@@ -301,27 +303,27 @@ def family_settings(config: train_config.TrainConfig, base: Base) -> dict[str, A
 
     # The family's own choices.
     found: dict[str, Any] = {
-        "target_modules": targets_of(config, base),
+        "target_modules": get_target_modules(config, base),
         "lora_blocks": (),  # the layers above name them
         "weighting_scheme": config.weighting_scheme or facts.weighting_scheme,
     }
-    found |= own_bucket_step(config, base)
+    found |= get_bucket_step(config, base)
     if config.precondition_outputs is None and facts.precondition_outputs:
         found["precondition_outputs"] = True
     return found
 
 
-def own_bucket_step(config: train_config.TrainConfig, base: Base) -> dict[str, int]:
+def get_bucket_step(config: train_config.TrainConfig, base: Base) -> dict[str, int]:
     """The setting of a small base's family for crops in the photos' shapes, unless given. Raises
     UserError."""
     is_open = config.enable_bucket and not config.bucket_reso_steps
-    is_small = config.resolution <= SMALL_BASE_PX
+    is_small = config.resolution <= MAX_SMALL_BASE_PX
     if not (is_open and is_small and base.facts):
         return {}
     return {"bucket_reso_steps": base.facts.multiple_px}
 
 
-def check_sides(config: train_config.TrainConfig, facts: Facts) -> None:
+def check_sides(config: train_config.TrainConfig, facts: FamilyFacts) -> None:
     """Raises UserError for crops whose sides the family's patches do not divide."""
     for name in ("resolution", "bucket_reso_steps"):
         px = getattr(config, name) or 0
@@ -333,10 +335,10 @@ def check_sides(config: train_config.TrainConfig, facts: Facts) -> None:
             )
 
 
-def targets_of(config: train_config.TrainConfig, base: Base) -> tuple[str, ...]:
+def get_target_modules(config: train_config.TrainConfig, base: Base) -> tuple[str, ...]:
     """The family's layers unless others were named, in the blocks of `--lora_blocks`. The last
     block may lack some of the family's, which are left out where the base's files tell."""
-    is_usual = config.target_modules == field_facts.ATTENTION
+    is_usual = config.target_modules == field_facts.ATTENTION_LAYERS
     names = base.facts.targets if is_usual else config.target_modules
     if not config.lora_blocks:
         return names
@@ -354,11 +356,11 @@ def targets_of(config: train_config.TrainConfig, base: Base) -> tuple[str, ...]:
     return tuple(there or named)
 
 
-def check_family(config: train_config.TrainConfig, facts: Facts) -> None:
+def check_family(config: train_config.TrainConfig, facts: FamilyFacts) -> None:
     """Raises UserError for a setting of other models, named with the family."""
     # Which settings these are.
     is_flow = facts.style == "flow"
-    others = family_facts.OF_UNETS if is_flow else family_facts.OF_FLOWS
+    others = family_facts.UNET_SETTINGS if is_flow else family_facts.FLOW_SETTINGS
     others += tuple(name for name in family_facts.TEXT_OPTIONS if name not in facts.text_options)
     if not facts.has_level_shift:
         others += ("shift_timesteps",)
@@ -367,29 +369,29 @@ def check_family(config: train_config.TrainConfig, facts: Facts) -> None:
 
     # The first that was given.
     for name in others:
-        flag = rules.given_flag(config, name)
+        flag = rules.format_flag(config, name)
         if flag:
             raise UserError(f"{flag} is not for {facts.title}; leave it out.")
 
     # Flow models are trained in bf16 or fp32.
     if is_flow:
         devices.check_bf16(config, instead="no")
-    if is_flow and devices.precision_of(config) == "fp16":
-        instead = devices.half_precision_of(facts) if devices.has_gpu() else "bf16"
+    if is_flow and devices.get_precision(config) == "fp16":
+        instead = devices.choose_family_precision(facts) if devices.has_gpu() else "bf16"
         raise UserError(f"--mixed_precision fp16: {facts.title} overflows in fp16; give {instead}.")
 
 
-def check_start(adapter: str) -> None:
+def check_init_adapter(adapter: str) -> None:
     """Raises UserError for a missing or damaged adapter."""
     try:
         if not Path(adapter).exists():
             raise UserError("there is no such file or folder")
-        run_folder.header_of(run_folder.find_weights(adapter))
+        run_folder.read_header(run_folder.find_weights(adapter))
     except UserError as error:
         raise UserError(f"--init_adapter {adapter}: {error}.") from error
 
 
-def check_push(config: train_config.TrainConfig) -> None:
+def check_hub_upload(config: train_config.TrainConfig) -> None:
     """Raises UserError for a name or token that the hub rejects; an unreachable hub is no error."""
     from huggingface_hub import HfApi
     from huggingface_hub.constants import is_offline_mode
@@ -399,21 +401,21 @@ def check_push(config: train_config.TrainConfig) -> None:
     try:
         validate_repo_id(config.hub_model_id or run_folder.RunDir(config.output_dir).name)
     except HFValidationError as error:
-        raise UserError(f"--hub_model_id: {one_line(error)}") from error
+        raise UserError(f"--hub_model_id: {format_error(error)}") from error
     try:
         if not is_offline_mode():
             HfApi(token=config.hub_token).whoami()
     except Exception as error:  # the client passes on the HTTP library's errors
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if status == 401 or isinstance(error, LocalTokenNotFoundError):
-            raise UserError(f"--push_to_hub: {one_line(error)}") from error
+            raise UserError(f"--push_to_hub: {format_error(error)}") from error
 
 
-def check_references(base: Base, config: train_config.TrainConfig, said: str) -> None:
+def check_references(base: Base, config: train_config.TrainConfig, flag: str) -> None:
     """Raises UserError for a base that takes no reference pictures, and for a style. `said` is what
     asks for them."""
     if base.facts is None or not base.facts.takes_references:
         title = base.facts.title if base.facts else base.public_name
-        raise UserError(f"{said}: {title} takes no reference pictures; leave it out.")
-    if any(subject_kinds.kind_of(subject).is_style for subject in config.each_subject):
-        raise UserError(f"{said} is for a subject, not for a style; leave it out.")
+        raise UserError(f"{flag}: {title} takes no reference pictures; leave it out.")
+    if any(subject_kinds.get_subject_kind(subject).is_style for subject in config.each_subject):
+        raise UserError(f"{flag} is for a subject, not for a style; leave it out.")

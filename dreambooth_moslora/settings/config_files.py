@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.disk.contents import read_json, reason_of, small_text
+from dreambooth_moslora.disk.contents import explain_read_error, read_json, read_small_text
 from dreambooth_moslora.disk.paths import find_asset
-from dreambooth_moslora.disk.processes import CONFIG_NAME
+from dreambooth_moslora.disk.processes import JOB_CONFIG_NAME
 from dreambooth_moslora.disk.run_folder import SETTINGS_NAME
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.train_config import (
@@ -22,10 +22,10 @@ from dreambooth_moslora.settings.train_config import (
     FIELD_TYPES,
     SETTINGS,
     TrainConfig,
-    named,
+    list_settings,
 )
 
-OF_RUNS = (SETTINGS_NAME, CONFIG_NAME)
+RUN_SETTINGS_NAMES = (SETTINGS_NAME, JOB_CONFIG_NAME)
 """Files of settings that runs keep."""
 
 
@@ -37,10 +37,10 @@ def load_settings(path: Path | str) -> dict[str, Any]:
         settings = flatten(read_tables(path), path)
     except RecursionError as error:
         raise UserError(f"--config {path}: its tables are nested too deep.") from error
-    return still_known(settings) if path.name in OF_RUNS else settings
+    return drop_removed_settings(settings) if path.name in RUN_SETTINGS_NAMES else settings
 
 
-def still_known(settings: Mapping[str, Any]) -> dict[str, Any]:
+def drop_removed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run, which may be of an earlier version, without those that are gone."""
     return {name: value for name, value in settings.items() if name in SETTINGS}
 
@@ -51,11 +51,11 @@ def read_tables(path: Path | str) -> dict[str, Any]:
     try:
         if path.suffix.lower() == ".json":
             return read_json(path, make_dict=unique_names)
-        return tomllib.loads(small_text(path))
+        return tomllib.loads(read_small_text(path))
     except UserError as error:
         raise UserError(f"--config {error}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: {reason_of(error)}.") from error
+        raise UserError(f"--config {path}: {explain_read_error(error)}.") from error
     except ValueError as error:  # a number of thousands of digits is no TOMLDecodeError
         raise UserError(f"--config {path}: it is not valid TOML: {error}.") from error
 
@@ -84,20 +84,22 @@ def flatten(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 # The settings that every recipe tells, and those that it tells if they differ from the default.
-RECIPE = named("publish", "always")
-TOLD_IF_CHANGED = named("publish", "if_changed")
-LAYERS = tuple(name for name in RECIPE if FIELD_TYPES[name][0] is tuple)
+RECIPE_SETTINGS = list_settings("publish", "always")
+CHANGED_RECIPE_SETTINGS = list_settings("publish", "if_changed")
+LAYER_SETTINGS = tuple(name for name in RECIPE_SETTINGS if FIELD_TYPES[name][0] is tuple)
 DEFAULTS = TrainConfig().to_dict()
 # A name of layers, with a value if it is a pattern. It cannot hold text of the user's.
-LAYER = re.compile(r"[A-Za-z0-9_.*\[\]?!-]{1,100}(\s*[=:]\s*[0-9.eE+-]{1,20})?")
+LAYER_NAME = re.compile(r"[A-Za-z0-9_.*\[\]?!-]{1,100}(\s*[=:]\s*[0-9.eE+-]{1,20})?")
 
 
-def recipe_of(config: TrainConfig) -> dict[str, Any]:
+def build_recipe(config: TrainConfig) -> dict[str, Any]:
     """JSON-ready values of the settings in RECIPE that are set."""
     settings = config.to_dict()
-    for name in LAYERS:
-        settings[name] = [text for text in settings[name] if LAYER.fullmatch(text)]
+    for name in LAYER_SETTINGS:
+        settings[name] = [text for text in settings[name] if LAYER_NAME.fullmatch(text)]
     if settings["caching"] == "disk":  # the bytes are those of "memory"
         settings["caching"] = DEFAULTS["caching"]
-    changed = [name for name in TOLD_IF_CHANGED if settings[name] != DEFAULTS[name]]
-    return {name: settings[name] for name in (*RECIPE, *changed) if settings[name] is not None}
+    changed = [name for name in CHANGED_RECIPE_SETTINGS if settings[name] != DEFAULTS[name]]
+    return {
+        name: settings[name] for name in (*RECIPE_SETTINGS, *changed) if settings[name] is not None
+    }

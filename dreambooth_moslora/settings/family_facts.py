@@ -17,7 +17,7 @@ from dreambooth_moslora.errors import UserError
 
 
 @dataclass(frozen=True)
-class Memory:
+class ActivationMemory:
     """GiB of one image of 1024 px in bf16, without weights and gradients, counted on a model of so
     many `parameters` with the targets below at rank 16 (`benchmarks.family_memory`). Drawing goes
     by PEFT's own layers; it is both passes, with and without the prompt, where the family's
@@ -25,43 +25,44 @@ class Memory:
 
     full_gib: float
     recomputed_gib: float
-    drawing_gib: float
+    sampling_gib: float
     parameters: float
     text_tokens: int = 512
 
 
 @dataclass(frozen=True)
-class Model:
+class PublishedModel:
     """A published model: its parameters, those in linear layers of its blocks and of the largest
     block, the number of its layers that get an adapter by default and the sum of their inputs and
     outputs, and the parameters of its text encoders and VAE."""
 
     hub_id: str
     parameters: int
-    in_blocks: int
+    block_parameters: int
     largest_block: int
     adapted_layers: int
     adapted_widths: int
     encoders: int
     vae: int = 83_653_863
     streamed: int | None = None
-    """Of `in_blocks`, those that `--stream_blocks` streams: all, but for blocks that refine."""
+    """Of `block_parameters`, those that `--stream_blocks` streams: all, but for blocks that
+    refine."""
 
 
 # Parameters of text encoders that several models have.
-CLIP_L = 123_060_480
-CLIP_G = 694_659_840
-T5_XXL = 4_762_310_656
-QWEN3_4B = 4_022_468_096
-QWEN3_8B = 8_190_735_360
-GEMMA2_2B = 2_614_341_888
+CLIP_L_PARAMETERS = 123_060_480
+CLIP_G_PARAMETERS = 694_659_840
+T5_XXL_PARAMETERS = 4_762_310_656
+QWEN3_4B_PARAMETERS = 4_022_468_096
+QWEN3_8B_PARAMETERS = 8_190_735_360
+GEMMA2_2B_PARAMETERS = 2_614_341_888
 CLIP_LAYERS = {"text_encoder": (48, 73_728), "text_encoder_2": (128, 327_680)}
 """Of CLIP-L and CLIP-G, by the pipelines' names: the layers that `--train_text_encoder` adapts, and
 their in + out."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class FamilyFacts:
     """One family. `name` is that of its recipe in `assets/configs`; `title` is for sentences, cards
     and the page."""
 
@@ -69,7 +70,7 @@ class Facts:
     title: str
     pipeline: str  # Class of the pipeline.
     model: str  # Class of the model that denoises.
-    memory: Memory | None  # None for UNets alone, which are counted by SDXL's.
+    memory: ActivationMemory | None  # None for UNets alone, which are counted by SDXL's.
     recomputed_gib: float = 0.51
     """Of a UNet as large as SDXL's: GiB of a recomputed step of one image of 1024 px."""
     denoiser: str = "transformer"
@@ -106,13 +107,13 @@ class Facts:
     article: str = "a"
     hub_tag: str = ""
     licence: str = ""
-    decoder_bytes_a_pixel: int = 4300
+    decoder_bytes_per_pixel: int = 4300
     """Peak of its VAE's decoder in fp32 beside the weights, for a pixel of the picture: at most so
     much, and half of it in half precision. SDXL's counts 3,072; the rest is room for cuDNN."""
     tile_px: int = 256  # Side of the smallest tiles in which its VAE works.
-    file_mark: str = ""
+    marker_tensor: str = ""
     """A tensor that this family's single files have, in the layout of its authors."""
-    models: tuple[Model, ...] = ()
+    models: tuple[PublishedModel, ...] = ()
     """Those that are known before they are fetched (`benchmarks.family_memory`)."""
     not_in_comfyui: str = ""
     """Why ComfyUI, "it", does not read the published file; "" where it does."""
@@ -125,7 +126,7 @@ class Facts:
         return "the UNet" if self.denoiser == "unet" else f"{self.title}'s transformer"
 
 
-JOINT = tuple(
+JOINT_ATTENTION_LAYERS = tuple(
     f"attn.{name}"
     for name in (
         "to_q",
@@ -141,9 +142,9 @@ JOINT = tuple(
 """Attention's layers of pictures and texts side by side, as diffusers' scripts for SD 3 and FLUX.1
 name them."""
 # The layers of the feed-forward blocks beside it, which diffusers' script for FLUX.1 adapts too.
-FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+FEED_FORWARD_LAYERS = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 # What SDXL and Stable Diffusion 1.5 share.
-UNET = {
+UNET_FACTS = {
     "model": "UNet2DConditionModel",
     "denoiser": "unet",
     "style": "ddpm",
@@ -154,7 +155,7 @@ UNET = {
 
 # One row for each family. The base's own files say which of them it is.
 FAMILIES = (
-    Facts(
+    FamilyFacts(
         name="sdxl",
         title="SDXL",
         pipeline="StableDiffusionXLPipeline",
@@ -162,26 +163,26 @@ FAMILIES = (
         adapted_encoders=("text_encoder", "text_encoder_2"),
         guidance=5.0,
         needs_sizes=True,
-        file_mark="label_emb.0.0.weight",
+        marker_tensor="label_emb.0.0.weight",
         modelspec="stable-diffusion-xl-v1-base",
         kohya_version="sdxl_base_v1-0",
         article="an",
         hub_tag="stable-diffusion-xl",
         licence="OpenRAIL++",
         models=(
-            Model(
+            PublishedModel(
                 hub_id="stabilityai/stable-diffusion-xl-base-1.0",
                 parameters=2_567_463_684,
-                in_blocks=2_183_987_200,
+                block_parameters=2_183_987_200,
                 largest_block=34_734_080,
                 adapted_layers=560,
                 adapted_widths=1_451_520,
-                encoders=CLIP_L + CLIP_G,
+                encoders=CLIP_L_PARAMETERS + CLIP_G_PARAMETERS,
             ),
         ),
-        **UNET,
+        **UNET_FACTS,
     ),
-    Facts(
+    FamilyFacts(
         name="sd1",
         title="Stable Diffusion 1.5",
         pipeline="StableDiffusionPipeline",
@@ -192,94 +193,94 @@ FAMILIES = (
         modelspec="stable-diffusion-v1",
         kohya_version="sd_v1",
         hub_tag="stable-diffusion",
-        file_mark="cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
+        marker_tensor="cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
         licence="OpenRAIL",
         models=(
-            Model(
+            PublishedModel(
                 hub_id="stable-diffusion-v1-5/stable-diffusion-v1-5",
                 parameters=859_520_964,
-                in_blocks=242_196_480,
+                block_parameters=242_196_480,
                 largest_block=31_457_280,
                 adapted_layers=128,
                 adapted_widths=199_296,
-                encoders=CLIP_L,
+                encoders=CLIP_L_PARAMETERS,
             ),
         ),
-        **UNET | {"text_options": ("clip_skip",)},
+        **UNET_FACTS | {"text_options": ("clip_skip",)},
     ),
-    Facts(
+    FamilyFacts(
         name="sd3",
         title="Stable Diffusion 3.5",
         pipeline="StableDiffusion3Pipeline",
         model="SD3Transformer2DModel",
         encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
         adapted_encoders=("text_encoder", "text_encoder_2"),
-        targets=JOINT,
+        targets=JOINT_ATTENTION_LAYERS,
         weighting_scheme="logit_normal",
         precondition_outputs=True,
-        file_mark="joint_blocks.0.context_block.adaLN_modulation.1.bias",
+        marker_tensor="joint_blocks.0.context_block.adaLN_modulation.1.bias",
         guidance=7.0,
         licence="Stability Community",
-        memory=Memory(
+        memory=ActivationMemory(
             full_gib=7.313,
             recomputed_gib=0.618,
-            drawing_gib=0.352,
+            sampling_gib=0.352,
             parameters=2.243e9,
             text_tokens=333,
         ),
         models=(
-            Model(
+            PublishedModel(
                 hub_id="stabilityai/stable-diffusion-3.5-medium",
                 parameters=2_243_171_520,
-                in_blocks=2_222_456_832,
+                block_parameters=2_222_456_832,
                 largest_block=101_449_728,
                 adapted_layers=191,
                 adapted_widths=586_752,
-                encoders=CLIP_L + CLIP_G + T5_XXL,
+                encoders=CLIP_L_PARAMETERS + CLIP_G_PARAMETERS + T5_XXL_PARAMETERS,
             ),
-            Model(
+            PublishedModel(
                 hub_id="stabilityai/stable-diffusion-3.5-large",
                 parameters=8_056_627_520,
-                in_blocks=8_014_315_520,
+                block_parameters=8_014_315_520,
                 largest_block=212_926_464,
                 adapted_layers=303,
                 adapted_widths=1_473_792,
-                encoders=CLIP_L + CLIP_G + T5_XXL,
+                encoders=CLIP_L_PARAMETERS + CLIP_G_PARAMETERS + T5_XXL_PARAMETERS,
             ),
         ),
     ),
-    Facts(
+    FamilyFacts(
         name="flux",
         title="FLUX.1",
         pipeline="FluxPipeline",
         model="FluxTransformer2DModel",
         encoders=("text_encoder", "text_encoder_2"),
         adapted_encoders=("text_encoder",),
-        targets=(*JOINT, *FEED_FORWARD),
+        targets=(*JOINT_ATTENTION_LAYERS, *FEED_FORWARD_LAYERS),
         guidance=3.5,
         has_negative=False,
-        file_mark="vector_in.in_layer.weight",
+        marker_tensor="vector_in.in_layer.weight",
         has_level_shift=True,
         licence="FLUX.1 dev Non-Commercial",
-        memory=Memory(
+        memory=ActivationMemory(
             full_gib=26.373,
             recomputed_gib=2.163,
-            drawing_gib=0.651,
+            sampling_gib=0.651,
             parameters=11.901e9,
         ),
         models=(
-            Model(
+            PublishedModel(
                 hub_id="black-forest-labs/FLUX.1-dev",
                 parameters=11_901_408_320,
-                in_blocks=11_834_228_736,
+                block_parameters=11_834_228_736,
                 largest_block=339_738_624,
                 adapted_layers=342,
                 adapted_widths=2_801_664,
-                encoders=CLIP_L + T5_XXL,
+                encoders=CLIP_L_PARAMETERS + T5_XXL_PARAMETERS,
             ),
         ),
     ),
-    Facts(
+    FamilyFacts(
         name="flux2",
         title="FLUX.2 klein",
         pipeline="Flux2KleinPipeline",
@@ -295,87 +296,87 @@ FAMILIES = (
         has_level_shift=True,
         takes_references=True,
         text_options=("max_sequence_length", "text_encoder_out_layers"),
-        file_mark="single_stream_modulation.lin.weight",
+        marker_tensor="single_stream_modulation.lin.weight",
         licence="Apache-2.0 (4B), FLUX Non-Commercial (9B)",
-        memory=Memory(
+        memory=ActivationMemory(
             full_gib=16.204,
             recomputed_gib=1.690,
-            drawing_gib=1.311,
+            sampling_gib=1.311,
             parameters=3.876e9,
         ),
         models=(
-            Model(
+            PublishedModel(
                 hub_id="black-forest-labs/FLUX.2-klein-base-4B",
                 parameters=3_875_544_576,
-                in_blocks=3_680_501_760,
+                block_parameters=3_680_501_760,
                 largest_block=245_366_784,
                 adapted_layers=60,
                 adapted_widths=1_044_480,
-                encoders=QWEN3_4B,
+                encoders=QWEN3_4B_PARAMETERS,
             ),
-            Model(
+            PublishedModel(
                 hub_id="black-forest-labs/FLUX.2-klein-base-9B",
                 parameters=9_078_581_248,
-                in_blocks=8_724_152_320,
+                block_parameters=8_724_152_320,
                 largest_block=436_207_616,
                 adapted_layers=80,
                 adapted_widths=1_736_704,
-                encoders=QWEN3_8B,
+                encoders=QWEN3_8B_PARAMETERS,
             ),
         ),
     ),
-    Facts(
+    FamilyFacts(
         name="z_image",
         title="Z-Image",
         pipeline="ZImagePipeline",
         model="ZImageTransformer2DModel",
-        file_mark="layers.0.adaLN_modulation.0.weight",
+        marker_tensor="layers.0.adaLN_modulation.0.weight",
         guidance=5.0,
         no_guidance=0.0,
         licence="Apache-2.0",
-        memory=Memory(
+        memory=ActivationMemory(
             full_gib=29.732,
             recomputed_gib=2.088,
-            drawing_gib=0.941,
+            sampling_gib=0.941,
             parameters=6.155e9,
             text_tokens=64,
         ),
         models=(
-            Model(
+            PublishedModel(
                 hub_id="Tongyi-MAI/Z-Image",
                 parameters=6_154_908_736,
-                in_blocks=6_142_033_920,
+                block_parameters=6_142_033_920,
                 largest_block=180_879_360,
                 streamed=5_426_380_800,
                 adapted_layers=136,
                 adapted_widths=1_044_480,
-                encoders=QWEN3_4B,
+                encoders=QWEN3_4B_PARAMETERS,
             ),
         ),
     ),
-    Facts(
+    FamilyFacts(
         name="qwen_image",
         title="Qwen-Image",
         pipeline="QwenImagePipeline",
         model="QwenImageTransformer2DModel",
         guidance_name="true_cfg_scale",
         call=', negative_prompt=" "',
-        file_mark="txt_norm.weight",
+        marker_tensor="txt_norm.weight",
         has_level_shift=True,
-        decoder_bytes_a_pixel=6_930,
+        decoder_bytes_per_pixel=6_930,
         licence="Apache-2.0",
-        memory=Memory(
+        memory=ActivationMemory(
             full_gib=25.915,
             recomputed_gib=2.028,
-            drawing_gib=0.405,
+            sampling_gib=0.405,
             parameters=20.430e9,
             text_tokens=64,
         ),
         models=tuple(
-            Model(
+            PublishedModel(
                 hub_id=name,
                 parameters=20_430_401_088,
-                in_blocks=20_384_317_440,
+                block_parameters=20_384_317_440,
                 largest_block=339_738_624,
                 adapted_layers=240,
                 adapted_widths=1_474_560,
@@ -385,7 +386,7 @@ FAMILIES = (
             for name in ("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512")
         ),
     ),
-    Facts(
+    FamilyFacts(
         name="qwen_image21",
         title="Qwen-Image-2.1",
         pipeline="QwenImage21Pipeline",
@@ -396,22 +397,22 @@ FAMILIES = (
         guidance_name="true_cfg_scale",
         multiple_px=32,
         has_level_shift=True,
-        file_mark="txt_in.text_norm.weight",
+        marker_tensor="txt_in.text_norm.weight",
         takes_references=True,
-        decoder_bytes_a_pixel=12_870,
+        decoder_bytes_per_pixel=12_870,
         licence="Qwen Research",
-        memory=Memory(
+        memory=ActivationMemory(
             full_gib=27.68,
             recomputed_gib=2.10,
-            drawing_gib=0.574,
+            sampling_gib=0.574,
             parameters=7.115e9,
             text_tokens=64,
         ),
         models=(
-            Model(
+            PublishedModel(
                 hub_id="Qwen/Qwen-Image-2.1",
                 parameters=7_115_124_736,
-                in_blocks=6_979_321_856,
+                block_parameters=6_979_321_856,
                 largest_block=218_103_808,
                 adapted_layers=128,
                 adapted_widths=1_048_576,
@@ -420,29 +421,29 @@ FAMILIES = (
             ),
         ),
     ),
-    Facts(
+    FamilyFacts(
         name="krea2",
         title="Krea 2",
         pipeline="Krea2Pipeline",
         model="Krea2Transformer2DModel",
-        file_mark="txtfusion.projector.weight",
+        marker_tensor="txtfusion.projector.weight",
         has_level_shift=True,
         guidance=4.5,
         no_guidance=0.0,
-        decoder_bytes_a_pixel=6_930,
+        decoder_bytes_per_pixel=6_930,
         licence="Krea 2 Community",
-        memory=Memory(
+        memory=ActivationMemory(
             full_gib=29.449,
             recomputed_gib=2.956,
-            drawing_gib=0.676,
+            sampling_gib=0.676,
             parameters=12.820e9,
             text_tokens=64,
         ),
         models=(
-            Model(
+            PublishedModel(
                 hub_id="krea/Krea-2-Raw",
                 parameters=12_820_073_036,
-                in_blocks=12_155_092_992,
+                block_parameters=12_155_092_992,
                 largest_block=434_110_464,
                 adapted_layers=128,
                 adapted_widths=1_200_128,
@@ -451,64 +452,64 @@ FAMILIES = (
             ),
         ),
     ),
-    Facts(
+    FamilyFacts(
         name="lumina2",
         title="Lumina 2",
         pipeline="Lumina2Pipeline",
         model="Lumina2Transformer2DModel",
-        file_mark="layers.0.adaLN_modulation.1.weight",
+        marker_tensor="layers.0.adaLN_modulation.1.weight",
         licence="Apache-2.0",
         not_in_comfyui="it has q, k and v of Lumina 2 in one matrix, and maps none of these names",
-        memory=Memory(
+        memory=ActivationMemory(
             full_gib=18.880,
             recomputed_gib=2.626,
-            drawing_gib=0.472,
+            sampling_gib=0.472,
             parameters=2.610e9,
             text_tokens=64,
         ),
         models=(
-            Model(
+            PublishedModel(
                 hub_id="Alpha-VLLM/Lumina-Image-2.0",
                 parameters=2_609_769_152,
-                in_blocks=2_599_944_192,
+                block_parameters=2_599_944_192,
                 largest_block=87_293_952,
                 streamed=2_269_642_752,
                 adapted_layers=120,
                 adapted_widths=460_800,
-                encoders=GEMMA2_2B,
+                encoders=GEMMA2_2B_PARAMETERS,
             ),
         ),
     ),
-    Facts(
+    FamilyFacts(
         name="sana",
         title="Sana",
         pipeline="SanaPipeline",
         model="SanaTransformer2DModel",
         targets=("to_q", "to_k", "to_v"),
         call=", complex_human_instruction=None",
-        file_mark="blocks.0.cross_attn.q_linear.weight",
+        marker_tensor="blocks.0.cross_attn.q_linear.weight",
         guidance=4.5,
         multiple_px=32,
         licence="NSCL",
         not_in_comfyui="it has no Sana",
-        decoder_bytes_a_pixel=3_340,  # In fp32 2,312: attention always is.
+        decoder_bytes_per_pixel=3_340,  # In fp32 2,312: attention always is.
         tile_px=512,
-        memory=Memory(
+        memory=ActivationMemory(
             full_gib=3.245,
             recomputed_gib=0.254,
-            drawing_gib=0.125,
+            sampling_gib=0.125,
             parameters=1.604e9,
             text_tokens=0,
         ),
         models=tuple(
-            Model(
+            PublishedModel(
                 hub_id=f"Efficient-Large-Model/Sana_1600M_1024px_{kind}diffusers",
                 parameters=1_604_462_752,
-                in_blocks=802_816_000,
+                block_parameters=802_816_000,
                 largest_block=40_140_800,
                 adapted_layers=120,
                 adapted_widths=537_600,
-                encoders=GEMMA2_2B,
+                encoders=GEMMA2_2B_PARAMETERS,
                 vae=312_250_275,
             )
             for kind in ("", "BF16_")
@@ -517,8 +518,8 @@ FAMILIES = (
 )
 SDXL = FAMILIES[0]
 """What a base is taken for that does not say its family, and the base where none is named."""
-STOCK_SDXL = SDXL.models[0].hub_id
-OF_UNETS = (
+SDXL_HUB_ID = SDXL.models[0].hub_id
+UNET_SETTINGS = (
     "do_edm_style_training",
     "snr_gamma",
     "debiased_estimation_loss",
@@ -526,42 +527,44 @@ OF_UNETS = (
     "recompute_feed_forward",
 )
 """Settings that only UNets obey."""
-OF_FLOWS = ("weighting_scheme", "precondition_outputs", "shift_timesteps", "lora_blocks")
+FLOW_SETTINGS = ("weighting_scheme", "precondition_outputs", "shift_timesteps", "lora_blocks")
 """Settings that only transformers obey."""
 # Settings that some pipeline's `encode_prompt` takes.
 TEXT_OPTIONS = tuple(dict.fromkeys(name for facts in FAMILIES for name in facts.text_options))
 # The same facts by another key: a hub id in lower case, a pipeline's class.
-BY_HUB_ID = {model.hub_id.lower(): (facts, model) for facts in FAMILIES for model in facts.models}
-BY_PIPELINE = {facts.pipeline: facts for facts in FAMILIES}
+MODELS_BY_HUB_ID = {
+    model.hub_id.lower(): (facts, model) for facts in FAMILIES for model in facts.models
+}
+FACTS_BY_PIPELINE = {facts.pipeline: facts for facts in FAMILIES}
 DENOISERS = tuple(dict.fromkeys(facts.denoiser for facts in FAMILIES))
 """`unet`, `transformer`: the components of adapter files that are no text encoder."""
 
 
-def text_options_of(settings: object) -> dict[str, Any]:
+def get_text_options(settings: object) -> dict[str, Any]:
     """Those of `TEXT_OPTIONS` that a run's settings, or a command's arguments, give; "" is the
     base's own."""
     values = {name: getattr(settings, name) for name in TEXT_OPTIONS}
     return {name: value for name, value in values.items() if value not in (None, ())}
 
 
-def facts_of(pipeline: str) -> Facts:
+def get_facts(pipeline: str) -> FamilyFacts:
     """The family of a pipeline's class. Raises UserError for a class that is not one of these."""
-    if pipeline not in BY_PIPELINE:
+    if pipeline not in FACTS_BY_PIPELINE:
         known = ", ".join(facts.title for facts in FAMILIES)
         raise UserError(
             f"a base of the class {pipeline} cannot be trained here: take one of {known}."
         )
-    return BY_PIPELINE[pipeline]
+    return FACTS_BY_PIPELINE[pipeline]
 
 
-FEW_STEPS = ("turbo", "schnell", "lightning", "hyper-sd")
+FEW_STEP_WORDS = ("turbo", "schnell", "lightning", "hyper-sd")
 """Words in the names of models that draw in a few steps."""
-UNDONE = re.compile(r"(?<![a-z])de[-_ ]?(turbo|distill)")
+UNDISTILLED_NAME = re.compile(r"(?<![a-z])de[-_ ]?(turbo|distill)")
 """In the names of models that were trained back to many steps, which are bases: Z-Image-De-Turbo.
 """
 
 
-def distilled(index: Mapping[str, Any], name: str, facts: Facts) -> str:
+def explain_distilled(index: Mapping[str, Any], name: str, facts: FamilyFacts) -> str:
     """Why a base is not one to train, by its index and name; "" if it is. An adapter undoes what
     few-step models have learnt, or learns a subject that is anybody's."""
     # Of a path, the base's own folder tells, and in the hub's cache the model's.
@@ -571,8 +574,8 @@ def distilled(index: Mapping[str, Any], name: str, facts: Facts) -> str:
 
     # A name that says "de-distilled" has one of these words too, and is a base.
     words = []
-    if not UNDONE.search(named):
-        words = [word for word in FEW_STEPS if word in named]
+    if not UNDISTILLED_NAME.search(named):
+        words = [word for word in FEW_STEP_WORDS if word in named]
     if not (words or index.get("is_distilled")):
         return ""
     said = "it is" if index.get("is_distilled") else f"“{words[0]}” says that it is"
@@ -580,7 +583,7 @@ def distilled(index: Mapping[str, Any], name: str, facts: Facts) -> str:
     return f"{said} distilled to a few steps: train the base model of its family, {bases}"
 
 
-def facts_of_model(model: str, config: Mapping[str, Any]) -> Facts:
+def get_denoiser_facts(model: str, config: Mapping[str, Any]) -> FamilyFacts:
     """The family of a denoiser's class and configuration: SDXL's UNet is conditioned on sizes.
     Raises UserError."""
     found = [facts for facts in FAMILIES if facts.model == model]

@@ -21,20 +21,23 @@ from typing import Any, NewType
 from dreambooth_moslora.errors import UserError
 
 # The projections of attention, as diffusers' scripts name them: MoSLoRA's targets in SDXL.
-ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
+ATTENTION_LAYERS = ("to_k", "to_q", "to_v", "to_out.0")
 TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")  # Attention's in a CLIP text encoder
-BLOCKS = {"blora_content": "up_blocks.0.attentions.0", "blora_style": "up_blocks.0.attentions.1"}
+BLORA_BLOCKS = {
+    "blora_content": "up_blocks.0.attentions.0",
+    "blora_style": "up_blocks.0.attentions.1",
+}
 """B-LoRA (Frenkel et al. 2024, arXiv 2403.14572): the blocks of SDXL that hold content and style.
 """
 # `to_k=8` or `to_k:8`.
-PATTERN = re.compile(r"\s*(?P<name>[^=:\s]+)\s*[=:]\s*(?P<value>\S+)\s*")
+LAYER_VALUE = re.compile(r"\s*(?P<name>[^=:\s]+)\s*[=:]\s*(?P<value>\S+)\s*")
 
 
 def is_target(path: str, name: str) -> bool:
     """Whether `name` in `--target_modules` gives the layer at `path` an adapter."""
-    name = full_name(name)
-    return is_like(path, name) or (
-        path.startswith(f"{name}.") and any(is_like(path, end) for end in ATTENTION)
+    name = expand_layer_name(name)
+    return is_path_match(path, name) or (
+        path.startswith(f"{name}.") and any(is_path_match(path, end) for end in ATTENTION_LAYERS)
     )
 
 
@@ -42,17 +45,17 @@ def is_adapted(path: str, names: Iterable[str]) -> bool:
     return any(is_target(path, name) for name in names)
 
 
-def is_meant(path: str, name: str) -> bool:
+def is_pattern_match(path: str, name: str) -> bool:
     """Whether `name` in a pattern matches the layer at `path`."""
-    name = full_name(name)
-    return is_like(path, name) or path.startswith(f"{name}.")
+    name = expand_layer_name(name)
+    return is_path_match(path, name) or path.startswith(f"{name}.")
 
 
-def full_name(name: str) -> str:
-    return BLOCKS.get(name, name.removeprefix("unet."))
+def expand_layer_name(name: str) -> str:
+    return BLORA_BLOCKS.get(name, name.removeprefix("unet."))
 
 
-def is_like(path: str, name: str) -> bool:
+def is_path_match(path: str, name: str) -> bool:
     """Whether the path, or its end after a dot, matches the name."""
     if "*" in name:
         return fnmatchcase(path, name) or fnmatchcase(path, f"*.{name}")
@@ -62,7 +65,7 @@ def is_like(path: str, name: str) -> bool:
 def parse_pattern(flag: str, text: str) -> tuple[str, float]:
     """`down_blocks.2.*=8`, or with a colon -> (name, value); a rank must be an integer. Raises
     UserError."""
-    match = PATTERN.fullmatch(text)
+    match = LAYER_VALUE.fullmatch(text)
     try:
         value = float(match["value"]) if match else math.nan
     except ValueError:
@@ -81,23 +84,23 @@ def parse_pattern(flag: str, text: str) -> tuple[str, float]:
     return match["name"], value
 
 
-def pattern_value(patterns: Iterable[str], flag: str, path: str) -> float | None:
+def find_pattern_value(patterns: Iterable[str], flag: str, path: str) -> float | None:
     """The value of the first pattern that matches the layer; None when none does."""
     values = (parse_pattern(flag, text) for text in patterns)
-    return next((value for name, value in values if is_meant(path, name)), None)
+    return next((value for name, value in values if is_pattern_match(path, name)), None)
 
 
 Prompt = NewType("Prompt", str)  # Text that may hold commas: a list of prompts is not split at them
 # A `train_config.SubjectTable`; before conversion, a mapping of its settings
 Subject = NewType("Subject", Any)
-# In `Row.yields_to`: a folder and a word on the command line, `train photos/dog dog`
-WORDS = "words"
+# In `FieldFacts.yields_to`: a folder and a word on the command line, `train photos/dog dog`
+COMMAND_WORDS = "words"
 # (how "--flag has no effect …" goes on, when), …
-Idle = tuple[tuple[str, Callable[[Any], object]], ...]
+IgnoredCases = tuple[tuple[str, Callable[[Any], object]], ...]
 
 
 @dataclass(frozen=True)
-class Row:
+class FieldFacts:
     """What the table says of a setting beside its name, type and default; it becomes the field's
     metadata."""
 
@@ -124,53 +127,54 @@ class Row:
     publish: str | None = None
     """whether a published file tells it: "always", or "if_changed" (only if it differs from the
     default, so that other files keep their bytes). Only for what cannot hold text of the user's."""
-    idle: Idle = ()  # when it has no effect
+    idle: IgnoredCases = ()  # when it has no effect
     packages: Mapping[object, str] = field(default_factory=dict)  # value -> package that it needs
     elsewhere: str = ""  # flags of other trainers that mean the same
     flag: str = ""  # the name of its flag that is shown, if another than its own is
     also: str = ""  # further names of its own flag, as diffusers' scripts of other models call it
 
 
-def grouped(group: str) -> Callable[..., Any]:
-    """What makes a row of the group of the help: a dataclass field with the facts of a `Row`."""
+def build_field_maker(group: str) -> Callable[..., Any]:
+    """What makes a row of the group of the help: a dataclass field with the facts of a
+    `FieldFacts`."""
 
     def option(default: Any, help: str, **facts: Any) -> Any:
         # The tables of several subjects say it instead, and so do a folder and a word.
         if facts.get("per_subject"):
-            facts = {"yields_to": ("subjects", WORDS)} | facts
-        row = Row(help=help, group=group, **facts)
+            facts = {"yields_to": ("subjects", COMMAND_WORDS)} | facts
+        row = FieldFacts(help=help, group=group, **facts)
         return field(default=default, metadata=vars(row))
 
     return option
 
 
-def where(words: str, applies: Callable[[Any], object]) -> Idle:
+def ignore_when(condition: str, applies: Callable[[Any], object]) -> IgnoredCases:
     """No effect for runs to which it applies; `words` go on "--flag has no effect"."""
-    return ((words, applies),)
+    return ((condition, applies),)
 
 
-def unless(**needed: Any) -> Idle:
+def ignore_unless(**required: Any) -> IgnoredCases:
     """No effect without these settings: `unless(captions="auto")` is "without --captions auto"."""
     flags = []
-    for name, value in needed.items():
+    for name, value in required.items():
         flags.append(f"--{name}" if value is True else f"--{name} {value}")
 
     def lacks_one(run: Any) -> bool:
-        return any(getattr(run, name) != value for name, value in needed.items())
+        return any(getattr(run, name) != value for name, value in required.items())
 
-    return where(f"without {' '.join(flags)}", lacks_one)
+    return ignore_when(f"without {' '.join(flags)}", lacks_one)
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
+def find_nearest_name(name: str, names: Iterable[str]) -> str | None:
     """The known name that the user probably meant."""
-    known = list(known)
+    names = list(names)
 
     # The beginning of a name, if it is long enough to mean one.
     if len(name) > 3:
-        longer = sorted((one for one in known if one.startswith(name)), key=len)
+        longer = sorted((one for one in names if one.startswith(name)), key=len)
         if longer:
             return longer[0]
 
     # Else a name with a typing error.
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return close[0] if close else None

@@ -1,6 +1,6 @@
 """The weightings of the loss by noise level, one row each; `training.objective` has the formulas.
 
-`rules.EXCLUDED` says which of them exclude each other.
+`rules.EXCLUSIONS` says which of them exclude each other.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Weighting:
     parameters: tuple[str, ...] = ()
     spares_prior: bool = False
 
-    def is_asked_for(self, config: Config, style: str) -> bool:
+    def is_active(self, config: Config, style: str) -> bool:
         """Whether a run on a base of the style is weighed so."""
         if style != self.style:
             return False

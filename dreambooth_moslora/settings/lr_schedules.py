@@ -14,14 +14,14 @@ LR_SCHEDULES = {
     "constant": (),
     "constant_with_warmup": ("lr_warmup_steps",),
 }
-CONSTANT = ("constant", "constant_with_warmup")  # After the warm-up the rate stays.
+CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")  # After the warm-up the rate stays.
 
 
-def takes(config: Config, setting: str) -> bool:
+def is_schedule_setting(config: Config, setting: str) -> bool:
     """Whether the run's schedule reads the setting."""
     return setting in LR_SCHEDULES[config.lr_scheduler]
 
 
-def that_take(setting: str) -> str:
+def format_schedules(setting: str) -> str:
     """The words of the schedules that take a setting, as a sentence names them."""
     return " or ".join(name for name, settings in LR_SCHEDULES.items() if setting in settings)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 # The encoders that score pictures of all bases but the embedded ones.
-CLIP = "openai/clip-vit-large-patch14"
-DINO = "facebook/dinov2-base"
+CLIP_REPO = "openai/clip-vit-large-patch14"
+DINO_REPO = "facebook/dinov2-base"
 MIN_LIKENESS = 0.42
 """DINO's cosine to a photo below which a picture does not show its subject (`enlarge`). It makes
 the fewest errors on renders of sixteen toys, by the toys' own DINO: 1 of 320 of their own views is
@@ -22,7 +22,7 @@ SFACE = ("opencv/face_recognition_sface", "face_recognition_sface_2021dec.onnx")
 
 
 @dataclass(frozen=True)
-class Measure:
+class Metric:
     """One measure, and in which tables and plots it stands. All but the names are "" or
     False where it does not."""
 
@@ -46,9 +46,9 @@ class Measure:
     pictures: bool = False  # whether a study also compares single pictures by it
 
 
-MEASURES = {
+METRICS = {
     # What the encoders say of the pictures, beside what they say of the base's own.
-    "dino": Measure(
+    "dino": Metric(
         title="DINO",
         base="dino_base",
         help="likeness to the photos; tells subjects of one class apart",
@@ -60,8 +60,8 @@ MEASURES = {
         panel="subject (DINO)",
         pictures=True,
     ),
-    "dino_base": Measure(logged=True),
-    "dino_bare": Measure(
+    "dino_base": Metric(logged=True),
+    "dino_bare": Metric(
         title="DINO, bare prompt",
         base="pres_base",
         help="likeness at the instance prompt alone, without a place",
@@ -73,7 +73,7 @@ MEASURES = {
         panel="bare prompt (DINO)",
     ),
     # Of a style: how much of it is there, and what came along with it.
-    "style": Measure(
+    "style": Metric(
         title="Style",
         help="how far other content went to the photos' style; 0: the base's, 1: theirs",
         summary=True,
@@ -82,7 +82,7 @@ MEASURES = {
         study="differences",
         panel="style",
     ),
-    "leak": Measure(
+    "leak": Metric(
         title="Content leak",
         base="leak_base",
         help="share of the pictures in which a thing of the style's pictures appears unasked",
@@ -91,9 +91,9 @@ MEASURES = {
         curve="leak",
         study="differences",
     ),
-    "leak_base": Measure(logged=True),
+    "leak_base": Metric(logged=True),
     # Of a person: whose face it is, where one is found.
-    "identity": Measure(
+    "identity": Metric(
         title="Identity",
         base="identity_base",
         photos="identity_of_photos",
@@ -105,9 +105,9 @@ MEASURES = {
         study="differences",
         panel="face",
     ),
-    "identity_base": Measure(logged=True),
-    "identity_of_photos": Measure(summary=True, logged=True),
-    "no_face": Measure(
+    "identity_base": Metric(logged=True),
+    "identity_of_photos": Metric(summary=True, logged=True),
+    "no_face": Metric(
         title="No face",
         base="no_face_base",
         better="lower",
@@ -116,8 +116,8 @@ MEASURES = {
         logged=True,
         study="values",
     ),
-    "no_face_base": Measure(logged=True),
-    "clip_i": Measure(
+    "no_face_base": Metric(logged=True),
+    "clip_i": Metric(
         title="CLIP-I",
         base="clip_i_base",
         help="likeness to the photos, as CLIP sees it",
@@ -126,7 +126,7 @@ MEASURES = {
         logged=True,
         study="values",
     ),
-    "clip_t": Measure(
+    "clip_t": Metric(
         title="CLIP-T",
         base="clip_t_base",
         help="does the picture show what the prompt says? (token left out)",
@@ -138,8 +138,8 @@ MEASURES = {
         panel="prompt (CLIP-T)",
         pictures=True,
     ),
-    "clip_t_base": Measure(summary=True),
-    "diversity": Measure(
+    "clip_t_base": Metric(summary=True),
+    "diversity": Metric(
         title="DIV",
         base="diversity_base",
         help="difference between pictures of one prompt",
@@ -148,7 +148,7 @@ MEASURES = {
         logged=True,
         study="scores",
     ),
-    "pres": Measure(
+    "pres": Metric(
         title="PRES",
         base="pres_base",
         help="likeness of the bare class to the subject",
@@ -157,8 +157,8 @@ MEASURES = {
         logged=True,
         study="differences",
     ),
-    "pres_base": Measure(summary=True, logged=True),
-    "drift": Measure(
+    "pres_base": Metric(summary=True, logged=True),
+    "drift": Metric(
         title="Drift",
         base="drift_base_spread",
         help="change of unrelated pictures; beside it, the base's own from seed to seed",
@@ -167,13 +167,13 @@ MEASURES = {
         logged=True,
         study="differences",
     ),
-    "drift_base_spread": Measure(summary=True),
-    "copy_index": Measure(
+    "drift_base_spread": Metric(summary=True),
+    "copy_index": Metric(
         title="Copy index",
         help="0: no nearer to a photo than the photos are to each other; 1: it is the photo",
         better="lower",
     ),
-    "background_leak": Measure(
+    "background_leak": Metric(
         title="Background leak",
         help="nearness to the photos' backgrounds gained over the base; needs masks",
         better="near zero",
@@ -181,7 +181,7 @@ MEASURES = {
         study="differences",
         column="Leak",
     ),
-    "confusion": Measure(
+    "confusion": Metric(
         title="Confusion",
         base="confusion_base",
         help=(
@@ -192,51 +192,51 @@ MEASURES = {
         summary=True,
         logged=True,
     ),
-    "confusion_base": Measure(summary=True),
+    "confusion_base": Metric(summary=True),
     # What only the embedded base has: likeness to true renders in the place.
-    "truth": Measure(logged=True, study="values"),
+    "truth": Metric(logged=True, study="values"),
     # Ratios of these, by which runs on different subjects compare.
-    "dino_of_ceiling": Measure(
+    "dino_of_ceiling": Metric(
         title="DINO, share of true renders'",
         kind="share",
         share=("dino", "dino_ceiling"),
         logged=True,
         study="values",
     ),
-    "identity_share": Measure(
+    "identity_share": Metric(
         title="Identity, share of the photos' own",
         kind="share",
         share=("identity", "identity_of_photos"),
         logged=True,
         study="values",
     ),
-    "clip_t_of_base": Measure(
+    "clip_t_of_base": Metric(
         title="CLIP-T, share of the base's",
         kind="share",
         share=("clip_t", "clip_t_base"),
         logged=True,
         study="values",
     ),
-    "clip_t_of_ceiling": Measure(
+    "clip_t_of_ceiling": Metric(
         title="CLIP-T, share of true renders'",
         kind="share",
         share=("clip_t", "clip_t_ceiling"),
         study="values",
     ),
-    "drift_of_spread": Measure(
+    "drift_of_spread": Metric(
         title="Drift, share of the base's spread",
         kind="share",
         share=("drift", "drift_base_spread"),
         logged=True,
         study="values",
     ),
-    "sharpness_of_ceiling": Measure(
+    "sharpness_of_ceiling": Metric(
         title="Sharpness of the toy, share of true renders' after the autoencoder",
         kind="share",
         share=("toy_sharpness", "toy_sharpness_ceiling"),
         study="values",
     ),
-    "copied": Measure(
+    "copied": Metric(
         title="Share of copies",
         kind="share",
         logged=True,
@@ -244,7 +244,7 @@ MEASURES = {
         study="values",
     ),
     # What becomes of them: the one number that a run is judged by.
-    "score": Measure(
+    "score": Metric(
         title="Score",
         logged=True,
         curve="score",
@@ -255,13 +255,13 @@ MEASURES = {
 """By the name that `scores.json` and a run's events give it."""
 
 
-def curves() -> dict[str, str]:
+def get_curve_labels() -> dict[str, str]:
     """Measure -> its label, for those that are drawn on the plots of a run."""
-    return {name: row.curve for name, row in MEASURES.items() if row.curve}
+    return {name: row.curve for name, row in METRICS.items() if row.curve}
 
 
-def likeness_in_words(names: Collection[str]) -> str:
-    """What the score takes for likeness (`scoring.fidelity_of`), by the measures there are."""
+def describe_likeness(names: Collection[str]) -> str:
+    """What the score takes for likeness (`scoring.compute_fidelity`), by the measures there are."""
     if "style" in names:
         return "style × (1 − the content leak above the base's)"
     return "the mean of DINO and the face's likeness" if "no_face" in names else "DINO"

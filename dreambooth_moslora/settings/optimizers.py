@@ -12,17 +12,17 @@ Config = Any  # Stands for `settings.train_config.TrainConfig`, which imports th
 SCHEDULE_FREE = "AdamWScheduleFree"  # The one that needs no schedule of the learning rate.
 
 
-def named(given: str | tuple[str, ...]) -> tuple[str, ...]:
+def to_tuple(settings: str | tuple[str, ...]) -> tuple[str, ...]:
     """The settings of an argument, which has one or a tuple of them."""
-    return (given,) if isinstance(given, str) else given
+    return (settings,) if isinstance(settings, str) else settings
 
 
 @dataclass(frozen=True)
 class OptimizerKind:
     """One optimizer: where it is, its arguments, and what its state costs."""
 
-    home: str  # `module:name`, imported when a run begins
-    about: str  # how the help goes on after its name
+    import_path: str  # `module:name`, imported when a run begins
+    summary: str  # how the help goes on after its name
     # its argument -> the setting that gives it, or the settings of a pair. The others that belong
     # to an optimizer have no effect with it.
     arguments: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
@@ -37,36 +37,36 @@ class OptimizerKind:
     averages: bool = False  # it publishes the average of its steps; the rate needs no schedule
     finds_rate: bool = False  # the given rate multiplies the one that it finds
 
-    def options(self, config: Config) -> dict[str, Any]:
+    def build_options(self, config: Config) -> dict[str, Any]:
         """Its arguments besides the groups and the rate."""
         found: dict[str, Any] = {}
         for argument, given in self.arguments.items():
             is_one = isinstance(given, str)
-            values = tuple(getattr(config, name) for name in named(given))
+            values = tuple(getattr(config, name) for name in to_tuple(given))
             found[argument] = values[0] if is_one else values
         is_8_bit = config.use_8bit_adam and self.in_8_bit
         return found if is_8_bit else found | self.fixed
 
-    def takes(self, setting: str) -> bool:
-        return any(setting in named(given) for given in self.arguments.values())
+    def has_setting(self, setting: str) -> bool:
+        return any(setting in to_tuple(given) for given in self.arguments.values())
 
 
-ADAM = {"betas": ("adam_beta1", "adam_beta2"), "eps": "adam_epsilon"}
+ADAM_ARGUMENTS = {"betas": ("adam_beta1", "adam_beta2"), "eps": "adam_epsilon"}
 # By the name that `--optimizer` takes.
 OPTIMIZERS = {
     "AdamW": OptimizerKind(
-        home="torch.optim:AdamW",
-        about="is the usual one",
-        arguments=ADAM,
+        import_path="torch.optim:AdamW",
+        summary="is the usual one",
+        arguments=ADAM_ARGUMENTS,
         # one kernel for the hundreds of small matrices takes a quarter of the loop's time on a CPU
         fixed={"fused": True},
         in_8_bit="bitsandbytes.optim:AdamW8bit",
     ),
     # Mishchenko and Defazio 2023
     "Prodigy": OptimizerKind(
-        home="prodigyopt:Prodigy",
-        about="finds its rate",
-        arguments=ADAM
+        import_path="prodigyopt:Prodigy",
+        summary="finds its rate",
+        arguments=ADAM_ARGUMENTS
         | {
             "beta3": "prodigy_beta3",
             "decouple": "prodigy_decouple",
@@ -81,27 +81,27 @@ OPTIMIZERS = {
     ),
     # Defazio et al. 2024, arXiv 2405.15682
     SCHEDULE_FREE: OptimizerKind(
-        home="schedulefree:AdamWScheduleFree",
-        about="needs no schedule",
-        arguments=ADAM,
+        import_path="schedulefree:AdamWScheduleFree",
+        summary="needs no schedule",
+        arguments=ADAM_ARGUMENTS,
         package="schedulefree",
         averages=True,
         learns=("k", "weight_sum", "lr_max", "scheduled_lr"),
     ),
     # Shazeer and Stern 2018; as kohya writes it: the given rate for weights of any size
     "Adafactor": OptimizerKind(
-        home="transformers.optimization:Adafactor",
-        about="is without momentum",
+        import_path="transformers.optimization:Adafactor",
+        summary="is without momentum",
         fixed={"scale_parameter": False, "relative_step": False},
     ),
 }
 BYTES_IN_8_BIT = 10  # `bytes_each` with --use_8bit_adam.
 
 
-def optimizer_of(config: Config) -> OptimizerKind:
+def get_optimizer_kind(config: Config) -> OptimizerKind:
     return OPTIMIZERS[config.optimizer]
 
 
-def that_take(setting: str) -> str:
+def format_optimizers(setting: str) -> str:
     """The names of the optimizers that take a setting, as a help text lists them."""
-    return ", ".join(name for name, kind in OPTIMIZERS.items() if kind.takes(setting))
+    return ", ".join(name for name, kind in OPTIMIZERS.items() if kind.has_setting(setting))

@@ -21,21 +21,21 @@ from dreambooth_moslora.settings import (
 Config = Any  # Stands for `settings.train_config.TrainConfig`, which imports this file.
 
 
-def schedules_twice(run: Config) -> bool:
-    averages = optimizers.optimizer_of(run).averages
-    return averages and run.lr_scheduler not in lr_schedules.CONSTANT
+def has_double_schedule(run: Config) -> bool:
+    averages = optimizers.get_optimizer_kind(run).averages
+    return averages and run.lr_scheduler not in lr_schedules.CONSTANT_SCHEDULES
 
 
-def slows_what_finds_its_rate(run: Config) -> bool:
-    return optimizers.optimizer_of(run).finds_rate and run.learning_rate <= 0.1
+def has_too_low_rate(run: Config) -> bool:
+    return optimizers.get_optimizer_kind(run).finds_rate and run.learning_rate <= 0.1
 
 
 REMARKS: dict[str, Callable[[Config], object]] = {
     (
         "--optimizer {optimizer} works best with --lr_scheduler "
-        f"{' or '.join(lr_schedules.CONSTANT)}"
-    ): schedules_twice,
-    "{optimizer} needs --learning_rate near 1.0": slows_what_finds_its_rate,
+        f"{' or '.join(lr_schedules.CONSTANT_SCHEDULES)}"
+    ): has_double_schedule,
+    "{optimizer} needs --learning_rate near 1.0": has_too_low_rate,
     (
         "--instance_prompt is empty: photos without captions are learnt without words, so no word "
         "will ask for the subject"
@@ -49,27 +49,27 @@ REMARKS: dict[str, Callable[[Config], object]] = {
 
 
 # The reasons of EXCLUDED.
-EDM_WEIGHS = "EDM weighs noise levels itself"
-ONE_PASS = "a text's gradient comes from one pass"
-EXCLUDED: dict[str, dict[str, str]] = {
+EDM_REASON = "EDM weighs noise levels itself"
+ONE_PASS_REASON = "a text's gradient comes from one pass"
+EXCLUSIONS: dict[str, dict[str, str]] = {
     "snr_gamma": {
-        "do_edm_style_training": EDM_WEIGHS,
+        "do_edm_style_training": EDM_REASON,
         "debiased_estimation_loss": "each weighs noise levels",
     },
-    "debiased_estimation_loss": {"do_edm_style_training": EDM_WEIGHS},
+    "debiased_estimation_loss": {"do_edm_style_training": EDM_REASON},
     "exposures_per_photo": {"max_train_steps": "each sets the steps"},
     "stream_blocks": {"use_dora": "DoRA reads the weights"},
-    "images_at_once": {"train_text_encoder": ONE_PASS},
+    "images_at_once": {"train_text_encoder": ONE_PASS_REASON},
 }
 """Setting -> settings that a run cannot change beside it, and why."""
 
 
-def remarks(config: Config) -> list[str]:
+def list_remarks(config: Config) -> list[str]:
     """A line for each setting that the others make ineffective, and for settings that go badly
     together."""
     found = []
     for item in fields(config):
-        if not given_flag(config, item.name):
+        if not format_flag(config, item.name):
             continue
         for words, applies in item.metadata["idle"]:
             if applies(config):
@@ -80,7 +80,7 @@ def remarks(config: Config) -> list[str]:
     return found
 
 
-def given_flag(config: Config, name: str) -> str:
+def format_flag(config: Config, name: str) -> str:
     """The flag that gives a setting the value that it has; empty for its default."""
     value = getattr(config, name)
     row = config.__dataclass_fields__[name]
@@ -91,13 +91,13 @@ def given_flag(config: Config, name: str) -> str:
     return f"--{name} {value}" if row.metadata["choices"] else f"--{name}"
 
 
-def excluded_by(name: str, config: Config) -> list[tuple[str, str]]:
+def list_exclusions(name: str, config: Config) -> list[tuple[str, str]]:
     """The given flags that a setting cannot stand beside, each with the reason."""
-    flags = [(given_flag(config, other), why) for other, why in EXCLUDED[name].items()]
+    flags = [(format_flag(config, other), why) for other, why in EXCLUSIONS[name].items()]
     return [(flag, why) for flag, why in flags if flag]
 
 
-def check_together(config: Config) -> None:
+def check_combinations(config: Config) -> None:
     """Raises UserError for the first settings that contradict each other."""
     # The sides of crops, which the autoencoder makes eight times smaller.
     if config.resolution % 8:
@@ -120,11 +120,11 @@ def check_together(config: Config) -> None:
         )
 
     # Settings of which a run can have one.
-    for name in EXCLUDED:
-        flag = given_flag(config, name)
+    for name in EXCLUSIONS:
+        flag = format_flag(config, name)
         if not flag:
             continue
-        for other, why in excluded_by(name, config):
+        for other, why in list_exclusions(name, config):
             raise UserError(f"{flag} and {other}: {why}; give one of them.")
 
     # A block is brought again when it is recomputed.
@@ -132,7 +132,7 @@ def check_together(config: Config) -> None:
         raise UserError("--stream_blocks needs --gradient_checkpointing.")
 
     # What the optimizer cannot do.
-    kind = optimizers.optimizer_of(config)
+    kind = optimizers.get_optimizer_kind(config)
     learns_mixer = config.mixer != "none" and config.train_mixer
     if kind.one_rate and learns_mixer and config.mixer_lr_scale != 1.0:
         raise UserError(
@@ -152,7 +152,7 @@ def check_together(config: Config) -> None:
         raise UserError("--target_modules is empty: name at least one projection, such as to_q.")
 
 
-def version_of(name: str) -> str | None:
+def find_package_version(name: str) -> str | None:
     """The version of an installed package; None without it."""
     try:
         return metadata.version(name)
@@ -167,7 +167,7 @@ def require_packages(config: Config) -> None:
         value = getattr(config, item.name)
         facts = item.metadata
         package = facts["packages"].get(value) if facts["packages"] else None
-        if package is None or version_of(package) is not None:
+        if package is None or find_package_version(package) is not None:
             continue
         # A setting without effect needs nothing.
         is_idle = any(applies(config) for _, applies in facts["idle"])

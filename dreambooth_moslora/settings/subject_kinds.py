@@ -48,8 +48,8 @@ PERSON_CONTEXTS = (
 
 
 # Prompts of a style: content that is hardly in its pictures, then the style's name.
-OF_A_STYLE = " in {} style"
-FOREIGN = (
+STYLE_SUFFIX = " in {} style"
+STYLE_CONTENTS = (
     "a photo of a sailing ship on the sea",
     "a photo of a cat on a sofa",
     "a photo of a city street at night",
@@ -59,14 +59,14 @@ FOREIGN = (
     "a photo of a woman in a field of sunflowers",
     "a photo of a lighthouse in a storm",
 )
-STYLE_TEMPLATES = tuple(content + OF_A_STYLE for content in FOREIGN)
+STYLE_TEMPLATES = tuple(content + STYLE_SUFFIX for content in STYLE_CONTENTS)
 
 
 @dataclass(frozen=True)
 class SubjectKind:
     """One word of `--subject`.
 
-    about: how the help goes on after the word
+    summary: how the help goes on after the word
     is_style: whether it is a look of any content: it has a name and no class, and captions say
         the content
     has_face: whether faces are found in photos and pictures, and compared
@@ -75,7 +75,7 @@ class SubjectKind:
     contexts: of a run's samples; () for the usual ones
     """
 
-    about: str
+    summary: str
     is_style: bool = False
     has_face: bool = False
     class_word: str = ""
@@ -84,10 +84,10 @@ class SubjectKind:
 
 
 # By the word that `--subject` takes.
-KINDS = {
-    "thing": SubjectKind(about="is known by its whole look"),
+SUBJECT_KINDS = {
+    "thing": SubjectKind(summary="is known by its whole look"),
     "person": SubjectKind(
-        about=(
+        summary=(
             "by the face, which crops show near and far, and scores compare (needs "
             "opencv-python-headless; YuNet and SFace come from the hub)"
         ),
@@ -97,23 +97,23 @@ KINDS = {
         contexts=PERSON_CONTEXTS,
     ),
     "style": SubjectKind(
-        about="by how things look, whatever they are; the word is its name",
+        summary="by how things look, whatever they are; the word is its name",
         is_style=True,
         contexts=STYLE_TEMPLATES[:4],
     ),
 }
 
 
-def kind_of(config: Config) -> SubjectKind:
+def get_subject_kind(config: Config) -> SubjectKind:
     """The row of a run's one subject."""
-    return KINDS[config.subject]
+    return SUBJECT_KINDS[config.subject]
 
 
-def any_has_face(subjects: Iterable[Config]) -> bool:
+def has_face_subject(subjects: Iterable[Config]) -> bool:
     """Whether one of the runs with a single subject is of a person."""
-    return any(kind_of(subject).has_face for subject in subjects)
+    return any(get_subject_kind(subject).has_face for subject in subjects)
 
 
-def omitted(config: Config) -> tuple[str, ...]:
+def list_omitted_traits(config: Config) -> tuple[str, ...]:
     """The traits of its subject that captions leave out, so that its word learns them."""
-    return tuple(trait for trait in kind_of(config).traits if trait not in config.describe)
+    return tuple(trait for trait in get_subject_kind(config).traits if trait not in config.describe)

@@ -29,20 +29,20 @@ Config = TypeVar(
     "Config"
 )  # Stands for `settings.train_config.TrainConfig`, which imports this file.
 # kohya's `10_sks duck`: the number is ignored; subjects are shown equally often
-COUNTED = re.compile(r"^\d+_")
+COUNT_PREFIX = re.compile(r"^\d+_")
 
 
 def to_tables(value: Any) -> tuple[Any, ...] | None:
     """The tables of a folder or a list; None for anything else. Raises UserError."""
     if isinstance(value, (str, Path)):
-        return tables_of_folder(Path(find_asset(str(value))))
+        return list_folder_tables(Path(find_asset(str(value))))
     if not isinstance(value, (list, tuple)):
         return None
     are_tables = all(isinstance(one, Mapping) or is_dataclass(one) for one in value)
     return tuple(value) if are_tables else None
 
 
-def tables_of_folder(folder: Path) -> tuple[dict[str, str], ...]:
+def list_folder_tables(folder: Path) -> tuple[dict[str, str], ...]:
     """A table for each folder in it. Raises UserError where there is none."""
     if not folder.is_dir():
         found = "not a folder" if folder.exists() else "no such folder"
@@ -54,19 +54,19 @@ def tables_of_folder(folder: Path) -> tuple[dict[str, str], ...]:
             f"--subjects {folder}: there is no folder in it; each subject has one, such as "
             "`sks dog`."
         )
-    return tuple({"instance_data_dir": str(path)} | prompts_of_folder(path) for path in folders)
+    return tuple({"instance_data_dir": str(path)} | parse_folder_prompts(path) for path in folders)
 
 
-def prompts_of_folder(folder: Path) -> dict[str, str]:
+def parse_folder_prompts(folder: Path) -> dict[str, str]:
     """Instance and class prompt from the name of a subject's folder, `sks duck`: the first word is
     the token, the others say what it is."""
-    words = COUNTED.sub("", folder.name).replace("_", " ").split() or [folder.name]
+    words = COUNT_PREFIX.sub("", folder.name).replace("_", " ").split() or [folder.name]
     token = words[0]
     noun = " ".join(words[1:])
-    return prompts_of(token, noun) if noun else {"instance_prompt": f"a photo of {token}"}
+    return build_prompts(token, noun) if noun else {"instance_prompt": f"a photo of {token}"}
 
 
-def prompts_of(token: str, noun: str) -> dict[str, str]:
+def build_prompts(token: str, noun: str) -> dict[str, str]:
     """The settings that name a subject by its rare word and its class."""
     return {
         "instance_prompt": f"a photo of a {token} {noun}",
@@ -74,7 +74,7 @@ def prompts_of(token: str, noun: str) -> dict[str, str]:
     }
 
 
-def stream_of(name: str, number: int) -> str:
+def get_seed_name(name: str, number: int) -> str:
     """The seed name for random draws of subject `number`, from 0; the first has that of a run with
     one subject."""
     return f"{name} {number}" if number else name

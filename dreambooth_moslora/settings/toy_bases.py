@@ -7,21 +7,21 @@ toys in sixteen places, and they know no other words (`toybox` renders the world
 
 from pathlib import Path
 
-from dreambooth_moslora.disk.paths import assets_folder
-from dreambooth_moslora.settings.family_facts import Facts
+from dreambooth_moslora.disk.paths import get_assets_folder
+from dreambooth_moslora.settings.family_facts import FamilyFacts
 
-ASSETS = assets_folder()
-TOYS = {"toy": ASSETS / "toy-sdxl", "toy-zimage": ASSETS / "toy-zimage"}
+ASSETS = get_assets_folder()
+TOY_FOLDERS = {"toy": ASSETS / "toy-sdxl", "toy-zimage": ASSETS / "toy-zimage"}
 """Their names and folders."""
 # For the lists of bases; the name of the family goes in.
-ABOUT = (
+TOY_SUMMARY = (
     "a 128 px practice model of {}'s architecture: it trains in minutes without a GPU, and knows "
     "only its own toys"
 )
 RESOLUTION_PX = 128  # Side of their pictures.
 # Above the value that uses the prompt alone: with the family's, their colours saturate.
-GUIDANCE = 1.5
-CLIP_FOLDER = TOYS["toy"]
+TOY_GUIDANCE = 1.5
+CLIP_FOLDER = TOY_FOLDERS["toy"]
 """The CLIP that scores pictures and reads the surroundings in photos: the optional parts of that
 pipeline."""
 DINO_FOLDER = ASSETS / "toy-dino"
@@ -48,12 +48,12 @@ PLACES = (
 )
 """The places of the toy world, in the words of its prompts."""
 # Prompts for evaluation, one in each place, and those of a run's samples.
-TEMPLATES = tuple(f"a photo of a {{}} {place}" for place in PLACES)
+PLACE_TEMPLATES = tuple(f"a photo of a {{}} {place}" for place in PLACES)
 CONTEXT_TEMPLATES = tuple(
     f"a photo of a {{}} {place}"
     for place in ("on the beach", "in the snow", "on lava", "on the moon")
 )
-UNRELATED = (
+UNRELATED_PROMPTS = (
     ("a photo of a yellow {} on the beach", "duck"),
     ("a photo of a blue {} on a city street", "car"),
     ("a photo of a red and white striped {} in the snow", "rocket"),
@@ -66,10 +66,10 @@ UNRELATED = (
 
 def is_toy(base: str | Path) -> bool:
     """Whether it is the name of an embedded base, or of such a folder."""
-    folders = {folder.name for folder in TOYS.values()}
-    return str(base) in TOYS or Path(base).name in folders
+    folders = {folder.name for folder in TOY_FOLDERS.values()}
+    return str(base) in TOY_FOLDERS or Path(base).name in folders
 
 
-def guidance_of(base: str | Path, facts: Facts) -> float:
+def get_base_guidance(base: str | Path, facts: FamilyFacts) -> float:
     """A base's default guidance: its family's, unless it is embedded."""
-    return facts.no_guidance + GUIDANCE if is_toy(base) else facts.guidance
+    return facts.no_guidance + TOY_GUIDANCE if is_toy(base) else facts.guidance

@@ -1,11 +1,11 @@
 """The table of all settings of a training run: each is one row of `TrainConfig`, with all that is
 known of it.
 
-A row has the setting's name, type, default and help, and what `field_facts.Row` lists: bounds,
-choices, whether a published file tells it, when it has no effect, its names elsewhere. The command
-line, the configuration files, the header of a published file, the remarks before a run and the list
-in `docs/settings.md` are made from the rows. A rule between several settings is a sentence in
-`rules`.
+A row has the setting's name, type, default and help, and what `field_facts.FieldFacts` lists:
+bounds, choices, whether a published file tells it, when it has no effect, its names elsewhere. The
+command line, the configuration files, the header of a published file, the remarks before a run and
+the list in `docs/settings.md` are made from the rows. A rule between several settings is a sentence
+in `rules`.
 """
 
 import math
@@ -34,8 +34,8 @@ from dreambooth_moslora.values import is_number
 MIXERS = ["orthogonal", "identity", "kaiming", "butterfly", "none"]
 """How the r x r matrix between A and B starts; `none` is a plain LoRA."""
 # Files that a training begins with: another content is another run.
-BEGUN_WITH = ("init_adapter", "companion", "pretrained_vae_model_name_or_path")
-PLANS: dict[str, dict[str, object]] = {
+START_FILE_SETTINGS = ("init_adapter", "companion", "pretrained_vae_model_name_or_path")
+MEMORY_PLANS: dict[str, dict[str, object]] = {
     "full": {},
     "recompute_ff": {"recompute_feed_forward": True},
     "recompute": {"gradient_checkpointing": True},
@@ -54,27 +54,30 @@ PLANS: dict[str, dict[str, object]] = {
     },
 }
 """The words of `--memory`, from the fastest to the leanest; the last is taken when none fits."""
-OF_PLANS = (*dict.fromkeys(name for plan in PLANS.values() for name in plan), "images_at_once")
+MEMORY_PLAN_SETTINGS = (
+    *dict.fromkeys(name for plan in MEMORY_PLANS.values() for name in plan),
+    "images_at_once",
+)
 """What a word of `--memory` decides beside the precision."""
 
 
-def unless_optimized(setting: str) -> field_facts.Idle:
+def ignore_unless_optimizer_uses(setting: str) -> field_facts.IgnoredCases:
     """No effect with optimizers that do not take the setting."""
-    return field_facts.where(
+    return field_facts.ignore_when(
         "with --optimizer {optimizer}",
-        lambda run: not optimizers.optimizer_of(run).takes(setting),
+        lambda run: not optimizers.get_optimizer_kind(run).has_setting(setting),
     )
 
 
-def unless_scheduled(setting: str) -> field_facts.Idle:
+def ignore_unless_schedule_uses(setting: str) -> field_facts.IgnoredCases:
     """No effect with schedules of the learning rate that do not take the setting."""
-    return field_facts.where(
-        f"without --lr_scheduler {lr_schedules.that_take(setting)}",
-        lambda run: not lr_schedules.takes(run, setting),
+    return field_facts.ignore_when(
+        f"without --lr_scheduler {lr_schedules.format_schedules(setting)}",
+        lambda run: not lr_schedules.is_schedule_setting(run, setting),
     )
 
 
-NO_GAIN = "no gain was shown on three sample subjects"  # `docs/studies.md` has the figures.
+NO_GAIN_NOTE = "no gain was shown on three sample subjects"  # `docs/studies.md` has the figures.
 # What `--report_to` takes; each but tensorboard is a package of its own name.
 TRACKERS = (
     "tensorboard",
@@ -89,16 +92,16 @@ TRACKERS = (
 )
 
 # What makes a row of each group. The help and `docs/settings.md` have the groups in this order.
-of_base = field_facts.grouped("base model")
-of_photos = field_facts.grouped("photos")
-of_prior = field_facts.grouped("prior preservation")
-of_adapter = field_facts.grouped("adapter")
-of_training = field_facts.grouped("training")
-of_optimizer = field_facts.grouped("optimizer")
-of_memory = field_facts.grouped("memory and speed")
-of_samples = field_facts.grouped("samples and evaluation")
-of_run = field_facts.grouped("run folder")
-of_hub = field_facts.grouped("hub")
+base_field = field_facts.build_field_maker("base model")
+photos_field = field_facts.build_field_maker("photos")
+prior_field = field_facts.build_field_maker("prior preservation")
+adapter_field = field_facts.build_field_maker("adapter")
+training_field = field_facts.build_field_maker("training")
+optimizer_field = field_facts.build_field_maker("optimizer")
+memory_field = field_facts.build_field_maker("memory and speed")
+samples_field = field_facts.build_field_maker("samples and evaluation")
+run_field = field_facts.build_field_maker("run folder")
+hub_field = field_facts.build_field_maker("hub")
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class TrainConfig:
     steps; sizes are px."""
 
     # The base model: what is adapted, and where its files are found.
-    pretrained_model_name_or_path: str = of_base(
+    pretrained_model_name_or_path: str = base_field(
         default="toy",
         help=(
             "base model: a diffusers folder, a hub id, a .safetensors file, or an embedded one, "
@@ -118,20 +121,20 @@ class TrainConfig:
         path=expanduser,
         flag="base",
     )
-    pretrained_vae_model_name_or_path: str | None = of_base(
+    pretrained_vae_model_name_or_path: str | None = base_field(
         default=None,
         help="another VAE than the base's own: folder or hub id",
         path=expanduser,
     )
-    revision: str | None = of_base(
+    revision: str | None = base_field(
         default=None,
         help="branch, tag or commit of the base on the hub",
     )
-    variant: str | None = of_base(
+    variant: str | None = base_field(
         default=None,
         help='which files of the base to load, for example "fp16"',
     )
-    cache_dir: str | None = of_base(
+    cache_dir: str | None = base_field(
         default=None,
         help=(
             "where downloads, and encodings with --caching disk, are kept (default: the hub's "
@@ -142,96 +145,98 @@ class TrainConfig:
     )
 
     # The photos of the subject: where they are, what is said of them, and how they are cropped.
-    instance_data_dir: str | None = of_photos(
+    instance_data_dir: str | None = photos_field(
         default=None,
         help="folder with the photos of the subject",
         path=find_asset,
         per_subject=True,
     )
-    leave_out: tuple[field_facts.Prompt, ...] = of_photos(
+    leave_out: tuple[field_facts.Prompt, ...] = photos_field(
         default=(),
         help="file names of photos to leave out",
-        yields_to=(field_facts.WORDS,),
+        yields_to=(field_facts.COMMAND_WORDS,),
     )
-    instance_prompt: str = of_photos(
+    instance_prompt: str = photos_field(
         default="a photo of sks object",
         help='the subject in words, with its rare token: "a photo of sks dog"',
         required=True,
         per_subject=True,
     )
-    subjects: tuple[field_facts.Subject, ...] = of_photos(
+    subjects: tuple[field_facts.Subject, ...] = photos_field(
         default=(),
         help=(
             "several subjects in one run: a folder with a folder of each (`sks dog`), or in TOML "
             "tables"
         ),
-        yields_to=("instance_data_dir", field_facts.WORDS),
+        yields_to=("instance_data_dir", field_facts.COMMAND_WORDS),
     )
-    token: str | None = of_photos(
+    token: str | None = photos_field(
         default=None,
         help="the rare word in the instance prompt (default: found in it)",
         per_subject=True,
     )
-    class_word: str | None = of_photos(
+    class_word: str | None = photos_field(
         default=None,
         help="the kind of thing it is (default: found in the prompts)",
         per_subject=True,
     )
-    subject: str = of_photos(
+    subject: str = photos_field(
         default="thing",
         help="what it is: "
-        + "; ".join(f"a {word} {kind.about}" for word, kind in subject_kinds.KINDS.items()),
-        choices=tuple(subject_kinds.KINDS),
+        + "; ".join(
+            f"a {word} {kind.summary}" for word, kind in subject_kinds.SUBJECT_KINDS.items()
+        ),
+        choices=tuple(subject_kinds.SUBJECT_KINDS),
         publish="if_changed",
         per_subject=True,
         yields_to=("subjects",),
     )
-    describe: tuple[str, ...] = of_photos(
+    describe: tuple[str, ...] = photos_field(
         default=(),
         help=(
             "what made captions say of the subject, such as hair or clothes: what is said is not "
             f"learnt; of a person the others of {', '.join(subject_kinds.TRAITS)} are left out"
         ),
-        idle=field_facts.unless(captions="auto"),
+        idle=field_facts.ignore_unless(captions="auto"),
     )
-    caption_prefix: str | None = of_photos(
+    caption_prefix: str | None = photos_field(
         default=None,
         help="words before each photo's own captions; the instance prompt stays",
         per_subject=True,
-        yields_to=(field_facts.WORDS,),
+        yields_to=(field_facts.COMMAND_WORDS,),
     )
-    captions: str = of_photos(
+    captions: str = photos_field(
         default="given",
         help=(
             "given: those beside the photos; auto: photos without one get one made before "
-            f"training, in the run folder ({NO_GAIN})"
+            f"training, in the run folder ({NO_GAIN_NOTE})"
         ),
         choices=("given", "auto"),
         publish="if_changed",
     )
-    caption_model: str | None = of_photos(
+    caption_model: str | None = photos_field(
         default=None,
         help=(
             "vision-language model that makes captions: hub id or folder (default: "
             "Qwen/Qwen3-VL-2B-Instruct; the toy's own CLIP)"
         ),
-        idle=field_facts.unless(captions="auto"),
+        idle=field_facts.ignore_unless(captions="auto"),
     )
-    shuffle_caption: bool = of_photos(
+    shuffle_caption: bool = photos_field(
         default=False,
         help="show the tags of a caption, between commas, in changing orders",
         publish="always",
         elsewhere="shuffle_tags",
     )
-    keep_tokens: int = of_photos(
+    keep_tokens: int = photos_field(
         default=0,
         help="tags at a caption's start that --shuffle_caption leaves in place",
         low=0,
         publish="always",
-        idle=field_facts.unless(shuffle_caption=True),
+        idle=field_facts.ignore_unless(shuffle_caption=True),
         elsewhere="keep_tokens_separator",
     )
-    caption_dropout: float = of_photos(
+    caption_dropout: float = photos_field(
         default=0.0,
         help="share of exposures with an empty caption, of photos and not of class images",
         low=0,
@@ -239,7 +244,7 @@ class TrainConfig:
         publish="always",
         elsewhere="caption_dropout_rate caption_dropout_probability proportion_empty_prompts",
     )
-    instance_prompt_share: float | None = of_photos(
+    instance_prompt_share: float | None = photos_field(
         default=None,
         help=(
             "share of exposures with the instance prompt, of photos whose captions lack it "
@@ -249,14 +254,14 @@ class TrainConfig:
         high=1,
         publish="if_changed",
     )
-    repeats: int = of_photos(
+    repeats: int = photos_field(
         default=1,
         help="how often an epoch shows each photo",
         low=1,
         high=10**6,
         publish="always",
     )
-    resolution: int = of_photos(
+    resolution: int = photos_field(
         default=1024,
         help=(
             "side of the square crops, px, a multiple of 8; without it a smaller base takes its own"
@@ -264,7 +269,7 @@ class TrainConfig:
         low=8,
         publish="always",
     )
-    enable_bucket: bool = of_photos(
+    enable_bucket: bool = photos_field(
         default=False,
         help=(
             "crop each photo to a rectangle of its own shape and of the square's area, instead "
@@ -273,7 +278,7 @@ class TrainConfig:
         publish="always",
         also="use_aspect_ratio_buckets",
     )
-    bucket_reso_steps: int | None = of_photos(
+    bucket_reso_steps: int | None = photos_field(
         default=None,
         help=(
             "sides of such rectangles are multiples of this, px (default: 64; 8 up to a "
@@ -281,14 +286,14 @@ class TrainConfig:
         ),
         low=8,
         publish="always",
-        idle=field_facts.unless(enable_bucket=True),
+        idle=field_facts.ignore_unless(enable_bucket=True),
     )
-    center_crop: bool = of_photos(
+    center_crop: bool = photos_field(
         default=False,
         help="crop the middle of each photo instead of a random place",
         publish="always",
     )
-    random_flip: bool = of_photos(
+    random_flip: bool = photos_field(
         default=False,
         help=(
             "mirror crops at random; a crop that is kept is changed once for all "
@@ -296,24 +301,24 @@ class TrainConfig:
         ),
         publish="always",
     )
-    crops_per_photo: int = of_photos(
+    crops_per_photo: int = photos_field(
         default=1,
         help="different crops taken of each photo",
         low=1,
         high=1000,
         publish="always",
-        idle=field_facts.where(
+        idle=field_facts.ignore_when(
             "with --caching off, which always takes new crops", lambda run: run.caching == "off"
         ),
     )
-    crop_zoom: float = of_photos(
+    crop_zoom: float = photos_field(
         default=1.0,
         help="enlarge each crop by a random factor up to this; 1: crops are as wide as the photo",
         low=1,
         high=4,
         publish="always",
     )
-    unmasked_weight: float = of_photos(
+    unmasked_weight: float = photos_field(
         default=0.2,
         help=(
             "loss weight of the parts that a mask (name.mask.png) leaves out; it is always 0 for "
@@ -323,41 +328,41 @@ class TrainConfig:
         high=1,
         publish="always",
     )
-    synthetic_weight: float = of_photos(
+    synthetic_weight: float = photos_field(
         default=0.5,
         help="loss weight of photos that `enlarge` has made, beside 1 of the others",
         low=0,
         high=1,
         publish="if_changed",
     )
-    masks: str = of_photos(
+    masks: str = photos_field(
         default="given",
         help="given: those beside the photos; auto: made before training for photos without one",
         choices=("given", "auto"),
         publish="always",
     )
-    mask_model: str | None = of_photos(
+    mask_model: str | None = photos_field(
         default=None,
         help=(
             "CLIPSeg that makes masks: hub id or folder (default: CIDAS/clipseg-rd64-refined; "
             "the toy's own net)"
         ),
-        idle=field_facts.unless(masks="auto"),
+        idle=field_facts.ignore_unless(masks="auto"),
     )
-    mask_prompt: str | None = of_photos(
+    mask_prompt: str | None = photos_field(
         default=None,
         help="what CLIPSeg looks for in the photos (default: the class word)",
         per_subject=True,
-        idle=field_facts.unless(masks="auto"),
+        idle=field_facts.ignore_unless(masks="auto"),
     )
 
     # Prior preservation: what keeps the base's idea of the class beside the subject.
-    with_prior_preservation: bool = of_prior(
+    with_prior_preservation: bool = prior_field(
         default=False,
         help="preserve what the base knows of the class",
         publish="always",
     )
-    prior: str = of_prior(
+    prior: str = prior_field(
         default="class_images",
         help=(
             "class_images: train on pictures of the class; adapter_off: on the frozen base's own "
@@ -365,61 +370,61 @@ class TrainConfig:
         ),
         choices=("class_images", "adapter_off"),
         publish="always",
-        idle=field_facts.unless(with_prior_preservation=True),
+        idle=field_facts.ignore_unless(with_prior_preservation=True),
     )
-    class_prompt: str | None = of_prior(
+    class_prompt: str | None = prior_field(
         default=None,
         help='the class in words: "a photo of a dog"',
         per_subject=True,
-        idle=field_facts.unless(with_prior_preservation=True),
+        idle=field_facts.ignore_unless(with_prior_preservation=True),
     )
-    prior_prompts: tuple[field_facts.Prompt, ...] = of_prior(
+    prior_prompts: tuple[field_facts.Prompt, ...] = prior_field(
         default=(),
         help=(
             "other prompts that adapter_off preserves too: about half of the images draw one of "
             "them"
         ),
-        idle=field_facts.unless(with_prior_preservation=True, prior="adapter_off"),
+        idle=field_facts.ignore_unless(with_prior_preservation=True, prior="adapter_off"),
     )
-    class_data_dir: str | None = of_prior(
+    class_data_dir: str | None = prior_field(
         default=None,
         help="folder with class images (default: in the run folder)",
         path=expanduser,
         per_subject=True,
         idle=(
-            field_facts.unless(with_prior_preservation=True)
-            + field_facts.where(
+            field_facts.ignore_unless(with_prior_preservation=True)
+            + field_facts.ignore_when(
                 "with --prior adapter_off, which needs no images",
                 lambda run: run.with_prior_preservation and run.prior == "adapter_off",
             )
         ),
     )
-    num_class_images: int = of_prior(
+    num_class_images: int = prior_field(
         default=100,
         help="class images wanted; missing ones are generated",
         low=1,
         publish="always",
-        idle=field_facts.unless(with_prior_preservation=True, prior="class_images"),
+        idle=field_facts.ignore_unless(with_prior_preservation=True, prior="class_images"),
     )
-    prior_loss_weight: float = of_prior(
+    prior_loss_weight: float = prior_field(
         default=1.0,
         help="weight of the prior loss",
         low=0,
         publish="always",
-        idle=field_facts.unless(with_prior_preservation=True),
+        idle=field_facts.ignore_unless(with_prior_preservation=True),
         elsewhere="prior_loss_weights",
     )
-    sample_batch_size: int = of_prior(
+    sample_batch_size: int = prior_field(
         default=4,
         help="images generated at once",
         low=1,
         high=4096,
         publish="if_changed",
-        idle=field_facts.unless(with_prior_preservation=True, prior="class_images"),
+        idle=field_facts.ignore_unless(with_prior_preservation=True, prior="class_images"),
     )
 
     # The adapter: its size, its mixer, and the layers that get it.
-    rank: int = of_adapter(
+    rank: int = adapter_field(
         default=4,
         help="rank r of the adapter",
         low=1,
@@ -427,14 +432,14 @@ class TrainConfig:
         publish="always",
         elsewhere="network_dim lora_rank lora_r",
     )
-    lora_alpha: float | None = of_adapter(
+    lora_alpha: float | None = adapter_field(
         default=None,
         help="the adapter is scaled by alpha / rank (default: alpha = rank, of each layer)",
         above=0,
         publish="always",
         elsewhere="network_alpha",
     )
-    rank_pattern: tuple[str, ...] = of_adapter(
+    rank_pattern: tuple[str, ...] = adapter_field(
         default=(),
         help=(
             "other ranks of some layers (not of text encoders), as NAME=N: to_k=8, "
@@ -442,18 +447,18 @@ class TrainConfig:
         ),
         publish="always",
     )
-    alpha_pattern: tuple[str, ...] = of_adapter(
+    alpha_pattern: tuple[str, ...] = adapter_field(
         default=(),
         help="other alphas of some layers, in the same form",
         publish="always",
     )
-    use_rslora: bool = of_adapter(
+    use_rslora: bool = adapter_field(
         default=False,
         help="scale by alpha / sqrt(rank)",
         publish="always",
         same_on_resume=True,
     )
-    lora_dropout: float = of_adapter(
+    lora_dropout: float = adapter_field(
         default=0.0,
         help="dropout in front of the adapter",
         low=0,
@@ -462,39 +467,39 @@ class TrainConfig:
         same_on_resume=True,
         elsewhere="network_dropout",
     )
-    use_dora: bool = of_adapter(
+    use_dora: bool = adapter_field(
         default=False,
         help="learn the weights' magnitudes too (DoRA)",
         publish="always",
         same_on_resume=True,
     )
-    mixer: str = of_adapter(
+    mixer: str = adapter_field(
         default="orthogonal",
         help="start of the r x r mixer; none is plain LoRA",
         choices=MIXERS,
         publish="always",
         same_on_resume=True,
     )
-    train_mixer: bool = of_adapter(
+    train_mixer: bool = adapter_field(
         default=True,
         help="learn the mixer",
         publish="always",
         same_on_resume=True,
     )
-    mixer_lr_scale: float = of_adapter(
+    mixer_lr_scale: float = adapter_field(
         default=1.0,
         help="the mixer's learning rate, as a multiple of the others'",
         low=0,
         publish="always",
         idle=(
-            field_facts.where("with --mixer none", lambda run: run.mixer == "none")
-            + field_facts.where(
+            field_facts.ignore_when("with --mixer none", lambda run: run.mixer == "none")
+            + field_facts.ignore_when(
                 "with --no_train_mixer", lambda run: run.mixer != "none" and not run.train_mixer
             )
         ),
     )
-    target_modules: tuple[str, ...] = of_adapter(
-        default=field_facts.ATTENTION,
+    target_modules: tuple[str, ...] = adapter_field(
+        default=field_facts.ATTENTION_LAYERS,
         help=(
             "layers of the UNet or transformer that get an adapter, by the end of their path "
             "(to_q, conv1), with * (down_blocks.2.*), or a block whose attention is meant "
@@ -503,25 +508,25 @@ class TrainConfig:
         publish="always",
         also="lora_layers",
     )
-    lora_blocks: tuple[str, ...] = of_adapter(
+    lora_blocks: tuple[str, ...] = adapter_field(
         default=(),
         help=(
             "only these blocks of a transformer get an adapter: their numbers in "
             "transformer_blocks, such as 0,1,5"
         ),
     )
-    train_text_encoder: bool = of_adapter(
+    train_text_encoder: bool = adapter_field(
         default=False,
         help="put adapters on the CLIP text encoders too, of SDXL, SD 1.5, SD 3.5 and FLUX.1",
         publish="always",
     )
-    init_adapter: str | None = of_adapter(
+    init_adapter: str | None = adapter_field(
         default=None,
         help="begin with an existing adapter: a LoRA file of any program and rank, or a run folder",
         path=find_asset,
         elsewhere="network_weights init_lora",
     )
-    companion: str | None = of_adapter(
+    companion: str | None = adapter_field(
         default=None,
         help=(
             "a LoRA file that lies under the adapter in training and samples and is no part of "
@@ -531,7 +536,7 @@ class TrainConfig:
     )
 
     # The training: steps, rates, and the loss.
-    seed: int | None = of_training(
+    seed: int | None = training_field(
         default=None,
         help="seed of everything random",
         low=0,
@@ -539,45 +544,45 @@ class TrainConfig:
         publish="always",
         elsewhere="seeds",
     )
-    train_batch_size: int = of_training(
+    train_batch_size: int = training_field(
         default=4,
         help="photos in one forward pass on each device",
         low=1,
         high=4096,
         publish="always",
     )
-    gradient_accumulation_steps: int = of_training(
+    gradient_accumulation_steps: int = training_field(
         default=1,
         help="forward passes in one step",
         low=1,
         publish="always",
     )
-    num_train_epochs: int = of_training(
+    num_train_epochs: int = training_field(
         default=1,
         help="times through all photos, when --max_train_steps is not given",
         low=1,
         publish="always",
-        idle=field_facts.where(
+        idle=field_facts.ignore_when(
             "with --max_train_steps or --exposures_per_photo",
             lambda run: run.max_train_steps or run.exposures_per_photo,
         ),
         elsewhere="max_train_epochs",
     )
-    max_train_steps: int | None = of_training(
+    max_train_steps: int | None = training_field(
         default=None,
         help="optimizer steps; overrides --num_train_epochs",
         low=1,
         yields_to=("exposures_per_photo", "num_train_epochs"),
         publish="always",
     )
-    exposures_per_photo: int | None = of_training(
+    exposures_per_photo: int | None = training_field(
         default=None,
         help="instead of --max_train_steps: how often the run shows each photo",
         low=1,
         yields_to=("max_train_steps", "num_train_epochs"),
         publish="always",
     )
-    learning_rate: float = of_training(
+    learning_rate: float = training_field(
         default=1e-4,
         help="learning rate; 1.0 with Prodigy",
         low=0,
@@ -585,84 +590,86 @@ class TrainConfig:
         publish="always",
         elsewhere="unet_lr",
     )
-    text_encoder_lr: float = of_training(
+    text_encoder_lr: float = training_field(
         default=5e-6,
         help="learning rate of the text encoders; 0: the same as --learning_rate",
         low=0,
         high=100,
         publish="always",
         idle=(
-            field_facts.unless(train_text_encoder=True)
-            + field_facts.where(
+            field_facts.ignore_unless(train_text_encoder=True)
+            + field_facts.ignore_when(
                 "with --optimizer {optimizer}, which takes one learning rate for all",
-                lambda run: run.train_text_encoder and optimizers.optimizer_of(run).one_rate,
+                lambda run: run.train_text_encoder and optimizers.get_optimizer_kind(run).one_rate,
             )
         ),
     )
-    scale_lr: bool = of_training(
+    scale_lr: bool = training_field(
         default=False,
         help="multiply --learning_rate by processes x accumulation x batch size",
         publish="always",
     )
-    lr_scheduler: str = of_training(
+    lr_scheduler: str = training_field(
         default="constant",
         help="schedule of the learning rate",
         choices=lr_schedules.LR_SCHEDULES,
         publish="always",
     )
-    lr_warmup_steps: int = of_training(
+    lr_warmup_steps: int = training_field(
         default=500,
         help="steps of warm-up, where the schedule has one",
         low=0,
         publish="always",
-        idle=field_facts.where(
+        idle=field_facts.ignore_when(
             "with --lr_scheduler {lr_scheduler}",
-            lambda run: run.lr_warmup_steps and not lr_schedules.takes(run, "lr_warmup_steps"),
+            lambda run: (
+                run.lr_warmup_steps and not lr_schedules.is_schedule_setting(run, "lr_warmup_steps")
+            ),
         ),
     )
-    lr_num_cycles: int = of_training(
+    lr_num_cycles: int = training_field(
         default=1,
         help="restarts of cosine_with_restarts",
         low=1,
         publish="always",
-        idle=unless_scheduled("lr_num_cycles"),
+        idle=ignore_unless_schedule_uses("lr_num_cycles"),
     )
-    lr_power: float = of_training(
+    lr_power: float = training_field(
         default=1.0,
         help="power of the polynomial schedule",
         above=0,
         publish="always",
-        idle=unless_scheduled("lr_power"),
+        idle=ignore_unless_schedule_uses("lr_power"),
     )
-    snr_gamma: float | None = of_training(
+    snr_gamma: float | None = training_field(
         default=None,
-        help=f"min-SNR weighting of the loss; 5.0 is usual; {NO_GAIN}",
+        help=f"min-SNR weighting of the loss; 5.0 is usual; {NO_GAIN_NOTE}",
         above=0,
         publish="always",
         elsewhere="min_snr_gamma",
         yields_to=("debiased_estimation_loss", "do_edm_style_training"),
     )
-    debiased_estimation_loss: bool = of_training(
+    debiased_estimation_loss: bool = training_field(
         default=False,
-        help=f"weigh errors by 1/sqrt(SNR), instead of --snr_gamma; {NO_GAIN}",
+        help=f"weigh errors by 1/sqrt(SNR), instead of --snr_gamma; {NO_GAIN_NOTE}",
         publish="if_changed",
     )
-    noise_offset: float = of_training(
+    noise_offset: float = training_field(
         default=0.0,
         help=(
             "shift the noise of each channel as a whole by draws of this deviation, for very "
-            f"dark or bright pictures; {NO_GAIN}"
+            f"dark or bright pictures; {NO_GAIN_NOTE}"
         ),
         low=0,
         high=1,
         publish="if_changed",
     )
-    do_edm_style_training: bool = of_training(
+    do_edm_style_training: bool = training_field(
         default=False,
         help="EDM preconditioning of the loss (arXiv 2206.00364)",
         publish="always",
     )
-    weighting_scheme: str | None = of_training(
+    weighting_scheme: str | None = training_field(
         default=None,
         help=(
             "flow models: which noise levels are drawn, or how they are weighed (default: as in "
@@ -671,31 +678,31 @@ class TrainConfig:
         choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap"),
         publish="if_changed",
     )
-    logit_mean: float = of_training(
+    logit_mean: float = training_field(
         default=0.0,
         help="mean of logit_normal",
         low=-10,
         high=10,
         publish="if_changed",
-        idle=field_facts.unless(weighting_scheme="logit_normal"),
+        idle=field_facts.ignore_unless(weighting_scheme="logit_normal"),
     )
-    logit_std: float = of_training(
+    logit_std: float = training_field(
         default=1.0,
         help="standard deviation of logit_normal",
         above=0,
         high=10,
         publish="if_changed",
-        idle=field_facts.unless(weighting_scheme="logit_normal"),
+        idle=field_facts.ignore_unless(weighting_scheme="logit_normal"),
     )
-    mode_scale: float = of_training(
+    mode_scale: float = training_field(
         default=1.29,
         help="scale of mode",
         low=-1,
         high=1.75,
         publish="if_changed",
-        idle=field_facts.unless(weighting_scheme="mode"),
+        idle=field_facts.ignore_unless(weighting_scheme="mode"),
     )
-    precondition_outputs: bool | None = of_training(
+    precondition_outputs: bool | None = training_field(
         default=None,
         help=(
             "flow models: errors are those of the clean latents, which weighs noisy levels more "
@@ -703,7 +710,7 @@ class TrainConfig:
         ),
         publish="if_changed",
     )
-    shift_timesteps: bool = of_training(
+    shift_timesteps: bool = training_field(
         default=False,
         help=(
             "flow models: draw noisier levels for larger pictures, by the line in the base's "
@@ -711,26 +718,26 @@ class TrainConfig:
         ),
         publish="if_changed",
     )
-    guidance_scale: float = of_training(
+    guidance_scale: float = training_field(
         default=3.5,
         help="what a base with embedded guidance (FLUX.1 dev) is told in training",
         low=0,
         high=100,
         publish="if_changed",
     )
-    max_sequence_length: int | None = of_training(
+    max_sequence_length: int | None = training_field(
         default=None,
         help="most tokens of a prompt, for bases with a long text encoder",
         low=1,
         high=2048,
         publish="if_changed",
     )
-    text_encoder_out_layers: tuple[str, ...] = of_training(
+    text_encoder_out_layers: tuple[str, ...] = training_field(
         default=(),
         help="numbers of the text encoder's layers that FLUX.2 reads (default: its own)",
         publish="if_changed",
     )
-    clip_skip: int | None = of_training(
+    clip_skip: int | None = training_field(
         default=None,
         help=(
             "which layer of Stable Diffusion 1.5's text encoder is read, counted from the last, as "
@@ -740,7 +747,7 @@ class TrainConfig:
         high=12,
         publish="if_changed",
     )
-    max_grad_norm: float = of_training(
+    max_grad_norm: float = training_field(
         default=1.0,
         help="gradients are clipped to this norm",
         above=0,
@@ -748,9 +755,9 @@ class TrainConfig:
     )
 
     # The optimizer. A row is idle with the kinds that do not read it.
-    optimizer: str = of_optimizer(
+    optimizer: str = optimizer_field(
         default="AdamW",
-        help=", ".join(f"{name} {kind.about}" for name, kind in optimizers.OPTIMIZERS.items()),
+        help=", ".join(f"{name} {kind.summary}" for name, kind in optimizers.OPTIMIZERS.items()),
         choices=optimizers.OPTIMIZERS,
         publish="always",
         packages={
@@ -761,92 +768,92 @@ class TrainConfig:
             | {"schedulefree": optimizers.SCHEDULE_FREE}
         ),
     )
-    use_8bit_adam: bool = of_optimizer(
+    use_8bit_adam: bool = optimizer_field(
         default=False,
         help="AdamW with 8-bit states (bitsandbytes)",
         publish="always",
         packages={True: "bitsandbytes"},
-        idle=field_facts.where(
+        idle=field_facts.ignore_when(
             "with --optimizer {optimizer}",
             lambda run: not optimizers.OPTIMIZERS[run.optimizer].in_8_bit,
         ),
     )
-    adam_beta1: float = of_optimizer(
+    adam_beta1: float = optimizer_field(
         default=0.9,
-        help=f"beta1 of {optimizers.that_take('adam_beta1')}",
+        help=f"beta1 of {optimizers.format_optimizers('adam_beta1')}",
         low=0,
         below=1,
         publish="always",
-        idle=unless_optimized("adam_beta1"),
+        idle=ignore_unless_optimizer_uses("adam_beta1"),
     )
-    adam_beta2: float = of_optimizer(
+    adam_beta2: float = optimizer_field(
         default=0.999,
-        help=f"beta2 of {optimizers.that_take('adam_beta2')}",
+        help=f"beta2 of {optimizers.format_optimizers('adam_beta2')}",
         low=0,
         below=1,
         publish="always",
-        idle=unless_optimized("adam_beta2"),
+        idle=ignore_unless_optimizer_uses("adam_beta2"),
     )
-    adam_epsilon: float = of_optimizer(
+    adam_epsilon: float = optimizer_field(
         default=1e-8,
-        help=f"epsilon of {optimizers.that_take('adam_epsilon')}",
+        help=f"epsilon of {optimizers.format_optimizers('adam_epsilon')}",
         above=0,
         publish="always",
-        idle=unless_optimized("adam_epsilon"),
+        idle=ignore_unless_optimizer_uses("adam_epsilon"),
     )
-    adam_weight_decay: float = of_optimizer(
+    adam_weight_decay: float = optimizer_field(
         default=1e-4,
         help="weight decay of the adapter on the UNet or transformer",
         low=0,
         publish="always",
     )
-    adam_weight_decay_text_encoder: float = of_optimizer(
+    adam_weight_decay_text_encoder: float = optimizer_field(
         default=1e-3,
         help="weight decay of the text encoders' adapters",
         low=0,
         publish="always",
     )
-    prodigy_beta3: float | None = of_optimizer(
+    prodigy_beta3: float | None = optimizer_field(
         default=None,
         help="Prodigy: coefficient of its step size",
         low=0,
         high=1,
         publish="always",
-        idle=unless_optimized("prodigy_beta3"),
+        idle=ignore_unless_optimizer_uses("prodigy_beta3"),
     )
-    prodigy_decouple: bool = of_optimizer(
+    prodigy_decouple: bool = optimizer_field(
         default=True,
         help="Prodigy: AdamW-style weight decay",
         publish="always",
-        idle=unless_optimized("prodigy_decouple"),
+        idle=ignore_unless_optimizer_uses("prodigy_decouple"),
     )
-    prodigy_use_bias_correction: bool = of_optimizer(
+    prodigy_use_bias_correction: bool = optimizer_field(
         default=True,
         help="Prodigy: bias correction",
         publish="always",
-        idle=unless_optimized("prodigy_use_bias_correction"),
+        idle=ignore_unless_optimizer_uses("prodigy_use_bias_correction"),
     )
-    prodigy_safeguard_warmup: bool = of_optimizer(
+    prodigy_safeguard_warmup: bool = optimizer_field(
         default=True,
         help="Prodigy: no lr in the denominator of D, for warm-ups",
         publish="always",
-        idle=unless_optimized("prodigy_safeguard_warmup"),
+        idle=ignore_unless_optimizer_uses("prodigy_safeguard_warmup"),
     )
 
     # Memory and speed. Most of these change a result only by rounding.
-    memory: str | None = of_memory(
+    memory: str | None = memory_field(
         default=None,
         help="a plan to save memory, fastest first; auto: what fits",
-        choices=("auto", *PLANS),
-        replaces=("mixed_precision", *OF_PLANS),
+        choices=("auto", *MEMORY_PLANS),
+        replaces=("mixed_precision", *MEMORY_PLAN_SETTINGS),
     )
-    mixed_precision: str | None = of_memory(
+    mixed_precision: str | None = memory_field(
         default=None,
         help="precision of the frozen base (default: what `accelerate config` says)",
         choices=("no", "fp16", "bf16"),
         publish="always",
     )
-    base_quantization: str = of_memory(
+    base_quantization: str = memory_field(
         default="none",
         help="keep the frozen UNet or transformer in 4 or 8 bit",
         choices=("none", "nf4", "int8"),
@@ -854,13 +861,13 @@ class TrainConfig:
         packages={"nf4": "bitsandbytes"},
         yields_to=("memory",),
     )
-    gradient_checkpointing: bool = of_memory(
+    gradient_checkpointing: bool = memory_field(
         default=False,
         help="less memory, slower steps: recompute activations",
         publish="always",
         yields_to=("memory",),
     )
-    recompute_feed_forward: bool = of_memory(
+    recompute_feed_forward: bool = memory_field(
         default=False,
         help=(
             "recompute the activations of the UNet's feed-forward blocks alone: two fifths less, "
@@ -868,12 +875,12 @@ class TrainConfig:
         ),
         publish="if_changed",
         yields_to=("memory",),
-        idle=field_facts.where(
+        idle=field_facts.ignore_when(
             "with --gradient_checkpointing, which recomputes all",
             lambda run: run.gradient_checkpointing,
         ),
     )
-    stream_blocks: bool = of_memory(
+    stream_blocks: bool = memory_field(
         default=False,
         help=(
             "keep the blocks of the UNet or transformer in the host's memory: each is copied to "
@@ -882,7 +889,7 @@ class TrainConfig:
         publish="if_changed",
         yields_to=("memory",),
     )
-    images_at_once: int | None = of_memory(
+    images_at_once: int | None = memory_field(
         default=None,
         help=(
             "most images that pass through the UNet together, of one or of several "
@@ -893,26 +900,26 @@ class TrainConfig:
         publish="if_changed",
         yields_to=("memory",),
     )
-    caching: str = of_memory(
+    caching: str = memory_field(
         default="memory",
         help="keep encoded photos in memory, on disk for later runs, or encode each step",
         choices=("memory", "disk", "off"),
         publish="if_changed",
     )
-    cache_latents: bool = of_memory(
+    cache_latents: bool = memory_field(
         default=False,
         help="accepted: photos are always encoded once, unless --caching off",
     )
-    offload: bool = of_memory(
+    offload: bool = memory_field(
         default=False,
         help="accepted: encoders and VAE always leave the GPU when they are not used",
     )
-    allow_tf32: bool = of_memory(
+    allow_tf32: bool = memory_field(
         default=False,
         help="faster, less exact fp32 products on Nvidia GPUs",
         publish="if_changed",
     )
-    compile: str = of_memory(
+    compile: str = memory_field(
         default="auto",
         help=(
             "compile the transformer blocks (torch.compile): auto on a GPU where the run is long "
@@ -921,7 +928,7 @@ class TrainConfig:
         choices=("auto", "on", "off"),
         publish="if_changed",
     )
-    deterministic: bool = of_memory(
+    deterministic: bool = memory_field(
         default=False,
         help=(
             "the same bytes each time on a GPU too, as on a CPU: slower attention, no search of "
@@ -929,100 +936,100 @@ class TrainConfig:
         ),
         publish="if_changed",
     )
-    enable_xformers_memory_efficient_attention: bool = of_memory(
+    enable_xformers_memory_efficient_attention: bool = memory_field(
         default=False,
         help="accepted: PyTorch's own attention is used",
     )
 
     # Samples and scores during the run, by which a person judges it.
-    validation_prompt: str | None = of_samples(
+    validation_prompt: str | None = samples_field(
         default=None,
         help="prompt of the sample images (default: the instance prompt)",
         per_subject=True,
         elsewhere="sample_prompts",
     )
-    num_validation_images: int | None = of_samples(
+    num_validation_images: int | None = samples_field(
         default=None,
         help="sample images each time (default: 4)",
         low=0,
         high=1000,
     )
-    validation_epochs: int = of_samples(
+    validation_epochs: int = samples_field(
         default=50,
         help="epochs between samples",
         low=1,
     )
-    validation_steps: int | None = of_samples(
+    validation_steps: int | None = samples_field(
         default=None,
         help="steps between samples; overrides --validation_epochs",
         low=1,
         elsewhere="sample_every_n_steps",
     )
-    evaluate_steps: int | None = of_samples(
+    evaluate_steps: int | None = samples_field(
         default=None,
         help="steps between scores of fidelity; 0: never (default: never)",
         low=0,
     )
 
     # The run folder: what is written there, and how often.
-    output_dir: str = of_run(
+    output_dir: str = run_field(
         default="lora-dreambooth-model",
         help="the run folder",
         path=expanduser,
-        yields_to=(field_facts.WORDS,),
+        yields_to=(field_facts.COMMAND_WORDS,),
     )
-    checkpointing_steps: int = of_run(
+    checkpointing_steps: int = run_field(
         default=500,
         help="steps between checkpoints",
         low=1,
         elsewhere="save_every_n_epochs save_every_n_steps",
     )
-    checkpoints_total_limit: int | None = of_run(
+    checkpoints_total_limit: int | None = run_field(
         default=None,
         help="numbered checkpoints to keep",
         low=1,
     )
-    resume_from_checkpoint: str | None = of_run(
+    resume_from_checkpoint: str | None = run_field(
         default=None,
         help='a checkpoint folder, or "latest"',
         path=expanduser,
     )
-    logging_dir: str = of_run(
+    logging_dir: str = run_field(
         default="logs",
         help="folder of the trackers' logs inside the run folder",
         path=expanduser,
     )
-    report_to: str = of_run(
+    report_to: str = run_field(
         default="tensorboard",
         help="tracker for numbers and samples",
         choices=(*TRACKERS, "all", "none"),
         packages={name: name for name in TRACKERS if name != "tensorboard"},
     )
-    dry_run: bool = of_run(
+    dry_run: bool = run_field(
         default=False,
         help="print the plan and its cost, and exit",
     )
 
     # The upload, which happens only when it is asked for.
-    push_to_hub: bool = of_hub(
+    push_to_hub: bool = hub_field(
         default=False,
         help="upload the adapter and its card when done; never the photos",
     )
-    hub_token: str | None = of_hub(
+    hub_token: str | None = hub_field(
         default=None,
         help="token for the upload (default: that of `hf auth login`)",
         secret=True,
     )
-    hub_model_id: str | None = of_hub(
+    hub_model_id: str | None = hub_field(
         default=None,
         help="repository to upload to (default: the run folder's name)",
-        yields_to=(field_facts.WORDS,),
+        yields_to=(field_facts.COMMAND_WORDS,),
     )
 
     def __post_init__(self) -> None:
         for name in SETTINGS:
-            object.__setattr__(self, name, checked_setting(name, getattr(self, name)))
-        rules.check_together(self)
+            object.__setattr__(self, name, parse_setting(name, getattr(self, name)))
+        rules.check_combinations(self)
 
     @cached_property
     def each_subject(self) -> tuple["TrainConfig", ...]:
@@ -1041,7 +1048,7 @@ class TrainConfig:
         return caches / "dreambooth_moslora"
 
     @property
-    def written_folders(self) -> dict[str, Path]:
+    def output_folders(self) -> dict[str, Path]:
         """The folders that the run writes to, but for class images, by the settings that name
         them."""
         found = {"output_dir": Path(self.output_dir)}
@@ -1050,7 +1057,7 @@ class TrainConfig:
         return found
 
     @property
-    def draws_class_images(self) -> bool:
+    def uses_class_images(self) -> bool:
         return self.with_prior_preservation and self.prior == "class_images"
 
     @property
@@ -1058,22 +1065,22 @@ class TrainConfig:
         return bool(self.evaluate_steps)
 
     @property
-    def images_a_micro_batch(self) -> int:
+    def images_per_micro_batch(self) -> int:
         """Photos and their prior images of one micro-batch."""
         return self.train_batch_size * (2 if self.with_prior_preservation else 1)
 
     @property
-    def images_a_pass(self) -> int:
+    def images_per_pass(self) -> int:
         """The most images that pass through the denoiser together: whole micro-batches, or a part
         of one, which has photos alone or prior images alone."""
-        whole = self.images_a_micro_batch
+        whole = self.images_per_micro_batch
         wanted = self.images_at_once or whole
         if wanted < whole:
             return min(wanted, self.train_batch_size)
         return min(wanted // whole, self.gradient_accumulation_steps) * whole
 
     @property
-    def bare_share(self) -> float:
+    def bare_prompt_share(self) -> float:
         """The share of exposures with the instance prompt, of photos whose captions lack it."""
         return 1 / 4 if self.instance_prompt_share is None else self.instance_prompt_share
 
@@ -1084,14 +1091,14 @@ class TrainConfig:
 
     def __new__(cls, *_: Any, **values: Any) -> "TrainConfig":
         """Raises UserError for a name that is no setting, with the one that was meant."""
-        check_names(values)
+        check_setting_names(values)
         return super().__new__(cls)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
         """Settings by name, as from a file. Raises UserError for an unknown name and suggests the
         nearest known one."""
-        return cls(**check_each(values))
+        return cls(**check_values(values))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values of all settings but the secret ones, for `from_dict`."""
@@ -1111,7 +1118,7 @@ FieldType = tuple[Any, bool]
 allowed)."""
 
 
-def field_types(owner: type) -> dict[str, FieldType]:
+def get_field_types(owner: type) -> dict[str, FieldType]:
     """The type of each setting, by its annotation."""
     types = {}
     for name, hint in get_type_hints(owner).items():
@@ -1130,17 +1137,17 @@ def field_types(owner: type) -> dict[str, FieldType]:
 
 
 SETTINGS: dict[str, Field] = {item.name: item for item in fields(TrainConfig)}  # Name -> row.
-FIELD_TYPES = field_types(TrainConfig)  # Name -> type.
+FIELD_TYPES = get_field_types(TrainConfig)  # Name -> type.
 GROUPS = tuple(dict.fromkeys(item.metadata["group"] for item in SETTINGS.values()))
 """The groups of the help, in their order."""
 
 
-def named(fact: str, value: Any = True) -> tuple[str, ...]:
-    """The settings whose row has this value of a fact of `field_facts.Row`."""
+def list_settings(fact: str, value: Any = True) -> tuple[str, ...]:
+    """The settings whose row has this value of a fact of `field_facts.FieldFacts`."""
     return tuple(name for name, item in SETTINGS.items() if item.metadata[fact] == value)
 
 
-def by_names_in(*facts: str) -> dict[str, str]:
+def map_aliases(*facts: str) -> dict[str, str]:
     """Each name that a row has in these facts -> its setting."""
     found = {}
     for name, item in SETTINGS.items():
@@ -1149,46 +1156,46 @@ def by_names_in(*facts: str) -> dict[str, str]:
     return found
 
 
-ALIASES = by_names_in("flag", "also")
+ALIASES = map_aliases("flag", "also")
 """Further names of a setting, as a flag and in a file -> its name."""
-OTHER_NAMES = ALIASES | by_names_in("elsewhere")
+ALL_ALIASES = ALIASES | map_aliases("elsewhere")
 """The same with what other trainers call it."""
 
 
-def flags_of(name: str) -> list[str]:
+def list_flags(name: str) -> list[str]:
     """The flags that mean the setting; the first one is shown."""
     facts = SETTINGS[name].metadata
     names = [*facts["flag"].split(), name, *facts["also"].split()]
     return [f"--{one}" for one in names]
 
 
-def shown_flag(name: str) -> str:
+def get_flag_name(name: str) -> str:
     """The setting's flag as a person is told it, without its hyphens; other words stay."""
     return SETTINGS[name].metadata["flag"] or name if name in SETTINGS else name
 
 
-def given_values(table: Any) -> dict[str, str]:
+def get_set_values(table: Any) -> dict[str, str]:
     """The settings that a subject's table names."""
     return {name: value for name, value in vars(table).items() if value is not None}
 
 
 SubjectTable = make_dataclass(
     "SubjectTable",
-    [(name, str | None, None) for name in named("per_subject")],
+    [(name, str | None, None) for name in list_settings("per_subject")],
     frozen=True,
     namespace={
         "__doc__": "The settings in which a subject differs from the run; None for the others.",
         "__module__": __name__,
-        "to_dict": given_values,
+        "to_dict": get_set_values,
     },
 )
 
 
-def subject_table(values: Any) -> Any:
+def build_subject_table(values: Any) -> Any:
     """A `SubjectTable` of the given settings. Raises UserError for an unknown one."""
     if isinstance(values, SubjectTable):
         return values
-    known = named("per_subject")
+    known = list_settings("per_subject")
     unknown = sorted(map(str, values.keys() - set(known)))
     if unknown:
         raise UserError(
@@ -1197,7 +1204,7 @@ def subject_table(values: Any) -> Any:
     return SubjectTable(**values)
 
 
-def checked_setting(name: str, value: Any) -> Any:
+def parse_setting(name: str, value: Any) -> Any:
     """The value of any source, converted to the setting's type and within its limits. Raises
     UserError."""
     item = SETTINGS[name]
@@ -1207,9 +1214,9 @@ def checked_setting(name: str, value: Any) -> Any:
         return None
 
     # The type first, whatever the source: a flag is text, JSON and TOML have numbers.
-    found = as_type(base, value)
+    found = convert_value(base, value)
     if found is None:
-        raise UserError(f"--{name} {value!r:.60}: expected {EXPECTED[base]}.")
+        raise UserError(f"--{name} {value!r:.60}: expected {TYPE_DESCRIPTIONS[base]}.")
     found = facts["spellings"].get(str(found).lower(), found)
 
     # Then the limits, unless it is the default, which needs no check.
@@ -1221,13 +1228,15 @@ def checked_setting(name: str, value: Any) -> Any:
 
     # Last, what it stands for: the tables of subjects, or a path.
     if base is field_facts.Subject:
-        return tuple(map(subject_table, found))
+        return tuple(map(build_subject_table, found))
     return facts["path"](found) if found and facts["path"] else found
 
 
-MOST = 10**9  # Upper bound of integers without a bound of their own: larger ones are typing errors.
+MAX_INTEGER = (
+    10**9
+)  # Upper bound of integers without a bound of their own: larger ones are typing errors.
 # The words for a switch in a file or in another program's header, in lower case.
-BOOLEANS = {
+BOOLEAN_WORDS = {
     "true": True,
     "1": True,
     "yes": True,
@@ -1238,7 +1247,7 @@ BOOLEANS = {
     "off": False,
 }
 # Type -> how a message names it.
-EXPECTED = {
+TYPE_DESCRIPTIONS = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
@@ -1249,7 +1258,7 @@ EXPECTED = {
 }
 
 
-def as_type(base: Any, value: Any) -> Any:
+def convert_value(base: Any, value: Any) -> Any:
     """The value as one of the type; None if it is none. Raises UserError for tables of subjects
     that cannot be read."""
     # Tables, switches and texts
@@ -1258,7 +1267,7 @@ def as_type(base: Any, value: Any) -> Any:
     if base is bool:
         if isinstance(value, bool):
             return value
-        return BOOLEANS.get(value.lower()) if isinstance(value, str) else None
+        return BOOLEAN_WORDS.get(value.lower()) if isinstance(value, str) else None
     if base is str:
         return str(value) if isinstance(value, (str, Path)) else None
     # Numbers
@@ -1271,16 +1280,18 @@ def as_type(base: Any, value: Any) -> Any:
             return None
         if base is float or number is None:
             return number
-        return whole(value, number)
+        return parse_integer(value, number)
     # What is left are lists of texts; one text is a list of one.
     texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, (list, tuple)) or any(as_type(str, text) is None for text in texts):
+    if not isinstance(texts, (list, tuple)) or any(
+        convert_value(str, text) is None for text in texts
+    ):
         return None
     words = ",".join(texts).split(",") if base is tuple else texts
     return tuple(word.strip() for word in words if word.strip())
 
 
-def whole(value: Any, number: float) -> int | None:
+def parse_integer(value: Any, number: float) -> int | None:
     """The value, which is near `number`, as a whole number, with all digits of a text; None if it
     is none."""
     if not number.is_integer():
@@ -1305,44 +1316,44 @@ def check_number(name: str, value: float, facts: Mapping[str, Any]) -> None:
     of BOUNDS in the `facts` of its row."""
     if value != value or value in (float("inf"), float("-inf")):
         raise UserError(f"--{name} {value}: must be a finite number.")
-    most = {"high": MOST} if facts["high"] is None and isinstance(value, int) else {}
+    most = {"high": MAX_INTEGER} if facts["high"] is None and isinstance(value, int) else {}
     for kind, (holds, words) in BOUNDS.items():
         bound = most.get(kind, facts[kind])
         if bound is not None and not holds(value, bound):
             raise UserError(f"--{name} {value:g}: must be {words} {bound:g}.")
 
 
-def check_each(values: Mapping[str, Any]) -> dict[str, Any]:
+def check_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """The given settings, each checked. Raises UserError."""
-    check_names(values)
+    check_setting_names(values)
     for name, value in values.items():
-        checked_setting(name, value)
+        parse_setting(name, value)
     return dict(values)
 
 
-def check_names(names: Iterable[str]) -> None:
+def check_setting_names(names: Iterable[str]) -> None:
     """Raises UserError for a name that is no setting, with the one that was meant."""
     for name in names:
         if name not in SETTINGS:
             plain = name.replace("-", "_")
-            close = OTHER_NAMES.get(plain) or field_facts.nearest(plain, SETTINGS)
+            close = ALL_ALIASES.get(plain) or field_facts.find_nearest_name(plain, SETTINGS)
             advice = f": did you mean `{close}`?" if close else "; see --help."
             raise UserError(f"unknown setting `{name}`{advice}")
 
 
-def rank_and_alpha(config: TrainConfig, component: str, path: str) -> tuple[int, float]:
+def get_rank_and_alpha(config: TrainConfig, component: str, path: str) -> tuple[int, float]:
     """Rank and alpha of one layer. Patterns are not for text encoders; without an alpha, it equals
     the layer's rank."""
     rank = alpha = None
     if not component.startswith("text_encoder"):
-        rank = field_facts.pattern_value(config.rank_pattern, "rank_pattern", path)
-        alpha = field_facts.pattern_value(config.alpha_pattern, "alpha_pattern", path)
+        rank = field_facts.find_pattern_value(config.rank_pattern, "rank_pattern", path)
+        alpha = field_facts.find_pattern_value(config.alpha_pattern, "alpha_pattern", path)
     rank = rank or config.rank
     alpha = alpha or config.lora_alpha or rank
     return int(rank), float(alpha)
 
 
-def layer_parameters(config: TrainConfig, rank: int, width: int) -> int:
+def count_layer_parameters(config: TrainConfig, rank: int, width: int) -> int:
     """How many numbers of A, B and M one layer learns; `width` sums its inputs and outputs."""
     has_mixer = config.mixer != "none" and config.train_mixer
     return rank * width + (rank**2 if has_mixer else 0)

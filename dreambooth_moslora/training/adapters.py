@@ -13,16 +13,16 @@ from dreambooth_moslora.disk.run_folder import RAW_NAME
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import raw_file, reader
 from dreambooth_moslora.method import fast_linear, moslora
-from dreambooth_moslora.seeds import seed_of
-from dreambooth_moslora.settings.family_facts import DENOISERS, Facts
+from dreambooth_moslora.seeds import compute_seed
+from dreambooth_moslora.settings.family_facts import DENOISERS, FamilyFacts
 from dreambooth_moslora.settings.field_facts import TEXT_PROJECTIONS, is_adapted
-from dreambooth_moslora.settings.train_config import TrainConfig, rank_and_alpha
+from dreambooth_moslora.settings.train_config import TrainConfig, get_rank_and_alpha
 
 logger = logging.getLogger(__name__)
 
 
-def trained_modules(
-    config: TrainConfig, facts: Facts, pipeline: DiffusionPipeline
+def get_trained_modules(
+    config: TrainConfig, facts: FamilyFacts, pipeline: DiffusionPipeline
 ) -> dict[str, torch.nn.Module]:
     """The modules that get adapters, by diffusers' names."""
     names = (facts.denoiser, *(facts.adapted_encoders if config.train_text_encoder else ()))
@@ -46,24 +46,24 @@ def add_adapters(
     Raises UserError for a checkpoint of other layers.
     """
     if checkpoint is None:
-        fresh_adapters(config, components, start)
+        inject_fresh_adapters(config, components, start)
     else:
         raw_file.load_raw(checkpoint / RAW_NAME, components)
-        check_same_layers(config, components, checkpoint)
+        check_adapted_layers(config, components, checkpoint)
 
     # The layers' way through PEFT, which a training step computes without.
     for module in components.values():
-        recompute(config, module)
+        apply_gradient_checkpointing(config, module)
         fast_linear.enable_fast_path(module)
 
 
-def check_same_layers(
+def check_adapted_layers(
     config: TrainConfig, components: dict[str, torch.nn.Module], checkpoint: Path
 ) -> None:
     """Raises UserError for a checkpoint whose adapter is on other layers than the settings name."""
     for name, module in components.items():
-        asked = set(target_paths(config, name, module))
-        differing = asked ^ set(moslora.adapter_layers(module))
+        asked = set(list_target_paths(config, name, module))
+        differing = asked ^ set(moslora.get_adapter_layers(module))
         if differing:
             raise UserError(
                 f"--target_modules: {checkpoint.name} was trained on other layers, "
@@ -71,7 +71,7 @@ def check_same_layers(
             )
 
 
-class RecomputedFeedForward(FeedForward):
+class CheckpointedFeedForward(FeedForward):
     """Keeps its input alone for the backward pass, which computes the rest again."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -80,20 +80,20 @@ class RecomputedFeedForward(FeedForward):
         return checkpoint(super().forward, x, use_reentrant=False)
 
 
-def recompute(config: TrainConfig, module: torch.nn.Module) -> None:
+def apply_gradient_checkpointing(config: TrainConfig, module: torch.nn.Module) -> None:
     """Let blocks be computed again in the backward pass, in place, as the settings say: all, or the
     feed-forward ones alone."""
     # In a block nothing but an adapter's dropout is random. Without it the generator's state is not
     # kept, which torch would read from the GPU once for each tensor of each block.
     options = {"use_reentrant": False, "preserve_rng_state": config.lora_dropout > 0}
 
-    def again(block: torch.nn.Module, *inputs: Any) -> Any:
+    def run_checkpointed(block: torch.nn.Module, *inputs: Any) -> Any:
         return checkpoint(block.__call__, *inputs, **options)
 
     # diffusers and transformers name the method differently.
     if config.gradient_checkpointing:
         if hasattr(module, "enable_gradient_checkpointing"):
-            module.enable_gradient_checkpointing(again)
+            module.enable_gradient_checkpointing(run_checkpointed)
         else:
             module.gradient_checkpointing_enable(options)
 
@@ -101,29 +101,30 @@ def recompute(config: TrainConfig, module: torch.nn.Module) -> None:
     # ran out of memory may change the settings, so they are turned on as well as off.
     is_apart = config.recompute_feed_forward and not config.gradient_checkpointing
     for part in module.modules():
-        if type(part) in (FeedForward, RecomputedFeedForward):
-            part.__class__ = RecomputedFeedForward if is_apart else FeedForward
+        if type(part) in (FeedForward, CheckpointedFeedForward):
+            part.__class__ = CheckpointedFeedForward if is_apart else FeedForward
 
 
-def fresh_adapters(
+def inject_fresh_adapters(
     config: TrainConfig,
     components: dict[str, torch.nn.Module],
     start: reader.AdapterWeights | None,
 ) -> None:
-    """Add an adapter to exactly the layers of `target_paths`, each with its own rank and alpha."""
+    """Add an adapter to exactly the layers of `list_target_paths`, each with its own rank and
+    alpha."""
     usual_alpha = config.rank if config.lora_alpha is None else config.lora_alpha
     for name, module in components.items():
-        paths = target_paths(config, name, module)
+        paths = list_target_paths(config, name, module)
 
         # A pattern may give a layer its own.
         ranks: dict[str, int] = {}
         alphas: dict[str, float] = {}
         for path in paths:
-            ranks[path], alphas[path] = rank_and_alpha(config, name, path)
+            ranks[path], alphas[path] = get_rank_and_alpha(config, name, path)
 
         # PEFT draws A from the global generator.
-        torch.manual_seed(seed_of(config.seed, "adapter", name))
-        adapter_config = moslora.exact_config(
+        torch.manual_seed(compute_seed(config.seed, "adapter", name))
+        adapter_config = moslora.build_exact_config(
             ranks,
             alphas,
             config.rank,
@@ -139,10 +140,10 @@ def fresh_adapters(
 
     # What the file gives takes the place of what was drawn.
     if start is not None:
-        logger.warning("%s", reader.begin_with(start, components))
+        logger.warning("%s", reader.copy_into_adapter(start, components))
 
 
-def target_paths(config: TrainConfig, component: str, module: torch.nn.Module) -> list[str]:
+def list_target_paths(config: TrainConfig, component: str, module: torch.nn.Module) -> list[str]:
     """The layers of a component that get an adapter, by their paths in it."""
     targets = config.target_modules if component in DENOISERS else TEXT_PROJECTIONS
-    return [path for path in moslora.matrix_layers(module) if is_adapted(path, targets)]
+    return [path for path in moslora.get_matrix_layers(module) if is_adapted(path, targets)]

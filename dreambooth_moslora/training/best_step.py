@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-STALLED_AFTER = 3
+MAX_STALLED_EVALUATIONS = 3
 """Evaluations without a better score, after which it is said."""
 
 
@@ -15,9 +15,9 @@ class BestStep:
     score: float
     since: int
 
-    def advice(self) -> str | None:
+    def describe_stall(self) -> str | None:
         """One line when the score has not risen for a while; None otherwise."""
-        if self.since < STALLED_AFTER:
+        if self.since < MAX_STALLED_EVALUATIONS:
             return None
         return (
             f"the score has not risen for {self.since} evaluations; "
@@ -25,7 +25,7 @@ class BestStep:
         )
 
 
-def best_of(evaluations: Sequence[tuple[int, float]]) -> BestStep:
+def find_best_step(evaluations: Sequence[tuple[int, float]]) -> BestStep:
     """The best of (step, score) pairs; the earliest wins a tie. Raises ValueError when empty."""
     step, score = max(evaluations, key=lambda pair: (pair[1], -pair[0]))
     since = sum(later > step for later, _ in evaluations)

@@ -23,25 +23,29 @@ from safetensors import safe_open
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from dreambooth_moslora.base.devices import precision_of
+from dreambooth_moslora.base.devices import get_precision
 from dreambooth_moslora.disk import events, run_folder
-from dreambooth_moslora.disk.atomic import atomic_directory, atomic_write, rename
-from dreambooth_moslora.disk.contents import content_key, file_digest, read_json
-from dreambooth_moslora.disk.paths import free_name
+from dreambooth_moslora.disk.atomic import rename_with_retry, write_atomic, write_atomic_directory
+from dreambooth_moslora.disk.contents import hash_file, hash_values, read_json
+from dreambooth_moslora.disk.paths import find_free_name
 from dreambooth_moslora.disk.run_folder import OPTIMIZER_NAME, POSITION_NAME, Position
-from dreambooth_moslora.errors import UserError, one_line
+from dreambooth_moslora.errors import UserError, format_error
 from dreambooth_moslora.lora import metadata, raw_file
 from dreambooth_moslora.settings import train_config
 from dreambooth_moslora.settings.family_facts import DENOISERS
-from dreambooth_moslora.training.optimizer import optimizer_kind, put, with_own_settings
+from dreambooth_moslora.training.optimizer import (
+    copy_into,
+    get_optimizer_name,
+    merge_group_settings,
+)
 from dreambooth_moslora.training.prepare import COMPANION
 from dreambooth_moslora.training.reporter import RunContext
 
 logger = logging.getLogger(__name__)
 
 # The files of a checkpoint that not each one has.
-SCALER = "scaler.pt"
-WEIGHTS = "weights.pt"
+SCALER_NAME = "scaler.pt"
+WEIGHTS_NAME = "weights.pt"
 """The weights that training continues from, if the checkpoint's adapter is their average."""
 OF_ONE_START = ("output_dir", "resume_from_checkpoint", "dry_run")
 """Settings of one start of a run, which say nothing of what it trains."""
@@ -66,45 +70,45 @@ def save_checkpoint(
     optimizer, scaler: whose states are written
     weights: those behind an average, if the components hold one
     """
-    with atomic_directory(path) as folder:
+    with write_atomic_directory(path) as folder:
         # What is learnt.
         raw_file.save_raw(components, folder / run_folder.RAW_NAME, facts)
 
         # What the next step needs of the steps before.
         save_states(optimizer.state_dict(), folder / OPTIMIZER_NAME)
         if scaler is not None:
-            save_states(scaler.state_dict(), folder / SCALER)
+            save_states(scaler.state_dict(), folder / SCALER_NAME)
         if weights is not None:
-            save_states({"weights": [weight.cpu() for weight in weights]}, folder / WEIGHTS)
+            save_states({"weights": [weight.cpu() for weight in weights]}, folder / WEIGHTS_NAME)
 
         # Last the position, with a digest of all the others.
-        position = replace(position, digest=digest_of(folder, position))
-        atomic_write(folder / POSITION_NAME, json.dumps(asdict(position)))
+        position = replace(position, digest=digest_checkpoint(folder, position))
+        write_atomic(folder / POSITION_NAME, json.dumps(asdict(position)))
 
 
-def digest_of(checkpoint: Path, position: Position) -> str:
+def digest_checkpoint(checkpoint: Path, position: Position) -> str:
     """SHA-256 of the position and of the bytes of all parts."""
-    names = (run_folder.RAW_NAME, OPTIMIZER_NAME, SCALER, WEIGHTS)
+    names = (run_folder.RAW_NAME, OPTIMIZER_NAME, SCALER_NAME, WEIGHTS_NAME)
     parts = [checkpoint / name for name in names]
     parts = [path for path in parts if path.is_file()]
-    files = {path.name: file_digest(path) for path in parts}
+    files = {path.name: hash_file(path) for path in parts}
     facts = asdict(replace(position, digest=""))
     # Earlier versions wrote none of these, and their digests hold.
     for name in ("settings", "photos"):
         if not facts[name]:
             del facts[name]
-    return content_key(**facts, files=files)
+    return hash_values(**facts, files=files)
 
 
-def check_whole(checkpoint: Path) -> Position:
+def verify_checkpoint(checkpoint: Path) -> Position:
     """The checkpoint's position. Raises UserError when that cannot be read, and when its files were
     changed or belong to different checkpoints."""
     try:
         position = read_json(checkpoint / POSITION_NAME, Position)
     except UserError as error:
-        raise damaged(checkpoint, POSITION_NAME, error) from error
-    if position.digest != digest_of(checkpoint, position):
-        raise damaged(
+        raise build_damage_error(checkpoint, POSITION_NAME, error) from error
+    if position.digest != digest_checkpoint(checkpoint, position):
+        raise build_damage_error(
             checkpoint,
             POSITION_NAME,
             "the files beside it were changed, or are of another checkpoint",
@@ -117,12 +121,12 @@ def save_states(states: dict, path: Path) -> None:
     so."""
     buffer = BytesIO()
     torch.save(states, buffer)
-    atomic_write(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue())
 
 
-def damaged(checkpoint: Path, name: str, reason: object) -> UserError:
+def build_damage_error(checkpoint: Path, name: str, reason: object) -> UserError:
     return UserError(
-        f"{checkpoint} is damaged ({name}: {one_line(reason)}); resume from another checkpoint."
+        f"{checkpoint} is damaged ({name}: {format_error(reason)}); resume from another checkpoint."
     )
 
 
@@ -132,7 +136,7 @@ def load_states(checkpoint: Path, name: str) -> dict:
     try:
         states = torch.load(checkpoint / name, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and pickle raise whatever they like on damaged bytes
-        raise damaged(checkpoint, name, error) from error
+        raise build_damage_error(checkpoint, name, error) from error
     return states
 
 
@@ -152,7 +156,7 @@ def restore_optimizer(
     Raises UserError for a damaged file.
     """
     states = load_states(checkpoint, OPTIMIZER_NAME)
-    optimizer.load_state_dict(with_own_settings(states, optimizer))
+    optimizer.load_state_dict(merge_group_settings(states, optimizer))
 
     # The rate is computed anew, so that a resumed run may have another.
     schedule.last_epoch = step
@@ -162,37 +166,37 @@ def restore_optimizer(
         group["lr"] = lr * factor(step)
 
     # A run without fp16 wrote no scaler.
-    if scaler is not None and (checkpoint / SCALER).is_file():
-        scaler.load_state_dict(load_states(checkpoint, SCALER))
+    if scaler is not None and (checkpoint / SCALER_NAME).is_file():
+        scaler.load_state_dict(load_states(checkpoint, SCALER_NAME))
 
 
 def restore_weights(checkpoint: Path, parameters: list[torch.nn.Parameter]) -> None:
     """Restore the weights behind an average."""
-    put(load_states(checkpoint, WEIGHTS)["weights"], parameters)
+    copy_into(load_states(checkpoint, WEIGHTS_NAME)["weights"], parameters)
 
 
-def find_checkpoint(run_dir: run_folder.RunDir, wanted: str | None) -> Path | None:
+def find_checkpoint(run_dir: run_folder.RunDir, name: str | None) -> Path | None:
     """The checkpoint that `wanted` names: a path, a name in the run, or `latest`.
 
     `latest` is the newest that is not damaged; without one it is None, with a warning. Raises
     UserError for a name or path that is no checkpoint.
     """
-    if not wanted:
+    if not name:
         return None
 
     # A name: it may lie in another run's folder.
-    if wanted != "latest":
-        for path in (Path(wanted), run_dir.path / wanted):
+    if name != "latest":
+        for path in (Path(name), run_dir.path / name):
             if run_folder.is_checkpoint(path):
                 return path
         raise UserError(
-            f"--resume_from_checkpoint {wanted}: no complete checkpoint there; try `latest`."
+            f"--resume_from_checkpoint {name}: no complete checkpoint there; try `latest`."
         )
 
     # `latest`: the newest whose files are whole.
-    for checkpoint in reversed(run_dir.checkpoints()):
+    for checkpoint in reversed(run_dir.list_checkpoints()):
         try:
-            check_whole(checkpoint)
+            verify_checkpoint(checkpoint)
         except UserError as error:
             logger.warning("--resume_from_checkpoint latest skips %s: %s", checkpoint.name, error)
         else:
@@ -205,33 +209,36 @@ def find_checkpoint(run_dir: run_folder.RunDir, wanted: str | None) -> Path | No
     return None
 
 
-def resume_point(
+def find_resume_point(
     config: train_config.TrainConfig, run_dir: run_folder.RunDir
 ) -> tuple[Path, Position] | None:
     """The checkpoint to resume from and its position; None for a fresh run. Raises UserError."""
     checkpoint = find_checkpoint(run_dir, config.resume_from_checkpoint)
     if checkpoint is None:
         return None
-    position = check_whole(checkpoint)
-    check_resumed(config, checkpoint, position)
+    position = verify_checkpoint(checkpoint)
+    check_resumed_settings(config, checkpoint, position)
     return checkpoint, position
 
 
-def check_resumed(config: train_config.TrainConfig, checkpoint: Path, position: Position) -> None:
+def check_resumed_settings(
+    config: train_config.TrainConfig, checkpoint: Path, position: Position
+) -> None:
     """Raises UserError for the first setting that differs from the checkpoint's, and for a damaged
     adapter file."""
-    facts, modules = trained_modules(checkpoint)
-    asked_optimizer = optimizer_kind(config)
+    facts, modules = read_adapted_modules(checkpoint)
+    asked_optimizer = get_optimizer_name(config)
     if position.optimizer != asked_optimizer:
         raise UserError(
             f"{checkpoint.name} was written with {position.optimizer}; "
             f"you ask for {asked_optimizer}: "
             "resume with the same optimizer, or start a new run."
         )
-    for name, there, asked in settings_of_both(config, checkpoint, position.seed, facts, modules):
+    for name, there, asked in compare_settings(config, checkpoint, position.seed, facts, modules):
         if there != asked:
             raise UserError(
-                f"--{name}: {checkpoint.name} has {shown(there)}; you ask for {shown(asked)}: "
+                f"--{name}: {checkpoint.name} has {format_setting(there)}; "
+                f"you ask for {format_setting(asked)}: "
                 "resume without it, or start a new run."
             )
 
@@ -267,7 +274,7 @@ def compare_bases(
     return [f"{part}: {change}" for part, change in changes.items()]
 
 
-def settings_of_both(
+def compare_settings(
     config: train_config.TrainConfig,
     checkpoint: Path,
     seed: int,
@@ -295,19 +302,19 @@ def settings_of_both(
     rank_name = "rank_pattern" if config.rank_pattern else "rank"
     alpha_name = "alpha_pattern" if config.alpha_pattern else "lora_alpha"
     for module in sorted(modules):
-        rank, alpha = train_config.rank_and_alpha(config, *module.split(".", 1))
+        rank, alpha = train_config.get_rank_and_alpha(config, *module.split(".", 1))
         yield rank_name, facts.ranks.get(module, facts.rank), rank
         yield alpha_name, facts.alphas.get(module, facts.alpha), alpha
 
     # The settings that the table says have to be the same. Without a mixer none is trained.
-    for name in train_config.named("same_on_resume"):
+    for name in train_config.list_settings("same_on_resume"):
         if name != "train_mixer" or config.mixer != "none":
             yield name, getattr(facts, name), getattr(config, name)
 
 
 def resolve_settings(config: train_config.TrainConfig) -> dict[str, Any]:
     """Return the settings by name, as JSON, with the precision that accelerate uses."""
-    return config.to_dict() | {"mixed_precision": precision_of(config)}
+    return config.to_dict() | {"mixed_precision": get_precision(config)}
 
 
 def list_changes(
@@ -324,8 +331,8 @@ def list_changes(
     lines = []
     for name, value in now.items():
         if name in before and name not in OF_ONE_START and before[name] != value:
-            change = f"{shown(before[name])} -> {shown(value)}"
-            lines.append(f"{train_config.shown_flag(name)}: {change}")
+            change = f"{format_setting(before[name])} -> {format_setting(value)}"
+            lines.append(f"{train_config.get_flag_name(name)}: {change}")
 
     # Files, but for the photos that a changed --leave_out tells.
     if not position.photos:
@@ -353,7 +360,7 @@ def compare_files(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str
     return changes
 
 
-def shown(value: object) -> str:
+def format_setting(value: object) -> str:
     """A setting as a message writes it: a number in the shorter of the forms 0.01 and 1e-4."""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "not set"
@@ -363,7 +370,7 @@ def shown(value: object) -> str:
     return "not set" if value is None else str(value)
 
 
-def trained_modules(checkpoint: Path) -> tuple[metadata.AdapterMetadata, set[str]]:
+def read_adapted_modules(checkpoint: Path) -> tuple[metadata.AdapterMetadata, set[str]]:
     """The metadata in the adapter file's header, and the modules (`component.path`) adapted. Raises
     UserError."""
     try:
@@ -373,35 +380,37 @@ def trained_modules(checkpoint: Path) -> tuple[metadata.AdapterMetadata, set[str
             return facts, {key.rpartition(".")[0] for key in names if "." in key}
     # safetensors raises its own kind, the disk another, and a header may hold anything
     except Exception as error:
-        raise damaged(checkpoint, run_folder.RAW_NAME, error) from None
+        raise build_damage_error(checkpoint, run_folder.RAW_NAME, error) from None
 
 
 def has_previous_run(run_dir: run_folder.RunDir) -> bool:
     """Whether a checkpoint or an adapter exists; metrics alone come from a run without a result."""
     return bool(
-        run_dir.named_checkpoints()
-        or present(run_dir.adapter_path, run_dir.kohya_path, run_dir.best_dir)
+        run_dir.list_checkpoint_folders()
+        or filter_existing(run_dir.adapter_path, run_dir.kohya_path, run_dir.best_dir)
     )
 
 
-def archive_checkpoints_after(run_dir: run_folder.RunDir, step: int) -> None:
+def move_later_checkpoints(run_dir: run_folder.RunDir, step: int) -> None:
     """Move checkpoints after `step` away: otherwise `latest` would later resume the abandoned
     run."""
     later = []
-    for path in reversed(run_dir.named_checkpoints()):
-        if run_folder.step_of(path) > step:
+    for path in reversed(run_dir.list_checkpoint_folders()):
+        if run_folder.read_checkpoint_step(path) > step:
             later.append(path)
     scored = run_dir.read_scores()
     if scored and scored[-1].best and scored[-1].best["step"] > step:
-        later += present(run_dir.best_dir)
-    move(later, run_dir, f"held checkpoints after step {step}, from which this run goes on")
+        later += filter_existing(run_dir.best_dir)
+    move_to_earlier_run(
+        later, run_dir, f"held checkpoints after step {step}, from which this run goes on"
+    )
 
 
-def present(*paths: Path) -> list[Path]:
+def filter_existing(*paths: Path) -> list[Path]:
     return [path for path in paths if path.exists()]
 
 
-def move(paths: list[Path], run_dir: run_folder.RunDir, what: str) -> None:
+def move_to_earlier_run(paths: list[Path], run_dir: run_folder.RunDir, reason: str) -> None:
     """Move these into the next `earlier_run_1` of the run folder, and say so. Nothing happens
     without any paths."""
     if not paths:
@@ -410,13 +419,13 @@ def move(paths: list[Path], run_dir: run_folder.RunDir, what: str) -> None:
     def is_taken(name: str) -> bool:
         return (run_dir.path / name).exists()
 
-    home = run_dir.path / free_name("earlier_run", is_taken, is_numbered=True)
+    home = run_dir.path / find_free_name("earlier_run", is_taken, is_numbered=True)
     home.mkdir()
     for path in paths:
         place = home / path.relative_to(run_dir.path)
         place.parent.mkdir(parents=True, exist_ok=True)
-        rename(path, place)
-    logger.warning("%s %s: moved to %s.", run_dir.path, what, home.name)
+        rename_with_retry(path, place)
+    logger.warning("%s %s: moved to %s.", run_dir.path, reason, home.name)
 
 
 def report_start(
@@ -445,32 +454,32 @@ def claim_run_folder(
     run_dir, report = context.run_dir, context.report
 
     # A folder without an earlier run was claimed at the start.
-    if report.waiting is None or not context.accelerator.is_main_process:
+    if report.pending_events is None or not context.accelerator.is_main_process:
         return
 
     # A run goes on in its own folder: what came after the checkpoint is of an abandoned run.
     is_own = checkpoint is not None and checkpoint.resolve().parent == run_dir.path.resolve()
     if is_own:
-        archive_checkpoints_after(run_dir, step)
+        move_later_checkpoints(run_dir, step)
     elif has_previous_run(run_dir):
-        earlier = present(*files_of_run(run_dir), *report.earlier_curves)
-        move(earlier, run_dir, "held an earlier run")
+        earlier = filter_existing(*list_run_files(run_dir), *report.earlier_curves)
+        move_to_earlier_run(earlier, run_dir, "held an earlier run")
 
     # From here on the folder is this run's. Events that are left are of one that failed here.
     write_settings(config, run_dir)
-    report.begin_at(step if is_own else 0)
+    report.begin_from_step(step if is_own else 0)
 
 
-def files_of_run(run_dir: run_folder.RunDir) -> list[Path]:
+def list_run_files(run_dir: run_folder.RunDir) -> list[Path]:
     """Where a run may have left its results. Class images are not among them, since a new run can
     use them, nor is `train.log`, which continues."""
-    weights = [*run_dir.named_checkpoints(), run_dir.best_dir]
+    weights = [*run_dir.list_checkpoint_folders(), run_dir.best_dir]
     # The folder may have had another name when kohya's file was written.
     adapter = [run_dir.adapter_path, *run_dir.path.glob(f"*{run_folder.KOHYA_SUFFIX}")]
     facts = [run_dir.metrics_path, run_dir.config_path, run_dir.card_path, run_dir.loss_plot_path]
 
     # The card names its pictures; samples and the sheet have their places.
-    named = sorted(run_folder.pictures_named(run_dir.read_card() or ""))
+    named = sorted(run_folder.list_card_pictures(run_dir.read_card() or ""))
     pictures = [run_dir.path / name for name in named]
     pictures += [run_dir.samples_dir, run_dir.contact_sheet_path]
 
@@ -481,4 +490,4 @@ def files_of_run(run_dir: run_folder.RunDir) -> list[Path]:
 
 def write_settings(config: train_config.TrainConfig, run_dir: run_folder.RunDir) -> None:
     """Write `train_config.json`, whole or not at all."""
-    atomic_write(run_dir.config_path, json.dumps(config.to_dict(), indent=2, default=str))
+    write_atomic(run_dir.config_path, json.dumps(config.to_dict(), indent=2, default=str))

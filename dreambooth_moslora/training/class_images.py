@@ -22,28 +22,28 @@ from typing import Any, TypeVar
 import torch
 from diffusers import DiffusionPipeline
 
-from dreambooth_moslora.base.families import encoding_options
-from dreambooth_moslora.disk.atomic import atomic_write, clean_stale
-from dreambooth_moslora.disk.contents import content_key
-from dreambooth_moslora.disk.paths import public_name
-from dreambooth_moslora.errors import UserError, spelled_out
-from dreambooth_moslora.generation.offload import Home
+from dreambooth_moslora.base.families import build_encoding_options
+from dreambooth_moslora.disk.atomic import clean_temporaries, write_atomic
+from dreambooth_moslora.disk.contents import hash_values
+from dreambooth_moslora.disk.paths import get_public_name
+from dreambooth_moslora.errors import UserError, escape_control_characters
+from dreambooth_moslora.generation.offload import Placement
 from dreambooth_moslora.generation.sampling import generate_images, in_batches
 from dreambooth_moslora.photos import augment, masks, photo_file
 from dreambooth_moslora.photos.captions import (
     Captioner,
-    MadeCaption,
-    keep,
+    GeneratedCaption,
     load_captioner,
-    make_for_run,
+    make_run_caption,
+    save_caption,
 )
-from dreambooth_moslora.photos.folder import find_photos, usable_photos
+from dreambooth_moslora.photos.folder import find_photos, list_usable_photos
 from dreambooth_moslora.photos.photo_file import Photo, UnreadableImageError, open_image
-from dreambooth_moslora.pictures import png_bytes
-from dreambooth_moslora.plan.distributed import agreed, on_main, share_out
-from dreambooth_moslora.plan.plan import shares
-from dreambooth_moslora.seeds import seed_of
-from dreambooth_moslora.settings.family_facts import text_options_of
+from dreambooth_moslora.pictures import encode_png
+from dreambooth_moslora.plan.distributed import require_agreement, run_on_main, share_work
+from dreambooth_moslora.plan.plan import split_total
+from dreambooth_moslora.seeds import compute_seed
+from dreambooth_moslora.settings.family_facts import get_text_options
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import reporter
 
@@ -55,7 +55,7 @@ Made = TypeVar("Made")
 Model = TypeVar("Model")
 
 
-def make_missing(
+def make_distributed(
     context: reporter.RunContext,
     phase: str,
     items: Sequence[Item],
@@ -73,21 +73,21 @@ def make_missing(
     """
     accelerator = context.accelerator
 
-    def own(share: Sequence[Item]) -> Generator[Made, None, None]:
+    def make_share(share: Sequence[Item]) -> Generator[Made, None, None]:
         for item in share:
-            context.raise_if_asked()
+            context.raise_if_local_stop()
             yield make(item)
 
     # How many are done, each time that one is kept.
-    def counts() -> Iterator[int]:
-        made = share_out(accelerator, items, own)
+    def keep_and_count() -> Iterator[int]:
+        made = share_work(accelerator, items, make_share)
         for count, (item, one) in enumerate(zip(items, made, strict=True), start=1):
-            on_main(accelerator, partial(keep, item, one))
+            run_on_main(accelerator, partial(keep, item, one))
             yield count
 
-    for _ in context.report.counted(phase, counts(), len(items)):
+    for _ in context.report.report_counts(phase, keep_and_count(), len(items)):
         pass
-    context.stop_if_asked()
+    context.raise_if_stop_requested()
 
 
 def make_for_photos(
@@ -110,20 +110,20 @@ def make_for_photos(
     Raises UserError and StopRequestedError.
     """
     subjects, device = config.each_subject, context.accelerator.device
-    same = agreed(
+    same = require_agreement(
         context.accelerator, lambda: photos, lambda found: f"{len(found)} photos without a {kind}"
     )
 
     # The photos come by subject, so each model is loaded once.
     @lru_cache(maxsize=1)
-    def model_of(subject: int) -> Model:
+    def get_model(subject: int) -> Model:
         return load(subjects[subject], device)
 
-    def make_one(photo: Photo) -> Made:
-        return make(photo, model_of(photo.subject))
+    def make_item(photo: Photo) -> Made:
+        return make(photo, get_model(photo.subject))
 
-    make_missing(context, f"{kind}s", same, make_one, keep)
-    model_of.cache_clear()
+    make_distributed(context, f"{kind}s", same, make_item, keep)
+    get_model.cache_clear()
     reporter.free_unused_memory(device)
 
 
@@ -137,12 +137,15 @@ def make_captions(config: TrainConfig, context: reporter.RunContext, photos: lis
     path = context.run_dir.captions_path
 
     # The instance prompt is a part of a caption, and each subject has its own.
-    def make(photo: Photo, captioner: Captioner) -> MadeCaption:
-        return make_for_run(photo, captioner, subjects[photo.subject].instance_prompt, path)
+    def make(photo: Photo, captioner: Captioner) -> GeneratedCaption:
+        return make_run_caption(photo, captioner, subjects[photo.subject].instance_prompt, path)
 
-    def tell(photo: Photo, made: MadeCaption) -> None:
-        keep(path, made, subjects[photo.subject].instance_prompt)
-        logger.info("%s", spelled_out(f"{photo.path.name}: {made.caption or made.remark}"))
+    def keep_and_log(photo: Photo, caption: GeneratedCaption) -> None:
+        save_caption(path, caption, subjects[photo.subject].instance_prompt)
+        logger.info(
+            "%s",
+            escape_control_characters(f"{photo.path.name}: {caption.caption or caption.remark}"),
+        )
 
     make_for_photos(
         config,
@@ -151,7 +154,7 @@ def make_captions(config: TrainConfig, context: reporter.RunContext, photos: lis
         photos=bare,
         load=load_captioner,
         make=make,
-        keep=tell,
+        keep=keep_and_log,
     )
 
 
@@ -162,15 +165,17 @@ def make_masks(config: TrainConfig, context: reporter.RunContext, photos: list[P
         return
     folder = context.run_dir.masks_dir
 
-    # Masks that training made are asked for again: `make_kept` finds those that are here.
-    own = [photo_file.without_kept_mask(photo, folder) for photo in photos]
+    # Masks that training made are asked for again: `make_run_mask` finds those that are here.
+    own = [photo_file.drop_saved_mask(photo, folder) for photo in photos]
     bare = [photo for photo in own if photo.mask_path is None]
     if not bare:
         return
 
-    def tell(photo: Photo, mask: masks.MadeMask) -> None:
+    def log_remark(photo: Photo, mask: masks.GeneratedMask) -> None:
         if mask.remark:
-            logger.warning("%s", spelled_out(f"the mask of {photo.path.name}: {mask.remark}"))
+            logger.warning(
+                "%s", escape_control_characters(f"the mask of {photo.path.name}: {mask.remark}")
+            )
 
     make_for_photos(
         config,
@@ -178,12 +183,12 @@ def make_masks(config: TrainConfig, context: reporter.RunContext, photos: list[P
         kind="mask",
         photos=bare,
         load=masks.load_segmenter,
-        make=partial(masks.make_kept, folder=folder),
-        keep=tell,
+        make=partial(masks.make_run_mask, folder=folder),
+        keep=log_remark,
     )
 
 
-GENERATED = re.compile(r"class_[0-9a-f]{8}_\d{5}\.png")
+GENERATED_PATTERN = re.compile(r"class_[0-9a-f]{8}_\d{5}\.png")
 """The names of generated images."""
 UNUSED = (
     "{folder}: {unused} generated class images are of another base, class prompt, size or --seed, "
@@ -211,29 +216,29 @@ class ClassImages:
     size_px: tuple[int, int]
     text_options: dict[str, Any] = field(default_factory=dict)
 
-    def path(self, index: int) -> Path:
+    def get_path(self, index: int) -> Path:
         """Return the file of an image. Its name says what shapes the image: those of another
         prompt, base, seed, size or encoding have other names."""
         height, width = self.size_px
         size = height if height == width else f"{width}x{height}"
-        tag = seed_of(self.prompt, self.model, self.seed, size, *self.text_options.values())
+        tag = compute_seed(self.prompt, self.model, self.seed, size, *self.text_options.values())
         return self.folder / f"class_{tag % 16**8:08x}_{index:05d}.png"
 
-    def is_there(self, index: int) -> bool:
+    def is_readable(self, index: int) -> bool:
         """Whether the image was drawn, and opens."""
         try:
-            open_image(self.path(index))
+            open_image(self.get_path(index))
         except UnreadableImageError:
             return False
         return True
 
-    def lacking(self, count: int, batch_size: int) -> list["ClassBatch"]:
+    def list_missing(self, count: int, batch_size: int) -> list["ClassBatch"]:
         """Return the batches of the first `count` images that lack one: drawn in another batch, an
         image has other bytes."""
         batches = []
         for start in range(0, count, batch_size):
             indices = range(start, min(start + batch_size, count))
-            if not all(map(self.is_there, indices)):
+            if not all(map(self.is_readable, indices)):
                 batches.append(ClassBatch(self, tuple(indices)))
         return batches
 
@@ -253,21 +258,21 @@ class ClassBatch:
     def seeds(self) -> list[int]:
         """Of the noise, one for each image."""
         seed = self.images.seed
-        return [seed_of(seed, "class_image", index) % 2**32 for index in self.indices]
+        return [compute_seed(seed, "class_image", index) % 2**32 for index in self.indices]
 
     def keep(self, files: list[bytes]) -> None:
         """Write those files. An image that is there stays, as a run that shares the folder may have
         read it."""
         for index, content in zip(self.indices, files, strict=True):
-            if not self.images.is_there(index):
-                atomic_write(self.images.path(index), content)
+            if not self.images.is_readable(index):
+                write_atomic(self.images.get_path(index), content)
 
 
-Sets = list[tuple[ClassImages, int]]
+ClassImageSets = list[tuple[ClassImages, int]]
 """Sets of generated images, one per size, each with the wanted number."""
 
 
-def class_photos_of_each(
+def make_class_photos(
     config: TrainConfig,
     context: reporter.RunContext,
     pipeline: DiffusionPipeline,
@@ -286,19 +291,19 @@ def class_photos_of_each(
     """
     found: dict[tuple[str, str | None], list[Photo]] = {}
     subjects = config.each_subject
-    rule = augment.crop_rule(config)
+    rule = augment.build_crop_rule(config)
     keys = [(subject.class_prompt, subject.class_data_dir) for subject in subjects]
     for subject, key in zip(subjects, keys):
         if key in found:
             continue
         own = [photo for photo in photos if keys[photo.subject] == key]
-        sizes = Counter(rule.target(photo.size_px) for photo in own)
+        sizes = Counter(rule.get_target_size(photo.size_px) for photo in own)
         folder = Path(subject.class_data_dir or context.run_dir.class_images_dir)
-        found[key] = top_up(folder, subject, context, pipeline, sizes, digests)
+        found[key] = fill_class_images(folder, subject, context, pipeline, sizes, digests)
     return [found[key] for key in keys]
 
 
-def top_up(
+def fill_class_images(
     folder: Path,
     config: TrainConfig,
     context: reporter.RunContext,
@@ -318,16 +323,18 @@ def top_up(
     Raises UserError and StopRequestedError.
     """
     accelerator = context.accelerator
-    sets, lacking = on_main(accelerator, lambda: planned(folder, config, sizes, digests))
+    sets, lacking = run_on_main(
+        accelerator, lambda: plan_class_images(folder, config, sizes, digests)
+    )
     if lacking:
         # Where the base is too large for the device, it is streamed as where a person draws.
-        home = Home(pipeline, accelerator.device)
+        home = Placement(pipeline, accelerator.device)
         home.enter()
 
         # As many at once as found room before.
         at_once = config.sample_batch_size
 
-        def remember(size: int) -> None:
+        def set_batch_size(size: int) -> None:
             nonlocal at_once
             at_once = size
 
@@ -340,28 +347,30 @@ def top_up(
                 size_px=batch.images.size_px,
                 text_options=batch.images.text_options,
             )
-            pictures = in_batches(batch.seeds, at_once, together, accelerator.device, remember)
-            return [png_bytes(picture) for picture in pictures]
+            pictures = in_batches(
+                batch.seeds, at_once, together, accelerator.device, set_batch_size
+            )
+            return [encode_png(picture) for picture in pictures]
 
-        make_missing(context, "class_images", lacking, draw, ClassBatch.keep)
+        make_distributed(context, "class_images", lacking, draw, ClassBatch.keep)
         home.end()
 
     # Every process looks into the folder, and all have to find the same.
-    usable = partial(usable_class_photos, folder, config, sets)
-    return agreed(accelerator, usable, lambda found: f"{len(found)} class images")
+    usable = partial(find_usable_class_photos, folder, config, sets)
+    return require_agreement(accelerator, usable, lambda found: f"{len(found)} class images")
 
 
-def planned(
+def plan_class_images(
     folder: Path,
     config: TrainConfig,
     sizes: Mapping[tuple[int, int], int],
     digests: Mapping[str, str],
-) -> tuple[Sets, list[ClassBatch]]:
+) -> tuple[ClassImageSets, list[ClassBatch]]:
     """The sets of the run beside the user's own images, and the batches to draw for them. The
     folder is made, and generated images that are there and not used are logged."""
     # A set of each size. A name alone may have come to another base.
-    model = f"{public_name(config.pretrained_model_name_or_path)} {content_key(**digests)}"
-    options = encoding_options(text_options_of(config))
+    model = f"{get_public_name(config.pretrained_model_name_or_path)} {hash_values(**digests)}"
+    options = build_encoding_options(get_text_options(config))
     sets = []
     for size in sizes:
         images = ClassImages(
@@ -380,16 +389,16 @@ def planned(
         found = find_photos(folder, config.class_prompt, config.resolution, alpha="white").photos
     generated = {photo.path for photo in found if is_generated(photo)}
     wanted = max(0, config.num_class_images - (len(found) - len(generated)))
-    counts = shares(sizes, wanted)
+    counts = split_total(sizes, wanted)
 
     # What is to be drawn of them.
     folder.mkdir(parents=True, exist_ok=True)
-    clean_stale(folder)
+    clean_temporaries(folder)
     counted = [(images, counts[images.size_px]) for images in sets]
     lacking = []
     for images, count in counted:
-        lacking += images.lacking(count, config.sample_batch_size)
-        generated -= {images.path(index) for index in range(count)}
+        lacking += images.list_missing(count, config.sample_batch_size)
+        generated -= {images.get_path(index) for index in range(count)}
     if lacking and generated:
         line = UNUSED.format(
             folder=folder,
@@ -397,21 +406,23 @@ def planned(
             prompt=config.class_prompt,
             lacking=sum(len(batch.indices) for batch in lacking),
         )
-        logger.info("%s", spelled_out(line))
+        logger.info("%s", escape_control_characters(line))
     return counted, lacking
 
 
-def usable_class_photos(folder: Path, config: TrainConfig, sets: Sets) -> list[Photo]:
+def find_usable_class_photos(
+    folder: Path, config: TrainConfig, sets: ClassImageSets
+) -> list[Photo]:
     """`num_class_images` images, the user's own first. Raises UserError for fewer: the prior would
     be weaker."""
     report = find_photos(folder, config.class_prompt, config.resolution, alpha="white")
-    found = usable_photos(report)
+    found = list_usable_photos(report)
     usable = [photo for photo in found if not is_generated(photo)]
 
     # Generated ones of this run's sets; others are of another prompt, base, seed or size.
     wanted = set()
     for images, count in sets:
-        wanted |= {images.path(index) for index in range(count)}
+        wanted |= {images.get_path(index) for index in range(count)}
     usable += [photo for photo in found if photo.path in wanted]
     usable = usable[: config.num_class_images]
     if len(usable) < config.num_class_images:
@@ -425,4 +436,4 @@ def usable_class_photos(folder: Path, config: TrainConfig, sets: Sets) -> list[P
 
 def is_generated(photo: Photo) -> bool:
     """Whether a picture among the class images was generated, as its name tells."""
-    return GENERATED.fullmatch(photo.path.name) is not None
+    return GENERATED_PATTERN.fullmatch(photo.path.name) is not None

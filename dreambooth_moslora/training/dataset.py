@@ -25,21 +25,21 @@ import torch.nn.functional as F
 from PIL import Image
 
 from dreambooth_moslora.base import families, load
-from dreambooth_moslora.disk.contents import content_key, file_digest
+from dreambooth_moslora.disk.contents import hash_file, hash_values
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import augment, caption_variants, photo_file
-from dreambooth_moslora.seeds import place_of, rng
+from dreambooth_moslora.seeds import seed_rng, shuffle_index
 from dreambooth_moslora.settings import subjects, train_config
-from dreambooth_moslora.training.encoding_cache import TensorCache, Tensors, digest_of
+from dreambooth_moslora.training.encoding_cache import EncodingCache, Tensors, digest_tensors
 
-Size = tuple[int, int]
+LatentBucket = tuple[int, int]
 """(h, w) in px."""
-View = tuple[int, int, Size]
+CropKey = tuple[int, int, LatentBucket]
 """(slot, crop number, crop size); the slot numbers photos times repeats."""
 
 
 @dataclass(frozen=True)
-class EncodedView:
+class EncodedCrop:
     """One crop of a photo, encoded.
 
     latents: (C, h, w)
@@ -66,7 +66,7 @@ class PhotoEncoder:
     """
 
     vae: torch.nn.Module
-    cache: TensorCache | None
+    cache: EncodingCache | None
     rule: augment.CropRule
     unmasked_weight: float = 0.0
     family: families.Family = load.SDXL_FAMILY
@@ -77,21 +77,21 @@ class PhotoEncoder:
         # The scale of the latents is no weight, so the configuration is part of the identity.
         config = self.vae.config.items()
         constants = {name: value for name, value in config if not name.startswith("_")}
-        self.vae_identity = content_key(
-            weights=self.vae_digest or digest_of(self.vae.state_dict()),
+        self.vae_identity = hash_values(
+            weights=self.vae_digest or digest_tensors(self.vae.state_dict()),
             dtype=self.vae.dtype,
             family=self.family.facts.name,
             constants=constants,
         )
-        self._digest = lru_cache(maxsize=None)(file_digest)
+        self._digest = lru_cache(maxsize=None)(hash_file)
 
-    def encode(self, photo: photo_file.Photo, plan: augment.CropPlan) -> EncodedView:
+    def encode(self, photo: photo_file.Photo, plan: augment.CropPlan) -> EncodedCrop:
         """Loss weights are 1 on the subject, `unmasked_weight` around it, 0 where a photo is
         transparent; all times `synthetic_weight` of a photo that a model made."""
         if self.cache is None:
-            tensors = self._compute(photo, plan)
+            tensors = self._encode_crop(photo, plan)
         else:
-            tensors = self.cache.get(*self.entry(photo, plan))
+            tensors = self.cache.get(*self.build_crop_entry(photo, plan))
 
         # A mask that is the photo's own transparency has nothing around the subject to weigh.
         around = 0.0 if photo.mask_path == photo.path else self.unmasked_weight
@@ -103,19 +103,19 @@ class PhotoEncoder:
         if photo.made_by:
             whole = torch.ones_like(tensors["latents"][:1])
             weights = self.synthetic_weight * (whole if weights is None else weights)
-        return EncodedView(
+        return EncodedCrop(
             latents=tensors["latents"],
             time_ids=torch.tensor(plan.time_ids, dtype=torch.float32),
             mask=weights,
         )
 
-    def entry(
+    def build_crop_entry(
         self, photo: photo_file.Photo, plan: augment.CropPlan
     ) -> tuple[str, Callable[[], Tensors]]:
         """The crop's key in the cache, and the function that encodes it. That raises UserError if
         the cache was changed after the VAE had left memory."""
         # All that the encoding depends on: pixels, mask, crop and VAE.
-        key = content_key(
+        key = hash_values(
             photo=self._digest(photo.path),
             subject=photo.mask_path and self._digest(photo.mask_path),
             plan=plan,
@@ -128,15 +128,15 @@ class PhotoEncoder:
                     f"{self.cache.folder}: the encoding of {photo.path} cannot be read any more, "
                     "and the VAE has left memory; resume the run, which encodes it anew."
                 )
-            return self._compute(photo, plan)
+            return self._encode_crop(photo, plan)
 
         return key, compute
 
-    def _compute(self, photo: photo_file.Photo, plan: augment.CropPlan) -> Tensors:
+    def _encode_crop(self, photo: photo_file.Photo, plan: augment.CropPlan) -> Tensors:
         """Latents (C, h, w), and "subject" and "opaque" (1, h, w) in [0, 1], if the photo has
         them."""
         image, weights = self.load_crop(photo, plan)
-        latents = load.encode_image(self.vae, pixels_of(image)[None], self.family)[0].cpu()
+        latents = load.encode_image(self.vae, convert_to_tensor(image)[None], self.family)[0].cpu()
 
         # A weight of a latent is the mean of its pixels'.
         tensors = {"latents": latents}
@@ -150,10 +150,10 @@ class PhotoEncoder:
     ) -> tuple[Image.Image, dict[str, Image.Image]]:
         """The crop as RGB, and as L the mask ("subject") and what is opaque beside a mask file
         ("opaque")."""
-        image = photo_file.open_again(photo.path)
+        image = photo_file.require_image(photo.path)
         parts = {"subject": photo_file.open_mask(photo)}
         if photo.has_mask_file:
-            parts["opaque"] = photo_file.alpha_of(image)
+            parts["opaque"] = photo_file.get_alpha(image)
 
         # Every part has the photo's size, so one plan cuts them all.
         cut = {}
@@ -164,13 +164,13 @@ class PhotoEncoder:
         return augment.apply_crop(picture, plan), cut
 
 
-def pixels_of(image: Image.Image) -> torch.Tensor:
+def convert_to_tensor(image: Image.Image) -> torch.Tensor:
     """RGB picture -> (3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
 @dataclass(eq=False)
-class PhotoStream:
+class PhotoDataset:
     """The samples of one set of photos, by position.
 
     photos: at least one
@@ -180,7 +180,7 @@ class PhotoStream:
     repeats: how often an epoch shows each photo
     caption_dropout: share of samples with an empty caption
     batch_size: samples in a row that have crops of one size
-    beside: a stream whose crop sizes this one has, at each position
+    size_source: a stream whose crop sizes this one has, at each position
     bare_share: share of samples with the bare prompt, of photos that have one
     """
 
@@ -191,37 +191,37 @@ class PhotoStream:
     repeats: int = 1
     caption_dropout: float = 0.0
     batch_size: int = 1
-    beside: "PhotoStream | None" = None
+    size_source: "PhotoDataset | None" = None
     bare_share: float = 0.0
 
     def __post_init__(self) -> None:
         # The slots of each crop size. Beside another stream there are only its sizes.
-        of_beside = self.beside.groups if self.beside else {}
-        self.groups: dict[Size, list[int]] = {size: [] for size in of_beside}
+        of_beside = self.size_source.buckets if self.size_source else {}
+        self.buckets: dict[LatentBucket, list[int]] = {size: [] for size in of_beside}
         for slot in range(len(self)):
             size_px = self.photos[slot // self.repeats].size_px
-            target = self.encoder.rule.target(size_px)
+            target = self.encoder.rule.get_target_size(size_px)
             if of_beside:
-                target = augment.nearest_shape(size_px, of_beside)
-            self.groups.setdefault(target, []).append(slot)
+                target = augment.find_nearest_shape(size_px, of_beside)
+            self.buckets.setdefault(target, []).append(slot)
 
     def __len__(self) -> int:
         """Samples per epoch."""
         return len(self.photos) * self.repeats
 
-    def at(self, position: int) -> tuple[EncodedView, str]:
+    def get_sample(self, position: int) -> tuple[EncodedCrop, str]:
         """The view at `position` >= 0, and a caption: empty by `caption_dropout`, bare by
-        `bare_share`, or random."""
-        photo, plan = self._sample(position)
+        `bare_prompt_share`, or random."""
+        photo, plan = self._plan_crop(position)
         view = self.encoder.encode(photo, plan)
-        if self._is_in(self.caption_dropout, "caption dropout", position):
+        if self._is_selected(self.caption_dropout, "caption dropout", position):
             return view, ""
-        if photo.bare_prompt and self._is_in(self.bare_share, "bare prompt", position):
+        if photo.bare_prompt and self._is_selected(self.bare_share, "bare prompt", position):
             return view, photo.bare_prompt
-        return view, rng(self.seed, self.name, "caption", position).choice(photo.captions)
+        return view, seed_rng(self.seed, self.name, "caption", position).choice(photo.captions)
 
-    def _is_in(self, share: float, what: str, position: int) -> bool:
-        return rng(self.seed, self.name, what, position).random() < share
+    def _is_selected(self, share: float, what: str, position: int) -> bool:
+        return seed_rng(self.seed, self.name, what, position).random() < share
 
     @property
     def captions(self) -> set[str]:
@@ -229,159 +229,159 @@ class PhotoStream:
         bare = {photo.bare_prompt for photo in self.photos if photo.bare_prompt and self.bare_share}
         return bare.union(*(photo.captions for photo in self.photos))
 
-    def _sample(self, position: int) -> tuple[photo_file.Photo, augment.CropPlan]:
-        slot, crop, target = self._view(position)
+    def _plan_crop(self, position: int) -> tuple[photo_file.Photo, augment.CropPlan]:
+        slot, crop, target = self._find_crop(position)
         photo = self.photos[slot // self.repeats]
-        draws = rng(self.seed, self.name, "crop", slot, crop)
-        return photo, self.encoder.rule.plan(photo.size_px, draws, target, photo.face)
+        draws = seed_rng(self.seed, self.name, "crop", slot, crop)
+        return photo, self.encoder.rule.plan_crop(photo.size_px, draws, target, photo.face)
 
-    def _view(self, position: int) -> View:
+    def _find_crop(self, position: int) -> CropKey:
         """What `position` shows. Where batches need one size, each group of slots has as many of a
         round's batches as it has slots, so that all are shown equally often."""
         target = None
 
         # Beside another stream: its size, of one's own slots.
-        if self.beside is not None:
-            target = self.beside._view(position)[2]
-            epoch, slot = self._place_in(target, position)
+        if self.size_source is not None:
+            target = self.size_source._find_crop(position)[2]
+            epoch, slot = self._find_photo_index(target, position)
 
         # Any samples fit together: the slots are shuffled in each epoch.
-        elif len(self.groups) == 1 or self.batch_size == 1:
-            epoch, slot = place_of(position, len(self), self.seed, self.name)
+        elif len(self.buckets) == 1 or self.batch_size == 1:
+            epoch, slot = shuffle_index(position, len(self), self.seed, self.name)
 
         # A round is as many batches as there are slots, in an order of groups drawn for it. How
         # many batches of this group came before gives the place among its slots.
         else:
             batch, place = divmod(position, self.batch_size)
             turn, number = divmod(batch, len(self))
-            counts = tuple((key, len(slots)) for key, slots in self.groups.items())
-            order = batch_order(counts, self.seed, self.name, turn)
+            counts = tuple((key, len(slots)) for key, slots in self.buckets.items())
+            order = shuffle_batches(counts, self.seed, self.name, turn)
             key = order[number]
-            batches_before = turn * len(self.groups[key]) + order[:number].count(key)
-            epoch, slot = self._place_in(key, batches_before * self.batch_size + place)
+            batches_before = turn * len(self.buckets[key]) + order[:number].count(key)
+            epoch, slot = self._find_photo_index(key, batches_before * self.batch_size + place)
 
         # Each epoch has the next crop of a photo.
         crops = self.encoder.rule.crops_per_photo
         crop = epoch if crops is None else epoch % crops
         if target is None:
-            target = self.encoder.rule.target(self.photos[slot // self.repeats].size_px)
+            target = self.encoder.rule.get_target_size(self.photos[slot // self.repeats].size_px)
         return slot, crop, target
 
-    def _place_in(self, size: Size, position: int) -> tuple[int, int]:
+    def _find_photo_index(self, size: LatentBucket, position: int) -> tuple[int, int]:
         """(epoch, slot) among the slots of this size, or among all if there are none."""
-        slots = self.groups[size] or range(len(self))
-        epoch, found = place_of(position, len(slots), self.seed, self.name, size)
+        slots = self.buckets[size] or range(len(self))
+        epoch, found = shuffle_index(position, len(slots), self.seed, self.name, size)
         return epoch, slots[found]
 
-    def views_ahead(self, sample_count: int) -> list[tuple[photo_file.Photo, augment.CropPlan]]:
+    def list_crops(self, sample_count: int) -> list[tuple[photo_file.Photo, augment.CropPlan]]:
         """The different views among the first `sample_count` samples; none when each epoch crops
         anew."""
         if not self.encoder.rule.crops_per_photo:
             return []
-        first: dict[View, int] = {}
+        first: dict[CropKey, int] = {}
         for position in range(sample_count):
-            first.setdefault(self._view(position), position)
-        return [self._sample(position) for position in first.values()]
+            first.setdefault(self._find_crop(position), position)
+        return [self._plan_crop(position) for position in first.values()]
 
 
 @lru_cache(maxsize=64)
-def batch_order(groups: tuple[tuple[object, int], ...], *names: object) -> tuple[object, ...]:
+def shuffle_batches(groups: tuple[tuple[object, int], ...], *names: object) -> tuple[object, ...]:
     """The groups' keys, each as often as its count, shuffled."""
     keys = [key for key, count in groups for _ in range(count)]
-    return tuple(rng("batches", *names).sample(keys, len(keys)))
+    return tuple(seed_rng("batches", *names).sample(keys, len(keys)))
 
 
 @dataclass(frozen=True)
-class SubjectStreams:
+class SubjectsDataset:
     """Takes turns between one stream per subject.
 
-    streams: one of each subject
+    datasets: one of each subject
     seed: of the order
-    run: samples in a row that show the same subject
+    run_length: samples in a row that show the same subject
     """
 
-    streams: Sequence[PhotoStream]
+    datasets: Sequence[PhotoDataset]
     seed: int
-    run: int = 1
+    run_length: int = 1
 
     @property
     def captions(self) -> set[str]:
-        return set().union(*(stream.captions for stream in self.streams))
+        return set().union(*(stream.captions for stream in self.datasets))
 
     @property
     def encoder(self) -> PhotoEncoder:
         """The one that all streams share."""
-        return self.streams[0].encoder
+        return self.datasets[0].encoder
 
-    def subject_at(self, position: int) -> int:
+    def get_subject(self, position: int) -> int:
         """The number of the subject that is shown there."""
-        return self._place(position)[0]
+        return self._find_sample(position)[0]
 
-    def at(self, position: int) -> tuple[EncodedView, str]:
+    def get_sample(self, position: int) -> tuple[EncodedCrop, str]:
         """The view at `position` >= 0, and its caption."""
-        number, place = self._place(position)
-        return self.streams[number].at(place)
+        number, place = self._find_sample(position)
+        return self.datasets[number].get_sample(place)
 
-    def _place(self, position: int) -> tuple[int, int]:
+    def _find_sample(self, position: int) -> tuple[int, int]:
         """(number of the stream, position in it)."""
-        turn, offset = divmod(position, self.run)
-        round_, number = place_of(turn, len(self.streams), self.seed, "subjects")
-        return number, round_ * self.run + offset
+        turn, offset = divmod(position, self.run_length)
+        round_, number = shuffle_index(turn, len(self.datasets), self.seed, "subjects")
+        return number, round_ * self.run_length + offset
 
-    def views_ahead(self, sample_count: int) -> list[tuple[photo_file.Photo, augment.CropPlan]]:
-        """Like `PhotoStream.views_ahead`, of all subjects, in whole rounds."""
-        rounds = math.ceil(sample_count / (len(self.streams) * self.run))
-        share = rounds * self.run
-        return [view for stream in self.streams for view in stream.views_ahead(share)]
+    def list_crops(self, sample_count: int) -> list[tuple[photo_file.Photo, augment.CropPlan]]:
+        """Like `PhotoDataset.list_crops`, of all subjects, in whole rounds."""
+        rounds = math.ceil(sample_count / (len(self.datasets) * self.run_length))
+        share = rounds * self.run_length
+        return [view for stream in self.datasets for view in stream.list_crops(share)]
 
 
-def instance_streams(
+def build_instance_dataset(
     config: train_config.TrainConfig, photos: list[photo_file.Photo], encoder: PhotoEncoder
-) -> SubjectStreams:
+) -> SubjectsDataset:
     """The streams of the subjects' photos; with buckets a batch shows one subject."""
     streams = []
     for number, subject in enumerate(config.each_subject):
         own = []
         for photo in photos:
             if photo.subject == number:
-                captions = caption_variants.shuffled_captions(subject, photo.captions)
+                captions = caption_variants.shuffle_captions(subject, photo.captions)
                 own.append(replace(photo, captions=captions))
-        stream = PhotoStream(
+        stream = PhotoDataset(
             photos=own,
             encoder=encoder,
             seed=config.seed,
-            name=subjects.stream_of("instance", number),
+            name=subjects.get_seed_name("instance", number),
             repeats=config.repeats,
             caption_dropout=config.caption_dropout,
             batch_size=config.train_batch_size,
-            bare_share=subject.bare_share,
+            bare_share=subject.bare_prompt_share,
         )
         streams.append(stream)
 
     # With buckets, a batch has one size, and so one subject.
     run = config.train_batch_size if config.enable_bucket else 1
-    return SubjectStreams(streams, seed=config.seed, run=run)
+    return SubjectsDataset(streams, seed=config.seed, run_length=run)
 
 
-def prior_streams(
+def build_prior_dataset(
     config: train_config.TrainConfig,
     class_photos: list[list[photo_file.Photo]],
     encoder: PhotoEncoder,
-    instance: SubjectStreams,
-) -> SubjectStreams:
+    instance: SubjectsDataset,
+) -> SubjectsDataset:
     """The streams of class images: beside each sample one of its class; with buckets, of the same
     size."""
     streams = []
-    for number, (photos, own) in enumerate(zip(class_photos, instance.streams, strict=True)):
-        stream = PhotoStream(
+    for number, (photos, own) in enumerate(zip(class_photos, instance.datasets, strict=True)):
+        stream = PhotoDataset(
             photos=photos,
             encoder=encoder,
             seed=config.seed,
-            name=subjects.stream_of("prior", number),
-            beside=own if config.enable_bucket else None,
+            name=subjects.get_seed_name("prior", number),
+            size_source=own if config.enable_bucket else None,
         )
         streams.append(stream)
-    return SubjectStreams(streams, seed=config.seed, run=instance.run)
+    return SubjectsDataset(streams, seed=config.seed, run_length=instance.run_length)
 
 
 @dataclass(frozen=True)
@@ -401,7 +401,7 @@ class TrainBatch:
     mask: torch.Tensor | None
     prompts: list[str]
 
-    def with_base_as_prior(self, prompts: list[str]) -> "TrainBatch":
+    def add_base_prior(self, prompts: list[str]) -> "TrainBatch":
         """The batch twice (2B): the second half has these prompts (B), and the base's prediction as
         its target."""
         mask = None
@@ -416,7 +416,7 @@ class TrainBatch:
         )
 
 
-def collate(samples: Sequence[tuple[EncodedView, str]], instance_count: int) -> TrainBatch:
+def collate(samples: Sequence[tuple[EncodedCrop, str]], instance_count: int) -> TrainBatch:
     """One batch, the subject's views first. If only some have a mask, the others get a mask of
     ones."""
     views = [view for view, _ in samples]
@@ -435,7 +435,7 @@ def collate(samples: Sequence[tuple[EncodedView, str]], instance_count: int) -> 
     )
 
 
-def move_together(
+def move_tensors(
     tensors: dict[str, torch.Tensor | None], device: torch.device
 ) -> dict[str, torch.Tensor | None]:
     """The CPU tensors, or None, on `device`, by one transfer as fp32, asynchronous on CUDA (pinned

@@ -9,33 +9,33 @@ from pathlib import Path
 
 from dreambooth_moslora.base.devices import GIB
 from dreambooth_moslora.disk import queue, run_folder
-from dreambooth_moslora.lora.metadata import dora_note
+from dreambooth_moslora.lora.metadata import get_dora_note
 from dreambooth_moslora.photos import caption_variants, folder, photo_file, synthetic
-from dreambooth_moslora.photos.quality import examine
+from dreambooth_moslora.photos.quality import find_photo_faults
 from dreambooth_moslora.plan.base_size import BaseSize
-from dreambooth_moslora.plan.memory_plans import plan_lines
-from dreambooth_moslora.plan.plan import FEW_EXPOSURES, NEEDED_EXPOSURES, Plan, make_plan
-from dreambooth_moslora.plan.speed import speed_here
-from dreambooth_moslora.plan.validation import check_folders, nearest_existing
+from dreambooth_moslora.plan.memory_plans import format_plans
+from dreambooth_moslora.plan.plan import EXPOSURES_ADVICE, MIN_EXPOSURES, RunPlan, make_plan
+from dreambooth_moslora.plan.speed import choose_local_speed
+from dreambooth_moslora.plan.validation import check_folders, find_existing_folder
 from dreambooth_moslora.settings import lr_schedules, rules, train_config
 from dreambooth_moslora.settings.config_files import DEFAULTS
-from dreambooth_moslora.settings.prompts import subject_of
+from dreambooth_moslora.settings.prompts import parse_subject
 
 
-def advice(plan: Plan) -> list[str]:
+def list_plan_advice(plan: RunPlan) -> list[str]:
     """What is allowed, but probably not meant, in a sentence each."""
     config, steps = plan.config, plan.steps
-    lines = rules.remarks(config)
+    lines = rules.list_remarks(config)
 
     # The number of steps.
-    seen = steps.exposures_a_photo
-    if seen < FEW_EXPOSURES:
+    seen = steps.exposures_per_photo
+    if seen < MIN_EXPOSURES:
         lines.append(
-            f"each photo is seen about {seen:.0f} times, and {NEEDED_EXPOSURES}: "
+            f"each photo is seen about {seen:.0f} times, and {EXPOSURES_ADVICE}: "
             "set --exposures_per_photo or --max_train_steps"
         )
     warm_up = config.lr_warmup_steps
-    if lr_schedules.takes(config, "lr_warmup_steps") and warm_up >= steps.total_steps:
+    if lr_schedules.is_schedule_setting(config, "lr_warmup_steps") and warm_up >= steps.total_steps:
         lines.append(
             f"the learning rate rises for {warm_up} steps, and the run has {steps.total_steps}: "
             "set --lr_warmup_steps"
@@ -45,13 +45,13 @@ def advice(plan: Plan) -> list[str]:
     if config.use_dora:
         facts = plan.base.facts
         is_unet = facts is None or facts.denoiser == "unet"
-        lines.append(dora_note(has_kohya_file=is_unet))
+        lines.append(get_dora_note(has_kohya_file=is_unet))
     return lines
 
 
-def lack_of_disk(plan: Plan) -> list[str]:
+def describe_disk_lack(plan: RunPlan) -> list[str]:
     """A sentence if the disk has no room for the run."""
-    needed, free = plan.cost.disk_gib, free_disk_gib(plan.config)
+    needed, free = plan.cost.disk_gib, measure_free_disk_gib(plan.config)
     if needed <= free:
         return []
     return [
@@ -59,22 +59,22 @@ def lack_of_disk(plan: Plan) -> list[str]:
     ]
 
 
-def free_disk_gib(config: train_config.TrainConfig) -> float:
+def measure_free_disk_gib(config: train_config.TrainConfig) -> float:
     """GiB free on the disk of the run folder, which need not exist yet."""
-    return shutil.disk_usage(nearest_existing(Path(config.output_dir))).free / GIB
+    return shutil.disk_usage(find_existing_folder(Path(config.output_dir))).free / GIB
 
 
 def describe_run(config: train_config.TrainConfig, report: folder.PhotoReport | None = None) -> str:
     """The report of `--dry_run`. Raises UserError for what training would refuse."""
     # Whatever a run would refuse before it loads the base.
     check_folders(config)
-    queue.check_free(Path(config.output_dir))
+    queue.check_unlocked(Path(config.output_dir))
     plan = make_plan(config, report)
     changes = {}
     if config.resume_from_checkpoint:
         from dreambooth_moslora.training import checkpoint
 
-        resumed = checkpoint.resume_point(plan.config, run_folder.RunDir(config.output_dir))
+        resumed = checkpoint.find_resume_point(plan.config, run_folder.RunDir(config.output_dir))
         if resumed is not None:
             path, position = resumed
             digests = folder.hash_files(plan.photo_report)
@@ -82,17 +82,19 @@ def describe_run(config: train_config.TrainConfig, report: folder.PhotoReport | 
             changes = {f"changed since {path.name}": lines}
 
     # The sections, each with the settings as the plan has completed them.
-    report = examine(plan.photo_report, config.resolution)
+    report = find_photo_faults(plan.photo_report, config.resolution)
     config = plan.config
-    speed = f"speed: {speed_here(config, plan.steps.total_steps).sentence()}"
+    speed = f"speed: {choose_local_speed(config, plan.steps.total_steps).describe()}"
     sections = {
-        "not enough room": lack_of_disk(plan),
+        "not enough room": describe_disk_lack(plan),
         **changes,
-        "cost (estimated)": [*cost_lines(plan), *plan_lines(config, plan.cost.size), speed],
-        "steps": step_lines(plan),
-        "photos": photo_lines(config, report),
-        "settings that are not the defaults (--help_all shows those)": changed_lines(config),
-        "remarks": [*report.remarks, *advice(plan)],
+        "cost (estimated)": [*format_costs(plan), *format_plans(config, plan.cost.size), speed],
+        "steps": format_steps(plan),
+        "photos": format_photos(config, report),
+        "settings that are not the defaults (--help_all shows those)": format_changed_settings(
+            config
+        ),
+        "remarks": [*report.remarks, *list_plan_advice(plan)],
     }
     blocks = []
     for title, lines in sections.items():
@@ -101,14 +103,14 @@ def describe_run(config: train_config.TrainConfig, report: folder.PhotoReport | 
     return "\n\n".join(blocks)
 
 
-def changed_lines(config: train_config.TrainConfig) -> list[str]:
+def format_changed_settings(config: train_config.TrainConfig) -> list[str]:
     """The settings of the run that this one tells of, without its defaults."""
     values = config.to_dict() | {"dry_run": False}
 
     # What `train` requires has no default, unless several subjects have their own.
-    required = {*train_config.named("required")}
+    required = {*train_config.list_settings("required")}
     if config.subjects:
-        required -= {*train_config.named("per_subject")}
+        required -= {*train_config.list_settings("per_subject")}
     lines = []
     for name, value in values.items():
         if value != DEFAULTS[name] or name in required:
@@ -116,36 +118,36 @@ def changed_lines(config: train_config.TrainConfig) -> list[str]:
     return lines
 
 
-def photo_lines(config: train_config.TrainConfig, report: folder.PhotoReport) -> list[str]:
+def format_photos(config: train_config.TrainConfig, report: folder.PhotoReport) -> list[str]:
     """A line for each photo and each file that is left out, and the instance prompt's share."""
     lines = []
     for photo in report.photos:
         height, width = photo.size_px
-        about = f"{photo.path.name}  {width} x {height}  {photo_file.quoted(photo)}"
+        about = f"{photo.path.name}  {width} x {height}  {photo_file.format_captions(photo)}"
         lines.append("; ".join([about, *photo.reasons]))
     lines += [f"left out: {item.path.name}  {item.reason}" for item in report.skipped]
-    if share := caption_variants.bare_prompt_line(config, report.photos):
+    if share := caption_variants.describe_bare_prompts(config, report.photos):
         lines.append(share)
-    return [*lines, *synthetic.sentences(report.photos, config.synthetic_weight)]
+    return [*lines, *synthetic.describe_synthetic(report.photos, config.synthetic_weight)]
 
 
-def step_lines(plan: Plan) -> list[str]:
+def format_steps(plan: RunPlan) -> list[str]:
     """How long the run is, and the words of each subject with how often its photos are seen."""
     config, steps = plan.config, plan.steps
-    lines = [steps.sentence()]
+    lines = [steps.describe()]
     for one, count in zip(config.each_subject, steps.photo_counts):
-        subject = subject_of(one)
+        subject = parse_subject(one)
         words = f"token “{subject.token}”"
         if subject.class_word:  # a style has none
             words += f", class “{subject.class_word}”"
         if config.subjects:
-            seen = f"{count} photos seen about {steps.exposures_a_subject / count:.0f} times each"
+            seen = f"{count} photos seen about {steps.exposures_per_subject / count:.0f} times each"
             words = f"“{one.instance_prompt}”: {words}, {seen}"
         lines.append(words)
     return lines
 
 
-def cost_lines(plan: Plan) -> list[str]:
+def format_costs(plan: RunPlan) -> list[str]:
     """The adapter's size, and the memory and disk that the run needs."""
     cost, size = plan.cost, plan.cost.size
 
@@ -162,13 +164,13 @@ def cost_lines(plan: Plan) -> list[str]:
     )
     disk = f"{cost.disk_gib:.2f} GiB, {cost.checkpoint_gib:.3f} GiB a checkpoint"
     return [
-        f"adapter: {parameters}; base: {base_in_words(size)}",
+        f"adapter: {parameters}; base: {describe_base_size(size)}",
         f"memory: {memory}",
-        f"disk: {disk}; free: {free_disk_gib(plan.config):.1f} GiB",
+        f"disk: {disk}; free: {measure_free_disk_gib(plan.config):.1f} GiB",
     ]
 
 
-def base_in_words(size: BaseSize) -> str:
+def describe_base_size(size: BaseSize) -> str:
     """Where the numbers of a base come from."""
     if size.is_measured:
         return "counted in its files"

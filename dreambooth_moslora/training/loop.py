@@ -1,7 +1,7 @@
 """The training loop: from a plan to a verified adapter. A run can be stopped and resumed at any
 time.
 
-train(config) -> TrainResult    `set_up` is what comes before the loop, `fit` is the loop,
+train(config) -> TrainResult    `set_up_training` is what comes before the loop, `fit` is the loop,
                                 `Training` has a method for each of its lines
 """
 
@@ -23,16 +23,16 @@ from dreambooth_moslora.disk.atomic import remove_directory
 from dreambooth_moslora.errors import (
     StopRequestedError,
     UserError,
+    escape_control_characters,
     is_out_of_memory,
-    spelled_out,
 )
 from dreambooth_moslora.generation.sampling import Sampler
 from dreambooth_moslora.lora.verify import Proof
 from dreambooth_moslora.photos import caption_variants, folder, photo_file, synthetic
-from dreambooth_moslora.photos.quality import examine, log_faults
+from dreambooth_moslora.photos.quality import find_photo_faults, log_faults
 from dreambooth_moslora.plan import distributed, memory_plans, validation
-from dreambooth_moslora.plan.plan import Plan, make_plan, plan_steps
-from dreambooth_moslora.precision import LIKE_FP32
+from dreambooth_moslora.plan.plan import RunPlan, make_plan, plan_steps
+from dreambooth_moslora.precision import FP16_OVERFLOW_ADVICE
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import (
     checkpoint,
@@ -41,13 +41,13 @@ from dreambooth_moslora.training import (
     publish,
     reporter,
 )
-from dreambooth_moslora.training.best_step import BestStep, best_of
-from dreambooth_moslora.training.prepare import TrainInputs, prepare
+from dreambooth_moslora.training.best_step import BestStep, find_best_step
+from dreambooth_moslora.training.prepare import TrainInputs, prepare_inputs
 from dreambooth_moslora.training.step import TrainStep
 
 logger = logging.getLogger(__name__)
 
-MOST_SKIPPED = 20
+MAX_SKIPPED_STEPS = 20
 """Steps in a row that fp16 may skip; its scale has then fallen by a factor of a million."""
 
 
@@ -89,7 +89,7 @@ class Training:
     evaluator: scores the adapter; None without scores
     checkpoint: the newest that it wrote or resumed from; `checkpoint_step` is its step
     best: the best step so far, if any was scored
-    skipped_in_a_row: steps that fp16 skipped since the last good one
+    consecutive_skips: steps that fp16 skipped since the last good one
     started: when the present step began, by the monotonic clock
     seconds: of the last steps, without samples and saving
     """
@@ -104,7 +104,7 @@ class Training:
     evaluator: StepScorer | None
     checkpoint: Path | None = None
     best: BestStep | None = None
-    skipped_in_a_row: int = 0
+    consecutive_skips: int = 0
     started: float = 0.0
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
 
@@ -118,7 +118,7 @@ class Training:
     def step(self) -> int:
         return self.train_step.step
 
-    def accumulate_gradients(self) -> torch.Tensor:
+    def accumulate_with_less_memory(self) -> torch.Tensor:
         """Draw, predict, compare and differentiate a step's micro-batches. Returns its losses (3,).
 
         Until the first update a step that runs out of memory is done again with less, from the
@@ -133,7 +133,9 @@ class Training:
                 may_change = self.step == 0 and self.accelerator.num_processes == 1
                 if not may_change or not is_out_of_memory(error):
                     raise
-                leaner = memory_plans.leaner(self.config, self.train_step.inputs.family.facts)
+                leaner = memory_plans.find_leaner_settings(
+                    self.config, self.train_step.inputs.family.facts
+                )
                 if leaner is None:
                     raise
 
@@ -141,28 +143,28 @@ class Training:
             reporter.free_unused_memory(self.accelerator.device)
             flag, settings = leaner
             logger.warning("the first step ran out of memory: it is done again with %s.", flag)
-            self.go_on_as(replace(self.config, **settings))
+            self.switch_settings(replace(self.config, **settings))
 
-    def go_on_as(self, config: TrainConfig) -> None:
+    def switch_settings(self, config: TrainConfig) -> None:
         """Other settings from here on, in what the run computes and in what it says of itself."""
-        self.train_step.go_on_as(config)
+        self.train_step.apply_settings(config)
         self.config = config
         self.publisher = replace(self.publisher, config=config)
         checkpoint.write_settings(config, self.run_dir)
 
-    def diverged(self, what: str) -> UserError:
+    def build_divergence_error(self, problem: str) -> UserError:
         """The error of numbers that are no longer finite."""
         is_fp16 = self.accelerator.mixed_precision == "fp16"
-        other = f", or give {LIKE_FP32}" if is_fp16 else ""
+        other = f", or give {FP16_OVERFLOW_ADVICE}" if is_fp16 else ""
         return UserError(
-            f"{what}: lower --learning_rate{other}; "
+            f"{problem}: lower --learning_rate{other}; "
             f"checkpoints up to here are in {self.run_dir.path}"
         )
 
-    def update_adapter(self, losses: torch.Tensor) -> bool:
+    def update_and_report(self, losses: torch.Tensor) -> bool:
         """Take an optimizer step. Returns False when fp16 overflowed, so that the step is repeated.
 
-        losses: (3,), of `accumulate_gradients`
+        losses: (3,), of `accumulate_with_less_memory`
 
         Raises UserError when every step overflows, for a loss that is not finite, and for such a
         gradient otherwise.
@@ -174,9 +176,9 @@ class Training:
         # Known only now, as reading it waits for a GPU: the update is lost with the run. Losses are
         # shared, so all processes stop together.
         if not math.isfinite(found.total):
-            raise self.diverged(f"the loss is {found.total} at step {attempted}")
+            raise self.build_divergence_error(f"the loss is {found.total} at step {attempted}")
         skipped = not math.isfinite(found.grad_norm)
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
         self.seconds.append(time.monotonic() - self.started)
 
         # A skipped step is reported too: its time is spent, and its number comes again.
@@ -189,49 +191,53 @@ class Training:
             grad_norm=None if skipped else found.grad_norm,
             step_sec=self.seconds[-1],
             eta_sec=median(self.seconds) * (self.max_train_steps - self.step),
-            memory_gib=reporter.memory_gib(self.accelerator.device),
+            memory_gib=reporter.measure_memory_gib(self.accelerator.device),
             skipped=skipped,
         )
         self.report(done)
 
         # Without a scaler nothing is skipped on purpose. With one, its scale has fallen enough.
-        if skipped and (self.accelerator.scaler is None or self.skipped_in_a_row >= MOST_SKIPPED):
-            raise self.diverged(f"the gradient is {found.grad_norm} at step {attempted}")
+        if skipped and (
+            self.accelerator.scaler is None or self.consecutive_skips >= MAX_SKIPPED_STEPS
+        ):
+            raise self.build_divergence_error(
+                f"the gradient is {found.grad_norm} at step {attempted}"
+            )
         return not skipped
 
-    def sample_if_due(self) -> None:
+    def sample_when_due(self) -> None:
         """Draw samples at step 0, every `validation_steps`, and at the end."""
-        if self.samples.is_due(self.step, self.max_train_steps):
+        if self.samples.should_sample(self.step, self.max_train_steps):
             self.sample()
 
     def sample(self) -> None:
         """Draw samples, at step 0 telling each denoising step."""
-        self.report.phase("sampling", 0, 1)
+        self.report.report_phase("sampling", 0, 1)
         sampler = self.sampler
 
         # Nothing else has moved yet at step 0: each denoising step of this process is a count.
         if self.step == 0:
-            own = distributed.share_of(self.accelerator, self.samples.requests)
+            own = distributed.select_share(self.accelerator, self.samples.requests)
             total = len(own) * sampler.inference_steps
-            counts = self.report.counted("sampling", range(1, total + 1), total)
+            counts = self.report.report_counts("sampling", range(1, total + 1), total)
             sampler = replace(sampler, on_step=lambda: next(counts, None))
 
         # A stop ends the drawing alone; the loop asks for it next.
-        with suppress(StopRequestedError), self.train_step.averaged():
-            self.report(self.samples.draw(self.step, sampler, self.accelerator))
+        with suppress(StopRequestedError), self.train_step.apply_average():
+            self.report(self.samples.sample_images(self.step, sampler, self.accelerator))
         reporter.free_unused_memory(self.accelerator.device)
 
     @property
-    def is_scored_now(self) -> bool:
+    def should_score(self) -> bool:
         """Whether this step is one of those that `--evaluate_steps` names."""
         every = self.config.evaluate_steps
         return self.evaluator is not None and bool(every) and self.step % every == 0
 
     def evaluate(self) -> None:
         """Score this step, on the main process, and keep the adapter if it is the best so far."""
-        self.report.phase("evaluating")
+        self.report.report_phase("evaluating")
         try:
-            with self.train_step.averaged():
+            with self.train_step.apply_average():
                 evaluation = self.evaluator(self.sampler, self.step)
         except StopRequestedError:  # the loop checks for a stop next
             return
@@ -241,13 +247,13 @@ class Training:
         # If the best step so far is this one, its adapter is kept.
         if isinstance(evaluation, Mapping):
             record = {"type": events.StepEvaluated.kind, "step": self.step, **evaluation}
-            evaluation = events.event_of(record)
+            evaluation = events.parse_record(record)
         if evaluation.best is None:
             evaluation = replace(evaluation, best=self.find_best(evaluation))
         self.report(evaluation)
         self.note_scores(evaluation)
         if self.best and self.best.step == self.step:
-            with self.train_step.averaged():
+            with self.train_step.apply_average():
                 self.publisher.keep_best()
 
     def find_best(self, last: events.StepEvaluated) -> events.Best | None:
@@ -259,18 +265,18 @@ class Training:
             for event in [*earlier, last]
             if "score" in event.scores
         }
-        return asdict(best_of(sorted(scores.items()))) if scores else None
+        return asdict(find_best_step(sorted(scores.items()))) if scores else None
 
-    def note_scores(self, found: events.StepEvaluated) -> None:
+    def note_scores(self, evaluation: events.StepEvaluated) -> None:
         """Keep the scores for the card, and say it when they have stopped rising."""
-        self.publisher.scores = found.scores
-        if found.best is None:
+        self.publisher.scores = evaluation.scores
+        if evaluation.best is None:
             return
-        self.best = BestStep(**found.best)
+        self.best = BestStep(**evaluation.best)
         self.publisher.best = self.best
-        line = self.best.advice() if self.config.is_scored else None
+        line = self.best.describe_stall() if self.config.is_scored else None
         if line:
-            logger.warning("step %d: %s", found.step, line)
+            logger.warning("step %d: %s", evaluation.step, line)
 
     def recall_scores(self) -> None:
         """Give a resumed run its earlier scores; score the step at which it was stopped if that is
@@ -278,11 +284,11 @@ class Training:
         scored = self.run_dir.read_scores()
         if scored:
             self.note_scores(scored[-1])
-        if self.is_scored_now and self.step not in (event.step for event in scored):
+        if self.should_score and self.step not in (event.step for event in scored):
             self.evaluate()
 
     @property
-    def is_checkpoint_due(self) -> bool:
+    def should_save_checkpoint(self) -> bool:
         return self.step % self.config.checkpointing_steps == 0
 
     def save_checkpoint(self, path: Path) -> None:
@@ -292,13 +298,13 @@ class Training:
         def write() -> None:
             # With an average, the adapter's file holds it, and the weights get their own file.
             step = self.train_step
-            own = optimizer.copies(step.parameters) if step.average is not None else None
-            with step.averaged():
+            own = optimizer.clone_weights(step.parameters) if step.average is not None else None
+            with step.apply_average():
                 checkpoint.save_checkpoint(
                     path,
                     position=replace(self.publisher.position, step=self.step),
                     components=step.components,
-                    facts=self.publisher.facts_now,
+                    facts=self.publisher.current_facts,
                     optimizer=step.optimizer.optimizer,
                     scaler=self.accelerator.scaler,
                     weights=own,
@@ -307,38 +313,38 @@ class Training:
             # Older ones go only when the new one is whole.
             if path != self.run_dir.last_dir and self.run_dir.last_dir.is_dir():
                 remove_directory(self.run_dir.last_dir)
-            self.run_dir.rotate(self.config.checkpoints_total_limit)
+            self.run_dir.rotate_checkpoints(self.config.checkpoints_total_limit)
             self.report(events.CheckpointSaved(self.step, path.name))
 
         self.require_finite_adapter()
-        distributed.on_main(self.accelerator, write)
+        distributed.run_on_main(self.accelerator, write)
         self.checkpoint, self.checkpoint_step = path, self.step
 
     def require_finite_adapter(self) -> None:
         """Raises UserError on all processes for NaN or infinity: black pictures can score well."""
         if not all(bool(torch.isfinite(weights).all()) for weights in self.train_step.parameters):
-            raise self.diverged(f"the adapter is not finite after step {self.step}")
+            raise self.build_divergence_error(f"the adapter is not finite after step {self.step}")
 
     def finish(self, interrupted: bool) -> TrainResult:
         """Write the adapter with its card, and a checkpoint: numbered as in diffusers' script, or
         `last`."""
         # The last checkpoint, unless it was written at this very step.
         here = self.run_dir.last_dir
-        if self.is_checkpoint_due:
-            here = self.run_dir.checkpoint_path(self.step)
+        if self.should_save_checkpoint:
+            here = self.run_dir.get_checkpoint_path(self.step)
         is_there = self.checkpoint is not None and self.checkpoint.resolve() == here.resolve()
         if not is_there or self.checkpoint_step != self.step:
             self.save_checkpoint(here)
 
         # The adapter's files. All processes take part: they draw the card's new contexts.
-        with self.train_step.averaged():
-            self.report.phase("exporting")
+        with self.train_step.apply_average():
+            self.report.report_phase("exporting")
             proof = self.publisher.publish(finished=not interrupted)
 
         # Say it last, so that a run that is told to be done has all its files.
         self.report(events.AdapterExported(list(proof.files), proof.to_dict()))
         self.report(events.RunEnded("interrupted" if interrupted else "done", self.step))
-        distributed.on_each(self.accelerator, self.report.raise_failure)
+        distributed.run_on_each(self.accelerator, self.report.raise_failure)
         return TrainResult(
             run_dir=self.run_dir.path,
             step=self.step,
@@ -348,7 +354,7 @@ class Training:
 
 
 def train(
-    config: TrainConfig | Plan,
+    config: TrainConfig | RunPlan,
     on_event: Callable[[events.Event], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     evaluator: StepScorer | None = None,
@@ -367,7 +373,7 @@ def train(
     # The plan. Folders are checked here because a plan can be made without them.
     if isinstance(config, TrainConfig):
         validation.check_folders(config)
-    plan = config if isinstance(config, Plan) else make_plan(config)
+    plan = config if isinstance(config, RunPlan) else make_plan(config)
 
     # What every part of the run shares.
     run_dir = run_folder.RunDir(plan.config.output_dir)
@@ -383,14 +389,16 @@ def train(
     with ExitStack() as stack:
         # Nobody else trains in this folder until the end.
         stack.callback(report.end_trackers)
-        distributed.on_main(accelerator, lambda: stack.enter_context(queue.locked(run_dir.path)))
+        distributed.run_on_main(
+            accelerator, lambda: stack.enter_context(queue.lock_folder(run_dir.path))
+        )
 
         # However it ends, the log says how.
         try:
-            return fit(set_up(context, plan, evaluator))
+            return run_training_loop(set_up_training(context, plan, evaluator))
         except StopRequestedError:
             if report.step:  # a resumed run can continue from its untouched checkpoint
-                report.release()
+                report.write_pending()
             report(events.RunEnded("interrupted", report.step, "stopped before the first step"))
             return TrainResult(run_dir=run_dir.path, step=report.step, interrupted=True, proof=None)
         except Exception as error:
@@ -399,7 +407,9 @@ def train(
             raise
 
 
-def set_up(context: reporter.RunContext, plan: Plan, evaluator: StepScorer | None) -> Training:
+def set_up_training(
+    context: reporter.RunContext, plan: RunPlan, evaluator: StepScorer | None
+) -> Training:
     """Everything before the first step.
 
     context: the run's folder, processes and reporter
@@ -409,33 +419,33 @@ def set_up(context: reporter.RunContext, plan: Plan, evaluator: StepScorer | Non
     Raises UserError and StopRequestedError.
     """
     # Where it begins, and how long it is. Under MPI the plan did not know the processes.
-    photo_digests = distributed.on_main(
+    photo_digests = distributed.run_on_main(
         context.accelerator, lambda: folder.hash_files(plan.photo_report)
     )
-    config, resumed_from, position = beginning(context, plan, photo_digests)
+    config, resumed_from, position = find_start(context, plan, photo_digests)
     folder.log_strays(plan.photo_report)
-    photos = folder.usable_photos(plan.photo_report)
-    counts = photo_file.counts_of(photos)
+    photos = folder.list_usable_photos(plan.photo_report)
+    counts = photo_file.count_photos(photos)
     steps = plan_steps(config, counts, context.accelerator.num_processes)
-    announce(config, context, plan, position.step, steps.total_steps)
+    start_reporting(config, context, plan, position.step, steps.total_steps)
 
     # The photos with what they lack, then the base with all that its encoders give. Samples and
     # scores are asked for their prompts before the encoders leave memory.
-    photos = completed(config, context, photos)
-    samples = publish.ValidationSamples.of(config, context.run_dir, steps.steps_an_epoch)
+    photos = make_captions_and_masks(config, context, photos)
+    samples = publish.ValidationSamples.from_config(config, context.run_dir, steps.steps_per_epoch)
     scored = evaluator.prompts if evaluator and config.is_scored else []
-    inputs = prepare(
+    inputs = prepare_inputs(
         config,
         plan.base,
         context,
         photos,
-        sample_count=steps.total_steps * steps.photos_a_step,
+        sample_count=steps.total_steps * steps.photos_per_step,
         prompts=[*samples.prompts, *scored],
         is_fresh=resumed_from is None,
     )
-    replaced = distributed.on_each(
+    replaced = distributed.run_on_each(
         context.accelerator,
-        lambda: checkpoint.compare_bases(config, resumed_from, position, inputs.base),
+        lambda: checkpoint.compare_bases(config, resumed_from, position, inputs.base_identity),
     )
     log_changes(context, resumed_from, replaced)
 
@@ -448,7 +458,7 @@ def set_up(context: reporter.RunContext, plan: Plan, evaluator: StepScorer | Non
         checkpoint=resumed_from,
         step=position.step,
     )
-    run = training_of(
+    run = build_training(
         config,
         context,
         inputs,
@@ -461,15 +471,15 @@ def set_up(context: reporter.RunContext, plan: Plan, evaluator: StepScorer | Non
     run.checkpoint = resumed_from
 
     # Last, when nothing can fail any more: only now an earlier run in the folder is moved away.
-    distributed.on_main(
+    distributed.run_on_main(
         context.accelerator,
         lambda: checkpoint.claim_run_folder(config, context, position.step, resumed_from),
     )
     return run
 
 
-def beginning(
-    context: reporter.RunContext, plan: Plan, photo_digests: dict[str, str]
+def find_start(
+    context: reporter.RunContext, plan: RunPlan, photo_digests: dict[str, str]
 ) -> tuple[TrainConfig, Path | None, checkpoint.Position]:
     """Where the run begins: at a checkpoint with its seed, or at step 0 with one that all processes
     share. A line is logged for each setting and photo that the checkpoint has otherwise.
@@ -477,11 +487,11 @@ def beginning(
     Returns the settings with that seed, the checkpoint, which is None for a fresh run, and its
     position. Raises UserError for a checkpoint that cannot go on.
     """
-    seed = distributed.chosen_seed(plan.config.seed, context.accelerator)
+    seed = distributed.choose_seed(plan.config.seed, context.accelerator)
     fresh = (None, checkpoint.Position(step=0, seed=seed))
-    resumed_from, position = distributed.agreed(
+    resumed_from, position = distributed.require_agreement(
         context.accelerator,
-        lambda: checkpoint.resume_point(plan.config, context.run_dir) or fresh,
+        lambda: checkpoint.find_resume_point(plan.config, context.run_dir) or fresh,
         lambda found: f"step {found[1].step} to go on from",
     )
     if resumed_from is not None:
@@ -496,40 +506,40 @@ def log_changes(
     """Log in a line each, on the main process, what a run has otherwise than its checkpoint."""
     if context.accelerator.is_main_process:
         for line in changes:
-            logger.warning("%s", spelled_out(f"{line} (since {resumed_from.name})"))
+            logger.warning("%s", escape_control_characters(f"{line} (since {resumed_from.name})"))
 
 
-def announce(
-    config: TrainConfig, context: reporter.RunContext, plan: Plan, step: int, total_steps: int
+def start_reporting(
+    config: TrainConfig, context: reporter.RunContext, plan: RunPlan, step: int, total_steps: int
 ) -> None:
     """Report the start, say what is wrong with the photos, and open the trackers: one that does not
     open ends the run before the base is loaded. Raises UserError."""
     context.report.step = step
-    distributed.on_main(
+    distributed.run_on_main(
         context.accelerator, lambda: checkpoint.report_start(config, context, step, total_steps)
     )
     if step == 0 and context.accelerator.is_main_process:
-        log_faults(examine(plan.photo_report, config.resolution))
+        log_faults(find_photo_faults(plan.photo_report, config.resolution))
     if context.accelerator.log_with:
-        distributed.on_main(context.accelerator, lambda: context.report.start_trackers(config))
+        distributed.run_on_main(context.accelerator, lambda: context.report.start_trackers(config))
 
 
-def completed(
+def make_captions_and_masks(
     config: TrainConfig, context: reporter.RunContext, photos: list[photo_file.Photo]
 ) -> list[photo_file.Photo]:
     """The photos with the captions and masks that they lacked. The models that make them leave
     memory before the base is loaded. Raises UserError and StopRequestedError."""
     class_images.make_captions(config, context, photos)
     class_images.make_masks(config, context, photos)
-    found = folder.with_made(config, photos)
-    if line := caption_variants.bare_prompt_line(config, found):
+    found = folder.add_saved_sidecars(config, photos)
+    if line := caption_variants.describe_bare_prompts(config, found):
         logger.info("%s", line)
-    for line in synthetic.sentences(found, config.synthetic_weight):
+    for line in synthetic.describe_synthetic(found, config.synthetic_weight):
         logger.info("%s", line)
     return found
 
 
-def training_of(
+def build_training(
     config: TrainConfig,
     context: reporter.RunContext,
     inputs: TrainInputs,
@@ -543,7 +553,7 @@ def training_of(
     # Pictures are drawn by the adapter as it is at that step.
     sampler = Sampler(
         pipeline=inputs.pipeline,
-        embed=train_step.texts,
+        embed=train_step.encode_prompts,
         resolution_px=config.resolution,
         device=context.accelerator.device,
         should_stop=context.should_stop,
@@ -571,32 +581,32 @@ def training_of(
     )
 
 
-def fit(run: Training) -> TrainResult:
+def run_training_loop(run: Training) -> TrainResult:
     """The loop. A step has five stages: draw, predict, compare, differentiate, update."""
     # A resumed run gets its earlier scores; a fresh one shows what the base draws.
     if run.step:
-        distributed.on_main(run.accelerator, run.recall_scores)
-    run.sample_if_due()
+        distributed.run_on_main(run.accelerator, run.recall_scores)
+    run.sample_when_due()
 
     while run.step < run.max_train_steps:
-        if run.context.stop_requested():
+        if run.context.is_stop_requested():
             if run.step == 0:  # the adapter would be the unchanged base
                 raise StopRequestedError
             return run.finish(interrupted=True)
 
         # Draw, predict, compare, differentiate.
-        losses = run.accumulate_gradients()
+        losses = run.accumulate_with_less_memory()
 
         # Update. A step that fp16 skipped is repeated.
-        if not run.update_adapter(losses):
+        if not run.update_and_report(losses):
             continue
 
         # Score, sample, save.
-        if run.is_scored_now:
+        if run.should_score:
             run.require_finite_adapter()
-            distributed.on_main(run.accelerator, run.evaluate)
-        run.sample_if_due()
-        if run.is_checkpoint_due:
-            run.save_checkpoint(run.run_dir.checkpoint_path(run.step))
+            distributed.run_on_main(run.accelerator, run.evaluate)
+        run.sample_when_due()
+        if run.should_save_checkpoint:
+            run.save_checkpoint(run.run_dir.get_checkpoint_path(run.step))
 
     return run.finish(interrupted=False)

@@ -15,45 +15,45 @@ from dreambooth_moslora.training import objective
 
 
 @dataclass(frozen=True)
-class Rows:
+class DenoiserInputs:
     """B pictures with all that the denoiser is told of them.
 
-    noisy: noised latents and their noise levels
-    texts: (B) texts, each by the names of the pipeline's own arguments
+    noisy_sample: noised latents and their noise levels
+    text_embeddings: (B) texts, each by the names of the pipeline's own arguments
     time_ids: (B, 6) with sizes and crops in px
     prompts: (B) the words of the texts
     """
 
-    noisy: objective.NoisySample
-    texts: tuple[families.Text, ...]
+    noisy_sample: objective.NoisySample
+    text_embeddings: tuple[families.TextEmbedding, ...]
     time_ids: torch.Tensor
     prompts: tuple[str, ...]
 
     @classmethod
-    def joined(cls, parts: Sequence["Rows"]) -> "Rows":
+    def concat(cls, parts: Sequence["DenoiserInputs"]) -> "DenoiserInputs":
         """The rows of all parts, one after the other. Their latents have one size."""
-        noisy = [part.noisy for part in parts]
+        noisy = [part.noisy_sample for part in parts]
         return cls(
-            noisy=objective.NoisySample(
-                unet_input=torch.cat([one.unet_input for one in noisy]),
+            noisy_sample=objective.NoisySample(
+                denoiser_input=torch.cat([one.denoiser_input for one in noisy]),
                 latents=torch.cat([one.latents for one in noisy]),
                 timesteps=torch.cat([one.timesteps for one in noisy]),
-                index=torch.cat([one.index for one in noisy]),
+                timestep_indices=torch.cat([one.timestep_indices for one in noisy]),
             ),
-            texts=tuple(text for part in parts for text in part.texts),
+            text_embeddings=tuple(text for part in parts for text in part.text_embeddings),
             time_ids=torch.cat([part.time_ids for part in parts]),
             prompts=tuple(prompt for part in parts for prompt in part.prompts),
         )
 
-    def __getitem__(self, some: slice) -> "Rows":
-        return Rows(
-            noisy=objective.NoisySample(
-                unet_input=self.noisy.unet_input[some],
-                latents=self.noisy.latents[some],
-                timesteps=self.noisy.timesteps[some],
-                index=self.noisy.index[some],
+    def __getitem__(self, some: slice) -> "DenoiserInputs":
+        return DenoiserInputs(
+            noisy_sample=objective.NoisySample(
+                denoiser_input=self.noisy_sample.denoiser_input[some],
+                latents=self.noisy_sample.latents[some],
+                timesteps=self.noisy_sample.timesteps[some],
+                timestep_indices=self.noisy_sample.timestep_indices[some],
             ),
-            texts=self.texts[some],
+            text_embeddings=self.text_embeddings[some],
             time_ids=self.time_ids[some],
             prompts=self.prompts[some],
         )
@@ -64,7 +64,7 @@ class Rows:
     @property
     def size(self) -> tuple[int, ...]:
         """(h, w) of the latents."""
-        return tuple(self.noisy.latents.shape[-2:])
+        return tuple(self.noisy_sample.latents.shape[-2:])
 
 
 @dataclass(frozen=True)
@@ -76,23 +76,23 @@ class MicroBatch:
     instance_count: how many are the subject's
     """
 
-    rows: Rows
+    inputs: DenoiserInputs
     target: torch.Tensor
     mask: torch.Tensor | None
     instance_count: int
 
-    def parts(self, most: int) -> Iterator[tuple["MicroBatch", float]]:
+    def split_chunks(self, max_images: int) -> Iterator[tuple["MicroBatch", float]]:
         """Parts of at most `most` pictures. Each is the subject's alone or the prior's alone, and
         comes with its share of those."""
         instance = (0, self.instance_count)
-        prior = (self.instance_count, len(self.rows))
+        prior = (self.instance_count, len(self.inputs))
         for start, end in (instance, prior):
             # The last part of a half may be smaller.
-            for first in range(start, end, most):
-                some = slice(first, min(first + most, end))
+            for first in range(start, end, max_images):
+                some = slice(first, min(first + max_images, end))
                 size = some.stop - first
                 part = MicroBatch(
-                    rows=self.rows[some],
+                    inputs=self.inputs[some],
                     target=self.target[some],
                     mask=None if self.mask is None else self.mask[some],
                     instance_count=size if start == 0 else 0,
@@ -100,24 +100,26 @@ class MicroBatch:
                 yield part, size / (end - start)
 
 
-def alike(micros: Iterable[MicroBatch], most: int) -> Iterator[list[MicroBatch]]:
+def collect_same_size(
+    micro_batches: Iterable[MicroBatch], max_count: int
+) -> Iterator[list[MicroBatch]]:
     """Neighbours of one size, at most so many together. None is drawn before the full group is
     used."""
     group: list[MicroBatch] = []
-    for micro in micros:
-        if group and group[0].rows.size != micro.rows.size:
+    for micro in micro_batches:
+        if group and group[0].inputs.size != micro.inputs.size:
             yield group
             group = []
         group.append(micro)
-        if len(group) == most:
+        if len(group) == max_count:
             yield group
             group = []
     if group:
         yield group
 
 
-def predicted_together(
-    predict: Callable[[Rows], torch.Tensor], parts: Sequence[Rows]
+def forward_together(
+    predict: Callable[[DenoiserInputs], torch.Tensor], parts: Sequence[DenoiserInputs]
 ) -> list[torch.Tensor | None]:
     """The prediction (B, C, h, w) of each part, computed in one pass; None for a part without
     rows."""
@@ -125,7 +127,7 @@ def predicted_together(
 
     # A part alone needs no copy of its rows.
     if len(some) > 1:
-        answers = iter(predict(Rows.joined(some)).split([len(part) for part in some]))
+        answers = iter(predict(DenoiserInputs.concat(some)).split([len(part) for part in some]))
     else:
         answers = map(predict, some)
     return [next(answers) if len(part) else None for part in parts]

@@ -17,9 +17,9 @@ from huggingface_hub import HfApi, ModelCardData
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.disk import run_folder
-from dreambooth_moslora.disk.paths import public_name
-from dreambooth_moslora.errors import one_line
-from dreambooth_moslora.lora.metadata import AdapterMetadata, dora_table
+from dreambooth_moslora.disk.paths import get_public_name
+from dreambooth_moslora.errors import format_error
+from dreambooth_moslora.lora.metadata import AdapterMetadata, format_dora_table
 from dreambooth_moslora.settings import family_facts, metric_kinds, toy_bases, train_config
 from dreambooth_moslora.training.best_step import BestStep
 
@@ -52,12 +52,12 @@ class CardFacts:
     made: tuple[str, ...] = ()
 
 
-def model_card(config: train_config.TrainConfig, facts: CardFacts) -> str:
+def render_model_card(config: train_config.TrainConfig, facts: CardFacts) -> str:
     """The text of README.md, by the template `card.md`; empty sections are left out."""
     from dreambooth_moslora.pictures import render  # not before it is needed: it loads matplotlib
 
     adapter = facts.adapter
-    prompts = prompts_of(config)
+    prompts = list_instance_prompts(config)
 
     text = render(
         "card.md",
@@ -65,25 +65,25 @@ def model_card(config: train_config.TrainConfig, facts: CardFacts) -> str:
         facts=facts,
         adapter=adapter,
         prompts=prompts,
-        family=family_in(facts),
-        kind=kind_of(facts),
-        call=call_of(facts),
-        front=front_matter(config, facts),
+        family=find_family(facts),
+        kind=describe_kind(facts),
+        call=format_call(facts),
+        front=render_front_matter(config, facts),
         base=repr(adapter.base_id if "/" in adapter.base_id else "path/to/the/base"),
         prompt=repr(prompts[0]),
         kohya=f"{facts.name}{run_folder.KOHYA_SUFFIX}",
-        dora_table=dora_table(),
-        began_with=public_name(config.init_adapter or ""),
-        companion=public_name(config.companion or ""),
-        scores=score_table(facts),
-        signature=f"{run_folder.SIGNATURE} {__version__}.",
+        dora_table=format_dora_table(),
+        began_with=get_public_name(config.init_adapter or ""),
+        companion=get_public_name(config.companion or ""),
+        scores=format_score_table(facts),
+        signature=f"{run_folder.CARD_SIGNATURE} {__version__}.",
     )
 
     # Sections that are left out leave empty lines.
     return re.sub(r"\n{3,}", "\n\n", text) + "\n"
 
 
-def front_matter(config: train_config.TrainConfig, facts: CardFacts) -> str:
+def render_front_matter(config: train_config.TrainConfig, facts: CardFacts) -> str:
     """The YAML at the head of the card, which the hub reads."""
     # The hub links the base, whose id has an owner, and shows the pictures.
     known = {}
@@ -93,11 +93,11 @@ def front_matter(config: train_config.TrainConfig, facts: CardFacts) -> str:
         known["widget"] = []
         for file, prompt in facts.images:
             known["widget"].append({"text": prompt, "output": {"url": file}})
-    tag = family_in(facts).hub_tag or family_in(facts).name
+    tag = find_family(facts).hub_tag or find_family(facts).name
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        instance_prompt=", ".join(prompts_of(config)),
+        instance_prompt=", ".join(list_instance_prompts(config)),
         tags=[
             "text-to-image",
             "diffusers",
@@ -112,52 +112,52 @@ def front_matter(config: train_config.TrainConfig, facts: CardFacts) -> str:
     return f"---\n{data.to_yaml()}\n---"
 
 
-def prompts_of(config: train_config.TrainConfig) -> list[str]:
+def list_instance_prompts(config: train_config.TrainConfig) -> list[str]:
     """The instance prompt of each subject."""
     return [subject.instance_prompt for subject in config.each_subject]
 
 
-def family_in(facts: CardFacts) -> family_facts.Facts:
+def find_family(facts: CardFacts) -> family_facts.FamilyFacts:
     """The base's family, by the denoiser that the adapter names; SDXL where it names none."""
     for name in family_facts.DENOISERS:
         model = facts.adapter.structures.get(name)
         if model:
-            return family_facts.facts_of_model(model["class"], model["config"])
+            return family_facts.get_denoiser_facts(model["class"], model["config"])
     return family_facts.FAMILIES[0]
 
 
-def kind_of(facts: CardFacts) -> str:
+def describe_kind(facts: CardFacts) -> str:
     """What it is an adapter of, for the title."""
     if toy_bases.is_toy(facts.adapter.base_id):
         return f"a practice adapter of the embedded base `{facts.adapter.base_id}`"
-    family = family_in(facts)
+    family = find_family(facts)
     return f"{family.article} {family.title} adapter"
 
 
-def call_of(facts: CardFacts) -> str:
+def format_call(facts: CardFacts) -> str:
     """How the pipeline's call goes on after the prompt: with the family's arguments and the run's
     text options."""
-    from dreambooth_moslora.base.families import encoding_options  # it loads diffusers
+    from dreambooth_moslora.base.families import build_encoding_options  # it loads diffusers
 
     # The text options that the run set.
     recipe = facts.adapter.recipe
     told = {name: recipe[name] for name in family_facts.TEXT_OPTIONS if recipe.get(name)}
-    given = "".join(f", {name}={value!r}" for name, value in encoding_options(told).items())
+    given = "".join(f", {name}={value!r}" for name, value in build_encoding_options(told).items())
 
     # A transformer does not tell its side, and the embedded one's is not the usual one.
-    family = family_in(facts)
+    family = find_family(facts)
     if toy_bases.is_toy(facts.adapter.base_id) and family.style == "flow":
         given += f", height={toy_bases.RESOLUTION_PX}, width={toy_bases.RESOLUTION_PX}"
     return f"{family.call}{given}).images[0]"
 
 
-def score_table(facts: CardFacts) -> str:
+def format_score_table(facts: CardFacts) -> str:
     """The scores as a section of the card; "" without any."""
     if not facts.scores:
         return ""
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in facts.scores.items())
     best = ""
-    likeness = metric_kinds.likeness_in_words(facts.scores)
+    likeness = metric_kinds.describe_likeness(facts.scores)
     if facts.best is not None:
         best = (
             f"\n\nBest step: {facts.best.step}, score {facts.best.score:.3f} "
@@ -170,7 +170,7 @@ def score_table(facts: CardFacts) -> str:
 
 logger = logging.getLogger(__name__)
 
-PUBLIC_FILES = [
+PUBLIC_PATTERNS = [
     run_folder.PUBLISHED_NAME,
     "README.md",
     "image_*.png",
@@ -179,21 +179,21 @@ PUBLIC_FILES = [
 """Patterns of the files that may be uploaded."""
 
 
-def public_files(run_dir: Path) -> list[str]:
+def list_public_files(run_dir: Path) -> list[str]:
     """Names of the files at the top of the run folder that may be uploaded."""
     found = []
     for path in run_dir.iterdir():
-        if path.is_file() and any(map(path.match, PUBLIC_FILES)):
+        if path.is_file() and any(map(path.match, PUBLIC_PATTERNS)):
             found.append(path.name)
     return sorted(found)
 
 
-def push(run_dir: Path, repo_id: str | None, token: str | None) -> None:
-    """Upload `public_files`; a warning when the hub cannot be reached or refuses."""
+def push_to_hub(run_dir: Path, repo_id: str | None, token: str | None) -> None:
+    """Upload `list_public_files`; a warning when the hub cannot be reached or refuses."""
     api = HfApi(token=token)
 
     # The hub takes patterns: escaped, each matches its own file alone, brackets or not.
-    names = [escape(name) for name in public_files(run_dir)]
+    names = [escape(name) for name in list_public_files(run_dir)]
     try:
         url = api.create_repo(repo_id or run_folder.RunDir(run_dir).name, exist_ok=True)
         api.upload_folder(
@@ -207,5 +207,5 @@ def push(run_dir: Path, repo_id: str | None, token: str | None) -> None:
             "the adapter is in %s but could not be pushed to the hub (%s); "
             "--push_to_hub --resume_from_checkpoint latest tries again",
             run_dir,
-            one_line(error),
+            format_error(error),
         )

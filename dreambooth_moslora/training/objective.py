@@ -66,7 +66,7 @@ class NoiseSchedule:
         """A copy whose tables are on `device`; indices into them must be there too."""
         return replace(self, sigmas=self.sigmas.to(device), timesteps=self.timesteps.to(device))
 
-    def signal_and_noise(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def compute_signal_and_noise(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors of x and n at `index` (B,), (B, 1, 1, 1) each: √α and √(1 - α), of a flow 1 - s
         and s."""
         sigma = self.sigmas[index].view(-1, 1, 1, 1)
@@ -78,9 +78,9 @@ class NoiseSchedule:
         signal = (1 + sigma**2).rsqrt()
         return signal, torch.where(sigma.isinf(), torch.ones_like(sigma), sigma * signal)
 
-    def noise_share(self, index: torch.Tensor) -> torch.Tensor:
+    def compute_noise_share(self, index: torch.Tensor) -> torch.Tensor:
         """The factor (B,) of n at `index` (B,)."""
-        return self.signal_and_noise(index)[1].flatten()
+        return self.compute_signal_and_noise(index)[1].flatten()
 
     def snr(self, index: torch.Tensor) -> torch.Tensor:
         """Signal-to-noise ratio (B,): alpha / (1 - alpha) = 1 / sigma²."""
@@ -91,16 +91,16 @@ class NoiseSchedule:
 class NoisySample:
     """Noised latents of B pictures.
 
-    unet_input: (B, C, h, w) as the denoiser gets them
+    denoiser_input: (B, C, h, w) as the denoiser gets them
     latents: (B, C, h, w) the same, not scaled
     timesteps: (B,) for the denoiser
-    index: (B,) into the schedule
+    timestep_indices: (B,) into the schedule
     """
 
-    unet_input: torch.Tensor
+    denoiser_input: torch.Tensor
     latents: torch.Tensor
     timesteps: torch.Tensor
-    index: torch.Tensor
+    timestep_indices: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class LossParts:
         )
 
 
-def flow_levels(
+def sample_flow_timesteps(
     schedule: NoiseSchedule,
     count: int,
     generator: torch.Generator,
@@ -162,7 +162,9 @@ def flow_levels(
     return (drawn * len(schedule)).long().clamp(max=len(schedule) - 1)
 
 
-def offset_noise(noise: torch.Tensor, strength: float, generator: torch.Generator) -> torch.Tensor:
+def add_noise_offset(
+    noise: torch.Tensor, strength: float, generator: torch.Generator
+) -> torch.Tensor:
     """Noise (B, C, h, w) plus a draw per channel of deviation `strength`, so that brightness is
     learnt (Guttenberg 2023, "Diffusion with Offset Noise"; kohya's and diffusers'
     `--noise_offset`). A strength of 0 draws nothing."""
@@ -177,10 +179,12 @@ def add_noise(
     """Mix latents and noise (B, C, h, w) at noise levels `index` (B,), and scale the mix to unit
     variance."""
     timesteps = schedule.timesteps[index]
-    signal, spread = schedule.signal_and_noise(index)
+    signal, spread = schedule.compute_signal_and_noise(index)
     if schedule.style != "edm":
         noisy = signal * latents + spread * noise
-        return NoisySample(unet_input=noisy, latents=noisy, timesteps=timesteps, index=index)
+        return NoisySample(
+            denoiser_input=noisy, latents=noisy, timesteps=timesteps, timestep_indices=index
+        )
 
     # EDM's mix grows with sigma: the scale is c_in of Karras et al. 2022, table 1.
     sigma = schedule.sigmas[index].view(-1, 1, 1, 1)
@@ -189,36 +193,36 @@ def add_noise(
     if schedule.sigma_data is not None:
         scale = (sigma**2 + schedule.sigma_data**2).rsqrt()
     return NoisySample(
-        unet_input=noisy * scale,
+        denoiser_input=noisy * scale,
         latents=noisy,
         timesteps=timesteps,
-        index=index,
+        timestep_indices=index,
     )
 
 
-def loss_target(
+def compute_target(
     schedule: NoiseSchedule, latents: torch.Tensor, noise: torch.Tensor, index: torch.Tensor
 ) -> torch.Tensor:
-    """What `prediction_of` should return, (B, C, h, w): the noise, the velocity, or in EDM style
-    the latents."""
+    """What `convert_prediction` should return, (B, C, h, w): the noise, the velocity, or in EDM
+    style the latents."""
     if schedule.style == "edm":
         return latents
     if schedule.style == "flow":
         return noise - latents
     if schedule.prediction_type == "epsilon":
         return noise
-    signal, spread = schedule.signal_and_noise(index)
+    signal, spread = schedule.compute_signal_and_noise(index)
     return signal * noise - spread * latents
 
 
-def prediction_of(
+def convert_prediction(
     schedule: NoiseSchedule, output: torch.Tensor, noisy: NoisySample
 ) -> torch.Tensor:
     """The denoiser's output (B, C, h, w) unchanged; in EDM style, the clean latents which it
     implies."""
     if schedule.style != "edm":
         return output
-    sigma = schedule.sigmas[noisy.index].view(-1, 1, 1, 1)
+    sigma = schedule.sigmas[noisy.timestep_indices].view(-1, 1, 1, 1)
 
     # A base with EDM's own preconditioning: c_skip·z + c_out·F of Karras et al. 2022, table 1.
     if schedule.sigma_data is not None:
@@ -260,21 +264,21 @@ def debiased(schedule: NoiseSchedule, index: torch.Tensor) -> torch.Tensor:
 
 def sigma_sqrt(schedule: NoiseSchedule, index: torch.Tensor) -> torch.Tensor:
     """1/s² for the share s of noise in a flow (Esser et al. 2024)."""
-    return schedule.noise_share(index) ** -2
+    return schedule.compute_noise_share(index) ** -2
 
 
 def cosmap(schedule: NoiseSchedule, index: torch.Tensor) -> torch.Tensor:
     """2/(pi·(1 - 2s + 2s²)) for the share s of noise in a flow (Esser et al. 2024)."""
-    share = schedule.noise_share(index)
+    share = schedule.compute_noise_share(index)
     return 2 / (math.pi * (1 - 2 * share + 2 * share**2))
 
 
 def error_of_latents(schedule: NoiseSchedule, index: torch.Tensor) -> torch.Tensor:
     """s²: turns an error of a flow's velocity v into one of the latents z - s·v that it implies."""
-    return schedule.noise_share(index) ** 2
+    return schedule.compute_noise_share(index) ** 2
 
 
-FORMULAS: dict[str, Callable[..., torch.Tensor]] = {
+WEIGHTING_FORMULAS: dict[str, Callable[..., torch.Tensor]] = {
     formula.__name__: formula
     for formula in (
         error_of_noise,
@@ -287,7 +291,7 @@ FORMULAS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-def weights_of(
+def compute_weights(
     config: TrainConfig,
     schedule: NoiseSchedule,
     index: torch.Tensor,
@@ -303,17 +307,17 @@ def weights_of(
     """
     weights = torch.ones_like(schedule.snr(index))
     for name, row in loss_weightings.WEIGHTINGS.items():
-        if not row.is_asked_for(config, schedule.style):
+        if not row.is_active(config, schedule.style):
             continue
         parameters = [getattr(config, setting) for setting in row.parameters]
-        found = FORMULAS[name](schedule, index, *parameters)
+        found = WEIGHTING_FORMULAS[name](schedule, index, *parameters)
         if row.spares_prior:
             found[instance_count:] = 1
         weights = weights * found
     return weights
 
 
-def loss(
+def compute_loss(
     prediction: torch.Tensor,
     target: torch.Tensor,
     weights: torch.Tensor,
@@ -330,11 +334,11 @@ def loss(
     prior_loss_weight: of the prior's error in the sum
     mask: (B, 1, h, w) weights of positions in [0, 1]; None for 1 everywhere
     """
-    per_image = weights * image_errors(prediction.float(), target.float(), mask)
+    per_image = weights * compute_image_errors(prediction.float(), target.float(), mask)
 
     # A part of a micro-batch can have the subject's images alone, or the prior's.
-    instance = mean_of(per_image[:instance_count])
-    prior = mean_of(per_image[instance_count:])
+    instance = compute_mean(per_image[:instance_count])
+    prior = compute_mean(per_image[instance_count:])
     return LossParts(
         total=instance + prior_loss_weight * prior,
         instance=instance.detach(),
@@ -342,12 +346,12 @@ def loss(
     )
 
 
-def mean_of(errors: torch.Tensor) -> torch.Tensor:
+def compute_mean(errors: torch.Tensor) -> torch.Tensor:
     """The mean of errors (B,); 0 of none."""
     return errors.mean() if len(errors) else errors.new_zeros(())
 
 
-def image_errors(
+def compute_image_errors(
     prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
     """Mean squared error (B,) of each image; prediction, target (B, C, h, w); mask

@@ -17,11 +17,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.method.moslora import adapter_parameters, mixer_parameters
+from dreambooth_moslora.method.moslora import list_adapter_parameters, list_mixer_parameters
 from dreambooth_moslora.settings import family_facts, optimizers, train_config
 
 
-def parameter_groups(
+def build_parameter_groups(
     config: train_config.TrainConfig,
     components: dict[str, torch.nn.Module],
     world_size: int = 1,
@@ -40,7 +40,7 @@ def parameter_groups(
     if config.scale_lr:
         unet_lr *= config.gradient_accumulation_steps * config.train_batch_size * world_size
     text_lr = config.text_encoder_lr or unet_lr
-    if optimizers.optimizer_of(config).one_rate:
+    if optimizers.get_optimizer_kind(config).one_rate:
         text_lr = unet_lr
 
     groups: list[dict] = []
@@ -53,9 +53,9 @@ def parameter_groups(
         is_text = name not in family_facts.DENOISERS
         lr = text_lr if is_text else unet_lr
         decay = config.adam_weight_decay_text_encoder if is_text else config.adam_weight_decay
-        mixers = [p for _, p in mixer_parameters(module)]
+        mixers = [p for _, p in list_mixer_parameters(module)]
         mixer_ids = {id(p) for p in mixers}
-        others = [p for _, p in adapter_parameters(module) if id(p) not in mixer_ids]
+        others = [p for _, p in list_adapter_parameters(module) if id(p) not in mixer_ids]
 
         # Mixers do not decay: that would pull them to zero, not to their start.
         add(name, others, lr=lr, decay=decay)
@@ -63,22 +63,22 @@ def parameter_groups(
     return groups
 
 
-def optimizer_kind(config: train_config.TrainConfig) -> str:
+def get_optimizer_name(config: train_config.TrainConfig) -> str:
     """The optimizer's name. Optimizers of the same name read each other's states."""
-    is_8_bit = config.use_8bit_adam and optimizers.optimizer_of(config).in_8_bit
+    is_8_bit = config.use_8bit_adam and optimizers.get_optimizer_kind(config).in_8_bit
     return f"{config.optimizer}8bit" if is_8_bit else config.optimizer
 
 
 def make_optimizer(config: train_config.TrainConfig, groups: list[dict]) -> Optimizer:
     """The optimizer of `config.optimizer`, by its row of the table. Raises UserError when its
     package is missing."""
-    kind = optimizers.optimizer_of(config)
+    kind = optimizers.get_optimizer_kind(config)
     is_8_bit = config.use_8bit_adam and kind.in_8_bit
 
     # Its package is imported only for a run that uses it.
-    home = kind.in_8_bit if is_8_bit else kind.home
+    home = kind.in_8_bit if is_8_bit else kind.import_path
     try:
-        found = imported(home)
+        found = import_object(home)
     except ImportError as error:
         package = "bitsandbytes" if is_8_bit else kind.package
         flag = "--use_8bit_adam" if is_8_bit else f"--optimizer {config.optimizer}"
@@ -86,7 +86,7 @@ def make_optimizer(config: train_config.TrainConfig, groups: list[dict]) -> Opti
 
     # Each group has its own rate; some optimizers ask for one all the same. One that averages has
     # to be told that it trains.
-    optimizer = found(groups, lr=groups[0]["lr"], **kind.options(config))
+    optimizer = found(groups, lr=groups[0]["lr"], **kind.build_options(config))
     if kind.averages:
         optimizer.train()
     return optimizer
@@ -111,13 +111,13 @@ def make_lr_schedule(
     )
 
 
-def imported(home: str) -> Any:
+def import_object(home: str) -> Any:
     """What `module:name` names. Raises ImportError."""
     module, _, name = home.partition(":")
     return getattr(import_module(module), name)
 
 
-def with_own_settings(states: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+def merge_group_settings(states: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """A checkpoint's states with the settings of the optimizer's own groups.
 
     What the steps have learnt, such as Prodigy's estimate of the rate, is the checkpoint's. Raises
@@ -139,7 +139,7 @@ class ScheduleFreeAverage:
     optimizer: Optimizer
 
     @torch.no_grad()
-    def values(self) -> list[torch.Tensor]:
+    def compute_average(self) -> list[torch.Tensor]:
         """x of each parameter, in its shape. One that took no step has no z and is its own
         average."""
         beta1 = self.optimizer.param_groups[0]["betas"][0]
@@ -147,17 +147,17 @@ class ScheduleFreeAverage:
         return [y.lerp(z, 1 - 1 / beta1) for y, z in zip(self.parameters, ahead, strict=True)]
 
 
-def average_of(
+def build_average(
     config: train_config.TrainConfig, parameters: list[torch.nn.Parameter], optimizer: Optimizer
 ) -> ScheduleFreeAverage | None:
     """The average that the optimizer keeps, if it does."""
-    if not optimizers.optimizer_of(config).averages:
+    if not optimizers.get_optimizer_kind(config).averages:
         return None
     return ScheduleFreeAverage(parameters, optimizer)
 
 
 @contextmanager
-def lent(
+def use_averaged_weights(
     average: ScheduleFreeAverage | None, parameters: list[torch.nn.Parameter]
 ) -> Iterator[None]:
     """For the length of the block the parameters hold the average; afterwards their own bits
@@ -165,21 +165,21 @@ def lent(
     if average is None:
         yield
         return
-    own = copies(parameters)
-    put(average.values(), parameters)
+    own = clone_weights(parameters)
+    copy_into(average.compute_average(), parameters)
     try:
         yield
     finally:
-        put(own, parameters)
+        copy_into(own, parameters)
 
 
-def copies(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+def clone_weights(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
     """Copies of the weights, on the same device."""
     return [p.detach().clone() for p in parameters]
 
 
 @torch.no_grad()
-def put(values: list[torch.Tensor], parameters: list[torch.nn.Parameter]) -> None:
+def copy_into(values: list[torch.Tensor], parameters: list[torch.nn.Parameter]) -> None:
     """Write the values into the parameters, in place."""
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)

@@ -27,21 +27,21 @@ from dreambooth_moslora.base import devices, families, load
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.digests import hash_parts
 from dreambooth_moslora.base.streaming import StreamedBlocks
-from dreambooth_moslora.disk.contents import content_key, file_digest
-from dreambooth_moslora.disk.processes import give_freed_memory_back
+from dreambooth_moslora.disk.contents import hash_file, hash_values
+from dreambooth_moslora.disk.processes import release_freed_memory
 from dreambooth_moslora.disk.run_folder import find_weights
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import reader
 from dreambooth_moslora.method import moslora
-from dreambooth_moslora.photos.augment import crop_rule
+from dreambooth_moslora.photos.augment import build_crop_rule
 from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan import distributed, validation
-from dreambooth_moslora.plan.memory_plans import USABLE
+from dreambooth_moslora.plan.memory_plans import USABLE_RATIO
 from dreambooth_moslora.settings import train_config
-from dreambooth_moslora.settings.family_facts import Facts, facts_of, text_options_of
+from dreambooth_moslora.settings.family_facts import FamilyFacts, get_facts, get_text_options
 from dreambooth_moslora.training import class_images, dataset, encoding_cache, objective, reporter
 
-Entries = dict[str, Callable[[], encoding_cache.Tensors]]
+CacheEntries = dict[str, Callable[[], encoding_cache.Tensors]]
 """Keys in a cache, each with the function that computes its value."""
 COMPANION = "companion"
 """Among the digests of a base's parts: that of what lies under the adapter."""
@@ -55,39 +55,39 @@ class TrainInputs:
     family: how its kind of pipeline is called
     schedule: its noise levels
     photos: of all subjects
-    instance: the photos as they are drawn
-    prior: the class images as they are drawn; None without any
-    prompt_embeds: texts of frozen text encoders
+    instance_dataset: the photos as they are drawn
+    prior_dataset: the class images as they are drawn; None without any
+    text_cache: texts of frozen text encoders
     dtype: of the frozen base
-    start: what a fresh adapter begins with, if a file gives it
-    base: digests of its parts (`identify_base`)
+    initial_weights: what a fresh adapter begins with, if a file gives it
+    base_identity: digests of its parts (`identify_base`)
     """
 
     pipeline: DiffusionPipeline
     family: families.Family
     schedule: objective.NoiseSchedule
     photos: list[Photo]
-    instance: dataset.SubjectStreams
-    prior: dataset.SubjectStreams | None
-    prompt_embeds: encoding_cache.PromptCache
+    instance_dataset: dataset.SubjectsDataset
+    prior_dataset: dataset.SubjectsDataset | None
+    text_cache: encoding_cache.TextEmbeddingCache
     dtype: torch.dtype
-    start: reader.AdapterWeights | None = None
-    base: dict[str, str] = field(default_factory=dict)
+    initial_weights: reader.AdapterWeights | None = None
+    base_identity: dict[str, str] = field(default_factory=dict)
 
     @property
     def denoiser(self) -> torch.nn.Module:
-        return families.denoiser_of(self.pipeline)
+        return families.get_denoiser(self.pipeline)
 
-    def batch_at(self, positions: Iterable[int]) -> dataset.TrainBatch:
+    def collate_batch(self, positions: Iterable[int]) -> dataset.TrainBatch:
         """The instance images at these positions, and as many class images if there are any."""
-        instance = [self.instance.at(position) for position in positions]
+        instance = [self.instance_dataset.get_sample(position) for position in positions]
         prior = []
-        if self.prior is not None:
-            prior = [self.prior.at(position) for position in positions]
+        if self.prior_dataset is not None:
+            prior = [self.prior_dataset.get_sample(position) for position in positions]
         return dataset.collate([*instance, *prior], instance_count=len(instance))
 
 
-def prepare(
+def prepare_inputs(
     config: train_config.TrainConfig,
     base: Base,
     context: reporter.RunContext,
@@ -109,32 +109,34 @@ def prepare(
     Raises UserError and StopRequestedError.
     """
     device = context.accelerator.device
-    dtype = distributed.DTYPES[context.accelerator.mixed_precision]
+    dtype = distributed.PRECISION_DTYPES[context.accelerator.mixed_precision]
 
     # The base. A flow model's denoiser waits where it can: with the encoders it would be too large.
-    context.report.phase("loading")
-    needs_both = config.train_text_encoder or config.draws_class_images
+    context.report.report_phase("loading")
+    needs_both = config.train_text_encoder or config.uses_class_images
     is_late = base.is_flow and not needs_both
     pipeline = encoding_cache.load_base(config, base, dtype, device, has_denoiser=not is_late)
 
     # Whether it can be trained so: before the long work, with all that its files have told.
-    schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
-    options = families.encoding_options(text_options_of(config))
-    family = families.family_of(pipeline, told_guidance=config.guidance_scale, options=options)
+    schedule = build_noise_schedule(pipeline.scheduler, config.do_edm_style_training)
+    options = families.build_encoding_options(get_text_options(config))
+    family = families.build_family(
+        pipeline, embedded_guidance=config.guidance_scale, options=options
+    )
     validation.check_family(config, family.facts)
     if not is_late:
-        start = check_denoiser(config, context, pipeline, is_fresh)
+        start = check_target_layers(config, context, pipeline, is_fresh)
     parts = [*family.facts.encoders, "vae"]
     if not is_late:
         parts.append(family.facts.denoiser)
     digests = identify_base(config, base, family.facts, parts)
-    context.stop_if_asked()
+    context.raise_if_stop_requested()
 
     # Latents and texts. What encoded them leaves memory.
-    streams = streams_of(config, context, pipeline, family, photos, digests)
+    streams = build_datasets(config, context, pipeline, family, photos, digests)
     encode_photos(context, streams, sample_count)
     release_vae(config, context, pipeline, streams[0].encoder)
-    prompt_embeds = prompt_cache(config, pipeline, family, digests)
+    prompt_embeds = build_text_cache(config, pipeline, family, digests)
     move_encoders(pipeline, family, device)
     encode_prompts(config, context, streams, prompt_embeds, prompts)
     release_encoders(config, context, pipeline, family, prompt_embeds)
@@ -143,9 +145,9 @@ def prepare(
     if is_late:
         load.load_denoiser(pipeline, base, dtype)
         encoding_cache.finish_denoiser(config, pipeline, dtype, device)
-        start = check_denoiser(config, context, pipeline, is_fresh)
+        start = check_target_layers(config, context, pipeline, is_fresh)
         digests |= identify_base(config, base, family.facts, [family.facts.denoiser])
-    denoiser = families.denoiser_of(pipeline)
+    denoiser = families.get_denoiser(pipeline)
     if config.stream_blocks:
         # By the name that its weights have: `to` copies those on "cpu" to "cpu:0", each by itself.
         device = StreamedBlocks(denoiser, device).places[0].device
@@ -155,59 +157,59 @@ def prepare(
         family=family,
         schedule=schedule,
         photos=photos,
-        instance=streams[0],
-        prior=streams[1] if len(streams) > 1 else None,
-        prompt_embeds=prompt_embeds,
+        instance_dataset=streams[0],
+        prior_dataset=streams[1] if len(streams) > 1 else None,
+        text_cache=prompt_embeds,
         dtype=dtype,
-        start=start,
-        base=digests,
+        initial_weights=start,
+        base_identity=digests,
     )
 
 
-def streams_of(
+def build_datasets(
     config: train_config.TrainConfig,
     context: reporter.RunContext,
     pipeline: DiffusionPipeline,
     family: families.Family,
     photos: list[Photo],
     digests: Mapping[str, str],
-) -> list[dataset.SubjectStreams]:
+) -> list[dataset.SubjectsDataset]:
     """The photos as they are drawn, and then the class images, if there are any. Raises UserError
     and StopRequestedError."""
     # Class images, drawn by the whole base.
     class_photos = []
-    if config.draws_class_images:
-        class_photos = class_images.class_photos_of_each(config, context, pipeline, photos, digests)
+    if config.uses_class_images:
+        class_photos = class_images.make_class_photos(config, context, pipeline, photos, digests)
 
     # Both are cropped and encoded alike.
     encoder = dataset.PhotoEncoder(
         vae=pipeline.vae.to(context.accelerator.device),
-        cache=cache_of(config),
-        rule=crop_rule(config),
+        cache=open_cache(config),
+        rule=build_crop_rule(config),
         unmasked_weight=config.unmasked_weight,
         family=family,
         synthetic_weight=config.synthetic_weight,
         vae_digest=digests.get("vae", ""),
     )
-    instance = dataset.instance_streams(config, photos, encoder)
+    instance = dataset.build_instance_dataset(config, photos, encoder)
     if not class_photos:
         return [instance]
-    return [instance, dataset.prior_streams(config, class_photos, encoder, instance)]
+    return [instance, dataset.build_prior_dataset(config, class_photos, encoder, instance)]
 
 
 def identify_base(
-    config: train_config.TrainConfig, base: Base, facts: Facts, parts: Sequence[str]
+    config: train_config.TrainConfig, base: Base, facts: FamilyFacts, parts: Sequence[str]
 ) -> dict[str, str]:
     """Return the digests by which these parts of the base, and its companion, are recognised: of
     their dense files, in whatever precision they are held. Raises OSError for a file that cannot be
     read."""
     digests = hash_parts(base, facts, parts, config.cache_folder)
     if config.companion:
-        digests[COMPANION] = file_digest(find_weights(config.companion))
+        digests[COMPANION] = hash_file(find_weights(config.companion))
     return digests
 
 
-def check_denoiser(
+def check_target_layers(
     config: train_config.TrainConfig,
     context: reporter.RunContext,
     pipeline: DiffusionPipeline,
@@ -216,9 +218,9 @@ def check_denoiser(
     """What a fresh adapter starts with. Raises UserError for layers that the denoiser lacks."""
     if context.accelerator.is_main_process:
         encoding_cache.warn_of_slow_precision(pipeline, context.accelerator.device)
-    found = moslora.matrix_layers(families.denoiser_of(pipeline))
+    found = moslora.get_matrix_layers(families.get_denoiser(pipeline))
     layers = {path: layer.weight.ndim for path, layer in found.items()}
-    facts = facts_of(type(pipeline).__name__)
+    facts = get_facts(type(pipeline).__name__)
     validation.check_layers(config.target_modules, layers, config.use_dora, facts)
     validation.check_patterns(config, layers)
 
@@ -228,7 +230,9 @@ def check_denoiser(
     return reader.read_start(config.init_adapter, pipeline, config.use_dora)
 
 
-def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> objective.NoiseSchedule:
+def build_noise_schedule(
+    scheduler: SchedulerMixin, edm_style: bool = False
+) -> objective.NoiseSchedule:
     """A base's noise levels by its scheduler's configuration. Raises UserError for an unknown
     prediction."""
     # A solver that draws flows, such as Sana's, has the levels of the plain flow scheduler.
@@ -242,7 +246,9 @@ def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> object
     if "FlowMatch" in type(scheduler).__name__:
         fresh = type(scheduler).from_config(scheduler.config)
         share = fresh.sigmas[: len(fresh.timesteps)].double()
-        line = shift_line(scheduler.config) if scheduler.config.use_dynamic_shifting else None
+        line = (
+            compute_shift_line(scheduler.config) if scheduler.config.use_dynamic_shifting else None
+        )
         return objective.NoiseSchedule(
             sigmas=(share / (1 - share)).float(),
             timesteps=fresh.timesteps,
@@ -276,7 +282,7 @@ def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> object
     return objective.NoiseSchedule.from_alphas(alphas, kind, "edm" if edm_style else "ddpm")
 
 
-def shift_line(config: Mapping[str, float]) -> tuple[float, float]:
+def compute_shift_line(config: Mapping[str, float]) -> tuple[float, float]:
     """Slope and intercept through a scheduler's two points, as its pipelines compute the shift."""
     least, most = config["base_image_seq_len"], config["max_image_seq_len"]
     low, high = config["base_shift"], config["max_shift"]
@@ -284,21 +290,21 @@ def shift_line(config: Mapping[str, float]) -> tuple[float, float]:
     return slope, low - slope * least
 
 
-def cache_of(config: train_config.TrainConfig) -> encoding_cache.TensorCache | None:
+def open_cache(config: train_config.TrainConfig) -> encoding_cache.EncodingCache | None:
     """Where encodings are kept, by `--caching`: nowhere, in memory or on disk."""
     if config.caching == "off":
         return None
     if config.caching == "memory":
-        return encoding_cache.TensorCache()
-    return encoding_cache.TensorCache(config.cache_folder / "encoded")
+        return encoding_cache.EncodingCache()
+    return encoding_cache.EncodingCache(config.cache_folder / "encoded")
 
 
-def prompt_cache(
+def build_text_cache(
     config: train_config.TrainConfig,
     pipeline: DiffusionPipeline,
     family: families.Family,
     digests: Mapping[str, str],
-) -> encoding_cache.PromptCache:
+) -> encoding_cache.TextEmbeddingCache:
     """Prompts encoded without the text encoders' adapters: a file that cannot be read is encoded
     anew in training. `digests` are of the base's parts; one that lacks an encoder's is answered by
     its weights in memory."""
@@ -307,23 +313,23 @@ def prompt_cache(
     # All that decides an encoding; `force_zeros_for_empty_prompt` decides that of "".
     identity = family.facts.name
     for name, encoder in zip(family.facts.encoders, encoders):
-        digest = digests.get(name) or encoding_cache.digest_of(encoder.state_dict())
+        digest = digests.get(name) or encoding_cache.digest_tensors(encoder.state_dict())
         identity += f"+{digest} {encoder.dtype}"
     if pipeline.config.get("force_zeros_for_empty_prompt"):
         identity += "+zeros"
     if family.layout:
         identity += f"+{family.layout}"
-    if options := families.encoding_options(text_options_of(config)):
+    if options := families.build_encoding_options(get_text_options(config)):
         identity += f"+{sorted(options.items())}"
 
-    def encode(prompts: list[str]) -> list[families.Text]:
+    def encode(prompts: list[str]) -> list[families.TextEmbedding]:
         with ExitStack() as stack:
             for encoder in encoders:
-                stack.enter_context(moslora.disabled(encoder))
-            return family.texts(pipeline, prompts)
+                stack.enter_context(moslora.disable_adapters(encoder))
+            return family.encode_prompts(pipeline, prompts)
 
-    return encoding_cache.PromptCache(
-        encode, cache_of(config) or encoding_cache.TensorCache(), identity
+    return encoding_cache.TextEmbeddingCache(
+        encode, open_cache(config) or encoding_cache.EncodingCache(), identity
     )
 
 
@@ -332,23 +338,23 @@ def move_encoders(
 ) -> None:
     """Move the text encoders to `device` if they fit there."""
     encoders = [getattr(pipeline, name) for name in family.facts.encoders]
-    place = device_with_room(encoders, device)
+    place = choose_device(encoders, device)
     for encoder in encoders:
         encoder.to(place)
 
 
-def device_with_room(models: Sequence[torch.nn.Module], device: torch.device) -> torch.device:
+def choose_device(models: Sequence[torch.nn.Module], device: torch.device) -> torch.device:
     """`device`, or the CPU where a GPU lacks the memory for these models."""
-    free_gib = devices.free_gib(device)
+    free_gib = devices.measure_free_gib(device)
     needed = 0
     for model in models:
         needed += sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    fits = free_gib is None or needed <= USABLE * free_gib * devices.GIB
+    fits = free_gib is None or needed <= USABLE_RATIO * free_gib * devices.GIB
     return device if fits else torch.device("cpu")
 
 
 def encode_photos(
-    context: reporter.RunContext, streams: list[dataset.SubjectStreams], sample_count: int
+    context: reporter.RunContext, streams: list[dataset.SubjectsDataset], sample_count: int
 ) -> None:
     """Fill the cache, if there is one, with every crop of the first `sample_count` samples. Raises
     UserError and StopRequestedError."""
@@ -356,22 +362,26 @@ def encode_photos(
     if encoder.cache is None:
         return
 
-    def crops() -> Entries:
+    def collect_crops() -> CacheEntries:
         found = {}
         for stream in streams:
-            found |= dict(encoder.entry(*view) for view in stream.views_ahead(sample_count))
+            found |= dict(
+                encoder.build_crop_entry(*view) for view in stream.list_crops(sample_count)
+            )
         return found
 
-    entries = same_everywhere(context, crops, "crops")
-    for _ in context.report.counted("caching", fill(encoder.cache, context, entries), len(entries)):
+    entries = require_same_entries(context, collect_crops, "crops")
+    for _ in context.report.report_counts(
+        "caching", fill_cache(encoder.cache, context, entries), len(entries)
+    ):
         pass
 
 
 def encode_prompts(
     config: train_config.TrainConfig,
     context: reporter.RunContext,
-    streams: list[dataset.SubjectStreams],
-    prompt_embeds: encoding_cache.PromptCache,
+    streams: list[dataset.SubjectsDataset],
+    prompt_embeds: encoding_cache.TextEmbeddingCache,
     prompts: Iterable[str],
 ) -> None:
     """Fill the cache with every caption and prompt that the run will use. Raises UserError and
@@ -382,27 +392,27 @@ def encode_prompts(
         if subject.class_prompt:
             captions |= {subject.class_prompt, *config.prior_prompts}
 
-    def found() -> Entries:
-        return dict(prompt_embeds.entry(caption) for caption in sorted(captions))
+    def collect_prompts() -> CacheEntries:
+        return dict(prompt_embeds.build_entry(caption) for caption in sorted(captions))
 
-    entries = same_everywhere(context, found, "prompts")
-    for _ in fill(prompt_embeds.cache, context, entries):
+    entries = require_same_entries(context, collect_prompts, "prompts")
+    for _ in fill_cache(prompt_embeds.cache, context, entries):
         pass
 
 
-def same_everywhere(
-    context: reporter.RunContext, find: Callable[[], Entries], kind: str
-) -> Entries:
+def require_same_entries(
+    context: reporter.RunContext, find: Callable[[], CacheEntries], kind: str
+) -> CacheEntries:
     """What this process finds to encode. Raises UserError when processes find different keys."""
-    return distributed.agreed(
+    return distributed.require_agreement(
         context.accelerator,
         find,
-        lambda found: f"{len(found)} {kind} ({content_key(keys=[*found])[:8]})",
+        lambda found: f"{len(found)} {kind} ({hash_values(keys=[*found])[:8]})",
     )
 
 
-def fill(
-    cache: encoding_cache.TensorCache, context: reporter.RunContext, entries: Entries
+def fill_cache(
+    cache: encoding_cache.EncodingCache, context: reporter.RunContext, entries: CacheEntries
 ) -> Iterator[int]:
     """Compute what the cache lacks of `entries`, which all processes have alike; yields how many
     are done."""
@@ -411,15 +421,17 @@ def fill(
     # Each process has its own memory, and each machine its own disk.
     keeps = cache.folder is None or accelerator.is_local_main_process
 
-    def values(keys: Sequence[str]) -> Generator[encoding_cache.Tensors, None, None]:
+    def compute_values(keys: Sequence[str]) -> Generator[encoding_cache.Tensors, None, None]:
         for key in keys:
-            context.raise_if_asked()
+            context.raise_if_local_stop()
             yield cache.get(key, entries[key])
 
-    found = distributed.share_out(accelerator, list(entries), values)
+    found = distributed.share_work(accelerator, list(entries), compute_values)
     for number, (key, tensors) in enumerate(zip(entries, found, strict=True), start=1):
         if accelerator.num_processes > 1:
-            distributed.on_each(accelerator, partial(cache.put, key, tensors) if keeps else bool)
+            distributed.run_on_each(
+                accelerator, partial(cache.put, key, tensors) if keeps else bool
+            )
         yield number
 
 
@@ -443,11 +455,11 @@ def release_encoders(
     context: reporter.RunContext,
     pipeline: DiffusionPipeline,
     family: families.Family,
-    prompt_embeds: encoding_cache.PromptCache,
+    prompt_embeds: encoding_cache.TextEmbeddingCache,
 ) -> None:
     """Free the text encoders, unless the steps need them."""
     if not config.train_text_encoder:
         prompt_embeds.release_encoders()
         pipeline.register_modules(**dict.fromkeys(family.facts.encoders))
     reporter.free_unused_memory(context.accelerator.device)
-    give_freed_memory_back()
+    release_freed_memory()

@@ -19,10 +19,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dreambooth_moslora.base.load import architecture
+from dreambooth_moslora.base.load import get_architecture
 from dreambooth_moslora.disk import events, run_folder
-from dreambooth_moslora.disk.atomic import atomic_directory, atomic_write
-from dreambooth_moslora.disk.paths import public_name
+from dreambooth_moslora.disk.atomic import write_atomic, write_atomic_directory
+from dreambooth_moslora.disk.paths import get_public_name
 from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.generation.sampling import Sampler, SampleRequest
 from dreambooth_moslora.lora import metadata, raw_file, writer
@@ -34,26 +34,26 @@ from dreambooth_moslora.photos.photo_file import (
     open_rgb,
     to_rgb,
 )
-from dreambooth_moslora.photos.synthetic import sentences
-from dreambooth_moslora.pictures import Row, draw_contact_sheet, write_png
-from dreambooth_moslora.plan.distributed import on_main, share_out
-from dreambooth_moslora.seeds import seed_of
+from dreambooth_moslora.photos.synthetic import describe_synthetic
+from dreambooth_moslora.pictures import SheetRow, draw_contact_sheet, write_png
+from dreambooth_moslora.plan.distributed import run_on_main, share_work
+from dreambooth_moslora.seeds import compute_seed
 from dreambooth_moslora.settings import metric_kinds, prompts, train_config
 from dreambooth_moslora.training import prepare
 from dreambooth_moslora.training.best_step import BestStep
 from dreambooth_moslora.training.checkpoint import Position, resolve_settings
-from dreambooth_moslora.training.model_card import CardFacts, model_card, push
-from dreambooth_moslora.training.optimizer import optimizer_kind
+from dreambooth_moslora.training.model_card import CardFacts, push_to_hub, render_model_card
+from dreambooth_moslora.training.optimizer import get_optimizer_name
 from dreambooth_moslora.training.step import TrainStep
 
 logger = logging.getLogger(__name__)
 
-CURVES = {"loss_instance": ("#2a6fdb", "instance"), "loss_prior": ("#d9822b", "prior")}
+LOSS_CURVES = {"loss_instance": ("#2a6fdb", "instance"), "loss_prior": ("#d9822b", "prior")}
 """Losses with their colour and label."""
-CARD_IMAGES = 6
+MAX_CARD_IMAGES = 6
 """Pictures on a card, but for at least two samples."""
 
-Shown = tuple[SampleRequest, Image.Image]
+Sample = tuple[SampleRequest, Image.Image]
 """What was asked for, and the picture that was drawn."""
 
 
@@ -76,20 +76,20 @@ class ValidationSamples:
     latest_step: int = 0
 
     @classmethod
-    def of(
+    def from_config(
         cls, config: train_config.TrainConfig, run_dir: run_folder.RunDir, steps_per_epoch: int
     ) -> "ValidationSamples":
         """Those that the settings ask for."""
         seeds = []
         for number in range(config.sample_count):
-            seeds.append(seed_of(config.seed, "sample", number) % 2**32)
-        wanted = prompts.validation_prompts(config)
+            seeds.append(compute_seed(config.seed, "sample", number) % 2**32)
+        wanted = prompts.list_validation_prompts(config)
         requests = [SampleRequest(prompt, seed) for prompt in wanted for seed in seeds]
 
         # New contexts are drawn for a run that draws samples, once each.
         contexts = []
         if requests:
-            for prompt in prompts.context_prompts(config):
+            for prompt in prompts.list_context_prompts(config):
                 contexts.append(SampleRequest(prompt, seeds[0]))
         return cls(
             run_dir=run_dir,
@@ -103,37 +103,39 @@ class ValidationSamples:
         """Every prompt that may be drawn, sorted."""
         return sorted({request.prompt for request in [*self.requests, *self.contexts]})
 
-    def is_due(self, step: int, last_step: int) -> bool:
+    def should_sample(self, step: int, last_step: int) -> bool:
         return bool(self.requests) and (step % self.every_steps == 0 or step == last_step)
 
-    def draw(self, step: int, sampler: Sampler, accelerator: Accelerator) -> events.SamplesDrawn:
+    def sample_images(
+        self, step: int, sampler: Sampler, accelerator: Accelerator
+    ) -> events.SamplesSaved:
         """Draw `samples/step_000100_0.png` …, shared out; the main process saves. Raises
         StopRequestedError."""
         self.latest, self.latest_step = [], step
-        for number, picture in enumerate(share_out(accelerator, self.requests, sampler)):
+        for number, picture in enumerate(share_work(accelerator, self.requests, sampler)):
             self.latest.append(picture)
-            on_main(accelerator, partial(self.save, self.path(step, number), picture))
+            run_on_main(accelerator, partial(self.save, self.get_path(step, number), picture))
         files = []
         for number in range(len(self.requests)):
-            files.append(str(self.path(step, number).relative_to(self.run_dir.path)))
-        return events.SamplesDrawn(
+            files.append(str(self.get_path(step, number).relative_to(self.run_dir.path)))
+        return events.SamplesSaved(
             step=step,
             files=files,
             prompts=[request.prompt for request in self.requests],
             seeds=[request.seed for request in self.requests],
         )
 
-    def path(self, step: int, number: int) -> Path:
+    def get_path(self, step: int, number: int) -> Path:
         """Of the sample of request `number` at that step."""
         return self.run_dir.samples_dir / f"step_{step:06d}_{number}.png"
 
-    def first(self, requests: Iterable[SampleRequest]) -> list[Shown]:
+    def load_first_samples(self, requests: Iterable[SampleRequest]) -> list[Sample]:
         """The pictures of step 0 of these requests that exist and can be read; a resumed run may
         have others."""
         # Which requests were drawn at step 0, and under which number.
-        records = self.run_dir.read_metrics(events.SamplesDrawn.kind)
+        records = self.run_dir.read_events(events.SamplesSaved.kind)
         numbers: dict[SampleRequest, int] = {}
-        for event in events.events_of(events.SamplesDrawn, records):
+        for event in events.filter_events(events.SamplesSaved, records):
             if event.step == 0:
                 for number, (prompt, seed) in enumerate(zip(event.prompts, event.seeds)):
                     numbers[SampleRequest(prompt, seed)] = number
@@ -143,7 +145,7 @@ class ValidationSamples:
         for request in requests:
             if request in numbers:
                 with suppress(UnreadableImageError, FileNotFoundError):
-                    picture = open_image(self.path(0, numbers[request]))
+                    picture = open_image(self.get_path(0, numbers[request]))
                     found.append((request, to_rgb(picture)))
         return found
 
@@ -152,14 +154,14 @@ class ValidationSamples:
         write_png(path, picture)
 
 
-def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+def compute_running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Mean of the last `window` values at each position (fewer at the start); same length as
     `values`."""
     ends = np.arange(1, len(values) + 1)
     return np.array([values[max(0, end - window) : end].mean() for end in ends])
 
 
-def draw_loss_plot(
+def plot_losses(
     steps: Sequence[events.StepDone], path: Path, evaluations: Sequence[events.StepEvaluated] = ()
 ) -> None:
     """Write a PNG with the loss and its running mean, and with the scores if there are
@@ -169,13 +171,13 @@ def draw_loss_plot(
     axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
 
     # The losses. Single steps vary so much that only the mean shows where they go.
-    for key, (colour, label) in CURVES.items():
+    for key, (colour, label) in LOSS_CURVES.items():
         told = [event for event in steps if getattr(event, key) is not None]
         if not told:
             continue
         at = np.array([event.step for event in told])
         values = np.array([getattr(event, key) for event in told])
-        mean = running_mean(values, max(5, len(values) // 20))
+        mean = compute_running_mean(values, max(5, len(values) // 20))
         axes[0].plot(at, values, color=colour, alpha=0.25, linewidth=0.8)
         axes[0].plot(at, mean, color=colour, label=label)
     axes[0].set(xlabel="step", ylabel="loss", ylim=(0, None))
@@ -184,18 +186,18 @@ def draw_loss_plot(
 
     # The scores below them.
     if evaluations:
-        draw_fidelity(axes[1], evaluations)
+        plot_scores(axes[1], evaluations)
     for panel in axes:
         panel.grid(alpha=0.3)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    atomic_write(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue())
 
 
-def draw_fidelity(axes: Axes, evaluations: Sequence[events.StepEvaluated]) -> None:
+def plot_scores(axes: Axes, evaluations: Sequence[events.StepEvaluated]) -> None:
     """Draw likeness, prompt, copies and score; a line marks the best step."""
     at = [event.step for event in evaluations]
-    for key, label in metric_kinds.curves().items():
+    for key, label in metric_kinds.get_curve_labels().items():
         values = [event.scores.get(key, np.nan) for event in evaluations]
         if np.isfinite(values).any():
             # Without copies, the score may be the subject's likeness: it lies wide beneath.
@@ -242,17 +244,17 @@ class Publisher:
         self.position = Position(
             step=self.train_step.step,
             seed=self.config.seed,
-            optimizer=optimizer_kind(self.config),
-            base=self.inputs.base,
+            optimizer=get_optimizer_name(self.config),
+            base=self.inputs.base_identity,
             settings=resolve_settings(self.config),
             photos=self.photo_digests,
         )
 
         # What the headers of its files say.
-        self.facts = facts_of(self.config, self.inputs, self.train_step)
+        self.facts = collect_facts(self.config, self.inputs, self.train_step)
 
     @property
-    def facts_now(self) -> metadata.AdapterMetadata:
+    def current_facts(self) -> metadata.AdapterMetadata:
         """With the step, unless it is the run's last."""
         step = self.train_step.step
         return replace(self.facts, step=None if step == self.max_train_steps else step)
@@ -260,7 +262,7 @@ class Publisher:
     def keep_best(self) -> None:
         """Write the current adapter to `best/`, loadable like the final one, completely or not at
         all."""
-        with atomic_directory(self.run_dir.best_dir) as folder:
+        with write_atomic_directory(self.run_dir.best_dir) as folder:
             self._publish_to(folder)
 
     def publish(self, finished: bool) -> Proof:
@@ -268,20 +270,20 @@ class Publisher:
         all processes draw."""
         # The adapter first: whatever fails after it, the run has its result.
         accelerator = self.train_step.accelerator
-        proof = on_main(accelerator, lambda: self._publish_to(self.run_dir.path))
+        proof = run_on_main(accelerator, lambda: self._publish_to(self.run_dir.path))
 
         # New contexts. A stop leaves those that are drawn.
-        contexts: list[Shown] = []
+        contexts: list[Sample] = []
         asked = self.samples.contexts if finished else []
         with suppress(StopRequestedError):
-            pictures = share_out(accelerator, asked, self.sampler)
+            pictures = share_work(accelerator, asked, self.sampler)
             for picture, request in zip(pictures, asked, strict=True):
                 contexts.append((request, picture))
 
-        on_main(accelerator, lambda: self._present(finished, proof, contexts))
+        run_on_main(accelerator, lambda: self._write_card_and_plots(finished, proof, contexts))
         return proof
 
-    def _present(self, finished: bool, proof: Proof, contexts: list[Shown]) -> None:
+    def _write_card_and_plots(self, finished: bool, proof: Proof, contexts: list[Sample]) -> None:
         """Write the card, push, and draw the plot and the sheet, which are not pushed."""
         config, run_dir = self.config, self.run_dir
         facts = CardFacts(
@@ -292,38 +294,38 @@ class Publisher:
             proof=proof,
             scores=self.scores,
             best=self.best if run_dir.best_dir.is_dir() else None,
-            made=tuple(sentences(self.inputs.photos, config.synthetic_weight)),
+            made=tuple(describe_synthetic(self.inputs.photos, config.synthetic_weight)),
         )
         drawn = list(zip(self.samples.requests, self.samples.latest))
         write_card(config, run_dir, facts, drawn, contexts)
         try:
             if finished and config.push_to_hub:
-                push(run_dir.path, config.hub_model_id, config.hub_token)
+                push_to_hub(run_dir.path, config.hub_model_id, config.hub_token)
         finally:
             # What stays here is drawn whatever the hub does.
-            steps = events.events_of(events.StepDone, run_dir.read_metrics(events.StepDone.kind))
+            steps = events.filter_events(events.StepDone, run_dir.read_events(events.StepDone.kind))
             if steps:
-                draw_loss_plot(steps, run_dir.loss_plot_path, run_dir.read_scores())
+                plot_losses(steps, run_dir.loss_plot_path, run_dir.read_scores())
             if drawn:
-                rows = sheet_rows(config, self.inputs.photos, self.samples, contexts)
+                rows = build_sheet_rows(config, self.inputs.photos, self.samples, contexts)
                 draw_contact_sheet(rows, run_dir.contact_sheet_path)
 
     def _publish_to(self, folder: Path) -> Proof:
         """Write the adapter's files, each proved to reload."""
         components = self.train_step.components
-        return writer.publish(components, folder, self.run_dir.name, self.facts_now)
+        return writer.publish(components, folder, self.run_dir.name, self.current_facts)
 
 
-def facts_of(
+def collect_facts(
     config: train_config.TrainConfig, inputs: prepare.TrainInputs, train_step: TrainStep
 ) -> metadata.AdapterMetadata:
     """What the headers of the run's files say: of the adapter, of its base, and how it is made."""
-    facts = raw_file.adapter_metadata(
+    facts = raw_file.build_adapter_metadata(
         train_step.components,
         base_id=config.pretrained_model_name_or_path,
-        base_architecture=architecture(inputs.denoiser),
-        trigger_words=prompts.trigger_words(config),
-        class_word=prompts.class_word_of(config),
+        base_architecture=get_architecture(inputs.denoiser),
+        trigger_words=prompts.list_trigger_words(config),
+        class_word=prompts.get_class_word(config),
         resolution_px=config.resolution,
     )
 
@@ -338,15 +340,15 @@ def facts_of(
     # The precision may come from `accelerate config`.
     if accelerator.mixed_precision != "no":
         config = replace(config, mixed_precision=accelerator.mixed_precision)
-    return metadata.with_recipe(config, facts)
+    return metadata.add_recipe(config, facts)
 
 
 def write_card(
     config: train_config.TrainConfig,
     run_dir: run_folder.RunDir,
     facts: CardFacts,
-    drawn: list[Shown],
-    contexts: list[Shown],
+    samples: list[Sample],
+    contexts: list[Sample],
 ) -> None:
     """Write README.md and its pictures. Old pictures go first: at all times a card names every
     picture.
@@ -354,44 +356,44 @@ def write_card(
     config: the run's settings
     run_dir: where they are written
     facts: what the card says
-    drawn: the samples at the end
+    samples: the samples at the end
     contexts: the new contexts
     """
-    pictures = card_pictures(config, drawn, contexts)
-    for stale in run_folder.pictures_named(run_dir.read_card() or ""):
+    pictures = pick_card_images(config, samples, contexts)
+    for stale in run_folder.list_card_pictures(run_dir.read_card() or ""):
         (run_dir.path / stale).unlink(missing_ok=True)
 
     # The card names its pictures before they are there.
     names = []
     for number, (request, _) in enumerate(pictures):
         names.append((f"image_{number}.png", request.prompt))
-    atomic_write(run_dir.card_path, model_card(config, replace(facts, images=tuple(names))))
+    write_atomic(run_dir.card_path, render_model_card(config, replace(facts, images=tuple(names))))
     for (name, _), (_, picture) in zip(names, pictures):
         write_png(run_dir.path / name, picture)
 
 
-def card_pictures(
-    config: train_config.TrainConfig, drawn: list[Shown], contexts: list[Shown]
-) -> list[Shown]:
+def pick_card_images(
+    config: train_config.TrainConfig, samples: list[Sample], contexts: list[Sample]
+) -> list[Sample]:
     """What the card shows: samples and new contexts; of several subjects the first sample of each
     prompt, then pairs."""
     if len(config.subjects) <= 1:
-        return [*drawn[: max(2, CARD_IMAGES - len(contexts))], *contexts]
-    first_of_each = {request.prompt: (request, picture) for request, picture in reversed(drawn)}
-    pairs = prompts.together_prompts(config)
+        return [*samples[: max(2, MAX_CARD_IMAGES - len(contexts))], *contexts]
+    first_of_each = {request.prompt: (request, picture) for request, picture in reversed(samples)}
+    pairs = prompts.list_pair_prompts(config)
     together = [shown for shown in contexts if shown[0].prompt in pairs]
     return [*reversed(first_of_each.values()), *together]
 
 
-def sheet_rows(
+def build_sheet_rows(
     config: train_config.TrainConfig,
     photos: list[Photo],
     samples: ValidationSamples,
-    contexts: list[Shown],
-) -> list[Row]:
+    contexts: list[Sample],
+) -> list[SheetRow]:
     """Each subject's photos, its pictures of step 0 and the end, new contexts; then pairs. It is
     never uploaded."""
-    start = f"adapter {public_name(config.init_adapter)}" if config.init_adapter else "base"
+    start = f"adapter {get_public_name(config.init_adapter)}" if config.init_adapter else "base"
     latest = list(zip(samples.requests, samples.latest)) if samples.latest_step else []
     rows = []
 
@@ -399,37 +401,37 @@ def sheet_rows(
     for number, subject in enumerate(config.each_subject):
         own = [photo for photo in photos if photo.subject == number]
         name = f" of “{subject.instance_prompt}”" if config.subjects else ""
-        wanted = prompts.validation_prompts(subject)
+        wanted = prompts.list_validation_prompts(subject)
         asked = [request for request in samples.requests if request.prompt in wanted]
         at_end = f"Step {samples.latest_step}: the same prompts, from the same noise"
-        in_context = own_of(contexts, prompts.context_prompts(subject))
+        in_context = filter_samples(contexts, prompts.list_context_prompts(subject))
         rows += [
-            Row(f"The photos{name}", readable(own[:6])),
-            row_of(f"Step 0: the {start}, before training", samples.first(asked)),
-            row_of(at_end, own_of(latest, wanted)),
-            row_of("New contexts", in_context),
+            SheetRow(f"The photos{name}", open_readable_photos(own[:6])),
+            build_row(f"Step 0: the {start}, before training", samples.load_first_samples(asked)),
+            build_row(at_end, filter_samples(latest, wanted)),
+            build_row("New contexts", in_context),
         ]
 
     # Pairs stand below all, as they are of two subjects.
-    pairs = prompts.together_prompts(config)
-    return [*rows, row_of("Two subjects in one prompt", own_of(contexts, pairs))]
+    pairs = prompts.list_pair_prompts(config)
+    return [*rows, build_row("Two subjects in one prompt", filter_samples(contexts, pairs))]
 
 
-def own_of(shown: list[Shown], wanted: Sequence[str]) -> list[Shown]:
+def filter_samples(samples: list[Sample], wanted_prompts: Sequence[str]) -> list[Sample]:
     """Those of the `wanted` prompts."""
-    return [(request, picture) for request, picture in shown if request.prompt in wanted]
+    return [(request, picture) for request, picture in samples if request.prompt in wanted_prompts]
 
 
-def row_of(title: str, shown: list[Shown]) -> Row:
+def build_row(title: str, samples: list[Sample]) -> SheetRow:
     """A row with the prompts as captions."""
-    return Row(
+    return SheetRow(
         title=title,
-        images=[picture for _, picture in shown],
-        captions=tuple(request.prompt for request, _ in shown),
+        images=[picture for _, picture in samples],
+        captions=tuple(request.prompt for request, _ in samples),
     )
 
 
-def readable(photos: list[Photo]) -> list[Image.Image]:
+def open_readable_photos(photos: list[Photo]) -> list[Image.Image]:
     """The photos that can be read now; the run may have begun long ago."""
     found = []
     for photo in photos:

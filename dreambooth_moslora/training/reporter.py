@@ -20,19 +20,19 @@ from PIL import Image
 
 from dreambooth_moslora.base.devices import GIB, free_unused_blocks
 from dreambooth_moslora.disk import events, processes, run_folder
-from dreambooth_moslora.disk.atomic import atomic_write
-from dreambooth_moslora.errors import StopRequestedError, UserError, one_line
-from dreambooth_moslora.plan.distributed import any_process, on_each
+from dreambooth_moslora.disk.atomic import write_atomic
+from dreambooth_moslora.errors import StopRequestedError, UserError, format_error
+from dreambooth_moslora.plan.distributed import reduce_any, run_on_each
 from dreambooth_moslora.settings.train_config import SETTINGS, TrainConfig
 
 logger = logging.getLogger(__name__)
 
-TRACKED = (events.StepDone, events.StepEvaluated, events.SamplesDrawn)
+TRACKED_EVENTS = (events.StepDone, events.StepEvaluated, events.SamplesSaved)
 """Events that trackers get."""
-PICTURE_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
+IMAGE_TRACKER_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 """Trackers that get the samples, and how they are told that pictures are (N, height, width, RGB).
 """
-ENDINGS = (events.RunEnded.kind, events.AdapterExported.kind)
+END_KINDS = (events.RunEnded.kind, events.AdapterExported.kind)
 """Events of a run's end, which a resumed run takes back."""
 
 
@@ -46,11 +46,11 @@ class Reporter:
     step: the latest
     failure: an error of reporting, among several processes
     earlier_curves: tensorboard's files in the run folder from before it opened
-    waiting: events that are not written yet; None once they are written at once
+    pending_events: events that are not written yet; None once they are written at once
 
-    The file may be an earlier run's, so events wait until `begin_at`. Of several processes the main
-    one keeps an error until all meet, and `raise_failure` then raises it: alone it would leave the
-    others waiting.
+    The file may be an earlier run's, so events wait until `begin_from_step`. Of several processes
+    the main one keeps an error until all meet, and `raise_failure` then raises it: alone it would
+    leave the others waiting.
     """
 
     run_dir: run_folder.RunDir
@@ -59,7 +59,7 @@ class Reporter:
     step: int = 0
     failure: Exception | None = None
     earlier_curves: list[Path] = field(default_factory=list)
-    waiting: list[events.Event] | None = field(default_factory=list)
+    pending_events: list[events.Event] | None = field(default_factory=list)
 
     def __call__(self, event: events.Event) -> None:
         if not self.accelerator.is_main_process:
@@ -70,13 +70,13 @@ class Reporter:
                 self.step = getattr(event, "step", self.step)
 
             # The file, the caller, the trackers.
-            if self.waiting is None:
-                self.run_dir.append_metrics(events.record_of(event))
+            if self.pending_events is None:
+                self.run_dir.record_event(events.build_record(event))
             else:
-                self.waiting.append(event)
+                self.pending_events.append(event)
             if self.on_event is not None:
                 self.on_event(event)
-            if isinstance(event, TRACKED):
+            if isinstance(event, TRACKED_EVENTS):
                 self._track(event)
         except Exception as error:
             if self.accelerator.num_processes == 1:
@@ -104,26 +104,26 @@ class Reporter:
             self.accelerator.init_trackers("dreambooth_moslora", config=public)
         except Exception as error:  # each tracker raises its own errors
             self.accelerator.trackers.clear()
-            said = one_line(f"{type(error).__name__} {error}")
+            said = format_error(f"{type(error).__name__} {error}")
             raise UserError(
                 f"--report_to {config.report_to} cannot start: {said}; none trains without it."
             ) from error
 
-    def _track(self, event: events.StepDone | events.StepEvaluated | events.SamplesDrawn) -> None:
+    def _track(self, event: events.StepDone | events.StepEvaluated | events.SamplesSaved) -> None:
         """Log numbers, and samples to trackers that show pictures. A tracker that fails causes one
         warning."""
         for tracker in list(self.accelerator.trackers):
             try:
-                if not isinstance(event, events.SamplesDrawn):
-                    tracker.log(numbers_in(event), step=event.step)
-                elif tracker.name in PICTURE_OPTIONS:
+                if not isinstance(event, events.SamplesSaved):
+                    tracker.log(collect_numbers(event), step=event.step)
+                elif tracker.name in IMAGE_TRACKER_OPTIONS:
                     paths = [self.run_dir.path / name for name in event.files]
                     pictures = np.stack([np.asarray(Image.open(path)) for path in paths])
-                    options = PICTURE_OPTIONS[tracker.name]
+                    options = IMAGE_TRACKER_OPTIONS[tracker.name]
                     tracker.log_images({"samples": pictures}, step=event.step, **options)
             except Exception as error:  # each tracker raises its own errors
                 self.accelerator.trackers.remove(tracker)
-                said = one_line(f"{type(error).__name__} {error}")
+                said = format_error(f"{type(error).__name__} {error}")
                 logger.warning(
                     "--report_to: %s failed and is not used again in this run: %s",
                     tracker.name,
@@ -135,7 +135,7 @@ class Reporter:
         try:
             self.accelerator.end_training()
         except Exception as error:  # each tracker raises its own errors
-            said = one_line(f"{type(error).__name__} {error}")
+            said = format_error(f"{type(error).__name__} {error}")
             logger.warning("--report_to: ending it failed: %s", said)
 
     def raise_failure(self) -> None:
@@ -143,23 +143,23 @@ class Reporter:
         if self.failure is not None:
             raise self.failure
 
-    def phase(self, phase: str, done: int = 0, total: int = 1) -> None:
+    def report_phase(self, phase: str, done: int = 0, total: int = 1) -> None:
         """Report how much of a phase is done."""
         self(events.PhaseProgress(phase, done, total))
 
-    def counted(self, phase: str, counts: Iterable[int], total: int) -> Iterator[int]:
+    def report_counts(self, phase: str, counts: Iterable[int], total: int) -> Iterator[int]:
         """Report each count of a phase, at most four times a second, and always the first and the
         last."""
         # Every report is a line of the file.
-        self.phase(phase, 0, total)
+        self.report_phase(phase, 0, total)
         last = time.monotonic()
         for done in counts:
             if done == total or time.monotonic() - last > 0.25:
-                self.phase(phase, done, total)
+                self.report_phase(phase, done, total)
                 last = time.monotonic()
             yield done
 
-    def begin_at(self, step: int) -> None:
+    def begin_from_step(self, step: int) -> None:
         """Remove from the file the events of steps that will be repeated, and of the earlier end;
         then write."""
         if not self.accelerator.is_main_process:
@@ -167,25 +167,25 @@ class Reporter:
 
         # A run from step 0 keeps nothing: its file is of a run that failed here.
         kept = []
-        for event in self.run_dir.read_metrics() if step else []:
-            if event.get("step", 0) <= step and event["type"] not in ENDINGS:
+        for event in self.run_dir.read_events() if step else []:
+            if event.get("step", 0) <= step and event["type"] not in END_KINDS:
                 kept.append(event)
         lines = [json.dumps(event) + "\n" for event in kept]
-        atomic_write(self.run_dir.metrics_path, "".join(lines))
-        self.release()
+        write_atomic(self.run_dir.metrics_path, "".join(lines))
+        self.write_pending()
 
-    def release(self) -> None:
+    def write_pending(self) -> None:
         """Write the events that waited; from now on events are written at once."""
-        waiting = self.waiting or []
-        self.waiting = None
+        waiting = self.pending_events or []
+        self.pending_events = None
         for event in waiting:
-            self.run_dir.append_metrics(events.record_of(event))
+            self.run_dir.record_event(events.build_record(event))
 
 
-def numbers_in(event: events.StepDone | events.StepEvaluated) -> dict[str, float]:
+def collect_numbers(event: events.StepDone | events.StepEvaluated) -> dict[str, float]:
     """The event's numbers by name, but for its step and its time."""
     found = {}
-    for name, value in events.record_of(event).items():
+    for name, value in events.build_record(event).items():
         if isinstance(value, (int, float)) and name not in ("step", "time"):
             found[name] = value
     return found
@@ -197,14 +197,14 @@ def free_unused_memory(device: torch.device) -> None:
     free_unused_blocks(device)
 
 
-def memory_gib(device: torch.device) -> float | None:
+def measure_memory_gib(device: torch.device) -> float | None:
     """Peak memory so far, GiB: reserved by PyTorch on a GPU, else of the process. Apple's GPUs tell
     only what is reserved now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / GIB
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / GIB
-    return processes.peak_memory_gib()
+    return processes.measure_peak_memory_gib()
 
 
 @dataclass(frozen=True)
@@ -217,20 +217,20 @@ class RunContext:
     report: Reporter
     should_stop: Callable[[], bool]
 
-    def stop_requested(self) -> bool:
+    def is_stop_requested(self) -> bool:
         """Whether any process was asked to stop, or failed to report (raised). All must call it
         together."""
-        ends = any_process(self.accelerator, self.report.failure is not None or self.should_stop())
+        ends = reduce_any(self.accelerator, self.report.failure is not None or self.should_stop())
         if ends:
-            on_each(self.accelerator, self.report.raise_failure)
+            run_on_each(self.accelerator, self.report.raise_failure)
         return ends
 
-    def stop_if_asked(self) -> None:
+    def raise_if_stop_requested(self) -> None:
         """Raises StopRequestedError, on all processes together."""
-        if self.stop_requested():
+        if self.is_stop_requested():
             raise StopRequestedError
 
-    def raise_if_asked(self) -> None:
+    def raise_if_local_stop(self) -> None:
         """Raises StopRequestedError when this process was asked to stop: for work whose errors all
         processes hear."""
         if self.should_stop():

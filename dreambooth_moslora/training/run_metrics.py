@@ -15,14 +15,14 @@ from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.settings import config_files, train_config
 from dreambooth_moslora.values import is_finite_number
 
-LEAST_LIKENESS = 0.1
+MIN_LIKENESS_GAIN = 0.1
 """A rise over the base below which distances from class to subject are not measured."""
-NO_SCORES = ("step", "time", "photos")
+NON_SCORE_FIELDS = ("step", "time", "photos")
 """Fields of an evaluation that are not scores."""
 
 
 @dataclass(frozen=True)
-class Figures:
+class RunMetrics:
     """What a run has measured.
 
     config: its settings
@@ -35,7 +35,7 @@ class Figures:
     likeness, score: (step, value) of each evaluation
     processes: that trained together
     time: of the last event, in seconds
-    planned: its optimizer steps
+    planned_steps: its optimizer steps
     saved: the step of the newest checkpoint; 0 without one
     is_training: whether another process trains it now
     folder: the run's
@@ -49,7 +49,7 @@ class Figures:
     message: str = ""
     step: int = 0
     photos: int | None = None
-    largest: int | None = None
+    largest_subject_photos: int | None = None
     without_bare_prompt: int = 0
     scores: Mapping[str, float] = field(default_factory=dict)
     copy_alarm: bool = False
@@ -57,7 +57,7 @@ class Figures:
     score: Sequence[tuple[int, float]] = ()
     processes: int = 1
     time: float = 0.0
-    planned: int | None = None
+    planned_steps: int | None = None
     saved: int = 0
     is_training: bool = False
     folder: Path = Path()
@@ -73,21 +73,21 @@ class Figures:
         photos_a_step = self.config.train_batch_size * self.config.gradient_accumulation_steps
         return self.step * photos_a_step * self.processes / self.photos
 
-    def moved(self, name: str) -> float | None:
+    def compute_shift(self, name: str) -> float | None:
         """How far `pres` (the class) or `dino_bare` moved: 0 as the base draws the class, 1 at the
         subject."""
         here = self.scores.get(name)
         start, end = self.scores.get("pres_base"), self.scores.get("dino")
-        if here is None or start is None or end is None or end - start < LEAST_LIKENESS:
+        if here is None or start is None or end is None or end - start < MIN_LIKENESS_GAIN:
             return None
         return (here - start) / (end - start)
 
 
-def figures_from(
+def build_run_metrics(
     records: Sequence[Mapping[str, Any]],
     config: train_config.TrainConfig,
     photos: Mapping[str, int] = {},
-) -> Figures:
+) -> RunMetrics:
     """Figures from the lines of `metrics.jsonl`. `photos` is what is known of the photos, for a run
     whose evaluations do not tell it."""
     # By kind: of a resumed run the last start and end count.
@@ -100,95 +100,99 @@ def figures_from(
 
     # What the latest evaluation says of the photos, and of the adapter.
     about = {**photos, **last.get("photos", {})}
-    scores = {name: value for name, value in last.items() if name not in NO_SCORES}
-    return Figures(
+    scores = {name: value for name, value in last.items() if name not in NON_SCORE_FIELDS}
+    return RunMetrics(
         config=config,
         state=end.get("state", ""),
         message=end.get("message", ""),
         step=max(taken, default=0),
         photos=about.get("count"),
-        largest=about.get("largest"),
+        largest_subject_photos=about.get("largest"),
         without_bare_prompt=about.get("without_bare_prompt", 0),
-        scores=numbers(scores),
+        scores=filter_numbers(scores),
         copy_alarm=last.get("copy_alarm", False),
-        likeness=curve(by_kind["evaluation"], "dino"),
-        score=curve(by_kind["evaluation"], "score"),
+        likeness=build_curve(by_kind["evaluation"], "dino"),
+        score=build_curve(by_kind["evaluation"], "score"),
         processes=start.get("processes", 1),
         time=max((event.get("time", 0.0) for event in records), default=0.0),
-        planned=start.get("max_train_steps"),
+        planned_steps=start.get("max_train_steps"),
         saved=max(saved, default=0),
     )
 
 
-def curve(scored: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+def build_curve(evaluations: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
     """(step, value) of each evaluation, sorted; a step that was scored twice counts once."""
-    values = {event["step"]: event[name] for event in scored if is_finite_number(event.get(name))}
+    values = {
+        event["step"]: event[name] for event in evaluations if is_finite_number(event.get(name))
+    }
     return sorted(values.items())
 
 
-def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+def filter_numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """Those that are numbers."""
     return {name: value for name, value in values.items() if is_finite_number(value)}
 
 
-def figures_of(run_dir: RunDir, photos: Sequence[photo_file.Photo] | None = None) -> Figures:
+def load_run_metrics(
+    run_dir: RunDir, photos: Sequence[photo_file.Photo] | None = None
+) -> RunMetrics:
     """A run's figures: events, configuration, and a newer report of `evaluate`. Raises UserError
     for no run."""
     for path in (run_dir.config_path, run_dir.metrics_path):
         if not path.is_file():
             raise UserError(f"{run_dir.path} holds no run: {path.name} is not there.")
-    config = known_config(read_json(run_dir.config_path))
+    config = parse_known_config(read_json(run_dir.config_path))
 
     # The photos, if they are still here.
     if photos is None:
         with suppress(UserError):
-            photos = folder.photo_report(config).photos
+            photos = folder.build_photo_report(config).photos
     facts = {}
     if photos:
         facts["count"] = len(photos)
         facts["without_bare_prompt"] = sum(photo.bare_prompt is not None for photo in photos)
         if len(config.subjects) > 1:
-            facts["largest"] = max(photo_file.counts_of(photos))
+            facts["largest"] = max(photo_file.count_photos(photos))
 
     # What the run wrote, and what it is now.
     found = replace(
-        figures_from(run_dir.read_metrics(), config, facts),
-        is_training=is_held(run_dir),
+        build_run_metrics(run_dir.read_events(), config, facts),
+        is_training=is_run_active(run_dir),
         folder=run_dir.path,
     )
-    return with_report(found, run_dir)
+    return merge_report(found, run_dir)
 
 
-def is_held(run_dir: RunDir) -> bool:
+def is_run_active(run_dir: RunDir) -> bool:
     """Whether a run trains there now, or nobody can tell."""
     try:
-        queue.check_free(run_dir.path)
+        queue.check_unlocked(run_dir.path)
     except (UserError, OSError):
         return True
     return False
 
 
-def known_config(values: Mapping[str, Any]) -> train_config.TrainConfig:
+def parse_known_config(values: Mapping[str, Any]) -> train_config.TrainConfig:
     """A run's configuration, without settings that are unknown here. Raises UserError for
     impossible values."""
-    return train_config.TrainConfig.from_dict(config_files.still_known(values))
+    return train_config.TrainConfig.from_dict(config_files.drop_removed_settings(values))
 
 
-def with_report(found: Figures, run_dir: RunDir) -> Figures:
+def merge_report(metrics: RunMetrics, run_dir: RunDir) -> RunMetrics:
     """The figures, with the scores of a newer `evaluation/scores.json`. Raises UserError if that is
     no JSON."""
     path = run_dir.evaluation_dir / SCORES_NAME
     if not path.is_file():
-        return found
+        return metrics
 
     # An older one is of an adapter that is gone; another scale, or one of several subjects, is
     # another question.
     report = read_json(path)
-    if report["time"] < found.time:
-        return found
-    is_of_one = len(found.config.subjects) > 1 and "subjects" not in report
+    if report["time"] < metrics.time:
+        return metrics
+    is_of_one = len(metrics.config.subjects) > 1 and "subjects" not in report
     if is_of_one or report["protocol"]["adapter_scale"] != 1:
-        return found
+        return metrics
 
     # Its scores, by the names that an evaluation in training gives them.
     alarm = report["copy_alarm"]
@@ -196,8 +200,8 @@ def with_report(found: Figures, run_dir: RunDir) -> Figures:
     values |= report["relative"]
     values |= {"copied": alarm["share"], "score": report["score"]}
     return replace(
-        found,
-        scores=numbers(values),
+        metrics,
+        scores=filter_numbers(values),
         copy_alarm=alarm["raised"],
         leaked=report["leaked"],
         photo_likeness=report.get("dino_of_each_photo", {}),

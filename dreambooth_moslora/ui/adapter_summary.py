@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.lora.metadata import metadata_in
+from dreambooth_moslora.lora.metadata import parse_metadata
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class AdapterSummary:
         """The prompt with which a page begins for this adapter."""
         return f"a photo of a {self.subject}" if self.subject else ""
 
-    def sentence(self) -> str:
+    def format_sentence(self) -> str:
         """What one has to know to use it, in one line."""
         parts = []
         if self.subject:
@@ -38,13 +38,13 @@ class AdapterSummary:
         return " · ".join(parts)
 
 
-def summary_of(file: Path) -> AdapterSummary:
+def read_summary(file: Path) -> AdapterSummary:
     """The summary; an empty one of a file that another program wrote, or that cannot be read.
 
     Loading is the check, and the header only a hint.
     """
     try:
-        facts = metadata_in(run_folder.header_of(file))
+        facts = parse_metadata(run_folder.read_header(file))
     except (UserError, OSError):
         return AdapterSummary()
     if facts is None:

@@ -11,14 +11,24 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.image_params import Recipe, read_recipe
 from dreambooth_moslora.ui import drawing, generate_values, state
 from dreambooth_moslora.ui.drawing import Frame
-from dreambooth_moslora.ui.events import AT_ONCE, GPU, TELLING, on, sentence
+from dreambooth_moslora.ui.events import (
+    GPU_EVENT,
+    MESSAGE_EVENT,
+    UNQUEUED_EVENT,
+    format_message,
+    on,
+)
 from dreambooth_moslora.ui.generate_adapters import connect_adapters, connect_upload
 from dreambooth_moslora.ui.generate_values import GenerateForm
-from dreambooth_moslora.ui.generate_widgets import ask_widgets, result_widgets, settings_widgets
+from dreambooth_moslora.ui.generate_widgets import (
+    build_prompt_widgets,
+    build_result_widgets,
+    build_settings_widgets,
+)
 from dreambooth_moslora.ui.html import LARGE_PREVIEW
-from dreambooth_moslora.ui.workspace import Picture
+from dreambooth_moslora.ui.workspace import SavedImage
 
-PICTURES = [".png"]
+IMAGE_SUFFIXES = [".png"]
 """Files that may carry a recipe."""
 
 
@@ -28,7 +38,7 @@ class GenerateTab:
 
     fields: dict[str, gr.components.Component]
     """In the order of GenerateForm."""
-    of_base: dict[str, gr.components.Component]
+    base_fields: dict[str, gr.components.Component]
     """Those that show other values for another base."""
 
 
@@ -37,15 +47,15 @@ def build_generate_tab(ctx: state.AppContext, page: gr.Blocks) -> GenerateTab:
     # The widgets, in three columns of the page.
     with gr.Row(elem_id="generate", equal_height=False):
         with gr.Column(elem_id="ask", min_width=280):
-            widgets, buttons = ask_widgets(ctx)
+            widgets, buttons = build_prompt_widgets(ctx)
         with gr.Column(elem_id="results", min_width=280):
-            results = result_widgets(ctx)
+            results = build_result_widgets(ctx)
         with gr.Column(elem_id="settings", min_width=280):
-            widgets |= settings_widgets(ctx)
+            widgets |= build_settings_widgets(ctx)
     # What the API and the other tabs see of them.
     ordered = {field.name: widgets[field.name] for field in fields(GenerateForm)}
     named = ("adapter", "size", "guidance_scale", "negative_prompt", "scheduler")
-    tab = GenerateTab(fields=ordered, of_base={name: widgets[name] for name in named})
+    tab = GenerateTab(fields=ordered, base_fields={name: widgets[name] for name in named})
     # The events. A public page only draws.
     _connect_generate(ctx, tab, buttons["run"], results)
     _connect_compare(ctx, tab, results)
@@ -59,7 +69,7 @@ def build_generate_tab(ctx: state.AppContext, page: gr.Blocks) -> GenerateTab:
     return tab
 
 
-def _item(picture: Picture) -> tuple[str, str]:
+def _format_gallery_item(picture: SavedImage) -> tuple[str, str]:
     """(File, caption), as a gallery takes it."""
     return str(picture.path), picture.caption
 
@@ -77,26 +87,26 @@ def _connect_generate(
         inputs=None,
         outputs=results["tabs"],
         js="() => bringIntoView('results', 'gallery')",
-        **AT_ONCE,
+        **UNQUEUED_EVENT,
     )
 
-    def values(frame: Frame) -> tuple:
+    def list_outputs(frame: Frame) -> tuple:
         seed = frame.params.seed if frame.params else gr.skip()
         if frame.pictures is None:
             return gr.skip(), seed, frame.status, gr.skip()
         # The gallery chooses its first when it is emptied, and keeps the choice as it fills.
         selected = gr.skip() if frame.pictures else 0
-        return list(map(_item, frame.pictures)), seed, frame.status, selected
+        return list(map(_format_gallery_item, frame.pictures)), seed, frame.status, selected
 
     def generate(request: gr.Request, **given) -> Iterator[tuple]:
-        yield from map(values, drawing.make_pictures(ctx, GenerateForm(**given), request))
+        yield from map(list_outputs, drawing.make_pictures(ctx, GenerateForm(**given), request))
 
     outputs = [results[name] for name in ("gallery", "used_seed", "status", "selected_gallery")]
     _connect_drawing(ctx, tab, starts, generate, outputs, results["status"])
 
     # The preview comes inside the card, and the browser takes it from there.
     status = results["status"]
-    status.change(None, status, results["preview"], js=LARGE_PREVIEW, **AT_ONCE)
+    status.change(None, status, results["preview"], js=LARGE_PREVIEW, **UNQUEUED_EVENT)
 
 
 def _connect_compare(ctx: state.AppContext, tab: GenerateTab, results: dict) -> None:
@@ -123,10 +133,10 @@ def _connect_drawing(
 ) -> None:
     """Connect what draws, under the name of its handler, to the events that start it."""
     # Gradio runs a trigger's events in order. A Stop counts from here on, before its turn has come.
-    gr.on(starts, ctx.announce, inputs=None, outputs=None, **AT_ONCE)
+    gr.on(starts, ctx.register_work, inputs=None, outputs=None, **UNQUEUED_EVENT)
     draws = on(
         starts,
-        GPU,
+        GPU_EVENT,
         api_name=handler.__name__,
         inputs_kwargs=tab.fields,
         outputs=outputs,
@@ -157,14 +167,14 @@ def _connect_reuse(ctx: state.AppContext, tab: GenerateTab, results: dict, name:
     """The settings of the picture that is chosen in a gallery go into the form."""
     gallery, selected = results[name], results[f"selected_{name}"]
 
-    @on(gallery.select, AT_ONCE, inputs=None, outputs=selected)
+    @on(gallery.select, UNQUEUED_EVENT, inputs=None, outputs=selected)
     def select(event: gr.SelectData) -> int:
         return event.index if isinstance(event.index, int) else 0
 
     outputs = list(tab.fields.values())
 
-    @on(results[f"reuse_{name}"].click, TELLING, inputs=[gallery, selected], outputs=outputs)
-    def reuse(pictures: list[tuple[str, str]] | None, index: int) -> list:
+    @on(results[f"reuse_{name}"].click, MESSAGE_EVENT, inputs=[gallery, selected], outputs=outputs)
+    def restore_recipe(pictures: list[tuple[str, str]] | None, index: int) -> list:
         if not pictures:
             raise UserError("there is no picture yet")
         file, _ = pictures[min(index, len(pictures) - 1)]
@@ -178,9 +188,9 @@ def _connect_reuse(ctx: state.AppContext, tab: GenerateTab, results: dict, name:
 def _connect_history(ctx: state.AppContext, results: dict) -> None:
     """Pictures that were drawn before; later ones come when the tab is opened again."""
 
-    @on(results["history_tab"].select, AT_ONCE, inputs=None, outputs=results["history"])
-    def history() -> list[tuple[str, str]]:
-        return list(map(_item, list(ctx.workspace.history)))
+    @on(results["history_tab"].select, UNQUEUED_EVENT, inputs=None, outputs=results["history"])
+    def list_history() -> list[tuple[str, str]]:
+        return list(map(_format_gallery_item, list(ctx.workspace.history)))
 
 
 def to_widgets(ctx: state.AppContext, recipe: Recipe) -> list:
@@ -191,7 +201,7 @@ def to_widgets(ctx: state.AppContext, recipe: Recipe) -> list:
     params = recipe.params
     if params.guidance_scale is None:
         params = replace(params, guidance_scale=ctx.guidance_scale)
-    for remark in generate_values.remarks_on(recipe, ctx.catalog.files(), ctx.public_name):
-        gr.Warning(html.escape(sentence(remark), quote=False))
+    for remark in generate_values.list_remarks(recipe, ctx.catalog.list_files(), ctx.public_name):
+        gr.Warning(html.escape(format_message(remark), quote=False))
     form = GenerateForm.from_params(params)
     return [getattr(form, field.name) for field in fields(GenerateForm)]

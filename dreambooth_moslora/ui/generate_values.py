@@ -12,19 +12,19 @@ from dreambooth_moslora.generation.image_params import (
     MAX_STEPS,
     GenerationParams,
     Recipe,
-    draw_seed,
+    resolve_seed,
 )
 
 MAX_IMAGES = 8
 """Most pictures of one request."""
-RANGES = {
+FIELD_RANGES = {
     "steps": (1, MAX_STEPS),
     "guidance_scale": (0, 30),
     "scale": (-2, 2),
     "num_images": (1, MAX_IMAGES),
 }
 """Ranges of the sliders, narrower than a program's, so that usual values are easy to set."""
-RATIOS = {"Square": (1, 1), "Portrait": (7 / 8, 9 / 8), "Tall": (13 / 16, 19 / 16)}
+ASPECT_RATIOS = {"Square": (1, 1), "Portrait": (7 / 8, 9 / 8), "Tall": (13 / 16, 19 / 16)}
 """Preset -> its width and height, as multiples of the base's own resolution."""
 
 
@@ -34,7 +34,7 @@ class GenerateForm:
 
     prompt: str = ""
     negative_prompt: str = ""
-    adapter: str = run_folder.NONE
+    adapter: str = run_folder.NO_ADAPTER
     scale: float = 1.0
     seed: int = -1
     steps: int = 25
@@ -43,17 +43,17 @@ class GenerateForm:
     num_images: int = 1
     scheduler: str = ""  # the base's own
 
-    def params(self) -> GenerationParams:
+    def to_params(self) -> GenerationParams:
         """The parameters. A negative or empty seed is drawn here.
 
         Raises UserError for values that cannot be generated.
         """
         width, height = parse_size(self.size)
-        has_adapter = bool(self.adapter) and self.adapter != run_folder.NONE
+        has_adapter = bool(self.adapter) and self.adapter != run_folder.NO_ADAPTER
         return GenerationParams(
             prompt=str(self.prompt or ""),
             negative_prompt=str(self.negative_prompt or ""),
-            seed=draw_seed(-1 if self.seed is None else int(self.seed)),
+            seed=resolve_seed(-1 if self.seed is None else int(self.seed)),
             steps=int(self.steps),
             guidance_scale=self.guidance_scale,
             height_px=height,
@@ -69,7 +69,7 @@ class GenerateForm:
 
         Adapters beyond the first become tags in the prompt.
         """
-        adapter, scale = params.adapters[0] if params.adapters else (run_folder.NONE, 1.0)
+        adapter, scale = params.adapters[0] if params.adapters else (run_folder.NO_ADAPTER, 1.0)
         tags = "".join(f" <lora:{name}:{scale:g}>" for name, scale in params.adapters[1:])
         return cls(
             prompt=params.prompt + tags,
@@ -103,18 +103,18 @@ def parse_size(text: str) -> tuple[int | None, int | None]:
     return width, height
 
 
-def size_choices(resolution_px: int, multiple_px: int = 8) -> list[tuple[str, str]]:
+def list_size_choices(resolution_px: int, multiple_px: int = 8) -> list[tuple[str, str]]:
     """(Label, value) of the presets around a base's own resolution.
 
     All sides are multiples of `multiple_px`.
     """
 
-    def side(ratio: float) -> int:
+    def compute_side(ratio: float) -> int:
         return round(resolution_px * ratio / multiple_px) * multiple_px
 
     choices = []
-    for name, (across, down) in RATIOS.items():
-        width, height = side(across), side(down)
+    for name, (across, down) in ASPECT_RATIOS.items():
+        width, height = compute_side(across), compute_side(down)
         choices.append((f"{name} {width} × {height}", format_size(width, height)))
         # The same lying on its side.
         if width != height:
@@ -123,7 +123,7 @@ def size_choices(resolution_px: int, multiple_px: int = 8) -> list[tuple[str, st
     return choices
 
 
-def remarks_on(recipe: Recipe, files: Mapping[str, Path], base: str) -> list[str]:
+def list_remarks(recipe: Recipe, files: Mapping[str, Path], base: str) -> list[str]:
     """How a recipe's adapters and base differ from this page's.
 
     - `files` are this page's adapters, by name.

@@ -4,24 +4,24 @@ from typing import Any
 
 import gradio as gr
 
-from dreambooth_moslora.disk.run_folder import NONE
+from dreambooth_moslora.disk.run_folder import NO_ADAPTER
 from dreambooth_moslora.generation.image_params import SCHEDULERS
 from dreambooth_moslora.ui import generate_values, state
-from dreambooth_moslora.ui.adapter_summary import AdapterSummary, summary_of
-from dreambooth_moslora.ui.generate_adapters import fitting_adapter
-from dreambooth_moslora.ui.html import SHOWN, faint, progress_card
+from dreambooth_moslora.ui.adapter_summary import AdapterSummary, read_summary
+from dreambooth_moslora.ui.generate_adapters import find_fitting_adapter
+from dreambooth_moslora.ui.html import IMAGE_OPTIONS, render_faint, render_progress
 
-IDLE = progress_card("Ready", "Enter starts, Esc stops")
+IDLE_CARD = render_progress("Ready", "Enter starts, Esc stops")
 """The state of a page that has drawn nothing yet."""
 
 
-def ask_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
+def build_prompt_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is asked of each drawing: the fields by name, and the other widgets by name."""
     # An adapter for the base is chosen at first, and its words are in the prompt.
-    files = ctx.catalog.files()
-    first = fitting_adapter(ctx)
-    summary = summary_of(files[first]) if first in files else AdapterSummary()
-    words = summary.sentence()
+    files = ctx.catalog.list_files()
+    first = find_fitting_adapter(ctx)
+    summary = read_summary(files[first]) if first in files else AdapterSummary()
+    words = summary.format_sentence()
     fields: dict[str, Any] = {}
     parts: dict[str, Any] = {}
     fields["prompt"] = gr.Textbox(
@@ -36,7 +36,7 @@ def ask_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
     # The adapter, and how it comes into the list. A public page takes no files.
     with gr.Row(elem_classes="tight"):
         fields["adapter"] = gr.Dropdown(
-            [NONE, *files],
+            [NO_ADAPTER, *files],
             value=first,
             label="Adapter",
             allow_custom_value=True,
@@ -56,10 +56,10 @@ def ask_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
                 size="md",
             )
     parts["about"] = gr.HTML(
-        faint(words), visible=bool(words), elem_id="about_adapter", label="About the adapter"
+        render_faint(words), visible=bool(words), elem_id="about_adapter", label="About the adapter"
     )
-    fields["scale"] = slider("scale", 1.0, "Adapter scale", elem_id="scale")
-    fields["num_images"] = slider("num_images", 1, "Pictures", elem_id="num_images")
+    fields["scale"] = build_slider("scale", 1.0, "Adapter scale", elem_id="scale")
+    fields["num_images"] = build_slider("num_images", 1, "Pictures", elem_id="num_images")
     # Start and stop.
     with gr.Row(elem_classes="tight"):
         parts["run"] = gr.Button("Generate", variant="primary", elem_id="run", scale=3)
@@ -67,14 +67,14 @@ def ask_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
     return fields, parts
 
 
-def slider(name: str, value: float, label: str, **look: Any) -> gr.Slider:
-    """A slider over the range of that name in `RANGES`."""
-    low, high = generate_values.RANGES[name]
+def build_slider(name: str, value: float, label: str, **look: Any) -> gr.Slider:
+    """A slider over the range of that name in `FIELD_RANGES`."""
+    low, high = generate_values.FIELD_RANGES[name]
     step = {"scale": 0.05, "guidance_scale": 0.1}.get(name, 1)
     return gr.Slider(low, high, value, step=step, label=label, buttons=[], **look)
 
 
-def settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
+def build_settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
     """The fields that rarely change, by name. Some bases have no use for some of them."""
     fields: dict[str, Any] = {}
     with gr.Accordion("Settings", open=True, elem_id="settings_box"):
@@ -88,10 +88,10 @@ def settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
             elem_id="negative",
         )
         with gr.Row():
-            fields["steps"] = slider("steps", 25, "Steps", min_width=160, elem_id="steps")
+            fields["steps"] = build_slider("steps", 25, "Steps", min_width=160, elem_id="steps")
             guidance = ctx.guidance_scale
             look = {"min_width": 160, "elem_id": "guidance"}
-            fields["guidance_scale"] = slider("guidance_scale", guidance, "Guidance", **look)
+            fields["guidance_scale"] = build_slider("guidance_scale", guidance, "Guidance", **look)
         with gr.Row():
             look = {"precision": 0, "min_width": 160, "elem_id": "seed"}
             fields["seed"] = gr.Number(-1, label="Seed", info="−1 draws one", **look)
@@ -106,38 +106,41 @@ def settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
                 min_width=160,
             )
         # Its size, by the base's own.
-        sizes = generate_values.size_choices(ctx.resolution_px, ctx.facts.multiple_px)
+        sizes = generate_values.list_size_choices(ctx.resolution_px, ctx.facts.multiple_px)
         look = {"info": "width × height", "allow_custom_value": True, "elem_id": "size"}
         fields["size"] = gr.Dropdown(sizes, value=sizes[0][1], label="Size", **look)
         gr.Markdown("Another adapter: `<lora:name:0.8>` in the prompt.", elem_classes="faint")
     return fields
 
 
-def result_widgets(ctx: state.AppContext) -> dict[str, Any]:
+def build_result_widgets(ctx: state.AppContext) -> dict[str, Any]:
     """The widgets of the results, by name; a public page has no history, which is its owner's."""
-    parts: dict[str, Any] = {"status": gr.HTML(IDLE, elem_id="status", label="Status")}
+    parts: dict[str, Any] = {"status": gr.HTML(IDLE_CARD, elem_id="status", label="Status")}
     with gr.Tabs(elem_id="result_tabs", selected="pictures") as parts["tabs"]:
         # What is being drawn, and what came of it.
         with gr.Tab("Pictures", id="pictures"):
             parts["preview"] = gr.HTML("", elem_id="preview")
-            parts |= _gallery("Pictures", "gallery")
+            parts |= _build_gallery("Pictures", "gallery")
             parts["used_seed"] = gr.Number(
                 label="Seed used", interactive=False, elem_id="used_seed", visible="hidden"
             )
         # One picture with and without the adapter, from the same noise.
         with gr.Tab("Compare", id="compare"):
             parts["compare"] = gr.Button("Compare at the same seed", elem_id="compare")
-            gr.HTML(faint("Left without, right with the adapter."))
+            gr.HTML(render_faint("Left without, right with the adapter."))
             parts["slider"] = gr.ImageSlider(
-                label="Without | with the adapter", type="filepath", elem_id="slider", **SHOWN
+                label="Without | with the adapter",
+                type="filepath",
+                elem_id="slider",
+                **IMAGE_OPTIONS,
             )
         if not ctx.public:
             with gr.Tab("History", id="history") as parts["history_tab"]:
-                parts |= _gallery("History", "history")
+                parts |= _build_gallery("History", "history")
     return parts
 
 
-def _gallery(label: str, name: str) -> dict[str, Any]:
+def _build_gallery(label: str, name: str) -> dict[str, Any]:
     """A gallery, which of its pictures is chosen, and the button that takes its settings."""
     return {
         name: gr.Gallery(
@@ -147,7 +150,7 @@ def _gallery(label: str, name: str) -> dict[str, Any]:
             type="filepath",
             elem_id=name,
             height="auto",
-            **SHOWN,
+            **IMAGE_OPTIONS,
         ),
         f"selected_{name}": gr.State(0),
         f"reuse_{name}": gr.Button(

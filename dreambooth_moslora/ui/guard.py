@@ -28,25 +28,25 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 """Scheme -> the port of an address that names none."""
 Origin = tuple[str, str, int]
 """Scheme, host name and port of a page: pages that differ in one of them are different sites."""
-FOREIGN_SITES = ("cross-site", "same-site")
+FOREIGN_FETCH_SITES = ("cross-site", "same-site")
 """Values of Sec-Fetch-Site: "same-site" is another port or another name of the same domain."""
-FRAMES = (b"content-security-policy", b"frame-ancestors 'self'")
+FRAME_HEADER = (b"content-security-policy", b"frame-ancestors 'self'")
 """No other site may show the page in a frame, where users could be tricked into clicks."""
-ELSEWHERE = re.compile(r"/(file|proxy)[=/]\s*https?:", re.IGNORECASE)
+FOREIGN_URL_PATTERN = re.compile(r"/(file|proxy)[=/]\s*https?:", re.IGNORECASE)
 """A path by which gradio would fetch an address for anybody who asks."""
-UNUSED = re.compile(r"/stream/|/custom_component/|/dev/reload|/cancel/?$|\n")
+UNUSED_PATH_PATTERN = re.compile(r"/stream/|/custom_component/|/dev/reload|/cancel/?$|\n")
 """Paths of gradio's that no page here asks for. By the first, a request changes what an event that
 is drawing was asked, and it never ends. By the third, each connection is looked after twenty times
 a second. By the fourth, one that is cancelled twice keeps its form for good, and the place of the
 only drawing. With a line's end a path is found as without it, and not known here."""
-UNHEARD = (b"x-gradio-server", b"range")
+DROPPED_HEADERS = (b"x-gradio-server", b"range")
 """Headers that gradio does not get: by the first it writes an address into what all users get."""
-UNKNOWN_HOST = "unknown host; start the app with --allowed_host for this name"
+UNKNOWN_HOST_MESSAGE = "unknown host; start the app with --allowed_host for this name"
 """The answer to a host name that is not the page's."""
 TOLD_ALREADY = "response already started."
 """How starlette's error ends where a stream has told the error that is raised, as of a session that
 is not known. Its traceback has thirty times the bytes of the request."""
-REFUSED = (
+FOREIGN_SITE_MESSAGE = (
     "another site may not ask here; behind a proxy, start the app with --allowed_host "
     "and the page's address"
 )
@@ -76,14 +76,14 @@ class TrustedHosts:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        refusal = self.refusal(scope["path"], headers_of(scope))
+        refusal = self.find_refusal(scope["path"], parse_headers(scope))
         if refusal is not None:
             await refusal(scope, receive, send)
             return
 
         async def send_unframed(message: dict) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), FRAMES]
+                message["headers"] = [*message.get("headers", ()), FRAME_HEADER]
             await send(message)
 
         # gradio keeps for all what it told the first who asked, with the Host of that request;
@@ -93,9 +93,9 @@ class TrustedHosts:
 
         # gradio writes X-Forwarded-Host into addresses that all users get, so only known names pass
         asked = [
-            (name, plain_cookies(value) if name == b"cookie" else value)
+            (name, clean_cookies(value) if name == b"cookie" else value)
             for name, value in scope["headers"]
-            if self.may_pass(scope["path"], name, value)
+            if self.should_forward_header(scope["path"], name, value)
         ]
         try:
             await self.app(scope | {"headers": asked}, receive, send_unframed)
@@ -103,52 +103,52 @@ class TrustedHosts:
             if not str(error).endswith(TOLD_ALREADY):
                 raise
 
-    def may_pass(self, path: str, name: bytes, value: bytes) -> bool:
+    def should_forward_header(self, path: str, name: bytes, value: bytes) -> bool:
         """Whether gradio gets to see this header."""
-        if name in UNHEARD:
+        if name in DROPPED_HEADERS:
             return False
         # By the path's ending alone it compresses, also a stream, and keeps 250 KB for each.
         if name == b"accept-encoding" and "/gradio_api/" in path:
             return False
         if name != b"x-forwarded-host":
             return True
-        origin = origin_of(f"https://{value.decode('latin1')}")
+        origin = parse_origin(f"https://{value.decode('latin1')}")
         return origin is not None and origin[1] in self.names
 
-    def refusal(self, path: str, headers: dict[str, str]) -> PlainTextResponse | None:
+    def find_refusal(self, path: str, headers: dict[str, str]) -> PlainTextResponse | None:
         """The answer to a request that is refused; None: it may pass.
 
         A browser lets no other site's page set Host, Origin or Sec-Fetch-Site.
         """
         # What no page asks for.
-        if ELSEWHERE.search(path):
+        if FOREIGN_URL_PATTERN.search(path):
             return PlainTextResponse("the page fetches no address", 404)
-        if UNUSED.search(path):
+        if UNUSED_PATH_PATTERN.search(path):
             return PlainTextResponse("not of this page", 404)
         # The name by which the page is called.
         host = headers.get("host", "")
-        known = origin_of(f"http://{host}")
+        known = parse_origin(f"http://{host}")
         if self.hosts is not None and (known is None or known[1] not in self.hosts):
-            return PlainTextResponse(UNKNOWN_HOST, 421)
+            return PlainTextResponse(UNKNOWN_HOST_MESSAGE, 421)
         # The page that sends the request: it must be this one, or an allowed one.
         origin = headers.get("origin")
         if origin is not None:
             # Host tells no scheme: for a name that is not allowed, name and port must be the page's
-            asked = origin_of(origin)
+            asked = parse_origin(origin)
             scheme = origin.partition("://")[0]
             names = (host, headers.get("x-forwarded-host", host))
-            own = {origin_of(f"{scheme}://{name}") for name in names}
+            own = {parse_origin(f"{scheme}://{name}") for name in names}
             is_own = asked in own and asked is not None and asked[1] not in self.names
             if not (is_own or asked in self.allowed):
-                return PlainTextResponse(REFUSED, 403)
+                return PlainTextResponse(FOREIGN_SITE_MESSAGE, 403)
         # A link to the page is followed; a picture or a form of another site gets nothing behind it
-        if path != "/" and headers.get("sec-fetch-site") in FOREIGN_SITES:
-            return PlainTextResponse(REFUSED, 403)
+        if path != "/" and headers.get("sec-fetch-site") in FOREIGN_FETCH_SITES:
+            return PlainTextResponse(FOREIGN_SITE_MESSAGE, 403)
         return None
 
 
 @asynccontextmanager
-async def trusted_hosts(
+async def install_trusted_hosts(
     hosts: Collection[str] | None,
     allowed: Collection[Origin],
     app: Any,
@@ -164,18 +164,18 @@ async def trusted_hosts(
     yield
 
 
-def headers_of(scope: dict) -> dict[str, str]:
+def parse_headers(scope: dict) -> dict[str, str]:
     """Name -> value of a request's headers."""
     return {name.decode("latin1"): value.decode("latin1") for name, value in scope["headers"]}
 
 
-def plain_cookies(value: bytes) -> bytes:
+def clean_cookies(value: bytes) -> bytes:
     """A Cookie header without backslashes, of which no cookie of the page has one: Python before
     3.11.10 reads 60 KB of them in half a minute, and the page answers nobody meanwhile."""
     return value.replace(b"\\", b"")
 
 
-def origin_of(url: str) -> Origin | None:
+def parse_origin(url: str) -> Origin | None:
     """The origin of an address, by default with its scheme's port; None for an invalid one."""
     try:
         parts = urlsplit(url)
@@ -185,14 +185,14 @@ def origin_of(url: str) -> Origin | None:
         return None
 
 
-def origins_of(text: str) -> set[Origin]:
+def parse_origins(text: str) -> set[Origin]:
     """The origins that a host name or address means.
 
     Without a scheme these are http and https, and without a port the scheme's own. Raises UserError
     for what is no host name.
     """
     urls = [text] if "//" in text else [f"{scheme}://{text}" for scheme in DEFAULT_PORTS]
-    origins = {origin_of(url) for url in urls}
+    origins = {parse_origin(url) for url in urls}
     if origins == {None}:
         raise UserError(
             f"--allowed_host {text!r:.60} is not a host name; write it like pictures.example.org, "
@@ -201,7 +201,7 @@ def origins_of(text: str) -> set[Origin]:
     return origins - {None}
 
 
-NO_FILES = ("upload", "upload_progress", "component_server", "deep_link", "process_recording")
+FILE_ENDPOINTS = ("upload", "upload_progress", "component_server", "deep_link", "process_recording")
 """Last parts of the paths by which gradio takes something other than a form, or writes it down."""
 MAX_SESSION_NAME = 64
 MAX_FORM_BYTES = 64 * 1024
@@ -210,17 +210,17 @@ MAX_CONNECTIONS = 2**16
 """As many as one address has ports."""
 STALL_SEC = 60
 """How long a connection waits for its client to take what is sent."""
-MOST_UNREAD = 4096
+MAX_UNREAD_MESSAGES = 4096
 """Messages that wait for all sessions of a public page together; one with a preview has 30 KB."""
 MAX_FILES = 16
 """The most files that a form of a public page names: twice as many as one request draws."""
-ADDRESS = re.compile(r'"path": "https?://', re.IGNORECASE)
+URL_FIELD_PATTERN = re.compile(r'"path": "https?://', re.IGNORECASE)
 """In a form: a file by its address."""
-API_INFO = re.compile(rb"(window\.gradio_api_info = ).*?(;</script>)", re.DOTALL)
+API_INFO_PATTERN = re.compile(rb"(window\.gradio_api_info = ).*?(;</script>)", re.DOTALL)
 """Where gradio writes the endpoints into the page, with the names of adapters and runs."""
 
 
-class DrawsOnly:
+class PublicPageGuard:
     """ASGI middleware of a public page, which takes no files and no long forms.
 
     A path for files gets 404. A body that is longer than a form gets 413, as gradio would hold it
@@ -231,19 +231,19 @@ class DrawsOnly:
         self.app = app
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        refusal = self.refusal(scope) if scope["type"] == "http" else None
+        refusal = self.find_refusal(scope) if scope["type"] == "http" else None
         await (refusal or self.app)(scope, receive, send)
 
-    def refusal(self, scope: dict) -> PlainTextResponse | None:
+    def find_refusal(self, scope: dict) -> PlainTextResponse | None:
         """The answer to a request that is refused; None: it may pass."""
-        if scope["path"].rstrip("/").rpartition("/")[2] in NO_FILES:
+        if scope["path"].rstrip("/").rpartition("/")[2] in FILE_ENDPOINTS:
             return PlainTextResponse("this page takes no files", 404)
-        return too_long(scope)
+        return refuse_long_body(scope)
 
 
-def too_long(scope: dict) -> PlainTextResponse | None:
+def refuse_long_body(scope: dict) -> PlainTextResponse | None:
     """The answer to a body that is longer than a form, or in chunks, which promise no length."""
-    headers = headers_of(scope)
+    headers = parse_headers(scope)
     length = headers.get("content-length", "")
     is_form = length.isdigit() and int(length) <= MAX_FORM_BYTES
     if scope["method"] in ("GET", "HEAD") or (is_form and "transfer-encoding" not in headers):
@@ -251,7 +251,7 @@ def too_long(scope: dict) -> PlainTextResponse | None:
     return PlainTextResponse("too long, or of an unknown length", 413)
 
 
-class BeforeLogin:
+class LoginGuard:
     """ASGI middleware of a page with a login. Who has not logged in sends no long body, which
     gradio reads before it asks who it is, and is not told the endpoints."""
 
@@ -262,7 +262,7 @@ class BeforeLogin:
         if scope["type"] != "http" or is_logged_in(scope):
             await self.app(scope, receive, send)
             return
-        refusal = too_long(scope)
+        refusal = refuse_long_body(scope)
         if refusal is not None:
             await refusal(scope, receive, send)
             return
@@ -275,7 +275,7 @@ class BeforeLogin:
                 return
             if started:
                 start = started.pop()
-                message["body"] = API_INFO.sub(rb"\1{}\2", message["body"])
+                message["body"] = API_INFO_PATTERN.sub(rb"\1{}\2", message["body"])
                 length = str(len(message["body"])).encode()
                 kept = [pair for pair in start["headers"] if pair[0] != b"content-length"]
                 await send(start | {"headers": [*kept, (b"content-length", length)]})
@@ -303,7 +303,7 @@ def is_logged_in(scope: dict) -> bool:
     return any(app.tokens.get(cookies.get(name)) is not None for name in names)
 
 
-class Places(LRUCache):
+class SessionMessages(LRUCache):
     """Session -> messages that wait for it. One may be deleted twice: gradio does so when two
     streams of a session end, and at an error the second's clock would tick for good."""
 
@@ -312,7 +312,7 @@ class Places(LRUCache):
             super().__delitem__(session)
 
 
-def keep_the_queue(page: gr.Blocks) -> None:
+def protect_queue(page: gr.Blocks) -> None:
     """Let no session stop the queue of pictures, nor fill the memory by its name.
 
     Gradio stops its queue for good when a waiting event's session has no place for messages: one
@@ -320,11 +320,13 @@ def keep_the_queue(page: gr.Blocks) -> None:
     message of one that asks for pictures and never listens.
     """
     queue = page._queue
-    queue.pending_messages_per_session = Places(queue.pending_messages_per_session.max_size)
+    queue.pending_messages_per_session = SessionMessages(
+        queue.pending_messages_per_session.max_size
+    )
     push, send = queue.push, queue.send_message
 
     # An event that comes in: its session has a name, and what forgotten ones left is dropped.
-    async def push_named(body: Any, request: Any, username: str | None) -> tuple:
+    async def push_validated(body: Any, request: Any, username: str | None) -> tuple:
         named = body.session_hash is None or 0 < len(body.session_hash) <= MAX_SESSION_NAME
         if not named:
             return False, "a session's name has 1 to 64 characters", "error"
@@ -335,19 +337,19 @@ def keep_the_queue(page: gr.Blocks) -> None:
 
     # A message that goes out: to sessions that are still known alone. Whoever reads least is
     # forgotten when too many wait, with their previews.
-    def send_where_heard(event: Any, message: Any) -> None:
+    def send_to_listeners(event: Any, message: Any) -> None:
         places = queue.pending_messages_per_session
         if event.session_hash in places:
             send(event, message)
             unread = {name: messages.qsize() for name, messages in places.items()}
-            if sum(unread.values()) > MOST_UNREAD:
+            if sum(unread.values()) > MAX_UNREAD_MESSAGES:
                 del places[max(unread, key=unread.__getitem__)]
 
-    queue.push = push_named
-    queue.send_message = send_where_heard
+    queue.push = push_validated
+    queue.send_message = send_to_listeners
 
 
-class Moving(H11Protocol):
+class StallLimitedProtocol(H11Protocol):
     """uvicorn's connection by h11, which ends when what it sends is not taken for a minute: it
     waits for a reader without a limit, and keeps 200 KB of a file meanwhile."""
 
@@ -362,13 +364,13 @@ class Moving(H11Protocol):
         super().resume_writing()
 
 
-def bound_connections() -> None:
-    """Let uvicorn hold connections by `Moving`. Its h11 ends one at 64 KiB of headers; httptools,
-    which it prefers where that is installed, reads on without a limit."""
-    HTTP_PROTOCOLS["auto"] = Moving
+def install_stall_limit() -> None:
+    """Let uvicorn hold connections by `StallLimitedProtocol`. Its h11 ends one at 64 KiB of
+    headers; httptools, which it prefers where that is installed, reads on without a limit."""
+    HTTP_PROTOCOLS["auto"] = StallLimitedProtocol
 
 
-def take_connections() -> None:
+def raise_connection_limit() -> None:
     """Let the process hold more connections than one small client can open: by the usual limit, a
     thousand that say nothing kept everybody else out."""
     if sys.platform == "win32":  # which has no such limit
@@ -381,7 +383,7 @@ def take_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
-def name_own_files(page: gr.Blocks) -> None:
+def refuse_foreign_files(page: gr.Blocks) -> None:
     """Refuse a form that names an address in place of a file, or more files than a gallery holds.
 
     Gradio would fetch the one, however long it is, and keep it. For the others it looks in all its
@@ -389,13 +391,13 @@ def name_own_files(page: gr.Blocks) -> None:
     """
     preprocess = page.preprocess_data
 
-    async def preprocess_own(fn: Any, inputs: list, *args: Any, **options: Any) -> list:
+    async def preprocess_checked(fn: Any, inputs: list, *args: Any, **options: Any) -> list:
         # Quotes inside of a text are escaped, so these are names of a field.
         form = json.dumps(inputs, default=str)
-        if ADDRESS.search(form):
+        if URL_FIELD_PATTERN.search(form):
             raise gr.Error("The page fetches no address.", print_exception=False)
         if form.count('"path":') > MAX_FILES:
             raise gr.Error("The form names too many files.", print_exception=False)
         return await preprocess(fn, inputs, *args, **options)
 
-    page.preprocess_data = preprocess_own
+    page.preprocess_data = preprocess_checked

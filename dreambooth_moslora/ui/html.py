@@ -12,18 +12,18 @@ from typing import Any
 import gradio as gr
 import PIL.Image
 
-from dreambooth_moslora.errors import spelled_out
-from dreambooth_moslora.photos.sidecars import MOST_BYTES
+from dreambooth_moslora.errors import escape_control_characters
+from dreambooth_moslora.photos.sidecars import MAX_CAPTION_BYTES
 
 THUMBNAIL_PX = 384
 """Longer side of a small preview."""
-STATIC = Path(__file__).parent / "static"
+STATIC_DIR = Path(__file__).parent / "static"
 """CSS, scripts and markup, as files of their own that an editor checks."""
 
 
-def static(name: str) -> str:
-    """The text of a file in `STATIC`."""
-    return (STATIC / name).read_text(encoding="utf-8")
+def read_static(name: str) -> str:
+    """The text of a file in `STATIC_DIR`."""
+    return (STATIC_DIR / name).read_text(encoding="utf-8")
 
 
 def escape(text: str) -> str:
@@ -31,7 +31,7 @@ def escape(text: str) -> str:
     return escape_html(text.encode("utf-8", "replace").decode())
 
 
-def progress_card(
+def render_progress(
     line: str,
     detail: str = "",
     fraction: float | None = None,
@@ -62,22 +62,22 @@ def progress_card(
     )
 
 
-def notice(text: str, kind: str = "info") -> str:
+def render_notice(text: str, kind: str = "info") -> str:
     """A notice; `kind` is info, good or bad."""
     return f'<div class="card notice {escape(kind)}">{escape(text)}</div>'
 
 
-def faint(text: str) -> str:
+def render_faint(text: str) -> str:
     """A small grey line."""
     return f'<div class="faint">{escape(text)}</div>'
 
 
-def log(text: str) -> str:
+def render_log(text: str) -> str:
     """Lines of a log. The page opens it at its newest line: `#log` is scrolled from its end."""
     return f"<pre>{escape(text)}</pre>"
 
 
-def remarks_card(lines: list[str], title: str = "") -> str:
+def render_remarks(lines: list[str], title: str = "") -> str:
     """A list under a title; "" for an empty list."""
     heading = f"<b>{escape(title)}</b>" if title else ""
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
@@ -85,7 +85,7 @@ def remarks_card(lines: list[str], title: str = "") -> str:
     return f'<div class="card">{heading}{listed}</div>' if title or lines else ""
 
 
-def folded_card(title: str, lines: list[str]) -> str:
+def render_folded(title: str, lines: list[str]) -> str:
     """A title, and a list that is folded below it."""
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     folded = (
@@ -95,18 +95,18 @@ def folded_card(title: str, lines: list[str]) -> str:
     return f'<div class="card"><b>{escape(title)}</b>{folded}</div>'
 
 
-def facts_table(facts: list[tuple[str, str]]) -> str:
+def render_facts(facts: list[tuple[str, str]]) -> str:
     """Return a table of names and values, without those that have no value. A file's values may
     hold characters that turn a line's direction, so these are spelled out."""
     rows = "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(spelled_out(value))}</td></tr>"
+        f"<tr><th>{escape(name)}</th><td>{escape(escape_control_characters(value))}</td></tr>"
         for name, value in facts
         if value
     )
     return f'<div class="card"><table class="facts">{rows}</table></div>'
 
 
-def thumbnail(pixels: PIL.Image.Image, side_px: int = THUMBNAIL_PX) -> str:
+def encode_thumbnail(pixels: PIL.Image.Image, side_px: int = THUMBNAIL_PX) -> str:
     """A JPEG data URL whose longer side is at most `side_px`, so that no preview is written to the
     disk."""
     small = pixels.copy()
@@ -125,7 +125,7 @@ def format_seconds(seconds: float) -> str:
     return f"{int(seconds) // 3600} h {int(seconds) % 3600 // 60:02d} min"
 
 
-CSS = "\n" + static("page.css")
+CSS = "\n" + read_static("page.css")
 """The looks of everything that the theme does not decide."""
 
 
@@ -173,13 +173,13 @@ THEME = gr.themes.Base(
 """Colours and shapes, in light and dark."""
 
 
-HEAD = f"\n<script>\n{static('page.js')}</script>\n"
+HEAD = f"\n<script>\n{read_static('page.js')}</script>\n"
 """Keys, the sides of shown pictures, and `bringIntoView`, which events call."""
 
 
-LARGE_PREVIEW = static("large_preview.js").rstrip("\n")
-"""From a `progress_card` to its large preview, or to ""."""
-SHOWN = {
+LARGE_PREVIEW = read_static("large_preview.js").rstrip("\n")
+"""From a `render_progress` to its large preview, or to ""."""
+IMAGE_OPTIONS = {
     "show_label": False,
     "format": "png",
     "interactive": False,
@@ -188,12 +188,12 @@ SHOWN = {
 """Options of pictures that are only looked at."""
 
 
-EMPTY_CAPTION = "What this photo shows. Empty: the words of step 2."
+CAPTION_PLACEHOLDER = "What this photo shows. Empty: the words of step 2."
 """What an empty caption shows in grey."""
-ROWS = (
-    ("\n" + static("photo_rows.html"))
-    .replace("MOST_BYTES", str(MOST_BYTES))
-    .replace("EMPTY_CAPTION", escape(EMPTY_CAPTION))
+PHOTO_ROWS_TEMPLATE = (
+    ("\n" + read_static("photo_rows.html"))
+    .replace("MOST_BYTES", str(MAX_CAPTION_BYTES))
+    .replace("EMPTY_CAPTION", escape(CAPTION_PLACEHOLDER))
 )
 """The photos of a subject as a grid, each as it is cropped. A click opens the caption to edit.
 
@@ -204,30 +204,34 @@ its photo whatever cards come.
 
 Events: `keep` (a caption is finished), `drop` (of `event.photo`), `masks` (masks are to be shown).
 """
-ROWS_SCRIPT = "\n" + static("photo_rows.js")
+PHOTO_ROWS_SCRIPT = "\n" + read_static("photo_rows.js")
 """What moves in the grid; `element`, `props`, `trigger` and `watch` are gradio's."""
 
 
-def photo_rows(elem_id: str) -> gr.HTML:
+def build_photo_rows(elem_id: str) -> gr.HTML:
     """The grid; hidden until there are photos."""
-    script = {"html_template": ROWS, "js_on_load": ROWS_SCRIPT, "apply_default_css": False}
+    script = {
+        "html_template": PHOTO_ROWS_TEMPLATE,
+        "js_on_load": PHOTO_ROWS_SCRIPT,
+        "apply_default_css": False,
+    }
     return gr.HTML(label="Photos", visible=False, elem_id=elem_id, cards=[], **script)
 
 
-def with_cards(cards: list[dict[str, Any]]) -> gr.HTML:
+def update_cards(cards: list[dict[str, Any]]) -> gr.HTML:
     """The grid of these cards."""
     return gr.HTML(visible=bool(cards), cards=cards)
 
 
-def run_list(elem_id: str) -> gr.HTML:
+def build_run_list(elem_id: str) -> gr.HTML:
     """The list of runs; hidden until there are some.
 
     The server sends `cards`: {run, picture, state, date, kind}, and which is `chosen`. Its event is
     `choose` (of `event.run`).
     """
     script = {
-        "html_template": "\n" + static("runs.html"),
-        "js_on_load": "\n" + static("runs.js"),
+        "html_template": "\n" + read_static("runs.html"),
+        "js_on_load": "\n" + read_static("runs.js"),
         "apply_default_css": False,
     }
     return gr.HTML(label="Runs", visible=False, elem_id=elem_id, cards=[], chosen="", **script)

@@ -1,8 +1,8 @@
 """Training runs as processes: they go on when the page is closed or the app is restarted.
 
 `runs/<name>/job.json` names the process; `metrics.jsonl` has the progress. A file stops a run after
-its step, with a checkpoint (`processes.ask_to_stop`). The queue's state is on the disk: any page
-trains its runs, one after the other.
+its step, with a checkpoint (`processes.send_stop_request`). The queue's state is on the disk: any
+page trains its runs, one after the other.
 """
 
 import json
@@ -21,17 +21,17 @@ from typing import Any
 import psutil
 
 from dreambooth_moslora.disk import processes, queue, run_folder
-from dreambooth_moslora.disk.atomic import rename
+from dreambooth_moslora.disk.atomic import rename_with_retry
 from dreambooth_moslora.disk.contents import read_json
-from dreambooth_moslora.disk.events import Metrics
-from dreambooth_moslora.disk.process_identity import birth_of
-from dreambooth_moslora.errors import UserError, one_line
-from dreambooth_moslora.training.run_metrics import is_held
+from dreambooth_moslora.disk.events import EventLog
+from dreambooth_moslora.disk.process_identity import read_process_start
+from dreambooth_moslora.errors import UserError, format_error
+from dreambooth_moslora.training.run_metrics import is_run_active
 
 logger = logging.getLogger(__name__)
 
 
-def phase_of(events: list[dict[str, Any]]) -> str:
+def find_phase(events: list[dict[str, Any]]) -> str:
     """What the trainer does now; "" before it has said anything.
 
     It trains after a step, and after the last of the photos.
@@ -43,7 +43,7 @@ def phase_of(events: list[dict[str, Any]]) -> str:
     return ""
 
 
-IN_TERMINAL = "this run was begun in a terminal: stop it there with Ctrl-C"
+TERMINAL_RUN_MESSAGE = "this run was begun in a terminal: stop it there with Ctrl-C"
 """Why the page does not stop a run."""
 JOB_NAME = "job.json"
 """The record of a run's process, in the run's folder."""
@@ -65,7 +65,7 @@ class Job:
         return self.run_dir.name
 
     @property
-    def changed(self) -> float:
+    def changed_sec(self) -> float:
         """When it was started, or in a terminal last told something, s."""
         record = self.run_dir / JOB_NAME
         if not record.is_file():
@@ -77,7 +77,7 @@ class Job:
         facts = {key: value for key, value in asdict(self).items() if key != "run_dir"}
         temporary = self.run_dir / queue.NEW_RECORD_NAME
         temporary.write_text(json.dumps(facts), encoding="utf-8")
-        rename(temporary, self.run_dir / JOB_NAME)
+        rename_with_retry(temporary, self.run_dir / JOB_NAME)
 
     @classmethod
     def load(cls, run_dir: Path) -> "Job | None":
@@ -96,22 +96,22 @@ class Job:
             return None
 
     @property
-    def stop_asked(self) -> float:
+    def stop_requested_sec(self) -> float:
         """When it was asked to stop, s; 0: it was not since its start."""
-        request = self.run_dir / processes.STOP_NAME
+        request = self.run_dir / processes.STOP_FILE_NAME
         return request.stat().st_mtime if request.exists() else 0.0
 
     @property
     def is_alive(self) -> bool:
         """Whether it trains: its process is there, or a terminal's holds the folder."""
-        return self.has_process or is_held(run_folder.RunDir(self.run_dir))
+        return self.has_process or is_run_active(run_folder.RunDir(self.run_dir))
 
     @property
     def has_process(self) -> bool:
         """Whether the started process still exists (a zombie does not count)."""
         try:
             # Another process may have its number by now.
-            is_same = birth_of(self.pid) == self.birth
+            is_same = read_process_start(self.pid) == self.birth
             return is_same and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False
@@ -119,7 +119,7 @@ class Job:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that it was started with. Raises UserError for a file that holds none."""
-        started = self.run_dir / processes.CONFIG_NAME
+        started = self.run_dir / processes.JOB_CONFIG_NAME
         if started.is_file():
             return read_json(started)
         # A terminal's run may have been moved since.
@@ -129,11 +129,11 @@ class Job:
 
 KILL_AFTER_SEC = 30
 """A second request to stop kills the run when the first is older."""
-RUN_NAME = re.compile(r"[^\W_][\w +-]*(\.[\w +-]+)*")
+RUN_NAME_PATTERN = re.compile(r"[^\W_][\w +-]*(\.[\w +-]+)*")
 """Letters, digits, space and `+-_`, with single dots between: no separator, no leading dot."""
-MAX_RUN_NAME = 60
+MAX_RUN_NAME_CHARACTERS = 60
 """Characters of a new run's name."""
-MOST_NAME_BYTES = 255
+MAX_NAME_BYTES = 255
 """Bytes of any folder's name."""
 
 
@@ -174,7 +174,7 @@ class Jobs:
         self._make_room = make_room
         # The last process of this server.
         self._child: subprocess.Popen | None = None
-        self._metrics: dict[Path, Metrics] = {}
+        self._metrics: dict[Path, EventLog] = {}
         self._lock = threading.Lock()
 
     def start(self, name: str, config: dict[str, Any]) -> Job:
@@ -189,7 +189,7 @@ class Jobs:
 
         Raises UserError when the run is going on.
         """
-        job = self.recorded(name)
+        job = self.load_job(name)
         if job.is_alive:
             raise UserError(f"the run {job.name} is still going on")
         config = job.settings | {"resume_from_checkpoint": "latest"}
@@ -201,22 +201,22 @@ class Jobs:
 
         Raises UserError for a run that has ended.
         """
-        job = self.recorded(name)
+        job = self.load_job(name)
         if not job.is_alive:
             raise UserError(f"the run {job.name} has already ended")
         if not job.has_process:
-            raise UserError(IN_TERMINAL)
-        asked = job.stop_asked
+            raise UserError(TERMINAL_RUN_MESSAGE)
+        asked = job.stop_requested_sec
         if asked and time.time() - asked > KILL_AFTER_SEC:
-            processes.end_process(job.pid)
+            processes.kill_process(job.pid)
         if not asked:
-            processes.ask_to_stop(job.run_dir)
+            processes.send_stop_request(job.run_dir)
             # A run that has not begun has nothing to save.
-            if not self._events_of(job):
-                processes.end_process(job.pid)
+            if not self._list_events(job):
+                processes.kill_process(job.pid)
         return job
 
-    def recorded(self, name: str) -> Job:
+    def load_job(self, name: str) -> Job:
         """The run of that name. Raises UserError where there is none."""
         job = Job.load(self.run_dir(name))
         if job is None:
@@ -225,43 +225,43 @@ class Jobs:
 
     def run_dir(self, name: str) -> Path:
         """The run's folder. Raises UserError for a name that would leave `runs_dir`."""
-        is_name = isinstance(name, str) and RUN_NAME.fullmatch(name)
-        if not is_name or len(name.encode()) > MOST_NAME_BYTES:
+        is_name = isinstance(name, str) and RUN_NAME_PATTERN.fullmatch(name)
+        if not is_name or len(name.encode()) > MAX_NAME_BYTES:
             raise UserError(f"{name!r:.60} cannot be the name of a run")
         return self.runs_dir / name
 
-    def all(self) -> list[Job]:
+    def list_jobs(self) -> list[Job]:
         """All runs of the folder, the newest first, however they were begun."""
         found = list(filter(None, map(Job.load, self.runs_dir.glob("*/"))))
-        return sorted(found, key=lambda job: job.changed, reverse=True)
+        return sorted(found, key=lambda job: job.changed_sec, reverse=True)
 
-    def current(self) -> Job | None:
+    def find_active_job(self) -> Job | None:
         """The run in progress."""
         # One that has ended leaves the system's list only when its parent asks.
         if self._child is not None:
             self._child.poll()
-        return next((job for job in self.all() if job.is_alive), None)
+        return next((job for job in self.list_jobs() if job.is_alive), None)
 
-    def metrics(self, job: Job) -> Metrics:
+    def load_metrics(self, job: Job) -> EventLog:
         """The run's events as they are now."""
         with self._lock:
             path = run_folder.RunDir(job.run_dir).metrics_path
-            return self._metrics.setdefault(path, Metrics(path)).refresh()
+            return self._metrics.setdefault(path, EventLog(path)).refresh()
 
-    def state(self, job: Job) -> JobState:
+    def get_state(self, job: Job) -> JobState:
         """How far the run is, from its process and its events."""
         # The process is asked first: once it has ended, its metrics are complete.
         alive = job.is_alive
-        metrics = self.metrics(job)
-        events = self._events_of(job)
-        was_stopped_early = bool(job.stop_asked) and not (alive or events)
+        metrics = self.load_metrics(job)
+        events = self._list_events(job)
+        was_stopped_early = bool(job.stop_requested_sec) and not (alive or events)
 
         # The state: what the trainer recorded at its end, or what its process tells.
         by_kind = {event.get("type"): event for event in events}
         end = by_kind.get("end", {})
         # A process that was stopped takes its request away before it ends.
         has_stopped = job.has_process and end.get("state") == "interrupted"
-        if alive and (job.stop_asked or has_stopped):
+        if alive and (job.stop_requested_sec or has_stopped):
             state = "stopping"
         elif alive:
             state = "running" if events else "starting"
@@ -272,43 +272,47 @@ class Jobs:
 
         # The step. While a run starts, the file still belongs to an earlier start.
         is_starting = alive and not events
-        done = [] if is_starting else [*metrics.of("step")[-1:], *events]
+        done = [] if is_starting else [*metrics.list_events("step")[-1:], *events]
         step = max((int(event.get("step") or 0) for event in done), default=0)
-        total = int(metrics.last("start").get("max_train_steps") or 0)
+        total = int(metrics.get_last("start").get("max_train_steps") or 0)
 
         # Why it ended: a process that was killed has not said so.
         message = str(end.get("message") or metrics.problem)
         if was_stopped_early:
-            message = processes.STOPPED_EARLY
+            message = processes.STOPPED_EARLY_MESSAGE
         elif not (message or end or alive):
-            asked = bool(job.stop_asked)
-            message = processes.why_it_ended(None, processes.log_tail(job.run_dir), was_asked=asked)
+            asked = bool(job.stop_requested_sec)
+            message = processes.explain_ending(
+                None, processes.read_log_tail(job.run_dir), is_stop_requested=asked
+            )
         return JobState(
             state=state,
             step=step,
             max_train_steps=total,
-            phase=phase_of(events),
+            phase=find_phase(events),
             message=message,
         )
 
-    def was_cut_off(self, job: Job) -> bool:
+    def is_cut_off(self, job: Job) -> bool:
         """Whether the run was killed, or its machine went down.
 
         It neither ended itself, nor was it stopped by anybody.
         """
-        if job.is_alive or job.stop_asked:
+        if job.is_alive or job.stop_requested_sec:
             return False
-        ends = [event.get("state") for event in self._events_of(job) if event.get("type") == "end"]
+        ends = [
+            event.get("state") for event in self._list_events(job) if event.get("type") == "end"
+        ]
         if ends:
             return ends[-1] == "interrupted"
-        return processes.was_killed(None, processes.log_tail(job.run_dir))
+        return processes.has_been_killed(None, processes.read_log_tail(job.run_dir))
 
-    def _events_of(self, job: Job) -> list[dict[str, Any]]:
+    def _list_events(self, job: Job) -> list[dict[str, Any]]:
         """Events since the first that is not older than the run's process.
 
         Later ones may be older: the clock may be put back.
         """
-        events = self.metrics(job).since_start()
+        events = self.load_metrics(job).list_since_start()
         return list(dropwhile(lambda event: event.get("time", 0) < job.began, events))
 
     def _launch(self, run_dir: Path) -> Job:
@@ -317,30 +321,30 @@ class Jobs:
         Raises UserError while another run is going on.
         """
         with self._make_room(), self._lock:
-            running = self.current()
+            running = self.find_active_job()
             if running:
                 raise UserError(f"the run {running.name} is going on; one run at a time")
             # Start it.
-            command = processes.TRAIN if self.script is None else [str(self.script)]
-            words = (*command, "--config", str(run_dir / processes.CONFIG_NAME))
+            command = processes.TRAIN_ARGUMENTS if self.script is None else [str(self.script)]
+            words = (*command, "--config", str(run_dir / processes.JOB_CONFIG_NAME))
             began = time.time()
-            child = self._child = processes.start_logged(run_dir, words)
-            job = Job(run_dir, child.pid, birth=birth_of(child.pid), began=began)
+            child = self._child = processes.start_process(run_dir, words)
+            job = Job(run_dir, child.pid, birth=read_process_start(child.pid), began=began)
             job.save()
             return job
 
 
-KILLED_MOST = 3
+MAX_KILLS = 3
 """A run that is killed this many times without a new checkpoint counts as failed."""
-KILLED = f"it was killed {KILLED_MOST} times, perhaps for want of memory"
+KILLED_MESSAGE = f"it was killed {MAX_KILLS} times, perhaps for want of memory"
 """What is said of it."""
 TURN_SEC = 1.0
 """Seconds between two looks at the queue."""
-UNREADABLE = "its file in the queue cannot be read; add it once more"
+UNREADABLE_MESSAGE = "its file in the queue cannot be read; add it once more"
 """What is said of a queued run whose settings are gone."""
 
 
-class QueueTurns:
+class QueueRunner:
     """Trains the runs of the queue, one after the other: `take` does the next thing.
 
     That is to record the end of a run, to resume an interrupted one, or to start the next.
@@ -350,20 +354,20 @@ class QueueTurns:
         self.jobs = jobs
         self.queue = queue.RunQueue(jobs.runs_dir)
 
-    def take(self) -> None:
+    def run_next(self) -> None:
         """Do the next thing, if there is one.
 
         Does nothing while any run is in progress, or while another process holds the turn.
         """
-        with self.queue.turn() as is_mine:
+        with self.queue.claim_turn() as is_mine:
             # Whose turn is it?
-            if not is_mine or self.jobs.current():
+            if not is_mine or self.jobs.find_active_job():
                 return
-            run = self.current() or self.queue.claim()
+            run = self.find_started_run() or self.queue.claim()
             if not run:
                 return
             if not run.settings:
-                self.queue.end(run, "failed", UNREADABLE)
+                self.queue.end(run, "failed", UNREADABLE_MESSAGE)
                 return
 
             # A run that has not begun, or whose folder still has an earlier process's record.
@@ -373,34 +377,34 @@ class QueueTurns:
                 return
 
             # A run that has ended, or was stopped.
-            state = self.jobs.state(job)
-            if not self.jobs.was_cut_off(job):
+            state = self.jobs.get_state(job)
+            if not self.jobs.is_cut_off(job):
                 self.queue.end(run, state.state, state.message)
                 return
 
             # A run that was cut off goes on, unless it is killed again and again at one place.
             is_killed = state.state != "interrupted"
-            newest = run_folder.RunDir(job.run_dir).latest_checkpoint()
+            newest = run_folder.RunDir(job.run_dir).find_latest_checkpoint()
             has_progress = newest is not None and newest.stat().st_mtime >= run.started
             killed = 0 if has_progress else run.killed + is_killed
-            if killed >= KILLED_MOST:
-                self.queue.end(run, "failed", KILLED)
+            if killed >= MAX_KILLS:
+                self.queue.end(run, "failed", KILLED_MESSAGE)
             else:
                 self._start(replace(run, killed=killed))
 
-    def current(self) -> queue.QueuedRun | None:
+    def find_started_run(self) -> queue.QueuedRun | None:
         """The run whose turn it is; None between two."""
-        return next(iter(self.queue.started()), None)
+        return next(iter(self.queue.list_started()), None)
 
     @property
     def is_empty(self) -> bool:
-        return not (self.queue.started() or self.queue.waiting())
+        return not (self.queue.list_started() or self.queue.list_waiting())
 
-    def keep_on(self) -> None:
+    def run_forever(self) -> None:
         """Call `take` every second while this process lives."""
         while True:
             try:
-                self.take()
+                self.run_next()
             except Exception:
                 # Such as a full disk, or a folder that was deleted: the next turn may succeed.
                 logger.exception("The queue's turn failed")
@@ -410,7 +414,7 @@ class QueueTurns:
         """Start the run, from the newest checkpoint if it has been started before."""
         # Does it go on? A checkpoint in its folder, which was made for it, is its own.
         goes_on = bool(run.started) and (
-            run_folder.RunDir(self.jobs.runs_dir / run.name).latest_checkpoint() is not None
+            run_folder.RunDir(self.jobs.runs_dir / run.name).find_latest_checkpoint() is not None
         )
         settings = run.settings | ({"resume_from_checkpoint": "latest"} if goes_on else {})
         # Start it. What fails here fails for good, but for another run that was faster.
@@ -419,5 +423,5 @@ class QueueTurns:
             self.jobs.start(run.name, settings)
         # UserError is a ValueError; so is the error of an impossible path.
         except (OSError, ValueError) as error:
-            if not self.jobs.current():
-                self.queue.end(run, "failed", one_line(error))
+            if not self.jobs.find_active_job():
+                self.queue.end(run, "failed", format_error(error))

@@ -18,10 +18,17 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.image_params import SCHEDULERS, Recipe, read_recipe
 from dreambooth_moslora.settings.toy_bases import is_toy
 from dreambooth_moslora.ui import generate_values, guard, html, state
-from dreambooth_moslora.ui.events import AT_ONCE, GPU, TELLING, as_user_error, on, sentence
-from dreambooth_moslora.ui.generate_adapters import fitting_adapter
+from dreambooth_moslora.ui.events import (
+    GPU_EVENT,
+    MESSAGE_EVENT,
+    UNQUEUED_EVENT,
+    convert_to_user_error,
+    format_message,
+    on,
+)
+from dreambooth_moslora.ui.generate_adapters import find_fitting_adapter
 from dreambooth_moslora.ui.generate_tab import (
-    PICTURES,
+    IMAGE_SUFFIXES,
     GenerateTab,
     build_generate_tab,
     to_widgets,
@@ -31,9 +38,9 @@ from dreambooth_moslora.ui.train import screen, train_form
 MAX_SESSIONS = 256
 """Of 250 KB each; by itself Gradio remembers 10,000. Whose session is forgotten begins a new one at
 the next click."""
-MOST_WAITING = 64
+MAX_WAITING = 64
 """Pictures of a public page that may wait: whoever comes then is told that the queue is full."""
-PROBES = 10
+URL_PROBES = 10
 """How often gradio asks whether its page answers, each time for up to three seconds."""
 FILE_CHECK_SEC = 600
 """How often old files are looked for."""
@@ -41,7 +48,7 @@ FILE_AGE_SEC = 24 * 3600
 """The age at which they are deleted."""
 PUBLIC_FILE_AGE_SEC = 3600
 """The same on a public page, whose visitors may draw without end."""
-HINT = html.notice("Drop a PNG of this page, or a .safetensors adapter.")
+INSPECT_HINT = html.render_notice("Drop a PNG of this page, or a .safetensors adapter.")
 """What Inspect shows before anything is dropped."""
 
 
@@ -50,8 +57,8 @@ def build_app(ctx: state.AppContext) -> gr.Blocks:
     with gr.Blocks(title="dreambooth_moslora", analytics_enabled=False) as page:
         with gr.Row(elem_id="top"):
             gr.HTML("<h1>dreambooth_moslora</h1>")
-            chooser = base_chooser(ctx)
-        about = gr.HTML(base_line(ctx), elem_id="about_base")
+            chooser = build_base_chooser(ctx)
+        about = gr.HTML(render_base_line(ctx), elem_id="about_base")
         # The tabs. A public page only draws.
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Generate", id="generate"):
@@ -63,30 +70,30 @@ def build_app(ctx: state.AppContext) -> gr.Blocks:
                     build_inspect_tab(ctx, tabs, generate)
         # What depends on the base changes with it, in every tab.
         if chooser is not None:
-            widgets = generate.of_base | trained
+            widgets = generate.base_fields | trained
             connect_bases(ctx, page, chooser, about, widgets)
     # The files that were shown, the queue of pictures, and the thread that trains the queued runs.
-    threading.Thread(target=delete_old_files, args=(ctx,), name="old-files", daemon=True).start()
-    guard.bound_connections()
-    guard.take_connections()
+    threading.Thread(target=clean_old_files, args=(ctx,), name="old-files", daemon=True).start()
+    guard.install_stall_limit()
+    guard.raise_connection_limit()
     if ctx.public:
-        page.queue(api_open=False, max_size=MOST_WAITING)
-        guard.keep_the_queue(page)
-        guard.name_own_files(page)
+        page.queue(api_open=False, max_size=MAX_WAITING)
+        guard.protect_queue(page)
+        guard.refuse_foreign_files(page)
     else:
         page.queue(api_open=False)
-        threading.Thread(target=ctx.queue.keep_on, name="queue", daemon=True).start()
+        threading.Thread(target=ctx.queue.run_forever, name="queue", daemon=True).start()
     return page
 
 
-def delete_old_files(ctx: state.AppContext) -> None:
+def clean_old_files(ctx: state.AppContext) -> None:
     """Keep on deleting what was shown long ago."""
     while True:
         time.sleep(FILE_CHECK_SEC)
         ctx.workspace.delete_old(PUBLIC_FILE_AGE_SEC if ctx.public else FILE_AGE_SEC)
 
 
-def base_chooser(ctx: state.AppContext) -> gr.Dropdown | None:
+def build_base_chooser(ctx: state.AppContext) -> gr.Dropdown | None:
     """The list of bases; None where there is no choice."""
     if len(ctx.bases) == 1:
         return None
@@ -95,32 +102,32 @@ def base_chooser(ctx: state.AppContext) -> gr.Dropdown | None:
     return gr.Dropdown(choices, value=ctx.base, label="Base", **look)
 
 
-def base_line(ctx: state.AppContext, mistake: str = "") -> str:
+def render_base_line(ctx: state.AppContext, mistake: str = "") -> str:
     """One sentence: what the base is and needs, after a mistake, if there was one."""
-    about = f": {ctx.chosen.about}" if ctx.chosen.about else ""
-    told = html.faint(f"{sentence(ctx.base)}{about}.")
-    if not mistake and ctx.loaded() is None:
-        mistake = ctx.chosen.problem
-    return html.notice(sentence(mistake), "bad") + told if mistake else told
+    about = f": {ctx.current_base.description}" if ctx.current_base.description else ""
+    told = html.render_faint(f"{format_message(ctx.base)}{about}.")
+    if not mistake and ctx.get_loaded_pipeline() is None:
+        mistake = ctx.current_base.problem
+    return html.render_notice(format_message(mistake), "bad") + told if mistake else told
 
 
 def connect_bases(
     ctx: state.AppContext,
     page: gr.Blocks,
     chooser: gr.Dropdown,
-    about: gr.HTML,
+    about_line: gr.HTML,
     widgets: dict,
 ) -> None:
     """Load the base that is chosen; it becomes that of every page.
 
     - `about` is the line that says what the base is.
-    - `widgets`, by name, show other values for another base (`first_value`).
+    - `widgets`, by name, show other values for another base (`get_first_value`).
     """
-    outputs = [chooser, about, *widgets.values()]
+    outputs = [chooser, about_line, *widgets.values()]
 
-    def shown() -> list:
-        values = [first_value(ctx, name) for name in widgets]
-        return [gr.Dropdown(value=ctx.base), base_line(ctx), *values]
+    def list_values() -> list:
+        values = [get_first_value(ctx, name) for name in widgets]
+        return [gr.Dropdown(value=ctx.base), render_base_line(ctx), *values]
 
     def choose(title: str) -> Iterator[list]:
         unchanged = [gr.skip()] * len(widgets)
@@ -128,29 +135,34 @@ def connect_bases(
             base = ctx.bases[title]
             # The line counts the seconds while it loads.
             for seconds in ctx.choose(base):
-                line = f"Loading {title}: {base.about} … {html.format_seconds(seconds)}"
-                yield [gr.skip(), html.faint(line), *unchanged]
+                line = f"Loading {title}: {base.description} … {html.format_seconds(seconds)}"
+                yield [gr.skip(), html.render_faint(line), *unchanged]
         except Exception as error:
             # The base of before is still there, and chosen again.
-            mistake = f"{title!s:.60} is not loaded: {as_user_error(error)}"
-            yield [gr.Dropdown(value=ctx.base), base_line(ctx, mistake), *unchanged]
+            mistake = f"{title!s:.60} is not loaded: {convert_to_user_error(error)}"
+            yield [gr.Dropdown(value=ctx.base), render_base_line(ctx, mistake), *unchanged]
         else:
-            yield shown()
+            yield list_values()
 
-    loading = {"outputs": outputs, "api_visibility": "private", "show_progress": "hidden", **GPU}
+    loading = {
+        "outputs": outputs,
+        "api_visibility": "private",
+        "show_progress": "hidden",
+        **GPU_EVENT,
+    }
     on(chooser.input, inputs=chooser, **loading)(choose)
 
     # Another browser may have chosen since the page was built.
-    page.load(shown, None, outputs, **AT_ONCE)
+    page.load(list_values, None, outputs, **UNQUEUED_EVENT)
 
 
-def first_value(ctx: state.AppContext, name: str) -> Any:
+def get_first_value(ctx: state.AppContext, name: str) -> Any:
     """What the widget of that name shows at first, for the base of the page."""
     if name == "size":
-        sizes = generate_values.size_choices(ctx.resolution_px, ctx.facts.multiple_px)
+        sizes = generate_values.list_size_choices(ctx.resolution_px, ctx.facts.multiple_px)
         return gr.Dropdown(choices=sizes, value=sizes[0][1])
     if name == "adapter":
-        return fitting_adapter(ctx)
+        return find_fitting_adapter(ctx)
     if name == "guidance_scale":
         return ctx.guidance_scale
     if name == "negative_prompt":
@@ -158,20 +170,20 @@ def first_value(ctx: state.AppContext, name: str) -> Any:
     if name == "scheduler":
         return gr.update(visible=ctx.facts.style == "ddpm")
     # Any other is a field of the Train tab.
-    row = train_form.rows()[name]
-    is_shown = not (row.of_files and is_toy(ctx.base_name))
-    return gr.update(value=row.first(ctx.base_name), visible=is_shown)
+    row = train_form.list_form_fields()[name]
+    is_shown = not (row.hides_for_toys and is_toy(ctx.base_name))
+    return gr.update(value=row.get_first_value(ctx.base_name), visible=is_shown)
 
 
 @cache
-def probe_patiently() -> None:
+def patch_url_probe() -> None:
     """Let gradio ask for its own page until it answers, up to half a minute: on a busy machine it
     gives up after three seconds, and does not start."""
     ask = networking.url_ok
-    networking.url_ok = lambda url: any(ask(url) for _ in range(PROBES))
+    networking.url_ok = lambda url: any(ask(url) for _ in range(URL_PROBES))
 
 
-def launch_options(
+def build_launch_options(
     allowed: Collection[guard.Origin] = (),
     *,
     any_host: bool = False,
@@ -194,8 +206,8 @@ def launch_options(
         # Who may ask what, and for how many it keeps something.
         "state_session_capacity": MAX_SESSIONS,
         "app_kwargs": {
-            "middleware": [Middleware(guard.DrawsOnly if public else guard.BeforeLogin)],
-            "lifespan": partial(guard.trusted_hosts, hosts, allowed),
+            "middleware": [Middleware(guard.PublicPageGuard if public else guard.LoginGuard)],
+            "lifespan": partial(guard.install_trusted_hosts, hosts, allowed),
         },
         "enable_monitoring": False,
         "share": False,
@@ -208,7 +220,7 @@ def build_inspect_tab(ctx: state.AppContext, tabs: gr.Tabs, generate: GenerateTa
     with gr.Row(elem_id="inspect", equal_height=False):
         with gr.Column(min_width=280, scale=2):
             file = gr.File(
-                file_types=[*PICTURES, ".safetensors"],
+                file_types=[*IMAGE_SUFFIXES, ".safetensors"],
                 label="Picture or adapter",
                 height=160,
                 elem_id="inspect_file",
@@ -217,7 +229,7 @@ def build_inspect_tab(ctx: state.AppContext, tabs: gr.Tabs, generate: GenerateTa
                 "Use these settings", visible=False, variant="primary", elem_id="inspect_use"
             )
         with gr.Column(min_width=280, scale=3):
-            facts = gr.HTML(HINT, elem_id="inspect_facts", label="Facts")
+            facts = gr.HTML(INSPECT_HINT, elem_id="inspect_facts", label="Facts")
     fields = list(generate.fields.values())
 
     # A picture tells its recipe, an adapter its header.
@@ -228,22 +240,22 @@ def build_inspect_tab(ctx: state.AppContext, tabs: gr.Tabs, generate: GenerateTa
         api_name="inspect",
         concurrency_limit=2,
     )
-    def inspect(file: str | None) -> tuple:
+    def inspect_file(file: str | None) -> tuple:
         if not file:
-            return HINT, gr.Button(visible=False)
+            return INSPECT_HINT, gr.Button(visible=False)
         is_picture = Path(file).suffix.lower() != ".safetensors"
-        found = recipe_facts(read_recipe(file)) if is_picture else adapter_facts(file)
-        return html.facts_table(found), gr.Button(visible=is_picture)
+        found = list_recipe_facts(read_recipe(file)) if is_picture else list_adapter_facts(file)
+        return html.render_facts(found), gr.Button(visible=is_picture)
 
     # A picture's recipe goes into the Generate tab.
-    @on(use.click, TELLING, inputs=file, outputs=[tabs, *fields], show_progress_on=fields)
-    def use_recipe(file: str | None) -> list:
+    @on(use.click, MESSAGE_EVENT, inputs=file, outputs=[tabs, *fields], show_progress_on=fields)
+    def apply_recipe(file: str | None) -> list:
         if not file:
             raise UserError("drop a picture first")
         return [gr.Tabs(selected="generate"), *to_widgets(ctx, read_recipe(file))]
 
 
-def recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
+def list_recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
     """(Name, value) of each part of a recipe; a value is empty if the recipe does not say it."""
     params = recipe.params
     origin = recipe.provenance
@@ -275,9 +287,11 @@ def recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
     ]
 
 
-def adapter_facts(file: str) -> list[tuple[str, str]]:
+def list_adapter_facts(file: str) -> list[tuple[str, str]]:
     """The lines of `info` for any LoRA file."""
     state.import_libraries()
-    from dreambooth_moslora.lora.describe import as_text, describe, label
+    from dreambooth_moslora.lora.describe import describe, format_label, format_value
 
-    return [(label(name), as_text(name, value)) for name, value in describe(file).items()]
+    return [
+        (format_label(name), format_value(name, value)) for name, value in describe(file).items()
+    ]

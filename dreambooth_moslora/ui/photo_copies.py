@@ -11,11 +11,11 @@ from pathlib import Path
 
 import PIL.Image
 
-from dreambooth_moslora.disk.atomic import rename
+from dreambooth_moslora.disk.atomic import rename_with_retry
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import photo_file as images
-from dreambooth_moslora.photos.photo_file import grey_mask
-from dreambooth_moslora.photos.sidecars import MASK_SUFFIX, sidecar_of, sidecars_of
+from dreambooth_moslora.photos.photo_file import to_grey_mask
+from dreambooth_moslora.photos.sidecars import MASK_SUFFIX, find_sidecars, parse_sidecar_name
 
 # What the page's field for photos takes.
 PHOTO_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".avif", ".bmp", ".tif", ".tiff"]
@@ -25,7 +25,7 @@ MAX_SIDE_PX = 4096
 """Longer side of a copy; a larger photo is made smaller."""
 
 
-def take_photos(files: list[str], folder: Path) -> list[str]:
+def copy_photos(files: list[str], folder: Path) -> list[str]:
     """Copy photos and their masks into `folder`, after those that are there. It is replaced whole.
 
     Returns remarks. Raises UserError for too many photos, and when no file is usable.
@@ -34,14 +34,14 @@ def take_photos(files: list[str], folder: Path) -> list[str]:
     given = list(map(Path, files))
     named_masks = []
     for file in given:
-        sidecar = sidecar_of(file)
+        sidecar = parse_sidecar_name(file)
         if sidecar is not None and sidecar[1] == MASK_SUFFIX:
             named_masks.append(file)
-    masks = {stem: file for (stem, _), file in sidecars_of(named_masks).items()}
+    masks = {stem: file for (stem, _), file in find_sidecars(named_masks).items()}
     photos = [file for file in given if file not in named_masks]
     if not photos:
         raise UserError("add some photos of your subject first")
-    kept = len(kept_photos(folder))
+    kept = len(list_photo_copies(folder))
     count = kept + len(photos)
     if count > MAX_PHOTOS:
         raise UserError(
@@ -56,32 +56,32 @@ def take_photos(files: list[str], folder: Path) -> list[str]:
         else:
             new.mkdir()
         remarks = copy_all(photos, masks, new, kept)
-        is_empty = len(kept_photos(new)) == kept
+        is_empty = len(list_photo_copies(new)) == kept
         if not (kept and is_empty):
             shutil.rmtree(folder, ignore_errors=True)
-            rename(new, folder)
+            rename_with_retry(new, folder)
     if is_empty:
         raise UserError(f"none of the files is a usable photo: {remarks[0]}")
     return remarks
 
 
-def kept_photos(folder: Path) -> list[Path]:
+def list_photo_copies(folder: Path) -> list[Path]:
     """The clean copies in their order, without the masks."""
     return sorted(path for path in folder.glob("photo_*.png") if "." not in path.stem)
 
 
-def remove_photos(folder: Path, gone: Collection[Path]) -> None:
+def remove_photos(folder: Path, removed: Collection[Path]) -> None:
     """Delete these photos with their masks, and number the others anew."""
-    for photo in gone:
+    for photo in removed:
         for file in folder.glob(f"{photo.stem}.*"):
             file.unlink()
     # The numbers have no gaps, as the form counts photos by them.
-    for number, photo in enumerate(kept_photos(folder), 1):
+    for number, photo in enumerate(list_photo_copies(folder), 1):
         for file in folder.glob(f"{photo.stem}.*"):
             file.rename(folder / f"photo_{number:02d}{file.name.removeprefix(photo.stem)}")
 
 
-def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path, taken: int = 0) -> list[str]:
+def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path, count: int = 0) -> list[str]:
     """Write clean copies and their masks; returns the remarks.
 
     - `photos` become the copies, in this order.
@@ -95,14 +95,14 @@ def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path, taken: in
         except images.UnreadableImageError as error:
             remarks.append(f"{photo.name}: {error}")
             continue
-        taken += 1
-        clean.save(folder / f"photo_{taken:02d}.png")
+        count += 1
+        clean.save(folder / f"photo_{count:02d}.png")
         # A bad mask does not cost the photo.
         if mask := masks.get(photo.stem):
             try:
-                grey = grey_mask(images.open_image(mask))
+                grey = to_grey_mask(images.open_image(mask))
                 grey.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX))
-                grey.save(folder / f"photo_{taken:02d}.mask.png")
+                grey.save(folder / f"photo_{count:02d}.mask.png")
             except images.UnreadableImageError as error:
                 remarks.append(f"{mask.name}: {error}")
     stems = {photo.stem for photo in photos}
@@ -116,7 +116,7 @@ def clean_copy(file: Path) -> PIL.Image.Image:
     """The upright pixels without metadata. Raises UnreadableImageError."""
     opened = images.open_image(file)
     clean = images.to_rgb(opened)
-    alpha = images.alpha_of(opened)
+    alpha = images.get_alpha(opened)
     if alpha is not None:
         clean.putalpha(alpha)
     clean.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX), PIL.Image.Resampling.LANCZOS)

@@ -17,25 +17,27 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dreambooth_moslora.disk import queue
-from dreambooth_moslora.disk.process_identity import is_running, own_token
+from dreambooth_moslora.disk.process_identity import get_current_token, is_running
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.ui.photo_copies import kept_photos
+from dreambooth_moslora.ui.photo_copies import list_photo_copies
 
-PREFIX = "moslora-app-"
+FOLDER_PREFIX = "moslora-app-"
 """How the folders of all servers begin."""
-FOLDER = re.compile(rf"{PREFIX}(?P<pid>[0-9]{{1,9}})-(?P<token>[0-9a-f]{{8}})-[a-z0-9_]+")
+FOLDER_PATTERN = re.compile(
+    rf"{FOLDER_PREFIX}(?P<pid>[0-9]{{1,9}})-(?P<token>[0-9a-f]{{8}})-[a-z0-9_]+"
+)
 """A server's folder. Any user of the machine may have made other names among temporary files."""
 LOCK_NAME = ".lock"
 """The file in it that its server locks. Processes of containers that share temporary files do not
 see each other, but their locks."""
-GRADIO = "gradio"
+GRADIO_FOLDER = "gradio"
 """The folder in it that gradio fills."""
 HISTORY_LENGTH = 48
 """Pictures that are kept; those before them are deleted."""
 
 
 @dataclass(frozen=True)
-class Picture:
+class SavedImage:
     """A finished PNG."""
 
     path: Path
@@ -51,7 +53,7 @@ class Workspace:
     """
 
     root: Path
-    history: deque[Picture] = field(default_factory=lambda: deque(maxlen=HISTORY_LENGTH))
+    history: deque[SavedImage] = field(default_factory=lambda: deque(maxlen=HISTORY_LENGTH))
     uploads: dict[str, Path] = field(default_factory=dict)
     changing: threading.RLock = field(default_factory=threading.RLock, compare=False)
     """Held while the photos change: two tabs may send theirs at once."""
@@ -70,13 +72,13 @@ class Workspace:
         return self.root / "photos"
 
     @property
-    def given_photos(self) -> Path:
+    def required_photos_dir(self) -> Path:
         """`photos_dir`. Raises UserError while no photo is in it."""
-        if not kept_photos(self.photos_dir):
+        if not list_photo_copies(self.photos_dir):
             raise UserError("add some photos of your subject first")
         return self.photos_dir
 
-    def remember(self, picture: Picture) -> None:
+    def add_to_history(self, picture: SavedImage) -> None:
         """Add to the history, newest first; when it is full, the oldest file is deleted."""
         if len(self.history) == self.history.maxlen:
             self.history[-1].path.unlink(missing_ok=True)
@@ -85,7 +87,7 @@ class Workspace:
     def delete_old(self, age_sec: float) -> None:
         """Delete what gradio has shown for longer. It would delete nothing itself that a session's
         own components show, and a component is that after its first update."""
-        for file in (self.root / GRADIO).rglob("*"):
+        for file in (self.root / GRADIO_FOLDER).rglob("*"):
             with suppress(OSError):  # it is gone already
                 if file.is_file() and time.time() - file.stat().st_ctime > age_sec:
                     file.unlink()
@@ -97,7 +99,7 @@ class Workspace:
         shutil.rmtree(self.root, ignore_errors=True)
 
 
-def new_workspace() -> Workspace:
+def create_workspace() -> Workspace:
     """An empty workspace of this process.
 
     The folders of servers that were killed are deleted, as they hold photos.
@@ -105,14 +107,14 @@ def new_workspace() -> Workspace:
     home = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())
     home.mkdir(parents=True, exist_ok=True)
     # Folders that no server owns any more.
-    for folder in home.glob(f"{PREFIX}*"):
-        named = FOLDER.fullmatch(folder.name)
+    for folder in home.glob(f"{FOLDER_PREFIX}*"):
+        named = FOLDER_PATTERN.fullmatch(folder.name)
         if named and not is_running(int(named["pid"]), named["token"]):
             with suppress(OSError, UserError):  # a stranger's, or locked
-                queue.take(folder / LOCK_NAME, "").close()
+                queue.claim_lock(folder / LOCK_NAME, "").close()
                 shutil.rmtree(folder, ignore_errors=True)
     # This server's own, which names its process.
     pid = os.getpid()
-    prefix = f"{PREFIX}{pid}-{own_token(pid)}-"
+    prefix = f"{FOLDER_PREFIX}{pid}-{get_current_token(pid)}-"
     root = Path(tempfile.mkdtemp(prefix=prefix, dir=home)).resolve()
-    return Workspace(root, lock=queue.take(root / LOCK_NAME, ""))
+    return Workspace(root, lock=queue.claim_lock(root / LOCK_NAME, ""))

@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from dreambooth_moslora.base import model_files
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings.family_facts import facts_of
-from dreambooth_moslora.settings.toy_bases import TOYS
+from dreambooth_moslora.settings.family_facts import get_facts
+from dreambooth_moslora.settings.toy_bases import TOY_FOLDERS
 from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.tiny import RESOLUTION_PX
 
 SDXL, SD1, FLUX = (
-    facts_of(name)
+    get_facts(name)
     for name in ("StableDiffusionXLPipeline", "StableDiffusionPipeline", "FluxPipeline")
 )
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -36,10 +36,10 @@ def world(tiny_base, tmp_path_factory):
         shutil.copytree(tiny_base, world / name)
     (world / "damaged" / UNET).write_bytes(b"")
     shutil.rmtree(world / "partial" / "tokenizer")
-    (world / "foreign" / model_files.INDEX).write_text(
+    (world / "foreign" / model_files.INDEX_NAME).write_text(
         json.dumps({"_class_name": "PixArtAlphaPipeline"})
     )
-    save_file({SD1.file_mark: torch.zeros(2, 3)}, world / "one.safetensors")
+    save_file({SD1.marker_tensor: torch.zeros(2, 3)}, world / "one.safetensors")
     (world / "noise.safetensors").write_bytes(b"noise")
     model = world / "models--owner--here"
     shutil.copytree(tiny_base, model / "snapshots" / COMMIT)
@@ -52,7 +52,7 @@ KNOWN, ELSEWHERE = (
     "black-forest-labs/FLUX.1-dev",
     "as HF_HUB_OFFLINE is set: give the folder of a base, or a .safetensors file",
 )
-TOY_FOLDER = TOYS["toy"]
+TOY_FOLDER = TOY_FOLDERS["toy"]
 # fmt: off
 # name, source, is it a folder here, family, own side in px, why it cannot be used, why it is not
 # reachable
@@ -110,15 +110,15 @@ def test_what_is_no_base_is_refused_when_it_is_looked_for(name, world):
 
 
 def test_the_shapes_are_those_of_its_files_which_are_opened_once(tiny_base, tmp_path, monkeypatch):
-    opened, shapes_in = [], model_files.shapes_in
+    opened, shapes_in = [], model_files.read_shapes
     monkeypatch.setattr(
-        model_files, "shapes_in", lambda path: opened.append(path) or shapes_in(path)
+        model_files, "read_shapes", lambda path: opened.append(path) or shapes_in(path)
     )
     base = Base.find(tiny_base)
     base.check()
     base.check()
     assert base.shapes == {
-        part: model_files.tensor_shapes(tiny_base / part)
+        part: model_files.read_folder_shapes(tiny_base / part)
         for part in ("unet", *SDXL.encoders, "vae")
     }
     assert len(opened) == 2 * len(set(opened))  # the second time by the test itself

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from dreambooth_moslora.base import load
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.digests import hash_parts
-from dreambooth_moslora.settings.family_facts import facts_of
+from dreambooth_moslora.settings.family_facts import get_facts
 from tests.helpers.changed_base import change_token, flip_last_bit, swap_ids
 from tests.helpers.single_file import save_single_file
 from tests.helpers.tiny_families import tiny_pipeline
 
-SDXL, Z_IMAGE = facts_of("StableDiffusionXLPipeline"), facts_of("ZImagePipeline")
+SDXL, Z_IMAGE = get_facts("StableDiffusionXLPipeline"), get_facts("ZImagePipeline")
 PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")
 COMMIT = "0" * 40
 

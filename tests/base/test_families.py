@@ -12,18 +12,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreambooth_moslora.base.families import METHODS, encoding_options, family_of, guided, unpacked
+from dreambooth_moslora.base.families import (
+    FAMILY_CLASSES,
+    build_encoding_options,
+    build_family,
+    drop_unused_negative,
+    unpack_latents,
+)
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.method.fast_linear import WorkingCopies, enable_fast_path
 from dreambooth_moslora.method.moslora import (
     MoSLoraConfig,
-    adapter_layers,
-    adapter_parameters,
+    disable_layers,
+    get_adapter_layers,
+    get_matrix_layers,
     inject,
-    matrix_layers,
-    switched_off,
+    list_adapter_parameters,
 )
-from dreambooth_moslora.settings.family_facts import FAMILIES, Facts, facts_of
+from dreambooth_moslora.settings.family_facts import FAMILIES, FamilyFacts, get_facts
 from dreambooth_moslora.settings.field_facts import is_adapted
 from tests.helpers.tiers import slow_but
 from tests.helpers.tiny_families import TINY_FAMILIES, TinyFamily, tiny_pipeline
@@ -38,8 +44,8 @@ each = pytest.mark.parametrize("made", NAMES, indirect=True)
 @pytest.fixture
 def made(request, tmp_path):
     pipe, row = tiny_pipeline(request.param, tmp_path), TINY_FAMILIES[request.param]
-    options = encoding_options(row.settings) | row.instructed
-    return pipe, family_of(pipe, told_guidance=3.5, options=options)
+    options = build_encoding_options(row.settings) | row.instructed
+    return pipe, build_family(pipe, embedded_guidance=3.5, options=options)
 
 
 def pixels() -> Tensor:
@@ -60,11 +66,15 @@ def as_latents(rows: Tensor, like: Tensor) -> Tensor:
     """A pipeline's latents (B, tokens, channels) or (B, C, h, w), as (B, C, h, w)."""
     if rows.ndim == 4:
         return rows
-    return rows.mT.reshape(like.shape) if rows.shape[-1] == like.shape[1] else unpacked(rows, like)
+    return (
+        rows.mT.reshape(like.shape)
+        if rows.shape[-1] == like.shape[1]
+        else unpack_latents(rows, like)
+    )
 
 
 def unguided(family) -> dict:
-    scale = family.told_guidance if not family.facts.has_negative else family.facts.no_guidance
+    scale = family.embedded_guidance if not family.facts.has_negative else family.facts.no_guidance
     return {family.facts.guidance_name: scale, "height": PX, "width": PX}
 
 
@@ -95,10 +105,10 @@ def test_texts_of_one_length_go_to_qwen_image_without_a_mask_as_by_its_pipeline(
 def test_krea_2_predicts_without_the_padding_of_its_texts_what_it_predicts_with_it(made):
     """Filled up to the longest text of a batch alone."""
     pipe, family = made
-    z, t = family.latents(pipe.vae, pixels()), torch.tensor([300.0, 700.0])
+    z, t = family.encode_latents(pipe.vae, pixels()), torch.tensor([300.0, 700.0])
     padded = dict(zip(family.names, pipe.encode_prompt(PROMPTS)))
     lengths = padded["prompt_embeds_mask"].sum(1)
-    words = family.arguments(family.texts(pipe, PROMPTS))
+    words = family.collate(family.encode_prompts(pipe, PROMPTS))
     assert words["prompt_embeds"].shape[1] == lengths.max() < padded["prompt_embeds"].shape[1]
     assert words["prompt_embeds_mask"].sum(1).tolist() == lengths.tolist()
 
@@ -110,9 +120,9 @@ def steps_of_both(pipe, family, prompts: list[str]) -> tuple[Tensor, Tensor, lis
     """Our prediction and the pipeline's at its first step, and the calls of the denoiser: the
     pipeline's three, then ours; each its arguments, the named ones and the result."""
     denoiser = getattr(pipe, family.facts.denoiser)
-    words = family.arguments(family.texts(pipe, prompts))
+    words = family.collate(family.encode_prompts(pipe, prompts))
     noise = torch.randn(
-        family.latents(pipe.vae, pixels()).shape, generator=torch.Generator().manual_seed(1)
+        family.encode_latents(pipe.vae, pixels()).shape, generator=torch.Generator().manual_seed(1)
     )
     calls, seen = [], []
     denoiser.register_forward_hook(lambda module, *call: calls.append(call), with_kwargs=True)
@@ -146,7 +156,7 @@ class DecodedError(Exception):
 def test_the_pipeline_decodes_our_latents_to_the_posteriors_mean(made, monkeypatch):
     """With an answer of zeros a flow stays where it is."""
     pipe, family = made
-    z = family.latents(pipe.vae, pixels())
+    z = family.encode_latents(pipe.vae, pixels())
 
     def decode(given: Tensor, *_, **__):
         raise DecodedError(given)
@@ -158,7 +168,7 @@ def test_the_pipeline_decodes_our_latents_to_the_posteriors_mean(made, monkeypat
         getattr(pipe, family.facts.denoiser).register_forward_hook(
             lambda m, a, found: zeros_like(found)
         )
-        words = family.arguments(family.texts(pipe, drawn_together(family)))
+        words = family.collate(family.encode_prompts(pipe, drawn_together(family)))
         with pytest.raises(DecodedError) as reached:
             pipe(
                 **words,
@@ -192,12 +202,12 @@ def zeros_like(found):
 @each
 def test_prompts_of_unequal_length_give_in_a_batch_what_each_gives_alone(made):
     pipe, family = made
-    denoiser, texts = getattr(pipe, family.facts.denoiser), family.texts(pipe, PROMPTS)
-    z, t = family.latents(pipe.vae, pixels()), torch.tensor([300.0, 700.0])
-    together = family.predict(denoiser, z, t, CROPS, **family.arguments(texts))
+    denoiser, texts = getattr(pipe, family.facts.denoiser), family.encode_prompts(pipe, PROMPTS)
+    z, t = family.encode_latents(pipe.vae, pixels()), torch.tensor([300.0, 700.0])
+    together = family.predict(denoiser, z, t, CROPS, **family.collate(texts))
     for row in range(2):
         one = slice(row, row + 1)
-        alone = family.predict(denoiser, z[one], t[one], CROPS[one], **family.arguments(texts[one]))
+        alone = family.predict(denoiser, z[one], t[one], CROPS[one], **family.collate(texts[one]))
         assert relative(together[one], alone) < 1e-5
 
 
@@ -220,7 +230,10 @@ def test_recomputation_changes_no_gradient(made):
 @torch.no_grad()
 def predicted(family, pipe) -> Tensor:
     """Of two prompts."""
-    words, z = family.arguments(family.texts(pipe, PROMPTS)), family.latents(pipe.vae, pixels())
+    words, z = (
+        family.collate(family.encode_prompts(pipe, PROMPTS)),
+        family.encode_latents(pipe.vae, pixels()),
+    )
     return family.predict(
         getattr(pipe, family.facts.denoiser), z, torch.tensor([300.0, 700.0]), CROPS, **words
     )
@@ -229,7 +242,10 @@ def predicted(family, pipe) -> Tensor:
 def gradients_of(family, pipe, weights: list[Tensor]) -> list[Tensor | None]:
     """Of the squared prediction for two prompts."""
     with torch.no_grad():
-        words, z = family.arguments(family.texts(pipe, PROMPTS)), family.latents(pipe.vae, pixels())
+        words, z = (
+            family.collate(family.encode_prompts(pipe, PROMPTS)),
+            family.encode_latents(pipe.vae, pixels()),
+        )
     for weight in weights:
         weight.requires_grad_().grad = None
     denoiser = getattr(pipe, family.facts.denoiser)
@@ -283,19 +299,19 @@ def test_a_picture_is_drawn_from_kept_texts_when_the_encoders_are_gone(made):
             "num_inference_steps": 2,
             "output_type": "pt",
         }
-        words = guided(family.facts, words, family.facts.guidance)
+        words = drop_unused_negative(family.facts, words, family.facts.guidance)
         return pipe(**words, generator=seeds, height=PX, width=PX, **options).images
 
     theirs, texts, empty = (
         draw([0, 1], **said),
-        family.texts(pipe, prompts),
-        family.negative(pipe, against),
+        family.encode_prompts(pipe, prompts),
+        family.encode_negative(pipe, against),
     )
     pipe.register_modules(**dict.fromkeys(family.facts.encoders))
 
     def kept(rows: list[int]) -> dict:
-        return family.with_negative(
-            family.arguments([texts[row] for row in rows]), family.arguments([empty] * len(rows))
+        return family.add_negative(
+            family.collate([texts[row] for row in rows]), family.collate([empty] * len(rows))
         )
 
     both, one = draw([0, 1], **kept([0, 1])), draw([0], **kept([0]))
@@ -303,7 +319,7 @@ def test_a_picture_is_drawn_from_kept_texts_when_the_encoders_are_gone(made):
 
 
 def test_each_family_has_methods_and_the_class_of_its_pipeline_and_another_is_refused_by_name():
-    assert {facts.name for facts in FAMILIES} == METHODS.keys() == TINY_FAMILIES.keys()
+    assert {facts.name for facts in FAMILIES} == FAMILY_CLASSES.keys() == TINY_FAMILIES.keys()
     for facts in FAMILIES:
         kind = getattr(diffusers, facts.pipeline)
         assert {facts.denoiser, *facts.encoders} <= inspect.signature(
@@ -314,11 +330,11 @@ def test_each_family_has_methods_and_the_class_of_its_pipeline_and_another_is_re
         assert set(facts.adapted_encoders) | {facts.denoiser} == set(kind._lora_loadable_modules)
         assert (facts.memory is None) == (facts.denoiser == "unet")
     with pytest.raises(TypeError, match="memory"):
-        Facts(name="new", title="New", pipeline="NewPipeline", model="NewTransformer2DModel")
+        FamilyFacts(name="new", title="New", pipeline="NewPipeline", model="NewTransformer2DModel")
     with pytest.raises(
         UserError, match="class ChromaPipeline cannot be trained here: take one of SDXL"
     ):
-        facts_of("ChromaPipeline")
+        get_facts("ChromaPipeline")
 
 
 @each
@@ -327,24 +343,24 @@ def test_the_fused_path_has_the_gradients_of_peft(made):
     off, it is the base bit for bit."""
     pipe, family = made
     denoiser = getattr(pipe, family.facts.denoiser)
-    paths = [path for path in matrix_layers(denoiser) if is_adapted(path, family.facts.targets)]
+    paths = [path for path in get_matrix_layers(denoiser) if is_adapted(path, family.facts.targets)]
     of_base = predicted(family, pipe)
     inject(
         denoiser,
         MoSLoraConfig(r=2, target_modules="|".join(map(re.escape, paths)), mixer="orthogonal"),
     )
-    weights = [weight for _, weight in adapter_parameters(denoiser)]
+    weights = [weight for _, weight in list_adapter_parameters(denoiser)]
     with torch.no_grad():
         for weight in weights:
             weight.add_(0.1 * torch.randn_like(weight))
     slow = gradients_of(family, pipe, weights)
     assert enable_fast_path(denoiser) == len(paths)
-    with WorkingCopies(denoiser).for_one_step() as step:
+    with WorkingCopies(denoiser).attach_copies() as step:
         gradients_of(family, pipe, weights)
         step.collect()
     fast = [weight.grad for weight in weights]
     assert max(relative(one, other) for one, other in zip(fast, slow) if other is not None) < 1e-4
-    with switched_off(list(adapter_layers(denoiser).values())):
+    with disable_layers(list(get_adapter_layers(denoiser).values())):
         assert torch.equal(predicted(family, pipe), of_base)
 
 

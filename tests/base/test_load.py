@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save, save_file
 
 from dreambooth_moslora.base import decode, devices, families, load
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.model_files import OTHERS, variants_in, weight_files
-from dreambooth_moslora.cli.command_generate import base_of_runs
+from dreambooth_moslora.base.model_files import OTHER_MODELS, list_variants, list_weight_files
+from dreambooth_moslora.cli.command_generate import find_runs_base
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import sampling
@@ -34,7 +34,7 @@ from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings.family_facts import FAMILIES
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.prepare import noise_schedule
+from dreambooth_moslora.training.prepare import build_noise_schedule
 from tests.helpers.single_file import (
     PREFIX,
     clip_layout,
@@ -86,7 +86,7 @@ def test_text_equals_what_the_pipeline_itself_encodes(pipeline):
     """The empty prompt is its own unconditional one."""
     for force_zeros in (True, False):
         pipeline.register_to_config(force_zeros_for_empty_prompt=force_zeros)
-        texts = load.SDXL_FAMILY.texts(pipeline, ["", "a photo of sks dog"])
+        texts = load.SDXL_FAMILY.encode_prompts(pipeline, ["", "a photo of sks dog"])
         found, found_pooled = embeds_of(texts), pooled_of(texts)
         embeds, nothing, pooled, pooled_nothing = pipeline.encode_prompt(
             ["a photo of sks dog"], negative_prompt=None
@@ -98,7 +98,7 @@ def test_text_equals_what_the_pipeline_itself_encodes(pipeline):
 
 
 def drawn(vae, latents):
-    return decode.pictures_of(decode.finite_or_black(decode.decode_pixels(vae, latents)))
+    return decode.to_images(decode.warn_nonfinite_pixels(decode.decode_pixels(vae, latents)))
 
 
 def test_latents_are_the_scaled_posterior_mean_and_decoding_undoes_the_scale(pipeline):
@@ -147,7 +147,7 @@ def test_nan_of_an_fp16_vae_is_answered_with_fp32(tiny_base, caplog):
 
 def test_the_noise_schedule_is_the_schedulers_own(pipeline):
     """An EDM base trains in EDM style; one of zero terminal SNR keeps its pure noise."""
-    schedule = noise_schedule(pipeline.scheduler)
+    schedule = build_noise_schedule(pipeline.scheduler)
     assert len(schedule) == 1000 and (schedule.style, schedule.prediction_type) == (
         "ddpm",
         "epsilon",
@@ -155,11 +155,11 @@ def test_the_noise_schedule_is_the_schedulers_own(pipeline):
     assert torch.allclose(
         schedule.sigmas, (1 / pipeline.scheduler.alphas_cumprod - 1).sqrt(), rtol=1e-4
     )
-    edm = noise_schedule(EDMEulerScheduler())
+    edm = build_noise_schedule(EDMEulerScheduler())
     assert (edm.style, edm.sigma_data) == ("edm", 0.5) and len(edm.sigmas) == len(edm.timesteps)
     zero_snr = EulerDiscreteScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    assert noise_schedule(zero_snr).sigmas[-1].isinf()
-    assert noise_schedule(zero_snr, edm_style=True).sigmas.isfinite().all()
+    assert build_noise_schedule(zero_snr).sigmas[-1].isinf()
+    assert build_noise_schedule(zero_snr, edm_style=True).sigmas.isfinite().all()
 
 
 @pytest.fixture
@@ -183,35 +183,35 @@ def test_one_latent_is_decoded_at_a_time_and_tiling_and_free_memory_are_as_they_
 
     # By a pipeline that decodes by itself, too.
     vae.shapes.clear()
-    with decode.tiled_where_short(vae, (64, 64), vae.device):
+    with decode.enable_tiling(vae, (64, 64), vae.device):
         vae.decode(latents)
     assert vae.shapes == [(1, 8, 8)] * 4 and not vae.use_slicing
 
     vae.enable_tiling()
-    for free, bytes_a_pixel, side in (
+    for free, bytes_per_pixel, side in (
         (1.2, 4300, 64),
         (1.0, 4300, 32),
         (1.0, 2600, 64),
         (0.1, 4300, 32),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(devices, "free_gib", lambda device, free=free: free)
-            with decode.tiled_where_short(vae, (1024, 1024), vae.device, bytes_a_pixel):
+            patch.setattr(devices, "measure_free_gib", lambda device, free=free: free)
+            with decode.enable_tiling(vae, (1024, 1024), vae.device, bytes_per_pixel):
                 assert vae.tile_latent_min_size == side
     assert vae.use_tiling and vae.tile_latent_min_size == 8
     gib, seen = 2**30, {"mem_get_info": (3, 8), "memory_reserved": 4, "memory_allocated": 2}
     for name, found in seen.items():
         found = tuple(gib * n for n in found) if isinstance(found, tuple) else gib * found
         monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
-    assert devices.free_gib(torch.device("cuda")) == 5.0
-    assert devices.free_gib(torch.device("cpu")) is None
+    assert devices.measure_free_gib(torch.device("cuda")) == 5.0
+    assert devices.measure_free_gib(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(
     ("gib", "side", "is_tiled"), [(None, 128, 0), (20.0, 128, 0), (3.0, 128, 1), (2.0, 64, 0)]
 )
 def test_tiles_of_512_px_where_a_whole_picture_does_not_fit(vae, monkeypatch, gib, side, is_tiled):
-    monkeypatch.setattr(devices, "free_gib", lambda device: gib)
+    monkeypatch.setattr(devices, "measure_free_gib", lambda device: gib)
     pixels = decode.decode_pixels(vae, torch.randn(1, 4, side, side))
     assert pixels.shape == (1, 3, 8 * side, 8 * side)
     assert max(side for _, *sides in vae.shapes for side in sides) == (64 if is_tiled else side)
@@ -305,11 +305,11 @@ def test_what_only_the_loader_can_see_is_one_line_too(base, tiny_base):
 def test_only_the_files_that_are_loaded_need_be_whole(base):
     """A single file is looked at too."""
     shutil.copy(base / UNET, base / "unet" / "diffusion_pytorch_model.fp16.safetensors")
-    whole = base_size.size_of_base(Base.find(base), ("to_q",))
+    whole = base_size.find_base_size(Base.find(base), ("to_q",))
     (base / UNET).write_text(POINTER)
     half = Base.find(base, variant="fp16")
     half.check()
-    assert base_size.size_of_base(half, ("to_q",)) == whole
+    assert base_size.find_base_size(half, ("to_q",)) == whole
     with pytest.raises(UserError, match="git-lfs pointer"):
         Base.find(base / UNET)
 
@@ -329,9 +329,9 @@ def test_the_variants_of_a_component_are_read_from_its_file_names(name, tmp_path
         "a.json",
     ):
         (tmp_path / file).touch()
-    assert variants_in(tmp_path) == ["fp16"]
-    assert [file.stem for file in weight_files(tmp_path, "fp16")] == [name]
-    assert variants_in(tmp_path / "none") == []
+    assert list_variants(tmp_path) == ["fp16"]
+    assert [file.stem for file in list_weight_files(tmp_path, "fp16")] == [name]
+    assert list_variants(tmp_path / "none") == []
 
 
 def test_a_base_that_is_here_in_fp16_alone_is_drawn_with_from_these_files(
@@ -357,7 +357,7 @@ def test_a_base_that_is_here_in_fp16_alone_is_drawn_with_from_these_files(
             "cache_dir": str(tmp_path),
         }
         RunDir(tmp_path).config_path.write_text(json.dumps(run))
-        told = base_of_runs([str(tmp_path)])
+        told = find_runs_base([str(tmp_path)])
         assert told == Base.of_run(TrainConfig(**run))
         assert SubjectPipeline.from_base(told).pipeline.unet.num_parameters()
         with pytest.raises(UserError, match="owner/half cannot be loaded"):
@@ -428,7 +428,7 @@ def test_a_mark_says_that_velocity_is_predicted_and_without_configs_one_line_say
     scheduler = load.load_pipeline(
         odd_copy(checkpoint, tmp_path, load_file(checkpoint) | marks)
     ).scheduler
-    assert noise_schedule(scheduler).prediction_type == "v_prediction"
+    assert build_noise_schedule(scheduler).prediction_type == "v_prediction"
     assert scheduler.config.timestep_spacing == "trailing"
     alone = shutil.copy(checkpoint, tmp_path / "alone.safetensors")
     with pytest.raises(UserError, match="holds weights alone") as error:
@@ -540,7 +540,7 @@ def test_a_file_without_the_rest_is_known_by_its_tensors_and_refused_by_the_fami
 ):
     facts, _, file = family_file
     shutil.rmtree(file.with_suffix(""))
-    assert base_size.size_of_base(Base.find(file), ()).family is Base.find(file).facts is facts
+    assert base_size.find_base_size(Base.find(file), ()).family is Base.find(file).facts is facts
     rest = "configs that belong to them could not be fetched"
     with pytest.raises(
         UserError, match=rest if facts.style == "ddpm" else "holds Z-Image's transformer alone"
@@ -553,7 +553,9 @@ def test_the_mark_of_a_family_is_found_as_diffusers_finds_it(name, tmp_path):
     facts = next(facts for facts in FAMILIES if facts.name == name)
     row = TINY_FAMILIES[name]
     for prefix in ("", PREFIX):
-        tensors = {prefix + key: torch.zeros(64, 64) for key in (facts.file_mark, *row.file_keys)}
+        tensors = {
+            prefix + key: torch.zeros(64, 64) for key in (facts.marker_tensor, *row.file_keys)
+        }
         save_file(tensors, tmp_path / "one.safetensors")
         assert Base.find(tmp_path / "one.safetensors").facts is facts
         assert infer_diffusers_model_type(tensors) == row.file_type or (
@@ -561,7 +563,9 @@ def test_the_mark_of_a_family_is_found_as_diffusers_finds_it(name, tmp_path):
         )
 
 
-@pytest.mark.parametrize("other", [one for one in OTHERS if one.keys], ids=lambda one: one.title)
+@pytest.mark.parametrize(
+    "other", [one for one in OTHER_MODELS if one.keys], ids=lambda one: one.title
+)
 @pytest.mark.parametrize("prefix", ["", PREFIX])
 def test_the_file_of_another_model_is_refused_by_that_models_name(other, prefix, tmp_path):
     """Those that resemble a family's were taken for it, and the others for SDXL's."""
@@ -630,8 +634,8 @@ def test_a_base_chooses_no_kernel_and_runs_no_pickle(tiny_base, tmp_path):
 def test_a_flows_picture_is_decoded_in_tiles_where_memory_is_short(name, tmp_path, monkeypatch):
     """By the pipeline itself: Qwen-Image's decoder takes 6.8 GiB for a whole picture of 1024 px."""
     pipe = tiny_pipeline(name, tmp_path)
-    family = families.family_of(pipe)
-    said, empty = (family.arguments(family.texts(pipe, [words])) for words in ("a dog", " "))
+    family = families.build_family(pipe)
+    said, empty = (family.collate(family.encode_prompts(pipe, [words])) for words in ("a dog", " "))
     seen, whole = [], pipe.vae.decode
 
     def noted(*given, **options):
@@ -640,7 +644,7 @@ def test_a_flows_picture_is_decoded_in_tiles_where_memory_is_short(name, tmp_pat
 
     monkeypatch.setattr(pipe.vae, "decode", noted)
     for free in (None, 1e-4):
-        monkeypatch.setattr(devices, "free_gib", lambda device, free=free: free)
-        words = family.with_negative(said, empty)
+        monkeypatch.setattr(devices, "measure_free_gib", lambda device, free=free: free)
+        words = family.add_negative(said, empty)
         sampling.draw_pixels(pipe, words, [0], (64, 64), num_inference_steps=1)
     assert seen == [False, True] and not pipe.vae.use_tiling

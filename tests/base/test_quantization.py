@@ -14,9 +14,9 @@ from peft.tuners.lora import bnb as peft_bnb
 from torch import nn
 
 from dreambooth_moslora.base import quantization
-from dreambooth_moslora.base.int8 import Int8Linear, packed, unpacked
-from dreambooth_moslora.base.quantization import layers_of_blocks, quantize
-from dreambooth_moslora.disk.paths import assets_folder
+from dreambooth_moslora.base.int8 import Int8Linear, dequantize_weight, quantize_weight
+from dreambooth_moslora.base.quantization import list_block_layers, quantize
+from dreambooth_moslora.disk.paths import get_assets_folder
 from dreambooth_moslora.method.moslora import inject
 
 KINDS = {
@@ -85,7 +85,7 @@ def error_of(rounded: Callable[[torch.Tensor], torch.Tensor], weights: list[torc
 
 
 def of_8_bit(weight: torch.Tensor) -> torch.Tensor:
-    return unpacked(*packed(weight, torch.bfloat16))
+    return dequantize_weight(*quantize_weight(weight, torch.bfloat16))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,13 +97,13 @@ def test_a_dense_layer_is_forgotten_before_the_next_is_quantised(kind, monkeypat
     dense = [weakref.ref(block["to_q"]) for block in blocks]
     del blocks
     left = []
-    packing = quantization.quantized
+    packing = quantization.quantize_layer
 
     def counted(*given, **options):
         left.append(sum(one() is not None for one in dense))
         return packing(*given, **options)
 
-    monkeypatch.setattr(quantization, "quantized", counted)
+    monkeypatch.setattr(quantization, "quantize_layer", counted)
     quantize(unet, kind, torch.float32)
     assert left == [4, 3, 2, 1] or left == [4, 4, 3, 2]  # the one before may wait in a name
 
@@ -114,8 +114,8 @@ def test_a_dense_layer_is_forgotten_before_the_next_is_quantised(kind, monkeypat
 
 
 def test_8_bit_loses_less_of_a_trained_base_than_float8_does_in_as_much_memory():
-    unet = UNet2DConditionModel.from_pretrained(assets_folder() / "toy-sdxl" / "unet")
-    layers = [layer for _, layer in layers_of_blocks(unet) if isinstance(layer, nn.Linear)]
+    unet = UNet2DConditionModel.from_pretrained(get_assets_folder() / "toy-sdxl" / "unet")
+    layers = [layer for _, layer in list_block_layers(unet) if isinstance(layer, nn.Linear)]
     weights = [layer.weight.detach() for layer in layers]
     assert error_of(of_8_bit, weights) == pytest.approx(0.0066, abs=2e-4)
     assert error_of(of_float8, weights) == pytest.approx(0.0260, abs=5e-4)
@@ -127,7 +127,7 @@ def test_an_outlier_coarsens_its_group_alone_and_zeros_stay(dtype):
     """As do numbers beyond what fp16 squares, where bitsandbytes casts activations to fp16."""
     weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
     weight[0, 3], weight[1] = 1000.0, 0.0
-    found = unpacked(*packed(weight, dtype)).float()
+    found = dequantize_weight(*quantize_weight(weight, dtype)).float()
     assert (found[2:] - weight[2:]).norm() < 0.01 * weight[2:].norm()
     assert (found[0, 128:] - weight[0, 128:]).norm() < 0.01 * weight[0, 128:].norm()
     assert found[0, 3] == pytest.approx(1000, rel=0.01) and not found[1].any()

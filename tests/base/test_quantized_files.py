@@ -112,9 +112,9 @@ def relative_error(found, truth):
 
 
 def draw(pipe):
-    family = families.family_of(pipe)
-    text, empty = (family.arguments(family.texts(pipe, [words])) for words in ("a dog", " "))
-    conditioning = family.with_negative(text, empty)
+    family = families.build_family(pipe)
+    text, empty = (family.collate(family.encode_prompts(pipe, [words])) for words in ("a dog", " "))
+    conditioning = family.add_negative(text, empty)
     return 2 * sampling.draw_pixels(pipe, conditioning, [0], (64, 64), num_inference_steps=2) - 1
 
 

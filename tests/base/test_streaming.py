@@ -22,7 +22,7 @@ def gradients(
     an adapter on half of its layers; with `copies` its blocks are streamed by them."""
     torch.manual_seed(0)
     pipeline = tiny_pipeline(name, folder)
-    denoiser = families.denoiser_of(pipeline).requires_grad_(False).train()
+    denoiser = families.get_denoiser(pipeline).requires_grad_(False).train()
     quantize(denoiser, kind, torch.float32, "cpu")
     streamed = None
     if copies:
@@ -32,16 +32,16 @@ def gradients(
     config = tiny_config(
         folder, folder, folder / "run", gradient_checkpointing=True, target_modules=TARGETS
     )
-    family = families.family_of(pipeline)
+    family = families.build_family(pipeline)
     adapters.add_adapters(config, {family.facts.denoiser: denoiser})
     copied = fast_linear.WorkingCopies(denoiser)
 
     # The pass of the prior without gradients, then a step.
-    words = family.arguments(family.texts(pipeline, ["a dog"]))
+    words = family.collate(family.encode_prompts(pipeline, ["a dog"]))
     z = torch.randn(1, *latent_shape(name, denoiser))
     crops = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
     t = torch.tensor([500.0])
-    with copied.for_one_step() as step:
+    with copied.attach_copies() as step:
         with torch.no_grad():
             family.predict(denoiser, z, t, crops, **words)
         found = family.predict(denoiser, z, t, crops, **words)
@@ -57,7 +57,7 @@ TARGETS = ("to_q", "to_qkv_mlp_proj")
 def latent_shape(name: str, denoiser: nn.Module) -> tuple[int, int, int]:
     config = denoiser.config
     channels = config.get("in_channels")
-    is_packed = TINY_FAMILIES[name].as_tokens is families.packed
+    is_packed = TINY_FAMILIES[name].as_tokens is families.pack_latents
     return (channels // 4 if is_packed else channels, 16, 16)
 
 
@@ -83,7 +83,7 @@ def test_streamed_blocks_give_the_same_gradients_bit_for_bit(name, kind, tmp_pat
 
     # No more than two are on the device: all blocks' weights lie in two places.
     places = {place.untyped_storage().data_ptr() for place in streamed.places}
-    weights = [one.weight for _, own in streaming.streamed_blocks(denoiser) for one in own]
+    weights = [one.weight for _, own in streaming.list_streamed_blocks(denoiser) for one in own]
     assert len(places) == 2
     assert {weight.untyped_storage().data_ptr() for weight in weights} <= places
 
@@ -96,7 +96,7 @@ class WatchedBlocks(streaming.StreamedBlocks):
         super().__init__(*arguments)
 
     def enter(self, number, *arguments):
-        self.entered.append((number, number in self.held))
+        self.entered.append((number, number in self.resident_blocks))
         super().enter(number, *arguments)
 
 
@@ -104,11 +104,11 @@ class WatchedBlocks(streaming.StreamedBlocks):
 @torch.no_grad()
 def test_passes_of_a_drawing_wait_for_no_block_but_the_very_first(name, tmp_path):
     pipeline = tiny_pipeline(name, tmp_path)
-    denoiser = families.denoiser_of(pipeline)
+    denoiser = families.get_denoiser(pipeline)
     copies = LateCopies()
     watched = WatchedBlocks(denoiser, torch.device("cpu"), copies)
-    family = families.family_of(pipeline)
-    conditioning = family.arguments(family.texts(pipeline, ["a dog"]))
+    family = families.build_family(pipeline)
+    conditioning = family.collate(family.encode_prompts(pipeline, ["a dog"]))
     z, crops = (
         torch.randn(1, *latent_shape(name, denoiser)),
         torch.tensor([[64.0, 64, 0, 0, 64, 64]]),
@@ -138,7 +138,7 @@ def test_a_copy_begins_when_its_place_was_read_and_only_what_needs_it_waits(monk
     monkeypatch.setattr(
         streaming, "copy_pieces", lambda *_: began.append(cuda.current.run("copy of block 2"))
     )
-    copies, computing = streaming.Copies(CUDA), cuda.current
+    copies, computing = streaming.BlockCopier(CUDA), cuda.current
     computing.run("block 0")
     copy = copies.start(torch.empty(4), [torch.empty(4)])
     assert began == [{"block 0"}]
@@ -158,12 +158,12 @@ def test_blocks_are_pinned_for_cuda_and_only_pinned_ones_are_copied_without_wait
         "make_places",
         lambda blocks, _, copies: make_places(blocks, torch.device("cpu"), copies),
     )
-    denoiser = families.denoiser_of(tiny_pipeline("flux", tmp_path))
+    denoiser = families.get_denoiser(tiny_pipeline("flux", tmp_path))
     cuda = FakeCuda(monkeypatch)
     blocks = streaming.StreamedBlocks(denoiser, device)
     cuda.copies.clear()
     for number in range(len(blocks.pieces)):
-        blocks.bring(number)
+        blocks.fetch_block(number)
     assert cuda.copies == [(is_pinned, is_pinned)] * sum(map(len, blocks.pieces))
 
 
@@ -173,4 +173,4 @@ def test_a_block_that_the_host_cannot_pin_comes_as_it_is(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", refused)
     piece = torch.arange(4, dtype=torch.uint8)
-    assert streaming.pinned(piece) is piece
+    assert streaming.move_to_pinned(piece) is piece

@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from benchmarks import bundle, first_half_hour, flow_step, gpu_step
-from benchmarks.diffusers_style_loop import diffusers_style_step
+from benchmarks.diffusers_style_loop import build_diffusers_style_step
 from benchmarks.floor_ratio import measure
-from benchmarks.host_peak import command_of
-from benchmarks.random_sdxl import random_sdxl
-from benchmarks.train_step import cpu_flags, ratios
+from benchmarks.host_peak import build_command
+from benchmarks.random_sdxl import build_random_sdxl
+from benchmarks.train_step import compute_ratios, read_cpu_flags
 from dreambooth_moslora.training.loop import train
 from tests.helpers.command_line import parse_train_config
 from tests.helpers.tiny_training import paint_photos, tiny_config
@@ -50,11 +50,11 @@ def test_our_step_and_the_floor_take_turns_on_the_same_weights():
     found = measure("small", 64, rank=2, warmup=0, steps=2)
     assert len(found["clock_ratios"]) == 2 and found["clock_ratio"] > 0
     assert found["floor_sec"] > 0 and found["gradients_sec"] > found["update_sec"] > 0
-    assert found["flags"] == cpu_flags()
+    assert found["flags"] == read_cpu_flags()
 
 
 def test_the_commands_whose_peak_is_measured_are_trainings(tmp_path):
-    words = command_of("recomputed", tmp_path / "base", tmp_path, 64, 2)
+    words = build_command("recomputed", tmp_path / "base", tmp_path, 64, 2)
     config = parse_train_config(words[2:])
     assert config.gradient_checkpointing and config.max_train_steps == 2
     assert len(list((tmp_path / "photos").iterdir())) == 3
@@ -62,13 +62,13 @@ def test_the_commands_whose_peak_is_measured_are_trainings(tmp_path):
 
 def test_the_loop_in_diffusers_style_learns_with_the_adapter_in_either_dtype():
     for fp32_adapter in (False, True):
-        step = diffusers_style_step("small", 64, 2, True, fp32_adapter)
+        step = build_diffusers_style_step("small", 64, 2, True, fp32_adapter)
         losses = [step()[0] for _ in range(2)]
         assert all(0 < loss < 100 for loss in losses) and losses[0] != losses[1]
 
 
 def test_the_trainer_takes_the_random_base(tmp_path):
-    random_sdxl("small").save_pretrained(tmp_path / "base")
+    build_random_sdxl("small").save_pretrained(tmp_path / "base")
     photos = paint_photos(tmp_path / "photos")
     config = tiny_config(
         tmp_path / "base", photos, tmp_path / "run", max_train_steps=2, mixed_precision="bf16"
@@ -86,10 +86,10 @@ def test_ratios_pair_arms_of_one_resolution():
         {"arm": "diffusers-checkpointing", "resolution_px": 512, "step_sec": 12.0, "peak_gb": 14.0},
         {"arm": "floor", "resolution_px": 1024, "step_sec": 1.0, "peak_gb": 1.0},
     ]
-    table = ratios(results, 512)
+    table = compute_ratios(results, 512)
     assert table["ours / floor"] == {"step_sec": 1.05, "cpu_sec": None, "peak_gb": 1.1}
     assert table["ours / diffusers-checkpointing"]["step_sec"] == 0.35
-    assert "ours / diffusers" not in table and ratios(results, 1024) == {}
+    assert "ours / diffusers" not in table and compute_ratios(results, 1024) == {}
 
 
 SMALL = ["--size", "small", "--resolution", "64", "--steps", "1", "--rank", "2"]
@@ -108,7 +108,7 @@ def test_an_arm_that_fails_is_one_line_and_the_next_follows(capsys, monkeypatch)
     def fail(*_):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(gpu_step, "trainer_step", fail)
+    monkeypatch.setattr(gpu_step, "build_trainer_step", fail)
     gpu_step.main([*SMALL, "--arms", "ours", "floor"])
     ours, floor = map(json.loads, capsys.readouterr().out.splitlines())
     assert ours["arm"] == "ours" and ours["error"] and floor["step_sec"] > 0
@@ -165,6 +165,8 @@ def test_a_bundle_can_be_carried_and_says_which_wheels_it_lacks(tmp_path):
     file = tmp_path / "bundle.tar.xz"
     bundle.make_bundle(file, there=None, wheels=None)
     assert file.stat().st_size < 60 * 2**20
-    assert any(name.startswith("diffusers==") for name in bundle.lacking({"torch": "2.11.0"}))
+    assert any(
+        name.startswith("diffusers==") for name in bundle.list_missing_packages({"torch": "2.11.0"})
+    )
     has = {"torch": "2.11.0", "torchvision": "0.26.0"}
-    assert not any(name.startswith("torch==") for name in bundle.lacking(has))
+    assert not any(name.startswith("torch==") for name in bundle.list_missing_packages(has))

@@ -14,8 +14,8 @@ from PIL import Image, ImageFilter
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.photos.captions import Captioner
 from dreambooth_moslora.photos.folder import find_photos
-from dreambooth_moslora.photos.quality import SHOWN_PX, crop_rows
-from dreambooth_moslora.settings.family_facts import STOCK_SDXL
+from dreambooth_moslora.photos.quality import CELL_PX, build_crop_rows
+from dreambooth_moslora.settings.family_facts import SDXL_HUB_ID
 from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.odd_photos import CASES, make_folder, picture
 
@@ -60,7 +60,7 @@ def test_a_folder_and_a_word_are_judged_as_train_would_and_end_in_a_verdict(tmp_
     )
     assert "40 x 40 px is enlarged 3.2 times" in shown.out, "to 128 px"
     few = "only 2 of 4 photos are without a fault: better ones help; training takes all"
-    judged = f"for toy at 128 px; for SDXL add --base {STOCK_SDXL}"
+    judged = f"for toy at 128 px; for SDXL add --base {SDXL_HUB_ID}"
     assert shown.out.splitlines()[-1] == f"verdict: {few} ({judged})"
     marks = [
         line.split()[0]
@@ -108,7 +108,7 @@ def test_the_crops_of_a_square_photo_are_one_cell_and_it_says_why(tmp_path):
         resolution=64,
         crops_per_photo=4,
     )
-    square, long = crop_rows(photos, config)
+    square, long = build_crop_rows(photos, config)
     assert square.title == "a.png; all 4 crops are the same" and len(square.images) == 2
     assert long.title == "b.png" and len(long.images) == 5
 
@@ -118,8 +118,8 @@ def test_crops_of_large_photos_are_kept_as_small_as_they_are_shown(tmp_path):
     picture(size_px=(700, 900)).save("a.png")
     photos = find_photos(tmp_path, "a photo of a sks dog", 64).photos
     config = TrainConfig(instance_prompt="a photo of a sks dog", resolution=640)
-    (row,) = crop_rows(photos, config)
-    assert {max(image.size) for image in row.images} == {SHOWN_PX}
+    (row,) = build_crop_rows(photos, config)
+    assert {max(image.size) for image in row.images} == {CELL_PX}
 
 
 def test_the_picture_shows_every_photo_and_its_crops_and_never_lies_among_the_photos(

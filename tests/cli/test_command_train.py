@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 from dreambooth_moslora.base import model_files
-from dreambooth_moslora.base.base import Base, asked_of_hub
+from dreambooth_moslora.base.base import Base, fetch_index
 from dreambooth_moslora.cli.command_train import train_main
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.disk.queue import locked
+from dreambooth_moslora.disk.queue import lock_folder
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings.train_config import SETTINGS, flags_of
+from dreambooth_moslora.settings.train_config import SETTINGS, list_flags
 from tests.helpers.command_line import parse_train_config
 from tests.helpers.tiny import RESOLUTION_PX
 from tests.helpers.tiny_training import paint_photos
@@ -41,7 +41,7 @@ def test_help_shows_the_flags_in_daily_use_and_all_of_it_each(capsys, monkeypatc
             main(["train", words])
         shown[words] = capsys.readouterr().out
     daily, each = shown["--help"], shown["--help_all"]
-    assert all(f"  {flags_of(name)[0]} " in each for name in SETTINGS)
+    assert all(f"  {list_flags(name)[0]} " in each for name in SETTINGS)
     assert len(daily.splitlines()) <= 60 < len(each.splitlines())
     assert "train photos/dog dog" in daily and "--help_all" in daily
     assert all(f"  --{name} " in daily for name in ("exposures_per_photo", "masks", "token"))
@@ -110,13 +110,13 @@ def hub_says(monkeypatch):
                 return type("Answer", (), {"status_code": answer, "json": lambda self: index})()
 
         asked = []
-        asked_of_hub.cache_clear()
+        fetch_index.cache_clear()
         if answer is not None:
             monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
         return asked
 
     yield say
-    asked_of_hub.cache_clear()
+    fetch_index.cache_clear()
 
 
 ANSWERS = [(401, "asks for a login"), (404, "has no such model"), (500, "has none")]
@@ -198,7 +198,7 @@ def test_a_dry_run_is_refused_where_training_would_be(flags, tiny_base, tmp_path
     (tmp_path / "run").mkdir()
     words = [*flags, "--pretrained_model_name_or_path", str(tiny_base), "--dry_run"]
     assert train_main(words) == 0
-    with locked(tmp_path / "run"):
+    with lock_folder(tmp_path / "run"):
         assert train_main(words) == 2
     assert "is training there" in capsys.readouterr().err
     assert train_main(words) == 0

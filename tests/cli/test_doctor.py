@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.cli.command_doctor import Findings, examine_machine
+from dreambooth_moslora.cli.command_doctor import Findings, collect_machine_facts
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan import validation
@@ -30,7 +30,7 @@ def test_doctor_sees_apples_gpu_and_that_bf16_begins_with_macos_14(apple, macos,
     monkeypatch.setattr(
         torch.backends.mps, "is_macos_or_newer", lambda major, minor: major <= macos
     )
-    examine_machine(found := Findings())
+    collect_machine_facts(found := Findings())
     assert (
         found.facts["device"] == "Apple GPU (mps), 21.3 GiB for a process"
         and found.facts["bf16"] == says
@@ -54,7 +54,7 @@ def test_a_flag_whose_package_is_missing_is_refused_before_anything_is_loaded(
     settings, says, monkeypatch
 ):
     base = Base.find("toy")
-    validation.preflight(TrainConfig(report_to="none"), base)
-    monkeypatch.setattr(rules, "version_of", lambda name: None)
+    validation.validate_run(TrainConfig(report_to="none"), base)
+    monkeypatch.setattr(rules, "find_package_version", lambda name: None)
     with pytest.raises(UserError, match=says):
-        validation.preflight(TrainConfig(**{"report_to": "none"} | settings), base)
+        validation.validate_run(TrainConfig(**{"report_to": "none"} | settings), base)

@@ -10,7 +10,7 @@ from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME, RunDir
 from dreambooth_moslora.lora.describe import describe
 from dreambooth_moslora.lora.metadata import DORA_NOTE
-from dreambooth_moslora.lora.raw_file import adapter_metadata, save_raw
+from dreambooth_moslora.lora.raw_file import build_adapter_metadata, save_raw
 from dreambooth_moslora.lora.writer import publish
 from tests.helpers.live_adapters import live
 
@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "checkpoint-3"
     folder.mkdir()
     components = live()
-    facts = adapter_metadata(components, base_id="some/base", trigger_words=("sks dog",))
+    facts = build_adapter_metadata(components, base_id="some/base", trigger_words=("sks dog",))
     save_raw(components, folder / RAW_NAME, facts)
     publish(components, folder, "dog", facts)
     return folder
@@ -53,7 +53,9 @@ def test_a_runs_own_file_is_not_replaced(checkpoint, tmp_path, capsys):
 
 def test_export_of_dora_says_what_other_programs_make_of_it(tmp_path, capsys):
     components = live(target_modules=["attn1.to_q"], use_dora=True)
-    save_raw(components, tmp_path / RAW_NAME, adapter_metadata(components, base_id="some/base"))
+    save_raw(
+        components, tmp_path / RAW_NAME, build_adapter_metadata(components, base_id="some/base")
+    )
     assert call("export", tmp_path / RAW_NAME, "--out", tmp_path / "dog") == 0
     assert f"Note: {DORA_NOTE}." in capsys.readouterr().out
 

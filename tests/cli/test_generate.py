@@ -45,18 +45,18 @@ def test_the_base_is_that_of_the_first_adapters_run_also_where_it_is_the_embedde
         run.mkdir(parents=True)
         RunDir(run).config_path.write_text(json.dumps({"pretrained_model_name_or_path": base}))
     for order, base in {(0,): "toy", (0, 1, 2): "toy", (2, 1): "an/other"}.items():
-        assert command_generate.base_of_runs([str(runs[place]) for place in order]) == Base.find(
+        assert command_generate.find_runs_base([str(runs[place]) for place in order]) == Base.find(
             base
         )
     assert capsys.readouterr().err.count("base: an/other, which the run in ") == 1
     (best := RunDir(runs[2]).best_dir / "x.safetensors").parent.mkdir()
     best.touch()
     for adapter in (f"{best}:0.5", str(best.parent)):
-        assert command_generate.base_of_runs([adapter]) == Base.find("an/other")
+        assert command_generate.find_runs_base([adapter]) == Base.find("an/other")
     RunDir(runs[2]).config_path.write_text("{")
     with pytest.raises(UserError, match=r"is not valid JSON"):
-        command_generate.base_of_runs([str(best)])
-    assert command_generate.base_of_runs([str(best)], "a/given") == Base.find("a/given")
+        command_generate.find_runs_base([str(best)])
+    assert command_generate.find_runs_base([str(best)], "a/given") == Base.find("a/given")
 
 
 def test_the_command_writes_pictures_with_their_recipe(tiny_base, pipeline, tmp_path, capsys):

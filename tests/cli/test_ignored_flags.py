@@ -45,17 +45,17 @@ def test_a_full_command_of_diffusers_runs_and_its_flags_without_effect_are_named
 
 
 def test_the_settings_are_those_of_the_command_without_them(capsys):
-    plain = parse_training(COMMAND).all
+    plain = parse_training(COMMAND).all_settings
     assert ignored_lines(capsys) == []
     first_flags, last_flags = WITHOUT_EFFECT[:3], WITHOUT_EFFECT[3:]
-    assert parse_training([*first_flags, *COMMAND, *last_flags]).all == plain
+    assert parse_training([*first_flags, *COMMAND, *last_flags]).all_settings == plain
 
 
 def test_a_switch_takes_no_word_and_a_flag_only_its_value(capsys):
     """Words may stand behind the flags."""
     words = [find_asset("assets/subjects/bear"), "bear"]
     for flags in (["--xformers"], ["--save_precision", "fp16"]):
-        settings = parse_training(["--base", "toy", *flags, *words]).all
+        settings = parse_training(["--base", "toy", *flags, *words]).all_settings
         assert settings["instance_prompt"] == "a photo of a sks bear"
     with pytest.raises(UserError, match="--save_precision: expected 1 argument"):
         parse_training([*COMMAND, "--save_precision"])

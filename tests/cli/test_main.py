@@ -21,21 +21,21 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.cli.command_train import ending_of, run_trainer, train_main
-from dreambooth_moslora.cli.main import COMMANDS, command, main
-from dreambooth_moslora.cli.parser import Parser
+from dreambooth_moslora.cli.command_train import format_ending, run_trainer, train_main
+from dreambooth_moslora.cli.main import COMMANDS, load_command, main
+from dreambooth_moslora.cli.parser import CommandParser
 from dreambooth_moslora.cli.terminal import (
-    INTERRUPTED,
-    STEPS,
+    EXIT_INTERRUPTED,
+    STEP_BAR_FORMAT,
     StopRequest,
     TerminalProgress,
-    exit_code,
-    hush,
+    disable_library_notes,
+    run_to_exit_code,
 )
 from dreambooth_moslora.disk.events import RunStarted, StepDone, StepEvaluated
-from dreambooth_moslora.disk.paths import assets_folder
-from dreambooth_moslora.disk.processes import STOP_FILE, ask_to_stop
-from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir, step_of
+from dreambooth_moslora.disk.paths import get_assets_folder
+from dreambooth_moslora.disk.processes import STOP_FILE_VARIABLE, send_stop_request
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir, read_checkpoint_step
 from dreambooth_moslora.extras.serving.catalogue import open_catalogue
 from dreambooth_moslora.plan import distributed
 from dreambooth_moslora.plan.plan import make_plan
@@ -104,7 +104,7 @@ def test_what_trains_nothing_imports_no_torch_and_info_nothing_but_torch(photos)
     ]
     asked += [(["train", *needed("toy", ".", folder)], 2, "torch") for folder in (".", "")]
     asked += [(["train", *needed("toy", ".", "run"), "--dry_run"], 0, "torch")]
-    rocket = assets_folder() / "adapters" / "rocket.safetensors"
+    rocket = get_assets_folder() / "adapters" / "rocket.safetensors"
     asked += [(["info", str(rocket)], 0, "diffusers transformers peft accelerate")]
     done = python("-c", IMPORTED, json.dumps(asked), cwd=photos)
     assert done.returncode == 0, done.stderr
@@ -116,7 +116,7 @@ def test_the_programs_own_files_are_found_from_another_folder(tmp_path, monkeypa
     rocket, photos = "assets/adapters/rocket.safetensors", "assets/subjects/rocket"
     words = ["train", photos, "rocket", "--init_adapter", rocket, "--dry_run"]
     assert main(words) == 0, capsys.readouterr().err
-    assert open_catalogue(["assets/adapters"]).names() == ["rocket"]
+    assert open_catalogue(["assets/adapters"]).list_names() == ["rocket"]
 
 
 def test_the_overview_names_every_command_and_the_first_steps_of_the_readme(capsys):
@@ -288,8 +288,8 @@ def test_a_file_names_the_base_as_a_flag_does_and_once(photos, monkeypatch, caps
 
 
 def test_generate_takes_the_names_that_diffusers_gives_its_parameters(tmp_path):
-    add_arguments, _ = command("generate")
-    add_arguments(parser := Parser())
+    add_arguments, _ = load_command("generate")
+    add_arguments(parser := CommandParser())
     words = "--num_inference_steps 9 --guidance_scale 2 --num_images_per_prompt 3"
     args = parser.parse_args(words.split())
     assert (args.steps, args.guidance_scale, args.num_images) == (9, 2.0, 3)
@@ -343,7 +343,7 @@ OUT_OF_MEMORY = (
     ],
 )
 def test_ends_have_their_codes(error, code, says, capsys):
-    assert exit_code(lambda: fail(error)) == code
+    assert run_to_exit_code(lambda: fail(error)) == code
     assert says in capsys.readouterr().err
 
 
@@ -365,7 +365,7 @@ SLOW = [
     ["doctor"],
     ["app", "--adapters_dir", "."],
 ]
-DUCK = str(assets_folder() / "subjects" / "duck")
+DUCK = str(get_assets_folder() / "subjects" / "duck")
 SLOW += [
     pytest.param(words, marks=pytest.mark.slow)
     for words in (
@@ -386,13 +386,15 @@ def test_a_person_is_told_that_pytorch_is_loaded_before_it_is(words, photos, tmp
     (tmp_path / "sitecustomize.py").write_text(
         INTERRUPTER.replace('== "dreambooth_moslora.errors"', 'in ("torch", "gradio")')
     )
-    shutil.copy(assets_folder() / "adapters" / "rocket.safetensors", tmp_path / "dog.safetensors")
+    shutil.copy(
+        get_assets_folder() / "adapters" / "rocket.safetensors", tmp_path / "dog.safetensors"
+    )
     environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     ours, theirs = os.openpty()
     command = [sys.executable, "-m", "dreambooth_moslora", *words]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=theirs)
     os.close(theirs)
-    assert process.wait(timeout=100) == INTERRUPTED
+    assert process.wait(timeout=100) == EXIT_INTERRUPTED
     said = os.read(ours, 10_000).decode()
     os.close(ours)
     loading = "starting the page" if words[0] == "app" else "loading PyTorch"
@@ -470,11 +472,11 @@ def test_a_third_ctrl_c_leaves_at_once_and_a_file_asks_as_a_signal_does_and_goes
 ):
     hanging, asked = (
         started("-c", STOPPER, HANG="1"),
-        started("-c", STOPPER, **{STOP_FILE: str(tmp_path / "job.stop")}),
+        started("-c", STOPPER, **{STOP_FILE_VARIABLE: str(tmp_path / "job.stop")}),
     )
     assert hanging.stdout.readline() == asked.stdout.readline() == b"ready\n"
     send(hanging, [signal.SIGINT] * 3, 0.1)
-    ask_to_stop(tmp_path)
+    send_stop_request(tmp_path)
     assert hanging.wait(timeout=20) == 130
     assert asked.communicate(timeout=60)[0] == b"saving\nsaved\n" and not list(tmp_path.iterdir())
 
@@ -500,20 +502,20 @@ def test_two_ctrl_c_during_training_leave_a_checkpoint_and_an_adapter(photos, ti
     process = started(
         SCRIPT, *needed(tiny_base, photos, run.path), *words, "--num_validation_images", 0
     )
-    while not any(event["type"] == "step" for event in run.read_metrics()):
+    while not any(event["type"] == "step" for event in run.read_events()):
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.1)
     for pipe in (process.stdout, process.stderr):
         pipe.close()
     send(process, [signal.SIGINT] * 2, 0.2)
     assert process.wait(timeout=120) == 130
-    (checkpoint,) = run.checkpoints()
+    (checkpoint,) = run.list_checkpoints()
     with safe_open(run.adapter_path, "pt") as file:
         assert file.keys()
     assert (
-        run.read_metrics()[-1]["state"] == "interrupted"
+        run.read_events()[-1]["state"] == "interrupted"
         and checkpoint.name == "last"
-        and step_of(checkpoint) > 0
+        and read_checkpoint_step(checkpoint) > 0
     )
     log = run.log_path.read_text()
     assert "Traceback" not in log and "ended: stopped" in log
@@ -650,11 +652,11 @@ def test_a_run_shows_its_phases_the_time_left_and_both_losses(photos, tiny_base,
 
 
 def test_loading_a_base_shows_no_bars_and_the_bar_of_the_steps_fits_100_columns():
-    hush()
+    disable_library_notes()
     for library in (diffusers, transformers):
         assert not library.utils.logging.is_progress_bar_enabled()
     counts = {"n": 1234, "total": 20_000, "elapsed": 36_000, "postfix": "left=99:59:59, loss=0.123"}
-    line = tqdm.format_meter(**counts, ncols=100, prefix="training", bar_format=STEPS)
+    line = tqdm.format_meter(**counts, ncols=100, prefix="training", bar_format=STEP_BAR_FORMAT)
     assert len(line) == 100 and line.endswith("left=99:59:59, loss=0.123]")
 
 
@@ -676,7 +678,7 @@ def test_a_stopped_run_says_where_its_adapter_is_and_the_command_that_goes_on(
     write_settings(config, RunDir(tmp_path / "run"))
     RunDir(tmp_path / "run").metrics_path.touch()
     result = TrainResult(tmp_path / "run", 4, interrupted=True, proof=None)
-    (said,) = ending_of(make_plan(config), result)
+    (said,) = format_ending(make_plan(config), result)
     assert f"stopped at step 4: the adapter so far is in {tmp_path / 'run'}; " in said
     command = f"train --config {tmp_path / 'run' / 'train_config.json'}"
     assert (
@@ -696,7 +698,7 @@ def test_a_resumed_run_counts_from_its_step_a_new_one_from_nowhere_and_a_line_of
 
 def test_a_run_says_before_it_begins_what_will_go_badly(photos, tiny_base, tmp_path, caplog):
     config = tiny_config(tiny_base, photos, tmp_path / "run", max_train_steps=2)
-    assert run_trainer(make_plan(config), stop=lambda: True) == INTERRUPTED
+    assert run_trainer(make_plan(config), stop=lambda: True) == EXIT_INTERRUPTED
     says = "note: each photo is seen about "
     assert len([line for line in caplog.messages if line.startswith(says)]) == 1
 

@@ -15,17 +15,17 @@ from dreambooth_moslora.base import devices as precision
 from dreambooth_moslora.cli import one_word
 from dreambooth_moslora.cli.command_train import train_main
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.cli.terminal import INTERRUPTED
+from dreambooth_moslora.cli.terminal import EXIT_INTERRUPTED
 from dreambooth_moslora.cli.train_flags import build_train_parser
 from dreambooth_moslora.disk.contents import read_json
-from dreambooth_moslora.disk.processes import STOP_FILE
+from dreambooth_moslora.disk.processes import STOP_FILE_VARIABLE
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir
 from dreambooth_moslora.plan import agreement
 from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings.config_files import load_settings
-from dreambooth_moslora.settings.family_facts import STOCK_SDXL
-from dreambooth_moslora.settings.metric_kinds import CLIP, DINO
-from dreambooth_moslora.settings.prompts import subject_of
+from dreambooth_moslora.settings.family_facts import SDXL_HUB_ID
+from dreambooth_moslora.settings.metric_kinds import CLIP_REPO, DINO_REPO
+from dreambooth_moslora.settings.prompts import parse_subject
 from tests.helpers.command_line import parse_train_config
 from tests.helpers.tiny_training import paint_photos
 
@@ -81,11 +81,11 @@ def test_photos_without_masks_get_them_where_nothing_is_fetched_for_it(photos, c
     assert parse_train_config([*photos, *toy, "--masks", "given"]).masks == "given"
     assert "masks: " not in capsys.readouterr().err
     assert (
-        parse_train_config([*photos, "--pretrained_model_name_or_path", STOCK_SDXL]).masks
+        parse_train_config([*photos, "--pretrained_model_name_or_path", SDXL_HUB_ID]).masks
         == "given"
     )
     assert "masks: off, as they need a download (--masks auto)" in capsys.readouterr().err
-    for base in (toy, ["--pretrained_model_name_or_path", STOCK_SDXL]):
+    for base in (toy, ["--pretrained_model_name_or_path", SDXL_HUB_ID]):
         assert parse_train_config([*photos, *base, "--subject", "style"]).masks == "given"
         assert "masks: " not in capsys.readouterr().err, "a style is in the whole picture"
     assert main(["train", *photos, *toy, "--subject", "style", "--dry_run"]) == 0
@@ -129,14 +129,14 @@ def test_flags_win_before_and_behind_and_are_not_said_to_be_chosen(photos, capsy
 
 
 def test_the_class_is_the_whole_word_that_was_given(photos):
-    cup = subject_of(parse_train_config([photos[0], "cup with handle"]))
+    cup = parse_subject(parse_train_config([photos[0], "cup with handle"]))
     assert (cup.token, cup.class_word) == ("sks", "cup with handle")
-    mug = subject_of(
+    mug = parse_subject(
         parse_train_config(
             [photos[0], "cup with handle", "--instance_prompt", "a photo of sks mug"]
         )
     )
-    assert mug.words == "sks mug"
+    assert mug.trigger_words == "sks mug"
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_without_a_gpu_the_embedded_base_is_taken_and_another_than_stock_sdxl_ha
     another = parse_train_config([*photos, "--pretrained_model_name_or_path", "someone/another-xl"])
     # stock SDXL alone has files in fp16
     assert another.variant is None and another.mixed_precision == "bf16"
-    monkeypatch.setattr(agreement, "least_free_gib", lambda: None)
+    monkeypatch.setattr(agreement, "get_min_free_gib", lambda: None)
     assert parse_train_config(photos).pretrained_model_name_or_path == "toy"
     assert "the embedded base knows toys alone (--base)" in capsys.readouterr().err
 
@@ -278,7 +278,7 @@ def test_photos_of_ones_own_are_said_last_to_be_beyond_the_practice_model_if_nob
 ):
     """It was line 2 of eleven, and nobody saw it; then it gave a command without the flags that
     were given, such as --subject. The run is asked to stop before its first step."""
-    monkeypatch.setattr(agreement, "least_free_gib", lambda: None)
+    monkeypatch.setattr(agreement, "get_min_free_gib", lambda: None)
     last = (
         "\nNo GPU here: the practice model (a 128 px toy) is trained, and it can draw toys alone.\n"
         "On a machine with a GPU this trains SDXL.\n\n"
@@ -286,8 +286,8 @@ def test_photos_of_ones_own_are_said_last_to_be_beyond_the_practice_model_if_nob
     assert main(["train", *words.split(), "--dry_run"]) == 0
     assert capsys.readouterr().out.endswith(last) == is_said
     Path("job.stop").touch()
-    monkeypatch.setenv(STOP_FILE, "job.stop")
-    assert main(["train", *words.split(), "--max_train_steps", "9"]) == INTERRUPTED
+    monkeypatch.setenv(STOP_FILE_VARIABLE, "job.stop")
+    assert main(["train", *words.split(), "--max_train_steps", "9"]) == EXIT_INTERRUPTED
     said = capsys.readouterr().err
     assert (last in said) == is_said
     assert not is_said or said.index("note: each photo is seen") < said.index(last) < said.index(
@@ -299,11 +299,11 @@ def test_on_a_gpu_one_recipe_is_taken_and_memory_alone_goes_by_what_is_free(phot
     """`tests/plan/test_memory_plans.py` says which plan each card gets."""
     found = []
     for free in (3.8, 12.0, 79.1):
-        monkeypatch.setattr(agreement, "least_free_gib", lambda free=free: free)
+        monkeypatch.setattr(agreement, "get_min_free_gib", lambda free=free: free)
         found.append(parse_train_config(photos))
     config, recipe = found[0], load_settings(CONFIGS / "sdxl.toml")
     assert found == [config] * 3 and config.memory == "auto"
-    assert config.pretrained_model_name_or_path == STOCK_SDXL and config.rank == recipe["rank"]
+    assert config.pretrained_model_name_or_path == SDXL_HUB_ID and config.rank == recipe["rank"]
     assert (
         config.with_prior_preservation
         and config.prior == "adapter_off"
@@ -315,8 +315,8 @@ def test_on_a_gpu_one_recipe_is_taken_and_memory_alone_goes_by_what_is_free(phot
 
 def test_sdxl_is_scored_where_both_encoders_are_here(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    sdxl = [*photos, "--pretrained_model_name_or_path", STOCK_SDXL]
-    for name, steps in ((CLIP, None), (DINO, 100)):
+    sdxl = [*photos, "--pretrained_model_name_or_path", SDXL_HUB_ID]
+    for name, steps in ((CLIP_REPO, None), (DINO_REPO, 100)):
         folder = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
         (folder / "refs").mkdir(parents=True)
         (folder / "refs" / "main").write_text("abc")
@@ -329,7 +329,7 @@ def test_sdxl_is_scored_where_both_encoders_are_here(photos, tmp_path, monkeypat
 @pytest.mark.parametrize("flag", ["--debiased_estimation_loss", "--do_edm_style_training"])
 def test_a_recipe_or_a_file_gives_way_to_another_weighting(flag, photos):
     """SDXL's recipe weighs by min-SNR, and who gave one flag was told to give one of two."""
-    sdxl = [*photos, "--pretrained_model_name_or_path", STOCK_SDXL]
+    sdxl = [*photos, "--pretrained_model_name_or_path", SDXL_HUB_ID]
     for words in (sdxl, [*sdxl, "--config", str(CONFIGS / "sdxl.toml")]):
         chosen = parse_train_config([*words, flag])
         assert getattr(chosen, flag[2:]) and chosen.snr_gamma is None
@@ -341,7 +341,7 @@ def test_a_recipe_or_a_file_gives_way_to_another_weighting(flag, photos):
 
 def test_a_cpu_without_bf16_trains_sdxl_in_fp32(photos, monkeypatch, capsys):
     monkeypatch.setattr(precision, "has_fast_bf16", lambda: False)
-    words = [*photos, "--pretrained_model_name_or_path", STOCK_SDXL]
+    words = [*photos, "--pretrained_model_name_or_path", SDXL_HUB_ID]
     chosen = parse_train_config(words)
     assert chosen.mixed_precision == "no"
     assert "precision: fp32, as this CPU has no bf16 (--mixed_precision)" in capsys.readouterr().err
@@ -380,9 +380,9 @@ def test_a_program_trains_what_the_command_trains_and_prints_nothing(photos, cap
 def run_of(name: str, state: str, at: float | None = None) -> None:
     """A run's folder that ended so; with a checkpoint of the time `at`, if there is one."""
     run = RunDir(Path("runs") / name)
-    run.append_metrics({"type": "end", "state": state, "step": 4})
+    run.record_event({"type": "end", "state": state, "step": 4})
     if at is not None:
-        checkpoint = run.checkpoint_path(4)
+        checkpoint = run.get_checkpoint_path(4)
         checkpoint.mkdir()
         for file in CHECKPOINT_FILES:
             (checkpoint / file).write_text("x")
@@ -420,7 +420,7 @@ def test_a_taken_name_is_left_alone_and_a_run_that_goes_on_takes_the_latest(phot
     named = parse_train_config([*photos, "--resume_from_checkpoint", "runs/dog/checkpoint-1"])
     assert named.output_dir == "runs/dog", "the other run would have been moved aside"
     monkeypatch.setenv("WORLD_SIZE", "2")  # each process would find another free name
-    assert one_word.run_folder("dog") == Path("runs/dog")
+    assert one_word.choose_run_folder("dog") == Path("runs/dog")
 
 
 MISTAKES = [

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from dreambooth_moslora.disk.contents import file_digest, hash_files
+from dreambooth_moslora.disk.contents import hash_file, hash_files
 
 
 @pytest.fixture
@@ -19,11 +19,11 @@ def test_a_file_is_hashed_once_until_it_changes(file, tmp_path):
     """By any name: a model of the hub is links to its files."""
     record, link = tmp_path / "caches" / "digests.json", tmp_path / "link"
     link.symlink_to(file)
-    assert hash_files([file, link], record) == [file_digest(file)] * 2
+    assert hash_files([file, link], record) == [hash_file(file)] * 2
 
     # What the record says is believed, as the file is not read again.
     ((path, (stamp, digest)),) = json.loads(record.read_text()).items()
-    assert (path, digest) == (str(file.resolve()), file_digest(file))
+    assert (path, digest) == (str(file.resolve()), hash_file(file))
     record.write_text(json.dumps({path: [stamp, "remembered"]}))
     assert hash_files([link], record) == ["remembered"]
 
@@ -31,12 +31,12 @@ def test_a_file_is_hashed_once_until_it_changes(file, tmp_path):
     times = file.stat()
     file.write_bytes(b"WEIGHTS")
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert hash_files([link], record) == [file_digest(file)]
+    assert hash_files([link], record) == [hash_file(file)]
 
     # A file that is gone is forgotten with the next one.
     other = tmp_path / "other"
     file.rename(other)
-    assert hash_files([other], record) == [file_digest(other)]
+    assert hash_files([other], record) == [hash_file(other)]
     assert list(json.loads(record.read_text())) == [str(other.resolve())]
 
 
@@ -49,4 +49,4 @@ def test_a_record_that_cannot_be_read_or_written_costs_time_alone(content, file,
         record.parent.mkdir()
         record.write_bytes(content)
     for _ in range(2):
-        assert hash_files([file], record) == [file_digest(file)]
+        assert hash_files([file], record) == [hash_file(file)]

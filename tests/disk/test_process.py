@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from dreambooth_moslora.disk.processes import (
-    peak_memory_gib,
+    measure_peak_memory_gib,
 )
 
 ROUNDS = """
@@ -48,8 +48,8 @@ def test_freed_memory_is_found_again_by_the_next_round():
 
 ALLOCATOR = """
 import os
-from dreambooth_moslora.disk.processes import avoid_fragmentation
-avoid_fragmentation()
+from dreambooth_moslora.disk.processes import enable_expandable_segments
+enable_expandable_segments()
 print(os.environ.get("PYTORCH_ALLOC_CONF"))
 """
 POLICY = """
@@ -101,17 +101,17 @@ def test_torch_s_threads_obey_it_where_the_package_is_imported_first(order, spin
 
 
 def test_the_peak_counts_what_was_held():
-    before = peak_memory_gib()
+    before = measure_peak_memory_gib()
     if before is None:
         pytest.skip("no getrusage here")
     block = bytearray(b"1" * (300 << 20))
-    assert peak_memory_gib() > 0.25 and len(block)
+    assert measure_peak_memory_gib() > 0.25 and len(block)
 
 
 PHASE = """
 import sys
 import psutil
-from dreambooth_moslora.disk.processes import give_freed_memory_back, keep_freed_memory
+from dreambooth_moslora.disk.processes import release_freed_memory, keep_freed_memory
 import torch
 if not keep_freed_memory():
     sys.exit(77)
@@ -121,7 +121,7 @@ stays = torch.ones(1000)
 full = resident().rss
 del blocks
 kept = resident().rss
-give_freed_memory_back()
+release_freed_memory()
 print(full, kept, resident().rss)
 """
 
@@ -136,8 +136,8 @@ def test_a_phase_that_is_over_gives_its_memory_back():
 CHILD = """
 import sys, time
 from functools import partial
-from dreambooth_moslora.disk.processes import when_orphaned
-when_orphaned(int(sys.argv[1]), partial(print, "alone", flush=True))
+from dreambooth_moslora.disk.processes import watch_parent
+watch_parent(int(sys.argv[1]), partial(print, "alone", flush=True))
 print("has a parent", flush=True)
 time.sleep(30)
 """

@@ -15,49 +15,49 @@ import pytest
 
 from dreambooth_moslora.disk import atomic, events
 from dreambooth_moslora.disk.atomic import (
-    atomic_directory,
-    atomic_write,
-    clean_stale,
-    scratch_directory,
+    clean_temporaries,
+    make_scratch_directory,
+    write_atomic,
+    write_atomic_directory,
 )
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.events import (
     RunEnded,
     StepDone,
     StepEvaluated,
-    event_of,
-    events_of,
-    record_of,
+    build_record,
+    filter_events,
+    parse_record,
 )
-from dreambooth_moslora.disk.process_identity import own_host, process_token
-from dreambooth_moslora.disk.queue import locked
+from dreambooth_moslora.disk.process_identity import compute_process_token, get_host_id
+from dreambooth_moslora.disk.queue import lock_folder
 from dreambooth_moslora.disk.run_folder import (
     CHECKPOINT_FILES,
     RunDir,
-    files_by_name,
     find_weights,
-    step_of,
+    map_adapter_names,
+    read_checkpoint_step,
 )
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.photos.sidecars import kept_captions
+from dreambooth_moslora.photos.sidecars import read_saved_captions
 from dreambooth_moslora.plan.validation import check_folders
 from dreambooth_moslora.settings.train_config import TrainConfig
-from dreambooth_moslora.training.checkpoint import check_whole
+from dreambooth_moslora.training.checkpoint import verify_checkpoint
 from dreambooth_moslora.ui.jobs import Job
 
 WRITER = """
 import sys
 from pathlib import Path
-from dreambooth_moslora.disk.atomic import atomic_directory, atomic_write
+from dreambooth_moslora.disk.atomic import write_atomic_directory, write_atomic
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES
 root, number = Path(sys.argv[1]), 0
 print("ready", flush=True)
 while True:
     number += 1
-    with atomic_directory(root / "checkpoint-5") as folder:
+    with write_atomic_directory(root / "checkpoint-5") as folder:
         for name in CHECKPOINT_FILES:
             (folder / name).write_text(str(number) * 20000)
-    atomic_write(root / "one.txt", str(number) * 20000)
+    write_atomic(root / "one.txt", str(number) * 20000)
 """
 BEST = {"step": 2, "score": 0.5, "since": 0}
 
@@ -86,12 +86,12 @@ def test_a_kill_at_any_moment_leaves_whole_files_and_one_checkpoint(tmp_path, ro
     time.sleep(0.013 * round_)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    (checkpoint,) = RunDir(tmp_path).checkpoints()
+    (checkpoint,) = RunDir(tmp_path).list_checkpoints()
     texts = [(checkpoint / name).read_text() for name in CHECKPOINT_FILES]
     assert texts[0] == texts[1] == texts[2] and len(texts[0]) % 20000 == 0 and texts[0]
     whole = (tmp_path / "one.txt").read_text()
     assert whole == whole[: len(whole) // 20000] * 20000
-    clean_stale(tmp_path)
+    clean_temporaries(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "one.txt"]
 
 
@@ -106,24 +106,24 @@ def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing_and_is_in
         make_checkpoint(
             tmp_path / f".checkpoint-7.{os.getpid() if is_own else ended.pid}-0123abcd.{kind}", text
         )
-    (checkpoint,) = RunDir(tmp_path).checkpoints()
+    (checkpoint,) = RunDir(tmp_path).list_checkpoints()
     assert (checkpoint / "optimizer.pt").read_text() == "before"
-    with atomic_directory(tmp_path / "checkpoint-7") as folder:
+    with write_atomic_directory(tmp_path / "checkpoint-7") as folder:
         (folder / "a").write_text("after")
-        clean_stale(tmp_path)
+        clean_temporaries(tmp_path)
     assert (tmp_path / "checkpoint-7" / "a").read_text() == "after"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
 
 
 def test_what_a_running_process_writes_and_a_hidden_file_of_the_users_own_are_left_alone(tmp_path):
     names = {
-        f".checkpoint-7.{(pid := os.getppid())}-{process_token(pid)}.new",
+        f".checkpoint-7.{(pid := os.getppid())}-{compute_process_token(pid)}.new",
         f".a.{'9' * 40}-0123abcd.new",
     }
     names |= {".diary.2024.new", ".book.1999-ab.old", ".my notes.4194300.old"}
     for name in names:
         (tmp_path / name).mkdir()
-    clean_stale(tmp_path)
+    clean_temporaries(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
@@ -131,12 +131,12 @@ def test_what_a_running_process_writes_and_a_hidden_file_of_the_users_own_are_le
 def test_what_a_container_of_the_same_host_name_writes_is_left_alone(tmp_path):
     """Its process is not seen here, and what it wrote was deleted. The name of no process that runs
     stands for it."""
-    hidden = tmp_path / f".checkpoint-7.999999999-0123abcd-{own_host()}.new"
-    with scratch_directory(tmp_path, "checkpoint-7") as scratch:
+    hidden = tmp_path / f".checkpoint-7.999999999-0123abcd-{get_host_id()}.new"
+    with make_scratch_directory(tmp_path, "checkpoint-7") as scratch:
         scratch.rename(hidden)
-        clean_stale(tmp_path)
+        clean_temporaries(tmp_path)
         assert hidden.is_dir()
-    clean_stale(tmp_path)
+    clean_temporaries(tmp_path)
     assert not hidden.exists()
 
 
@@ -144,13 +144,13 @@ def test_what_another_host_writes_is_left_alone_for_a_day(tmp_path, monkeypatch)
     """Its processes are not in the table of this one, which deleted what they wrote."""
     for kind in ("old", "new"):
         make_checkpoint(tmp_path / f".checkpoint-7.1-0123abcd-89abcdef.{kind}")
-    clean_stale(tmp_path)
-    assert len(os.listdir(tmp_path)) == 2 and not RunDir(tmp_path).checkpoints()
-    monkeypatch.setattr(atomic, "FOREIGN_SEC", 0)
-    clean_stale(tmp_path)
+    clean_temporaries(tmp_path)
+    assert len(os.listdir(tmp_path)) == 2 and not RunDir(tmp_path).list_checkpoints()
+    monkeypatch.setattr(atomic, "MAX_FOREIGN_AGE_SEC", 0)
+    clean_temporaries(tmp_path)
     assert os.listdir(tmp_path) == ["checkpoint-7"]
-    with scratch_directory(tmp_path) as scratch:
-        assert scratch.name.endswith(f"-{own_host()}.new")
+    with make_scratch_directory(tmp_path) as scratch:
+        assert scratch.name.endswith(f"-{get_host_id()}.new")
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])
@@ -164,7 +164,7 @@ def test_a_folder_without_locks_is_trained_in_and_one_line_says_that_runs_are_no
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with locked(tmp_path), locked(tmp_path):
+    with lock_folder(tmp_path), lock_folder(tmp_path):
         pass
     [said] = caplog.messages
     assert said.startswith(f"{tmp_path}: files there cannot be locked ({os.strerror(number)})")
@@ -193,22 +193,25 @@ def test_a_strangers_run_folder_has_no_file_written_elsewhere(name, kind, tmp_pa
         (run / name).symlink_to(mine if kind == "link" else tmp_path / "nothing")
     else:
         (run / name).mkdir() if kind == "folder" else os.mkfifo(run / name)
-    for begin in (locked(run).__enter__, partial(check_folders, TrainConfig(output_dir=str(run)))):
+    for begin in (
+        lock_folder(run).__enter__,
+        partial(check_folders, TrainConfig(output_dir=str(run))),
+    ):
         with pytest.raises(UserError, match=f"run: {name} in it is no file of its own"):
             begin()
     assert mine.read_text() == "precious" and sorted(os.listdir(tmp_path)) == ["mine.txt", "run"]
 
 
 REFUSED = {
-    "metrics.jsonl": lambda path: RunDir(path.parent).read_metrics(),
+    "metrics.jsonl": lambda path: RunDir(path.parent).read_events(),
     "README.md": lambda path: RunDir(path.parent).read_card(),
     "train_config.json": read_json,
     "adapter_config.json": read_json,
-    "position.json": lambda path: check_whole(path.parent),
+    "position.json": lambda path: verify_checkpoint(path.parent),
 }
 TAKEN_FOR_DAMAGED = {
-    "last/position.json": lambda path: step_of(path.parent) == -1,
-    "captions.json": lambda path: kept_captions(path) == {},
+    "last/position.json": lambda path: read_checkpoint_step(path.parent) == -1,
+    "captions.json": lambda path: read_saved_captions(path) == {},
     "job.json": lambda path: Job.load(path.parent) is None,
 }
 
@@ -230,17 +233,17 @@ def test_a_strangers_file_of_gigabytes_is_not_read(name, tmp_path):
 def test_an_error_inside_leaves_what_was_there_and_a_killed_ones_scratch_folder_goes_with_the_next(
     tmp_path,
 ):
-    with atomic_directory(tmp_path / "x") as folder:
+    with write_atomic_directory(tmp_path / "x") as folder:
         (folder / "a").write_text("1")
-    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "x") as folder:
+    with pytest.raises(RuntimeError), write_atomic_directory(tmp_path / "x") as folder:
         (folder / "a").write_text("2")
         raise RuntimeError
     assert (tmp_path / "x" / "a").read_text() == "1" and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(TypeError):
-        atomic_write(tmp_path / "x" / "a", None)
+        write_atomic(tmp_path / "x" / "a", None)
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["a"]
     (left := tmp_path / "x" / f".scratch.{os.getpid()}-0123abcd.new").mkdir()
-    with pytest.raises(RuntimeError), scratch_directory(tmp_path / "x") as scratch:
+    with pytest.raises(RuntimeError), make_scratch_directory(tmp_path / "x") as scratch:
         assert not left.exists() and scratch.is_dir()
         raise RuntimeError
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["a"]
@@ -248,34 +251,34 @@ def test_an_error_inside_leaves_what_was_there_and_a_killed_ones_scratch_folder_
 
 def test_checkpoints_are_ordered_by_step_and_rotated(tmp_path):
     run = RunDir(tmp_path)
-    assert run.latest_checkpoint() is None
+    assert run.find_latest_checkpoint() is None
     for step in (1000, 200, 30):
-        make_checkpoint(run.checkpoint_path(step))
-    run.checkpoint_path(3000).mkdir()
-    make_checkpoint(run.checkpoint_path(2000))
-    (run.checkpoint_path(2000) / "optimizer.pt").write_bytes(b"")
+        make_checkpoint(run.get_checkpoint_path(step))
+    run.get_checkpoint_path(3000).mkdir()
+    make_checkpoint(run.get_checkpoint_path(2000))
+    (run.get_checkpoint_path(2000) / "optimizer.pt").write_bytes(b"")
     (tmp_path / "checkpoint-9000").write_text("a file")
     (tmp_path / "checkpoint-best").mkdir()
-    assert [path.name for path in run.checkpoints()] == [
+    assert [path.name for path in run.list_checkpoints()] == [
         "checkpoint-30",
         "checkpoint-200",
         "checkpoint-1000",
     ]
-    run.rotate(None)
-    run.rotate(2)
-    assert [path.name for path in run.checkpoints()] == ["checkpoint-200", "checkpoint-1000"]
-    assert run.latest_checkpoint().name == "checkpoint-1000"
+    run.rotate_checkpoints(None)
+    run.rotate_checkpoints(2)
+    assert [path.name for path in run.list_checkpoints()] == ["checkpoint-200", "checkpoint-1000"]
+    assert run.find_latest_checkpoint().name == "checkpoint-1000"
     make_checkpoint(run.last_dir)
     # infinity, for which Python has no int
     (run.last_dir / "position.json").write_text('{"step": 1e999}')
-    assert run.latest_checkpoint().name == "checkpoint-1000"
+    assert run.find_latest_checkpoint().name == "checkpoint-1000"
 
 
 def test_metrics_survive_a_torn_line_stay_json_and_other_lines_are_left_out(tmp_path):
     """An event may hold every kind of line break."""
     run = RunDir(tmp_path / "new")
-    assert run.read_metrics() == []
-    run.append_metrics(
+    assert run.read_events() == []
+    run.record_event(
         {
             "type": "step",
             "loss": float("nan"),
@@ -285,8 +288,8 @@ def test_metrics_survive_a_torn_line_stay_json_and_other_lines_are_left_out(tmp_
     )
     with run.metrics_path.open("a") as file:
         file.write('{"type": "st')
-    run.append_metrics({"type": "end"})
-    first, last = run.read_metrics()
+    run.record_event({"type": "end"})
+    first, last = run.read_events()
     assert first == {"type": "step", "loss": None, "inner": {"x": [None, 1.5]}, "path": "a"}
     assert last == {"type": "end"}
     json.loads(run.metrics_path.read_text().splitlines()[0], parse_constant=pytest.fail)
@@ -294,17 +297,17 @@ def test_metrics_survive_a_torn_line_stay_json_and_other_lines_are_left_out(tmp_
     run.metrics_path.write_text(
         '{"step": 1}\n{"type": 3}\n{"type": "step", "step": "two"}\n[1]\n{"type": "end"}\n'
     )
-    run.append_metrics(event)
-    assert run.read_metrics() == [{"type": "end"}, event]
-    run.append_metrics({"type": "step", "said": "end"})
-    assert run.read_metrics("end") == [{"type": "end"}]
+    run.record_event(event)
+    assert run.read_events() == [{"type": "end"}, event]
+    run.record_event({"type": "step", "said": "end"})
+    assert run.read_events("end") == [{"type": "end"}]
 
 
 EVENTS = [
     events.RunStarted(9, {"rank": 4}),
     events.PhaseProgress("caching", 2, 3),
     StepDone(3, loss=0.5, loss_instance=0.5, lr=1e-4),
-    events.SamplesDrawn(3, ["samples/a.png"], ["a dog"], [7]),
+    events.SamplesSaved(3, ["samples/a.png"], ["a dog"], [7]),
     StepEvaluated(
         3,
         {"dino": 0.5, "score": 0.25},
@@ -320,8 +323,8 @@ EVENTS = [
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.kind)
 def test_an_event_is_the_same_when_its_line_is_read_again_and_scores_are_keys_of_it(event):
-    record = record_of(event)
-    assert event_of(record) == event and record["type"] == event.kind and "scores" not in record
+    record = build_record(event)
+    assert parse_record(record) == event and record["type"] == event.kind and "scores" not in record
     assert record.get("dino") == (0.5 if isinstance(event, StepEvaluated) else None)
 
 
@@ -338,14 +341,14 @@ CHANGED += [{"type": "epoch", "step": 1}]  # of another program
 
 
 def test_a_line_whose_letters_were_changed_is_no_event_and_a_whole_number_is_a_fraction_too():
-    assert [line for line in CHANGED if event_of(line) is not None] == []
-    assert event_of({"type": "step", "step": 2, "loss": 1, "lr": None}) == StepDone(
+    assert [line for line in CHANGED if parse_record(line) is not None] == []
+    assert parse_record({"type": "step", "step": 2, "loss": 1, "lr": None}) == StepDone(
         2, loss=1, lr=None, time=ANY
     )
-    assert event_of({"type": "evaluation", "step": 2, "best": BEST}).best == BEST
-    assert event_of({"type": "evaluation", "step": 2, "score": 1}).scores == {"score": 1}
+    assert parse_record({"type": "evaluation", "step": 2, "best": BEST}).best == BEST
+    assert parse_record({"type": "evaluation", "step": 2, "score": 1}).scores == {"score": 1}
     lines = [{"type": "step"}, {"type": "step", "step": 2, "new": 1}]
-    assert [event.step for event in events_of(StepDone, lines)] == [2]
+    assert [event.step for event in filter_events(StepDone, lines)] == [2]
 
 
 class Counted(list):
@@ -365,6 +368,6 @@ def test_names_of_many_files_are_compared_once(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "1.safetensors").write_bytes(b"")
     taken = Counted(["0"])
-    found = files_by_name(sorted(tmp_path.rglob("*.safetensors")), [tmp_path], taken)
+    found = map_adapter_names(sorted(tmp_path.rglob("*.safetensors")), [tmp_path], taken)
     assert len(found) == 21 and {"0 2", "1", "1 2"} <= found.keys() and "0" not in found
     assert taken.times == 1

@@ -12,17 +12,22 @@ from contextlib import nullcontext
 
 import pytest
 
-from dreambooth_moslora.cli.terminal import exit_code
+from dreambooth_moslora.cli.terminal import run_to_exit_code
 from dreambooth_moslora.disk import atomic, processes
-from dreambooth_moslora.disk.atomic import atomic_directory, atomic_write, clean_stale, rename
-from dreambooth_moslora.disk.process_identity import process_token
-from dreambooth_moslora.disk.queue import LOCK_NAME, QueuedRun, locked
+from dreambooth_moslora.disk.atomic import (
+    clean_temporaries,
+    rename_with_retry,
+    write_atomic,
+    write_atomic_directory,
+)
+from dreambooth_moslora.disk.process_identity import compute_process_token
+from dreambooth_moslora.disk.queue import LOCK_NAME, QueuedRun, lock_folder
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.extras.cluster.records import stop_path
+from dreambooth_moslora.extras.cluster.records import get_stop_path
 from dreambooth_moslora.extras.cluster.worker import Job as Work
 from dreambooth_moslora.extras.cluster.worker import train_subject
-from dreambooth_moslora.ui.jobs import Jobs, QueueTurns
+from dreambooth_moslora.ui.jobs import Jobs, QueueRunner
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 from tests.training.test_loop import HOLD
 from tests.ui.conftest import TRAINER, wait_for
@@ -44,18 +49,18 @@ def test_the_lock_of_a_run_folder_holds_and_ends_with_its_process(is_killed, tmp
         assert holder.stdout.readline() == "held\n"
         with (
             pytest.raises(UserError, match="another process is training there"),
-            locked(tmp_path),
+            lock_folder(tmp_path),
         ):
             pass
         if is_killed:
             holder.kill()
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         assert LOCK_NAME in os.listdir(tmp_path)
     assert LOCK_NAME not in os.listdir(tmp_path)
 
 
 def write(folder, text: str) -> None:
-    with atomic_directory(folder) as new:
+    with write_atomic_directory(folder) as new:
         (new / "weights").write_text(text)
 
 
@@ -65,7 +70,7 @@ def test_a_checkpoint_waits_for_a_program_that_has_its_file_open_and_is_whole_wi
     is_new, closes, tmp_path, monkeypatch
 ):
     """A scanner has the new one's file open, or a viewer the old one's."""
-    folder, begin, opened = tmp_path / "checkpoint-1", rename, []
+    folder, begin, opened = tmp_path / "checkpoint-1", rename_with_retry, []
     write(folder, "old")
 
     def looked_at(source, target) -> None:
@@ -75,21 +80,21 @@ def test_a_checkpoint_waits_for_a_program_that_has_its_file_open_and_is_whole_wi
                 threading.Timer(0.3, opened[0].close).start()
         begin(source, target)
 
-    monkeypatch.setattr(atomic, "rename", looked_at)
-    monkeypatch.setattr(atomic, "WAIT_SEC", 20 if closes else 0.2)
+    monkeypatch.setattr(atomic, "rename_with_retry", looked_at)
+    monkeypatch.setattr(atomic, "RENAME_TIMEOUT_SEC", 20 if closes else 0.2)
     with nullcontext() if closes else pytest.raises(PermissionError):
         write(folder, "new")
     assert (folder / "weights").read_text() == ("new" if closes else "old")
     opened[0].close()
-    clean_stale(tmp_path)
-    assert RunDir(tmp_path).named_checkpoints() == [folder]
+    clean_temporaries(tmp_path)
+    assert RunDir(tmp_path).list_checkpoint_folders() == [folder]
 
 
 def test_a_file_that_stays_open_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(atomic, "WAIT_SEC", 0)
+    monkeypatch.setattr(atomic, "RENAME_TIMEOUT_SEC", 0)
     (sheet := tmp_path / "contact_sheet.png").write_text("old")
     with sheet.open():
-        assert exit_code(lambda: atomic_write(sheet, "new")) == 2
+        assert run_to_exit_code(lambda: write_atomic(sheet, "new")) == 2
     said = f"error: The process cannot access the file: {sheet}.\n"
     assert capsys.readouterr().err == said
     assert os.listdir(tmp_path) == [sheet.name]
@@ -97,15 +102,15 @@ def test_a_file_that_stays_open_is_one_line(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("is_same", [True, False])
 def test_a_process_is_known_by_its_start_and_gets_no_signal(is_same, tmp_path):
-    token = process_token(os.getppid()) if is_same else "0123abcd"
+    token = compute_process_token(os.getppid()) if is_same else "0123abcd"
     (left := tmp_path / f".checkpoint-7.{os.getppid()}-{token}.new").mkdir()
-    clean_stale(tmp_path)
+    clean_temporaries(tmp_path)
     assert left.exists() == is_same
 
 
 def test_a_run_of_the_queue_is_asked_by_a_file_which_stops_no_later_one(tmp_path):
     (script := tmp_path / "trainer.py").write_text(TRAINER)
-    turns = QueueTurns(jobs := Jobs(tmp_path / "runs", script))
+    turns = QueueRunner(jobs := Jobs(tmp_path / "runs", script))
     for name in ("dog", "cat"):
         (folder := tmp_path / "runs" / name).mkdir(parents=True)
         settings = {
@@ -114,12 +119,12 @@ def test_a_run_of_the_queue_is_asked_by_a_file_which_stops_no_later_one(tmp_path
             "output_dir": str(folder),
         }
         turns.queue.add(QueuedRun(name, settings=settings, queued=time.time()))
-    turns.take()
-    wait_for(lambda: (job := jobs.current()) and jobs.state(job).step)
+    turns.run_next()
+    wait_for(lambda: (job := jobs.find_active_job()) and jobs.get_state(job).step)
     jobs.stop("dog")
-    processes.ask_to_stop(tmp_path / "runs" / "cat")  # left there by an earlier run
-    wait_for(lambda: turns.take() or turns.is_empty)
-    assert {event["name"]: event["state"] for event in turns.queue.ended()} == {
+    processes.send_stop_request(tmp_path / "runs" / "cat")  # left there by an earlier run
+    wait_for(lambda: turns.run_next() or turns.is_empty)
+    assert {event["name"]: event["state"] for event in turns.queue.list_ended()} == {
         "dog": "interrupted",
         "cat": "done",
     }
@@ -129,7 +134,7 @@ def test_what_is_started_has_a_console_of_its_own_which_no_closed_one_ends(tmp_p
     options = {}
     monkeypatch.setattr(subprocess, "CREATE_NO_WINDOW", 0x08000000, raising=False)
     monkeypatch.setattr(subprocess, "Popen", lambda command, **given: options.update(given))
-    processes.start_logged(tmp_path, ["-c", ""])
+    processes.start_process(tmp_path, ["-c", ""])
     assert options["creationflags"] == 0x08000000 and "start_new_session" not in options
 
 
@@ -154,24 +159,24 @@ def test_a_training_that_is_stopped_leaves_a_checkpoint_and_goes_on_to_the_same_
 ):
     jobs = Jobs(tmp_path / "runs")
     job = jobs.start("dog", told(config_of(tiny_base, tmp_path)))
-    wait_for(lambda: jobs.state(job).step or not job.is_alive, 120)
+    wait_for(lambda: jobs.get_state(job).step or not job.is_alive, 120)
     jobs.stop("dog")
     wait_for(lambda: not job.is_alive, 120)
-    run, state = RunDir(job.run_dir), jobs.state(jobs.recorded("dog"))
-    assert state.state == "interrupted", processes.log_tail(job.run_dir)
+    run, state = RunDir(job.run_dir), jobs.get_state(jobs.load_job("dog"))
+    assert state.state == "interrupted", processes.read_log_tail(job.run_dir)
     assert (
         run.adapter_path.is_file()
-        and run.latest_checkpoint()
-        and not (run.path / processes.STOP_NAME).exists()
+        and run.find_latest_checkpoint()
+        and not (run.path / processes.STOP_FILE_NAME).exists()
     )
     steps = state.step + 2
-    settings = json.loads((run.path / processes.CONFIG_NAME).read_text()) | {
+    settings = json.loads((run.path / processes.JOB_CONFIG_NAME).read_text()) | {
         "max_train_steps": steps
     }
     processes.write_settings(run.path, settings)
     job = jobs.resume("dog")
     wait_for(lambda: not job.is_alive, 120)
-    assert jobs.state(job).state == "done", processes.log_tail(job.run_dir)
+    assert jobs.get_state(job).state == "done", processes.read_log_tail(job.run_dir)
     resumed = adapter_sha256(run.path)
     shutil.rmtree(run.path)
     job = jobs.start("dog", settings)
@@ -188,8 +193,9 @@ def test_a_fleets_stop_leaves_a_checkpoint(tiny_base, tmp_path):
     )
     work.start()
     wait_for(
-        lambda: RunDir(out / "dog").latest_checkpoint() if (out / "dog").exists() else None, 120
+        lambda: RunDir(out / "dog").find_latest_checkpoint() if (out / "dog").exists() else None,
+        120,
     )
-    stop_path(out).touch()
+    get_stop_path(out).touch()
     work.join(timeout=120)
     assert found[0].state == "interrupted" and RunDir(out / "dog").adapter_path.is_file()

@@ -265,7 +265,9 @@ def test_the_files_of_a_run_that_the_page_names_are_a_runs():
     names = re.findall(r"^  ([^\s,]+(?:, [^\s,]+)*)", listed, re.MULTILINE)
     names = {name.rstrip("/") for line in names for name in line.split(", ")}
     run = RunDir("runs/dog")
-    files = {path.name for path in [*vars(run).values(), run.kohya_path, run.checkpoint_path(500)]}
+    files = {
+        path.name for path in [*vars(run).values(), run.kohya_path, run.get_checkpoint_path(500)]
+    }
     files |= {TrainConfig.logging_dir, LOCK_NAME, "image_*.png", "earlier_run_1"}
     assert names <= files and len(names) > 15
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.settings.metric_kinds import MEASURES, Measure
+from dreambooth_moslora.settings.metric_kinds import METRICS, Metric
 from dreambooth_moslora.settings.train_config import SETTINGS
 from tools import bare_photos, formats_table, pictures, systems, tables
 
@@ -21,13 +21,16 @@ def photo_and_mask(box) -> tuple[Image.Image, Image.Image]:
 
 def test_a_photo_is_cut_around_its_subject_and_one_in_the_middle_stays_there():
     photo, mask = photo_and_mask((4, 60, 20, 75))  # at the left, low
-    wide, tall = bare_photos.cut(photo, mask, wide=True), bare_photos.cut(photo, mask, wide=False)
+    wide, tall = (
+        bare_photos.crop_strip(photo, mask, wide=True),
+        bare_photos.crop_strip(photo, mask, wide=False),
+    )
     assert wide.size == (80, 60) and tall.size == (60, 80)
     white = mask.histogram()[255]
     assert [one.convert("L").histogram()[255] for one in (wide, tall)] == [white, white]
     photo, mask = photo_and_mask((30, 35, 49, 44))
-    assert bare_photos.cut(photo, mask, wide=True).getbbox() == (30, 25, 50, 35)
-    assert bare_photos.cut(photo, mask, wide=False).getbbox() == (20, 35, 40, 45)
+    assert bare_photos.crop_strip(photo, mask, wide=True).getbbox() == (30, 25, 50, 35)
+    assert bare_photos.crop_strip(photo, mask, wide=False).getbbox() == (20, 35, 40, 45)
 
 
 def test_the_docs_have_no_picture_that_the_tool_does_not_make():
@@ -52,23 +55,23 @@ def test_a_picture_is_drawn_from_the_run_that_is_there(tmp_path):
 
 
 def test_what_the_docs_say_of_the_tables_is_up_to_date_and_each_setting_is_listed_once():
-    for page, text in tables.pages().items():
+    for page, text in tables.render_pages().items():
         assert page.read_text(encoding="utf-8") == text, "run: python -m tools.tables"
-    listed = tables.settings_page()
+    listed = tables.render_settings()
     assert [listed.count(f"`--{name}` |") for name in SETTINGS] == [1] * len(SETTINGS)
 
 
 def test_every_table_that_is_made_has_its_place_in_a_page_and_a_new_row_is_in_it(monkeypatch):
     text = "".join(page.read_text(encoding="utf-8") for page in tables.DOCS.glob("*.md"))
-    marked = [name for _, name, _ in tables.MARKED.findall(text)]
+    marked = [name for _, name, _ in tables.TABLE_PATTERN.findall(text)]
     assert sorted(marked) == sorted(tables.TABLES)
-    monkeypatch.setitem(MEASURES, "smile", Measure("Smile", help="does it smile?", better="higher"))
-    assert "Smile | `smile` | does it smile? | higher" in tables.measures()
+    monkeypatch.setitem(METRICS, "smile", Metric("Smile", help="does it smile?", better="higher"))
+    assert "Smile | `smile` | does it smile? | higher" in tables.format_measures()
 
 
 def test_the_page_of_formats_is_up_to_date():
-    text = formats_table.OUT.read_text(encoding="utf-8")
-    assert text == formats_table.page(), "run: python -m tools.formats_table"
+    text = formats_table.OUT_PATH.read_text(encoding="utf-8")
+    assert text == formats_table.render_page(), "run: python -m tools.formats_table"
 
 
 @pytest.mark.slow
@@ -78,5 +81,5 @@ def test_what_one_system_lacks_is_found_and_what_is_asked_for_first_is_not(tmp_p
         "import os, sys\nx: int = 'a'\nos.sysconf('SC_PAGE_SIZE')\nif sys.platform != 'win32':\n"
         "    os.getuid()\n"
     )
-    (line,) = systems.missing(str(file))
+    (line,) = systems.list_problems(str(file))
     assert ":3: error: Module has no attribute" in line and line.endswith("(win32)")

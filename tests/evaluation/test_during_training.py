@@ -11,17 +11,17 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from dreambooth_moslora.cli.command_evaluate import usual_folder
+from dreambooth_moslora.cli.command_evaluate import get_default_folder
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.photos.folder import photo_report
+from dreambooth_moslora.photos.folder import build_photo_report
 from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings import prompts, train_config
-from dreambooth_moslora.training.best_step import BestStep, best_of
+from dreambooth_moslora.training.best_step import BestStep, find_best_step
 from dreambooth_moslora.training.loop import train
 from tests.helpers.folding import load_published
 from tests.helpers.tiny import tiny_unet
@@ -31,8 +31,8 @@ from tests.helpers.tiny_training import adapter_sha256, logged, paint_photos, ti
 
 
 def quick(config: train_config.TrainConfig, encoders) -> TrainingEvaluator:
-    evaluator = TrainingEvaluator(config, photo_report(config).photos, encoders)
-    evaluator.plans = [plan.smaller(2, 1, 1, 1, inference_steps=2) for plan in evaluator.plans]
+    evaluator = TrainingEvaluator(config, build_photo_report(config).photos, encoders)
+    evaluator.plans = [plan.reduce_plan(2, 1, 1, 1, inference_steps=2) for plan in evaluator.plans]
     return evaluator
 
 
@@ -101,7 +101,7 @@ def test_every_evaluation_is_logged_with_its_cost_and_changes_nothing_that_is_le
 
 def test_the_best_step_is_kept_and_the_card_names_it(run, tiny_base):
     """Of equal scores it is the first."""
-    assert best_of([(1, 0.5), (2, 0.7), (3, 0.7), (4, 0.1)]) == BestStep(2, 0.7, since=2)
+    assert find_best_step([(1, 0.5), (2, 0.7), (3, 0.7), (4, 0.1)]) == BestStep(2, 0.7, since=2)
     events = logged(run[1].path, "evaluation")
     best = max(events, key=lambda event: (event["score"], -event["step"]))
     assert events[-1]["best"]["step"] == best["step"]
@@ -194,7 +194,7 @@ def test_the_evaluate_command_leaves_a_report_beside_the_run(run, evaluate):
 def test_the_report_of_a_part_of_a_run_lies_beside_it_and_outlives_it(run):
     """It was in `best/`, which a run that goes on replaces, and in a checkpoint, of which the
     oldest are removed."""
-    place = lambda run: usual_folder(  # noqa: E731
+    place = lambda run: get_default_folder(  # noqa: E731
         Namespace(adapter=str(run), output_dir=None)
     )
     assert place(run[1].path) == run[1].evaluation_dir
@@ -216,7 +216,7 @@ def test_mistakes_are_told_before_anything_is_drawn(run, tmp_path, evaluate):
         assert code == 2 and told in err and "drawing" not in err
     code, _, err = evaluate(save_diffusers_lora(tiny_unet(), tmp_path))
     assert code == 2 and "give --base" in err
-    plan = EvaluationPlan(prompts.Subject("sks", "dog"), ("a {} in {curly} beside a {}",), ())
+    plan = EvaluationPlan(prompts.SubjectWords("sks", "dog"), ("a {} in {curly} beside a {}",), ())
     assert plan.texts == ["a dog in {curly} beside a dog"]
 
 

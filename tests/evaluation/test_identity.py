@@ -11,17 +11,17 @@ import torch
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.evaluation import metrics, report
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
-from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_of_subject
+from dreambooth_moslora.evaluation.protocol import EvaluationPlan, build_subject_plan
 from dreambooth_moslora.evaluation.scoring import Evaluation, Evaluator
-from dreambooth_moslora.photos.folder import photo_report
-from dreambooth_moslora.settings.prompts import Subject
+from dreambooth_moslora.photos.folder import build_photo_report
+from dreambooth_moslora.settings.prompts import SubjectWords
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training.loop import train
 from tests.helpers.stub_faces import READER, RIGHT, WRONG, painted, stub_faces  # noqa: F401
 from tests.helpers.tiny_training import logged, tiny_config
 
 PLAN = EvaluationPlan(
-    Subject("sks", "woman"),
+    SubjectWords("sks", "woman"),
     ("a photo of a {} on the beach", "a {} in the snow", "a {} far away"),
     (),
     seeds=(0, 1),
@@ -46,8 +46,8 @@ def encoders(encoders):
         return torch.stack(found)
 
     made = replace(encoders)
-    made.clip_images = made.dino_images = blind
-    made.clip_texts = lambda texts: torch.eye(257)[[256] * len(texts)]
+    made.embed_clip_images = made.embed_dino_images = blind
+    made.embed_clip_texts = lambda texts: torch.eye(257)[[256] * len(texts)]
     return made
 
 
@@ -81,7 +81,7 @@ def test_right_faces_score_above_wrong_ones_and_absent_ones_are_counted_apart(en
     # Where the base shows no face either, only DINO can tell.
     far = scored(encoders, [None] * 6, base=[None] * 6)
     assert far.score == pytest.approx(
-        metrics.checkpoint_score(
+        metrics.compute_checkpoint_score(
             far.mean("dino"), far.mean("clip_t"), far.mean("clip_t_base"), far.alarm.share
         )
     )
@@ -91,10 +91,10 @@ def test_the_report_has_the_face_with_its_interval_beside_the_photos_own(encoder
     found = scored(encoders, [RIGHT, RIGHT, WRONG, WRONG, None, None])
     interval = found.interval("identity")
     assert interval.low < interval.mean < interval.high
-    html = report.report_html(found, ABOUT, PHOTOS)
+    html = report.render_report(found, ABOUT, PHOTOS)
     assert f">{interval}<" in html and f">{found.interval('identity_of_photos')}<" in html
     assert "the mean of DINO and the face" in html
-    scores = report.scores_json(found, ABOUT)["scores"]
+    scores = report.build_scores_json(found, ABOUT)["scores"]
     assert scores["identity"]["low"] and {"no_face", "identity_of_photos"} <= scores.keys()
     assert np.isfinite([value["mean"] for value in scores.values()]).all()
 
@@ -110,11 +110,11 @@ def test_a_persons_prompts_change_clothes_light_and_distance():
         instance_prompt="a photo of sks woman",
         subject="person",
     )
-    prompts = " | ".join(plan_of_subject(person, []).templates)
+    prompts = " | ".join(build_subject_plan(person, []).templates)
     for words in ("red rain jacket", "candle", "close-up portrait", "full-body", "far away"):
         assert words in prompts
     toy = replace(person, pretrained_model_name_or_path="toy")
-    assert all("a photo of a {}" in template for template in plan_of_subject(toy, []).templates)
+    assert all("a photo of a {}" in template for template in build_subject_plan(toy, []).templates)
 
 
 class Planted(TrainingEvaluator):
@@ -126,7 +126,7 @@ class Planted(TrainingEvaluator):
         self.step = step
         return super().__call__(sampler, step)
 
-    def _draw(self, sampler):
+    def _build_generator(self, sampler):
         def draw(requests, on):
             face = self.faces[self.step] if on else WRONG
             return [painted(face, seed=n) for n, _ in enumerate(requests)]
@@ -154,7 +154,7 @@ def test_the_best_step_is_the_one_with_the_persons_face_and_explain_names_the_co
         evaluate_steps=1,
     )
     encoders.faces = stub_faces
-    train(config, evaluator=Planted(config, photo_report(config).photos, encoders))
+    train(config, evaluator=Planted(config, build_photo_report(config).photos, encoders))
 
     # The step of the right face is kept.
     events = logged(tmp_path / "anna", "evaluation")

@@ -20,7 +20,7 @@ from tests.helpers.tiers import slow_but
 from tests.helpers.tiny_encoders import save_tiny_encoders
 from toybox.make_subjects import FOLDER, load
 from toybox.render import render
-from toybox.truth import other_toy
+from toybox.truth import sample_other_toy
 from toybox.world import Scene, Toy, sample_scene
 
 E = torch.eye(4)
@@ -46,8 +46,12 @@ KNOWN = {
         [0.5, math.sqrt(0.5), 0.0],
     ),
     "0 for equal pictures": ("drift", ([HALF, E[0]], [HALF, E[1]]), [0, 1]),
-    "1 at a photo, 0 at the photos' own nearness": ("copy_index", ([E[0], ASIDE], PHOTOS), [1, 0]),
-    "gained": ("background_leak", ([E[0], E[2]], [E[2], E[2]], E[:1]), [1, 0]),
+    "1 at a photo, 0 at the photos' own nearness": (
+        "compute_copy_index",
+        ([E[0], ASIDE], PHOTOS),
+        [1, 0],
+    ),
+    "gained": ("compute_background_leak", ([E[0], E[2]], [E[2], E[2]], E[:1]), [1, 0]),
 }
 
 
@@ -61,10 +65,10 @@ def test_measures_of_known_vectors(name):
 def test_photos_among_themselves_leave_out_each_with_itself_and_joint_vectors_average_cosines():
     assert metrics.photo_fidelity(torch.stack([E[0], E[0], E[1]])) == pytest.approx(1 / 3)
     assert math.isnan(metrics.photo_fidelity(E[:1]))
-    found = metrics.likeness_to_others(torch.stack([E[0], E[0], E[1]]))
+    found = metrics.compute_mutual_similarity(torch.stack([E[0], E[0], E[1]]))
     assert found.tolist() == pytest.approx([1 / 2, 1 / 2, 0])
     clip, dino = random_units(3, 0), random_units(3, 1, dim=16)
-    joint = metrics.joint_vectors(clip, dino)
+    joint = metrics.join_embeddings(clip, dino)
     assert torch.allclose(joint @ joint.T, (clip @ clip.T + dino @ dino.T) / 2, atol=1e-6)
 
 
@@ -84,13 +88,13 @@ def test_copy_alarm_rings_for_copies_only_and_names_the_photo():
     subject = random_units(1, 5)
     photos = near(subject.repeat(5, 1), 0.6, seed=6)
     fresh, copies = near(subject.repeat(20, 1), 0.6, seed=7), near(photos, 0.05, seed=8)
-    assert not metrics.copy_alarm(fresh, photos).raised
-    mixed = metrics.copy_alarm(torch.cat([fresh, copies]), photos)
+    assert not metrics.detect_copies(fresh, photos).raised
+    mixed = metrics.detect_copies(torch.cat([fresh, copies]), photos)
     assert mixed.raised and mixed.share == pytest.approx(5 / 25)
     # the worst picture is a copy of the photo that it names
     assert mixed.picture == 20 + mixed.photo
     for photos in (E[:1].repeat(3, 1), E[:1]):
-        assert metrics.copy_index(E[:1], photos).tolist() == pytest.approx([1.0], abs=1e-5)
+        assert metrics.compute_copy_index(E[:1], photos).tolist() == pytest.approx([1.0], abs=1e-5)
 
 
 def test_a_style_is_scored_from_the_base_to_the_photos_unless_these_differ_less_than_they_vary():
@@ -98,12 +102,12 @@ def test_a_style_is_scored_from_the_base_to_the_photos_unless_these_differ_less_
     each other are 1, then 1/2, 1/2 and 0."""
     photos = E[[0, 0]]
     base = torch.stack([leaning(0.2), leaning(0.4)])
-    shares = metrics.style_share(torch.stack([*base, leaning(0.65), E[0]]), base, photos)
+    shares = metrics.compute_style_share(torch.stack([*base, leaning(0.65), E[0]]), base, photos)
     assert shares.tolist() == pytest.approx([-1 / 7, 1 / 7, 0.5, 1.0])
-    lone = metrics.style_share(E[:1], leaning(0.5)[None], E[:1])
+    lone = metrics.compute_style_share(E[:1], leaning(0.5)[None], E[:1])
     assert lone.tolist() == [1.0]
-    assert metrics.style_share(E[:1], leaning(0.3)[None], E[[0, 0, 1]]) is None
-    assert metrics.style_share(E[:1], E[:1], E[[0, 0]]) is None
+    assert metrics.compute_style_share(E[:1], leaning(0.3)[None], E[[0, 0, 1]]) is None
+    assert metrics.compute_style_share(E[:1], E[:1], E[[0, 0]]) is None
 
 
 def leaning(cosine: float) -> torch.Tensor:
@@ -117,8 +121,8 @@ def test_checkpoint_score_is_the_product_and_never_rewards_more_prompt_than_the_
         ((0.8, 0.6, 0.3, 0.0), 0.8),
         ((-0.2, 0.3, 0.3, 0.0), 0.0),
     ):
-        assert metrics.checkpoint_score(*scores) == pytest.approx(expected)
-    assert metrics.checkpoint_score(0.8, 0.15, 0.3, 0.25) == pytest.approx(0.8 * 0.5 * 0.75)
+        assert metrics.compute_checkpoint_score(*scores) == pytest.approx(expected)
+    assert metrics.compute_checkpoint_score(0.8, 0.15, 0.3, 0.25) == pytest.approx(0.8 * 0.5 * 0.75)
 
 
 @pytest.mark.parametrize("shape", [(6, 1), (6, 2), (12, 10), (16, 4), (3, 2)])
@@ -140,14 +144,17 @@ def test_students_table_holds_where_the_tail_of_the_density_is_a_fortieth():
     """With t = √ν·tan θ, Student's density is proportional to cos(θ)^(ν-1). Between, it is never
     too small."""
     angles = np.linspace(-np.pi / 2, np.pi / 2, 200_001)
-    for degrees, point in zip(metrics.DEGREES[:-1], metrics.STUDENT[:-1], strict=True):
+    for degrees, point in zip(metrics.T_DEGREES[:-1], metrics.T_QUANTILES[:-1], strict=True):
         density = np.cos((angles[1:] + angles[:-1]) / 2) ** (degrees - 1)
         tail = density[angles[1:] > np.arctan(point / np.sqrt(degrees))].sum() / density.sum()
         assert tail == pytest.approx(0.025, rel=2e-3)
-    assert [metrics.student(n) for n in (1, 5, 30, np.inf)] == pytest.approx(
+    assert [metrics.compute_t_quantile(n) for n in (1, 5, 30, np.inf)] == pytest.approx(
         [12.706, 2.571, 2.042, 1.960]
     )
-    assert 2.201 <= metrics.student(11) < 2.22 and 2.093 <= metrics.student(19) < 2.11
+    assert (
+        2.201 <= metrics.compute_t_quantile(11) < 2.22
+        and 2.093 <= metrics.compute_t_quantile(19) < 2.11
+    )
 
 
 def test_bootstrap_over_prompts_is_wider_than_if_all_pictures_were_independent():
@@ -202,8 +209,8 @@ def test_an_individual_is_known_elsewhere_among_its_kind_and_the_copy_alarm_know
     toy_encoders, name
 ):
     def joint(pictures: list[Image.Image]) -> torch.Tensor:
-        return metrics.joint_vectors(
-            toy_encoders.clip_images(pictures), toy_encoders.dino_images(pictures)
+        return metrics.join_embeddings(
+            toy_encoders.embed_clip_images(pictures), toy_encoders.embed_dino_images(pictures)
         )
 
     def worn(photo: Image.Image) -> Image.Image:
@@ -215,12 +222,12 @@ def test_an_individual_is_known_elsewhere_among_its_kind_and_the_copy_alarm_know
 
     toy, photos, rng = load(name).toy, photos_of(name), random.Random(2)
     known = joint(photos)
-    assert not metrics.copy_alarm(joint(in_places([toy] * 6, 3)), known).raised
-    assert metrics.copy_alarm(joint([worn(photo) for photo in photos]), known).share > 0.5
-    seen = toy_encoders.dino_images(photos)
+    assert not metrics.detect_copies(joint(in_places([toy] * 6, 3)), known).raised
+    assert metrics.detect_copies(joint([worn(photo) for photo in photos]), known).share > 0.5
+    seen = toy_encoders.embed_dino_images(photos)
     same, others = (
-        metrics.subject_fidelity(toy_encoders.dino_images(in_places(toys, 1)), seen).mean()
-        for toys in ([toy] * 6, [other_toy(toy, rng) for _ in range(6)])
+        metrics.subject_fidelity(toy_encoders.embed_dino_images(in_places(toys, 1)), seen).mean()
+        for toys in ([toy] * 6, [sample_other_toy(toy, rng) for _ in range(6)])
     )
     assert same > others + 0.2
 
@@ -265,7 +272,11 @@ def test_encoders_by_folder_agree_with_the_whole_models_in_batches_of_any_size(f
         tokens = torch.cat([dino.eval()(view).pooler_output for view in views])
     for batch_size in (1, 2, 4, by_folder.batch_size):
         one = replace(by_folder, batch_size=batch_size)
-        found = one.clip_images(pictures()), one.clip_texts(TEXTS), one.dino_images(pictures())
+        found = (
+            one.embed_clip_images(pictures()),
+            one.embed_clip_texts(TEXTS),
+            one.embed_dino_images(pictures()),
+        )
         for ours, direct in zip(found, (images, texts, tokens), strict=True):
             assert (ours - normalize(direct.float(), dim=-1)).abs().max() < 1e-5
 

@@ -19,7 +19,7 @@ from dreambooth_moslora.evaluation.scoring import Evaluator, evaluate_adapter
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.generation.sampling import Sampler
 from dreambooth_moslora.plan.validation import check_references
-from dreambooth_moslora.settings.prompts import Subject
+from dreambooth_moslora.settings.prompts import SubjectWords
 from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.evaluation.test_scoring import TOY, toy_pictures
 from tests.generation.test_text_options import loaded
@@ -28,7 +28,7 @@ from tests.helpers.tiny_encoders import tiny_encoders
 from tests.helpers.tiny_families import tiny_pipeline
 
 PLAN = EvaluationPlan(
-    Subject("sks", "duck"),
+    SubjectWords("sks", "duck"),
     ("a photo of a {} on the beach", "a photo of a {} in the snow"),
     ("a photo of a red car on water",),
     seeds=(0, 1),
@@ -46,24 +46,24 @@ def planted(dino: float, clip_t: float, spread: float) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     "adapter, references_have, words",
     [
-        (planted(0.80, 0.30, 0.02), planted(0.60, 0.30, 0.02), reference_arms.TRAIN),
-        (planted(0.55, 0.30, 0.02), planted(0.70, 0.30, 0.02), reference_arms.DO_NOT_TRAIN),
-        (planted(0.66, 0.30, 0.20), planted(0.62, 0.30, 0.20), reference_arms.UNKNOWN),
-        (planted(0.80, 0.20, 0.02), planted(0.60, 0.30, 0.02), reference_arms.MIXED),
+        (planted(0.80, 0.30, 0.02), planted(0.60, 0.30, 0.02), reference_arms.VERDICT_TRAIN),
+        (planted(0.55, 0.30, 0.02), planted(0.70, 0.30, 0.02), reference_arms.VERDICT_DO_NOT_TRAIN),
+        (planted(0.66, 0.30, 0.20), planted(0.62, 0.30, 0.20), reference_arms.VERDICT_UNKNOWN),
+        (planted(0.80, 0.20, 0.02), planted(0.60, 0.30, 0.02), reference_arms.VERDICT_MIXED),
     ],
 )
 def test_the_verdict_follows_the_intervals_of_the_paired_differences(
     adapter, references_have, words
 ):
-    found = reference_arms.verdict(adapter, references_have)
-    assert found.words == words and str(found).startswith(words)
+    found = reference_arms.compare_tables(adapter, references_have)
+    assert found.conclusion == words and str(found).startswith(words)
     assert found.likeness.low <= found.likeness.mean <= found.likeness.high
 
 
 def test_one_picture_alone_decides_nothing():
     one, other = planted(0.9, 0.3, 0.0), planted(0.1, 0.3, 0.0)
     one, other = ({name: table[:1, :1] for name, table in found.items()} for found in (one, other))
-    assert reference_arms.verdict(one, other).words == reference_arms.UNKNOWN
+    assert reference_arms.compare_tables(one, other).conclusion == reference_arms.VERDICT_UNKNOWN
 
 
 @pytest.mark.parametrize("name", slow_but((), ("flux2", "qwen_image21")))
@@ -77,10 +77,10 @@ def test_a_base_draws_three_ways_and_the_report_says_the_verdict(name, tmp_path,
 
     # What is shown to one arm is not shown to the base, which it may be the first to ask for.
     alone = Evaluator(PLAN, evaluator.encoders, photos)
-    first = reference_arms.draw_by_references(alone, judge)
+    first = reference_arms.evaluate_references(alone, judge)
     found = judge(evaluator)
     assert np.array_equal(first.tables["dino_base"], found.tables["dino_base"])
-    found.beside = reference_arms.compare(evaluator, found, judge, scale=1.0)
+    found.beside = reference_arms.evaluate_arms(evaluator, found, judge, scale=1.0)
     drawn = [one.pictures["subject"][0].tobytes() for one in found.beside.arms.values()]
     drawn.append(found.pictures["subject_base"][0].tobytes())
     assert len(set(drawn)) == 4
@@ -92,20 +92,20 @@ def test_a_base_draws_three_ways_and_the_report_says_the_verdict(name, tmp_path,
         found.tables["clip_t_base"], found.beside.arms["references"].tables["clip_t_base"]
     )
     about = report.ReportContext("dog", "tiny", ("clip", "dino"), 2, 4.0)
-    scores = report.scores_json(found, about)["references"]
+    scores = report.build_scores_json(found, about)["references"]
     assert scores["verdict"] == str(found.beside.verdict) and set(scores["arms"]) == {
         "adapter",
         "references",
         "both",
     }
-    assert str(found.beside.verdict) in report.report_html(found, about, photos)
+    assert str(found.beside.verdict) in report.render_report(found, about, photos)
 
 
 @pytest.mark.parametrize("name", slow_but((), ("flux2", "qwen_image21")))
 def test_guidance_acts_beside_references_as_it_does_without_them(name, tmp_path):
     """Else the ways would be compared at different guidance."""
     pipeline = tiny_pipeline(name, tmp_path / "base")
-    embed = partial(SubjectPipeline(pipeline, "tiny").family.texts, pipeline)
+    embed = partial(SubjectPipeline(pipeline, "tiny").family.encode_prompts, pipeline)
     plain = Sampler(pipeline, embed, 64, torch.device("cpu"), inference_steps=2)
     requests = PLAN.subject_requests[:1]
     for shown in ((), toy_pictures(TOY, ["on grass"])):
@@ -128,11 +128,11 @@ def test_explain_says_what_the_report_says(tmp_path, capsys):
         "copy_alarm": {"raised": False, "share": 0.0},
         "leaked": "",
         "score": 0.5,
-        "references": {"verdict": reference_arms.TRAIN},
+        "references": {"verdict": reference_arms.VERDICT_TRAIN},
     }
     (run / "evaluation" / "scores.json").write_text(json.dumps(told))
     assert run_explain(SimpleNamespace(run=str(run))) == 0
-    assert reference_arms.TRAIN in capsys.readouterr().out
+    assert reference_arms.VERDICT_TRAIN in capsys.readouterr().out
 
 
 def test_a_base_without_references_is_told_in_one_line():

@@ -15,39 +15,39 @@ from PIL import Image, ImageFilter
 from torch.nn.functional import normalize
 
 from dreambooth_moslora.base import decode, devices, load
-from dreambooth_moslora.cli.command_evaluate import summary
-from dreambooth_moslora.disk.events import StepEvaluated, event_of
+from dreambooth_moslora.cli.command_evaluate import format_summary
+from dreambooth_moslora.disk.events import StepEvaluated, parse_record
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluation import metrics, report
 from dreambooth_moslora.evaluation.metrics import load_encoders
-from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_for
+from dreambooth_moslora.evaluation.protocol import EvaluationPlan, build_plan
 from dreambooth_moslora.evaluation.scoring import (
     Evaluation,
     Evaluator,
+    compute_fidelity,
     evaluate_adapter,
-    fidelity_of,
-    paint_over,
-    truth_of,
+    load_truth,
+    mask_subject,
 )
 from dreambooth_moslora.generation import offload as gpu_room
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.generation.sampling import SampleRequest
-from dreambooth_moslora.photos.folder import photo_report
-from dreambooth_moslora.settings.metric_kinds import MEASURES, Measure
-from dreambooth_moslora.settings.prompts import Subject
+from dreambooth_moslora.photos.folder import build_photo_report
+from dreambooth_moslora.settings.metric_kinds import METRICS, Metric
+from dreambooth_moslora.settings.prompts import SubjectWords
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import model_card, publish
-from dreambooth_moslora.training.run_advice import advice_after
-from dreambooth_moslora.training.run_metrics import Figures
+from dreambooth_moslora.training.run_advice import list_advice
+from dreambooth_moslora.training.run_metrics import RunMetrics
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_encoders import tiny_encoders
 from toybox.readers.judge import QUESTIONS, Reading
 from toybox.render import render
-from toybox.truth import find_truth, other_toy, place_in, stacked, view
+from toybox.truth import find_place, find_truth, sample_other_toy, sample_view, stack_images
 from toybox.world import Toy, sample_scene
 
 PLAN = EvaluationPlan(
-    Subject("sks", "duck"),
+    SubjectWords("sks", "duck"),
     ("a photo of a {} on the beach", "a photo of a {} in the snow", "a photo of a {} on lava"),
     ("a photo of a red car on water",),
     seeds=(0, 1),
@@ -87,28 +87,33 @@ def test_plans_by_kind_of_subject():
     assert base[0] == SampleRequest("a photo of a duck on the beach", 0)
     assert [r.seed for r in subject] == [r.seed for r in base] == [0, 1] * 3
     assert set(PLAN.prompts) >= {"a photo of a duck", "a photo of a red car on water"}
-    duck = Subject("sks", "duck")
-    full = plan_for("toy", duck)
+    duck = SubjectWords("sks", "duck")
+    full = build_plan("toy", duck)
     assert len(full.templates) == 16 and not any("duck" in prompt for prompt in full.unrelated)
     kinds = ("corgi dog", "stuffed dog", "mug")
-    dog, stuffed, mug = (plan_for("some/base", Subject("sks", kind)).templates for kind in kinds)
+    dog, stuffed, mug = (
+        build_plan("some/base", SubjectWords("sks", kind)).templates for kind in kinds
+    )
     assert len(dog) == len(mug) == 25 and dog != mug and "a {} wearing a santa hat" in dog
     assert stuffed == mug, "a likeness of an animal is a thing"
     # spread over the templates
-    small = full.smaller(templates=4, seeds=1, class_images=2, unrelated=2)
+    small = full.reduce_plan(templates=4, seeds=1, class_images=2, unrelated=2)
     assert small.templates == full.templates[0:13:4]
     assert (small.seeds, small.class_images, len(small.unrelated)) == ((0,), 2, 2)
     with pytest.raises(UserError, match="choose one of"):
-        plan_for("toy", duck, "nonsense")
+        build_plan("toy", duck, "nonsense")
     with pytest.raises(UserError, match=r"hold \{\}"):
         EvaluationPlan(duck, ("a duck",), ())
-    templates = plan_for(
+    templates = build_plan(
         "toy", duck, captions=["a photo of a sks duck on grass", "A sks duck ON LAVA"]
     ).templates
     assert len(templates) == 14 and not any("on grass" in t or "on lava" in t for t in templates)
-    assert plan_for("toy", duck, captions=full.texts).templates == full.templates
+    assert build_plan("toy", duck, captions=full.texts).templates == full.templates
     # no place
-    assert "a red {}" in plan_for("some/base", Subject("sks", "mug"), captions=["red"]).templates
+    assert (
+        "a red {}"
+        in build_plan("some/base", SubjectWords("sks", "mug"), captions=["red"]).templates
+    )
 
 
 def all_of(*pictures: Image.Image):
@@ -173,14 +178,14 @@ def test_on_a_gpu_that_is_too_small_for_all_models_they_take_turns(
         subject = SubjectPipeline.from_base(tiny_base, device=device)
         subject.load_adapter(file, "one")
         own = subject.pipeline.unet
-        own.register_forward_hook(lambda *_: drawn_on.append(devices.device_of(own)))
+        own.register_forward_hook(lambda *_: drawn_on.append(devices.get_device(own)))
         return evaluate_adapter(
-            subject, "one", Evaluator(PLAN.smaller(1, 1, 1, 1, 1), encoders, photos)
+            subject, "one", Evaluator(PLAN.reduce_plan(1, 1, 1, 1, 1), encoders, photos)
         )
 
     wanted = found("cpu")
-    monkeypatch.setattr(devices, "free_gib", lambda device: 1e-6)
-    monkeypatch.setattr(gpu_room, "ROOM_BESIDE_A_MODEL", -1.0)
+    monkeypatch.setattr(devices, "measure_free_gib", lambda device: 1e-6)
+    monkeypatch.setattr(gpu_room, "MIN_FREE_BESIDE_MODEL_GIB", -1.0)
     assert all(
         np.array_equal(table, wanted.tables[name]) for name, table in found("cpu:0").tables.items()
     )
@@ -189,8 +194,8 @@ def test_on_a_gpu_that_is_too_small_for_all_models_they_take_turns(
     pipeline = SubjectPipeline.from_base(tiny_base).pipeline
     for model in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae):
         cpu_offload_with_hook(model, torch.device("meta"))
-    (text,) = load.SDXL_FAMILY.texts(pipeline, ["a dog"])
-    pixels = decode.decoded(pipeline.vae, torch.zeros(1, 4, 4, 4))
+    (text,) = load.SDXL_FAMILY.encode_prompts(pipeline, ["a dog"])
+    pixels = decode.decode_latents(pipeline.vae, torch.zeros(1, 4, 4, 4))
     assert {tensor.device.type for tensor in (*text.values(), pixels)} == {"meta"}
 
 
@@ -208,29 +213,29 @@ def test_the_bare_prompt_is_scored_beside_the_others_which_stay_as_they_were(enc
     assert set(plan.prompts) - set(PLAN.prompts) == {"a photo of sks duck"}
     without, found = (Evaluator(one, encoders, photos)(draw) for one in (PLAN, plan))
     assert found.tables["dino_bare"].shape == (1, 2) and len(found.pictures["bare"]) == 2
-    likeness = encoders.dino_images(photos)
+    likeness = encoders.embed_dino_images(photos)
     assert found.mean("dino_bare") == pytest.approx(
         float((likeness[:1] @ likeness.T).mean()), abs=1e-5
     )
     assert {name for name in found.tables if name not in without.tables} == {"dino_bare"}
     assert all(np.array_equal(table, found.tables[name]) for name, table in without.tables.items())
     assert found.score == without.score and found.alarm == without.alarm
-    swept = Evaluator(plan, encoders, photos).of_subject()(draw)
+    swept = Evaluator(plan, encoders, photos).copy_subject_only()(draw)
     assert "dino_bare" not in swept.tables
 
 
 def test_drift_sees_a_change_of_place(encoders, photos):
     """An encoder that looks at the thing alone finds no drift."""
     blind = replace(encoders)
-    blind.clip_images, blind.clip_texts = small_pixels, encoders_of_length(192)
-    blind.dino_images = encoders_of_length(4)
+    blind.embed_clip_images, blind.embed_clip_texts = small_pixels, encoders_of_length(192)
+    blind.embed_dino_images = encoders_of_length(4)
     assert Evaluator(PLAN, blind, photos)(all_of(photos[0])).mean("drift") > 0.01
 
 
 def test_copies_of_the_photos_set_off_the_alarm_and_lower_the_score(encoders, photos):
     pixels = replace(encoders)
-    pixels.clip_images = pixels.dino_images = small_pixels
-    pixels.clip_texts = encoders_of_length(192)
+    pixels.embed_clip_images = pixels.embed_dino_images = small_pixels
+    pixels.embed_clip_texts = encoders_of_length(192)
     fresh, copies = (
         Evaluator(PLAN, pixels, photos)(draw) for draw in (stub_pictures, all_of(*photos))
     )
@@ -243,26 +248,26 @@ def test_the_truth_is_found_beside_toy_photos_only(encoders, tmp_path):
     """And asked of the toy base alone, in places that it knows."""
     assert find_truth(tmp_path, encoders) is None
     assert find_truth(with_subject(tmp_path), encoders).toy == TOY
-    assert place_in("a photo of a {} on a checkered floor") == "on a checkered floor"
+    assert find_place("a photo of a {} on a checkered floor") == "on a checkered floor"
     elsewhere = replace(PLAN, templates=("a {} wearing a santa hat",))
-    assert truth_of("toy", tmp_path, PLAN, encoders, 64).toy == TOY
+    assert load_truth("toy", tmp_path, PLAN, encoders, 64).toy == TOY
     for base, folder, plan in (
         ("some/base", tmp_path, PLAN),
         ("toy", tmp_path, elsewhere),
         ("toy", None, PLAN),
     ):
-        assert truth_of(base, folder, plan, encoders, 64) is None
+        assert load_truth(base, folder, plan, encoders, 64) is None
 
 
 def test_masks_give_the_background_alone_and_a_leak(encoders, photos):
     mask = Image.new("L", photos[0].size, 0)
     mask.paste(255, (10, 10, 30, 30))
-    alone = np.array(paint_over(photos[0], mask))
+    alone = np.array(mask_subject(photos[0], mask))
     assert (alone[15:25, 15:25] == 128).all() and (
         alone[40:, 40:] == np.array(photos[0])[40:, 40:]
     ).all()
     leaked = Evaluator(PLAN, encoders, photos, [mask, None, None])(
-        all_of(paint_over(photos[0], mask))
+        all_of(mask_subject(photos[0], mask))
     )
     assert leaked.mean("background_leak") > 0
 
@@ -272,17 +277,19 @@ def test_true_renders_score_at_the_ceiling_and_others_at_the_floor(tmp_path, pho
     """With an encoder that sees colour (mean RGB), the individual and another of its kind are told
     apart."""
     encoders = tiny_encoders(tmp_path / "encoders")
-    encoders.dino_images = mean_colours
+    encoders.embed_dino_images = mean_colours
     truth = find_truth(with_subject(tmp_path), encoders, size_px=64)
-    places = [place_in(template) for template in PLAN.templates]
+    places = [find_place(template) for template in PLAN.templates]
     drawn_in = [p for p in places for _ in PLAN.seeds]
     true, other = (
-        toy_pictures(toy, drawn_in, seed=1) for toy in (TOY, other_toy(TOY, random.Random(3)))
+        toy_pictures(toy, drawn_in, seed=1)
+        for toy in (TOY, sample_other_toy(TOY, random.Random(3)))
     )
     soft = [picture.filter(ImageFilter.BoxBlur(2)) for picture in true]
     photo_vectors = mean_colours(photos)
     good, bad, blurred = (
-        truth.tables(PLAN, some, mean_colours(some), photo_vectors) for some in (true, other, soft)
+        truth.compute_tables(PLAN, some, mean_colours(some), photo_vectors)
+        for some in (true, other, soft)
     )
     near, far, ceiling = good["truth"].mean(), bad["truth"].mean(), good["truth_ceiling"].mean()
     assert (
@@ -291,9 +298,11 @@ def test_true_renders_score_at_the_ceiling_and_others_at_the_floor(tmp_path, pho
         and abs(near - ceiling) < abs(far - ceiling)
     )
     renders = Image.fromarray(
-        render([view(random.Random(f"true {places[1]} {TOY}"), TOY, places[1])], 64)[0].numpy()
+        render([sample_view(random.Random(f"true {places[1]} {TOY}"), TOY, places[1])], 64)[
+            0
+        ].numpy()
     )
-    said = encoders.clip_images([renders]) @ encoders.clip_texts(PLAN.texts).T
+    said = encoders.embed_clip_images([renders]) @ encoders.embed_clip_texts(PLAN.texts).T
     assert good["clip_t_ceiling"][1, 0] == pytest.approx(float(said[0, 1]), abs=1e-5)
     assert {f"judge_{name}{end}" for name in QUESTIONS for end in ("", "_ceiling")} <= good.keys()
     assert good["judge_kind_ceiling"].shape == (3, 3)
@@ -310,7 +319,9 @@ def test_the_judge_is_asked_for_all_looks_of_the_subject_in_the_place_of_each_pr
     wrong = replace(first, colour2="red", ornaments=frozenset({"top hat", "bow"}))
     truth.judge = SimpleNamespace(read=lambda images: [first, wrong, first, first, first, first])
     pictures = [Image.new("RGB", (64, 64))] * 6
-    found = truth._right([place_in(t) for t in PLAN.templates], stacked(pictures), len(PLAN.seeds))
+    found = truth._check_answers(
+        [find_place(t) for t in PLAN.templates], stack_images(pictures), len(PLAN.seeds)
+    )
     assert (
         found["judge_ornaments"].tolist()
         == found["judge_colour2"].tolist()
@@ -344,7 +355,7 @@ def mean_colours(pictures: list[Image.Image]) -> torch.Tensor:
 
 
 ABOUT = report.ReportContext("mine", "toy", ("clip", "dino"), 2, 7.0)
-SMILE = Measure(
+SMILE = Metric(
     "Smile",
     base="smile_base",
     help="does it smile?",
@@ -378,8 +389,8 @@ OF_SOME = {
 
 def test_every_measure_is_computed_by_its_name(encoders, photos):
     """One whose name no table has would be shown nowhere, and nothing would tell."""
-    found = Evaluator(PLAN, encoders, photos)(stub_pictures).means()
-    assert MEASURES.keys() - found.keys() == OF_SOME
+    found = Evaluator(PLAN, encoders, photos)(stub_pictures).summarize_scores()
+    assert METRICS.keys() - found.keys() == OF_SOME
 
 
 STYLE = {"dino": 0.9, "style": 0.6, "leak": 0.5, "leak_base": 0.2}
@@ -407,13 +418,13 @@ def test_the_scores_likeness_is_the_style_without_the_leak_and_the_face_beside_t
     means, expected
 ):
     tables = {name: np.array([mean - 0.05, mean + 0.05]) for name, mean in means.items()}
-    assert fidelity_of(tables) == pytest.approx(expected)
+    assert compute_fidelity(tables) == pytest.approx(expected)
 
 
 def test_the_truth_overwrites_no_other_table(encoders, photos):
     """It once had "sharpness", the name that a measure of all pictures would take."""
     truth = SimpleNamespace(
-        tables=lambda *asked: {"dino": np.ones((3, 2)), "truth": np.ones((3, 2))}
+        compute_tables=lambda *asked: {"dino": np.ones((3, 2)), "truth": np.ones((3, 2))}
     )
     with pytest.raises(ValueError, match=r"tables of the same name: \['dino'\]"):
         Evaluator(PLAN, encoders, photos, truth=truth)(stub_pictures)
@@ -421,23 +432,23 @@ def test_the_truth_overwrites_no_other_table(encoders, photos):
 
 def test_a_row_of_the_table_is_all_that_a_measure_needs(encoders, photos, monkeypatch):
     """Every measure that has a scale or a base names tables that exist."""
-    known = {*MEASURES, "clip_i_base", "diversity_base", "toy_sharpness"}
+    known = {*METRICS, "clip_i_base", "diversity_base", "toy_sharpness"}
     known |= {f"{name}_ceiling" for name in ("dino", "clip_t", "toy_sharpness")}
     assert {
-        name for row in MEASURES.values() for name in (row.base, *(row.share or ())) if name
+        name for row in METRICS.values() for name in (row.base, *(row.share or ())) if name
     } <= known
-    like_base = Measure(
+    like_base = Metric(
         "Smile, share of the base's", "share", share=("smile", "smile_base"), logged=True
     )
-    monkeypatch.setitem(MEASURES, "smile", SMILE)
-    monkeypatch.setitem(MEASURES, "smile_of_base", like_base)
+    monkeypatch.setitem(METRICS, "smile", SMILE)
+    monkeypatch.setitem(METRICS, "smile_of_base", like_base)
     found = Evaluator(PLAN, encoders, photos)(stub_pictures)
     found.tables |= {"smile": np.full((3, 2), 0.625), "smile_base": np.full((3, 2), 0.5)}
     about = replace(ABOUT, adapter_scale=0.5)
-    html = report.report_html(found, about, photos)
+    html = report.render_report(found, about, photos)
     assert (
         "adapter scale 0.5" in html
-        and report.scores_json(found, about)["protocol"]["adapter_scale"] == 0.5
+        and report.build_scores_json(found, about)["protocol"]["adapter_scale"] == 0.5
     )
     for text in (
         "Smile",
@@ -447,8 +458,8 @@ def test_a_row_of_the_table_is_all_that_a_measure_needs(encoders, photos, monkey
         "1.250",
     ):
         assert f">{text}<" in html
-    assert "smile              0.625" in summary(found)
-    scores = found.logged()
+    assert "smile              0.625" in format_summary(found)
+    scores = found.list_logged_scores()
     assert (scores["smile"], scores["smile_of_base"]) == (0.625, 1.25)
     event = {
         "type": StepEvaluated.kind,
@@ -457,10 +468,10 @@ def test_a_row_of_the_table_is_all_that_a_measure_needs(encoders, photos, monkey
         **scores,
     }
     axes = Figure().subplots()
-    publish.draw_fidelity(axes, [event_of(event)])
+    publish.plot_scores(axes, [parse_record(event)])
     assert "smiles" in axes.get_legend_handles_labels()[1]
-    assert "| smile | 0.625 |" in model_card.score_table(
-        SimpleNamespace(scores=event_of(event).scores, best=None)
+    assert "| smile | 0.625 |" in model_card.format_score_table(
+        SimpleNamespace(scores=parse_record(event).scores, best=None)
     )
 
 
@@ -474,7 +485,7 @@ def both():
 def evaluators(both):
     encoders = load_encoders("toy")  # random ones see no difference
     plans = {
-        word: replace(PLAN, subject=Subject("sks", word), unrelated=("a photo of a red car",))
+        word: replace(PLAN, subject=SubjectWords("sks", word), unrelated=("a photo of a red car",))
         for word in both
     }
     duck, rocket = (Evaluator(plans[word], encoders, both[word]) for word in ("duck", "rocket"))
@@ -534,14 +545,16 @@ def test_pictures_of_the_other_subject_are_confused_and_all_together_are_their_p
         assert good.tables["confusion"].shape == (3, 2)
         assert good.mean("confusion") < 0.05 and bad.mean("confusion") > 0.95
         assert good.mean("dino") > bad.mean("dino")
-    whole = report.pooled(right)
+    whole = report.merge_evaluations(right)
     assert whole.tables["dino"].shape == (6, 2) and whole.tables["pres"].shape == (4,)
     assert whole.mean("dino") == pytest.approx(np.mean([one.mean("dino") for one in right]))
     assert (
         whole.score == pytest.approx(np.mean([one.score for one in right])) and whole.alarm.raised
     )
-    assert not any("sks" in name for name in whole.tables) and "confusion" in whole.means()
-    assert report.pooled(right[:1]) is right[0]
+    assert (
+        not any("sks" in name for name in whole.tables) and "confusion" in whole.summarize_scores()
+    )
+    assert report.merge_evaluations(right[:1]) is right[0]
 
 
 def test_each_subject_has_a_report_and_all_have_scores(evaluators, right, tmp_path):
@@ -563,13 +576,13 @@ def test_a_photo_of_something_else_is_named_by_explain(both, tmp_path):
         instance_prompt="a photo of a sks duck",
         resolution=64,
     )
-    photos = photo_report(config).photos
-    (evaluator,) = report.evaluators_of([config], photos, [PLAN], load_encoders("toy"), 128)
+    photos = build_photo_report(config).photos
+    (evaluator,) = report.build_evaluators([config], photos, [PLAN], load_encoders("toy"), 128)
     found = evaluator(lambda requests, with_adapter: stub_pictures(requests))
-    told = report.scores_json(found, BOTH)["dino_of_each_photo"]
+    told = report.build_scores_json(found, BOTH)["dino_of_each_photo"]
     assert list(told) == ["0.png", "1.png", "2.png", "3.png"]
     assert np.mean(list(told.values())) == pytest.approx(found.photo_fidelity, abs=1e-3)
-    *_, sentence = advice_after(Figures(config, photo_likeness=told))
+    *_, sentence = list_advice(RunMetrics(config, photo_likeness=told))
     assert sentence.startswith("3.png may show") and sentence.endswith("--leave_out 3.png")
 
 
@@ -584,12 +597,12 @@ def test_pictures_are_compared_with_real_photos_and_with_made_ones_where_there_a
         instance_prompt="a photo of a sks duck",
         resolution=64,
     )
-    photos = photo_report(config).photos
+    photos = build_photo_report(config).photos
     encoders = load_encoders("toy")
     made = [replace(photo, made_by="a model") for photo in photos]
     for some, names in (
         ([*photos[:1], *made[1:]], ["0.png"]),
         (made, ["0.png", "1.png", "2.png", "3.png"]),
     ):
-        (evaluator,) = report.evaluators_of([config], some, [PLAN], encoders, 128)
+        (evaluator,) = report.build_evaluators([config], some, [PLAN], encoders, 128)
         assert evaluator.names == names and len(evaluator.photos.pictures) == len(names)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dreambooth_moslora.cli.command_evaluate import summary
+from dreambooth_moslora.cli.command_evaluate import format_summary
 from dreambooth_moslora.evaluation import metrics, report
-from dreambooth_moslora.evaluation.protocol import plan_of_subject, things_in
+from dreambooth_moslora.evaluation.protocol import build_subject_plan, collect_nouns
 from dreambooth_moslora.evaluation.scoring import Evaluation, Evaluator
 from dreambooth_moslora.photos import captions
 from dreambooth_moslora.photos.photo_file import Photo
@@ -49,7 +49,7 @@ def evaluator() -> Evaluator:
     photos = shown([ROCKET] * 4, places, "ink")
     said = [f"a photo of a white rocket {place} in ink style" for place in places]
     kept = [Photo(f"{n}.png", (64, 64), (caption,)) for n, caption in enumerate(said)]
-    plan = plan_of_subject(INK, kept, seeds=(0,))
+    plan = build_subject_plan(INK, kept, seeds=(0,))
     assert (
         plan.things == ("white rocket",)
         and plan.texts[0] == "a photo of a yellow duck on the beach"
@@ -81,19 +81,21 @@ def test_a_style_that_the_base_has_already_gets_no_score_and_the_report_says_why
     found = scored(inked, "ink", base_style="ink")
     reason = "about as like the photos' style as the photos are to each other"
     assert found.score is None and "style" not in found.tables and "leak" in found.tables
-    assert f"score              none: {metrics.NO_STYLE_SCORE}" in summary(found)
-    scores = report.scores_json(found, ABOUT)
+    assert f"score              none: {metrics.NO_STYLE_SCORE}" in format_summary(found)
+    scores = report.build_scores_json(found, ABOUT)
     assert scores["score"] is None and reason in scores["no_score"]
-    page = report.report_html(found, ABOUT, inked.photos.pictures)
+    page = report.render_report(found, ABOUT, inked.photos.pictures)
     assert reason.replace("'", "&#39;") in page and "<b>Score" not in page
-    assert "score" not in found.logged() and found.logged()["leak"] >= 0
+    assert "score" not in found.list_logged_scores() and found.list_logged_scores()["leak"] >= 0
     whole = scored(evaluator, "ink")
-    assert report.scores_json(whole, ABOUT)["no_score"] == "" and "none" not in summary(whole)
+    assert report.build_scores_json(whole, ABOUT)[
+        "no_score"
+    ] == "" and "none" not in format_summary(whole)
 
     # Of several subjects the mean is of those that have a score.
-    both = report.pooled([found, whole])
+    both = report.merge_evaluations([found, whole])
     assert both.score == whole.score and both.no_score == found.no_score
-    assert report.pooled([found, found]).score is None
+    assert report.merge_evaluations([found, found]).score is None
 
 
 @pytest.mark.slow
@@ -106,21 +108,21 @@ def test_the_style_is_told_from_another_and_from_none_and_a_planted_thing_is_nam
     planted = scored(evaluator, "ink", planted=5)
     assert planted.mean("leak") >= 0.5 and planted.mean("leak") > ink.mean("leak") + 0.2
     assert planted.leaked == "white rocket" and planted.score < ink.score
-    assert report.scores_json(planted, ABOUT)["leaked"] == "white rocket"
-    page = report.report_html(ink, ABOUT, evaluator.photos.pictures)
+    assert report.build_scores_json(planted, ABOUT)["leaked"] == "white rocket"
+    page = report.render_report(ink, ABOUT, evaluator.photos.pictures)
     assert f">{ink.interval('style')}<" in page
     assert "= style × (1 − the content leak above the base&#39;s) × CLIP-T" in page, "it said DINO"
 
 
 def test_the_nearest_thing_counts_only_where_it_is_nearer_than_what_was_asked_for():
     one = torch.eye(3)
-    found = metrics.leaked_things(one, one[[0, 0, 0]], one[[1, 2]])
+    found = metrics.find_leaked_things(one, one[[0, 0, 0]], one[[1, 2]])
     assert found.tolist() == [-1, 0, 1]
 
 
 def test_a_style_has_a_name_and_no_class_and_its_captions_say_the_content():
     chosen = defaults.Choices({"subject": "style", "pretrained_model_name_or_path": "toy"})
-    defaults.choose_words(chosen, "ink")
+    defaults.choose_prompts(chosen, "ink")
     assert chosen.settings["instance_prompt"] == "a picture in ink style"
     assert chosen.settings["with_prior_preservation"] is False
     assert "class_prompt" not in chosen.settings
@@ -128,8 +130,8 @@ def test_a_style_has_a_name_and_no_class_and_its_captions_say_the_content():
     # Nothing of the recipe is left without effect.
     defaults.choose_recipe(chosen, None)
     assert "prior_loss_weight" in chosen.settings
-    defaults.choose_words(chosen, "ink")
+    defaults.choose_prompts(chosen, "ink")
     assert not [name for name in chosen.settings if name.startswith("prior")]
-    assert "Say nothing about how it is drawn" in captions.question_of(INK, "picture")
+    assert "Say nothing about how it is drawn" in captions.build_question(INK, "picture")
     said = ["a photo of a red duck on grass in ink style", "a picture in ink style"]
-    assert things_in(said) == ("red duck",)
+    assert collect_nouns(said) == ("red duck",)

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.extras.cluster.fleet import PROCESS_GIB, Machines, tasks_of
+from dreambooth_moslora.extras.cluster.fleet import PROCESS_GIB, Machines, build_tasks
 from dreambooth_moslora.extras.cluster.fleet_subjects import Subject
 from dreambooth_moslora.extras.serving.catalogue import open_catalogue, parse_order
-from dreambooth_moslora.extras.serving.drawer import Drawer
+from dreambooth_moslora.extras.serving.drawer import ImageWorker
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings import field_facts
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 def config(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     tiny_pipeline(request.param, folder / "files").save_pretrained(folder / "base")
-    options = {"target_modules": field_facts.ATTENTION, "max_train_steps": 1}
+    options = {"target_modules": field_facts.ATTENTION_LAYERS, "max_train_steps": 1}
     return tiny_config(
         folder / "base", paint_photos(folder / "photos"), folder / "runs" / "dog", **options
     )
@@ -53,12 +53,12 @@ def test_the_service_draws_the_very_picture_of_generate(config, tmp_path, monkey
         "width_px": 64,
     }
     order = replace(parse_order(json.dumps(body).encode()), adapters=(catalogue.find("dog"),))
-    drawn = asyncio.run(Drawer(SubjectPipeline.from_base(base)).draw(order))
+    drawn = asyncio.run(ImageWorker(SubjectPipeline.from_base(base)).draw(order))
     assert drawn == (tmp_path / "image_3.png").read_bytes()
 
 
 def test_a_fleet_asks_for_the_memory_of_the_plan(config, tmp_path):
     subject = Subject("dog", config.to_dict())
-    (task,) = tasks_of([(subject, "mark")], tmp_path, Machines(None, 99.0), pytest.fail)
+    (task,) = build_tasks([(subject, "mark")], tmp_path, Machines(None, 99.0), pytest.fail)
     needed = make_plan(config).cost.peak_gib
     assert task.resources.memory_gib == pytest.approx(needed + PROCESS_GIB, abs=1e-9)

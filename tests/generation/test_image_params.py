@@ -11,9 +11,9 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.image_params import (
     GenerationParams,
     Provenance,
-    draw_seed,
+    parse_lora_tags,
     read_recipe,
-    split_lora_tags,
+    resolve_seed,
 )
 from tests.helpers.odd_photos import jpeg, png_of
 
@@ -134,14 +134,14 @@ def test_an_adapter_is_given_by_its_name_or_with_a_scale(given):
 
 def test_tags_become_adapters_and_leave_the_prompt_and_each_image_has_its_own_seed():
     """A negative seed is drawn."""
-    found = split_lora_tags("a dog <lora:rex:0.8> in snow <lora:style>")
+    found = parse_lora_tags("a dog <lora:rex:0.8> in snow <lora:style>")
     assert found == ("a dog in snow", (("rex", 0.8), ("style", 1.0)))
-    assert split_lora_tags("a  dog") == ("a  dog", ())
+    assert parse_lora_tags("a  dog") == ("a  dog", ())
     written = "<lora:a:.5> <lora:b: 0.5> <lora:c:+1>"
-    assert split_lora_tags(written) == ("", (("a", 0.5), ("b", 0.5), ("c", 1.0)))
+    assert parse_lora_tags(written) == ("", (("a", 0.5), ("b", 0.5), ("c", 1.0)))
     for tag in ("<lora:rex:0.8:0.5>", "<lora:rex:high>", "<lora:rex:>"):
         with pytest.raises(UserError, match=f"{tag} is not read here: write <lora:NAME:SCALE>"):
-            split_lora_tags(f"a dog {tag}")
+            parse_lora_tags(f"a dog {tag}")
     params = GenerationParams(
         "dog <lora:rex:0.5>", adapters=(("rex", 1.0), ("b", 0.2))
     ).apply_tags()
@@ -150,4 +150,4 @@ def test_tags_become_adapters_and_leave_the_prompt_and_each_image_has_its_own_se
         GenerationParams("<lora:rex>").apply_tags()
     images = [GenerationParams("dog", seed=4294967295, num_images=3).for_image(i) for i in range(2)]
     assert [(p.seed, p.num_images) for p in images] == [(4294967295, 1), (0, 1)]
-    assert draw_seed(7) == 7 and len({draw_seed(-1) for _ in range(8)}) > 1
+    assert resolve_seed(7) == 7 and len({resolve_seed(-1) for _ in range(8)}) > 1

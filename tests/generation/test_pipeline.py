@@ -32,10 +32,10 @@ from dreambooth_moslora.generation.image_params import (
     Image,
     Provenance,
     Step,
-    about_black,
+    describe_black_images,
     read_recipe,
 )
-from dreambooth_moslora.generation.pipeline import SubjectPipeline, scheduler_name
+from dreambooth_moslora.generation.pipeline import SubjectPipeline, find_scheduler_name
 from dreambooth_moslora.lora import raw_file, writer
 from dreambooth_moslora.training import reporter
 from tests.helpers.live_adapters import facts_of, live
@@ -160,7 +160,7 @@ def test_all_schedulers_draw_something_of_their_own(pipeline):
     seen = [picture(pipeline, scheduler=scheduler) for scheduler in SCHEDULERS]
     assert all(differs(a, b) for a, b in pairwise(seen))
     for name, wanted in SCHEDULERS.items():
-        made = pipeline._scheduler(name)
+        made = pipeline._build_scheduler(name)
         assert type(made).__name__ == wanted.class_name
         assert {key: made.config[key] for key in wanted.options} == wanted.options
         assert (made.config.beta_start, made.config.beta_end) == (0.00085, 0.012)
@@ -168,7 +168,7 @@ def test_all_schedulers_draw_something_of_their_own(pipeline):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_preview_finds_the_clean_latents_when_the_model_is_right(pipeline, name):
-    scheduler = pipeline._scheduler(name)
+    scheduler = pipeline._build_scheduler(name)
     scheduler.set_timesteps(6)
     tracker = previews.PreviewTracker(scheduler)
     clean, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -179,7 +179,7 @@ def test_the_preview_finds_the_clean_latents_when_the_model_is_right(pipeline, n
         if name != "euler":  # what is not clean is noise, also after more of it was added
             noise = (x - alphas[step] * clean) / (alphas[step] * scheduler.sigmas[step])
         x = scheduler.step(noise, timestep, x, return_dict=False)[0]
-        estimate = tracker.clean_latents(step, x)
+        estimate = tracker.estimate_clean_latents(step, x)
         assert (step == 0 and name == "euler") or torch.allclose(estimate, clean, atol=1e-3)
 
 
@@ -209,7 +209,7 @@ def test_a_base_is_drawn_with_its_own_scheduler_unless_another_is_asked_for(
 ):
     """The picture says which; one that has no name here is drawn too, and previews never wait for
     what it lacks."""
-    assert scheduler_name(own) == name
+    assert find_scheduler_name(own) == name
     if "FlowMatch" in type(own).__name__:
         return
     pipeline = load.load_pipeline(tiny_base)
@@ -242,8 +242,8 @@ def test_the_pipeline_keeps_its_own_scheduler_after_another_drew(tiny_base):
 
 def test_noise_that_a_scheduler_adds_is_the_same_in_any_batch(tiny_base):
     pipeline = load.load_pipeline(tiny_base)
-    pipeline.scheduler = SubjectPipeline(pipeline, "tiny")._scheduler("dpmpp_2m_sde_karras")
-    words = partial(load.SDXL_FAMILY.texts, pipeline)
+    pipeline.scheduler = SubjectPipeline(pipeline, "tiny")._build_scheduler("dpmpp_2m_sde_karras")
+    words = partial(load.SDXL_FAMILY.encode_prompts, pipeline)
     sampler = sampling.Sampler(pipeline, words, 64, torch.device("cpu"), 4)
     requests = [sampling.SampleRequest("a dog", seed) for seed in range(3)]
     together, alone = list(sampler(requests, 3)), list(sampler(requests, 1))
@@ -268,7 +268,7 @@ class LinearVae(torch.nn.Module):
 @pytest.mark.parametrize("statistics", [{}, {"latents_mean": [1.0] * 4, "latents_std": [8.0] * 4}])
 def test_preview_colours_are_those_of_the_vae(statistics):
     """Also of one whose latents have a mean and a deviation, as Playground v2.5's."""
-    vae, latents = LinearVae(), previews.smooth_latents(4, seed=7)
+    vae, latents = LinearVae(), previews.sample_smooth_latents(4, seed=7)
     vae.config = SimpleNamespace(latent_channels=4, scaling_factor=0.25, **statistics)
     mean, deviation = (1.0, 8.0) if statistics else (0.0, 1.0)
     decoded = vae.decode(latents / 0.25 * deviation + mean).sample[0, :, ::8, ::8]
@@ -317,7 +317,7 @@ def test_pictures_are_drawn_on_apples_gpu_in_half_precision_and_its_unused_memor
     monkeypatch.setattr(torch.mps, "empty_cache", lambda: emptied.append(1))
     devices.free_unused_blocks(subject.home.device)
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 3 * 2**30)
-    assert emptied and reporter.memory_gib(subject.home.device) == 3
+    assert emptied and reporter.measure_memory_gib(subject.home.device) == 3
 
 
 def test_what_is_no_adapter_of_the_base_is_refused_in_one_line(pipeline, files, tmp_path):
@@ -469,8 +469,8 @@ def test_a_small_gpu_holds_one_model_at_a_time_decodes_in_tiles_and_draws_the_sa
     free(monkeypatch, 24.0)
     large = SubjectPipeline.from_base(tiny_base, device=OTHER_DEVICE)
     assert np.array_equal(picture(large), expected) and not offloads and not large.home.is_resting
-    weights = gpu_room.weights_gib(large.pipeline)
-    monkeypatch.setattr(gpu_room, "ROOM_BESIDE_A_MODEL", 0.0)
+    weights = gpu_room.measure_weights_gib(large.pipeline)
+    monkeypatch.setattr(gpu_room, "MIN_FREE_BESIDE_MODEL_GIB", 0.0)
     free(monkeypatch, 1.4 * weights)
     small = SubjectPipeline.from_base(tiny_base, device=OTHER_DEVICE)
     assert [picture(small).tolist() for _ in range(2)] == [expected.tolist()] * 2
@@ -486,13 +486,13 @@ def test_a_small_gpu_holds_one_model_at_a_time_decodes_in_tiles_and_draws_the_sa
     )
     monkeypatch.setattr(devices, "TILES_PX", (32,))
     # the tiny base has 0.6 MiB of weights
-    monkeypatch.setattr(devices, "free_gib", lambda device: 2**-20)
+    monkeypatch.setattr(devices, "measure_free_gib", lambda device: 2**-20)
     picture(subject)
     assert max(tiles[1:]) == (4, 4)  # the first is no picture: previews learn their colours from it
 
 
 def free(monkeypatch, gib: float) -> None:
-    monkeypatch.setattr(devices, "free_gib", lambda device: gib)
+    monkeypatch.setattr(devices, "measure_free_gib", lambda device: gib)
 
 
 def test_a_base_of_zero_terminal_snr_starts_at_noise_and_has_its_guidance_rescaled(
@@ -517,7 +517,7 @@ def test_a_base_of_zero_terminal_snr_starts_at_noise_and_has_its_guidance_rescal
     pipeline.set_progress_bar_config(disable=True)
     subject = SubjectPipeline(pipeline, "tiny")
     for name in SCHEDULERS:
-        scheduler = subject._scheduler(name)
+        scheduler = subject._build_scheduler(name)
         scheduler.set_timesteps(10)
         assert int(scheduler.timesteps[0]) == 999, name
     drawn = [
@@ -527,7 +527,7 @@ def test_a_base_of_zero_terminal_snr_starts_at_noise_and_has_its_guidance_rescal
     assert asked == [0.7, 0.7] and all(np.asarray(one).std() > 0 for one in drawn)
     for other in map(load.load_pipeline, (tiny_base, velocity)):
         assert (
-            load.guidance_rescale(other) == 0.0
+            load.get_guidance_rescale(other) == 0.0
             and other.scheduler.config.timestep_spacing == "leading"
         )
 
@@ -535,4 +535,6 @@ def test_a_base_of_zero_terminal_snr_starts_at_noise_and_has_its_guidance_rescal
 def test_black_pictures_are_counted():
     black, grey = (PIL.Image.new("RGB", (8, 8), colour) for colour in ("black", "grey"))
     drawn = [Image(0, pixels, PARAMS, Provenance()) for pixels in (black, grey, black)]
-    assert about_black(drawn).startswith("2 of them are black: ") and not about_black(drawn[1:2])
+    assert describe_black_images(drawn).startswith(
+        "2 of them are black: "
+    ) and not describe_black_images(drawn[1:2])

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dreambooth_moslora.base.families import denoiser_of, encoding_options, family_of
+from dreambooth_moslora.base.families import build_encoding_options, build_family, get_denoiser
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.image_params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.lora.metadata import AdapterMetadata, with_recipe
+from dreambooth_moslora.lora.metadata import AdapterMetadata, add_recipe
 from dreambooth_moslora.settings.family_facts import FAMILIES, TEXT_OPTIONS
 from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.tiny_families import tiny_pipeline
@@ -42,7 +42,7 @@ def loaded(subject: SubjectPipeline, file: Path, **options) -> str:
     settings says."""
     layers = {
         path: layer
-        for path, layer in denoiser_of(subject.pipeline).named_modules()
+        for path, layer in get_denoiser(subject.pipeline).named_modules()
         if path.endswith("to_q")
     }
     random, tensors = torch.Generator().manual_seed(0), {}
@@ -57,7 +57,7 @@ def loaded(subject: SubjectPipeline, file: Path, **options) -> str:
     save_file(
         tensors,
         file,
-        with_recipe(TrainConfig(**options), AdapterMetadata(rank=1, alpha=1.0)).header,
+        add_recipe(TrainConfig(**options), AdapterMetadata(rank=1, alpha=1.0)).header,
     )
     return subject.load_adapter(file)
 
@@ -91,11 +91,11 @@ def test_those_that_the_file_tells_are_taken_unless_others_are_given(option, sub
 def test_as_many_layers_are_read_as_the_transformer_is_wide(tmp_path):
     """diffusers' script takes any number. Without the transformer, which comes later, too."""
     pipe = tiny_pipeline("flux2", tmp_path)
-    family = family_of(pipe, options={"text_encoder_out_layers": (9,)})
+    family = build_family(pipe, options={"text_encoder_out_layers": (9,)})
     pipe.transformer.register_to_config(joint_attention_dim=16)
     for transformer in (pipe.transformer, None):
         pipe.register_modules(transformer=transformer)
-        (text,) = family.texts(pipe, ["a dog"])
+        (text,) = family.encode_prompts(pipe, ["a dog"])
         assert text["prompt_embeds"].shape[-1] == 16
 
 
@@ -105,8 +105,8 @@ def test_the_skipped_layers_of_stable_diffusion_1_5_are_counted_from_the_last(tm
     pipe = tiny_pipeline("sd1", tmp_path)
     texts = {}
     for layer in (None, 1, 2):
-        options = encoding_options({"clip_skip": layer})
-        (text,) = family_of(pipe, options=options).texts(pipe, ["a dog"])
+        options = build_encoding_options({"clip_skip": layer})
+        (text,) = build_family(pipe, options=options).encode_prompts(pipe, ["a dog"])
         texts[layer] = text["prompt_embeds"]
     tokens = pipe.tokenizer("a dog", padding="max_length", max_length=77, return_tensors="pt")
     encoder = pipe.text_encoder

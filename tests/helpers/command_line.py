@@ -8,4 +8,4 @@ from dreambooth_moslora.settings.train_config import TrainConfig
 
 def parse_train_config(argv: Sequence[str]) -> TrainConfig:
     """The settings of the run. Raises UserError."""
-    return TrainConfig.from_dict(parse_training(argv).all)
+    return TrainConfig.from_dict(parse_training(argv).all_settings)

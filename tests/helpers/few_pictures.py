@@ -20,9 +20,11 @@ def few_pictures(
     """So many of each, while it is open. The product's own plan has three templates from two seeds,
     in 20 steps."""
     plan_of, size = (
-        during_training.plan_of,
+        during_training.build_small_plan,
         (templates, seeds, class_images, unrelated, inference_steps),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(during_training, "plan_of", lambda *given: plan_of(*given).smaller(*size))
+        patch.setattr(
+            during_training, "build_small_plan", lambda *given: plan_of(*given).reduce_plan(*size)
+        )
         yield

@@ -10,15 +10,15 @@ from diffusers.models import UNet2DConditionModel
 from torch import Tensor
 
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME
-from dreambooth_moslora.lora.key_names import kohya_name
-from dreambooth_moslora.lora.metadata import AdapterMetadata, metadata_in
-from dreambooth_moslora.lora.raw_file import adapter_metadata, read_tensors
+from dreambooth_moslora.lora.key_names import format_kohya_name
+from dreambooth_moslora.lora.metadata import AdapterMetadata, parse_metadata
+from dreambooth_moslora.lora.raw_file import build_adapter_metadata, read_tensors
 from dreambooth_moslora.lora.writer import publish
 from dreambooth_moslora.method.moslora import (
     MoSLoraConfig,
-    adapter_layers,
-    adapter_parameters,
+    get_adapter_layers,
     inject,
+    list_adapter_parameters,
 )
 from dreambooth_moslora.settings import field_facts
 
@@ -77,10 +77,13 @@ def adapt(unet: UNet2DConditionModel, kind: str, variant: str) -> UNet2DConditio
     """
     options = VARIANTS[variant]
     inject(
-        unet, MoSLoraConfig(r=4, target_modules=list(field_facts.ATTENTION), mixer=kind, **options)
+        unet,
+        MoSLoraConfig(
+            r=4, target_modules=list(field_facts.ATTENTION_LAYERS), mixer=kind, **options
+        ),
     )
     generator = torch.Generator().manual_seed(7)
-    for _, parameter in adapter_parameters(unet):
+    for _, parameter in list_adapter_parameters(unet):
         parameter.add_(0.08 * torch.randn(parameter.shape, generator=generator))
     return unet.eval()
 
@@ -102,7 +105,7 @@ def loaded_by_diffusers(unet: UNet2DConditionModel, file: Path) -> UNet2DConditi
 def load_published(path: Path) -> tuple[dict[str, Tensor], AdapterMetadata | None]:
     """Tensors of a LoRA file, or of that in a folder, and its metadata if we wrote it."""
     tensors, header = read_tensors(path / PUBLISHED_NAME if path.is_dir() else path)
-    return tensors, metadata_in(header)
+    return tensors, parse_metadata(header)
 
 
 @torch.no_grad()
@@ -112,7 +115,7 @@ def merged_by_definition(
     """W ← dora_scale · (W + ΔW) / ‖W + ΔW‖ per output row."""
     tensors, _ = load_published(file)
     for path in paths:
-        name = kohya_name("unet", path)
+        name = format_kohya_name("unet", path)
         down, up = tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]
         weight = unet.get_submodule(path).weight
         moved = weight + tensors[f"{name}.alpha"] / len(down) * up @ down
@@ -129,14 +132,14 @@ def measure(kind: str, variant: str, folder: Path) -> dict[str, float]:
     base = small_unet()
     live = adapt(copy.deepcopy(base), kind, variant)
     components = {"unet": live}
-    publish(components, folder, "table", adapter_metadata(components))
+    publish(components, folder, "table", build_adapter_metadata(components))
     wanted = output(live)
     effect = float((wanted - output(base)).abs().max())
     kohya = folder / f"table{KOHYA_SUFFIX}"
     twins = {"diffusers": loaded_by_diffusers(copy.deepcopy(base), folder / PUBLISHED_NAME)}
     if variant == "DoRA":
         twins["kohya"] = merged_by_definition(
-            copy.deepcopy(base), kohya, list(adapter_layers(live))
+            copy.deepcopy(base), kohya, list(get_adapter_layers(live))
         )
     else:
         twins["kohya"] = loaded_by_diffusers(copy.deepcopy(base), kohya)

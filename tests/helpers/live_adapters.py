@@ -3,11 +3,11 @@
 import torch
 
 from dreambooth_moslora.lora.metadata import AdapterMetadata
-from dreambooth_moslora.lora.raw_file import adapter_metadata
+from dreambooth_moslora.lora.raw_file import build_adapter_metadata
 from dreambooth_moslora.method.moslora import (
     MoSLoraConfig,
-    adapter_parameters,
     inject,
+    list_adapter_parameters,
 )
 from dreambooth_moslora.settings import field_facts
 from tests.helpers.tiny import tiny_text_config, tiny_unet
@@ -20,7 +20,7 @@ def shake(model: torch.nn.Module, adapter_name: str = "default", seed: int = 5) 
     """Stand in for training: move every adapter weight, so that nothing is zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for _, parameter in adapter_parameters(model, adapter_name):
+        for _, parameter in list_adapter_parameters(model, adapter_name):
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
@@ -38,7 +38,7 @@ def live(with_text: bool = False, **options) -> dict[str, torch.nn.Module]:
     """Components with a moved adapter. alpha differs from the rank, so that a lost alpha shows."""
     components = {"unet": tiny_unet()} | (text_encoders() if with_text else {})
     for name, model in components.items():
-        targets = list(field_facts.ATTENTION) if name == "unet" else PROJECTIONS
+        targets = list(field_facts.ATTENTION_LAYERS) if name == "unet" else PROJECTIONS
         inject(
             model, MoSLoraConfig(**{"r": 4, "lora_alpha": 11, "target_modules": targets} | options)
         )
@@ -53,4 +53,4 @@ def facts_of(components: dict, **more) -> AdapterMetadata:
         "class_word": "dog",
         "resolution_px": 1024,
     }
-    return adapter_metadata(components, **given | more)
+    return build_adapter_metadata(components, **given | more)

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState, PartialState
 from dreambooth_moslora.base import devices
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.extras.lab.selftest import losses as losses_of_run
+from dreambooth_moslora.extras.lab.selftest import read_losses as losses_of_run
 from dreambooth_moslora.plan import distributed
 from dreambooth_moslora.training import encoding_cache, loop, prepare
 from dreambooth_moslora.training import step as train_step
@@ -113,7 +113,7 @@ def trained(base: str, photos: str, output: str, changes: dict) -> dict:
     updates.clear()
     with contextlib.ExitStack() as stack:
         if free_gib is not None:
-            stack.enter_context(patch.object(devices, "free_gib", lambda device: free_gib))
+            stack.enter_context(patch.object(devices, "measure_free_gib", lambda device: free_gib))
             stack.enter_context(patch.object(devices, "TILES_PX", (32, 16)))
         loop.train(tiny_config(Path(base), Path(photos), Path(output), **changes))
     steps = logged(Path(output))

@@ -7,9 +7,9 @@ from io import BytesIO
 
 from PIL import Image, ImageEnhance, ImageOps
 
-from toybox.make_subjects import Subject, photo_scenes
+from toybox.make_subjects import Subject, sample_photo_scenes
 from toybox.render import render
-from toybox.truth import other_toy
+from toybox.truth import sample_other_toy
 from toybox.world import KINDS, PLACES, Scene, sample_scene, sample_toy
 
 SIDE_PX = 128
@@ -32,9 +32,9 @@ def planted(subject: Subject, good: int = 20, wrong: int = 12, copied: int = 8) 
     others = []
     for number in range(wrong):
         kind = draws.choice([kind for kind in KINDS if kind != subject.toy.kind])
-        toy = other_toy(subject.toy, draws) if number % 2 else sample_toy(draws, kind)
+        toy = sample_other_toy(subject.toy, draws) if number % 2 else sample_toy(draws, kind)
         others.append(view_of(draws, toy, draws.choice(PLACES)))
-    photo, *pictures = pictures_of([photo_scenes(subject)[0], *seen, *others])
+    photo, *pictures = pictures_of([sample_photo_scenes(subject)[0], *seen, *others])
 
     # Copies come after what they are copies of.
     candidates = [(picture, True) for picture in pictures[:good]]

@@ -25,22 +25,22 @@ from diffusers import StableDiffusionXLPipeline
 
 from dreambooth_moslora.base import devices
 from dreambooth_moslora.cli.command_train import train_main
-from dreambooth_moslora.disk.atomic import atomic_write
+from dreambooth_moslora.disk.atomic import write_atomic
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.sampling import Sampler
 from dreambooth_moslora.training import checkpoint, class_images, loop
-from dreambooth_moslora.training.encoding_cache import TensorCache
+from dreambooth_moslora.training.encoding_cache import EncodingCache
 from dreambooth_moslora.training.step import TrainStep
 
 RANK = int(os.environ.get("RANK", "0"))
 whole_call = StableDiffusionXLPipeline.__call__
-generate, sample, keep = class_images.generate_images, Sampler._draw, TensorCache._keep
+generate, sample, keep = class_images.generate_images, Sampler._draw, EncodingCache._write
 save_checkpoint, average, append = (
     checkpoint.save_checkpoint,
     TrainStep._average_gradients,
-    RunDir.append_metrics,
+    RunDir.record_event,
 )
-claim, free_gib, half = atomic_write, devices.free_gib_of_gpu, devices.half_precision
+claim, free_gib, half = write_atomic, devices.measure_free_gpu_gib, devices.choose_half_precision
 PLACES = ("started", "drawn", "encoded", "sampled", "averaged", "reported", "saved")
 
 
@@ -60,8 +60,8 @@ class Watched(TrainStep):
         self.shown: list[tuple[int, list[str], str]] = []
         self.found.append(self)
 
-    def batch_at(self, micro_batch: int):
-        batch = super().batch_at(micro_batch)
+    def build_train_batch(self, micro_batch: int):
+        batch = super().build_train_batch(micro_batch)
         self.shown.append((micro_batch, batch.prompts, digest_of([batch.latents, batch.time_ids])))
         return batch
 
@@ -87,18 +87,18 @@ class Scene:
             "drawn", generate, lambda pipeline, prompt, seeds, *_: seeds
         )
         Sampler._draw = self.noting("sampled", sample, lambda sampler, requests: requests[0].seed)
-        TensorCache._keep = self.noting("encoded", keep, lambda cache, key, value: key)
+        EncodingCache._write = self.noting("encoded", keep, lambda cache, key, value: key)
         checkpoint.save_checkpoint = self.noting(
             "saved", save_checkpoint, lambda path, *_: path.name
         )
-        checkpoint.atomic_write = self.noting("started", claim, lambda path, text: path.name)
+        checkpoint.write_atomic = self.noting("started", claim, lambda path, text: path.name)
         TrainStep._average_gradients = self.noting("averaged", average, lambda step: step.step)
         note_step = self.noting("reported", append, lambda run_dir, event: event["step"])
-        RunDir.append_metrics = lambda run, event: (
-            note_step if event["type"] == "step" else append
-        )(run, event)
-        devices.free_gib_of_gpu = (lambda **_: self.free[RANK]) if self.free else free_gib
-        devices.half_precision = (lambda: "bf16") if self.free else half
+        RunDir.record_event = lambda run, event: (note_step if event["type"] == "step" else append)(
+            run, event
+        )
+        devices.measure_free_gpu_gib = (lambda **_: self.free[RANK]) if self.free else free_gib
+        devices.choose_half_precision = (lambda: "bf16") if self.free else half
         Watched.found.clear()
         code = train_main(self.flags)
         step = Watched.found[-1] if Watched.found else None

@@ -38,7 +38,7 @@ def find(image: Image.Image) -> list[faces.Face]:
     for x, y in zip(np.split(right, gaps), np.split(down, gaps), strict=True):
         boxes.append((x.min(), y.min(), x.max() + 1, y.max() + 1))
     found = [faces.Face(box=tuple(map(float, box))) for box in boxes]
-    return sorted(found, key=faces.area, reverse=True)
+    return sorted(found, key=faces.get_area, reverse=True)
 
 
 def vector(image: Image.Image, face: faces.Face) -> np.ndarray:
@@ -55,5 +55,5 @@ READER = faces.FaceReader(find=find, vector=vector)
 def stub_faces(monkeypatch) -> Iterator[faces.FaceReader]:
     """The encoder of faces is the one above."""
     for module in ("photos.faces", "evaluation.metrics"):
-        monkeypatch.setattr(f"dreambooth_moslora.{module}.load_faces", lambda: READER)
+        monkeypatch.setattr(f"dreambooth_moslora.{module}.load_face_reader", lambda: READER)
     yield READER

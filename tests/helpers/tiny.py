@@ -17,7 +17,7 @@ from diffusers import (
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from dreambooth_moslora.base.families import Text
+from dreambooth_moslora.base.families import TextEmbedding
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WIDTH, WIDTH_2 = 16, 32
@@ -142,15 +142,15 @@ def save_tiny_sdxl(folder: Path, **options) -> Path:
     return folder / "model"
 
 
-def embeds_of(texts: Sequence[Text]) -> Tensor:
+def embeds_of(texts: Sequence[TextEmbedding]) -> Tensor:
     return torch.stack([text["prompt_embeds"] for text in texts])
 
 
-def pooled_of(texts: Sequence[Text]) -> Tensor:
+def pooled_of(texts: Sequence[TextEmbedding]) -> Tensor:
     return torch.stack([text["pooled_prompt_embeds"] for text in texts])
 
 
-def equal(texts: Sequence[Text], others: Sequence[Text]) -> bool:
+def equal(texts: Sequence[TextEmbedding], others: Sequence[TextEmbedding]) -> bool:
     return all(
         one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
         for one, other in zip(texts, others, strict=True)

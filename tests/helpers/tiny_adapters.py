@@ -55,5 +55,5 @@ def base_bytes(pipeline: StableDiffusionXLPipeline) -> str:
 
 def set_scale(model, scale: float, adapter_name: str = "default") -> None:
     """Multiply the adapter's own s = alpha/r by `scale` (1 = as trained)."""
-    for layer in moslora.adapter_layers(model, adapter_name).values():
+    for layer in moslora.get_adapter_layers(model, adapter_name).values():
         layer.set_scale(adapter_name, scale)

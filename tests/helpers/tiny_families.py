@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 
-from dreambooth_moslora.base.families import packed
+from dreambooth_moslora.base.families import pack_latents
 from tests.helpers.tiny import byte_alphabet, tiny_sdxl, tiny_text_config, tiny_tokenizer
 
 CHAT = (
@@ -461,7 +461,7 @@ TINY_FAMILIES = {
     "flux": TinyFamily(
         make=flux,
         one_layer="single_transformer_blocks.0.attn.to_k",
-        as_tokens=packed,
+        as_tokens=pack_latents,
         file_type="flux-dev",
         file_keys=(
             "double_blocks.0.img_attn.norm.key_norm.scale",
@@ -505,7 +505,7 @@ TINY_FAMILIES = {
     "qwen_image": TinyFamily(
         make=qwen_image,
         one_layer="transformer_blocks.0.attn.to_k",
-        as_tokens=packed,
+        as_tokens=pack_latents,
         streams_at_gib=11.4,
         original={  # its original layout is diffusers'
             "transformer_blocks.0.attn.to_q": ("transformer_blocks.0.attn.to_q",),
@@ -526,7 +526,7 @@ TINY_FAMILIES = {
     "krea2": TinyFamily(
         make=krea2,
         one_layer="transformer_blocks.0.attn.to_k",
-        as_tokens=packed,
+        as_tokens=pack_latents,
         file_type="krea2",
         streams_at_gib=11.4,
         original={

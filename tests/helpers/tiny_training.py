@@ -51,7 +51,7 @@ def tiny_config(base: Path, photos: Path, output: Path, **changes) -> TrainConfi
 
 def logged(run_dir: Path, kind: str = "step") -> list[dict]:
     """The events of a kind that a run noted."""
-    return [event for event in RunDir(run_dir).read_metrics() if event["type"] == kind]
+    return [event for event in RunDir(run_dir).read_events() if event["type"] == kind]
 
 
 def adapter_sha256(run_dir: Path) -> str:

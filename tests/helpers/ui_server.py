@@ -8,9 +8,9 @@ from pathlib import Path
 import gradio as gr
 
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.ui.page import build_app, launch_options
+from dreambooth_moslora.ui.page import build_app, build_launch_options
 from dreambooth_moslora.ui.state import AppContext, PageBase
-from dreambooth_moslora.ui.workspace import new_workspace
+from dreambooth_moslora.ui.workspace import create_workspace
 from tests.helpers.tiny_adapters import save_diffusers_lora
 
 
@@ -34,9 +34,9 @@ def serve(
         file.rename(folder / "adapters" / f"{name}.safetensors")
     base = PageBase("tiny", str(tiny_base), pipeline.resolution_px, lambda: pipeline)
     folders = {"adapters_dir": folder / "adapters", "runs_dir": folder / "runs"}
-    ctx = AppContext(base, *others, **folders, workspace=new_workspace(), public=public)
+    ctx = AppContext(base, *others, **folders, workspace=create_workspace(), public=public)
     page = build_app(ctx)
-    options = launch_options(public=public) | launch
+    options = build_launch_options(public=public) | launch
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **options)
     try:
         yield Served(url, ctx, page)

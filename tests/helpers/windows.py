@@ -106,4 +106,4 @@ def answer_as_windows(patch: pytest.MonkeyPatch) -> None:
         patch.setitem(sys.modules, name, None)
     patch.setattr(processes, "IS_POSIX", False)
     patch.setattr(processes, "sys", FakeSys("sys"))
-    patch.setattr(processes, "peak_memory_gib", lambda: None)  # Linux tells no working set
+    patch.setattr(processes, "measure_peak_memory_gib", lambda: None)  # Linux tells no working set

@@ -43,15 +43,15 @@ KEYS = {
 
 @pytest.mark.parametrize("text", KEYS)
 def test_a_key_is_of_whom_and_what_the_tables_say(text):
-    key = key_names.parse(text)
+    key = key_names.parse_key(text)
     found = key and (key.module.component, key.module.path, key.part, key.tool)
     assert found == KEYS[text]
 
 
 @pytest.mark.parametrize("row", key_names.ENDINGS, ids=lambda row: row.text)
 def test_what_is_spelled_is_read_again(row):
-    text = key_names.spell(row.tool, "transformer.a.to_q", row.part)
-    key = key_names.parse(text)
+    text = key_names.format_key(row.tool, "transformer.a.to_q", row.part)
+    key = key_names.parse_key(text)
     assert (key.module.name, key.part, key.tool) == ("transformer.a.to_q", row.part, row.tool)
 
 
@@ -70,9 +70,9 @@ def test_one_spelling_of_each_part_is_written_and_it_is_named():
     read = {row.text: row for row in key_names.PREFIXES}
     for component, text in key_names.WRITTEN_PREFIXES.items():
         assert component in read[text].components
-    assert read[key_names.WRITTEN_ALONE].components == ("text_encoder",)
+    assert read[key_names.WRITTEN_SINGLE_PREFIX].components == ("text_encoder",)
 
 
 @pytest.mark.parametrize("row", key_names.PREFIXES, ids=lambda row: row.text)
 def test_no_beginning_stands_behind_one_that_takes_its_keys(row):
-    assert key_names.parse(f"{row.text}a.to_q.lora_A.weight").module.prefix == row
+    assert key_names.parse_key(f"{row.text}a.to_q.lora_A.weight").module.prefix == row

@@ -132,7 +132,7 @@ def written(file: Path, model, layers: dict, kind, tool):
         return 0.3 * torch.randn(sizes, generator=generator)
 
     for path, of_diffusers in layers.items():
-        sizes = [moslora.weight_size(model.get_submodule(name)) for name in of_diffusers]
+        sizes = [moslora.get_weight_size(model.get_submodule(name)) for name in of_diffusers]
         parts, change = kind(sum(rows for rows, _ in sizes), sizes[0][1], draw)
         name = SPELLINGS[tool]("unet" if hasattr(model, "down_blocks") else "transformer", path)
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
@@ -189,8 +189,8 @@ def check_read(file, pipeline, facts, make, layers, wanted):
     assert found.keys() == wanted.keys()
     for path, (change, size) in wanted.items():
         layer = found[path]
-        delta = scales.of(path, layer.rank) * layer.delta
-        assert verify.relative_difference(delta, change) < 1e-6, path
+        delta = scales.get_scale(path, layer.rank) * layer.delta
+        assert verify.compute_relative_difference(delta, change) < 1e-6, path
         assert (layer.magnitude is None) == (size is None)
         assert size is None or torch.equal(layer.magnitude, size), path
         if make is lora_of_three and path in fused:
@@ -211,8 +211,11 @@ def test_diffusers_own_conversions_agree(pipelines, tmp_path):
         found, scales = reader.read_adapter(file, pipeline).parts["transformer"]
         for path, layer in found.items():
             pair = (of_diffusers[f"transformer.{path}.lora_{side}.weight"] for side in "BA")
-            delta = scales.of(path, layer.rank) * layer.delta
-            assert verify.relative_difference(delta, torch.matmul(*pair)) < 1e-6, (family, path)
+            delta = scales.get_scale(path, layer.rank) * layer.delta
+            assert verify.compute_relative_difference(delta, torch.matmul(*pair)) < 1e-6, (
+                family,
+                path,
+            )
 
 
 def test_flux_s_single_blocks_are_cut_into_four(tmp_path):
@@ -220,7 +223,7 @@ def test_flux_s_single_blocks_are_cut_into_four(tmp_path):
     pipeline = tiny_pipeline("flux", tmp_path)
     sizes = {"num_attention_heads": 24, "attention_head_dim": 128, "axes_dims_rope": [16, 56, 56]}
     config = dict(pipeline.transformer.config) | sizes | {"num_layers": 1, "num_single_layers": 1}
-    wide = raw_file.empty_model({"class": "FluxTransformer2DModel", "config": config})
+    wide = raw_file.build_empty_model({"class": "FluxTransformer2DModel", "config": config})
     pipeline.transformer = wide
     block = "single_transformer_blocks.0"
     layers = {"single_blocks.0.linear1": (*three(f"{block}.attn"), f"{block}.proj_mlp")}
@@ -228,8 +231,8 @@ def test_flux_s_single_blocks_are_cut_into_four(tmp_path):
     found, scales = reader.read_adapter(file, pipeline).parts["transformer"]
     assert found.keys() == wanted.keys()
     for path, (change, _) in wanted.items():
-        delta = scales.of(path, found[path].rank) * found[path].delta
-        assert verify.relative_difference(delta, change) < 1e-6, path
+        delta = scales.get_scale(path, found[path].rank) * found[path].delta
+        assert verify.compute_relative_difference(delta, change) < 1e-6, path
 
 
 @torch.no_grad()
@@ -243,7 +246,9 @@ def test_dora_of_an_original_layer_is_merged_as_it_is_defined(tmp_path):
         layer, moved = pipeline.transformer.get_submodule(path), bases[path] + change
         layer.merge()
         merged = size[:, None] * moved / moved.norm(dim=1, keepdim=True)
-        assert verify.relative_difference(layer.get_base_layer().weight, merged) < 1e-5, path
+        assert verify.compute_relative_difference(layer.get_base_layer().weight, merged) < 1e-5, (
+            path
+        )
 
 
 LOKR = {"lokr_w1": torch.ones(2, 4), "lokr_w2": torch.ones(48, 8)}  # 96 × 32

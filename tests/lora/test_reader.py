@@ -26,7 +26,7 @@ from dreambooth_moslora.lora import (
     writer,
 )
 from dreambooth_moslora.lora.describe import describe
-from dreambooth_moslora.lora.lora_settings import PEFT_SETTINGS
+from dreambooth_moslora.lora.lora_settings import PEFT_SETTINGS_KEY
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.settings import field_facts
 from dreambooth_moslora.settings.train_config import MIXERS
@@ -37,7 +37,7 @@ from tests.helpers.tiny import tiny_sdxl, tiny_unet
 from tests.helpers.tiny_adapters import base_bytes, save_diffusers_lora, save_kohya_lora
 from tests.helpers.tiny_families import tiny_pipeline
 
-PARTS, ATTENTION = ("unet", "text_encoder", "text_encoder_2"), list(field_facts.ATTENTION)
+PARTS, ATTENTION = ("unet", "text_encoder", "text_encoder_2"), list(field_facts.ATTENTION_LAYERS)
 QUERY = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
@@ -62,7 +62,9 @@ def ours(base, **options):
 def save_published(base, folder, name=PUBLISHED_NAME, **options):
     """Our own two files of an adapter; returns one."""
     _, components = ours(base, **options)
-    writer.publish(components, folder, "dog", raw_file.adapter_metadata(components, base_id="tiny"))
+    writer.publish(
+        components, folder, "dog", raw_file.build_adapter_metadata(components, base_id="tiny")
+    )
     return folder / name
 
 
@@ -138,7 +140,7 @@ def test_an_adapter_is_called_after_its_run(place, tmp_path):
     (run.path / place).parent.mkdir(parents=True)
     (run.path / place).touch()
     run.config_path.touch()
-    assert reader.adapter_name(run.path / place) == FILES_OF_A_RUN[place]
+    assert reader.get_adapter_name(run.path / place) == FILES_OF_A_RUN[place]
 
 
 @pytest.mark.slow
@@ -359,16 +361,23 @@ def of_file(base, file) -> dict[str, torch.Tensor]:
 def worst(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
     """The largest relative difference of two updates of the same layers."""
     assert found.keys() == wanted.keys() and found
-    return max(verify.relative_difference(found[name], change) for name, change in wanted.items())
+    return max(
+        verify.compute_relative_difference(found[name], change) for name, change in wanted.items()
+    )
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, verify.BOUNDS[torch.float16])]
+    ("dtype", "bound"),
+    [(torch.float32, 1e-5), (torch.float16, verify.MAX_DIFFERENCES[torch.float16])],
 )
 def test_a_trained_dora_comes_back_from_both_files(dtype, bound, tiny_base, tmp_path):
     pipeline, components = ours(tiny_base, use_dora=True)
     writer.publish(
-        components, tmp_path, "dog", raw_file.adapter_metadata(components, base_id="tiny"), dtype
+        components,
+        tmp_path,
+        "dog",
+        raw_file.build_adapter_metadata(components, base_id="tiny"),
+        dtype,
     )
     assert ", DoRA, PEFT keys" in describe(tmp_path / PUBLISHED_NAME)["kind"]
     wanted = changes(pipeline)
@@ -384,7 +393,7 @@ def other_program_s(base, file, shape=(-1, 1)) -> dict[str, torch.Tensor]:
     tensors, wanted = load_file(save_kohya_lora(unet, file, size=0.2)), {}
     generator = torch.Generator().manual_seed(2)
     for path, module in unet.named_modules():
-        name = key_names.kohya_name("unet", path)
+        name = key_names.format_kohya_name("unet", path)
         if f"{name}.alpha" not in tensors:
             continue
         weight = module.weight.detach()
@@ -504,7 +513,7 @@ RENAMED = {
 def test_a_file_with_other_names_is_the_same_adapter(name, tiny_base, state, tmp_path):
     """Its alpha is not the rank."""
     found = []
-    for written in (RENAMED[name], key_names.kohya_name):
+    for written in (RENAMED[name], key_names.format_kohya_name):
         tensors = {}
         for key, tensor in state.items():
             component, _, rest = key.partition(".")
@@ -564,7 +573,7 @@ def test_files_of_other_families_under_other_programs_names_are_what_they_say(tm
         found, scales = reader.read_start(file, pipeline, use_dora=False).parts["transformer"]
         assert found.keys() == deltas.keys() and describe(file)["modules"]
         for path, one in found.items():
-            torch.testing.assert_close(one.delta * scales.of(path, one.rank), deltas[path])
+            torch.testing.assert_close(one.delta * scales.get_scale(path, one.rank), deltas[path])
         loaded(SubjectPipeline(pipeline, family), file)
 
 
@@ -572,10 +581,10 @@ def test_comfyui_s_prefix_keeps_the_settings_of_the_header(tmp_path):
     key, pipeline = "layers.0.attention.to_q", tiny_pipeline("z_image", tmp_path)
     pair = {"A": torch.eye(2, 32), "B": torch.eye(32, 2)}
     tensors = {f"diffusion_model.{key}.lora_{side}.weight": tensor for side, tensor in pair.items()}
-    header = {PEFT_SETTINGS: json.dumps({"transformer.r": 2, "transformer.lora_alpha": 6})}
+    header = {PEFT_SETTINGS_KEY: json.dumps({"transformer.r": 2, "transformer.lora_alpha": 6})}
     save_file(tensors, file := tmp_path / "x.safetensors", header)
     _, scales = reader.read_adapter(file, pipeline).parts["transformer"]
-    assert scales.of(key, 2) == 3
+    assert scales.get_scale(key, 2) == 3
 
     # Alphas beside these settings would be ignored.
     save_file(tensors | {f"diffusion_model.{key}.alpha": torch.tensor(1.0)}, file, header)
@@ -628,7 +637,7 @@ def test_what_peft_saves_of_any_kind_computes_what_peft_computes(kind, tiny_base
     loaded(mine, file := tmp_path / "adapter_model.safetensors").activate((("x", 1.0),))
     change = predicted(stock) - bare
     assert (
-        verify.relative_difference(predicted(mine.pipeline.unet) - bare, change) < 1e-3
+        verify.compute_relative_difference(predicted(mine.pipeline.unet) - bare, change) < 1e-3
         and change.norm() > 1e-3
     )
     if kind == "LoRA":
@@ -773,7 +782,7 @@ def begin(file, pipeline, rank=4, mixer="orthogonal", targets=ATTENTION, **optio
     }
     moslora.inject(unet, moslora.MoSLoraConfig(**config | options))
     weights = reader.read_start(file, pipeline, options.get("use_dora", False))
-    return unet, reader.begin_with(weights, {"unet": unet})
+    return unet, reader.copy_into_adapter(weights, {"unet": unet})
 
 
 def update_of(file, pipeline):
@@ -843,7 +852,7 @@ def test_convolutions_and_text_encoders_begin_too(dog, pipeline, tmp_path):
     folder, components, _ = dog
     moslora.inject(pipeline.text_encoder, moslora.MoSLoraConfig(r=4, target_modules=["q_proj"]))
     weights = reader.read_start(folder, pipeline, False)
-    reader.begin_with(weights, {"text_encoder": pipeline.text_encoder})
+    reader.copy_into_adapter(weights, {"text_encoder": pipeline.text_encoder})
     theirs, found = deltas(components["text_encoder"]), deltas(pipeline.text_encoder)
     assert worst(found, {path: theirs[path] for path in found}) < 2e-6
 
@@ -863,7 +872,7 @@ def test_rows_that_a_file_fills_up_with_zeros_can_be_learnt(pipeline, tmp_path):
     """Our own files of several ranks are padded. A row that is zero in A and B has no gradient."""
     file, _ = moved(tmp_path, PUBLISHED_NAME, rank_pattern={"to_k": 1})
     unet, _ = begin(file, pipeline, rank=4)
-    downs = [p for name, p in moslora.adapter_parameters(unet) if ".lora_A." in name]
+    downs = [p for name, p in moslora.list_adapter_parameters(unet) if ".lora_A." in name]
     assert all((down != 0).any(1).all() for down in downs)
 
 
@@ -889,7 +898,7 @@ def test_dora_goes_on_from_dora_alone(pipeline, tmp_path):
         unet, _ = begin(one, pipeline, use_dora=True)
         found = {
             f"unet.{name.removesuffix('.weight')}": p
-            for name, p in moslora.adapter_parameters(unet)
+            for name, p in moslora.list_adapter_parameters(unet)
         }
         assert {name for name in found if "magnitude" in name} == stored.keys()
         assert all(torch.equal(found[name], stored[name]) for name in stored)

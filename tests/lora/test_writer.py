@@ -24,11 +24,11 @@ from dreambooth_moslora.lora import (
     writer,
 )
 from dreambooth_moslora.lora.describe import describe
-from dreambooth_moslora.lora.key_names import kohya_name
+from dreambooth_moslora.lora.key_names import format_kohya_name
 from dreambooth_moslora.lora.raw_file import (
-    empty_model,
+    build_empty_model,
+    get_model_config,
     load_raw,
-    model_config,
     read_tensors,
     save_raw,
 )
@@ -37,10 +37,10 @@ from dreambooth_moslora.method import mixer, moslora
 from dreambooth_moslora.method.mixer import LowRank, MixedLowRank
 from dreambooth_moslora.method.moslora import (
     MoSLoraConfig,
-    adapter_layers,
-    adapter_parameters,
     fold,
+    get_adapter_layers,
     inject,
+    list_adapter_parameters,
 )
 from tests.helpers.folding import BOUND, loaded_by_diffusers, measure, small_unet
 from tests.helpers.live_adapters import CONVOLUTIONS, facts_of, live, shake, text_encoders
@@ -119,12 +119,12 @@ def test_the_files_hold_kernels_under_the_names_that_others_know(tmp_path):
     """The same whether pictures or channels come first in memory."""
     components = live(target_modules=CONVOLUTIONS)
     published(components, tmp_path)
-    path = next(p for p in adapter_layers(components["unet"]) if p.endswith("conv1"))
+    path = next(p for p in get_adapter_layers(components["unet"]) if p.endswith("conv1"))
     diffusers, kohya = (load_file(tmp_path / name) for name in (PUBLISHED_NAME, KOHYA))
     down, up = diffusers[f"unet.{path}.lora_A.weight"], diffusers[f"unet.{path}.lora_B.weight"]
     assert down.shape[2:] == (3, 3) and up.shape[2:] == (1, 1)
-    assert torch.equal(kohya[f"{kohya_name('unet', path)}.lora_down.weight"], down)
-    assert torch.equal(kohya[f"{kohya_name('unet', path)}.lora_up.weight"], up)
+    assert torch.equal(kohya[f"{format_kohya_name('unet', path)}.lora_down.weight"], down)
+    assert torch.equal(kohya[f"{format_kohya_name('unet', path)}.lora_up.weight"], up)
     components["unet"].to(memory_format=torch.channels_last)
     published(components, tmp_path / "b")
     again = load_file(tmp_path / "b" / PUBLISHED_NAME)
@@ -149,7 +149,7 @@ def test_the_proof_is_near_and_the_kohya_file_and_its_header_have_what_the_tools
     folder, components, _ = dog
     tensors, header = load_file(folder / KOHYA), header_of(folder / KOHYA)
     names = {key.split(".")[0] for key in tensors}
-    assert len(names) == sum(len(adapter_layers(m)) for m in components.values())
+    assert len(names) == sum(len(get_adapter_layers(m)) for m in components.values())
     for name in names:
         assert tensors[f"{name}.alpha"] == tensors[f"{name}.lora_down.weight"].shape[0] == 4
     unet = {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0"}
@@ -177,11 +177,11 @@ def test_files_of_the_first_steps_keep_their_bound(dtype, options, tmp_path):
     """B as small as the first optimizer steps leave it: fp16 alone would underflow, and W·x drowns
     B·M·A·x."""
     components = live(target_modules=["to_q", "to_k"], **options)
-    for name, parameter in adapter_parameters(components["unet"]):
+    for name, parameter in list_adapter_parameters(components["unet"]):
         if name.endswith("lora_B.up"):
             parameter.data.mul_(1e-6)
     found = published(components, tmp_path, dtype)
-    assert 0 < found.max_relative_difference < verify.BOUNDS[dtype]
+    assert 0 < found.max_relative_difference < verify.MAX_DIFFERENCES[dtype]
     types = {
         t.dtype
         for k, t in load_file(tmp_path / PUBLISHED_NAME).items()
@@ -214,11 +214,12 @@ def test_a_transformer_s_file_is_right_with_the_settings_in_its_header_and_witho
     assert "text_encoder.target_modules" in settings
     (tmp_path / "bare").mkdir()
     save_file(tensors, tmp_path / "bare" / "x.safetensors", header)
-    with_settings = verify.stock_layers(tmp_path / PUBLISHED_NAME, components)
-    without = verify.stock_layers(tmp_path / "bare" / "x.safetensors", components)
+    with_settings = verify.load_stock_layers(tmp_path / PUBLISHED_NAME, components)
+    without = verify.load_stock_layers(tmp_path / "bare" / "x.safetensors", components)
     for path, layer in with_settings.items():
         assert torch.equal(
-            verify.delta(layer, verify.STOCK), verify.delta(without[path], verify.STOCK)
+            verify.get_delta(layer, verify.STOCK_ADAPTER),
+            verify.get_delta(without[path], verify.STOCK_ADAPTER),
         )
     pipeline = tiny_pipeline("flux", tmp_path / "again")
     reader.check_fits(reader.read_adapter(tmp_path / PUBLISHED_NAME, pipeline), pipeline)
@@ -227,7 +228,7 @@ def test_a_transformer_s_file_is_right_with_the_settings_in_its_header_and_witho
 def test_a_layer_with_a_hyphen_in_its_name_may_have_an_alpha_of_its_own():
     """Z-Image's last: our own file was called broken."""
     last = "all_final_layer.2-1.linear"
-    assert lora_settings.matches("transformer", [last, "to_q"], {last: 2}, "x") == {last: 2}
+    assert lora_settings.match_pattern("transformer", [last, "to_q"], {last: 2}, "x") == {last: 2}
 
 
 DIFFERS = r"differs from the live adapter by \d"
@@ -236,7 +237,7 @@ NO_MIXER = (
     "fold",
     lambda real, m: LowRank(m.down.detach().clone(), (m.scale * m.up).detach()),
 )
-NO_ALPHA = (mixer, "nominal_scale", lambda real, *_: 1.0)
+NO_ALPHA = (mixer, "compute_scale", lambda real, *_: 1.0)
 
 
 def swapped(real, *arguments):
@@ -256,17 +257,19 @@ def doubled(real, *arguments):
 
 def test_the_cause_stands_at_the_end_of_a_loaders_long_text():
     """It was cut off, and a dump of the pipeline was shown."""
-    said = verify.end_of(ValueError("StableDiffusionXLPipeline {\n" + "x " * 400 + "\nExpected y"))
+    said = verify.format_error_end(
+        ValueError("StableDiffusionXLPipeline {\n" + "x " * 400 + "\nExpected y")
+    )
     assert said.startswith("…") and said.endswith(" Expected y") and len(said) == 200
     assert (
-        verify.end_of(ValueError("short")) == "short"
-        and verify.end_of(ValueError()) == "ValueError"
+        verify.format_error_end(ValueError("short")) == "short"
+        and verify.format_error_end(ValueError()) == "ValueError"
     )
 
 
 KOHYA_ALPHA, SWAPPED = (
-    (key_names, "kohya_tensors", doubled),
-    (writer, "published_tensors", swapped),
+    (key_names, "build_kohya_tensors", doubled),
+    (writer, "build_published_tensors", swapped),
 )
 SKIPPED = (moslora, "fold", lambda real, *all: dict(list(real(*all).items())[:-1]))
 
@@ -292,7 +295,7 @@ def test_a_mistake_in_the_export_is_caught_by_the_proof(
 
 def test_nan_and_names_of_no_file_are_not_saved(tmp_path):
     components = live(target_modules=["attn1.to_q"])
-    layer = next(iter(adapter_layers(components["unet"]).values()))
+    layer = next(iter(get_adapter_layers(components["unet"]).values()))
     facts, folder = facts_of(components), tmp_path / "none"
 
     def refused(said, components):
@@ -326,13 +329,13 @@ def coarse():
 
 
 def test_every_comparison_is_in_full_fp32_and_the_switches_come_back(coarse, monkeypatch, tmp_path):
-    found, compare, components = [], verify.relative_difference, live()
+    found, compare, components = [], verify.compute_relative_difference, live()
 
     def compared(*two):
         found.append([switch.allow_tf32 for switch in coarse])
         return compare(*two)
 
-    monkeypatch.setattr(verify, "relative_difference", compared)
+    monkeypatch.setattr(verify, "compute_relative_difference", compared)
     published(components, tmp_path)
     assert found and all(each == [False, False] for each in found)
     assert [switch.allow_tf32 for switch in coarse] == [True, True]
@@ -360,7 +363,9 @@ def test_raw_files_come_back_bit_for_bit_and_a_stock_loader_refuses_them(options
         one, two = model.state_dict(), again[name].state_dict()
         assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
         pairs = zip(
-            adapter_layers(model).values(), adapter_layers(again[name]).values(), strict=True
+            get_adapter_layers(model).values(),
+            get_adapter_layers(again[name]).values(),
+            strict=True,
         )
         assert all(
             (a.scaling, a.r, [*a.lora_dropout]) == (b.scaling, b.r, [*b.lora_dropout])
@@ -477,9 +482,9 @@ def test_a_structure_from_a_file_builds_parts_of_sdxl_only_and_does_not_choose_t
     name, config
 ):
     with pytest.raises(UserError, match=r"is not a part of a model|cannot be built"):
-        empty_model({"class": name} | ({} if config is None else {"config": config}))
-    config = model_config(text_encoders()["text_encoder"])["config"]
-    model = empty_model(
+        build_empty_model({"class": name} | ({} if config is None else {"config": config}))
+    config = get_model_config(text_encoders()["text_encoder"])["config"]
+    model = build_empty_model(
         {"class": "CLIPTextModel", "config": config | {"attn_implementation": "somebody/kernel"}}
     )
     assert model.config._attn_implementation != "somebody/kernel"
@@ -488,7 +493,7 @@ def test_a_structure_from_a_file_builds_parts_of_sdxl_only_and_does_not_choose_t
 def test_equal_files_have_equal_bytes_whatever_the_order_of_their_metadata(tmp_path):
     names = [f"name {number}" for number in range(8)]
     for path, order in ((tmp_path / "a", names), (tmp_path / "b", names[::-1])):
-        raw_file.write_file(
+        raw_file.write_safetensors(
             path, {"x": torch.arange(3.0), "y": torch.ones(2, 2)}, {name: "ü\n" for name in order}
         )
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

@@ -15,8 +15,8 @@ from dreambooth_moslora.method.fast_linear import WorkingCopies, disable_fast_pa
 from dreambooth_moslora.method.mixer import MixerLinear
 from dreambooth_moslora.method.moslora import (
     MoSLoraConfig,
-    adapter_layers,
-    disabled,
+    disable_adapters,
+    get_adapter_layers,
     inject,
 )
 from tests.helpers.tiny import tiny_unet
@@ -67,7 +67,7 @@ def fast_copy(model: nn.Module) -> nn.Module:
 def block(change=lambda base: None, bias: bool = True, **options) -> nn.Module:
     """Two adapted projections, their base layers changed."""
     model = adapted(Block(bias), **options)
-    for layer in adapter_layers(model).values():
+    for layer in get_adapter_layers(model).values():
         change(layer.base_layer)
     return model
 
@@ -95,7 +95,7 @@ def test_two_projections_of_one_input_keep_it_once():
             kept.setdefault(t.data_ptr(), t) if t.numel() == x.numel() else t
         )
         with (
-            WorkingCopies(model).for_one_step(),
+            WorkingCopies(model).attach_copies(),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
             torch.autocast("cpu", torch.bfloat16),
         ):
@@ -120,15 +120,15 @@ def test_what_is_changed_later_is_followed(name):
     """Fast and general agree after the change."""
     change, call = LATER[name]
     general, x = adapted(block(bias=False), adapter_name="other"), torch.randn(6, 12)
-    for layer in adapter_layers(general).values():
+    for layer in get_adapter_layers(general).values():
         layer.set_adapter("default")
     fast = fast_copy(general)
     copies = WorkingCopies(fast)
-    with copies.for_one_step():
+    with copies.attach_copies():
         before = fast.to_q(x)
-    for layer in (*adapter_layers(general).values(), *adapter_layers(fast).values()):
+    for layer in (*get_adapter_layers(general).values(), *get_adapter_layers(fast).values()):
         change(layer)
-    with copies.for_one_step():
+    with copies.attach_copies():
         after = fast.to_q(x, **call)
     assert not torch.equal(before, after) and torch.allclose(
         after, general.to_q(x, **call), atol=1e-5
@@ -140,9 +140,9 @@ def test_disabled_adapters_and_scale_zero_give_the_base_bit_for_bit_and_merged_o
     in_a_step,
 ):
     model, x = fast_copy(block()), torch.randn(6, 12)
-    with WorkingCopies(model).for_one_step() if in_a_step else nullcontext():
+    with WorkingCopies(model).attach_copies() if in_a_step else nullcontext():
         live, base = model.to_q(x), model.to_q.base_layer(x)
-        with disabled(model):
+        with disable_adapters(model):
             assert torch.equal(model.to_q(x), base)
         assert torch.equal(model.to_q(x), live) and not torch.equal(live, base)
         model.to_q.enable_adapters(False)
@@ -160,10 +160,10 @@ def test_autocast_to_another_dtype_than_the_weights_goes_the_general_way():
     general, x = block(bias=False), torch.randn(6, 12)
     fast = fast_copy(general)
     copies = WorkingCopies(fast)
-    with copies.for_one_step(), torch.autocast("cpu", torch.bfloat16):
+    with copies.attach_copies(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(fast(x), general(x))
     fast.to("meta")
-    with copies.for_one_step():
+    with copies.attach_copies():
         assert fast(torch.ones(6, 12, device="meta")).shape == (6, 20)
 
 
@@ -181,7 +181,8 @@ SLOW = {
 def slow_projections(model: nn.Module) -> dict[str, str]:
     """The reason of each layer that cannot be fused."""
     reasons = {
-        path: fast_linear.slow_reason(layer) for path, layer in adapter_layers(model).items()
+        path: fast_linear.explain_slow_path(layer)
+        for path, layer in get_adapter_layers(model).items()
     }
     return {path: reason for path, reason in reasons.items() if reason}
 
@@ -213,7 +214,7 @@ def quantised_loss(model: nn.Module, x: Tensor | None = None) -> Tensor:
     block = model["transformer_blocks"]
     if x is None:
         x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
-    first = block.to_q(x.to(fast_linear.compute_dtype(block.to_q.base_layer)))[:, :64].tanh()
+    first = block.to_q(x.to(fast_linear.get_compute_dtype(block.to_q.base_layer)))[:, :64].tanh()
     return (block.to_k(first) * block.to_q(first)).float().square().sum()
 
 
@@ -250,19 +251,19 @@ def test_it_can_be_switched_off_and_leaves_the_state_dict_alone():
     copies = WorkingCopies(model)
     disable_fast_path(model)
     assert type(model.to_q) is not fast_linear.FastLinear and not slow_projections(model)
-    with copies.for_one_step() as step:
+    with copies.attach_copies() as step:
         assert not step.batches
 
 
 def test_an_adapter_that_moved_is_never_seen_as_it_was():
     """After a step, after one that failed, and in the next one."""
     model = fast_copy(adapted(tiny_unet(), target_modules=["to_q", "to_k", "to_v"]))
-    copies, layer = WorkingCopies(model), next(iter(adapter_layers(model).values()))
-    with pytest.raises(ZeroDivisionError), copies.for_one_step():
+    copies, layer = WorkingCopies(model), next(iter(get_adapter_layers(model).values()))
+    with pytest.raises(ZeroDivisionError), copies.attach_copies():
         raise ZeroDivisionError
-    assert not layer.working
+    assert not layer.step_copies
     step_on(copies, model)
-    assert not layer.working
+    assert not layer.step_copies
     with torch.no_grad():
         layer.lora_A["default"].weight.mul_(2)
     assert_same(step_on(copies, model), step_on(WorkingCopies(model), model), 0)
@@ -272,7 +273,7 @@ def test_an_adapter_that_moved_is_never_seen_as_it_was():
 
 def step_on(copies: WorkingCopies, model: nn.Module) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    with copies.for_one_step() as step:
+    with copies.attach_copies() as step:
         unet_loss(model).backward()
         step.collect()
     return given(model)
@@ -304,7 +305,7 @@ def plain_step(model: nn.Module, losses: list[Callable]) -> dict[str, torch.Tens
 
 
 def step_on_copies(model: nn.Module, losses: list[Callable]) -> dict[str, torch.Tensor]:
-    with WorkingCopies(model).for_one_step() as copies:
+    with WorkingCopies(model).attach_copies() as copies:
         for loss in losses:
             loss(model).backward()
             copies.collect()
@@ -339,7 +340,7 @@ def test_layers_of_the_general_path_and_calls_that_take_it_keep_their_gradients(
 
 def test_the_product_is_made_once_for_all_micro_batches_and_recomputations(monkeypatch):
     products = []
-    monkeypatch.setattr(MixerLinear, "product", lambda self: products.append(self))
+    monkeypatch.setattr(MixerLinear, "compute_product", lambda self: products.append(self))
     model = adapted(tiny_unet()).train()
     model.enable_gradient_checkpointing()
     assert enable_fast_path(model)
@@ -384,11 +385,11 @@ def test_gradients_are_those_of_pefts_own_layers(kind, micro_batches, recomputed
     fast = copy.deepcopy(general)
     linear = [
         layer
-        for layer in adapter_layers(general).values()
+        for layer in get_adapter_layers(general).values()
         if isinstance(layer.base_layer, nn.Linear)
     ]
     assert enable_fast_path(fast) == len(linear)
-    with WorkingCopies(fast).for_one_step():
+    with WorkingCopies(fast).attach_copies():
         assert unet_loss(fast).item() == pytest.approx(unet_loss(general).item(), rel=1e-9)
     if recomputed:
         fast.enable_gradient_checkpointing()
@@ -401,7 +402,7 @@ def test_gradients_are_those_of_pefts_own_layers(kind, micro_batches, recomputed
 def test_fp32_adapters_on_a_base_of_either_dtype_get_fp32_gradients(options, dtype, tolerance):
     """In bf16 PEFT rounds at other places. Sums over micro-batches are in fp32."""
     model = adapted(Pair(), **options)
-    for layer in adapter_layers(model).values():
+    for layer in get_adapter_layers(model).values():
         layer.base_layer.to(dtype)
     losses = [pair_loss, lambda pair: 3 * pair_loss(pair).sqrt()]
     found = step_on_copies(fast_copy(model), losses)
@@ -415,7 +416,7 @@ def test_weights_that_were_cast_since_are_not_computed_from_the_old_ones():
     model = fast_copy(adapted(Pair()))
     copies = WorkingCopies(model)
     model.double()
-    with copies.for_one_step() as step:
+    with copies.attach_copies() as step:
         pair_loss(model).backward()
         step.collect()
     found = given(model)

@@ -15,15 +15,15 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora.describe import describe
 from dreambooth_moslora.lora.metadata import AdapterMetadata
 from dreambooth_moslora.lora.raw_file import read_raw
-from dreambooth_moslora.method.mixer import STARTS, MixerLinear, initial_mixer
+from dreambooth_moslora.method.mixer import INITIALIZERS, MixerLinear, build_initial_mixer
 from dreambooth_moslora.method.moslora import (
     MoSLoraConfig,
-    adapter_layers,
-    adapter_parameters,
+    get_adapter_layers,
+    list_adapter_parameters,
 )
 from dreambooth_moslora.settings.train_config import MIXERS
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.ui.train.screen import train_widgets
+from dreambooth_moslora.ui.train.screen import build_train_widgets
 from tests.helpers.command_line import parse_train_config
 from tests.helpers.tiny_training import paint_photos, tiny_config
 from tests.method.test_moslora import Net, config
@@ -31,7 +31,7 @@ from tests.method.test_moslora import Net, config
 
 @pytest.mark.parametrize("kind", ["orthogonal", "identity", "butterfly"])
 def test_the_mixers_start_as_they_are_named(kind):
-    start = initial_mixer(kind, 6, seed=1, path="a.b").double()
+    start = build_initial_mixer(kind, 6, seed=1, path="a.b").double()
     halves = torch.eye(3).repeat(2, 2).double()
     wanted = {
         "orthogonal": torch.eye(6).double(),
@@ -40,29 +40,29 @@ def test_the_mixers_start_as_they_are_named(kind):
     }
     assert torch.allclose(start @ start.T, wanted[kind], atol=1e-6)
     assert (kind == "orthogonal") == (not torch.equal(start, start.round()))
-    kaiming = initial_mixer("kaiming", 64, seed=0, path="x")  # uniform within 1 / sqrt(r)
+    kaiming = build_initial_mixer("kaiming", 64, seed=0, path="x")  # uniform within 1 / sqrt(r)
     assert 0.95 / 8 < kaiming.abs().max() <= 1 / 8 and abs(kaiming.std() - 1 / 8 / 3**0.5) < 0.005
     with pytest.raises(ValueError, match="'random'"):
-        initial_mixer("random", 6, seed=0, path="x")
+        build_initial_mixer("random", 6, seed=0, path="x")
 
 
 def test_mixers_depend_on_seed_and_place():
-    first = initial_mixer("orthogonal", 4, seed=0, path="a")
+    first = build_initial_mixer("orthogonal", 4, seed=0, path="a")
     torch.manual_seed(77)
     state = torch.get_rng_state()
-    assert torch.equal(first, initial_mixer("orthogonal", 4, seed=0, path="a"))
+    assert torch.equal(first, build_initial_mixer("orthogonal", 4, seed=0, path="a"))
     assert torch.equal(state, torch.get_rng_state()), "a mixer must not shift the draws of A"
-    assert not torch.equal(first, initial_mixer("orthogonal", 4, seed=1, path="a"))
-    assert not torch.equal(first, initial_mixer("orthogonal", 4, seed=0, path="b"))
+    assert not torch.equal(first, build_initial_mixer("orthogonal", 4, seed=1, path="a"))
+    assert not torch.equal(first, build_initial_mixer("orthogonal", 4, seed=0, path="b"))
 
 
 @pytest.mark.parametrize("first", [LoraConfig, MoSLoraConfig])
 def test_a_second_adapter_of_a_peft_model_gets_its_mixer(first):
     model = get_peft_model(Net(), first(r=4, target_modules=["to_q"]))
     model.add_adapter("late", config(r=2))
-    layers = adapter_layers(model, "late")
+    layers = get_adapter_layers(model, "late")
     assert all(isinstance(layer.lora_B["late"], MixerLinear) for layer in layers.values())
-    assert {p.dtype for _, p in adapter_parameters(model, "late")} == {torch.float32}
+    assert {p.dtype for _, p in list_adapter_parameters(model, "late")} == {torch.float32}
 
 
 PATCH_STATE = """
@@ -93,7 +93,7 @@ def test_what_cannot_carry_a_mixer_is_named_for_pefts_own_models_too():
 @pytest.fixture
 def reversed_kind(monkeypatch):
     monkeypatch.setitem(
-        STARTS, "reversed", lambda mixer, _: mixer.copy_(torch.eye(len(mixer)).flip(0))
+        INITIALIZERS, "reversed", lambda mixer, _: mixer.copy_(torch.eye(len(mixer)).flip(0))
     )
     MIXERS.append("reversed")
     yield "reversed"
@@ -103,7 +103,7 @@ def reversed_kind(monkeypatch):
 def test_flag_page_training_files_and_descriptions_know_a_new_mixer(
     reversed_kind, tiny_base, tmp_path
 ):
-    assert set(STARTS) == set(MIXERS) - {"none"}
+    assert set(INITIALIZERS) == set(MIXERS) - {"none"}
     flags = [
         "--mixer",
         "reversed",
@@ -118,7 +118,7 @@ def test_flag_page_training_files_and_descriptions_know_a_new_mixer(
         parse_train_config([*flags, "--pretrained_model_name_or_path", "toy"]).mixer == "reversed"
     )
     with gr.Blocks():
-        widgets, _ = train_widgets("toy")
+        widgets, _ = build_train_widgets("toy")
     assert "reversed" in [value for _, value in widgets["mixer"].choices]
     changes = {"mixer": "reversed", "learning_rate": 1e-6, "max_train_steps": 1}
     train(tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run", **changes))

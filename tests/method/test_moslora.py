@@ -27,12 +27,12 @@ from dreambooth_moslora.method import moslora
 from dreambooth_moslora.method.mixer import MixerLinear
 from dreambooth_moslora.method.moslora import (
     MoSLoraConfig,
-    adapter_layers,
-    adapter_parameters,
     fold,
+    get_adapter_layers,
     inject,
+    list_adapter_parameters,
 )
-from dreambooth_moslora.settings.field_facts import ATTENTION, is_target
+from dreambooth_moslora.settings.field_facts import ATTENTION_LAYERS, is_target
 from dreambooth_moslora.settings.train_config import MIXERS
 from tests.helpers.folding import loaded_by_diffusers
 from tests.helpers.live_adapters import PROJECTIONS, shake, text_encoders
@@ -84,7 +84,7 @@ def test_forward_is_the_formula_of_the_paper(kind, rslora):
     scale = 3 / 2 if rslora else 3 / 4
     expected = layer.base_layer(X) + scale * (((X @ a.T) @ b.mixer.T) @ b.up.T)
     assert torch.allclose(layer(X), expected, atol=1e-5)
-    change = moslora.matrices_of(layer, "default").fold().delta
+    change = moslora.get_matrices(layer, "default").fold().delta
     weight, bias = layer.base_layer.weight, layer.base_layer.bias
     assert torch.allclose(X @ (weight + change).T + bias, expected, atol=1e-5)
 
@@ -93,14 +93,14 @@ def test_forward_is_the_formula_of_the_paper(kind, rslora):
 def test_adapters_are_fp32_whatever_the_base(dtype):
     """Also where PEFT is told not to cast; and they train."""
     net = inject(Net(dtype), config(r=8))
-    assert {p.dtype for _, p in adapter_parameters(net)} == {torch.float32}
+    assert {p.dtype for _, p in list_adapter_parameters(net)} == {torch.float32}
     mixer = net.to_q.lora_B["default"].mixer
     assert torch.allclose(mixer @ mixer.T, torch.eye(8), atol=1e-6), (
         "made in half precision it is off by 3e-3"
     )
     model = get_peft_model(Net(dtype), config(), autocast_adapter_dtype=False)
     model(X.to(dtype)).sum().backward()
-    assert {p.dtype for _, p in adapter_parameters(model)} == {torch.float32}
+    assert {p.dtype for _, p in list_adapter_parameters(model)} == {torch.float32}
 
 
 def test_none_is_plain_peft_lora_bit_for_bit():
@@ -132,8 +132,8 @@ def test_only_the_adapter_learns_and_a_frozen_mixer_stays(train_mixer):
     net = inject(Net(), config(train_mixer=train_mixer))
     net.to_q.set_adapter("default")  # PEFT turns on every parameter of an adapter
     learnt = {id(p) for p in net.parameters() if p.requires_grad}
-    assert learnt == {id(p) for _, p in adapter_parameters(net)}
-    assert len(moslora.mixer_parameters(net)) == (2 if train_mixer else 0)
+    assert learnt == {id(p) for _, p in list_adapter_parameters(net)}
+    assert len(moslora.list_mixer_parameters(net)) == (2 if train_mixer else 0)
     start = net.to_q.lora_B["default"].mixer.clone()
     shake(net)
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
@@ -159,7 +159,7 @@ def test_several_adapters_scale_disable_and_delete():
     net = adapted(seed=1)
     net.to_k.lora_A["default"].weight.requires_grad_(False)
     flags = [p.requires_grad for p in net.parameters()]
-    with moslora.disabled(net):
+    with moslora.disable_adapters(net):
         alone = net(X)
         assert torch.equal(net.to_q(X), net.to_q.base_layer(X))
     assert flags == [p.requires_grad for p in net.parameters()]
@@ -167,11 +167,11 @@ def test_several_adapters_scale_disable_and_delete():
     inject(net, config(r=2, mixer="kaiming"), "second")
     shake(net, "second", seed=8)
     assert not torch.allclose(first, net(X), atol=1e-3)
-    for layer in adapter_layers(net, "second").values():
+    for layer in get_adapter_layers(net, "second").values():
         layer.set_adapter(["default", "second"])
     second = net.to_q.scaling["second"] * net.to_q.lora_B["second"](net.to_q.lora_A["second"](X))
     assert torch.allclose(net.to_q(X) - net.to_q.base_layer(X) - change, second, atol=1e-5)
-    for layer in adapter_layers(net).values():
+    for layer in get_adapter_layers(net).values():
         layer.delete_adapter("second")
         layer.set_adapter("default")
     assert torch.equal(net(X), first)
@@ -223,23 +223,25 @@ def test_the_base_has_the_same_modules_with_an_adapter_as_without():
     )
     plain = named(tiny_unet().named_modules())
     assert (
-        named(moslora.base_modules(tiny_unet()).items())
-        == named(moslora.base_modules(wrapped).items())
+        named(moslora.get_base_modules(tiny_unet()).items())
+        == named(moslora.get_base_modules(wrapped).items())
         == plain
     )
     model = nn.ModuleDict(
         {"line": nn.Linear(2, 3), "norm": nn.LayerNorm(2), "words": nn.Embedding(4, 2)}
     )
-    assert list(moslora.matrix_layers(model)) == ["line", "words"], "norms have vectors alone"
-    unet = inject(tiny_unet(), MoSLoraConfig(r=4, lora_alpha=4, target_modules=list(ATTENTION)))
+    assert list(moslora.get_matrix_layers(model)) == ["line", "words"], "norms have vectors alone"
+    unet = inject(
+        tiny_unet(), MoSLoraConfig(r=4, lora_alpha=4, target_modules=list(ATTENTION_LAYERS))
+    )
     projections = [path for path, _ in plain if path.endswith(("to_q", "to_k", "to_v", "to_out.0"))]
-    assert list(adapter_layers(unet)) == projections and unet.active_adapters() == ["default"]
+    assert list(get_adapter_layers(unet)) == projections and unet.active_adapters() == ["default"]
     unet.delete_adapters("default")
     assert not [n for n, _ in unet.named_parameters() if ".default." in n]
 
 
 def test_the_rule_without_torch_is_pefts_own():
-    paths = list(moslora.base_modules(tiny_unet()))
+    paths = list(moslora.get_base_modules(tiny_unet()))
     for target in ("to_q", "to_out.0", "conv1", "mid_block.attentions.0.proj_in", "q", "out.0"):
         config = LoraConfig(target_modules=[target])
         assert all(
@@ -264,7 +266,7 @@ BLOCK_NAMES = {
 
 
 def test_blocks_and_patterns_name_layers_too():
-    paths = list(moslora.matrix_layers(tiny_unet()))
+    paths = list(moslora.get_matrix_layers(tiny_unet()))
     for name, is_meant in BLOCK_NAMES.items():
         found = [path for path in paths if is_target(path, name)]
         assert found and found == [path for path in paths if is_meant(path)], name
@@ -386,7 +388,7 @@ def with_folded_weights(model: nn.Module) -> nn.Module:
     """A copy of an adapted model whose projections are plain LoRA pairs: up = s·B·M, down = A,
     alpha = rank."""
     twin, folded = copy.deepcopy(model), fold(model)
-    for path, layer in adapter_layers(twin).items():
+    for path, layer in get_adapter_layers(twin).items():
         plain = nn.Linear(layer.r["default"], layer.out_features, bias=False)
         plain.weight.data = folded[path].up
         layer.lora_B["default"], layer.scaling["default"] = plain, 1.0
@@ -401,7 +403,7 @@ MODELS = {
     },
     "llama": (lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)), LLAMAS),
     "llava": (llava, r".*language_model.*\.(q_proj|v_proj)"),
-    "unet": (tiny_unet, list(ATTENTION)),
+    "unet": (tiny_unet, list(ATTENTION_LAYERS)),
 }
 
 
@@ -434,12 +436,12 @@ def test_qmoslora_on_a_4_bit_base(dora):
     # Training mode, without dropout: in evaluation mode bitsandbytes repacks the weights for
     # inference on the CPU.
     inject(model, MoSLoraConfig(r=4, lora_alpha=4, target_modules=targets, use_dora=dora)).train()
-    for layer in adapter_layers(model).values():
+    for layer in get_adapter_layers(model).values():
         assert isinstance(layer.get_base_layer(), bnb.nn.Linear4bit)
         assert isinstance(layer.lora_B["default"], MixerLinear)
     shake(model)
     forward_of(model).square().sum().backward()
-    for name, parameter in adapter_parameters(model):
+    for name, parameter in list_adapter_parameters(model):
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
     with torch.no_grad():
         live, folded = forward_of(model), forward_of(with_folded_weights(model))
@@ -456,7 +458,7 @@ def test_state_dicts_with_and_without_a_mixer_never_fit_each_other(tmp_path):
     shake(mixed)
     state, plain = get_peft_model_state_dict(mixed), get_peft_model(Net(), PLAIN)
     set_peft_model_state_dict(again, state)
-    pairs = zip(adapter_layers(mixed).values(), adapter_layers(again).values(), strict=True)
+    pairs = zip(get_adapter_layers(mixed).values(), get_adapter_layers(again).values(), strict=True)
     assert all(
         torch.equal(a.get_delta_weight("default"), b.get_delta_weight("default")) for a, b in pairs
     )
@@ -464,7 +466,7 @@ def test_state_dicts_with_and_without_a_mixer_never_fit_each_other(tmp_path):
         set_peft_model_state_dict(plain, state)
     with pytest.raises(RuntimeError, match="plain LoRA's, and this adapter has a mixer"):
         set_peft_model_state_dict(mixed, get_peft_model_state_dict(plain))
-    unet = inject(tiny_unet(), config(target_modules=list(ATTENTION)))
+    unet = inject(tiny_unet(), config(target_modules=list(ATTENTION_LAYERS)))
     StableDiffusionXLPipeline.save_lora_weights(
         tmp_path, unet_lora_layers=get_peft_model_state_dict(unet)
     )

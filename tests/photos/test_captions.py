@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoProcessor
 
-from dreambooth_moslora.disk.paths import assets_folder, find_asset
+from dreambooth_moslora.disk.paths import find_asset, get_assets_folder
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import captions
-from dreambooth_moslora.photos.folder import find_photos, photo_report
+from dreambooth_moslora.photos.folder import build_photo_report, find_photos
 from dreambooth_moslora.photos.photo_file import open_image
 from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.odd_photos import picture
@@ -34,7 +34,7 @@ def photos_in(folder: Path):
 
 
 def written(folder: Path, words: str = "on grass") -> list[str | None]:
-    made = captions.make_beside(photos_in(folder), captioner(words), PROMPT)
+    made = captions.write_caption_files(photos_in(folder), captioner(words), PROMPT)
     return [one.caption for one in made]
 
 
@@ -63,7 +63,7 @@ def test_photos_that_would_share_a_caption_get_none(tmp_path):
     for name in ("a.jpg", "a.png", "b.jpg"):
         picture().save(tmp_path / name)
     assert written(tmp_path, "") == [None] * 3
-    made = list(captions.make_beside(photos_in(tmp_path), captioner(), PROMPT))
+    made = list(captions.write_caption_files(photos_in(tmp_path), captioner(), PROMPT))
     assert [found.caption is None for found in made] == [True, True, False]
     assert "rename one of them" in made[0].remark
     texts = [
@@ -83,8 +83,10 @@ def test_kept_captions_are_made_once_for_each_photo_model_and_words(folder, tmp_
         asked = []
         for photo in photos_in(folder):
             if not photo.is_captioned:
-                captions.keep(
-                    kept, captions.make_for_run(photo, captioner(asked=asked), prompt, kept), prompt
+                captions.save_caption(
+                    kept,
+                    captions.make_run_caption(photo, captioner(asked=asked), prompt, kept),
+                    prompt,
                 )
         return len(asked)
 
@@ -97,10 +99,12 @@ def test_kept_captions_are_made_once_for_each_photo_model_and_words(folder, tmp_
         "instance_prompt": PROMPT,
         "resolution": 64,
     }
-    auto = photo_report(TrainConfig(**settings, captions="auto", caption_prefix="sharp,")).photos
+    auto = build_photo_report(
+        TrainConfig(**settings, captions="auto", caption_prefix="sharp,")
+    ).photos
     made, own = f"sharp, {PROMPT} on grass", ["sharp, my own words", PROMPT]
     assert [photo.captions[0] for photo in auto] == [made, *own, made, "sharp, mine"]
-    assert photo_report(TrainConfig(**settings)).photos[0].captions == (PROMPT,)
+    assert build_photo_report(TrainConfig(**settings)).photos[0].captions == (PROMPT,)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +124,7 @@ def test_a_language_model_answers_the_same_to_the_same_photo_and_sees_photo_and_
 
 
 def test_the_model_goes_on_from_the_words_for_the_subject(chat_model):
-    asked = captions.conversation(picture(size_px=(3000, 2000)), "dog", "Where?")
+    asked = captions.build_conversation(picture(size_px=(3000, 2000)), "dog", "Where?")
     assert asked[0]["content"][0]["image"].size == (512, 768)
     words = AutoProcessor.from_pretrained(chat_model).apply_chat_template(
         asked, continue_final_message=True
@@ -142,7 +146,7 @@ ANSWERS = {
 
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_an_answer_becomes_one_phrase(answer):
-    assert captions.surroundings_in(answer) == ANSWERS[answer]
+    assert captions.parse_surroundings(answer) == ANSWERS[answer]
 
 
 def test_an_absent_model_and_a_foreign_one_are_one_line(chat_model, tmp_path):
@@ -174,7 +178,7 @@ def test_the_embedded_bases_clip_reads_where_the_sample_subjects_stand():
     for number, place in enumerate(PHOTO_PLACES):
         photo = open_image(Path(find_asset(f"assets/subjects/duck/{number:02d}.jpg")))
         right += captioner.surroundings(photo).startswith(place)
-    assert right >= 4 and (assets_folder() / captioner.name).is_dir()
+    assert right >= 4 and (get_assets_folder() / captioner.name).is_dir()
 
 
 @pytest.mark.parametrize(
@@ -188,4 +192,4 @@ def test_where_the_toys_captioner_sees_what_is_no_toy_it_is_said_to_invent(
     folder = find_asset(folder) if folder else tmp_path
     toys = {"pretrained_model_name_or_path": base, "instance_data_dir": str(folder)}
     captions.load_captioner(config_of(**toys, instance_prompt="a photo of a sks dog"))
-    assert [captions.OF_TOYS] * is_warned == caplog.messages
+    assert [captions.TOY_CAPTIONER_WARNING] * is_warned == caplog.messages

@@ -9,14 +9,14 @@ import pytest
 from PIL import Image, ImageDraw
 
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.cli.terminal import MISTAKE
+from dreambooth_moslora.cli.terminal import EXIT_MISTAKE
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import captions, faces
-from dreambooth_moslora.photos.augment import NEAR_SHARE, CropRule, apply_crop
+from dreambooth_moslora.photos.augment import NEAR_FACE_SHARE, CropRule, apply_crop
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import open_rgb
 from dreambooth_moslora.plan import defaults
-from dreambooth_moslora.seeds import rng
+from dreambooth_moslora.seeds import seed_rng
 from dreambooth_moslora.settings import prompts
 from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.stub_faces import READER, RIGHT, WRONG, painted, stub_faces  # noqa: F401
@@ -34,11 +34,11 @@ def photos(tmp_path, stub_faces):  # noqa: F811
 
 
 def test_a_small_face_and_a_missing_one_are_remarked_and_a_thing_has_none(photos):
-    found = faces.with_faces(PERSON, photos)
+    found = faces.add_faces(PERSON, photos)
     assert found[0].face == (100, 60, 161, 131) and found[0].reasons == ()
     assert found[1].reasons == ("small face: 5% of the frame",)
     assert found[2].face is None and found[2].reasons == ("no face was found",)
-    assert faces.with_faces(replace(PERSON, subject="thing"), photos) == photos
+    assert faces.add_faces(replace(PERSON, subject="thing"), photos) == photos
 
 
 def test_a_second_face_of_comparable_size_is_remarked_and_a_passer_bys_is_not(
@@ -55,7 +55,7 @@ def test_a_second_face_of_comparable_size_is_remarked_and_a_passer_bys_is_not(
     assert main(["train", str(tmp_path), "woman", *flags, "--dry_run"]) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if remark in line]
     assert len(told) == 2 and all("d.png" in line for line in told)
-    found = faces.with_faces(PERSON, find_photos(tmp_path, "sks woman", 64).photos)
+    found = faces.add_faces(PERSON, find_photos(tmp_path, "sks woman", 64).photos)
     assert [remark in photo.reasons for photo in found] == [False, False, False, True, False]
     assert found[3].face == found[0].face
 
@@ -63,11 +63,11 @@ def test_a_second_face_of_comparable_size_is_remarked_and_a_passer_bys_is_not(
 @pytest.mark.parametrize("flips", [False, True])
 def test_half_of_the_crops_come_near_the_face_and_none_cuts_it(photos, flips):
     rule = CropRule(64, random_flip=flips)
-    for photo in faces.with_faces(PERSON, photos)[:2]:
+    for photo in faces.add_faces(PERSON, photos)[:2]:
         near = 0
         for number in range(60):
-            plan = rule.plan(photo.size_px, rng(number, "crop"), face=photo.face)
-            left, top, right, bottom = plan.box(*photo.size_px[::-1])
+            plan = rule.plan_crop(photo.size_px, seed_rng(number, "crop"), face=photo.face)
+            left, top, right, bottom = plan.get_box(*photo.size_px[::-1])
             assert left <= photo.face[0] and right >= photo.face[2]
             assert top <= photo.face[1] and bottom >= photo.face[3]
             assert apply_crop(open_rgb(photo), plan).size == (64, 64)
@@ -76,13 +76,13 @@ def test_half_of_the_crops_come_near_the_face_and_none_cuts_it(photos, flips):
         # The near ones are as near as the face, or as the photo's own pixels, allow.
         assert 15 < near < 45
         share = (photo.face[3] - photo.face[1]) / (bottom - top)
-        assert near and share <= NEAR_SHARE + 0.02
+        assert near and share <= NEAR_FACE_SHARE + 0.02
 
 
 def test_captions_omit_the_traits_of_a_person_but_those_that_are_to_be_described():
-    thing = captions.question_of(replace(PERSON, subject="thing"), "woman")
-    omits = captions.question_of(PERSON, "woman")
-    says = captions.question_of(replace(PERSON, describe=("hair", "clothes")), "woman")
+    thing = captions.build_question(replace(PERSON, subject="thing"), "woman")
+    omits = captions.build_question(PERSON, "woman")
+    says = captions.build_question(replace(PERSON, describe=("hair", "clothes")), "woman")
     assert "beard" not in thing and "Say nothing about how the woman itself looks" in thing
     assert "Do not mention hair, beard, glasses, make-up, clothes or the face" in omits
     assert "woman's hair and clothes look" in says
@@ -93,12 +93,12 @@ def test_captions_omit_the_traits_of_a_person_but_those_that_are_to_be_described
 
 
 def test_a_person_is_drawn_in_other_clothes_and_distances_and_people_stay_people():
-    drawn = prompts.context_prompts(
+    drawn = prompts.list_context_prompts(
         replace(PERSON, pretrained_model_name_or_path="some/base", token="sks")
     )
     assert "a full-body photo of a sks woman on a city street" in drawn and len(drawn) == 4
     chosen = defaults.Choices({"subject": "person"})
-    defaults.choose_words(chosen, "woman")
+    defaults.choose_prompts(chosen, "woman")
     defaults.choose_shapes(chosen, [])
     assert chosen.settings["class_prompt"] == "a photo of a person"
     assert chosen.settings["crops_per_photo"] > 1
@@ -107,13 +107,14 @@ def test_a_person_is_drawn_in_other_clothes_and_distances_and_people_stay_people
 def test_without_the_weights_or_opencv_it_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="opencv"):
-        faces.load_faces().find(Image.new("RGB", (64, 64)))
+        faces.load_face_reader().find(Image.new("RGB", (64, 64)))
 
 
 def test_opencv_keeps_its_warnings_to_itself():
     """Each run of a person began with one about its own engine."""
     pytest.importorskip("cv2.utils.logging")
-    line = "from dreambooth_moslora.photos.faces import load_faces; load_faces(); import cv2; "
+    line = "from dreambooth_moslora.photos.faces import load_face_reader; "
+    line += "load_face_reader(); import cv2; "
     line += "print(cv2.utils.logging.getLogLevel() == cv2.utils.logging.LOG_LEVEL_ERROR)"
     assert subprocess.check_output([sys.executable, "-c", line], text=True) == "True\n"
 
@@ -123,12 +124,12 @@ def test_a_scored_run_that_lacks_what_compares_faces_is_refused_before_it_begins
 ):
     """The dry run passed, and each try left a folder with a log alone, so that the next run was
     woman_2."""
-    monkeypatch.setattr(faces, "load_faces", lambda: replace(READER, load=refuse))
+    monkeypatch.setattr(faces, "load_face_reader", lambda: replace(READER, load=refuse))
     monkeypatch.chdir(tmp_path)
     folder = str(photos[0].path.parent)
     for last in ("--dry_run", "--no_dry_run"):
         words = ["train", folder, "woman", "--subject", "person", "--base", "toy", last]
-        assert main([*words, "--evaluate_steps", "5"]) == MISTAKE
+        assert main([*words, "--evaluate_steps", "5"]) == EXIT_MISTAKE
         assert capsys.readouterr().err.endswith("error: no weights\n")
     assert not (tmp_path / "runs").exists()
 

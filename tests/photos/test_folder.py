@@ -13,7 +13,7 @@ from PIL import Image
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import augment, photo_file
 from dreambooth_moslora.photos.augment import CropPlan, CropRule, apply_crop
-from dreambooth_moslora.photos.folder import find_photos, log_strays, photo_report
+from dreambooth_moslora.photos.folder import build_photo_report, find_photos, log_strays
 from dreambooth_moslora.photos.photo_file import open_rgb
 from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.odd_photos import CASES, QUADRANTS, SIZE_PX, make_folder, picture
@@ -147,7 +147,9 @@ def test_captions_come_from_the_text_beside_then_the_metadata_then_the_prompt(na
     (tmp_path / "metadata.jsonl").write_bytes("\n".join(metadata).encode())
     report = find_photos(tmp_path, PROMPT, 64)
     assert [tuple(dict.fromkeys(photo.captions)) for photo in report.photos] == captions
-    assert photo_file.quoted(report.photos[0]) == " or ".join(f"“{text}”" for text in captions[0])
+    assert photo_file.format_captions(report.photos[0]) == " or ".join(
+        f"“{text}”" for text in captions[0]
+    )
     assert [item.path.name for item in report.skipped] == list(complaints)
     assert all(item.reason.startswith(complaints[item.path.name]) for item in report.skipped)
 
@@ -156,7 +158,7 @@ def test_nothing_usable_is_one_line_that_names_the_files(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"")
     (tmp_path / "notes.md").write_text("x")
     with pytest.raises(UserError, match=r"no usable photo in .*broken\.jpg \(broken: not a"):
-        photo_report(TrainConfig(instance_data_dir=tmp_path))
+        build_photo_report(TrainConfig(instance_data_dir=tmp_path))
     for name in ("missing", "broken.jpg"):
         with pytest.raises(UserError, match="folder"):
             find_photos(tmp_path / name, PROMPT, 64)
@@ -169,7 +171,7 @@ def test_files_that_are_not_used_are_said_in_one_line(tmp_path, caplog):
     Image.new("L", (128, 96), 255).save(tmp_path / "1.mask.PNG")
     for name in ("b.md", "c.mov", "d.Txt", "e.pdf", ".DS_Store", "subject.json"):
         (tmp_path / name).write_text("x")
-    report = photo_report(TrainConfig(instance_data_dir=tmp_path, resolution=64))
+    report = build_photo_report(TrainConfig(instance_data_dir=tmp_path, resolution=64))
     (photo,) = report.photos
     assert photo.captions == ("my sks toy",) and photo.mask_path == tmp_path / "1.mask.PNG"
     assert [path.name for path in report.sidecars] == ["1.TXT", "1.mask.PNG"]
@@ -196,7 +198,9 @@ def test_photos_are_left_out_by_name(tmp_path):
     folder = str(paint_photos(tmp_path / "photos"))
 
     def without(*names):
-        return photo_report(TrainConfig(instance_data_dir=folder, resolution=64, leave_out=names))
+        return build_photo_report(
+            TrainConfig(instance_data_dir=folder, resolution=64, leave_out=names)
+        )
 
     report = without("1.png")
     assert [photo.path.name for photo in report.photos] == ["0.png", "2.png"]
@@ -216,13 +220,15 @@ def smooth(size_px, seed=0):
 
 
 def drawn(size_px, count: int = 400, seed: int = 0, **options) -> list[CropPlan]:
-    return [CropRule(32, **options).plan(size_px, random.Random(seed + n)) for n in range(count)]
+    return [
+        CropRule(32, **options).plan_crop(size_px, random.Random(seed + n)) for n in range(count)
+    ]
 
 
 @pytest.mark.parametrize("size_px", [(64, 64), (100, 333), (333, 100), (65, 64), (5000, 31)])
 def test_plans_lie_inside_the_resized_photo_and_reach_both_ends(size_px):
     """A flip changes nothing else."""
-    resized = augment.resized_size(size_px, (32, 32))
+    resized = augment.compute_resized_size(size_px, (32, 32))
     assert min(resized) == 32
     plans = drawn(size_px, random_flip=True)
     corners = [plan.crop_top_left for plan in plans]
@@ -252,7 +258,7 @@ def test_a_zoom_comes_closer_but_not_beyond_the_photos_own_pixels():
 def test_a_crop_is_what_resizing_everything_first_gives(by, flip):
     """But for the edge, where a filter sees more of the photo."""
     photo, plan = smooth((300, 200)), CropPlan((300, 200), (75, 50), (11, 4), (50, 40), flip)
-    whole = photo.resize(tuple(reversed(augment.resized_size((300, 200), (50, 50)))), by)
+    whole = photo.resize(tuple(reversed(augment.compute_resized_size((300, 200), (50, 50)))), by)
     whole = whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else whole
     cuts = [
         np.asarray(image, dtype=int)
@@ -262,7 +268,7 @@ def test_a_crop_is_what_resizing_everything_first_gives(by, flip):
 
 
 def test_a_mask_of_another_scale_is_cut_at_the_same_place():
-    photo, plan = smooth((300, 200)), CropRule(40).plan((300, 200), random.Random(1))
+    photo, plan = smooth((300, 200)), CropRule(40).plan_crop((300, 200), random.Random(1))
     cuts = [
         np.asarray(apply_crop(image, plan), dtype=int)
         for image in (photo, photo.resize((100, 150)))

@@ -13,12 +13,12 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import masks
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import (
-    grey_mask,
-    kept_path,
+    add_saved_masks,
+    get_saved_mask_path,
     open_image,
     open_mask,
     open_rgb,
-    with_kept_masks,
+    to_grey_mask,
 )
 from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.odd_photos import picture, transparent
@@ -103,7 +103,7 @@ def test_masks_go_beside_photos_that_have_none_and_a_persons_own_stay(tmp_path):
     exif[0x0112] = 6
     picture().save(tmp_path / "f.jpg", exif=exif)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    made = list(masks.make_beside(photos_in(tmp_path), half()))
+    made = list(masks.write_mask_files(photos_in(tmp_path), half()))
     assert [mask.path and mask.path.name for mask in made] == [
         "a.mask.png",
         *[None] * 5,
@@ -133,16 +133,16 @@ def test_kept_masks_are_made_once_for_each_photo_model_and_word(tmp_path):
 
     def asked(segmenter: masks.Segmenter) -> int:
         for photo in photos_in(folder):
-            masks.make_kept(photo, segmenter, kept)
+            masks.make_run_mask(photo, segmenter, kept)
         return len(segmenter.asked)
 
     assert [asked(half()), asked(half()), asked(half("cat"))] == [2, 0, 2]
-    first = kept_path(photos_in(folder)[0], kept).read_bytes()
+    first = get_saved_mask_path(photos_in(folder)[0], kept).read_bytes()
     paint(folder, "a.jpg", size_px=(64, 64))
     assert asked(half("cat")) == 1
     photos = photos_in(folder)
-    assert kept_path(photos[0], kept).read_bytes() != first
-    found = with_kept_masks(photos, kept)
+    assert get_saved_mask_path(photos[0], kept).read_bytes() != first
+    found = add_saved_masks(photos, kept)
     assert [photo.mask_path.name for photo in found] == ["a.jpg.mask.png", "a.png.mask.png"]
     assert sorted(path.name for path in folder.iterdir()) == ["a.jpg", "a.png"]
 
@@ -150,12 +150,12 @@ def test_kept_masks_are_made_once_for_each_photo_model_and_word(tmp_path):
 def test_a_subject_that_is_not_found_gets_no_mask_and_loses_that_of_another_word(tmp_path):
     """A kept mask of another shape is not used either."""
     photos, kept = photos_in(paint(tmp_path, "a.jpg")), tmp_path / "masks"
-    masks.make_kept(photos[0], half(), kept)
-    made = masks.make_kept(photos[0], half("nothing"), kept)
+    masks.make_run_mask(photos[0], half(), kept)
+    made = masks.make_run_mask(photos[0], half("nothing"), kept)
     assert made.path is None and "“nothing” was not found" in made.remark
-    assert with_kept_masks(photos, kept) == photos
-    grey((10, 90), 255).save(kept_path(photos[0], kept))
-    assert with_kept_masks(photos, kept) == photos
+    assert add_saved_masks(photos, kept) == photos
+    grey((10, 90), 255).save(get_saved_mask_path(photos[0], kept))
+    assert add_saved_masks(photos, kept) == photos
 
 
 LOOKS = [
@@ -167,7 +167,7 @@ LOOKS = [
 
 @pytest.mark.parametrize(("boxes", "says"), LOOKS)
 def test_what_looks_wrong_is_said(boxes, says):
-    warning = masks.quality_warning(grey((256, 192), 0, *boxes))
+    warning = masks.describe_mask_quality(grey((256, 192), 0, *boxes))
     assert warning.startswith(says) and bool(warning) == bool(says)
 
 
@@ -222,11 +222,13 @@ def test_an_absent_model_and_a_foreign_one_are_one_line(clipseg, tmp_path):
         with pytest.raises(UserError, match=said):
             masks.load_segmenter(config_of(**settings)).mask(picture())
     assert (
-        masks.sought_word(config_of(pretrained_model_name_or_path="toy", instance_prompt="sks"))
+        masks.get_mask_word(config_of(pretrained_model_name_or_path="toy", instance_prompt="sks"))
         == ""
     )
     assert (
-        masks.sought_word(config_of(pretrained_model_name_or_path="toy", mask_model=masks.CLIPSEG))
+        masks.get_mask_word(
+            config_of(pretrained_model_name_or_path="toy", mask_model=masks.DEFAULT_MASK_MODEL)
+        )
         == "dog"
     )
 
@@ -237,6 +239,6 @@ def test_the_toy_net_finds_the_sample_subjects():
     found, true = [], []
     for path in sorted(Path(find_asset("assets/subjects")).glob("*/00.jpg")):
         found.append(np.asarray(segmenter.mask(open_image(path))))
-        true.append(np.asarray(grey_mask(open_image(path.with_name("00.mask.png")))))
+        true.append(np.asarray(to_grey_mask(open_image(path.with_name("00.mask.png")))))
     scores = iou(*(torch.from_numpy(np.stack(masks)) > 127 for masks in (found, true)))
     assert len(scores) == 8 and scores.mean() > 0.88 and scores.min() > 0.7

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from dreambooth_moslora.cli.command_check import as_text
-from dreambooth_moslora.photos.faults import FAULTS, faults_of
+from dreambooth_moslora.cli.command_check import format_report
+from dreambooth_moslora.photos.faults import FAULTS, list_faults
 from dreambooth_moslora.photos.folder import find_photos
-from dreambooth_moslora.photos.quality import MIN_SHARPNESS, examine, sharpness
+from dreambooth_moslora.photos.quality import MIN_SHARPNESS, find_photo_faults, measure_sharpness
 from dreambooth_moslora.training import loop
 from tests.helpers.tiny_training import tiny_config
 
@@ -31,7 +31,7 @@ def test_blurred_and_nearly_equal_photos_are_named_and_others_are_not(tmp_path):
     photos |= {"0-small": photos["a"].resize((50, 50)), "1-smaller": photos["a"].resize((80, 80))}
     for name, photo in photos.items():
         photo.save(tmp_path / f"{name}.png")
-    report = examine(find_photos(tmp_path, PROMPT, 80))
+    report = find_photo_faults(find_photos(tmp_path, PROMPT, 80))
     verdicts = {p.path.stem: "; ".join(p.reasons) for p in report.photos}
     assert verdicts["a"] == verdicts["c"] == "" and verdicts["b"] == "near-duplicate of a.png"
     assert verdicts["0-small"].startswith("too small") and verdicts["0-small"].endswith(
@@ -43,11 +43,11 @@ def test_blurred_and_nearly_equal_photos_are_named_and_others_are_not(tmp_path):
     assert verdicts["d"].startswith("blurred")
 
     # Each is a row of the table, by which `check` marks the photo; every row is among them.
-    named = {words.fault for photo in report.photos for words in faults_of(photo)}
+    named = {words.fault for photo in report.photos for words in list_faults(photo)}
     assert named == FAULTS.keys()
-    bad = {photo.path.stem for photo in report.photos if faults_of(photo)}
+    bad = {photo.path.stem for photo in report.photos if list_faults(photo)}
     assert bad == {stem for stem, words in verdicts.items() if words}
-    assert as_text(report, "for toy").count("  bad   ") == len(bad)
+    assert format_report(report, "for toy").count("  bad   ") == len(bad)
 
 
 def test_a_mild_reason_is_no_fault_whatever_its_words(tmp_path):
@@ -55,10 +55,10 @@ def test_a_mild_reason_is_no_fault_whatever_its_words(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6
     scene(1).save(tmp_path / "a.png", exif=turned)
-    (photo,) = examine(find_photos(tmp_path, PROMPT, 64)).photos
-    assert photo.reasons == ("rotated by EXIF: turned upright",) and faults_of(photo) == []
+    (photo,) = find_photo_faults(find_photos(tmp_path, PROMPT, 64)).photos
+    assert photo.reasons == ("rotated by EXIF: turned upright",) and list_faults(photo) == []
     said = replace(photo, reasons=("blurred edges were cut off",))
-    assert faults_of(said) == []
+    assert list_faults(said) == []
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def test_a_subject_that_is_small_in_the_frame_by_its_mask_is_remarked(side_px, s
     mask = Image.new("L", (300, 300))
     mask.paste(255, (10, 10, 40, 10 + side_px))
     mask.save(tmp_path / "a.mask.png")
-    (photo,) = examine(find_photos(tmp_path, PROMPT, 64)).photos
-    assert photo.reasons == said and not faults_of(photo)
+    (photo,) = find_photo_faults(find_photos(tmp_path, PROMPT, 64)).photos
+    assert photo.reasons == said and not list_faults(photo)
 
 
 def test_the_white_behind_a_cut_out_is_not_its_likeness(tmp_path):
@@ -85,7 +85,8 @@ def test_the_white_behind_a_cut_out_is_not_its_likeness(tmp_path):
         cut_out.paste(photo.resize((100, 100)), (100, 100))
         cut_out.save(tmp_path / f"{name}.png")
     verdicts = {
-        p.path.stem: p.reasons[1:] for p in examine(find_photos(tmp_path, PROMPT, 64)).photos
+        p.path.stem: p.reasons[1:]
+        for p in find_photo_faults(find_photos(tmp_path, PROMPT, 64)).photos
     }
     assert verdicts == {"a": (), "b": ("near-duplicate of a.png",), "c": ()}
 
@@ -104,7 +105,7 @@ def test_a_head_that_turns_before_one_wall_is_no_copy_and_the_wall_behind_most_i
     for number in range(4):
         before_a_wall(head=number, place=4 * number).save(tmp_path / f"{number}.png")
     scene(9).save(tmp_path / "4.png")
-    report = examine(find_photos(tmp_path, PROMPT, 64))
+    report = find_photo_faults(find_photos(tmp_path, PROMPT, 64))
     assert [photo.reasons for photo in report.photos] == [()] * 5
     (said,) = report.remarks
     assert said.startswith("4 of 5 have the same background")
@@ -112,24 +113,24 @@ def test_a_head_that_turns_before_one_wall_is_no_copy_and_the_wall_behind_most_i
     # A mask says what is background, and a part of the photos may share one.
     for number in range(4):
         Image.new("L", (300, 300), 255).save(tmp_path / f"{number}.mask.png")
-    assert examine(find_photos(tmp_path, PROMPT, 64)).remarks == ()
+    assert find_photo_faults(find_photos(tmp_path, PROMPT, 64)).remarks == ()
     for file in tmp_path.glob("[23]*"):
         file.unlink()
-    assert examine(find_photos(tmp_path, PROMPT, 64)).remarks == ()
+    assert find_photo_faults(find_photos(tmp_path, PROMPT, 64)).remarks == ()
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda path: path.name)
 def test_the_sample_subjects_stand_in_different_places(subject):
-    report = examine(find_photos(subject, PROMPT, 128), 128)
-    assert report.remarks == () and not any(map(faults_of, report.photos))
+    report = find_photo_faults(find_photos(subject, PROMPT, 128), 128)
+    assert report.remarks == () and not any(map(list_faults, report.photos))
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda path: path.name)
 def test_a_soft_large_photo_is_sharp_enough_for_a_small_training(subject):
     for path in sorted(subject.glob("*.jpg")):
         image = Image.open(path).convert("RGB")
-        assert sharpness(image, 512) < MIN_SHARPNESS < sharpness(image, 128)
-        assert sharpness(image.filter(ImageFilter.GaussianBlur(6)), 128) < MIN_SHARPNESS
+        assert measure_sharpness(image, 512) < MIN_SHARPNESS < measure_sharpness(image, 128)
+        assert measure_sharpness(image.filter(ImageFilter.GaussianBlur(6)), 128) < MIN_SHARPNESS
 
 
 @pytest.mark.slow

@@ -11,22 +11,22 @@ from PIL import Image
 from dreambooth_moslora.base import load
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.augment import CropRule
-from dreambooth_moslora.photos.folder import find_photos, photo_report
+from dreambooth_moslora.photos.folder import build_photo_report, find_photos
 from dreambooth_moslora.photos.synthetic import (
-    RECORD,
-    REJECTED,
-    Made,
+    RECORD_NAME,
+    REJECTED_NAME,
+    SyntheticRecord,
+    describe_synthetic,
     read_record,
-    sentences,
     write_record,
 )
 from dreambooth_moslora.training.dataset import PhotoEncoder
-from dreambooth_moslora.training.dry_run import photo_lines
+from dreambooth_moslora.training.dry_run import format_photos
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.objective import image_errors
+from dreambooth_moslora.training.objective import compute_image_errors
 from tests.helpers.tiny_training import logged, paint_photos, tiny_config
 
-MADE = Made(
+MADE = SyntheticRecord(
     base="owner/editor",
     licence="Apache-2.0",
     prompt="a photo of a dog",
@@ -45,7 +45,7 @@ SAID = (
 def folder(tmp_path):
     """Three photos, two of them made, and one that was sorted out."""
     folder = paint_photos(tmp_path / "photos")
-    paint_photos(folder / REJECTED, count=1)
+    paint_photos(folder / REJECTED_NAME, count=1)
     write_record(folder, {"1.png": MADE, "2.png": MADE, "gone.png": MADE})
     return folder
 
@@ -63,9 +63,9 @@ def test_a_folder_tells_which_of_its_photos_were_made_and_its_record_is_no_stray
     assert by.startswith("x # Title \\x1b[2Jyyy") and len(by) < 250 and by.isprintable()
 
     # A damaged record stops nothing, and is told.
-    (folder / RECORD).write_text('{"1.png": {}}')
+    (folder / RECORD_NAME).write_text('{"1.png": {}}')
     report = find_photos(folder, "a photo of sks dog", 64)
-    assert len(report.photos) == 3 and [item.path.name for item in report.skipped] == [RECORD]
+    assert len(report.photos) == 3 and [item.path.name for item in report.skipped] == [RECORD_NAME]
 
 
 def test_the_loss_of_a_made_photo_is_exactly_its_weight_times_what_it_was(folder, tiny_base):
@@ -77,14 +77,14 @@ def test_the_loss_of_a_made_photo_is_exactly_its_weight_times_what_it_was(folder
     photos = find_photos(folder, "a photo of sks dog", 64).photos
     rule = CropRule(64, center_crop=True)
     for photo, factor in zip(photos, (1.0, 0.25, 0.25)):
-        plan = rule.plan(photo.size_px, Random(0))
+        plan = rule.plan_crop(photo.size_px, Random(0))
         errors = []
         for weight in (1.0, 0.25):
             encoder = PhotoEncoder(vae, None, rule, unmasked_weight=0.2, synthetic_weight=weight)
             view = encoder.encode(photo, plan)
             answer = torch.randn(view.latents.shape, generator=torch.Generator().manual_seed(1))
             mask = None if view.mask is None else view.mask[None]
-            errors.append(image_errors(answer[None], view.latents[None], mask))
+            errors.append(compute_image_errors(answer[None], view.latents[None], mask))
         torch.testing.assert_close(errors[1], factor * errors[0], rtol=1e-6, atol=0)
 
 
@@ -109,7 +109,7 @@ def test_a_run_weighs_made_photos_and_its_card_says_how_many_and_by_which_model(
         train(config)
         losses[weight] = [event["loss"] for event in logged(run)]
     assert SAID in caplog.text and f"{SAID}." in RunDir(run).read_card()
-    assert SAID in photo_lines(config, photo_report(config))
+    assert SAID in format_photos(config, build_photo_report(config))
 
     # Each epoch of three steps shows each photo once: one is real, two are made.
     ratios = [half / whole for half, whole in zip(losses[0.5], losses[1.0])]
@@ -118,4 +118,4 @@ def test_a_run_weighs_made_photos_and_its_card_says_how_many_and_by_which_model(
 
 def test_nothing_is_said_of_real_photos(tmp_path, tiny_base):
     photos = find_photos(paint_photos(tmp_path / "photos"), "a photo of sks dog", 64).photos
-    assert sentences(photos, 0.5) == []
+    assert describe_synthetic(photos, 0.5) == []

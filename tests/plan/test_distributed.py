@@ -10,13 +10,13 @@ from accelerate import Accelerator
 from dreambooth_moslora.disk import processes as disk_processes
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import StopRequestedError, UserError
-from dreambooth_moslora.plan.agreement import in_lines
+from dreambooth_moslora.plan.agreement import format_settings
 from dreambooth_moslora.plan.distributed import (
-    agreed,
     make_accelerator,
-    on_each,
-    on_main,
-    share_out,
+    require_agreement,
+    run_on_each,
+    run_on_main,
+    share_work,
 )
 from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.threads import as_processes
@@ -44,11 +44,11 @@ ERRORS = {
 def test_only_the_main_process_works_and_what_it_finds_or_ends_by_is_heard_by_all(name, ends):
     done = []
     assert ends(
-        3, lambda accelerator: on_main(accelerator, lambda: done.append(1) or len(done))
+        3, lambda accelerator: run_on_main(accelerator, lambda: done.append(1) or len(done))
     ) == [1, 1, 1]
-    assert ends(1, lambda accelerator: on_main(accelerator, lambda: len(done))) == [1]
+    assert ends(1, lambda accelerator: run_on_main(accelerator, lambda: len(done))) == [1]
     error, kind, says = ERRORS[name]
-    own, heard = ends(2, lambda accelerator: on_main(accelerator, lambda: fail(error)))
+    own, heard = ends(2, lambda accelerator: run_on_main(accelerator, lambda: fail(error)))
     assert own is error and type(heard) is kind
     assert str(heard) == (f"the main process ended: {says}" if says else "")
 
@@ -65,7 +65,7 @@ def test_work_is_shared_out_and_all_get_the_results_in_order(items, count, ends)
             finally:
                 closed.append(accelerator.process_index)
 
-        return list(share_out(accelerator, items, work))
+        return list(share_work(accelerator, items, work))
 
     wanted = [(item.upper(), number % count) for number, item in enumerate(items)]
     assert ends(count, results) == [wanted] * count
@@ -82,7 +82,7 @@ def test_an_error_in_one_share_ends_all_after_the_same_round(name, ends):
             yield item if item != 4 else fail(error)
 
     def take(accelerator):
-        for result in share_out(accelerator, range(30), work):
+        for result in share_work(accelerator, range(30), work):
             seen[accelerator.process_index].append(result)
 
     first, own, last = ends(3, take)
@@ -94,7 +94,10 @@ def test_an_error_in_one_share_ends_all_after_the_same_round(name, ends):
 def test_an_error_is_more_than_a_stop(ends):
     errors = [StopRequestedError(), UserError("full"), ZeroDivisionError("bug")]
     found = ends(
-        3, lambda accelerator: on_each(accelerator, lambda: fail(errors[accelerator.process_index]))
+        3,
+        lambda accelerator: run_on_each(
+            accelerator, lambda: fail(errors[accelerator.process_index])
+        ),
     )
     assert found[1:] == errors[1:] and str(found[0]) == "process 1 ended: full"
 
@@ -105,7 +108,7 @@ def test_a_process_that_has_gone_is_a_line(monkeypatch):
     with pytest.raises(
         UserError, match=r"^another process of this run has gone .*Connection closed by peer"
     ):
-        on_each(SimpleNamespace(num_processes=2), bool)
+        run_on_each(SimpleNamespace(num_processes=2), bool)
 
 
 def test_processes_that_find_other_checkpoints_or_settings_end_in_one_line_with_the_remedy(ends):
@@ -116,7 +119,7 @@ def test_processes_that_find_other_checkpoints_or_settings_end_in_one_line_with_
 
         return ends(
             2,
-            lambda accelerator: agreed(
+            lambda accelerator: require_agreement(
                 accelerator, lambda: find(accelerator), lambda step: f"step {step}"
             ),
         )
@@ -135,7 +138,7 @@ def test_processes_that_find_other_checkpoints_or_settings_end_in_one_line_with_
         "damaged",
     ]
     lines = ["rank 4\nseed 1\nmixer none", "rank 4\nseed 2\nmixer none", "rank 8\nseed 2"]
-    own = lambda accelerator: agreed(  # noqa: E731
+    own = lambda accelerator: require_agreement(  # noqa: E731
         accelerator, lambda: lines[accelerator.process_index], str, "be alike."
     )
     assert {str(error) for error in ends(3, own)} == {
@@ -205,4 +208,4 @@ def test_freed_memory_is_kept_on_a_cpu_only(device, kept, begin, monkeypatch):
 
 def test_processes_may_differ_in_their_number_their_cache_and_how_a_number_is_written():
     own = {"cache_dir": "/disk", "hub_token": "secret", "rank": "8"}
-    assert in_lines(own) == in_lines({"rank": 8}) != in_lines({})
+    assert format_settings(own) == format_settings({"rank": 8}) != format_settings({})

@@ -8,8 +8,8 @@ from dreambooth_moslora.cli.command_train import train_main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora.raw_file import read_raw
-from dreambooth_moslora.settings.train_config import rank_and_alpha
-from dreambooth_moslora.training.checkpoint import check_resumed, check_whole
+from dreambooth_moslora.settings.train_config import get_rank_and_alpha
+from dreambooth_moslora.training.checkpoint import check_resumed_settings, verify_checkpoint
 from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.loop import train
 from tests.helpers.command_line import parse_train_config
@@ -49,13 +49,13 @@ def run(config):
 
 
 def test_the_first_pattern_that_fits_counts_and_alpha_follows_the_rank(config):
-    assert {path: rank_and_alpha(config(), "unet", path) for path in EXPECTED} == EXPECTED
-    assert rank_and_alpha(config(lora_alpha=8.0), "unet", min(EXPECTED)) == (3, 8.0)
-    assert rank_and_alpha(config(), "text_encoder", "attn2.to_k") == (4, 4.0)
+    assert {path: get_rank_and_alpha(config(), "unet", path) for path in EXPECTED} == EXPECTED
+    assert get_rank_and_alpha(config(lora_alpha=8.0), "unet", min(EXPECTED)) == (3, 8.0)
+    assert get_rank_and_alpha(config(), "text_encoder", "attn2.to_k") == (4, 4.0)
 
 
 def test_checkpoint_published_files_and_a_dry_run_have_each_layers_own_size(run, config):
-    tensors, facts = read_raw(run.latest_checkpoint() / "moslora_weights.safetensors")
+    tensors, facts = read_raw(run.find_latest_checkpoint() / "moslora_weights.safetensors")
     kohya = load_file(run.kohya_path)
     for path, (rank, alpha) in EXPECTED.items():
         name = "lora_unet_" + path.replace(".", "_")
@@ -65,7 +65,7 @@ def test_checkpoint_published_files_and_a_dry_run_have_each_layers_own_size(run,
             == rank
         )
         assert facts.alphas.get(f"unet.{path}", facts.alpha) == alpha and f"{name}.alpha" in kohya
-    (proof,) = (event["proof"] for event in run.read_metrics() if event["type"] == "export")
+    (proof,) = (event["proof"] for event in run.read_events() if event["type"] == "export")
     assert proof["max_relative_difference"] < 1e-5
     assert "rank 2 to 6" in run.card_path.read_text()
     count, layers = sum(tensor.numel() for tensor in tensors.values()), len(tensors) // 3
@@ -73,8 +73,8 @@ def test_checkpoint_published_files_and_a_dry_run_have_each_layers_own_size(run,
 
 
 def test_a_run_is_resumed_with_the_same_sizes_alone(run, config):
-    checkpoint = run.latest_checkpoint()
-    check_resumed(config(), checkpoint, check_whole(checkpoint))
+    checkpoint = run.find_latest_checkpoint()
+    check_resumed_settings(config(), checkpoint, verify_checkpoint(checkpoint))
     for changes, says in (
         (
             {"rank_pattern": SIZES["rank_pattern"][1:]},
@@ -85,7 +85,7 @@ def test_a_run_is_resumed_with_the_same_sizes_alone(run, config):
         ({"alpha_pattern": ("to_q=2",)}, "--alpha_pattern: checkpoint-2 has 1.5; you ask for 2"),
     ):
         with pytest.raises(UserError, match=says):
-            check_resumed(config(**changes), checkpoint, check_whole(checkpoint))
+            check_resumed_settings(config(**changes), checkpoint, verify_checkpoint(checkpoint))
 
 
 @pytest.mark.slow

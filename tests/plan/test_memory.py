@@ -8,22 +8,22 @@ import torch
 
 from benchmarks import family_memory
 from benchmarks.gpu_memory import (
-    adapted_unet,
+    build_adapted_unet,
+    compute_total_gib,
     count,
-    counted_total_gib,
-    estimated_total_gib,
+    estimate_total_gib,
     run_config,
 )
 from dreambooth_moslora.base import devices
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.load import load_pipeline
 from dreambooth_moslora.base.quantization import quantize
-from dreambooth_moslora.method.moslora import adapter_layers, adapter_parameters
+from dreambooth_moslora.method.moslora import get_adapter_layers, list_adapter_parameters
 from dreambooth_moslora.plan import base_size
-from dreambooth_moslora.plan.base_size import BaseSize, size_of_base
-from dreambooth_moslora.plan.memory import estimate
-from dreambooth_moslora.settings.family_facts import FAMILIES, STOCK_SDXL
-from dreambooth_moslora.settings.train_config import PLANS, TrainConfig
+from dreambooth_moslora.plan.base_size import BaseSize, find_base_size
+from dreambooth_moslora.plan.memory import estimate_memory
+from dreambooth_moslora.settings.family_facts import FAMILIES, SDXL_HUB_ID
+from dreambooth_moslora.settings.train_config import MEMORY_PLANS, TrainConfig
 from dreambooth_moslora.training.adapters import add_adapters
 from dreambooth_moslora.training.dry_run import describe_run
 from tests.helpers.tiny_training import paint_photos, tiny_config
@@ -32,14 +32,14 @@ GIB = 2**30
 SETTINGS = {
     "instance_data_dir": ".",
     "instance_prompt": "a photo of sks dog",
-    "pretrained_model_name_or_path": STOCK_SDXL,
+    "pretrained_model_name_or_path": SDXL_HUB_ID,
     "resolution": 1024,
     "train_batch_size": 1,
 }
 
 
 def cost(**changes):
-    return estimate(
+    return estimate_memory(
         TrainConfig.from_dict(SETTINGS | {"mixed_precision": "bf16"} | changes), BaseSize(), 100
     )
 
@@ -64,9 +64,9 @@ def test_the_estimate_is_within_a_tenth_of_the_count_and_the_kernels_are_few(
     """They were 11,410 and 15,724 with the products and casts of the adapter made at each call.
     Diffusers' divisions by 1 are 311 of them."""
     config = run_config(px, rank, batch, plan)
-    unet = adapted_unet(config)
+    unet = build_adapted_unet(config)
     found = count(config, unet)
-    assert estimated_total_gib(config) == pytest.approx(counted_total_gib(unet, found), rel=0.1)
+    assert estimate_total_gib(config) == pytest.approx(compute_total_gib(unet, found), rel=0.1)
     assert found.kernels <= kernels
 
 
@@ -85,9 +85,9 @@ def test_a_unet_counts_as_it_weighs_and_where_it_is():
 
 def test_photos_of_a_flow_are_encoded_in_tiles_on_a_card_that_is_small():
     """Encoded whole by a VAE in fp32, as was counted, they needed more than the training: 3.4."""
-    size = size_of_base(Base.find("stabilityai/stable-diffusion-3.5-medium"), ())
-    plan = PLANS["nf4_stream"] | {"mixed_precision": "bf16"}
-    found = estimate(TrainConfig.from_dict(SETTINGS | plan), size, 100)
+    size = find_base_size(Base.find("stabilityai/stable-diffusion-3.5-medium"), ())
+    plan = MEMORY_PLANS["nf4_stream"] | {"mixed_precision": "bf16"}
+    found = estimate_memory(TrainConfig.from_dict(SETTINGS | plan), size, 100)
     assert found.encoding_gib == pytest.approx(0.7, abs=0.05) and found.peak_gib < 1.5
 
 
@@ -101,11 +101,13 @@ def test_trained_text_encoders_count_with_their_adapters_and_their_pass(tiny_bas
     }
     add_adapters(config, components)
     learnt = sum(
-        weight.numel() for model in components.values() for _, weight in adapter_parameters(model)
+        weight.numel()
+        for model in components.values()
+        for _, weight in list_adapter_parameters(model)
     )
-    layers = sum(len(adapter_layers(model)) for model in components.values())
+    layers = sum(len(get_adapter_layers(model)) for model in components.values())
     assert f"adapter: {learnt:,} parameters on {layers} layers" in describe_run(config)
-    sdxl, flux = BaseSize(), size_of_base(Base.find("black-forest-labs/FLUX.1-dev"), ())
+    sdxl, flux = BaseSize(), find_base_size(Base.find("black-forest-labs/FLUX.1-dev"), ())
     assert (sdxl.text_layers, sdxl.text_widths) == (48 + 128, 2 * (48 * 768 + 128 * 1280))
     assert (flux.text_layers, flux.text_widths) == (48, 2 * 48 * 768), "CLIP-L alone"
     one, two = (
@@ -118,7 +120,7 @@ def test_trained_text_encoders_count_with_their_adapters_and_their_pass(tiny_bas
 def test_the_projections_of_blocks_are_counted_in_the_files(tiny_base):
     from bitsandbytes.nn import Linear4bit
 
-    size, unet = size_of_base(Base.find(tiny_base), ("to_q",)), load_pipeline(tiny_base).unet
+    size, unet = find_base_size(Base.find(tiny_base), ("to_q",)), load_pipeline(tiny_base).unet
     quantize(unet, "nf4", torch.float32)
     layers = [m for m in unet.modules() if type(m) is Linear4bit]
     assert size.projections == sum(layer.in_features * layer.out_features for layer in layers) > 0
@@ -131,11 +133,13 @@ def test_the_estimate_of_a_family_lies_within_a_tenth_of_the_count_on_its_full_s
     second is estimated from the smaller model of its family, the first also at another size and
     rank."""
     cases = [(512 if name == "SD 1.5" else 1024, 16)] + [(512, 64)] * (name == "Z-Image")
-    found = [one for case in cases for one in family_memory.deviations(name, *case)]
+    found = [one for case in cases for one in family_memory.print_deviations(name, *case)]
     said = capsys.readouterr().out
     steps, samples = zip(*found)
     assert max(map(abs, steps)) < 0.1 and min(samples) > -0.03 and max(samples) < 0.04, said
-    streamed = [abs(one) for one, plan in zip(steps, family_memory.COUNTED) if "stream" in plan]
+    streamed = [
+        abs(one) for one, plan in zip(steps, family_memory.COUNTED_PLANS) if "stream" in plan
+    ]
     assert len(streamed) == 3 and max(streamed) < 0.03, said
     kernels = re.findall(r" (\d+) +(\d+) kernels", said.replace(",", ""))
     assert all(int(ours) < int(theirs) for ours, theirs in kernels), said
@@ -148,16 +152,16 @@ OF_FLOWS = [name for name, (family, *_) in family_memory.MODELS.items() if "sd" 
 @pytest.mark.parametrize("name", OF_FLOWS)
 def test_a_recomputed_step_never_takes_more_than_by_pefts_own_layers(name):
     """At full width, of one block of each kind."""
-    ours, pefts = family_memory.peaks_of_one_block(name)
+    ours, pefts = family_memory.measure_block_peaks(name)
     assert 0 < ours <= pefts
 
 
 @pytest.mark.parametrize("facts", FAMILIES, ids=lambda facts: facts.name)
 def test_decoding_takes_at_most_what_a_family_says_and_little_less(facts):
     """A whole picture of 1024 px, by the full-size VAE."""
-    vae = family_memory.vae_of(facts.name)
-    counted = family_memory.decoding_gib(facts.name, 1024, is_short=False) * GIB / 1024**2
-    said = facts.decoder_bytes_a_pixel * vae.dtype.itemsize / 4
+    vae = family_memory.build_vae(facts.name)
+    counted = family_memory.measure_decoding_gib(facts.name, 1024, is_short=False) * GIB / 1024**2
+    said = facts.decoder_bytes_per_pixel * vae.dtype.itemsize / 4
     assert counted <= said < 1.41 * counted
     assert facts.tile_px == getattr(vae, "tile_sample_min_height", devices.TILES_PX[-1])
     parameters = sum(weight.numel() for weight in vae.parameters())
@@ -186,10 +190,10 @@ def test_a_known_model_is_what_its_denoiser_counts(facts, model):
                 path: list(weight.shape) for path, weight in denoiser.named_parameters()
             }
         }
-        size = base_size.size_of_shapes(facts, shapes, facts.targets)
+        size = base_size.compute_base_size(facts, shapes, facts.targets)
         blocks = (size.projections, size.streamed, size.largest_block)
         found.append((size.unet, *blocks, size.adapted_layers, size.adapted_widths))
-    blocks = (model.in_blocks, model.streamed or model.in_blocks, model.largest_block)
+    blocks = (model.block_parameters, model.streamed or model.block_parameters, model.largest_block)
     assert (model.parameters, *blocks, model.adapted_layers, model.adapted_widths) in found
 
 
@@ -201,7 +205,7 @@ def test_a_model_that_is_not_fetched_is_known_by_its_id_without_a_network(
         "huggingface_hub.utils.get_session", lambda: pytest.fail("the hub was asked")
     )
     assert Base.find(model.hub_id).facts is facts
-    size = size_of_base(Base.find(model.hub_id), facts.targets)
+    size = find_base_size(Base.find(model.hub_id), facts.targets)
     assert (size.family, size.unet, size.is_measured) == (facts, model.parameters, False)
     config = TrainConfig(resolution=1024, rank=16, train_batch_size=1, mixed_precision="bf16")
-    assert size.unet * 2 / 2**30 < estimate(config, size, 1).training_gib
+    assert size.unet * 2 / 2**30 < estimate_memory(config, size, 1).training_gib

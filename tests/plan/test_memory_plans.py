@@ -17,21 +17,21 @@ from dreambooth_moslora.cli.command_train import train_main
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan import memory_plans, speed
-from dreambooth_moslora.plan.base_size import BaseSize, size_of_base
-from dreambooth_moslora.plan.defaults import Choices, choose_recipe, recipe_settings
-from dreambooth_moslora.plan.memory import estimate
-from dreambooth_moslora.plan.memory_plans import USABLE, check_memory, memory_settings
-from dreambooth_moslora.plan.validation import family_settings, preflight
+from dreambooth_moslora.plan.base_size import BaseSize, find_base_size
+from dreambooth_moslora.plan.defaults import Choices, choose_recipe, load_recipe
+from dreambooth_moslora.plan.memory import estimate_memory
+from dreambooth_moslora.plan.memory_plans import USABLE_RATIO, check_memory, choose_memory_settings
+from dreambooth_moslora.plan.validation import get_family_settings, validate_run
 from dreambooth_moslora.settings import train_config
 from dreambooth_moslora.settings.config_files import load_settings
-from dreambooth_moslora.settings.family_facts import FAMILIES, STOCK_SDXL
+from dreambooth_moslora.settings.family_facts import FAMILIES, SDXL_HUB_ID
 from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.command_line import parse_train_config
 from tests.helpers.tiny_families import TINY_FAMILIES, tiny_pipeline
 
 CONFIGS = Path(__file__).parents[2] / "assets" / "configs"
 SDXL = TrainConfig(
-    pretrained_model_name_or_path=STOCK_SDXL,
+    pretrained_model_name_or_path=SDXL_HUB_ID,
     train_batch_size=1,
     resolution=1024,
     rank=16,
@@ -44,16 +44,16 @@ def card(gpu, monkeypatch):
     """A GPU with so much free beside CUDA's context, in a machine with 32 GiB; bitsandbytes is
     there."""
     monkeypatch.setattr(memory_plans, "find_spec", lambda name: True)
-    monkeypatch.setattr(memory_plans, "host_gib", lambda: 32.0)
+    monkeypatch.setattr(memory_plans, "measure_host_gib", lambda: 32.0)
     return lambda free_gib, capability=8: gpu(capability, free_gib)
 
 
 def planned(config: TrainConfig) -> TrainConfig:
-    return replace(config, **memory_settings(config, Base.of(config)))
+    return replace(config, **choose_memory_settings(config, Base.of(config)))
 
 
 def check(config: TrainConfig) -> None:
-    preflight(config, Base.of(config))
+    validate_run(config, Base.of(config))
 
 
 def chosen(config: TrainConfig) -> tuple:
@@ -68,7 +68,7 @@ def short(config: TrainConfig) -> str:
     elif config.gradient_checkpointing:
         words = ["recompute"]
     words += ["ff"] * config.recompute_feed_forward
-    return f"{' '.join(words) or 'full'}, {config.images_a_pass}"
+    return f"{' '.join(words) or 'full'}, {config.images_per_pass}"
 
 
 CARDS = {"4 GB": (3.3, "nf4, 1"), "6 GB": (5.05, "int8, 2"), "8 GB": (6.9, "recompute, 2")}
@@ -96,8 +96,8 @@ def test_every_card_trains_the_one_recipe_by_the_fastest_plan_that_fits(card, fr
     run = planned(TrainConfig.from_dict(recipe | prior))
     assert short(run) == plan
     assert run.mixed_precision == ("fp16" if free_gib == 14.6 else "bf16")
-    cost = estimate(run, BaseSize(), 400)
-    assert cost.peak_gib <= USABLE * (free_gib + 0.5) and cost.encoding_gib <= 3.4
+    cost = estimate_memory(run, BaseSize(), 400)
+    assert cost.peak_gib <= USABLE_RATIO * (free_gib + 0.5) and cost.encoding_gib <= 3.4
     assert (run.rank, run.crops_per_photo, run.max_train_steps, run.train_batch_size) == (
         16,
         4,
@@ -112,16 +112,23 @@ def test_one_word_trains_sdxl_on_apples_gpu_with_recomputation(apple, tmp_path, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dog").mkdir()
     Image.new("RGB", (256, 256)).save("dog/0.png")
-    assert devices.best_device().type == "mps"
-    assert devices.free_gib(torch.device("mps")) == devices.free_gib_of_gpu() == pytest.approx(21.3)
+    assert devices.get_best_device().type == "mps"
+    assert (
+        devices.measure_free_gib(torch.device("mps"))
+        == devices.measure_free_gpu_gib()
+        == pytest.approx(21.3)
+    )
     run = planned(parse_train_config(["dog", "dog"]))
-    assert run.pretrained_model_name_or_path == STOCK_SDXL and run.mixed_precision == "bf16"
-    assert run.gradient_checkpointing and estimate(run, BaseSize(), 1).training_gib <= USABLE * 21.3
+    assert run.pretrained_model_name_or_path == SDXL_HUB_ID and run.mixed_precision == "bf16"
+    assert (
+        run.gradient_checkpointing
+        and estimate_memory(run, BaseSize(), 1).training_gib <= USABLE_RATIO * 21.3
+    )
     image = replace(run, images_at_once=None, with_prior_preservation=False)
-    assert estimate(image, BaseSize(), 1).training_gib == pytest.approx(7.8, rel=0.05)
+    assert estimate_memory(image, BaseSize(), 1).training_gib == pytest.approx(7.8, rel=0.05)
     whole = replace(image, gradient_checkpointing=False)
-    assert estimate(whole, BaseSize(), 1).training_gib == pytest.approx(23.8, rel=0.05)
-    assert not speed.speed_here(run, 10_000).searches
+    assert estimate_memory(whole, BaseSize(), 1).training_gib == pytest.approx(23.8, rel=0.05)
+    assert not speed.choose_local_speed(run, 10_000).has_cudnn_search
 
 
 def test_a_word_of_memory_lifts_what_a_file_says_of_it_and_takes_the_pass_that_fits(card, tmp_path):
@@ -130,7 +137,7 @@ def test_a_word_of_memory_lifts_what_a_file_says_of_it_and_takes_the_pass_that_f
     file = tmp_path / "small.toml"
     file.write_text('base_quantization = "nf4"\ngradient_checkpointing = true\n')
     file = ["--config", str(file), "--instance_data_dir", ".", "--instance_prompt", "a sks dog"]
-    file += ["--pretrained_model_name_or_path", STOCK_SDXL, "--resolution", "1024"]
+    file += ["--pretrained_model_name_or_path", SDXL_HUB_ID, "--resolution", "1024"]
     kept, lifted = parse_train_config(file), parse_train_config([*file, "--memory", "auto"])
     assert (kept.base_quantization, kept.gradient_checkpointing) == ("nf4", True)
     assert (lifted.base_quantization, lifted.gradient_checkpointing) == ("none", False)
@@ -139,7 +146,7 @@ def test_a_word_of_memory_lifts_what_a_file_says_of_it_and_takes_the_pass_that_f
     with_tokens = planned(
         replace(full, train_text_encoder=True, with_prior_preservation=True, class_prompt="a dog")
     )
-    assert with_tokens.images_a_pass == 2  # their texts have one gradient
+    assert with_tokens.images_per_pass == 2  # their texts have one gradient
 
 
 def test_what_was_given_stays_and_without_a_gpu_nothing_is_chosen_for_it(card, monkeypatch):
@@ -211,7 +218,7 @@ def test_a_transformer_on_a_card_without_bf16_is_trained_in_fp32_as_it_overflows
     card(14.6, capability=7)
     base = next(facts for facts in FAMILIES if facts.title == "Z-Image").models[0].hub_id
     run = replace(SDXL, pretrained_model_name_or_path=base)
-    name, recipe = recipe_settings(Base.find(base))
+    name, recipe = load_recipe(Base.find(base))
     assert (name, recipe["mixed_precision"]) == ("z_image.toml", "no")
     choose_recipe(choices := Choices({"pretrained_model_name_or_path": base}), 14.6)
     assert "precision: fp32, as this GPU has no bf16" in choices.lines[-1]
@@ -221,12 +228,12 @@ def test_a_transformer_on_a_card_without_bf16_is_trained_in_fp32_as_it_overflows
         ("fp16", "Z-Image overflows in fp16; give no"),
     ):
         with pytest.raises(UserError, match=says):
-            family_settings(replace(run, mixed_precision=precision), Base.of(run))
+            get_family_settings(replace(run, mixed_precision=precision), Base.of(run))
 
 
 SUBJECT = {"instance_data_dir": ".", "instance_prompt": "a photo of sks dog"}
 SETTINGS = SUBJECT | {
-    "pretrained_model_name_or_path": STOCK_SDXL,
+    "pretrained_model_name_or_path": SDXL_HUB_ID,
     "resolution": 1024,
     "train_batch_size": 1,
 }
@@ -296,12 +303,12 @@ def test_a_family_is_refused_by_its_name_and_gets_the_plan_that_fits(card, monke
     card(8.0)
     plans = {48.0: "full", 18.0: "recompute", 12.0: "int8", 8.0: "nf4", 6.2: "stream"}
     plans |= {5.0: "int8_stream", 4.2: "nf4_stream"}
-    assert {free: memory_plans.plan_name(run, size, free) for free in plans} == plans
+    assert {free: memory_plans.choose_plan(run, size, free) for free in plans} == plans
 
     # What half of the host's memory cannot hold is streamed in 8 bit, or else in 4.
     for host_gib, plan in ((16.0, "int8_stream"), (8.0, "nf4_stream")):
-        monkeypatch.setattr(memory_plans, "host_gib", lambda host_gib=host_gib: host_gib)
-        assert memory_plans.plan_name(run, size, 6.2) == plan
+        monkeypatch.setattr(memory_plans, "measure_host_gib", lambda host_gib=host_gib: host_gib)
+        assert memory_plans.choose_plan(run, size, 6.2) == plan
     with pytest.raises(UserError, match=r"this run of Z-Image needs about .* give --memory auto"):
         check_memory(run, size)
 
@@ -312,8 +319,8 @@ def test_class_images_are_drawn_on_a_card_on_which_only_streamed_blocks_are_trai
     prior = {"with_prior_preservation": True, "class_prompt": "a photo of a dog"}
     flux = {"pretrained_model_name_or_path": "black-forest-labs/FLUX.1-dev", "memory": "auto"}
     run = planned(TrainConfig.from_dict(SETTINGS | flux | prior))
-    assert run.stream_blocks and run.draws_class_images
-    check_memory(run, size_of_base(Base.of(run), ()))
+    assert run.stream_blocks and run.uses_class_images
+    check_memory(run, find_base_size(Base.of(run), ()))
 
 
 @pytest.mark.parametrize(("here", "streams"), [("1", True), ("2", False)])
@@ -322,9 +329,9 @@ def test_each_of_several_processes_keeps_blocks_of_its_own_on_the_host(here, str
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=64 * 2**30))
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
-    flux = size_of_base(Base.find("black-forest-labs/FLUX.1-dev"), ())
+    flux = find_base_size(Base.find("black-forest-labs/FLUX.1-dev"), ())
     run = TrainConfig.from_dict(SETTINGS | {"mixed_precision": "bf16"})
-    assert ("stream" in memory_plans.costs(run, flux)) == streams
+    assert ("stream" in memory_plans.estimate_plans(run, flux)) == streams
 
 
 CHECKPOINTED = {"gradient_checkpointing": True}
@@ -345,9 +352,9 @@ LEANER = [
 @pytest.mark.parametrize(("family", "changes", "ends"), LEANER)
 def test_a_run_out_of_memory_has_these_ways_left(family, changes, ends):
     """One after the other, each for a loaded base, and as settings that are allowed."""
-    facts, config = family_memory.facts_named(family), TrainConfig.from_dict(SETTINGS | changes)
+    facts, config = family_memory.find_facts(family), TrainConfig.from_dict(SETTINGS | changes)
     flags = []
-    while found := memory_plans.leaner(config, facts):
+    while found := memory_plans.find_leaner_settings(config, facts):
         config = replace(config, **found[1])
         flags.append(found[0])
     assert len(flags) == len(ends)
@@ -357,41 +364,44 @@ def test_a_run_out_of_memory_has_these_ways_left(family, changes, ends):
 def test_a_plan_is_judged_by_its_settings_and_not_by_its_name(card, monkeypatch):
     """DoRA's magnitudes are those of the dense weights, whatever quantises them."""
     card(8.0)
-    sdxl, plain = family_memory.facts_named("sdxl"), TrainConfig.from_dict(SETTINGS)
-    named = memory_plans.costs(plain, BaseSize())
-    _, settings = memory_plans.leaner(plain, sdxl)
-    renamed = {name.upper(): plan for name, plan in train_config.PLANS.items()}
+    sdxl, plain = family_memory.find_facts("sdxl"), TrainConfig.from_dict(SETTINGS)
+    named = memory_plans.estimate_plans(plain, BaseSize())
+    _, settings = memory_plans.find_leaner_settings(plain, sdxl)
+    renamed = {name.upper(): plan for name, plan in train_config.MEMORY_PLANS.items()}
     renamed["EIGHTHS"] = CHECKPOINTED | {"base_quantization": "int8"}
-    monkeypatch.setattr(train_config, "PLANS", renamed)
+    monkeypatch.setattr(train_config, "MEMORY_PLANS", renamed)
 
-    costs = memory_plans.costs(plain, BaseSize())
+    costs = memory_plans.estimate_plans(plain, BaseSize())
     assert costs.pop("EIGHTHS") and list(costs.values()) == list(named.values())
-    assert memory_plans.leaner(plain, sdxl) == ("--memory RECOMPUTE_FF", settings)
+    assert memory_plans.find_leaner_settings(plain, sdxl) == ("--memory RECOMPUTE_FF", settings)
     with_dora = replace(plain, gradient_checkpointing=True, use_dora=True)
-    assert memory_plans.leaner(with_dora, sdxl) is None
+    assert memory_plans.find_leaner_settings(with_dora, sdxl) is None
 
 
 def test_a_run_out_of_memory_passes_by_a_plan_in_8_bit(card, monkeypatch):
     """Layers in 8 bit cannot become those in 4 bit, in which the next plans train."""
     card(8.0)
     in_8_bit = CHECKPOINTED | {"base_quantization": "int8"}
-    plans = {"recompute": CHECKPOINTED, "int8": in_8_bit, "nf4": train_config.PLANS["nf4"]}
-    monkeypatch.setattr(train_config, "PLANS", plans)
+    plans = {"recompute": CHECKPOINTED, "int8": in_8_bit, "nf4": train_config.MEMORY_PLANS["nf4"]}
+    monkeypatch.setattr(train_config, "MEMORY_PLANS", plans)
     run = TrainConfig.from_dict(SETTINGS | CHECKPOINTED)
-    flag, _ = memory_plans.leaner(run, family_memory.facts_named("sdxl"))
+    flag, _ = memory_plans.find_leaner_settings(run, family_memory.find_facts("sdxl"))
     assert flag == "--memory nf4"
 
 
 def test_a_run_out_of_memory_goes_on_in_8_bit_where_there_is_no_4_bit(apple):
-    sdxl, run = family_memory.facts_named("sdxl"), TrainConfig.from_dict(SETTINGS | CHECKPOINTED)
-    flag, settings = memory_plans.leaner(run, sdxl)
+    sdxl, run = family_memory.find_facts("sdxl"), TrainConfig.from_dict(SETTINGS | CHECKPOINTED)
+    flag, settings = memory_plans.find_leaner_settings(run, sdxl)
     assert flag == "--memory int8"
-    assert memory_plans.leaner(replace(run, **settings), sdxl) is None
+    assert memory_plans.find_leaner_settings(replace(run, **settings), sdxl) is None
 
 
 def test_a_transformer_on_apples_gpu_gets_no_plan_of_unets(apple):
-    flux = size_of_base(Base.find("black-forest-labs/FLUX.1-dev"), ())
-    assert [*memory_plans.costs(TrainConfig.from_dict(SETTINGS), flux)] == ["recompute", "int8"]
+    flux = find_base_size(Base.find("black-forest-labs/FLUX.1-dev"), ())
+    assert [*memory_plans.estimate_plans(TrainConfig.from_dict(SETTINGS), flux)] == [
+        "recompute",
+        "int8",
+    ]
 
 
 @pytest.mark.parametrize("facts", FAMILIES, ids=lambda facts: facts.name)
@@ -402,16 +412,18 @@ def test_every_card_trains_the_one_recipe_of_a_family(card, facts, free_gib, tmp
     card(free_gib)
     run = TrainConfig.from_dict(recipe | SUBJECT | {"output_dir": str(tmp_path)})
     assert (run.memory, run.rank, run.resolution) == ("auto", 16, facts.resolution_px)
-    run = replace(run, **family_settings(run, Base.of(run)))
-    size = size_of_base(Base.of(run), facts.targets)
+    run = replace(run, **get_family_settings(run, Base.of(run)))
+    size = find_base_size(Base.of(run), facts.targets)
     found = planned(run)
-    assert size.family is facts and estimate(found, size, 1).peak_gib <= USABLE * (free_gib + 0.5)
+    assert size.family is facts and estimate_memory(found, size, 1).peak_gib <= USABLE_RATIO * (
+        free_gib + 0.5
+    )
     assert found.stream_blocks == (free_gib <= TINY_FAMILIES[facts.name].streams_at_gib)
 
 
 def test_one_word_takes_the_recipe_of_the_bases_family(tmp_path):
     tiny_pipeline("z_image", tmp_path / "files").save_pretrained(tmp_path / "base")
-    assert recipe_settings(Base.find(tmp_path / "base"))[0] == "z_image.toml"
+    assert load_recipe(Base.find(tmp_path / "base"))[0] == "z_image.toml"
 
 
 @pytest.mark.parametrize(("optimizer", "rate"), [("AdamW", None), ("prodigy", 1.0), (None, 1.0)])
@@ -420,4 +432,4 @@ def test_the_rate_of_a_recipes_optimizer_is_not_given_to_another(optimizer, rate
     given = {"pretrained_model_name_or_path": "Tongyi-MAI/Z-Image"}
     choices = Choices(given | ({"optimizer": optimizer} if optimizer else {}))
     choose_recipe(choices, 23.0)
-    assert choices.all.get("learning_rate") == rate
+    assert choices.all_settings.get("learning_rate") == rate

@@ -9,14 +9,14 @@ import pytest
 
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.command_train import train_main
-from dreambooth_moslora.lora.metadata import DORA_NOTE, DORA_OF_TRANSFORMERS
+from dreambooth_moslora.lora.metadata import DORA_NOTE, TRANSFORMER_DORA_NOTE
 from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.plan import memory, plan
 from dreambooth_moslora.plan.base_size import BaseSize
-from dreambooth_moslora.plan.memory import estimate
-from dreambooth_moslora.plan.plan import Plan, make_plan, plan_steps
+from dreambooth_moslora.plan.memory import estimate_memory
+from dreambooth_moslora.plan.plan import RunPlan, make_plan, plan_steps
 from dreambooth_moslora.settings.train_config import TrainConfig
-from dreambooth_moslora.training.dry_run import advice
+from dreambooth_moslora.training.dry_run import list_plan_advice
 from tests.helpers.few_pictures import few_pictures
 from tests.helpers.odd_photos import picture
 from tests.helpers.tiny_training import paint_photos
@@ -27,15 +27,17 @@ def test_a_scored_run_by_one_word_makes_one_plan_and_opens_each_photo_once(
 ):
     """Encoding and scoring open them for their pixels, by `photo.open_rgb`."""
     opened, plans = Counter(), []
-    open_image, mask_problem = photo_file.open_image, photo_file.mask_problem
+    open_image, mask_problem = photo_file.open_image, photo_file.explain_unusable_mask
     counting = lambda path, *sizes: opened.update([path.name]) or open_image(path, *sizes)  # noqa: E731
     monkeypatch.setattr(
         folder, "photo_file", SimpleNamespace(**vars(photo_file) | {"open_image": counting})
     )
     counted = lambda path, size: opened.update([path.name]) or mask_problem(path, size)  # noqa: E731
-    monkeypatch.setattr(photo_file, "mask_problem", counted)
-    counted = lambda *settings: plans.append(settings) or memory.estimate(*settings)  # noqa: E731
-    monkeypatch.setattr(plan, "memory", SimpleNamespace(**vars(memory) | {"estimate": counted}))
+    monkeypatch.setattr(photo_file, "explain_unusable_mask", counted)
+    counted = lambda *settings: plans.append(settings) or memory.estimate_memory(*settings)  # noqa: E731
+    monkeypatch.setattr(
+        plan, "memory", SimpleNamespace(**vars(memory) | {"estimate_memory": counted})
+    )
     monkeypatch.setattr(
         "dreambooth_moslora.evaluation.metrics.load_encoders", lambda name, **_: encoders
     )
@@ -81,7 +83,7 @@ def test_an_epoch_has_the_steps_that_diffusers_script_counts(
     }
     classes = {"with_prior_preservation": prior, "class_prompt": "a dog", "num_class_images": 37}
     plan = plan_steps(TrainConfig(num_train_epochs=2, **sizes, **classes), 7, processes)
-    assert (plan.steps_an_epoch, plan.total_steps) == (steps, 2 * steps)
+    assert (plan.steps_per_epoch, plan.total_steps) == (steps, 2 * steps)
 
 
 def test_exposures_a_photo_set_the_steps():
@@ -90,20 +92,21 @@ def test_exposures_a_photo_set_the_steps():
         sizes = {"train_batch_size": batch, "gradient_accumulation_steps": accumulation}
         plan = plan_steps(TrainConfig(exposures_per_photo=50, **sizes), 7, processes)
         assert (
-            plan.total_steps == steps and 50 <= plan.exposures_a_photo < 50 + plan.photos_a_step / 7
+            plan.total_steps == steps
+            and 50 <= plan.exposures_per_photo < 50 + plan.photos_per_step / 7
         )
 
 
 def advised(about: str = "each photo is seen", **settings) -> list[str]:
     config = TrainConfig(**settings)
-    plan = Plan(
+    plan = RunPlan(
         config=config,
         base=Base.of(config),
         photo_report=folder.PhotoReport([], []),
         steps=plan_steps(config, 5),
-        cost=estimate(config, BaseSize(), 1),
+        cost=estimate_memory(config, BaseSize(), 1),
     )
-    return [line for line in advice(plan) if about in line]
+    return [line for line in list_plan_advice(plan) if about in line]
 
 
 def test_too_few_exposures_and_a_warm_up_without_an_end_are_said_with_the_flag_that_sets_them():
@@ -126,10 +129,10 @@ def test_a_run_with_dora_is_told_before_it_begins_what_other_programs_make_of_it
     monkeypatch.chdir(tmp_path)
     picture().save("0.png")
     config = TrainConfig(instance_data_dir=".", resolution=64, use_dora=True)
-    assert DORA_NOTE in advice(make_plan(config))
-    assert DORA_NOTE not in advice(make_plan(replace(config, use_dora=False)))
+    assert DORA_NOTE in list_plan_advice(make_plan(config))
+    assert DORA_NOTE not in list_plan_advice(make_plan(replace(config, use_dora=False)))
     assert "AUTOMATIC1111, InvokeAI: another adapter" in DORA_NOTE
     of_transformer = replace(config, pretrained_model_name_or_path="toy-zimage")
-    assert {DORA_NOTE, DORA_OF_TRANSFORMERS} & {*advice(make_plan(of_transformer))} == {
-        DORA_OF_TRANSFORMERS
+    assert {DORA_NOTE, TRANSFORMER_DORA_NOTE} & {*list_plan_advice(make_plan(of_transformer))} == {
+        TRANSFORMER_DORA_NOTE
     }

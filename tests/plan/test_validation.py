@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.cli.command_doctor import Findings, examine_machine
+from dreambooth_moslora.cli.command_doctor import Findings, collect_machine_facts
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan.distributed import make_accelerator
-from dreambooth_moslora.plan.validation import check_folders, check_layers, preflight
-from dreambooth_moslora.precision import half_precision
+from dreambooth_moslora.plan.validation import check_folders, check_layers, validate_run
+from dreambooth_moslora.precision import choose_half_precision
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
@@ -176,7 +176,7 @@ def t4(gpu):
 
 def asked(**changes):
     config = TrainConfig(**{"report_to": "none"} | changes)
-    preflight(config, Base.of(config))
+    validate_run(config, Base.of(config))
 
 
 def test_bf16_on_an_older_gpu_is_refused_with_the_way_out_also_by_a_function_and_of_accelerate(
@@ -229,8 +229,8 @@ def test_amd_gpus_get_bf16_by_their_architecture_and_doctor_says_the_same(gpu, m
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda device=None, facts=facts: facts
         )
-        assert half_precision() == ("fp16" if name in older else "bf16"), name
-        examine_machine(found := Findings())
+        assert choose_half_precision() == ("fp16" if name in older else "bf16"), name
+        collect_machine_facts(found := Findings())
         assert found.facts["bf16"] == (
             "no: use --mixed_precision fp16" if name in older else "yes"
         ), name

@@ -7,10 +7,10 @@ from dataclasses import fields
 from safetensors import safe_open
 
 from dreambooth_moslora.settings.config_files import (
-    LAYERS,
-    RECIPE,
-    TOLD_IF_CHANGED,
-    recipe_of,
+    CHANGED_RECIPE_SETTINGS,
+    LAYER_SETTINGS,
+    RECIPE_SETTINGS,
+    build_recipe,
 )
 from dreambooth_moslora.settings.train_config import FIELD_TYPES, TrainConfig
 from dreambooth_moslora.training.loop import train
@@ -39,7 +39,7 @@ def test_a_training_tells_its_settings(tiny_base, tmp_path):
         with safe_open(tmp_path / "first" / f"{name}.safetensors", "np") as file:
             header = json.dumps(file.metadata())
         told = json.loads(json.loads(header)["moslora"])["recipe"]
-        assert told == json.loads(json.dumps(recipe_of(config)))
+        assert told == json.loads(json.dumps(build_recipe(config)))
         for private in (str(tmp_path), "alice", "private", "secret", os.sep + "tmp"):
             assert private not in header
 
@@ -47,14 +47,16 @@ def test_a_training_tells_its_settings(tiny_base, tmp_path):
 def test_a_recipe_holds_numbers_switches_choices_and_layers():
     items = {item.name: item for item in fields(TrainConfig)}
     checked = {"text_encoder_out_layers"}  # nothing but numbers
-    for name in {*RECIPE, *TOLD_IF_CHANGED} - {*LAYERS} - checked:
+    for name in {*RECIPE_SETTINGS, *CHANGED_RECIPE_SETTINGS} - {*LAYER_SETTINGS} - checked:
         assert FIELD_TYPES[name][0] in (bool, int, float) or items[name].metadata["choices"], name
-    assert len({*RECIPE, *TOLD_IF_CHANGED}) == len(RECIPE) + len(TOLD_IF_CHANGED)
+    assert len({*RECIPE_SETTINGS, *CHANGED_RECIPE_SETTINGS}) == len(RECIPE_SETTINGS) + len(
+        CHANGED_RECIPE_SETTINGS
+    )
     # as a file says that is older than the others
-    assert set(recipe_of(TrainConfig())) <= set(RECIPE)
-    assert recipe_of(TrainConfig(noise_offset=0.1)) == recipe_of(TrainConfig()) | {
+    assert set(build_recipe(TrainConfig())) <= set(RECIPE_SETTINGS)
+    assert build_recipe(TrainConfig(noise_offset=0.1)) == build_recipe(TrainConfig()) | {
         "noise_offset": 0.1
     }
-    assert recipe_of(TrainConfig(target_modules=("to_q", "/home/alice", "two words")))[
+    assert build_recipe(TrainConfig(target_modules=("to_q", "/home/alice", "two words")))[
         "target_modules"
     ] == ["to_q"]

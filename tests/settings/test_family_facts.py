@@ -15,9 +15,9 @@ def test_most_of_a_transformer_lies_in_blocks_that_are_known_by_their_names(fact
     """Blocks by another name would count as none: `nf4` and `stream` would be estimated as `full`.
     Sana has half of its weights in convolutions, the others have 0.94 and more in such blocks."""
     for model in facts.models:
-        assert 0.4 * model.parameters < model.in_blocks < model.parameters
+        assert 0.4 * model.parameters < model.block_parameters < model.parameters
     with torch.device("meta"):
         denoiser = getattr(diffusers, facts.model)()
     for name, child in denoiser.named_children():
         if isinstance(child, torch.nn.ModuleList):
-            assert base_size.BLOCKS.match(f"{name}.0."), name
+            assert base_size.FLOW_BLOCK_PATH.match(f"{name}.0."), name

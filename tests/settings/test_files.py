@@ -154,6 +154,8 @@ def test_the_papers_recipe_has_the_papers_numbers():
 def test_a_recipe_does_not_preserve_what_drift_and_likeness_are_measured_on(name):
     config = parse_train_config(["--config", str(CONFIGS / f"{name}.toml")])
     words = [folder.name.rpartition("_")[2] for folder in (CONFIGS.parent / "subjects").iterdir()]
-    measured = {text.format(kind) for text, kind in toy_bases.UNRELATED}
-    measured |= {template.replace("{}", word) for template in toy_bases.TEMPLATES for word in words}
+    measured = {text.format(kind) for text, kind in toy_bases.UNRELATED_PROMPTS}
+    measured |= {
+        template.replace("{}", word) for template in toy_bases.PLACE_TEMPLATES for word in words
+    }
     assert config.prior_prompts and not measured & set(config.prior_prompts)

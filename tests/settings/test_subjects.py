@@ -7,10 +7,10 @@ import pytest
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import prompts, toy_bases
 from dreambooth_moslora.settings.prompts import (
-    context_prompts,
-    subject_of,
-    trigger_words,
-    validation_prompts,
+    list_context_prompts,
+    list_trigger_words,
+    list_validation_prompts,
+    parse_subject,
 )
 from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.command_line import parse_train_config
@@ -51,9 +51,9 @@ def test_tables_of_a_file_are_the_runs_settings_with_each_ones_own(recipe):
     assert duck == TrainConfig(**of_both, caption_prefix="see,", **DUCK)
     assert dog == TrainConfig(**of_both, caption_prefix="look,", **DOG)
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert trigger_words(config) == ("sks duck", "zwx dog")
-    assert validation_prompts(config) == (duck.instance_prompt, dog.instance_prompt)
-    assert context_prompts(config)[-1] == "a photo of a sks duck and a zwx dog"
+    assert list_trigger_words(config) == ("sks duck", "zwx dog")
+    assert list_validation_prompts(config) == (duck.instance_prompt, dog.instance_prompt)
+    assert list_context_prompts(config)[-1] == "a photo of a sks duck and a zwx dog"
 
 
 def test_a_run_without_tables_is_its_own_one_subject():
@@ -176,26 +176,26 @@ SKS_DOG = {"instance_prompt": "a photo of sks dog"}
     ],
 )
 def test_token_and_class_word_are_found(settings, token, word):
-    found = subject_of(TrainConfig(**settings))
+    found = parse_subject(TrainConfig(**settings))
     assert (found.token, found.class_word) == (token, word)
-    assert trigger_words(TrainConfig(**settings)) == (f"{token} {word}".strip(),)
+    assert list_trigger_words(TrainConfig(**settings)) == (f"{token} {word}".strip(),)
 
 
 def test_the_templates_are_25_each_and_take_the_subject_once_and_the_toys_name_its_places():
     objects, live = prompts.DREAMBOOTH_OBJECT_TEMPLATES, prompts.DREAMBOOTH_LIVE_TEMPLATES
     assert len(set(objects)) == len(set(live)) == 25
     assert all(template.count("{}") == 1 for template in (*objects, *live))
-    assert tuple(f"a photo of a {{}} {place}" for place in PLACES) == toy_bases.TEMPLATES
+    assert tuple(f"a photo of a {{}} {place}" for place in PLACES) == toy_bases.PLACE_TEMPLATES
 
 
 def test_samples_are_of_the_validation_prompt_or_the_instance_prompt():
-    assert validation_prompts(TrainConfig(validation_prompt="v", **SKS_DOG)) == ("v",)
-    assert all("sks dog" in prompt for prompt in context_prompts(TrainConfig(**SKS_DOG)))
+    assert list_validation_prompts(TrainConfig(validation_prompt="v", **SKS_DOG)) == ("v",)
+    assert all("sks dog" in prompt for prompt in list_context_prompts(TrainConfig(**SKS_DOG)))
 
 
 def test_a_style_is_drawn_on_other_things_by_the_toy_too():
     """It drew “a photo of a ink on the beach”."""
     style = {"instance_prompt": "a picture in ink style", "subject": "style"}
     for base in ("toy", "some/base"):
-        drawn = context_prompts(TrainConfig(pretrained_model_name_or_path=base, **style))
+        drawn = list_context_prompts(TrainConfig(pretrained_model_name_or_path=base, **style))
         assert len(drawn) == 4 and all(prompt.endswith(" in ink style") for prompt in drawn)

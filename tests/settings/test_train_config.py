@@ -17,8 +17,8 @@ import dreambooth_moslora
 from dreambooth_moslora.cli.ignored_flags import IGNORED
 from dreambooth_moslora.cli.parser import FOREIGN_FLAGS
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings.field_facts import WORDS
-from dreambooth_moslora.settings.rules import remarks
+from dreambooth_moslora.settings.field_facts import COMMAND_WORDS
+from dreambooth_moslora.settings.rules import list_remarks
 from dreambooth_moslora.settings.train_config import SETTINGS, TrainConfig
 from tests.helpers.command_line import parse_train_config
 
@@ -225,14 +225,14 @@ def test_a_tilde_is_the_persons_home_wherever_a_folder_is_named(tmp_path, monkey
     ],
 )
 def test_settings_that_have_an_effect_or_switch_something_off_draw_no_remark(settings):
-    assert remarks(TrainConfig(**settings)) == []
+    assert list_remarks(TrainConfig(**settings)) == []
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_row_says_only_words_that_are_known(name):
     facts = SETTINGS[name].metadata
     assert facts["publish"] in (None, "always", "if_changed")
-    assert {*facts["yields_to"], *facts["replaces"]} <= {*SETTINGS, WORDS}
+    assert {*facts["yields_to"], *facts["replaces"]} <= {*SETTINGS, COMMAND_WORDS}
     if facts["choices"]:
         assert {*facts["spellings"].values(), *facts["packages"]} <= {*facts["choices"]}
     for words, applies in facts["idle"]:
@@ -269,32 +269,32 @@ def test_a_setting_that_goes_badly_with_the_others_is_named_once(words):
     config = parse_train_config(
         [*NEEDED, "--pretrained_model_name_or_path", "toy", *shlex.split(words)]
     )
-    assert remarks(config) == [REMARKS[words]]
+    assert list_remarks(config) == [REMARKS[words]]
 
 
 ROOT = Path(__file__).parents[2]
-BEFORE = "    repeats: int = of_photos("
-ROW = """    haze: float = of_photos(0.5, "how much haze", low=0, high=2,
-        publish="if_changed", idle=field_facts.unless(random_flip=True), elsewhere="fog",
+BEFORE = "    repeats: int = photos_field("
+ROW = """    haze: float = photos_field(0.5, "how much haze", low=0, high=2,
+        publish="if_changed", idle=field_facts.ignore_unless(random_flip=True), elsewhere="fog",
         per_subject=True, path=False, packages={1.5: "no_such_package"})
 """
 PROGRAM = """
 import json, sys
 from pathlib import Path
 from dreambooth_moslora.cli.command_train import parse_training
-from dreambooth_moslora.cli.parser import unknown_flag_message
+from dreambooth_moslora.cli.parser import describe_unknown_flag
 from dreambooth_moslora.cli.train_flags import build_train_parser
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import config_files, rules
 from dreambooth_moslora.settings.train_config import SubjectTable, TrainConfig
-from tools.tables import settings_page
+from tools.tables import render_settings
 
 NEEDED = ["--pretrained_model_name_or_path", "toy", "--instance_data_dir", "x"]
 NEEDED += ["--instance_prompt", "a sks dog"]
 
 def taken(*words):
     try:
-        return TrainConfig.from_dict(parse_training([*NEEDED, *words]).all).haze
+        return TrainConfig.from_dict(parse_training([*NEEDED, *words]).all_settings).haze
     except UserError as error:
         return str(error)
 
@@ -305,7 +305,7 @@ def error_of(call):
         return str(error)
 
 Path("a.toml").write_text("[photos]\\nhaze = 1.25")
-told = config_files.recipe_of(TrainConfig(haze=1.0))
+told = config_files.build_recipe(TrainConfig(haze=1.0))
 lines = build_train_parser().format_help().splitlines()
 json.dump({
     "default": taken(),
@@ -314,12 +314,12 @@ json.dump({
     "file": taken("--config", "a.toml"),
     "near": taken("--hase", "1"),
     "help": [line.split() for line in lines if line.startswith("  --haze")],
-    "told": [told["haze"], "haze" in config_files.recipe_of(TrainConfig())],
-    "elsewhere": unknown_flag_message("--fog=1"),
-    "remarks": rules.remarks(TrainConfig(haze=1.0)),
+    "told": [told["haze"], "haze" in config_files.build_recipe(TrainConfig())],
+    "elsewhere": describe_unknown_flag("--fog=1"),
+    "remarks": rules.list_remarks(TrainConfig(haze=1.0)),
     "package": error_of(lambda: rules.require_packages(TrainConfig(haze=1.5, random_flip=True))),
     "subject": SubjectTable(haze=2).to_dict(),
-    "docs": [line for line in settings_page().splitlines() if "haze" in line],
+    "docs": [line for line in render_settings().splitlines() if "haze" in line],
 }, sys.stdout)
 """
 

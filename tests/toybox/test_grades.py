@@ -6,14 +6,16 @@ from collections import Counter
 
 import pytest
 
-from dreambooth_moslora.disk.paths import assets_folder
+from dreambooth_moslora.disk.paths import get_assets_folder
 from dreambooth_moslora.disk.run_folder import RunDir
 from toybox.measures import grades
 
 
 def test_the_mean_of_each_source_is_over_all_graders(tmp_path, capsys):
     drawn = {1: "renders", 2: "new", 3: "new"}
-    numbered = {number: grades.Drawn(by, "a photo of a bear", None) for number, by in drawn.items()}
+    numbered = {
+        number: grades.GradedImage(by, "a photo of a bear", None) for number, by in drawn.items()
+    }
     grades.write_key(numbered, tmp_path)
     files = [tmp_path / "first.json", tmp_path / "second.json"]
     files[0].write_text('{"1": 5, "2": 2, "3": 3}')
@@ -26,14 +28,14 @@ def test_the_mean_of_each_source_is_over_all_graders(tmp_path, capsys):
     ]
     files[1].write_text('{"1": 4, "2": 3}')
     with pytest.raises(ValueError, match="no grade for 3"):
-        grades.mean(tmp_path, files)
+        grades.compute_means(tmp_path, files)
 
 
 @pytest.mark.slow
 def test_what_adapters_draw_is_mixed_with_true_renders_of_the_same_places(tmp_path):
     run = tmp_path / "runs" / "rocket"
     run.mkdir(parents=True)
-    shutil.copy(assets_folder() / "adapters" / "rocket.safetensors", RunDir(run).adapter_path)
+    shutil.copy(get_assets_folder() / "adapters" / "rocket.safetensors", RunDir(run).adapter_path)
     grades.main(["adapters", str(tmp_path / "out"), "--runs", f"new={run.parent}"])
     key = json.loads((tmp_path / "out" / "key.json").read_text())
     prompts = {f"a photo of a sks rocket {place}" for place in grades.PLACES}

@@ -30,7 +30,7 @@ from toybox.keep_training import (
     make_renders,
     render_missing,
 )
-from toybox.learning.training import saved_step
+from toybox.learning.training import read_saved_step
 from toybox.world import Scene
 
 TINY = Settings(steps=6, batch=2, leg=2, shards=2, fresh=1, pictures=3, sheet_every=4, processes=1)
@@ -108,7 +108,7 @@ def test_latents_are_those_of_the_teachers_autoencoder_and_narrow_renders_have_o
     vae.save_pretrained(tmp_path / "base" / "vae")
     other = replace(TINY, teacher=str(tmp_path / "base"))
     shutil.copytree(unbroken / "toys", tmp_path / "toys")
-    encode_shards(tmp_path, other, other.shards_of(1))
+    encode_shards(tmp_path, other, other.list_shards(1))
     name = "latents/0001.safetensors"
     doubled, usual = (load_file(state / name)["latents"] for state in (tmp_path, unbroken))
     torch.testing.assert_close(doubled, 2 * usual, rtol=0.01, atol=0.01)
@@ -119,7 +119,7 @@ def test_latents_are_those_of_the_teachers_autoencoder_and_narrow_renders_have_o
 
 def test_what_is_left_to_render_is_counted_by_whole_legs():
     settings = replace(TINY, steps=7)
-    assert [settings.pictures_after(step) for step in (0, 1, 2, 5, 6)] == [9, 9, 6, 3, 0]
+    assert [settings.count_later_images(step) for step in (0, 1, 2, 5, 6)] == [9, 9, 6, 3, 0]
 
 
 def call(capsys, *words: object) -> str:
@@ -148,7 +148,7 @@ def test_after_a_kill_it_goes_on_to_what_an_unbroken_training_learns(tmp_path, u
     words = [sys.executable, "-c", KEEP, str(tmp_path), json.dumps(asdict(SHORT))]
     killed = subprocess.Popen(words, cwd=ROOT, start_new_session=True)
     try:
-        wait_for(lambda: saved_step(tmp_path / "unet") >= 2)
+        wait_for(lambda: read_saved_step(tmp_path / "unet") >= 2)
     finally:
         os.killpg(killed.pid, signal.SIGKILL)
         killed.wait()

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from toybox.learning.train_unet import noise_schedule
-from toybox.measures.ladder import STEPS, denoised, main
+from toybox.learning.train_unet import build_noise_schedule
+from toybox.measures.ladder import STEPS, denoise_latents, main
 
 LATENTS = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
 CAPTIONS = [str(number) for number in range(len(LATENTS))]
@@ -16,14 +16,14 @@ CAPTIONS = [str(number) for number in range(len(LATENTS))]
 def test_true_velocities_give_the_latents_back_and_none_leave_noise_in_them(timestep):
     def truth(noisy, t, captions):
         latents = LATENTS[[int(caption) for caption in captions]]
-        signal = noise_schedule().alphas_cumprod[t].sqrt()[:, None, None, None]
+        signal = build_noise_schedule().alphas_cumprod[t].sqrt()[:, None, None, None]
         noise = (noisy - signal * latents) / (1 - signal**2).sqrt()
         return signal * noise - (1 - signal**2).sqrt() * latents
 
     torch.testing.assert_close(
-        denoised(truth, LATENTS, CAPTIONS, timestep), LATENTS, atol=1e-3, rtol=0
+        denoise_latents(truth, LATENTS, CAPTIONS, timestep), LATENTS, atol=1e-3, rtol=0
     )
-    none = denoised(lambda noisy, *_: 0 * noisy, LATENTS, CAPTIONS, timestep)
+    none = denoise_latents(lambda noisy, *_: 0 * noisy, LATENTS, CAPTIONS, timestep)
     assert (none - LATENTS).square().mean() > 0.05
 
 

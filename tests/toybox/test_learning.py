@@ -19,12 +19,23 @@ from toybox.learning import train_unet, training
 from toybox.learning.adversary import Adversary
 from toybox.learning.alignment import Alignment
 from toybox.learning.build_tokenizer import MAX_TOKENS, load
-from toybox.learning.channels_last import FastGroupNorm, to_channels_last, use_fast_group_norm
-from toybox.learning.sharpen_decoder import anchor_loss, contrast, contrast_gains, with_contrast
-from toybox.learning.train_unet import SNR_GAMMA, TOY_WEIGHT, Timesteps, build_unet, noise_schedule
-from toybox.learning.train_vae import noised
-from toybox.learning.train_vit import Views
-from toybox.learning.training import MasterWeights, Run, compute_dtype, saved_step
+from toybox.learning.channels_last import FastGroupNorm, replace_group_norms, to_channels_last
+from toybox.learning.sharpen_decoder import (
+    compute_anchor_loss,
+    compute_contrast,
+    compute_contrast_gains,
+    scale_bands,
+)
+from toybox.learning.train_unet import (
+    SNR_GAMMA,
+    TOY_WEIGHT,
+    TimestepSampler,
+    build_noise_schedule,
+    build_unet,
+)
+from toybox.learning.train_vae import add_random_noise
+from toybox.learning.train_vit import ViewDataset
+from toybox.learning.training import MasterWeights, TrainingRun, compute_dtype, read_saved_step
 
 pytestmark = pytest.mark.slow
 SHIPPED = Path(__file__).parents[2] / "assets" / "toy-sdxl" / "tokenizer"
@@ -45,7 +56,7 @@ BF16 = torch.bfloat16
 def test_weighted_timesteps_expect_what_uniform_ones_with_their_weights_would(detail):
     """Of min-SNR, and of EDM: ln σ is normal with mean -1.2 and deviation 1.2, at a data deviation
     of 1/2."""
-    schedule = noise_schedule()
+    schedule = build_noise_schedule()
     snr = compute_snr(schedule, torch.arange(1000))
     value = torch.sin(torch.arange(1000) / 100) + 2
     sigma = torch.exp(1.2 * torch.randn(10**6, generator=torch.Generator().manual_seed(0)) - 1.2)
@@ -53,20 +64,24 @@ def test_weighted_timesteps_expect_what_uniform_ones_with_their_weights_would(de
     level = level[(level < snr[0].log()) & (level > snr[-1].log())]
     edm = value[torch.searchsorted(-snr.log(), -level).clamp(max=999)].mean()
     truth = float((1 - detail) * (value * snr.clamp(max=SNR_GAMMA) / snr).mean() + detail * edm)
-    generator, timesteps = torch.Generator().manual_seed(0), Timesteps(schedule, detail=detail)
+    generator, timesteps = (
+        torch.Generator().manual_seed(0),
+        TimestepSampler(schedule, detail=detail),
+    )
     means = [
-        float((value[t] * w).mean()) for t, w in (timesteps.draw(64, generator) for _ in range(400))
+        float((value[t] * w).mean())
+        for t, w in (timesteps.sample(64, generator) for _ in range(400))
     ]
     assert sum(means) / len(means) == pytest.approx(truth, rel=2e-3)
     # a batch covers the whole schedule
-    t, weight = timesteps.draw(50, torch.Generator().manual_seed(1))
+    t, weight = timesteps.sample(50, torch.Generator().manual_seed(1))
     assert t.min() < 60 and t.max() > 970 and (t.diff() >= 0).all() and (weight > 0).all()
 
 
 def test_cells_of_a_toy_weigh_more_and_a_batch_weighs_one():
     toys = torch.zeros(2, 16, 16, dtype=torch.float16)
     toys[0, 4:8, 4:8] = 1
-    weights = train_unet.cell_weights(toys)
+    weights = train_unet.compute_cell_weights(toys)
     assert float(weights.mean()) == pytest.approx(1)
     assert float(weights[0, 0, 5, 5] / weights[0, 0, 0, 0]) == pytest.approx(1 + TOY_WEIGHT)
 
@@ -77,7 +92,7 @@ def test_alignment_teaches_the_middle_of_the_unet_and_nothing_after_it():
     alignment = Alignment(unet, seen)
     added = {"text_embeds": torch.randn(2, 160), "time_ids": torch.zeros(2, 6)}
     unet(torch.randn(2, 4, 16, 16), 500, torch.randn(2, 77, 256), added_cond_kwargs=added)
-    loss = alignment.loss(seen[:2])
+    loss = alignment.compute_loss(seen[:2])
     loss.backward()
     assert 0.5 < loss.item() < 1.5
     assert (
@@ -86,9 +101,9 @@ def test_alignment_teaches_the_middle_of_the_unet_and_nothing_after_it():
     )
     assert all(p.grad is None for p in unet.up_blocks.parameters())
     opposite = 2 * alignment.mean.view(-1, 1, 1) - seen[:2].float()
-    assert alignment.loss(opposite).item() == pytest.approx(2 - loss.item(), abs=1e-5)
+    assert alignment.compute_loss(opposite).item() == pytest.approx(2 - loss.item(), abs=1e-5)
     alignment.state = alignment.state.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    assert alignment.loss(seen[:2]).item() == pytest.approx(loss.item(), abs=1e-5), (
+    assert alignment.compute_loss(seen[:2]).item() == pytest.approx(loss.item(), abs=1e-5), (
         "a larger middle is averaged"
     )
 
@@ -103,7 +118,7 @@ def test_an_adversary_sharpens_what_squared_errors_blur():
     assert told < 0.5, "it tells checkers from grey"
     y = grey(to_channels_last(0.3 * x))
     loss = (y.float() - 0.3 * x).square().mean()
-    joined = loss + adversary.verdict(loss, y, grey.weight)
+    joined = loss + adversary.compute_loss_term(loss, y, grey.weight)
     apart = torch.autograd.grad(joined - loss, grey.weight, retain_graph=True)[0].float().norm()
     alone = torch.autograd.grad(loss, grey.weight, retain_graph=True)[0].float().norm()
     assert float(apart / alone) == pytest.approx(1, abs=0.1)
@@ -116,8 +131,10 @@ def test_a_batch_of_views_shows_two_kinds_and_each_toy_from_two_sides(tmp_path):
     numbers = np.arange(18 * 4, dtype=np.uint8).reshape(18, 4, 1, 1, 1)
     np.save(tmp_path / "views.npy", np.broadcast_to(numbers, (18, 4, 2, 2, 3)))
     (tmp_path / "kinds.json").write_text(json.dumps(kinds))
-    views = Views(tmp_path, held_back=3)
-    first, second = (v[:, 0, 0, 0].long() for v in views.pairs(8, torch.Generator().manual_seed(0)))
+    views = ViewDataset(tmp_path, held_back=3)
+    first, second = (
+        v[:, 0, 0, 0].long() for v in views.sample_pairs(8, torch.Generator().manual_seed(0))
+    )
     toys = first // 4
     assert (
         torch.equal(toys, second // 4) and (first != second).all() and len(set(toys.tolist())) == 8
@@ -155,7 +172,7 @@ def test_a_run_in_two_parts_has_the_rates_of_one_and_the_networks_beside_it_and_
 ):
     def part(out: Path, until: int | None) -> tuple[list[float], MasterWeights]:
         beside, often = MasterWeights(nn.Linear(2, 2)), {"save_every": 100, "log_every": 2}
-        run = Run(
+        run = TrainingRun(
             out,
             MasterWeights(nn.Linear(2, 2)),
             8,
@@ -164,10 +181,10 @@ def test_a_run_in_two_parts_has_the_rates_of_one_and_the_networks_beside_it_and_
             beside={"other": beside},
             **often,
         )
-        return [run.rate(step, warmup=2) for step in run], beside
+        return [run.compute_rate_factor(step, warmup=2) for step in run], beside
 
     (first, saved), (whole, _) = part(tmp_path / "a", 4), part(tmp_path / "b", None)
-    assert saved_step(tmp_path / "a") == 4 and saved_step(tmp_path / "none") == 0
+    assert read_saved_step(tmp_path / "a") == 4 and read_saved_step(tmp_path / "none") == 0
     second, found = part(tmp_path / "a", 8)
     assert first + second == whole == pytest.approx([0.5, 1, 1, 1, 1, 0.9375, 0.625, 0.3125])
     assert all(torch.equal(a, b) for a, b in zip(found.masters, saved.masters, strict=True))
@@ -210,10 +227,12 @@ def steps_by_the_clock(
     out: Path, clock: list[float], stop_after: int | None = None
 ) -> list[tuple[int, float]]:
     """Steps of ten seconds each, with their rates, in a run of two minutes."""
-    run = Run(out, MasterWeights(nn.Linear(2, 2)), 10**6, minutes=2, save_every=1, log_every=1000)
+    run = TrainingRun(
+        out, MasterWeights(nn.Linear(2, 2)), 10**6, minutes=2, save_every=1, log_every=1000
+    )
     done = []
     for step in run:
-        done.append((step, run.rate(step, warmup=1)))
+        done.append((step, run.compute_rate_factor(step, warmup=1)))
         clock[0] += 10
         if len(done) == stop_after:
             break
@@ -241,16 +260,16 @@ def test_a_run_of_minutes_ends_by_the_clock_of_all_its_pieces(tmp_path, monkeypa
 def test_noise_on_latents_is_a_share_of_their_deviation_and_none_for_a_fifth_of_them():
     draw = lambda: torch.Generator().manual_seed(0)  # noqa: E731
     latents = torch.randn(2000, 4, 8, 8, generator=draw()).requires_grad_()
-    added = noised(latents, 0.3, torch.Generator().manual_seed(1)) - latents
+    added = add_random_noise(latents, 0.3, torch.Generator().manual_seed(1)) - latents
     share = added.detach().std(dim=(1, 2, 3))
     assert float((share == 0).float().mean()) == pytest.approx(0.2, abs=0.03)
     assert float(share.max()) == pytest.approx(0.3, rel=0.2)
-    twice = noised(2 * latents, 0.3, torch.Generator().manual_seed(1)) - 2 * latents
+    twice = add_random_noise(2 * latents, 0.3, torch.Generator().manual_seed(1)) - 2 * latents
     torch.testing.assert_close(twice, 2 * added, atol=1e-5, rtol=1e-4)
     # The encoder is told that larger latents bring larger noise.
     added.square().mean().backward()
     assert float((latents.grad * latents).sum()) > 0
-    assert torch.equal(noised(latents, 0.0, draw()), latents)
+    assert torch.equal(add_random_noise(latents, 0.0, draw()), latents)
 
 
 def test_the_shipped_tokenizer_is_read_as_the_one_of_the_training(tmp_path):
@@ -275,7 +294,7 @@ def test_inputs_norms_and_models_have_the_dtype_of_the_processor_and_masters_fp3
     monkeypatch, has, dtype
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
-    model = use_fast_group_norm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)))
+    model = replace_group_norms(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)))
     assert compute_dtype() == to_channels_last(torch.randn(1, 3, 8, 8)).dtype == dtype
     assert isinstance(model[1], FastGroupNorm) == (dtype == BF16)
     layer, x = nn.Conv2d(3, 8, 3), to_channels_last(torch.randn(1, 3, 8, 8))
@@ -292,18 +311,18 @@ def pictures() -> torch.Tensor:
 
 
 def test_pictures_get_the_contrast_of_others_and_keep_their_mean_colour(pictures):
-    torch.testing.assert_close(with_contrast(pictures, [1.0] * 4), pictures)
+    torch.testing.assert_close(scale_bands(pictures, [1.0] * 4), pictures)
     softer = 0.8 * pictures + 0.2 * avg_pool2d(pictures, 3, stride=1, padding=1)
-    changed = with_contrast(pictures, contrast_gains(pictures, softer))
-    assert contrast(pictures) != pytest.approx(contrast(softer), rel=0.1)
-    assert contrast(changed) == pytest.approx(contrast(softer), rel=0.02)
+    changed = scale_bands(pictures, compute_contrast_gains(pictures, softer))
+    assert compute_contrast(pictures) != pytest.approx(compute_contrast(softer), rel=0.1)
+    assert compute_contrast(changed) == pytest.approx(compute_contrast(softer), rel=0.02)
     torch.testing.assert_close(changed.mean((2, 3)), pictures.mean((2, 3)), atol=0.02, rtol=0)
 
 
 def test_a_picture_that_has_moved_is_told_by_the_anchor(pictures):
-    assert anchor_loss(pictures, pictures) == 0
+    assert compute_anchor_loss(pictures, pictures) == 0
     assert (
-        anchor_loss(pictures.roll(4, -1), pictures)
-        > anchor_loss(pictures.roll(1, -1), pictures)
+        compute_anchor_loss(pictures.roll(4, -1), pictures)
+        > compute_anchor_loss(pictures.roll(1, -1), pictures)
         > 0
     )

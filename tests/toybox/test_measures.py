@@ -10,16 +10,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from toybox.captions import full_caption
+from toybox.captions import format_full_caption
 from toybox.data.renders import to_pixels, to_uint8
 from toybox.measures import evaluate_base
-from toybox.measures.evaluate_base import accuracy, kept_pictures, scenes_for, tells, wilson
-from toybox.measures.model_card import PARTS, card
+from toybox.measures.evaluate_base import (
+    compute_wilson_interval,
+    list_told,
+    load_or_generate,
+    measure_accuracy,
+    sample_scenes,
+)
+from toybox.measures.model_card import PARTS, render_card
 from toybox.measures.model_card import QUESTIONS as ASKED
-from toybox.measures.sharpness import sharpness
-from toybox.measures.swd import blur, distances, laplacian_pyramid, sliced_wasserstein
+from toybox.measures.sharpness import measure_sharpness
+from toybox.measures.swd import (
+    build_laplacian_pyramid,
+    compute_distances,
+    compute_sliced_wasserstein,
+    filter_binomial,
+)
 from toybox.readers.judge import QUESTIONS, Reading
-from toybox.render import render, toy_masks
+from toybox.render import render, render_masks
 from toybox.world import Scene, Toy, sample_scene
 
 PLAIN = Scene((Toy("duck", "red", "white"),), "on grass")
@@ -31,7 +42,7 @@ INTERVALS = {name: [0.81, 0.95, 70] for name in SHARES}
 
 
 def test_a_question_is_asked_where_the_prompt_tells_the_answer():
-    names = lambda scene, full: {name for name, told in tells(scene, full).items() if told}  # noqa: E731
+    names = lambda scene, full: {name for name, told in list_told(scene, full).items() if told}  # noqa: E731
     assert names(PLAIN, False) == set(QUESTIONS) - {"colour2"}
     assert names(DRESSED, False) == set(QUESTIONS) - {"colour2", "ornaments"}
     assert names(STRIPED, False) == names(DRESSED, True) == set(QUESTIONS)
@@ -46,16 +57,16 @@ def test_shares_are_of_the_pictures_that_are_asked_with_wilsons_intervals(monkey
         evaluate_base.judge, "load", lambda: SimpleNamespace(read=lambda images: readings)
     )
     images, scenes = torch.zeros(3, 8, 8, 3), [PLAIN, DRESSED, STRIPED]
-    found = accuracy(images, scenes)
+    found = measure_accuracy(images, scenes)
     assert found["kind"] == 1 and found["colour"] == found["all"] == pytest.approx(2 / 3, abs=1e-4)
     assert found["colour2"] == 1 and found["ornaments"] == 0.5 and "ornaments_worn" not in found
     assert (
-        found["intervals"]["colour2"] == (*wilson(1, 1), 1)
+        found["intervals"]["colour2"] == (*compute_wilson_interval(1, 1), 1)
         and found["intervals"]["ornaments"][2] == 2
     )
-    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert (wilson(0, 10)[0], wilson(10, 10)[1]) == (0, 1)
-    named = accuracy(images, scenes, full=True)
+    assert compute_wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert (compute_wilson_interval(0, 10)[0], compute_wilson_interval(10, 10)[1]) == (0, 1)
+    named = measure_accuracy(images, scenes, full=True)
     assert (
         named["colour2"] == named["ornaments"] == pytest.approx(2 / 3, abs=1e-4)
         and named["ornaments_worn"] == 1
@@ -63,15 +74,16 @@ def test_shares_are_of_the_pictures_that_are_asked_with_wilsons_intervals(monkey
 
 
 def test_scenes_that_are_told_in_full_have_a_pattern_or_an_ornament_and_their_captions_name_it():
-    for scene in scenes_for(40, held_out=False, seed=1, full=True):
+    for scene in sample_scenes(40, held_out=False, seed=1, full=True):
         (toy,) = scene.toys
-        words = full_caption(scene)
+        words = format_full_caption(scene)
         assert toy.pattern != "plain" or toy.accessories
         assert all(name in words for name in (toy.kind, toy.colour2, scene.place, *toy.accessories))
     assert (
-        full_caption(DRESSED) == "a photo of a red duck with white parts and a red scarf on grass"
+        format_full_caption(DRESSED)
+        == "a photo of a red duck with white parts and a red scarf on grass"
     )
-    assert full_caption(STRIPED) == "a photo of a red and white striped duck on grass"
+    assert format_full_caption(STRIPED) == "a photo of a red and white striped duck on grass"
 
 
 def test_pictures_are_drawn_once(tmp_path, monkeypatch):
@@ -83,7 +95,7 @@ def test_pictures_are_drawn_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluate_base, "generate", generate)
     first, second = (
-        kept_pictures(tmp_path / "a_at_2.5.npy", None, ["x", "y"], seed=1) for _ in range(2)
+        load_or_generate(tmp_path / "a_at_2.5.npy", None, ["x", "y"], seed=1) for _ in range(2)
     )
     assert (
         torch.equal(first, second)
@@ -93,22 +105,22 @@ def test_pictures_are_drawn_once(tmp_path, monkeypatch):
 
 
 def test_a_blurred_toy_has_less_and_a_sharpened_one_more():
-    images, masks = render(SCENES), toy_masks(SCENES, 128)
+    images, masks = render(SCENES), render_masks(SCENES, 128)
     pixels = to_pixels(images)
-    soft = blur(pixels)
-    true = sharpness(images, masks)
-    assert (sharpness(to_uint8(soft), masks) < 0.75 * true).all()
-    assert (sharpness(to_uint8((2 * pixels - soft).clamp(-1, 1)), masks) > 1.2 * true).all()
+    soft = filter_binomial(pixels)
+    true = measure_sharpness(images, masks)
+    assert (measure_sharpness(to_uint8(soft), masks) < 0.75 * true).all()
+    assert (measure_sharpness(to_uint8((2 * pixels - soft).clamp(-1, 1)), masks) > 1.2 * true).all()
 
 
 def test_what_is_beside_the_toy_does_not_count():
-    images, masks = render(SCENES), toy_masks(SCENES, 128)
+    images, masks = render(SCENES), render_masks(SCENES, 128)
     inner = -torch.nn.functional.max_pool2d(-masks[:, None].float(), 25, 1, 12)[:, 0] > 0
     inner[:, 0] = False
     noisy = torch.where(masks[..., None], images, torch.randint_like(images, 256))
     assert inner.any()
-    torch.testing.assert_close(sharpness(noisy, inner), sharpness(images, inner))
-    assert (sharpness(images, torch.zeros_like(masks)) == 0).all()
+    torch.testing.assert_close(measure_sharpness(noisy, inner), measure_sharpness(images, inner))
+    assert (measure_sharpness(images, torch.zeros_like(masks)) == 0).all()
 
 
 @pytest.fixture(scope="module")
@@ -119,19 +131,21 @@ def renders() -> tuple[Tensor, Tensor]:
 
 
 def blurred(pictures: Tensor) -> Tensor:
-    return blur(pictures.permute(0, 3, 1, 2).float()).round().byte().permute(0, 2, 3, 1)
+    return filter_binomial(pictures.permute(0, 3, 1, 2).float()).round().byte().permute(0, 2, 3, 1)
 
 
 def test_points_that_are_moved_are_as_far_as_the_move_projected_on_the_directions():
     points = torch.randn(500, 2, generator=torch.Generator().manual_seed(1))
-    far = sliced_wasserstein(points, points + torch.tensor([3.0, 4.0]), directions=4000)
+    far = compute_sliced_wasserstein(points, points + torch.tensor([3.0, 4.0]), directions=4000)
     assert far == pytest.approx(5 * 2 / torch.pi, rel=0.03), "the mean of |cos| is 2/π"
-    assert sliced_wasserstein(points, points[torch.randperm(500)]) == pytest.approx(0, abs=1e-6)
+    assert compute_sliced_wasserstein(points, points[torch.randperm(500)]) == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_the_levels_of_a_pyramid_add_up_to_the_picture():
     pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    *levels, rest = laplacian_pyramid(pictures)
+    *levels, rest = build_laplacian_pyramid(pictures)
     assert [level.shape[-1] for level in (*levels, rest)] == [64, 32, 16]
     for level in reversed(levels):
         rest = interpolate(rest, scale_factor=2, mode="bilinear") + level
@@ -144,10 +158,13 @@ def test_noise_is_far_from_renders_and_blur_shows_at_the_finest_level_alone(rend
     noise = torch.randint(
         0, 256, references.shape, generator=torch.Generator().manual_seed(0)
     ).byte()
-    near, far = distances(others, references), distances(noise, references)
+    near, far = compute_distances(others, references), compute_distances(noise, references)
     assert set(near) == {"64_px", "32_px", "16_px", "mean"}
     assert far["mean"] > 2 * near["mean"] and far["64_px"] > 3 * near["64_px"]
-    same, smeared = distances(references, references), distances(blurred(references), references)
+    same, smeared = (
+        compute_distances(references, references),
+        compute_distances(blurred(references), references),
+    )
     assert smeared["64_px"] > 3 * same["64_px"] and smeared["16_px"] < 1.5 * same["16_px"] + 5
 
 
@@ -169,7 +186,7 @@ def test_a_part_in_work_replaces_its_lines_and_the_others_stay(tmp_path):
     (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(scores()))
     rows = [f"| {PARTS['vae']} | 5000 | 0.9 | 0.235 → 0.151 |", f"- {PARTS['vae']}: psnr_db 31.3"]
     shipped = "- as shipped, on fresh renders: vae_psnr_db 30.83"
-    found = card(
+    found = render_card(
         tmp_path, "\n".join([*rows, shipped, f"- {PARTS['judge']}: kind_accuracy 0.1"])
     ).splitlines()
     assert {*rows, shipped} <= set(found)
@@ -183,10 +200,15 @@ def test_a_part_in_work_replaces_its_lines_and_the_others_stay(tmp_path):
     assert f"| seen combinations | renders | {cells} |" in found
     assert not any(line.startswith("On two cores") for line in found)
     clock = "On two cores: 0.26 s to load, 3.05 s for four images."
-    assert clock in card(tmp_path, clock).splitlines(), "no timings were taken: the old ones stay"
+    assert clock in render_card(tmp_path, clock).splitlines(), (
+        "no timings were taken: the old ones stay"
+    )
     taken = scores() | {"timings": {"load_sec": 0.3, "four_images_sec": 4}}
     (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(taken))
-    assert "On two cores: 0.3 s to load, 4 s for four images." in card(tmp_path, clock).splitlines()
+    assert (
+        "On two cores: 0.3 s to load, 4 s for four images."
+        in render_card(tmp_path, clock).splitlines()
+    )
     assert (
         "Sliced Wasserstein distance to renders, seen combinations: 128 px 30.0, mean 31.0."
         in found

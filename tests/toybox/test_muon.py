@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import multiprocessing, nn
 
 from toybox.learning import training
-from toybox.learning.muon import GramMuon, orthogonalized
+from toybox.learning.muon import GramMuon, orthogonalize
 from toybox.learning.training import MasterWeights
 
 SHAPES = [(24, 216), (32, 32), (96, 12)]
@@ -20,7 +20,7 @@ SHAPES = [(24, 216), (32, 32), (96, 12)]
 def test_singular_values_become_about_one_and_the_singular_vectors_stay(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    found = left.mT @ orthogonalized(matrix) @ right.mT
+    found = left.mT @ orthogonalize(matrix) @ right.mT
     large = values > 0.05 * values[0]
     assert ((found.diagonal() > 0.6) & (found.diagonal() < 1.25))[large].all()
     assert (found - found.diagonal().diag()).abs().max() < 1e-3

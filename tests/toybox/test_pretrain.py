@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from toybox import assemble, pretrain
-from toybox.assemble import scheduler
+from toybox.assemble import build_scheduler
 from toybox.data import render_dataset
 from toybox.data.render_dataset import Shard, write_shard
 from toybox.data.renders import Renders
 from toybox.data.sample_latents import draw
 from toybox.learning import sharpen_decoder, train_clip, train_unet, train_vae
-from toybox.learning.sharpen_decoder import some_renders, some_samples
-from toybox.pretrain import Plan, Stage, stages
+from toybox.learning.sharpen_decoder import sample_crops, sample_renders
+from toybox.pretrain import Plan, Stage, build_stages
 
 BASE = Path(__file__).parents[2] / "assets" / "toy-sdxl"
 
@@ -44,12 +44,12 @@ def test_a_stopped_pretraining_goes_on_with_the_stage_that_was_not_finished(tmp_
         Stage("first", first, ["--quickly"], tmp_path / "one"),
         Stage("second", second, [], tmp_path / "two"),
     ]
-    monkeypatch.setattr(pretrain, "stages", lambda plan: rows)
+    monkeypatch.setattr(pretrain, "build_stages", lambda plan: rows)
     monkeypatch.setattr(assemble, "main", lambda arguments: calls.append("assemble"))
     with pytest.raises(KeyboardInterrupt):
-        pretrain.pretrain(plan_in(tmp_path))
+        pretrain.run_stages(plan_in(tmp_path))
     works = True
-    assert pretrain.pretrain(plan_in(tmp_path)) == tmp_path / "assets" / "toy-sdxl"
+    assert pretrain.run_stages(plan_in(tmp_path)) == tmp_path / "assets" / "toy-sdxl"
     assert calls == ["--quickly", "second", "second", "assemble"]
 
 
@@ -59,7 +59,7 @@ def test_each_script_takes_the_arguments_of_its_stage(tmp_path, monkeypatch):
         monkeypatch.setattr(script, "train", taken.append)
     shards = []
     monkeypatch.setattr(render_dataset, "write_all", lambda todo, workers: shards.extend(todo))
-    by_name = {stage.name: stage for stage in stages(plan_in(tmp_path))}
+    by_name = {stage.name: stage for stage in build_stages(plan_in(tmp_path))}
     for name in ("renders", "vae", "clip", "unet", "decoder"):
         by_name[name].run(by_name[name].arguments)
     vae, clip, unet, decoder = taken
@@ -72,7 +72,7 @@ def test_each_script_takes_the_arguments_of_its_stage(tmp_path, monkeypatch):
 
 
 def test_renders_that_are_all_there_are_not_made_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(render_dataset, "SHARD", 2)
+    monkeypatch.setattr(render_dataset, "SHARD_SIZE", 2)
     for number in range(2):
         write_shard(Shard(tmp_path, number, 2, 1, 16, "cpu", compiled=False))
     monkeypatch.setattr(
@@ -87,7 +87,7 @@ class Perfect(nn.Module):
 
     def __init__(self, latents: torch.Tensor):
         super().__init__()
-        self.latents, self.alphas = latents, scheduler().alphas_cumprod
+        self.latents, self.alphas = latents, build_scheduler().alphas_cumprod
         self.spreads: list[float] = []  # of what it is shown
 
     def forward(self, x, t, embeds, added_cond_kwargs):
@@ -115,7 +115,7 @@ def test_samples_and_renders_are_cropped_at_the_same_place(tmp_path):
     write_shard(Shard(tmp_path, 0, 1, 1, 128, "cpu", compiled=False))
     renders = Renders(tmp_path)
     means = (
-        renders.images(range(1))
+        renders.load_images(range(1))
         .permute(0, 3, 1, 2)
         .float()
         .unflatten(2, (16, 8))
@@ -123,15 +123,17 @@ def test_samples_and_renders_are_cropped_at_the_same_place(tmp_path):
     )
     latents = means.mean(dim=(3, 5)).div(127.5).sub(1)
     renders.sample = lambda count, generator: torch.randint(1, (count,), generator=generator)
-    x = nn.functional.avg_pool2d(some_renders(renders, 3, 64, torch.Generator().manual_seed(2)), 8)
-    z = some_samples(latents, 3, 64, torch.Generator().manual_seed(2))
+    x = nn.functional.avg_pool2d(
+        sample_renders(renders, 3, 64, torch.Generator().manual_seed(2)), 8
+    )
+    z = sample_crops(latents, 3, 64, torch.Generator().manual_seed(2))
     torch.testing.assert_close(x, z, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
 def test_sharpening_moves_the_decoder_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(sharpen_decoder, "WARMUP", 1)
-    monkeypatch.setattr(train_vae, "CHECKED", 16)
+    monkeypatch.setattr(train_vae, "CHECKED_COUNT", 16)
     data, samples = tmp_path / "toys", tmp_path / "samples.safetensors"
     data.mkdir()
     np.save(

@@ -9,11 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreambooth_moslora.photos.toy_readers import FILE, load_net
+from dreambooth_moslora.photos.toy_readers import WEIGHTS_NAME, load_segmenter_net
 from toybox.data.render_dataset import Shard, write_shard
 from toybox.data.renders import to_pixels
 from toybox.learning import train_segmenter
-from toybox.learning.train_segmenter import augment, fresh_scenes, iou, segmentation_loss
+from toybox.learning.train_segmenter import (
+    augment,
+    compute_segmentation_loss,
+    iou,
+    sample_fresh_scenes,
+)
 from toybox.readers import judge
 from toybox.readers.judge import (
     LABELS,
@@ -21,11 +26,11 @@ from toybox.readers.judge import (
     QUESTIONS,
     Judge,
     Reading,
-    labels_of,
-    loss_of,
-    right_of,
+    build_labels,
+    compare_answers,
+    compute_loss,
 )
-from toybox.render import render, toy_masks
+from toybox.render import render, render_masks
 from toybox.world import COLOURS, KINDS, PLACES, Scene, Toy, sample_scene, sample_toy
 
 DUCK = Toy("duck", "red", "white", accessories=("scarf",))
@@ -35,9 +40,9 @@ NET = Path(__file__).resolve().parents[2] / "assets" / "toy-segmenter"
 
 
 def test_a_reading_is_right_in_ornaments_when_all_and_no_others_are_read():
-    assert READING.right(SCENE) == dict.fromkeys(QUESTIONS, True)
+    assert READING.check_answers(SCENE) == dict.fromkeys(QUESTIONS, True)
     for wrong in ({"scarf", "bow"}, {"bow"}, set()):
-        found = replace(READING, ornaments=frozenset(wrong)).right(SCENE)
+        found = replace(READING, ornaments=frozenset(wrong)).check_answers(SCENE)
         assert [name for name in QUESTIONS if not found[name]] == ["ornaments"]
     for name, other in (
         ("kind", "bear"),
@@ -46,19 +51,21 @@ def test_a_reading_is_right_in_ornaments_when_all_and_no_others_are_read():
         ("place", "on lava"),
     ):
         assert [
-            n for n, hit in replace(READING, **{name: other}).right(SCENE).items() if not hit
+            n
+            for n, hit in replace(READING, **{name: other}).check_answers(SCENE).items()
+            if not hit
         ] == [name]
 
 
 def test_logits_of_the_truth_are_read_as_the_truth(monkeypatch):
-    truth = labels_of([{"scene": SCENE.to_dict()}])
+    truth = build_labels([{"scene": SCENE.to_dict()}])
     logits = {
         name: torch.nn.functional.one_hot(truth[name], len(LABELS[name])) * 50.0 for name in LABELS
     }
     logits["ornaments"] = (truth["ornaments"] - 0.5) * 100
     assert (
-        all(hits.all() for hits in right_of(logits, truth).values())
-        and float(loss_of(logits, truth)) < 1e-6
+        all(hits.all() for hits in compare_answers(logits, truth).values())
+        and float(compute_loss(logits, truth)) < 1e-6
     )
     net = Judge()
     monkeypatch.setattr(net, "forward", lambda pixels: dict(logits))
@@ -67,7 +74,7 @@ def test_logits_of_the_truth_are_read_as_the_truth(monkeypatch):
 
 def test_labels_are_of_the_first_toy():
     other = Toy("bear", "blue", "pink", accessories=("bow",))
-    found = labels_of([{"scene": Scene((other, DUCK), "on lava").to_dict()}])
+    found = build_labels([{"scene": Scene((other, DUCK), "on lava").to_dict()}])
     assert found["kind"].tolist() == [KINDS.index("bear")] and found["place"].tolist() == [
         PLACES.index("on lava")
     ]
@@ -76,7 +83,10 @@ def test_labels_are_of_the_first_toy():
 
 
 def test_the_shipped_nets_are_small_and_the_judge_has_all_heads():
-    assert judge.WEIGHTS.stat().st_size < 2_000_000 and (NET / FILE).stat().st_size <= 300_000
+    assert (
+        judge.WEIGHTS_PATH.stat().st_size < 2_000_000
+        and (NET / WEIGHTS_NAME).stat().st_size <= 300_000
+    )
     judge.load()
 
 
@@ -86,7 +96,8 @@ def test_the_shipped_judge_reads_what_fresh_toys_wear():
     toys = [sample_toy(rng, "duck", accessories=(name,)) for name in ORNAMENTS[:4] * 8]
     scenes = [replace(sample_scene(rng, toy, held_out=None), light="day") for toy in toys]
     right = [
-        reading.right(scene) for reading, scene in zip(judge.load().read(render(scenes)), scenes)
+        reading.check_answers(scene)
+        for reading, scene in zip(judge.load().read(render(scenes)), scenes)
     ]
     share = {name: sum(hits[name] for hits in right) / len(right) for name in QUESTIONS}
     assert share["ornaments"] > 0.7 and share["colour2"] > 0.7 and share["kind"] > 0.9, share
@@ -96,9 +107,9 @@ def test_the_shipped_judge_reads_what_fresh_toys_wear():
 def test_the_shipped_net_finds_fresh_toys():
     """A dozen here; `python -m toybox.learning.train_segmenter --net assets/toy-segmenter` measures
     hundreds."""
-    scenes = fresh_scenes(12)
-    found = load_net(NET).logits(to_pixels(render(scenes))) > 0
-    assert iou(found, toy_masks(scenes, 128)).mean() > 0.9
+    scenes = sample_fresh_scenes(12)
+    found = load_segmenter_net(NET).compute_logits(to_pixels(render(scenes))) > 0
+    assert iou(found, render_masks(scenes, 128)).mean() > 0.9
 
 
 def test_intersection_over_union_and_the_loss_know_right_from_wrong():
@@ -106,7 +117,9 @@ def test_intersection_over_union_and_the_loss_know_right_from_wrong():
     truth[:, :4] = True
     shifted = truth.roll(2, 1)
     assert iou(truth, truth).tolist() == [1, 1] and iou(shifted, truth) == pytest.approx(2 / 6)
-    right, wrong = (segmentation_loss(20 * (mask.float() - 0.5), truth) for mask in (truth, ~truth))
+    right, wrong = (
+        compute_segmentation_loss(20 * (mask.float() - 0.5), truth) for mask in (truth, ~truth)
+    )
     assert right < 0.01 and wrong > 10
 
 
@@ -139,4 +152,4 @@ def test_it_is_trained_on_renders_and_goes_on(tmp_path, capsys):
     assert masks.stat().st_mtime_ns == made
     assert torch.load(tmp_path / "net" / "state.pt")["step"] == 3
     assert json.loads((tmp_path / "net" / "report.json").read_text())["parameters"] > 0
-    load_net(tmp_path / "net" / "model")
+    load_segmenter_net(tmp_path / "net" / "model")

@@ -22,12 +22,12 @@ from dreambooth_moslora.base.load import SDXL_FAMILY
 from dreambooth_moslora.generation.image_params import GenerationParams, Image
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.generation.sampling import Sampler, SampleRequest
-from toybox.captions import canonical_caption
-from toybox.learning.train_unet import noise_schedule
+from toybox.captions import format_canonical_caption
+from toybox.learning.train_unet import build_noise_schedule
 from toybox.learning.train_vit import build_vit
-from toybox.make_subjects import load, photo_scenes
+from toybox.make_subjects import load, sample_photo_scenes
 from toybox.measures import evaluate_parts as parts
-from toybox.measures.evaluate_base import accuracy, generate, scenes_for
+from toybox.measures.evaluate_base import generate, measure_accuracy, sample_scenes
 from toybox.render import render
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -63,7 +63,7 @@ def test_it_is_drawn_at_its_own_guidance_unless_another_is_asked_for(base):
     assert ours.params.guidance_scale == 2.5
     assert np.abs(np.asarray(ours.pixels) / 255 - drawn(base, guidance_scale=2.5)).max() < 0.02
     assert subject.complete(replace(asked, guidance_scale=6.0)).guidance_scale == 6.0
-    words = partial(SDXL_FAMILY.texts, subject.pipeline)
+    words = partial(SDXL_FAMILY.encode_prompts, subject.pipeline)
     for scale, own in ((6.0, {"guidance_scale": 6.0}), (2.5, {})):
         (sample,) = Sampler(subject.pipeline, words, 128, torch.device("cpu"), 4, **own)(
             [SampleRequest(PROMPT, 3)]
@@ -82,7 +82,7 @@ def test_its_topology_is_that_of_sdxl_and_its_schedule_the_one_that_it_was_train
     widths = base.text_encoder.config.hidden_size, base.text_encoder_2.config.hidden_size
     assert widths[0] != widths[1] and sum(widths) == config.cross_attention_dim
     assert base.vae_scale_factor == 8 and base.vae.config.latent_channels == 4
-    trained = noise_schedule().config
+    trained = build_noise_schedule().config
     for name in (
         "prediction_type",
         "beta_schedule",
@@ -96,31 +96,31 @@ def test_its_topology_is_that_of_sdxl_and_its_schedule_the_one_that_it_was_train
 
 @pytest.mark.slow
 def test_the_judge_finds_in_its_pictures_what_the_prompts_name(base):
-    scenes = scenes_for(20, held_out=False, seed=70_000)
-    right = accuracy(
-        generate(base, [canonical_caption(scene) for scene in scenes], seed=70_000), scenes
+    scenes = sample_scenes(20, held_out=False, seed=70_000)
+    right = measure_accuracy(
+        generate(base, [format_canonical_caption(scene) for scene in scenes], seed=70_000), scenes
     )
     assert right["kind"] >= 0.8 and right["colour"] >= 0.7 and right["place"] >= 0.9
 
 
 @pytest.mark.slow
 def test_its_vit_tells_individuals_apart_and_an_untrained_one_does_not():
-    toys = parts.unlike_toys("duck", 50)
+    toys = parts.sample_unlike_toys("duck", 50)
     assert len({replace(toy, genes=()) for toy in toys}) == 50 and {toy.kind for toy in toys} == {
         "duck"
     }
     trained = Dinov2Model.from_pretrained(ASSETS / "toy-dino", torch_dtype=torch.float32).eval()
     shares = [
-        parts.individuals_told_apart(vit, "duck", count=12) for vit in (trained, build_vit().eval())
+        parts.measure_individuals(vit, "duck", count=12) for vit in (trained, build_vit().eval())
     ]
     assert shares[0] > 0.9 and shares[1] < 0.5
 
 
 @pytest.mark.slow
 def test_its_vae_keeps_renders_and_its_clip_knows_their_captions(base):
-    images, captions = parts.fresh_renders(100, seed=1)
-    assert parts.psnr_db(images, parts.reconstruct(base.vae, images)).mean() > 29
-    assert parts.retrieval_at_1(base, images, captions) > 0.8
+    images, captions = parts.render_fresh(100, seed=1)
+    assert parts.compute_psnr_db(images, parts.encode_and_decode(base.vae, images)).mean() > 29
+    assert parts.measure_retrieval(base, images, captions) > 0.8
 
 
 def test_any_prompt_and_a_rare_token_are_accepted(base):
@@ -131,7 +131,7 @@ def test_any_prompt_and_a_rare_token_are_accepted(base):
 
 def test_img2img_and_inpaint_take_its_parts(base):
     subject = load("duck")
-    photo = Picture.fromarray(render(photo_scenes(subject)[:1], 128)[0].numpy())
+    photo = Picture.fromarray(render(sample_photo_scenes(subject)[:1], 128)[0].numpy())
     edit = StableDiffusionXLImg2ImgPipeline.from_pipe(base)
     mask = Picture.new("L", photo.size)
     mask.paste(255, (0, 0, 64, 128))

@@ -8,22 +8,22 @@ from diffusers import ZImagePipeline
 
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.disk.paths import assets_folder
+from dreambooth_moslora.disk.paths import get_assets_folder
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.settings import toy_bases
-from dreambooth_moslora.settings.family_facts import facts_of
-from toybox.captions import canonical_caption
-from toybox.measures.evaluate_base import accuracy, generate, scenes_for
+from dreambooth_moslora.settings.family_facts import get_facts
+from toybox.captions import format_canonical_caption
+from toybox.measures.evaluate_base import generate, measure_accuracy, sample_scenes
 
-FOLDER = assets_folder() / "toy-zimage"
+FOLDER = get_assets_folder() / "toy-zimage"
 
 
 def test_it_is_known_by_its_name_and_by_its_folder_and_has_the_autoencoder_of_the_first():
     assert Base.find("toy-zimage").folder == FOLDER
     for name in ("toy-zimage", str(FOLDER)):
         assert (
-            toy_bases.guidance_of(name, facts_of("ZImagePipeline"))
-            == 1.5 + facts_of("ZImagePipeline").no_guidance
+            toy_bases.get_base_guidance(name, get_facts("ZImagePipeline"))
+            == 1.5 + get_facts("ZImagePipeline").no_guidance
         )
         assert (base := Base.find(name)).is_toy and (base.resolution_px, base.facts.name) == (
             toy_bases.RESOLUTION_PX,
@@ -41,9 +41,10 @@ def test_it_is_known_by_its_name_and_by_its_folder_and_has_the_autoencoder_of_th
 def test_the_judge_finds_in_its_pictures_what_the_prompts_name():
     pipeline = ZImagePipeline.from_pretrained(FOLDER)
     pipeline.set_progress_bar_config(disable=True)
-    scenes = scenes_for(20, held_out=False, seed=70_000)
-    right = accuracy(
-        generate(pipeline, [canonical_caption(scene) for scene in scenes], seed=70_000), scenes
+    scenes = sample_scenes(20, held_out=False, seed=70_000)
+    right = measure_accuracy(
+        generate(pipeline, [format_canonical_caption(scene) for scene in scenes], seed=70_000),
+        scenes,
     )
     assert right["kind"] >= 0.8 and right["colour"] >= 0.7 and right["place"] >= 0.7
 

@@ -9,11 +9,11 @@ from diffusers import AutoencoderKL, ZImagePipeline
 from safetensors.torch import load_file
 from transformers import Qwen2Tokenizer
 
-from dreambooth_moslora.disk.paths import assets_folder
+from dreambooth_moslora.disk.paths import get_assets_folder
 from toybox.data.renders import Renders
 from toybox.keep_training import BASE, Settings, make_renders
 from toybox.learning import train_flow
-from toybox.learning.train_unet import load_latents, noise_schedule
+from toybox.learning.train_unet import build_noise_schedule, load_latents
 
 pytestmark = pytest.mark.slow
 PICTURES = 8
@@ -37,7 +37,7 @@ def test_the_teacher_expects_what_was_drawn_the_better_for_the_caption(state):
     x = load_latents(state / "latents")["latents"].float()
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     captions = [row["canonical_caption"] for row in renders.rows]
-    t = teacher.timesteps(torch.full((PICTURES,), 0.8))
+    t = teacher.find_timesteps(torch.full((PICTURES,), 0.8))
     assert teacher.sigmas[t] == pytest.approx(0.8, abs=1e-3)
     z = torch.lerp(x, noise, teacher.sigmas[t][:, None, None, None])
     told, other, empty = (
@@ -49,13 +49,13 @@ def test_the_teacher_expects_what_was_drawn_the_better_for_the_caption(state):
 
 def test_the_finished_transformer_expects_velocities_the_better_for_the_caption(state):
     teacher, renders = (
-        train_flow.FlowTeacher(assets_folder() / "toy-zimage"),
+        train_flow.FlowTeacher(get_assets_folder() / "toy-zimage"),
         Renders(state / "toys"),
     )
     x = load_latents(state / "latents")["latents"].float()
     noise, schedule = (
         torch.randn(x.shape, generator=torch.Generator().manual_seed(0)),
-        noise_schedule(),
+        build_noise_schedule(),
     )
     t = torch.full((PICTURES,), 700)
     noisy, velocity = schedule.add_noise(x, noise, t), schedule.get_velocity(x, noise, t)
@@ -94,7 +94,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights_and_diffusers_draws_w
 def test_a_finished_base_goes_on_without_a_teacher_beside_the_autoencoder_of_its_new_latents(
     state, tmp_path
 ):
-    start, vae = assets_folder() / "toy-zimage", tmp_path / "vae"
+    start, vae = get_assets_folder() / "toy-zimage", tmp_path / "vae"
     other = AutoencoderKL.from_pretrained(BASE / "vae", torch_dtype=torch.float16)
     other.register_to_config(scaling_factor=0.5)
     other.save_pretrained(vae)
@@ -119,8 +119,8 @@ def test_blocks_with_a_rotary_embedding_in_real_numbers_answer_as_the_stock_ones
     z, sigma = torch.randn(2, 4, 16, 16), torch.tensor([0.3, 0.8])
     # of 32 and 64 tokens, so that one is masked
     states = [torch.randn(words, 128) for words in (5, 40)]
-    stock = train_flow.answer(transformer, z, sigma, states)
-    assert train_flow.with_real_rotary(transformer)
+    stock = train_flow.run_transformer(transformer, z, sigma, states)
+    assert train_flow.install_real_rotary(transformer)
     torch.testing.assert_close(
-        train_flow.answer(transformer, z, sigma, states), stock, rtol=1e-4, atol=1e-4
+        train_flow.run_transformer(transformer, z, sigma, states), stock, rtol=1e-4, atol=1e-4
     )

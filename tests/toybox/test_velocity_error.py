@@ -4,8 +4,8 @@ nothing."""
 import pytest
 import torch
 
-from toybox.learning.train_unet import noise_schedule
-from toybox.measures.velocity_error import BATCH, TIMESTEPS, error, main
+from toybox.learning.train_unet import build_noise_schedule
+from toybox.measures.velocity_error import BATCH, TIMESTEPS, compute_error, main
 
 LATENTS = torch.randn(BATCH + 2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
 CAPTIONS = [str(number) for number in range(len(LATENTS))]
@@ -14,15 +14,15 @@ CAPTIONS = [str(number) for number in range(len(LATENTS))]
 def test_true_velocities_have_no_error_and_each_latent_its_own_caption():
     def truth(noisy, t, captions):
         latents = LATENTS[[int(caption) for caption in captions]]
-        signal = noise_schedule().alphas_cumprod[t].sqrt()[:, None, None, None]
+        signal = build_noise_schedule().alphas_cumprod[t].sqrt()[:, None, None, None]
         noise = (noisy - signal * latents) / (1 - signal**2).sqrt()
         return signal * noise - (1 - signal**2).sqrt() * latents
 
     for timestep in TIMESTEPS:
-        assert error(truth, LATENTS, CAPTIONS, timestep) < 1e-8
-        assert error(lambda noisy, *_: 0 * noisy, LATENTS, CAPTIONS, timestep) == pytest.approx(
-            1, abs=0.05
-        )
+        assert compute_error(truth, LATENTS, CAPTIONS, timestep) < 1e-8
+        assert compute_error(
+            lambda noisy, *_: 0 * noisy, LATENTS, CAPTIONS, timestep
+        ) == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.slow

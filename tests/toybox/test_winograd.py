@@ -7,7 +7,7 @@ from torch.nn.functional import conv2d
 
 from toybox.learning import winograd
 from toybox.learning.train_unet import build_unet
-from toybox.learning.winograd import WinogradConv2d, use_winograd
+from toybox.learning.winograd import WinogradConv2d, replace_convolutions
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ OTHERS = [
 @pytest.mark.parametrize("layer", OTHERS, ids=str)
 def test_only_the_convolution_that_it_computes_is_replaced(layer, monkeypatch):
     monkeypatch.setattr(winograd, "compute_dtype", lambda device: torch.float32)
-    assert use_winograd(nn.Sequential(layer))[0] is layer
+    assert replace_convolutions(nn.Sequential(layer))[0] is layer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -61,7 +61,7 @@ def test_a_unet_answers_the_same_with_it_where_bfloat16_is_emulated(dtype, monke
     given = torch.randn(2, 4, 16, 16), torch.tensor([5, 700]), torch.randn(2, 77, 256)
     with torch.no_grad():
         before, names = unet(*given, added_cond_kwargs=added).sample, set(unet.state_dict())
-        use_winograd(unet)
+        replace_convolutions(unet)
         after = unet(*given, added_cond_kwargs=added).sample
     assert set(unet.state_dict()) == names
     assert sum(isinstance(m, WinogradConv2d) for m in unet.modules()) == (

@@ -16,12 +16,12 @@ from PIL import Image
 
 from tests.helpers.tiers import slow_but
 from toybox import make_subjects
-from toybox.captions import article, canonical_caption, caption
+from toybox.captions import add_article, caption, format_canonical_caption
 from toybox.data import render_views
 from toybox.data.render_dataset import Shard, write_shard
 from toybox.drawing.kinds import SHAPES
-from toybox.make_subjects import FOLDER, SUBJECTS, individuals, load, photo_scenes
-from toybox.render import render, toy_masks
+from toybox.make_subjects import FOLDER, SUBJECTS, load, sample_individuals, sample_photo_scenes
+from toybox.render import render, render_masks
 from toybox.world import COLOURS, KINDS, PLACES, Scene, Toy, is_held_out, sample_scene, sample_toy
 
 
@@ -59,7 +59,7 @@ def test_masks_hold_the_pixels_that_change_with_the_toy():
         for c in ("black", "white")
     )
     changed = (render(black, 64).int() - render(white, 64).int()).abs().amax(-1) > 40
-    masks = toy_masks(five, 64)
+    masks = render_masks(five, 64)
     around = torch.nn.functional.max_pool2d(masks[:, None].float(), 5, 1, 2)[:, 0] > 0
     assert not (changed & ~around).any()
     assert ((changed & masks).sum((1, 2)) > 0.3 * masks.sum((1, 2))).all()
@@ -67,7 +67,7 @@ def test_masks_hold_the_pixels_that_change_with_the_toy():
 
 def heights(some: list[Scene]) -> torch.Tensor:
     """The share of the frame's height that the toys of each scene take, (N,)."""
-    return toy_masks(some, 32).any(dim=2).float().mean(dim=1)
+    return render_masks(some, 32).any(dim=2).float().mean(dim=1)
 
 
 @pytest.mark.slow
@@ -76,7 +76,7 @@ def test_the_usual_view_is_from_1_9_to_2_6_toy_sizes_and_fills_the_frame_as_subj
     usual = [scene for scene in singles if 1.9 <= scene.distance <= 2.6]
     assert len(usual) > 0.85 * len(singles)
     assert min(s.distance for s in usual) < 1.93 and max(s.distance for s in usual) > 2.57
-    photos = heights([scene for name in SUBJECTS for scene in photo_scenes(load(name))])
+    photos = heights([scene for name in SUBJECTS for scene in sample_photo_scenes(load(name))])
     low, high = heights(usual[:60]).quantile(torch.tensor([0.1, 0.9]))
     assert ((low <= photos) & (photos <= high)).float().mean() > 0.7
 
@@ -145,7 +145,7 @@ def test_the_main_colour_covers_more_of_a_patterned_toy_than_the_second(pattern)
     pictures = render(scenes, 64).float()
     red = (pictures[..., 0] > 2 * pictures[..., 2]) & (pictures[..., 0] > 60)
     blue = (pictures[..., 2] > 2 * pictures[..., 0]) & (pictures[..., 2] > 60)
-    masks = toy_masks(scenes, 64)
+    masks = render_masks(scenes, 64)
     main, second = (red & masks).sum((1, 2)), (blue & masks).sum((1, 2))
     assert (second > 0.1 * main).all() and (main > second).all()
 
@@ -153,7 +153,7 @@ def test_the_main_colour_covers_more_of_a_patterned_toy_than_the_second(pattern)
 def test_captions_name_what_is_drawn():
     rng = random.Random(2)
     for scene in scenes(200, 3):
-        words = canonical_caption(scene)
+        words = format_canonical_caption(scene)
         for toy in scene.toys:
             assert toy.kind in words and toy.colour in words
             assert toy.pattern == "plain" or (toy.pattern in words and toy.colour2 in words)
@@ -167,12 +167,14 @@ def test_captions_name_what_is_drawn():
     assert sum(second) > 0.7 * len(second)
     toy = Toy("robot", "red", "white", "striped")
     assert (
-        canonical_caption(Scene((toy,), "on the beach"))
+        format_canonical_caption(Scene((toy,), "on the beach"))
         == "a photo of a red and white striped robot on the beach"
     )
     night = Scene((Toy("duck", "orange", "red", material="glossy"),), "on grass", light="night")
-    assert canonical_caption(night) == "a photo of a glossy orange duck on grass at night"
-    assert article("orange duck") == "an orange duck" and article("blue car") == "a blue car"
+    assert format_canonical_caption(night) == "a photo of a glossy orange duck on grass at night"
+    assert (
+        add_article("orange duck") == "an orange duck" and add_article("blue car") == "a blue car"
+    )
 
 
 def test_a_scene_survives_json_and_only_what_is_wearable_is_worn():
@@ -184,13 +186,13 @@ def test_a_scene_survives_json_and_only_what_is_wearable_is_worn():
 def test_subjects_load_with_their_photos_and_masks():
     for name, toy in SUBJECTS.items():
         subject = load(name)
-        photos = photo_scenes(subject)
+        photos = sample_photo_scenes(subject)
         assert (
             subject.toy == toy
             and subject.class_word == toy.kind
             and len({scene.place for scene in photos}) == 5
         )
-        for number, mask in enumerate(toy_masks(photos, 128)):
+        for number, mask in enumerate(render_masks(photos, 128)):
             with Image.open(FOLDER / name / f"{number:02d}.mask.png") as file:
                 shipped = torch.from_numpy(
                     np.array(file.resize((128, 128), Image.Resampling.NEAREST))
@@ -199,11 +201,11 @@ def test_subjects_load_with_their_photos_and_masks():
 
 
 def test_individuals_are_unlike_each_other_and_of_all_kinds_and_a_missing_subject_is_explained():
-    found = individuals(40, seed=1)
+    found = sample_individuals(40, seed=1)
     assert {one.toy.kind for one in found} == set(KINDS) and len({one.name for one in found}) == 40
-    assert len({one.toy for one in found + individuals(40, seed=2)}) == 80 and found == individuals(
-        40, seed=1
-    )
+    assert len(
+        {one.toy for one in found + sample_individuals(40, seed=2)}
+    ) == 80 and found == sample_individuals(40, seed=1)
     assert max(abs(gene) for one in found for gene in one.toy.genes) > 1
     with pytest.raises(SystemExit):
         make_subjects.main(["--individuals", "2"])
@@ -214,9 +216,9 @@ def test_individuals_are_unlike_each_other_and_of_all_kinds_and_a_missing_subjec
 @pytest.mark.parametrize("narrow", [False, True])
 def test_shard_is_whole_and_repeatable(narrow, tmp_path):
     shard = Shard(tmp_path, 0, 2, 7, 16, "cpu", compiled=False, narrow=narrow)
-    first = write_shard(shard).images.read_bytes()
-    assert shard.is_done and write_shard(shard).images.read_bytes() == first
-    rows = [json.loads(line) for line in shard.scenes.read_text().splitlines()]
+    first = write_shard(shard).images_path.read_bytes()
+    assert shard.is_done and write_shard(shard).images_path.read_bytes() == first
+    rows = [json.loads(line) for line in shard.scenes_path.read_text().splitlines()]
     assert [set(row) for row in rows] == [{"scene", "caption", "canonical_caption"}] * 2
     assert all(row["scene"]["offset"] == [0, 0] for row in rows) == narrow
     assert not list(tmp_path.glob("*.tmp"))
@@ -227,7 +229,8 @@ def test_shard_is_whole_and_repeatable(narrow, tmp_path):
 def test_only_the_judge_is_shown_held_out_combinations(every, tmp_path):
     shard = Shard(tmp_path, 0, 200, 7, 2, "cpu", compiled=False, all_combinations=every)
     rows = [
-        json.loads(line)["scene"] for line in write_shard(shard).scenes.read_text().splitlines()
+        json.loads(line)["scene"]
+        for line in write_shard(shard).scenes_path.read_text().splitlines()
     ]
     assert (
         any(is_held_out(t["kind"], t["colour"], row["place"]) for row in rows for t in row["toys"])
@@ -237,12 +240,12 @@ def test_only_the_judge_is_shown_held_out_combinations(every, tmp_path):
 
 @pytest.mark.slow
 def test_work_in_pieces_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
-    kinds, images = render_views.piece(range(3, 5), 2, tmp_path / "pieces")
-    wanted = render_views.views_of(range(3, 5), 2)
+    kinds, images = render_views.load_block(range(3, 5), 2, tmp_path / "pieces")
+    wanted = render_views.render_block(range(3, 5), 2)
     assert (
         kinds == wanted[0] and (images == wanted[1]).all() and images.shape == (2, 2, 128, 128, 3)
     )
-    monkeypatch.setattr(render_views, "views_of", lambda *_: pytest.fail("rendered twice"))
-    again = render_views.piece(range(3, 5), 2, tmp_path / "pieces")
+    monkeypatch.setattr(render_views, "render_block", lambda *_: pytest.fail("rendered twice"))
+    again = render_views.load_block(range(3, 5), 2, tmp_path / "pieces")
     assert again[0] == kinds and (again[1] == images).all()
     assert not list(tmp_path.rglob("*.tmp"))

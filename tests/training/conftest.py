@@ -15,7 +15,7 @@ from dreambooth_moslora.generation import sampling
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.plan.distributed import make_accelerator
 from dreambooth_moslora.training import reporter
-from dreambooth_moslora.training.prepare import TrainInputs, prepare
+from dreambooth_moslora.training.prepare import TrainInputs, prepare_inputs
 from tests.helpers.tiny import save_tiny_sdxl
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
@@ -61,7 +61,7 @@ def prepare_base(photos, tmp_path) -> Callable[..., TrainInputs]:
         report = reporter.Reporter(run_dir, accelerator, None)
         context = reporter.RunContext(run_dir, accelerator, report, lambda: False)
         found = find_photos(photos, config.instance_prompt, 64).photos
-        return prepare(config, Base.of(config), context, found, sample_count=1, prompts=[])
+        return prepare_inputs(config, Base.of(config), context, found, sample_count=1, prompts=[])
 
     return prepare_base
 

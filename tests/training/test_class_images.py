@@ -20,17 +20,17 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import offload
 from dreambooth_moslora.generation.sampling import generate_images
 from dreambooth_moslora.photos.captions import Captioner
-from dreambooth_moslora.photos.folder import find_photos, photo_report, with_made
+from dreambooth_moslora.photos.folder import add_saved_sidecars, build_photo_report, find_photos
 from dreambooth_moslora.photos.masks import Segmenter
 from dreambooth_moslora.photos.photo_file import open_mask
-from dreambooth_moslora.pictures import png_bytes
+from dreambooth_moslora.pictures import encode_png
 from dreambooth_moslora.settings import train_config
 from dreambooth_moslora.training import class_images, reporter
 from dreambooth_moslora.training.class_images import (
     ClassImages,
-    planned,
-    shares,
-    usable_class_photos,
+    find_usable_class_photos,
+    plan_class_images,
+    split_total,
 )
 from dreambooth_moslora.training.loop import train
 from tests.helpers.changed_base import change_token, flip_last_bit, swap_ids
@@ -65,7 +65,7 @@ def auto(tiny_base, photos, tmp_path):
 def found_everywhere(monkeypatch):
     """A random CLIPSeg finds nothing: its probabilities are taken as they come, without the least
     peak."""
-    monkeypatch.setattr("dreambooth_moslora.photos.masks.LEAST_PEAK", 0.0)
+    monkeypatch.setattr("dreambooth_moslora.photos.masks.MIN_PEAK", 0.0)
 
 
 @pytest.mark.slow
@@ -81,13 +81,13 @@ def test_masks_are_made_once_weigh_the_loss_and_spare_the_photos(
     assert sorted(path.name for path in photos.iterdir()) == before
     made = sorted(path.name for path in (tmp_path / "run" / "masks").iterdir())
     assert made == ["0.png.mask.png", "1.png.mask.png"]
-    assert all(open_mask(photo) is not None for photo in photo_report(auto).photos)
+    assert all(open_mask(photo) is not None for photo in build_photo_report(auto).photos)
     first = adapter_sha256(tmp_path / "run")
     train(auto)
     assert asked == ["dog", "dog"] and adapter_sha256(tmp_path / "run") == first
     train(replace(auto, masks="given", output_dir=str(tmp_path / "plain")))
     assert adapter_sha256(tmp_path / "plain") != first
-    for photo in photo_report(auto).photos:  # a person's masks need no model
+    for photo in build_photo_report(auto).photos:  # a person's masks need no model
         shutil.copy(photo.mask_path, photo.path.with_suffix(".mask.png"))
     train(
         replace(
@@ -118,8 +118,8 @@ def test_evaluate_takes_a_moved_runs_masks_and_none_of_them_for_other_photos(
     def masked(*flags: str) -> list[bool]:
         parser = argparse.ArgumentParser()
         command_evaluate.evaluate_arguments(parser)
-        config = command_evaluate.resolve(parser.parse_args([str(moved), *flags]))
-        return [photo.mask_path is not None for photo in photo_report(config).photos]
+        config = command_evaluate.resolve_config(parser.parse_args([str(moved), *flags]))
+        return [photo.mask_path is not None for photo in build_photo_report(config).photos]
 
     assert masked() == [True, True]
     assert masked("--photos", str(other)) == [False, False]
@@ -203,11 +203,15 @@ def made(monkeypatch, tmp_path):
         def one(accelerator):
             accelerator.device = torch.device("cpu", accelerator.process_index)
             accelerator.reduce = lambda votes, kind: votes  # nobody asks for a stop
-            report = SimpleNamespace(counted=lambda phase, counts, total: counts, failure=None)
+            report = SimpleNamespace(
+                report_counts=lambda phase, counts, total: counts, failure=None
+            )
             context = reporter.RunContext(RunDir(folder), accelerator, report, bool)
             class_images.make_masks(config, context, pets)
             class_images.make_captions(config, context, pets)
-            return [(photo.captions, photo.mask_path.name) for photo in with_made(config, pets)]
+            return [
+                (photo.captions, photo.mask_path.name) for photo in add_saved_sidecars(config, pets)
+            ]
 
         found = run(count, one)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -247,7 +251,8 @@ def taken(folder, *sets):
     """The names of the pictures that are taken of these sets, with so many of each."""
     count = sum(number for _, number in sets)
     return [
-        photo.path.name for photo in usable_class_photos(folder, wanted(max(count, 3)), list(sets))
+        photo.path.name
+        for photo in find_usable_class_photos(folder, wanted(max(count, 3)), list(sets))
     ]
 
 
@@ -261,10 +266,12 @@ def top_up(images, count, batch_size=4):
     calls = []
 
     def paint(seed):
-        return png_bytes(Image.new("RGB", images.size_px[::-1], (seed % 256, seed // 256 % 256, 0)))
+        return encode_png(
+            Image.new("RGB", images.size_px[::-1], (seed % 256, seed // 256 % 256, 0))
+        )
 
     images.folder.mkdir(exist_ok=True)
-    for batch in images.lacking(count, batch_size):
+    for batch in images.list_missing(count, batch_size):
         calls.append(tuple(batch.seeds))
         batch.keep([paint(seed) for seed in batch.seeds])
     return calls
@@ -275,7 +282,7 @@ def test_the_batch_of_what_is_missing_or_cannot_be_read_is_generated_again(damag
     """An image that was drawn alone had other bytes than in its batch."""
     images = dogs(tmp_path)
     (_, drawn) = top_up(images, 8)
-    before, path = pictures_in(tmp_path), images.path(5)
+    before, path = pictures_in(tmp_path), images.get_path(5)
     path.unlink() if damage is None else path.write_bytes(damage)
     assert top_up(images, 8) == [drawn]
     assert pictures_in(tmp_path) == before
@@ -289,12 +296,12 @@ def test_images_of_another_prompt_or_size_are_not_taken_and_a_persons_own_are(tm
     cats = ClassImages(tmp_path, "a cat", "toy", 7, (8, 8))
     for images, count in ((square, 1), (wide, 2), (cats, 2)):
         top_up(images, count)
-    assert Image.open(wide.path(1)).size == (16, 8)
+    assert Image.open(wide.get_path(1)).size == (16, 8)
     assert top_up(wide, 2) == top_up(square, 1) == []
-    of_both = [square.path(0).name, wide.path(0).name, wide.path(1).name]
+    of_both = [square.get_path(0).name, wide.get_path(0).name, wide.get_path(1).name]
     assert sorted(taken(tmp_path, (square, 1), (wide, 2))) == sorted(of_both)
     Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
-    assert taken(tmp_path, (cats, 2)) == ["mine.png", cats.path(0).name, cats.path(1).name]
+    assert taken(tmp_path, (cats, 2)) == ["mine.png", cats.get_path(0).name, cats.get_path(1).name]
 
 
 def test_images_drawn_with_other_text_options_stay_and_are_not_taken(tmp_path):
@@ -302,7 +309,7 @@ def test_images_drawn_with_other_text_options_stay_and_are_not_taken(tmp_path):
     plain, other = dogs(tmp_path), replace(dogs(tmp_path), text_options=told)
     for images in (plain, other):
         assert len(top_up(images, 3)) == 1
-        assert taken(tmp_path, (images, 3)) == [images.path(index).name for index in range(3)]
+        assert taken(tmp_path, (images, 3)) == [images.get_path(index).name for index in range(3)]
     assert top_up(plain, 3) == top_up(other, 3) == []
 
 
@@ -339,7 +346,7 @@ def test_class_images_of_another_base_or_seed_stay_and_are_not_taken(
     def take(base: Path, **changes) -> list[str]:
         prior = {"with_prior_preservation": True, "class_data_dir": str(folder)}
         inputs = prepare_base(base, num_class_images=2, **prior, **changes)
-        return [photo.path.name for photo in inputs.prior.streams[0].photos]
+        return [photo.path.name for photo in inputs.prior_dataset.datasets[0].photos]
 
     first = take(tiny_base)
     drawn = pictures_in(folder)
@@ -358,7 +365,7 @@ def test_class_images_of_another_base_or_seed_stay_and_are_not_taken(
 def test_of_two_runs_that_draw_in_one_folder_the_first_image_stays(tmp_path):
     """The other run may have read it already."""
     first, second = dogs(tmp_path), dogs(tmp_path)
-    (late,) = second.lacking(2, batch_size=2)
+    (late,) = second.list_missing(2, batch_size=2)
     top_up(first, 2)
     before = pictures_in(tmp_path)
     late.keep([b"another picture"] * 2)
@@ -381,9 +388,9 @@ def test_a_base_that_was_streamed_drew_the_same_and_is_whole_again(tiny_base, mo
     weights = {name: weight.clone() for name, weight in pipeline.unet.state_dict().items()}
     draw = partial(generate_images, pipeline, "a dog", [1, 2], (64, 64))
     wanted = [picture.tobytes() for picture in draw()]
-    for name in ("is_short", "is_too_small"):
-        monkeypatch.setattr(offload.Home, name, True)
-    place = offload.Home(pipeline, torch.device("cpu"))
+    for name in ("is_memory_short", "is_too_small"):
+        monkeypatch.setattr(offload.Placement, name, True)
+    place = offload.Placement(pipeline, torch.device("cpu"))
     place.enter()
     assert [picture.tobytes() for picture in draw()] == wanted and place.streamed
     place.end()
@@ -399,12 +406,14 @@ def test_class_images_of_a_base_that_is_streamed_are_the_same_and_so_is_what_is_
 ):
     """As on a card that is smaller than the base. Then the base is whole again, and is trained."""
     tiny_pipeline(name.split()[0], tmp_path / "files").save_pretrained(tmp_path / "base")
-    made, streamed, stream = [], [], offload.Home.stream
-    monkeypatch.setattr(offload.Home, "stream", lambda self: streamed.append(1) or stream(self))
+    made, streamed, stream = [], [], offload.Placement.stream
+    monkeypatch.setattr(
+        offload.Placement, "stream", lambda self: streamed.append(1) or stream(self)
+    )
     for is_small in (False, True):
         folder = tmp_path / f"small {is_small}"
-        monkeypatch.setattr(offload.Home, "is_short", is_small)
-        monkeypatch.setattr(offload.Home, "is_too_small", is_small)
+        monkeypatch.setattr(offload.Placement, "is_memory_short", is_small)
+        monkeypatch.setattr(offload.Placement, "is_too_small", is_small)
         changes = {"with_prior_preservation": True, "class_data_dir": str(folder / "class")}
         train(tiny_config(tmp_path / "base", photos, folder / "run", **changes, **STREAMED[name]))
         made.append((pictures_in(folder / "class"), adapter_sha256(folder / "run")))
@@ -429,9 +438,9 @@ def test_a_persons_own_class_images_are_taken_first_and_too_few_are_a_mistake(tm
         taken(tmp_path, (images, 3))
     for number in range(2):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"dog_{number}.png")
-    assert taken(tmp_path, (images, 1)) == ["dog_0.png", "dog_1.png", images.path(0).name]
+    assert taken(tmp_path, (images, 1)) == ["dog_0.png", "dog_1.png", images.get_path(0).name]
     (stale := tmp_path / ".class_1_00000.png.999999999-5e526a9a.new").touch()
-    planned(tmp_path, wanted(1), {(8, 8): 1}, {})
+    plan_class_images(tmp_path, wanted(1), {(8, 8): 1}, {})
     assert not stale.exists()
 
 
@@ -444,4 +453,4 @@ def test_class_images_are_shared_by_the_photos_of_each_size_and_each_size_gets_o
     ]
     for counts, total, shared in (*known, ((1, 2), 0, (0, 0))):
         sizes = {(8, 8 * number): count for number, count in enumerate(counts, start=1)}
-        assert tuple(shares(sizes, total).values()) == shared
+        assert tuple(split_total(sizes, total).values()) == shared

@@ -33,7 +33,7 @@ def save_companion(
     draws = torch.Generator().manual_seed(1)
     tensors = {}
     for path in LAYERS:
-        outputs, inputs = moslora.weight_size(denoiser.get_submodule(path))
+        outputs, inputs = moslora.get_weight_size(denoiser.get_submodule(path))
         name = f"transformer.{path}"
         tensors[f"{name}.lora_A.weight"] = torch.randn(4, inputs, generator=draws)
         tensors[f"{name}.lora_B.weight"] = scale * torch.randn(outputs, 4, generator=draws)
@@ -49,7 +49,7 @@ def bases(tmp_path_factory):
     pipeline = tiny_pipeline("z_image", folder / "files")
     pipeline.save_pretrained(folder / "tiny-turbo")
     file = save_companion(folder / "undo.safetensors", pipeline.transformer)
-    companion.add(companion.read(file, pipeline), pipeline.transformer)
+    companion.add_companion(companion.read_companion(file, pipeline), pipeline.transformer)
     pipeline.save_pretrained(folder / "merged")
     return folder / "tiny-turbo", file, folder / "merged"
 
@@ -62,7 +62,7 @@ def test_a_run_with_a_companion_publishes_what_a_run_on_the_merged_base_publishe
     base, file, merged = bases
     photos = paint_photos(tmp_path / "photos")
     usual = {
-        "target_modules": field_facts.ATTENTION,
+        "target_modules": field_facts.ATTENTION_LAYERS,
         "base_quantization": quantization,
         "num_validation_images": 1,
         "max_train_steps": 2,
@@ -90,7 +90,9 @@ def test_a_companion_of_a_base_in_half_precision_is_rounded_once(bases, tmp_path
     pipeline = load.load_pipeline(base, dtype=torch.bfloat16)
     layers = {path: pipeline.transformer.get_submodule(path) for path in LAYERS}
     before = {path: layer.weight.double() for path, layer in layers.items()}
-    companion.add(companion.read(tmp_path / "half.safetensors", pipeline), pipeline.transformer)
+    companion.add_companion(
+        companion.read_companion(tmp_path / "half.safetensors", pipeline), pipeline.transformer
+    )
     for path, layer in layers.items():
         down, up = (halves[f"transformer.{path}.lora_{part}.weight"].double() for part in "AB")
         truth = (before[path] + 3 / 4 * up @ down).bfloat16()
@@ -100,7 +102,7 @@ def test_a_companion_of_a_base_in_half_precision_is_rounded_once(bases, tmp_path
 def test_a_distilled_base_is_refused_without_one_and_a_companion_is_a_plain_lora(bases, tmp_path):
     base, _, _ = bases
     photos = paint_photos(tmp_path / "photos")
-    run = {"target_modules": field_facts.ATTENTION}
+    run = {"target_modules": field_facts.ATTENTION_LAYERS}
     with pytest.raises(UserError, match=r"distilled to a few steps: .*as --companion"):
         make_plan(tiny_config(base, photos, tmp_path / "run", **run))
     with pytest.raises(UserError, match="--companion nowhere: there is no such file"):
@@ -110,7 +112,7 @@ def test_a_distilled_base_is_refused_without_one_and_a_companion_is_a_plain_lora
     bias = {f"transformer.{LAYERS[0]}.lora_B.bias": torch.zeros(32)}
     file = save_companion(tmp_path / "odd.safetensors", pipeline.transformer, **bias)
     with pytest.raises(UserError, match="give a plain LoRA of Z-Image's transformer alone"):
-        companion.read(file, pipeline)
+        companion.read_companion(file, pipeline)
 
 
 @pytest.mark.parametrize("quantization", ("none", "int8"))
@@ -121,13 +123,13 @@ def test_another_companion_is_another_base_to_go_on_from(
     base, file, merged = bases
     denoiser = load.load_pipeline(merged).transformer
     other = save_companion(tmp_path / "other.safetensors", denoiser, scale=0.3)
-    usual = {"target_modules": field_facts.ATTENTION, "base_quantization": quantization}
-    held = prepare_base(base, companion=str(file), **usual).base
+    usual = {"target_modules": field_facts.ATTENTION_LAYERS, "base_quantization": quantization}
+    held = prepare_base(base, companion=str(file), **usual).base_identity
     compare = partial(compare_bases, TrainConfig(), Path("checkpoint-1"), Position(1, 0, base=held))
     again = Path(shutil.copy(file, tmp_path / "again.safetensors"))
-    assert compare(prepare_base(base, companion=str(again), **usual).base) == []
+    assert compare(prepare_base(base, companion=str(again), **usual).base_identity) == []
     for another in (other, None):
-        digests = prepare_base(base, companion=another and str(another), **usual).base
+        digests = prepare_base(base, companion=another and str(another), **usual).base_identity
         with pytest.raises(UserError, match="trained on a base with other weights"):
             compare(digests)
 
@@ -142,7 +144,7 @@ def test_a_run_goes_on_with_its_companion_alone(quantization, bases, tmp_path):
     )
 
     def run(given, **more):
-        usual = {"target_modules": field_facts.ATTENTION, "base_quantization": quantization}
+        usual = {"target_modules": field_facts.ATTENTION_LAYERS, "base_quantization": quantization}
         train(
             tiny_config(
                 base, photos, tmp_path / "run", companion=given and str(given), **usual, **more

@@ -4,10 +4,10 @@ compiled, and nothing else changes."""
 import pytest
 import torch
 
-from dreambooth_moslora.base.families import Family, encoding_options, family_of
+from dreambooth_moslora.base.families import Family, build_encoding_options, build_family
 from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.method.fast_linear import WorkingCopies, enable_fast_path
-from dreambooth_moslora.method.moslora import MoSLoraConfig, adapter_parameters, inject
+from dreambooth_moslora.method.moslora import MoSLoraConfig, inject, list_adapter_parameters
 from dreambooth_moslora.training import compilation
 from tests.helpers.tiny_families import TINY_FAMILIES, tiny_pipeline
 
@@ -23,11 +23,11 @@ def gradients(family: Family, denoiser: torch.nn.Module, words: dict) -> list[to
         z = z.reshape(2, -1, 16, 16)
     z.requires_grad_()
     copies = WorkingCopies(denoiser)
-    with copies.for_one_step() as step:
+    with copies.attach_copies() as step:
         found = family.predict(denoiser, z, torch.tensor([300.0, 700.0]), None, **words)
         found.square().mean().backward()
         step.collect()
-    given = [weight.grad for _, weight in adapter_parameters(denoiser)]
+    given = [weight.grad for _, weight in list_adapter_parameters(denoiser)]
     denoiser.zero_grad()
     return [found.detach(), z.grad, *given]
 
@@ -39,7 +39,7 @@ def test_a_turn_in_real_numbers_is_the_complex_one():
     angles = torch.rand(2, 5, 1, 8, generator=draws) * 100
     turns = torch.polar(torch.ones_like(angles), angles)
     found, wanted = (
-        turn(pairs, turns) for turn in (compilation.turned_in_real_numbers, compilation.turned)
+        turn(pairs, turns) for turn in (compilation.rotate_real, compilation.rotate_complex)
     )
     assert (found - wanted).norm() <= 1e-6 * wanted.norm()
     weights = torch.randn(found.shape, generator=draws)
@@ -55,14 +55,14 @@ def test_compiled_blocks_turn_in_real_numbers_and_give_the_same_gradients(
 ):
     # A family with an adapter that does something.
     pipe, row = tiny_pipeline(name, tmp_path), TINY_FAMILIES[name]
-    family = family_of(pipe, options=encoding_options(row.settings) | row.instructed)
+    family = build_family(pipe, options=build_encoding_options(row.settings) | row.instructed)
     with torch.no_grad():
-        words = family.arguments(family.texts(pipe, list(row.prompts)))
+        words = family.collate(family.encode_prompts(pipe, list(row.prompts)))
     denoiser = pipe.transformer.train()
     quantize(denoiser, quantization, torch.float32)
     inject(denoiser, MoSLoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"]))
     with torch.no_grad():
-        for _, weight in adapter_parameters(denoiser):
+        for _, weight in list_adapter_parameters(denoiser):
             weight.add_(0.1 * torch.randn_like(weight))
     assert enable_fast_path(denoiser)
     plain = gradients(family, denoiser, words)

@@ -10,19 +10,23 @@ import pytest
 import torch
 
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.photos.augment import CropRule, bucket_of, crop_rule
-from dreambooth_moslora.photos.caption_variants import ORDERS, bare_prompt_line, shuffled_captions
-from dreambooth_moslora.photos.captions import MadeCaption, keep
-from dreambooth_moslora.photos.folder import photo_report
-from dreambooth_moslora.photos.photo_file import Photo, kept_path
-from dreambooth_moslora.photos.quality import plans_of
-from dreambooth_moslora.seeds import place_of
+from dreambooth_moslora.photos.augment import CropRule, build_crop_rule, choose_bucket
+from dreambooth_moslora.photos.caption_variants import (
+    TAG_ORDERS,
+    describe_bare_prompts,
+    shuffle_captions,
+)
+from dreambooth_moslora.photos.captions import GeneratedCaption, save_caption
+from dreambooth_moslora.photos.folder import build_photo_report
+from dreambooth_moslora.photos.photo_file import Photo, get_saved_mask_path
+from dreambooth_moslora.photos.quality import plan_crops
+from dreambooth_moslora.seeds import shuffle_index
 from dreambooth_moslora.settings import train_config
 from dreambooth_moslora.training.dataset import (
-    PhotoStream,
-    SubjectStreams,
-    instance_streams,
-    move_together,
+    PhotoDataset,
+    SubjectsDataset,
+    build_instance_dataset,
+    move_tensors,
 )
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.step import TrainStep
@@ -54,17 +58,17 @@ def photos_of(sizes):
 
 
 def stream(batch_size, rule=BUCKETS, repeats=1):
-    return PhotoStream(
+    return PhotoDataset(
         photos_of(SIZES), Numbers(rule), 3, "instance", repeats, batch_size=batch_size
     )
 
 
 def ahead_of(stream, count):
-    return [(photo.path, plan) for photo, plan in stream.views_ahead(count)]
+    return [(photo.path, plan) for photo, plan in stream.list_crops(count)]
 
 
 def views(stream, count):
-    return [stream.at(position)[0] for position in range(count)]
+    return [stream.get_sample(position)[0] for position in range(count)]
 
 
 @pytest.mark.parametrize(("kind", "is_pinned"), [("cuda", True), ("mps", False)])
@@ -73,7 +77,7 @@ def test_a_batch_moves_in_one_copy_which_is_asynchronous_only_from_pinned_memory
 ):
     cuda = FakeCuda(monkeypatch)
     batch = {"latents": torch.rand(2, 3), "mask": None, "steps": torch.tensor([7, 9])}
-    moved = move_together(batch, torch.device(kind))
+    moved = move_tensors(batch, torch.device(kind))
     assert cuda.copies == [(is_pinned, is_pinned)]
     assert moved["mask"] is None and torch.equal(moved["latents"], batch["latents"])
     assert moved["steps"].tolist() == [7, 9] and moved["steps"].dtype == torch.int64
@@ -83,15 +87,15 @@ def test_the_bucket_is_the_nearest_shape_of_sdxls_own_and_crops_cover_it_within_
     """These sizes are among those that SDXL was trained on (Podell et al. 2023, appendix I)."""
     sizes = [(1024, 1024), (1500, 1000), (1000, 1500), (1080, 1920), (3000, 4000), (3000, 300)]
     buckets = [(1024, 1024), (1216, 832), (832, 1216), (768, 1344), (896, 1152), (2048, 512)]
-    assert [bucket_of(size, 1024, 64) for size in sizes] == buckets
+    assert [choose_bucket(size, 1024, 64) for size in sizes] == buckets
     for step in range(8, 72, 8):
-        height, width = bucket_of((300, 200), 64, step)
+        height, width = choose_bucket((300, 200), 64, step)
         assert 0 < height * width <= 64**2
     draws = random.Random(1)
     for _ in range(300):
         size = draws.randint(30, 900), draws.randint(30, 900)
-        target = bucket_of(size, 128, 8)
-        plan = CropRule(128, zoom=draws.choice([1, 2])).plan(size, draws, target)
+        target = choose_bucket(size, 128, 8)
+        plan = CropRule(128, zoom=draws.choice([1, 2])).plan_crop(size, draws, target)
         assert plan.target_size == plan.time_ids[4:] == target and target[0] * target[1] <= 128**2
         edges = zip(plan.crop_top_left, target, plan.resized, strict=True)
         assert all(0 <= start <= start + crop <= whole for start, crop, whole in edges)
@@ -112,7 +116,7 @@ def test_a_batch_has_one_size_and_each_photo_is_shown_as_often(batch_size, repea
     )
     for half in (found[:count], found[count:]):
         assert set(Counter(photo for photo, _ in half).values()) == {batch_size * repeats}
-    assert [shown.at(position)[0] for position in reversed(range(2 * count))] == found[::-1]
+    assert [shown.get_sample(position)[0] for position in reversed(range(2 * count))] == found[::-1]
     assert found[:count] != found[count:]
 
 
@@ -130,27 +134,27 @@ def test_what_is_encoded_ahead_is_what_is_shown(rule, batch_size, count):
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_order_is_the_one_that_it_always_was_of_squares_and_of_one_subject(batch_size):
     shown = stream(batch_size, SQUARES)
-    places = [place_of(position, len(SIZES), 3, "instance")[1] for position in range(50)]
+    places = [shuffle_index(position, len(SIZES), 3, "instance")[1] for position in range(50)]
     assert [photo for photo, _ in views(shown, 50)] == places
     photos = [Photo(n, size, ("x", "y")) for n, size in enumerate(SIZES)]
     config = train_config.TrainConfig(
         resolution=64, seed=3, train_batch_size=2, caption_dropout=0.2
     )
-    before = PhotoStream(photos, Numbers(SQUARES), 3, "instance", 1, 0.2, 2)
-    now = instance_streams(config, photos, Numbers(SQUARES))
-    assert [now.at(n) for n in range(50)] == [before.at(n) for n in range(50)]
+    before = PhotoDataset(photos, Numbers(SQUARES), 3, "instance", 1, 0.2, 2)
+    now = build_instance_dataset(config, photos, Numbers(SQUARES))
+    assert [now.get_sample(n) for n in range(50)] == [before.get_sample(n) for n in range(50)]
 
 
 def test_a_run_without_a_photo_is_that_of_a_folder_without_it():
     photos = [Photo(Path(f"{number}.png"), (64, 64), ("x",)) for number in (0, 1, 3)]
 
-    def stream_of(**changes) -> SubjectStreams:
-        return instance_streams(
+    def stream_of(**changes) -> SubjectsDataset:
+        return build_instance_dataset(
             train_config.TrainConfig(seed=3, **changes), photos, Numbers(SQUARES)
         )
 
     assert views(stream_of(leave_out=("2.png",)), 50) == views(stream_of(), 50)
-    assert len(stream_of(leave_out=("2.png",)).views_ahead(50)) == 3, "one crop of each photo"
+    assert len(stream_of(leave_out=("2.png",)).list_crops(50)) == 3, "one crop of each photo"
 
 
 def test_the_crop_picture_shows_the_crops_of_the_run_of_each_subject(several):
@@ -158,15 +162,21 @@ def test_the_crop_picture_shows_the_crops_of_the_run_of_each_subject(several):
     shown = {
         plan
         for number, photo in enumerate(photos_of(SIZES))
-        for plan in plans_of(photo, number, config)
+        for plan in plan_crops(photo, number, config)
     }
-    assert crop_rule(config) == BUCKETS and shown == {plan for _, plan in views(stream(2), 100)}
+    assert build_crop_rule(config) == BUCKETS and shown == {
+        plan for _, plan in views(stream(2), 100)
+    }
     config = several(seed=5, crops_per_photo=2, crop_zoom=1.5, random_flip=True, repeats=2)
-    photos = photo_report(config).photos
-    trained = set(views(instance_streams(config, photos, Numbers(crop_rule(config))), 120))
+    photos = build_photo_report(config).photos
+    trained = set(
+        views(build_instance_dataset(config, photos, Numbers(build_crop_rule(config))), 120)
+    )
     numbered = ((0, photos[0]), (1, photos[1]), (2, photos[2]), (0, photos[3]))
     assert trained == {
-        (photo.path, plan) for number, photo in numbered for plan in plans_of(photo, number, config)
+        (photo.path, plan)
+        for number, photo in numbered
+        for plan in plan_crops(photo, number, config)
     }
 
 
@@ -175,7 +185,7 @@ def test_the_crop_picture_shows_the_crops_of_the_run_of_each_subject(several):
 def test_class_images_have_the_size_of_what_they_stand_beside(rule, batch_size):
     shown = stream(batch_size, rule)
     shapes = [(64, 64), (48, 80), (80, 48), (80, 48), (50, 50)]  # none like that of (64, 80)
-    prior = PhotoStream(photos_of(shapes), Numbers(rule), 3, "prior", beside=shown)
+    prior = PhotoDataset(photos_of(shapes), Numbers(rule), 3, "prior", size_source=shown)
     pairs = list(zip(views(shown, 300), views(prior, 300), strict=True))
     assert all(plan.target_size == other.target_size for (_, plan), (_, other) in pairs)
     assert {photo for _, (photo, _) in pairs} == set(range(5))
@@ -188,9 +198,9 @@ def test_class_images_have_the_size_of_what_they_stand_beside(rule, batch_size):
 @pytest.fixture
 def seen(monkeypatch):
     """The batches that the steps get."""
-    found, batch_at = [], TrainStep.batch_at
+    found, batch_at = [], TrainStep.build_train_batch
     monkeypatch.setattr(
-        TrainStep, "batch_at", lambda *words: found.append(batch_at(*words)) or found[-1]
+        TrainStep, "build_train_batch", lambda *words: found.append(batch_at(*words)) or found[-1]
     )
     return found
 
@@ -205,13 +215,13 @@ def worded(captions, dropout=0.0, bare_prompt=None, share=0.0):
     photos = [
         Photo(name, (64, 64), captions, bare_prompt=bare_prompt) for name in ("a.png", "b.png")
     ]
-    return PhotoStream(photos, Numbers(SQUARES), 3, "instance", 1, dropout, bare_share=share)
+    return PhotoDataset(photos, Numbers(SQUARES), 3, "instance", 1, dropout, bare_share=share)
 
 
 def said(shown, count=200):
     """The captions of these positions, which are the same in any order."""
-    texts = [shown.at(position)[1] for position in range(count)]
-    assert [shown.at(position)[1] for position in reversed(range(count))] == texts[::-1]
+    texts = [shown.get_sample(position)[1] for position in range(count)]
+    assert [shown.get_sample(position)[1] for position in reversed(range(count))] == texts[::-1]
     return texts
 
 
@@ -220,25 +230,27 @@ def photos_with(folder, *captions, **changes):
     photos = paint_photos(folder, count=len(captions))
     for number, text in enumerate(captions):
         (photos / f"{number}.txt").write_text(text)
-    return photo_report(config(instance_data_dir=str(photos), resolution=64, **changes)).photos
+    return build_photo_report(
+        config(instance_data_dir=str(photos), resolution=64, **changes)
+    ).photos
 
 
 def test_tags_change_places_by_the_seed_and_the_kept_ones_stay():
     """Each caption is drawn as often as without shuffling."""
-    found = shuffled_captions(config(shuffle_caption=True, keep_tokens=1), (TAGS,))
-    assert len(found) == ORDERS and found[0] == TAGS and len(set(found)) > 3
+    found = shuffle_captions(config(shuffle_caption=True, keep_tokens=1), (TAGS,))
+    assert len(found) == TAG_ORDERS and found[0] == TAGS and len(set(found)) > 3
     assert all(caption.startswith("sks dog, ") for caption in found)
     assert {tuple(sorted(caption.split(", "))) for caption in found} == {
         tuple(sorted(TAGS.split(", ")))
     }
-    moved = shuffled_captions(config(shuffle_caption=True), (TAGS,))
+    moved = shuffle_captions(config(shuffle_caption=True), (TAGS,))
     assert not all(caption.startswith("sks dog") for caption in moved)
-    assert shuffled_captions(config(), (TAGS,)) == (TAGS,)
+    assert shuffle_captions(config(), (TAGS,)) == (TAGS,)
     orders = [
-        shuffled_captions(config(shuffle_caption=True, seed=seed), (TAGS,)) for seed in (1, 1, 2)
+        shuffle_captions(config(shuffle_caption=True, seed=seed), (TAGS,)) for seed in (1, 1, 2)
     ]
     assert orders[0] == orders[1] != orders[2]
-    many = shuffled_captions(config(shuffle_caption=True), (TAGS, "sks dog"))
+    many = shuffle_captions(config(shuffle_caption=True), (TAGS, "sks dog"))
     assert Counter(said(worded(many)))["sks dog"] == pytest.approx(100, abs=40)
 
 
@@ -248,11 +260,13 @@ def test_a_prefix_stands_before_a_photos_own_captions_and_stays_whatever_is_shuf
     assert two.captions == ("a photo of sks dog",)
     framed = "sks dog, red, blue, green, in snow"
     prefixed = config(shuffle_caption=True, caption_prefix="sks dog,")
-    found = shuffled_captions(prefixed, (framed, "sks dog,"))
+    found = shuffle_captions(prefixed, (framed, "sks dog,"))
     assert (
-        found[0] == framed and len(set(found[:ORDERS])) > 3 and set(found[ORDERS:]) == {"sks dog,"}
+        found[0] == framed
+        and len(set(found[:TAG_ORDERS])) > 3
+        and set(found[TAG_ORDERS:]) == {"sks dog,"}
     )
-    assert all(caption.startswith("sks dog, ") for caption in found[:ORDERS])
+    assert all(caption.startswith("sks dog, ") for caption in found[:TAG_ORDERS])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1 / 3, 1.0])
@@ -285,16 +299,16 @@ def test_the_bare_prompt_is_of_photos_whose_captions_lack_it_as_one_line_says(tm
     assert photos_with(tmp_path, *texts)[2].bare_prompt is None
     shares = {None: 0.25, 0.2: 0.2, 0: 0}
     for given, share in shares.items():
-        assert config(instance_prompt_share=given).bare_share == share
+        assert config(instance_prompt_share=given).bare_prompt_share == share
     photos = photos_with(tmp_path / "two", PLACED[0], BARE)
     line = "captions: 1 of 2 photos have none that is the instance prompt itself; "
     assert (
-        bare_prompt_line(config(), photos)
+        describe_bare_prompts(config(), photos)
         == f"{line}25% of their exposures show it (--instance_prompt_share)"
     )
-    never = bare_prompt_line(config(instance_prompt_share=0), photos)
+    never = describe_bare_prompts(config(instance_prompt_share=0), photos)
     assert never == f"{line}they are never shown with it (--instance_prompt_share)"
-    assert bare_prompt_line(config(), photos[1:]) is None
+    assert describe_bare_prompts(config(), photos[1:]) is None
 
 
 @pytest.fixture
@@ -316,8 +330,8 @@ def streams(rule=SQUARES, batch_size=1, counts=(5, 1, 3)):
     found = []
     for number, count in enumerate(counts):
         photos = [Photo((number, n), SIZES[n], ("x",), subject=number) for n in range(count)]
-        found.append(PhotoStream(photos, Numbers(rule), 3, str(number), batch_size=batch_size))
-    return SubjectStreams(found, 3, batch_size)
+        found.append(PhotoDataset(photos, Numbers(rule), 3, str(number), batch_size=batch_size))
+    return SubjectsDataset(found, 3, batch_size)
 
 
 @pytest.mark.parametrize("count", [1, 7, 40])
@@ -325,7 +339,7 @@ def test_each_subject_is_shown_equally_often_whatever_its_number_of_photos(count
     """What is encoded ahead covers what is shown."""
     shown = streams()
     subjects = [path[0] for path, _ in views(shown, 90)]
-    assert subjects == [shown.subject_at(position) for position in range(90)]
+    assert subjects == [shown.get_subject(position) for position in range(90)]
     assert all(sorted(subjects[start : start + 3]) == [0, 1, 2] for start in range(0, 90, 3))
     assert len({tuple(subjects[start : start + 3]) for start in range(0, 90, 3)}) > 3
     photos = Counter(path for path, _ in views(shown, 90))
@@ -349,17 +363,19 @@ def test_a_batch_of_one_size_is_of_one_subject(batch_size):
 
 def test_photos_know_their_subject_and_the_masks_and_captions_made_for_each_do_not_meet(several):
     config = several(masks="auto", mask_prompt="animal", captions="auto")
-    photos, run = photo_report(config).photos, RunDir(config.output_dir)
+    photos, run = build_photo_report(config).photos, RunDir(config.output_dir)
     assert [photo.subject for photo in photos] == [0, 0, 0, 1] and photos[3].captions == (
         "a photo of zwx cat",
     )
-    assert len({kept_path(photo, run.masks_dir) for photo in photos}) == 4
+    assert len({get_saved_mask_path(photo, run.masks_dir) for photo in photos}) == 4
     for photo in (photos[0], photos[3]):
-        path = kept_path(photo, run.masks_dir)
+        path = get_saved_mask_path(photo, run.masks_dir)
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(photo.path, path)
-        keep(run.captions_path, MadeCaption(photo, f"caption of {photo.subject}", key="key"), "")
-    found = photo_report(config).photos
+        save_caption(
+            run.captions_path, GeneratedCaption(photo, f"caption of {photo.subject}", key="key"), ""
+        )
+    found = build_photo_report(config).photos
     assert [photo.mask_path is not None for photo in found] == [True, False, False, True]
     own = ("a photo of sks dog",)
     assert [photo.captions for photo in found] == [("caption of 0",), own, own, ("caption of 1",)]

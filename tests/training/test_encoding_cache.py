@@ -20,19 +20,23 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.method import moslora
-from dreambooth_moslora.photos.augment import CropPlan, CropRule, resized_size
+from dreambooth_moslora.photos.augment import CropPlan, CropRule, compute_resized_size
 from dreambooth_moslora.photos.folder import find_photos
-from dreambooth_moslora.plan.validation import preflight
+from dreambooth_moslora.plan.validation import validate_run
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import encoding_cache, reporter
-from dreambooth_moslora.training.dataset import PhotoEncoder, PhotoStream, collate
-from dreambooth_moslora.training.encoding_cache import PromptCache, TensorCache, digest_of
+from dreambooth_moslora.training.dataset import PhotoDataset, PhotoEncoder, collate
+from dreambooth_moslora.training.encoding_cache import (
+    EncodingCache,
+    TextEmbeddingCache,
+    digest_tensors,
+)
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.prepare import (
-    device_with_room,
-    fill,
-    prompt_cache,
-    same_everywhere,
+    build_text_cache,
+    choose_device,
+    fill_cache,
+    require_same_entries,
 )
 from tests.helpers.changed_base import change_token, flip_last_bit, swap_ids
 from tests.helpers.threads import as_processes
@@ -57,45 +61,47 @@ def read(tmp_path):
     return find_photos(folder, "a photo of sks dog", 64).photos
 
 
-def stream_of(photos, vae, cache, rule=RULE, **options) -> PhotoStream:
-    return PhotoStream(photos, PhotoEncoder(vae, cache, rule), 0, "instance", **options)
+def stream_of(photos, vae, cache, rule=RULE, **options) -> PhotoDataset:
+    return PhotoDataset(photos, PhotoEncoder(vae, cache, rule), 0, "instance", **options)
 
 
-def encode_ahead(stream: PhotoStream, sample_count: int) -> int:
+def encode_ahead(stream: PhotoDataset, sample_count: int) -> int:
     """Encode what these samples will show; returns the number of views."""
-    return len([stream.encoder.encode(*view) for view in stream.views_ahead(sample_count)])
+    return len([stream.encoder.encode(*view) for view in stream.list_crops(sample_count)])
 
 
 def test_latents_are_those_of_the_crop_and_every_photo_keeps_its_own_size_and_caption(
     pipeline, read
 ):
     """Whatever the shuffle. The base as prior doubles the batch, with its own prompts."""
-    view, _ = stream_of(read[2:], pipeline.vae, TensorCache()).at(0)
+    view, _ = stream_of(read[2:], pipeline.vae, EncodingCache()).get_sample(0)
     pixels = torch.tensor(
         list(Image.open(read[2].path).resize((64, 64), Image.Resampling.LANCZOS).tobytes())
     )
     pixels = pixels.view(64, 64, 3).permute(2, 0, 1)[None] / 127.5 - 1
     assert torch.allclose(view.latents, load.encode_image(pipeline.vae, pixels)[0], atol=1e-4)
-    stream = stream_of(read, pipeline.vae, TensorCache(), repeats=2)
+    stream = stream_of(read, pipeline.vae, EncodingCache(), repeats=2)
     facts = {
         (64, 96): "a photo of sks dog",
         (80, 64): "a photo of sks dog asleep",
         (72, 72): "a photo of sks dog",
     }
-    batch = collate([stream.at(position) for position in range(12)], 12)
+    batch = collate([stream.get_sample(position) for position in range(12)], 12)
     for ids, prompt, latents in zip(batch.time_ids, batch.prompts, batch.latents):
         size = tuple(int(x) for x in ids[:2])
         assert facts[size] == prompt and ids[4:].tolist() == [64, 64]
         photo = next(p for p in read if p.size_px == size)
         plan = CropPlan(
-            size, resized_size(size, (64, 64)), tuple(int(x) for x in ids[2:4]), (64, 64)
+            size, compute_resized_size(size, (64, 64)), tuple(int(x) for x in ids[2:4]), (64, 64)
         )
         alone = PhotoEncoder(pipeline.vae, None, RULE).encode(photo, plan)
         assert torch.equal(alone.latents, latents)
     assert sorted(map(tuple, batch.time_ids[:6, :2].tolist())) == sorted(
         [(64, 96), (80, 64), (72, 72)] * 2
     )
-    both = collate([stream.at(0), stream.at(1)], 2).with_base_as_prior(["a dog", "a cat"])
+    both = collate([stream.get_sample(0), stream.get_sample(1)], 2).add_base_prior(
+        ["a dog", "a cat"]
+    )
     assert both.instance_count == 2 and len(both.latents) == 4
     assert both.prompts[2:] == ["a dog", "a cat"] and torch.equal(
         both.latents[:2], both.latents[2:]
@@ -103,23 +109,29 @@ def test_latents_are_those_of_the_crop_and_every_photo_keeps_its_own_size_and_ca
 
 
 def test_a_view_is_encoded_once_and_several_crops_differ(pipeline, read):
-    cache = TensorCache()
+    cache = EncodingCache()
     stream = stream_of(read, pipeline.vae, cache, CropRule(64, center_crop=True), repeats=3)
-    assert encode_ahead(stream, 100) == 9 and cache.computed == 3
-    assert len([stream.at(position) for position in range(30)]) == 30 and cache.computed == 3
+    assert encode_ahead(stream, 100) == 9 and cache.computed_count == 3
+    assert (
+        len([stream.get_sample(position) for position in range(30)]) == 30
+        and cache.computed_count == 3
+    )
     for crops, count, differing in ((3, 3, 3), (None, 12, 4)):
         stream = stream_of(
-            read[:1], pipeline.vae, TensorCache(), CropRule(64, crops_per_photo=crops)
+            read[:1], pipeline.vae, EncodingCache(), CropRule(64, crops_per_photo=crops)
         )
-        found = {tuple(stream.at(position)[0].time_ids[2:4].tolist()) for position in range(count)}
+        found = {
+            tuple(stream.get_sample(position)[0].time_ids[2:4].tolist())
+            for position in range(count)
+        }
         assert len(found) >= differing
 
 
 def test_a_second_run_reuses_the_disk_and_a_changed_photo_does_not(pipeline, read, tmp_path):
     def encode() -> int:
-        cache = TensorCache(tmp_path / "cache")
+        cache = EncodingCache(tmp_path / "cache")
         encode_ahead(stream_of(read, pipeline.vae, cache), 100)
-        return cache.computed
+        return cache.computed_count
 
     assert [encode(), encode()] == [3, 0]
     changed = Image.open(read[0].path).copy()
@@ -146,46 +158,46 @@ def test_a_changed_entry_of_the_disk_cache_and_one_of_another_vae_are_made_anew(
 ):
     """Digests tell weights and types apart."""
     first, second = torch.ones(3, 30), torch.ones(3, 30)
-    assert digest_of({"weight": first}) == digest_of({"weight": second})
-    assert digest_of({"weight": first}) != digest_of({"weight": second.half()})
+    assert digest_tensors({"weight": first}) == digest_tensors({"weight": second})
+    assert digest_tensors({"weight": first}) != digest_tensors({"weight": second.half()})
     second[-1, -1] += 1
-    assert digest_of({"weight": first}) != digest_of({"weight": second})
-    cache = TensorCache(tmp_path / "cache")
+    assert digest_tensors({"weight": first}) != digest_tensors({"weight": second})
+    cache = EncodingCache(tmp_path / "cache")
     stream = stream_of(read[:1], pipeline.vae, cache)
-    expected = stream.at(0)[0].latents
+    expected = stream.get_sample(0)[0].latents
     (path,) = tmp_path.rglob("*.safetensors")
     path.write_bytes(DAMAGES[name](path.read_bytes()))
     for _ in range(2):
-        assert torch.equal(stream.at(0)[0].latents, expected) and cache.computed == 2
+        assert torch.equal(stream.get_sample(0)[0].latents, expected) and cache.computed_count == 2
     stream.encoder.vae_identity = "another"
-    assert stream.at(0) and cache.computed == 3
+    assert stream.get_sample(0) and cache.computed_count == 3
 
 
 def test_latents_in_another_scale_from_the_same_weights_are_not_taken_from_the_cache(
     tiny_base, read, tmp_path
 ):
-    vae, cache = load.load_pipeline(tiny_base).vae, TensorCache(tmp_path / "cache")
-    usual = stream_of(read[:1], vae, cache).at(0)[0].latents
+    vae, cache = load.load_pipeline(tiny_base).vae, EncodingCache(tmp_path / "cache")
+    usual = stream_of(read[:1], vae, cache).get_sample(0)[0].latents
     for constants in ({"scaling_factor": 2.0}, {"latents_mean": [1] * 4, "latents_std": [2] * 4}):
         vae.register_to_config(**constants)
-        other = stream_of(read[:1], vae, cache).at(0)[0].latents
+        other = stream_of(read[:1], vae, cache).get_sample(0)[0].latents
         assert torch.equal(
-            other, stream_of(read[:1], vae, None).at(0)[0].latents
+            other, stream_of(read[:1], vae, None).get_sample(0)[0].latents
         ) and not torch.equal(other, usual)
-    assert cache.computed == 3
+    assert cache.computed_count == 3
 
 
 def test_a_mask_comes_along_at_the_latents_size_around_it_weighs_as_told(pipeline, tmp_path):
     """Around a transparent photo nothing."""
-    folder, cache = paint_photos(tmp_path / "photos", count=3), TensorCache(tmp_path / "cache")
+    folder, cache = paint_photos(tmp_path / "photos", count=3), EncodingCache(tmp_path / "cache")
     first, second, third = sorted(folder.glob("*.png"))
     for photo, label in ((first, 1), (third, 255)):  # labels of 0 and 1, and of 0 and 255
         half = Image.new("L", Image.open(photo).size, 0)
         half.paste(label, (0, 0, half.width // 2, half.height))
         half.save(photo.with_suffix(".mask.png"))
     photos = find_photos(folder, "a photo of sks dog", 64).photos
-    stream = stream_of(photos[1:], pipeline.vae, TensorCache())
-    batch = collate([stream.at(position) for position in range(2)], 2)
+    stream = stream_of(photos[1:], pipeline.vae, EncodingCache())
+    batch = collate([stream.get_sample(position) for position in range(2)], 2)
     assert batch.mask.shape == (2, 1, 8, 8)
     is_masked = batch.time_ids[:, 0] == 72
     (half,), whole = batch.mask[is_masked], batch.mask[~is_masked]
@@ -199,14 +211,14 @@ def test_a_mask_comes_along_at_the_latents_size_around_it_weighs_as_told(pipelin
             pipeline.vae, cache, CropRule(64, center_crop=True), unmasked_weight=weight
         )
         views = {
-            photo.path: own.encode(photo, own.rule.plan(photo.size_px, Random(0)))
+            photo.path: own.encode(photo, own.rule.plan_crop(photo.size_px, Random(0)))
             for photo in photos
         }
         assert (
             views[first].mask.min().item() == pytest.approx(weight) and views[first].mask.max() == 1
         )
         assert (views[second].mask.min(), views[second].mask.max()) == (0, 1)
-    assert cache.computed == 2
+    assert cache.computed_count == 2
 
 
 def test_a_prompt_that_the_disk_loses_while_its_encoders_are_trained_is_encoded_by_the_base(
@@ -216,25 +228,28 @@ def test_a_prompt_that_the_disk_loses_while_its_encoders_are_trained_is_encoded_
     other runs. The empty prompt of another pipeline is not found in the cache."""
     pipeline, prompt, found = load.load_pipeline(tiny_base), ["a photo of a dog"], []
     config = TrainConfig(caching="disk", cache_dir=str(tmp_path))
-    prompt_embeds = prompt_cache(config, pipeline, load.SDXL_FAMILY, {})
+    prompt_embeds = build_text_cache(config, pipeline, load.SDXL_FAMILY, {})
     before = prompt_embeds(prompt)
     [file] = tmp_path.rglob("*.safetensors")
     content = file.read_bytes()
     for force_zeros in (False, True):
         pipeline.register_to_config(force_zeros_for_empty_prompt=force_zeros)
         found.append(
-            embeds_of(prompt_cache(config, pipeline, load.SDXL_FAMILY, {})([""])).abs().sum().item()
+            embeds_of(build_text_cache(config, pipeline, load.SDXL_FAMILY, {})([""]))
+            .abs()
+            .sum()
+            .item()
         )
     assert found[0] > 0 == found[1]
     for model in (pipeline.text_encoder, pipeline.text_encoder_2):
         moslora.inject(model, moslora.MoSLoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-        for _, weights in moslora.adapter_parameters(model):
+        for _, weights in moslora.list_adapter_parameters(model):
             torch.nn.init.normal_(weights)
     file.unlink()
-    prompt_embeds._last.clear()
+    prompt_embeds._recent_embeddings.clear()
     assert equal(before, prompt_embeds(prompt)) and file.read_bytes() == content
     assert not torch.allclose(
-        embeds_of(load.SDXL_FAMILY.texts(pipeline, prompt)), embeds_of(before), atol=1e-3
+        embeds_of(load.SDXL_FAMILY.encode_prompts(pipeline, prompt)), embeds_of(before), atol=1e-3
     )
 
 
@@ -262,23 +277,24 @@ def test_encodings_of_another_base_are_not_taken_from_the_disk(
     change(base)
     second = prepare_base(base)
     for inputs, computed in ((first, (3, 1)), (second, (texts, views))):
-        caches = inputs.prompt_embeds.cache, inputs.instance.encoder.cache
-        assert tuple(cache.computed for cache in caches) == computed
+        caches = inputs.text_cache.cache, inputs.instance_dataset.encoder.cache
+        assert tuple(cache.computed_count for cache in caches) == computed
 
     # What it trains on is what it encodes itself.
     prompt = ["a photo of sks dog"]
-    own = load.SDXL_FAMILY.texts(load.load_pipeline(base), prompt)
-    assert equal(second.prompt_embeds(prompt), own)
+    own = load.SDXL_FAMILY.encode_prompts(load.load_pipeline(base), prompt)
+    assert equal(second.text_cache(prompt), own)
 
 
 def test_words_are_asked_once_and_what_the_disk_withholds_after_the_encoders_left_ends_the_run(
     pipeline, read, tmp_path
 ):
     asked = []
-    texts = partial(load.SDXL_FAMILY.texts, pipeline)
+    texts = partial(load.SDXL_FAMILY.encode_prompts, pipeline)
     encode = lambda prompts: asked.extend(prompts) or texts(prompts)  # noqa: E731
     in_memory, on_disk = (
-        PromptCache(encode, cache, "tiny") for cache in (TensorCache(), TensorCache(tmp_path / "w"))
+        TextEmbeddingCache(encode, cache, "tiny")
+        for cache in (EncodingCache(), EncodingCache(tmp_path / "w"))
     )
     for prompt_embeds in (in_memory, on_disk):
         first = prompt_embeds(["a dog", "a cat"])
@@ -288,19 +304,19 @@ def test_words_are_asked_once_and_what_the_disk_withholds_after_the_encoders_lef
     assert asked == ["a dog", "a cat"] * 2
     with pytest.raises(UserError, match="a bird"):
         in_memory(["a bird"])
-    stream = stream_of(read[:1], pipeline.vae, TensorCache(tmp_path / "cache"))
+    stream = stream_of(read[:1], pipeline.vae, EncodingCache(tmp_path / "cache"))
     encode_ahead(stream, 1)
     stream.encoder.vae = None
-    assert stream.at(0)[0].latents.shape == (4, 8, 8)
+    assert stream.get_sample(0)[0].latents.shape == (4, 8, 8)
     for path in tmp_path.rglob("*.safetensors"):
         path.unlink()
     # The last texts are in memory: no step reads the disk for them again.
     assert equal(on_disk(["a dog"]), [first[0]])
-    on_disk._last.clear()
+    on_disk._recent_embeddings.clear()
     with pytest.raises(UserError, match=r"'a dog' cannot be read any more.*resume the run"):
         on_disk(["a dog"])
     with pytest.raises(UserError, match=r"photo.*0\.png cannot be read any more.*resume the run"):
-        stream.at(0)
+        stream.get_sample(0)
 
 
 @pytest.fixture
@@ -316,15 +332,15 @@ def filled(monkeypatch):
                 None, accelerator, None, lambda: should_stop(process, next(asked))
             )
             entries = {key: lambda key=key: {"value": torch.tensor([float(key)])} for key in KEYS}
-            assert list(fill(caches[process], context, entries)) == [1, 2, 3, 4, 5]
-            return caches[process].computed
+            assert list(fill_cache(caches[process], context, entries)) == [1, 2, 3, 4, 5]
+            return caches[process].computed_count
 
         return run(len(caches), work, on_machine)
 
     return fill_all
 
 
-def values_in(cache: TensorCache) -> list[float]:
+def values_in(cache: EncodingCache) -> list[float]:
     """What the cache holds, without computing anything."""
     return [float(cache.get(key, lambda: {"value": torch.tensor([-1.0])})["value"]) for key in KEYS]
 
@@ -334,33 +350,35 @@ def test_each_process_encodes_its_share_and_has_all_and_a_machine_writes_each_fi
 ):
     """In memory, on one disk, and on machines that share no disk."""
     for count in (1, 2, 3):
-        caches = [TensorCache() for _ in range(count)]
+        caches = [EncodingCache() for _ in range(count)]
         assert sum(filled(caches)) == 5
         assert [values_in(cache) for cache in caches] == [[0, 1, 2, 3, 4]] * count
-    written, keep = [], TensorCache._keep
+    written, keep = [], EncodingCache._write
     monkeypatch.setattr(
-        TensorCache, "_keep", lambda self, key, value: written.append(key) or keep(self, key, value)
+        EncodingCache,
+        "_write",
+        lambda self, key, value: written.append(key) or keep(self, key, value),
     )
-    caches = [TensorCache(tmp_path) for _ in range(2)]
+    caches = [EncodingCache(tmp_path) for _ in range(2)]
     assert filled(caches) == [3, 2] and sorted(written) == KEYS
     assert filled(caches) == [3, 2] and len(written) == 5, "the second time all is there"
-    caches = [TensorCache(tmp_path / str(number // 2)) for number in range(4)]
+    caches = [EncodingCache(tmp_path / str(number // 2)) for number in range(4)]
     assert filled(caches, on_machine=2) == [2, 1, 1, 1]
     assert [values_in(cache) for cache in caches] == [[0, 1, 2, 3, 4]] * 4
 
 
 def test_a_stop_in_one_process_ends_all_and_what_is_encoded_stays(filled, tmp_path):
-    caches = [TensorCache(tmp_path) for _ in range(2)]
+    caches = [EncodingCache(tmp_path) for _ in range(2)]
     ended = filled(caches, should_stop=lambda process, key: key == "03")
     assert [type(end) for end in ended] == [StopRequestedError] * 2
-    assert [cache.computed for cache in caches] == [2, 1]
+    assert [cache.computed_count for cache in caches] == [2, 1]
     assert filled(caches) == [3, 2]
 
 
 def test_processes_that_see_other_photos_end_in_one_line(monkeypatch):
     def find(accelerator):
         context = SimpleNamespace(accelerator=accelerator)
-        return same_everywhere(
+        return require_same_entries(
             context, lambda: dict.fromkeys(KEYS[accelerator.process_index :], bool), "crops"
         )
 
@@ -393,9 +411,9 @@ def test_the_vae_leaves_memory_unless_it_is_needed_again(
 def test_text_encoders_that_do_not_fit_the_gpu_encode_on_the_cpu(kind, gpu, monkeypatch):
     """Of 8 GiB each, where 10 are free. A transformer's have up to 16."""
     gpu(8, free_gib=10)
-    monkeypatch.setattr(devices, "apple_gib", lambda: (16.0, 6.0))
+    monkeypatch.setattr(devices, "measure_apple_memory", lambda: (16.0, 6.0))
     encoder = torch.nn.Linear(2**15, 2**17, bias=False, device="meta", dtype=torch.bfloat16)
-    places = [device_with_room([encoder] * count, torch.device(kind)).type for count in (1, 2)]
+    places = [choose_device([encoder] * count, torch.device(kind)).type for count in (1, 2)]
     assert places == [kind, "cpu"]
 
 
@@ -408,7 +426,7 @@ def test_a_slow_precision_is_warned_of_once_and_only_for_a_base_like_sdxl(
     cases += [("cpu", single, "no", None)]
     pipelines = {dtype: load.load_pipeline(tiny_base, dtype=dtype) for dtype in (single, half)}
     for device, dtype, fast, advice in cases:
-        monkeypatch.setattr(devices, "half_precision_of", lambda facts, fast=fast: fast)
+        monkeypatch.setattr(devices, "choose_family_precision", lambda facts, fast=fast: fast)
         pipeline, where = pipelines[dtype], torch.device(device)
         pipeline.unet.register_to_config(sample_size=64 // pipeline.vae_scale_factor)
         caplog.clear()
@@ -473,7 +491,7 @@ def test_it_learns_on_and_a_resumed_run_needs_the_file_no_more(config, file, tmp
 def test_a_file_that_cannot_be_gone_on_from_is_said_before_the_base_is_loaded(config, file):
     def said() -> str:
         with pytest.raises(UserError, match=r"--init_adapter .*: ") as error:
-            preflight(config(), Base.of(config()))
+            validate_run(config(), Base.of(config()))
         return str(error.value)
 
     file.write_bytes(b"no adapter")

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from dreambooth_moslora import training
 from dreambooth_moslora.base import devices, load, streaming
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.families import family_of
+from dreambooth_moslora.base.families import build_family
 from dreambooth_moslora.cli.command_train import train_main
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import RunDir
@@ -37,19 +37,19 @@ from dreambooth_moslora.generation.image_params import GenerationParams, check_s
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.generation.sampling import Sampler, SampleRequest, generate_images
 from dreambooth_moslora.lora.describe import describe
-from dreambooth_moslora.plan.defaults import recipe_settings
+from dreambooth_moslora.plan.defaults import load_recipe
 from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings import family_facts, field_facts
-from dreambooth_moslora.settings.train_config import TrainConfig, rank_and_alpha
+from dreambooth_moslora.settings.train_config import TrainConfig, get_rank_and_alpha
 from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.objective import (
     add_noise,
-    flow_levels,
-    loss_target,
-    weights_of,
+    compute_target,
+    compute_weights,
+    sample_flow_timesteps,
 )
-from dreambooth_moslora.training.prepare import noise_schedule
+from dreambooth_moslora.training.prepare import build_noise_schedule
 from tests.helpers.command_line import parse_train_config
 from tests.helpers.few_pictures import few_pictures
 from tests.helpers.late_copies import LateCopies
@@ -81,7 +81,7 @@ def facts_named(name):
 
 def settings_of(name, **changes):
     usual = {
-        "target_modules": field_facts.ATTENTION,
+        "target_modules": field_facts.ATTENTION_LAYERS,
         "max_train_steps": 3,
         **TINY_FAMILIES[name].settings,
     }
@@ -186,7 +186,7 @@ def test_a_device_too_small_for_a_model_draws_the_same_by_its_blocks(trained, mo
     def base():
         """Each weight begins where a kernel likes it, as on a GPU and unlike in a mapped file."""
         subject = SubjectPipeline.from_base(config.pretrained_model_name_or_path, device="cpu")
-        for model in gpu_room.models_of(subject.pipeline):
+        for model in gpu_room.list_models(subject.pipeline):
             for weight in model.parameters():
                 weight.data = weight.data.clone()
         return subject
@@ -199,8 +199,8 @@ def test_a_device_too_small_for_a_model_draws_the_same_by_its_blocks(trained, mo
 
     wanted = drawn(base())
     assert wanted[0] != wanted[1]
-    monkeypatch.setattr(devices, "free_gib", lambda device: 2**-20)
-    monkeypatch.setattr(streaming, "Copies", LateCopies)
+    monkeypatch.setattr(devices, "measure_free_gib", lambda device: 2**-20)
+    monkeypatch.setattr(streaming, "BlockCopier", LateCopies)
     for is_there in (False, True):
         subject = base()
         subject.home.is_resting = True
@@ -299,7 +299,7 @@ def test_patterns_of_rank_and_alpha_are_for_transformers_too():
     config = TrainConfig(rank=4, rank_pattern="to_q=8", alpha_pattern="to_q=2")
     parts = {"unet": (8, 2.0), "transformer": (8, 2.0), "text_encoder": (4, 4.0)}
     assert {
-        part: rank_and_alpha(config, part, "layers.0.attention.to_q") for part in parts
+        part: get_rank_and_alpha(config, part, "layers.0.attention.to_q") for part in parts
     } == parts
 
 
@@ -326,36 +326,36 @@ def test_nothing_but_two_files_asks_for_a_family_by_its_name():
 
 
 def test_the_draws_and_weights_of_a_flow_are_those_of_diffusers():
-    schedule = noise_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0))
+    schedule = build_noise_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0))
     for scheme in ("none", "logit_normal", "mode", "sigma_sqrt", "cosmap"):
         draws = [torch.Generator().manual_seed(1) for _ in range(2)]
-        index = flow_levels(schedule, 64, draws[0], scheme, 0.1, 0.9, 1.29)
+        index = sample_flow_timesteps(schedule, 64, draws[0], scheme, 0.1, 0.9, 1.29)
         theirs = compute_density_for_timestep_sampling(
             scheme, 64, 0.1, 0.9, 1.29, generator=draws[1]
         )
         assert torch.equal(index, (theirs * 1000).long())
         share = FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas[index]
         config = TrainConfig(weighting_scheme=scheme)
-        weights = weights_of(config, schedule, index, len(index))
+        weights = compute_weights(config, schedule, index, len(index))
         torch.testing.assert_close(weights, compute_loss_weighting_for_sd3(scheme, share))
         latents, noise = torch.randn(2, 64, 4, 8, 8)
         z = add_noise(schedule, latents, noise, index)
         expected = (1 - share.view(-1, 1, 1, 1)) * latents + share.view(-1, 1, 1, 1) * noise
-        torch.testing.assert_close(z.unet_input, expected, atol=1e-5, rtol=1e-5)
-        assert torch.equal(loss_target(schedule, latents, noise, index), noise - latents)
+        torch.testing.assert_close(z.denoiser_input, expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(compute_target(schedule, latents, noise, index), noise - latents)
         assert torch.equal(z.timesteps, FlowMatchEulerDiscreteScheduler(shift=3.0).timesteps[index])
 
 
 def test_levels_are_shifted_as_the_familys_own_scheduler_shifts_them():
     """By the number of tokens: 1024 px, a wide picture, 256 px."""
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    schedule, tokens = noise_schedule(scheduler), torch.tensor([4096.0, 1024.0, 256.0])
+    schedule, tokens = build_noise_schedule(scheduler), torch.tensor([4096.0, 1024.0, 256.0])
     draws = [torch.Generator().manual_seed(1) for _ in range(2)]
-    index = flow_levels(schedule, 3, draws[0], "none", 0.0, 1.0, 1.29, tokens)
+    index = sample_flow_timesteps(schedule, 3, draws[0], "none", 0.0, 1.0, 1.29, tokens)
     for number, share, count in zip(index, 1 - torch.rand(3, generator=draws[1]), tokens):
         theirs = scheduler.time_shift(calculate_shift(float(count)), 1.0, share.numpy())
         assert number == int((1 - theirs) * 1000)
-    assert noise_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0)).shift_line is None
+    assert build_noise_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0)).shift_line is None
 
 
 def test_a_solver_of_flows_such_as_sanas_gives_the_levels_of_its_own_shift():
@@ -363,7 +363,7 @@ def test_a_solver_of_flows_such_as_sanas_gives_the_levels_of_its_own_shift():
     levels."""
     flow = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
     found, wanted = map(
-        noise_schedule,
+        build_noise_schedule,
         (DPMSolverMultistepScheduler(**flow), FlowMatchEulerDiscreteScheduler(shift=3)),
     )
     assert found.style == "flow" and torch.equal(found.sigmas, wanted.sigmas)
@@ -373,25 +373,28 @@ def test_a_solver_of_flows_such_as_sanas_gives_the_levels_of_its_own_shift():
 @pytest.mark.parametrize(("name", "shift", "share"), [("lumina2", 6.0, 0.77), ("sana", 3.0, 0.68)])
 def test_the_mean_share_of_noise_is_what_the_page_says_beside_diffusers_scripts(name, shift, share):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    schedule, draws = noise_schedule(scheduler), torch.Generator().manual_seed(1)
+    schedule, draws = build_noise_schedule(scheduler), torch.Generator().manual_seed(1)
     scheme = facts_named(name).weighting_scheme
-    index = flow_levels(schedule, 50_000, draws, scheme, 0.0, 1.0, 1.29)
+    index = sample_flow_timesteps(schedule, 50_000, draws, scheme, 0.0, 1.0, 1.29)
     assert float(scheduler.sigmas[index].mean()) == pytest.approx(share, abs=0.005)
 
 
 def test_preconditioned_errors_are_those_of_the_latents_as_in_the_script_for_sd3():
     schedule, index = (
-        noise_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0)),
+        build_noise_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0)),
         torch.tensor([0, 500, 900]),
     )
     latents, noise, answer = torch.randn(3, 3, 4, 8, 8)
-    noisy, share = add_noise(schedule, latents, noise, index), schedule.signal_and_noise(index)[1]
+    noisy, share = (
+        add_noise(schedule, latents, noise, index),
+        schedule.compute_signal_and_noise(index)[1],
+    )
     for scheme in ("logit_normal", "sigma_sqrt"):
         weights = compute_loss_weighting_for_sd3(scheme, share)
-        theirs = (weights * (noisy.unet_input - share * answer - latents) ** 2).mean((1, 2, 3))
-        errors = (answer - loss_target(schedule, latents, noise, index)).square().mean((1, 2, 3))
+        theirs = (weights * (noisy.denoiser_input - share * answer - latents) ** 2).mean((1, 2, 3))
+        errors = (answer - compute_target(schedule, latents, noise, index)).square().mean((1, 2, 3))
         config = TrainConfig(weighting_scheme=scheme, precondition_outputs=True)
-        torch.testing.assert_close(weights_of(config, schedule, index, 3) * errors, theirs)
+        torch.testing.assert_close(compute_weights(config, schedule, index, 3) * errors, theirs)
 
 
 def test_the_plan_takes_layers_and_levels_of_the_family_and_blocks_are_chosen_by_number(
@@ -433,13 +436,13 @@ NAMED = {  # a base's name -> the word that says that it is distilled
 
 @pytest.mark.parametrize("name", NAMED)
 def test_the_name_of_a_base_says_that_it_is_distilled_unless_that_was_undone(name):
-    said = family_facts.distilled({}, name, facts_named("flux"))
+    said = family_facts.explain_distilled({}, name, facts_named("flux"))
     if word := NAMED[name]:
         assert f"“{word}” says that it is distilled" in said
         assert said.endswith("black-forest-labs/FLUX.1-dev")
     else:
         assert not said
-    assert family_facts.distilled({"is_distilled": True}, name, facts_named("flux"))
+    assert family_facts.explain_distilled({"is_distilled": True}, name, facts_named("flux"))
 
 
 def test_a_base_that_is_distilled_or_of_an_unknown_family_is_refused(base_of, photos, tmp_path):
@@ -487,7 +490,7 @@ class Case:
         Image.new("L", (96, 64), 255).save(photo.with_suffix(".mask.png"))
 
     def config(self, run, **changes):
-        usual = {"target_modules": field_facts.ATTENTION, "max_train_steps": 2}
+        usual = {"target_modules": field_facts.ATTENTION_LAYERS, "max_train_steps": 2}
         usual |= {
             "class_data_dir": str(self.folder / "class"),
             "cache_dir": str(self.folder / "cache"),
@@ -604,7 +607,7 @@ def test_text_encoders_are_trained_where_the_family_has_small_ones(case):
 
 
 def test_one_word_takes_the_familys_recipe(case):
-    name, recipe = recipe_settings(Base.find(case.base))
+    name, recipe = load_recipe(Base.find(case.base))
     assert name == f"{case.facts.name}.toml"
     words = [
         str(case.photos),
@@ -679,7 +682,7 @@ def test_class_images_are_drawn_as_samples_are(name, tmp_path):
     """Guided and without Sana's instruction, which the pipeline's call with a prompt alone is not;
     Lumina 2's is before the prompt alone."""
     pipe = tiny_pipeline(name, tmp_path)
-    texts = partial(family_of(pipe).texts, pipe)
+    texts = partial(build_family(pipe).encode_prompts, pipe)
     (sample,) = Sampler(pipe, texts, 64, torch.device("cpu"), 2)([SampleRequest("a dog", 3)])
     (made,) = generate_images(pipe, "a dog", [3], (64, 64))
     assert np.array_equal(np.asarray(sample), np.asarray(made))

@@ -22,8 +22,8 @@ from diffusers import (
 )
 from PIL import Image
 
-from dreambooth_moslora.disk.events import StepDone, events_of, record_of
-from dreambooth_moslora.disk.queue import LOCK_NAME, locked
+from dreambooth_moslora.disk.events import StepDone, build_record, filter_events
+from dreambooth_moslora.disk.queue import LOCK_NAME, lock_folder
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import raw_file
@@ -31,7 +31,7 @@ from dreambooth_moslora.method import moslora
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import loop, objective
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.step import TrainStep, prior_prompts
+from dreambooth_moslora.training.step import TrainStep, sample_prior_prompts
 from tests.generation.test_pipeline import differs
 from tests.helpers.tiny import save_tiny_sdxl
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
@@ -80,8 +80,8 @@ def test_the_run_folder_and_its_events_are_what_the_design_says(shown_run):
     assert drawn == [f"step_{step:06d}_{n}.png" for step in (0, 2, 4, 5) for n in (0, 1)]
     assert result.proof.max_relative_difference < 1e-5
     assert (
-        json.loads(json.dumps([record_of(event) for event in events]))
-        == RunDir(folder).read_metrics()
+        json.loads(json.dumps([build_record(event) for event in events]))
+        == RunDir(folder).read_events()
     )
     assert events[0].kind == "start" and events[0].max_train_steps == 5
     assert [event.step for event in steps(events)] == [1, 2, 3, 4, 5]
@@ -95,7 +95,7 @@ def test_the_run_folder_and_its_events_are_what_the_design_says(shown_run):
         "memory_gib",
         "grad_norm",
     }
-    assert keys <= set(record_of(steps(events)[0]))
+    assert keys <= set(build_record(steps(events)[0]))
     samples = [event for event in events if event.kind == "sample"]
     assert [event.step for event in samples] == [0, 2, 4, 5]
     assert len({tuple(event.seeds) for event in samples}) == 1
@@ -143,7 +143,7 @@ def test_the_forecast_counts_steps_and_neither_samples_nor_scores(run, monkeypat
     """By a clock that goes on by a second when it is asked, and by an hour for pictures."""
     now = count()
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(now)))
-    monkeypatch.setattr(loop.Training, "sample_if_due", lambda self: deque(islice(now, 3600), 0))
+    monkeypatch.setattr(loop.Training, "sample_when_due", lambda self: deque(islice(now, 3600), 0))
     found = [(event.step_sec, event.eta_sec) for event in steps(run(max_train_steps=3)[0])]
     assert found == [(1, 2), (1, 1), (1, 0)]
 
@@ -171,12 +171,14 @@ def test_the_adapter_lowers_the_loss_on_equal_noise(tiny_base, tmp_path, train_s
     step = train_steps[0]
 
     def losses() -> float:
-        passes = step.passes(range(1000, 1008))
-        return sum(float(of.total) for micros, share in passes for of in step.losses(micros, share))
+        passes = step.iterate_chunks(range(1000, 1008))
+        return sum(
+            float(of.total) for micros, share in passes for of in step.compute_losses(micros, share)
+        )
 
     with torch.no_grad():
         trained = losses()
-        with moslora.disabled(step.components["unet"]):
+        with moslora.disable_adapters(step.components["unet"]):
             untrained = losses()
     assert trained < 0.95 * untrained  # 0.89 was seen
 
@@ -192,9 +194,9 @@ class Left:
     optimizer's states."""
 
     def __init__(self, folder):
-        self.steps = events_of(StepDone, RunDir(folder).read_metrics())
+        self.steps = filter_events(StepDone, RunDir(folder).read_events())
         self.loss, self.lr = self.steps[0].loss, [step.lr for step in self.steps]
-        checkpoint, by_kind = RunDir(folder).latest_checkpoint(), defaultdict(list)
+        checkpoint, by_kind = RunDir(folder).find_latest_checkpoint(), defaultdict(list)
         raw, self.facts = raw_file.read_raw(checkpoint / "moslora_weights.safetensors")
         for name, tensor in raw.items():
             by_kind[name.rpartition(".")[2]].append(tensor)
@@ -306,14 +308,14 @@ def test_a_v_prediction_base_is_trained_on_velocity(tmp_path, photos, monkeypatc
         [],
         [],
     )
-    add_noise, loss = objective.add_noise, objective.loss
+    add_noise, loss = objective.add_noise, objective.compute_loss
     monkeypatch.setattr(
         objective, "add_noise", lambda *given: noised.append(given) or add_noise(*given)
     )
     noted = lambda answer, target, *given, **named: (  # noqa: E731
         targets.append(target) or loss(answer, target, *given, **named)
     )
-    monkeypatch.setattr(objective, "loss", noted)
+    monkeypatch.setattr(objective, "compute_loss", noted)
     train(tiny_config(base, photos, tmp_path / "run", max_train_steps=2))
     scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
     for (_, latents, noise, index), target in zip(noised, targets, strict=True):
@@ -330,7 +332,9 @@ def test_prior_losses_are_logged_apart_and_every_second_prompt_is_the_class_s(
         assert event.loss == pytest.approx(event.loss_instance + 0.5 * event.loss_prior, rel=1e-5)
     config = tiny_config(tiny_base, photos, tmp_path, prior_prompts=("a car", "a cup"))
     classes = [config.class_prompt] * 50
-    drawn = Counter(prompt for turn in (0, 1) for prompt in prior_prompts(config, classes, turn))
+    drawn = Counter(
+        prompt for turn in (0, 1) for prompt in sample_prior_prompts(config, classes, turn)
+    )
     assert (
         35 < drawn["a photo of a dog"] < 65
         and min(drawn["a car"], drawn["a cup"]) > 10
@@ -361,9 +365,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(run, monkeypatch, tm
     )
     with pytest.raises(UserError, match="at step 3: lower --learning_rate"):
         run(checkpointing_steps=2)
-    end = RunDir(tmp_path / "run").read_metrics()[-1]
+    end = RunDir(tmp_path / "run").read_events()[-1]
     assert (end["state"], end["step"]) == ("failed", 2)
-    assert RunDir(tmp_path / "run").latest_checkpoint().name == "checkpoint-2"
+    assert RunDir(tmp_path / "run").find_latest_checkpoint().name == "checkpoint-2"
 
 
 def test_memory_holds_no_text_encoder_the_adapter_is_fp32_and_sizes_reach_a_bf16_base_unrounded(
@@ -419,14 +423,14 @@ def test_an_adapter_that_is_not_finite_becomes_no_checkpoint(weight_decay, says,
     }
     with pytest.raises(UserError, match=f"{says}: lower --learning_rate"):
         train(replace(config, **sizes))
-    assert [path.name for path in RunDir(config.output_dir).checkpoints()] == kept
+    assert [path.name for path in RunDir(config.output_dir).list_checkpoints()] == kept
 
 
 HOLD = """
 import sys
 from pathlib import Path
-from dreambooth_moslora.disk.queue import locked
-with locked(Path(sys.argv[1])):
+from dreambooth_moslora.disk.queue import lock_folder
+with lock_folder(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -446,13 +450,13 @@ def test_a_second_run_in_a_folder_is_refused_and_one_after_a_killed_process_is_n
             train(tiny_config(tiny_base, photos, tmp_path))
         assert sorted(path.name for path in tmp_path.iterdir()) == before
         holder.kill()
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         assert LOCK_NAME in os.listdir(tmp_path)
     assert LOCK_NAME not in os.listdir(tmp_path)
     for _ in range(2):
         with (
-            locked(tmp_path),
+            lock_folder(tmp_path),
             pytest.raises(UserError, match="is training there"),
-            locked(tmp_path),
+            lock_folder(tmp_path),
         ):
             pass

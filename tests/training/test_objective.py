@@ -32,29 +32,31 @@ def drawn():
 def test_ddpm_noise_and_velocity_equal_diffusers_and_zero_terminal_snr_stays_finite(drawn):
     latents, noise, _ = drawn
     noisy = objective.add_noise(schedule(), latents, noise, INDEX)
-    assert torch.allclose(noisy.unet_input, SCHEDULER.add_noise(latents, noise, INDEX), atol=1e-5)
-    assert torch.equal(objective.loss_target(schedule(), latents, noise, INDEX), noise)
-    velocity = objective.loss_target(schedule("v_prediction"), latents, noise, INDEX)
+    assert torch.allclose(
+        noisy.denoiser_input, SCHEDULER.add_noise(latents, noise, INDEX), atol=1e-5
+    )
+    assert torch.equal(objective.compute_target(schedule(), latents, noise, INDEX), noise)
+    velocity = objective.compute_target(schedule("v_prediction"), latents, noise, INDEX)
     assert torch.allclose(velocity, SCHEDULER.get_velocity(latents, noise, INDEX), atol=1e-5)
     latents, noise, _ = drawn
     plan = NoiseSchedule.from_alphas(torch.tensor([0.9, 0.5, 0.0]), "v_prediction", "ddpm")
     index = torch.tensor([0, 1, 2])
     noisy = objective.add_noise(plan, latents, noise, index)
     assert torch.equal(noisy.latents[2], noise[2])
-    assert torch.equal(objective.loss_target(plan, latents, noise, index)[2], -latents[2])
-    assert objective.weights_of(TrainConfig(snr_gamma=5.0), plan, index, ALL)[2] == 2
+    assert torch.equal(objective.compute_target(plan, latents, noise, index)[2], -latents[2])
+    assert objective.compute_weights(TrainConfig(snr_gamma=5.0), plan, index, ALL)[2] == 2
 
 
 def weights(plan, index):
     """Those of a run without settings about the loss."""
-    return objective.weights_of(TrainConfig(), plan, index, ALL)
+    return objective.compute_weights(TrainConfig(), plan, index, ALL)
 
 
 def learnt(plan, drawn, index=INDEX):
     """What the UNet's output means, and what it should have been."""
     latents, noise, output = drawn
     noisy = objective.add_noise(plan, latents, noise, index)
-    return objective.prediction_of(plan, output, noisy), objective.loss_target(
+    return objective.convert_prediction(plan, output, noisy), objective.compute_target(
         plan, latents, noise, index
     )
 
@@ -66,22 +68,23 @@ def test_edm_style_is_the_same_loss_and_counts_an_error_of_the_latents_by_one_ov
     latents, noise, _ = drawn
     plans = schedule(), schedule(style="edm")
     ddpm, edm = (objective.add_noise(plan, latents, noise, INDEX) for plan in plans)
-    assert torch.allclose(ddpm.unet_input, edm.unet_input, atol=1e-5) and torch.equal(
+    assert torch.allclose(ddpm.denoiser_input, edm.denoiser_input, atol=1e-5) and torch.equal(
         ddpm.timesteps, edm.timesteps
     )
     ddpm, edm = (
-        objective.image_errors(*learnt(plan, drawn), None) * weights(plan, INDEX) for plan in plans
+        objective.compute_image_errors(*learnt(plan, drawn), None) * weights(plan, INDEX)
+        for plan in plans
     )
     assert torch.allclose(edm, ddpm, rtol=1e-3)
     for kind in ("epsilon", "v_prediction"):
-        answer = objective.loss_target(schedule(kind), latents, noise, INDEX)
+        answer = objective.compute_target(schedule(kind), latents, noise, INDEX)
         clean, _ = learnt(schedule(kind, "edm"), (latents, noise, answer))
         assert torch.allclose(clean, latents, atol=2e-4)
     latents, noise, output = drawn
     truth, plan = EulerDiscreteScheduler.from_config(SCHEDULER.config), schedule(style="edm")
     sigmas = truth.sigmas[:-1].flip(0)[EARLIER].view(-1, 1, 1, 1)
     clean = latents + sigmas * noise - sigmas * output
-    got = objective.loss(*learnt(plan, drawn, EARLIER), weights(plan, EARLIER), ALL)
+    got = objective.compute_loss(*learnt(plan, drawn, EARLIER), weights(plan, EARLIER), ALL)
     assert float(got.total) == pytest.approx(
         float(((clean - latents) ** 2 / sigmas**2).mean()), rel=1e-3
     )
@@ -98,9 +101,9 @@ def test_min_snr_is_that_of_diffusers_script(kind, extra, drawn):
     errors = (output - answer).square().mean((1, 2, 3)).tolist()
     weights = [min(snr, gamma) / snr + extra for snr in compute_snr(truth, EARLIER).tolist()]
     instance = (weights[0] * errors[0] + weights[1] * errors[1]) / 2
-    target = objective.loss_target(plan, latents, noise, EARLIER)
-    clipped = objective.weights_of(TrainConfig(snr_gamma=gamma), plan, EARLIER, subjects)
-    got = objective.loss(output, target, clipped, subjects, 0.25)
+    target = objective.compute_target(plan, latents, noise, EARLIER)
+    clipped = objective.compute_weights(TrainConfig(snr_gamma=gamma), plan, EARLIER, subjects)
+    got = objective.compute_loss(output, target, clipped, subjects, 0.25)
     wanted = [instance, errors[2], instance + 0.25 * errors[2]]
     assert [float(loss) for loss in (got.instance, got.prior, got.total)] == pytest.approx(
         wanted, rel=1e-4
@@ -116,9 +119,9 @@ def test_edm_bases_are_preconditioned_as_diffusers_does(kind, drawn):
     sigma = truth.sigmas[EARLIER].view(-1, 1, 1, 1)
     sample = latents + sigma * noise
     noisy = objective.add_noise(plan, latents, noise, EARLIER)
-    assert torch.allclose(noisy.unet_input, truth.precondition_inputs(sample, sigma))
+    assert torch.allclose(noisy.denoiser_input, truth.precondition_inputs(sample, sigma))
     clean = truth.precondition_outputs(sample, output, sigma)
-    assert torch.allclose(objective.prediction_of(plan, output, noisy), clean, atol=1e-5)
+    assert torch.allclose(objective.convert_prediction(plan, output, noisy), clean, atol=1e-5)
 
 
 def test_instance_and_prior_are_apart_and_weighted_and_a_mask_weighs_places(drawn):
@@ -126,18 +129,20 @@ def test_instance_and_prior_are_apart_and_weighted_and_a_mask_weighs_places(draw
     bit for bit."""
     prediction, target = torch.zeros(4, 4, 2, 2), torch.ones(4, 4, 2, 2)
     target[2:] = 3
-    got = objective.loss(prediction, target, torch.ones(4), instance_count=2, prior_loss_weight=0.5)
+    got = objective.compute_loss(
+        prediction, target, torch.ones(4), instance_count=2, prior_loss_weight=0.5
+    )
     assert (got.instance, got.prior, got.total) == (1, 9, 5.5)
-    alone = objective.loss(prediction[:1], target[:1], torch.ones(1), 1)
+    alone = objective.compute_loss(prediction[:1], target[:1], torch.ones(1), 1)
     assert alone.prior == 0 and alone.total == alone.instance == 1
     target = torch.ones(4, 4, 2, 2)
     target[..., 0, 0] = 2
     mask = torch.stack([torch.full((1, 2, 2), weight) for weight in (1.0, 0.2, 0.0, 0.0)])
     mask[3, 0, 0, 0] = 1
-    got = objective.image_errors(prediction, target, mask).tolist()
+    got = objective.compute_image_errors(prediction, target, mask).tolist()
     assert got == pytest.approx([7 / 4, 0.2 * 7 / 4, 0, 4])
     target, _, output = drawn
-    plain = objective.image_errors(output, target, None)
+    plain = objective.compute_image_errors(output, target, None)
     assert torch.equal(plain, ((output - target) ** 2).flatten(1).mean(1))
 
 
@@ -154,8 +159,8 @@ def test_debiased_weights_turn_an_error_of_the_noise_into_one_of_the_latents():
 
 def test_offset_noise_shifts_whole_channels_and_draws_nothing_without_strength():
     noise, seed = torch.randn(500, 4, 8, 8), torch.Generator().manual_seed(1)
-    assert objective.offset_noise(noise, 0.0, seed) is noise
-    shift = objective.offset_noise(noise, 0.3, seed) - noise
+    assert objective.add_noise_offset(noise, 0.0, seed) is noise
+    shift = objective.add_noise_offset(noise, 0.3, seed) - noise
     assert shift.std((2, 3)).max() < 1e-6 and shift.std().item() == pytest.approx(0.3, rel=0.1)
 
 
@@ -173,5 +178,5 @@ def test_offset_noise_shifts_whole_channels_and_draws_nothing_without_strength()
 )
 def test_each_setting_about_the_loss_is_a_row_of_the_weightings(style, settings, names):
     config, rows = TrainConfig(**settings), loss_weightings.WEIGHTINGS.items()
-    assert tuple(name for name, row in rows if row.is_asked_for(config, style)) == names
-    assert objective.FORMULAS.keys() == loss_weightings.WEIGHTINGS.keys()
+    assert tuple(name for name, row in rows if row.is_active(config, style)) == names
+    assert objective.WEIGHTING_FORMULAS.keys() == loss_weightings.WEIGHTINGS.keys()

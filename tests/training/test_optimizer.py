@@ -10,7 +10,7 @@ from dreambooth_moslora.disk.run_folder import OPTIMIZER_NAME
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.method.moslora import MoSLoraConfig, inject
 from dreambooth_moslora.plan.base_size import BaseSize
-from dreambooth_moslora.plan.memory import estimate
+from dreambooth_moslora.plan.memory import estimate_memory
 from dreambooth_moslora.settings import rules
 from dreambooth_moslora.settings.lr_schedules import LR_SCHEDULES
 from dreambooth_moslora.settings.optimizers import (
@@ -22,9 +22,9 @@ from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import checkpoint, loop
 from dreambooth_moslora.training import optimizer as optimizers
 from dreambooth_moslora.training.optimizer import (
+    build_parameter_groups,
     make_lr_schedule,
     make_optimizer,
-    parameter_groups,
 )
 from tests.helpers.command_line import parse_train_config
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
@@ -43,7 +43,7 @@ def components(**extra):
 def groups_of(config, world_size=1, **extra):
     return {
         group["name"]: group
-        for group in parameter_groups(config, components(**extra), world_size=world_size)
+        for group in build_parameter_groups(config, components(**extra), world_size=world_size)
     }
 
 
@@ -77,7 +77,7 @@ def stepped(name):
     """The first group's parameters before and after three steps with gradients of one, and the
     optimizer."""
     settings = TrainConfig(adam_weight_decay=0, learning_rate=1e-2, optimizer=name)
-    groups = parameter_groups(settings, components())
+    groups = build_parameter_groups(settings, components())
     weights, optimizer = groups[0]["params"], make_optimizer(settings, groups)
     before = [weight.detach().clone() for weight in weights]
     for _ in range(3):
@@ -96,7 +96,10 @@ def test_adafactor_steps_by_the_given_rate_whatever_the_size_of_the_weights():
 @pytest.mark.extra("schedulefree")
 def test_the_schedule_free_average_is_what_the_library_evaluates():
     _, weights, optimizer = stepped("schedulefree")
-    ours = [value.clone() for value in optimizers.ScheduleFreeAverage(weights, optimizer).values()]
+    ours = [
+        value.clone()
+        for value in optimizers.ScheduleFreeAverage(weights, optimizer).compute_average()
+    ]
     assert not any(map(torch.equal, ours, weights))
     optimizer.eval()
     assert all(map(torch.equal, ours, weights))
@@ -105,7 +108,7 @@ def test_the_schedule_free_average_is_what_the_library_evaluates():
 def each_optimizer():
     """A case for each row, which is skipped where its module is not installed."""
     for name, kind in OPTIMIZERS.items():
-        module = kind.home.partition(":")[0].partition(".")[0]
+        module = kind.import_path.partition(":")[0].partition(".")[0]
         marks = [pytest.mark.extra(module)] if kind.package else []
         yield pytest.param(name, marks=marks)
 
@@ -124,7 +127,7 @@ def test_the_estimate_counts_what_an_optimizer_keeps_and_its_row_names_what_it_l
 
     # What its steps change in a group. Without it a resumed run would go on with the first values.
     settings = TrainConfig(adam_weight_decay=0, learning_rate=1e-2, optimizer=name)
-    fresh = make_optimizer(settings, parameter_groups(settings, components()))
+    fresh = make_optimizer(settings, build_parameter_groups(settings, components()))
     for group, before in zip(of_groups(optimizer), of_groups(fresh), strict=True):
         changed = {value for value in group if group[value] != before.get(value)}
         assert changed <= {*kind.learns}
@@ -145,7 +148,7 @@ def test_the_estimate_counts_what_an_optimizer_keeps_and_its_row_names_what_it_l
         (False, in_checkpoint),
         (True, BYTES_IN_8_BIT - 4 if kind.in_8_bit else in_checkpoint),
     ):
-        cost = estimate(TrainConfig(optimizer=name, use_8bit_adam=in_8_bit), BaseSize(), 1)
+        cost = estimate_memory(TrainConfig(optimizer=name, use_8bit_adam=in_8_bit), BaseSize(), 1)
         assert cost.checkpoint_gib * 2**30 == pytest.approx(expected * cost.adapter_parameters)
 
 
@@ -154,8 +157,8 @@ def test_an_optimizer_is_one_row_by_which_flag_estimate_step_and_checkpoint_know
 ):
     """A library that is missing is one line."""
     kind = OptimizerKind(
-        home="torch.optim:RAdam",
-        about="is rectified",
+        import_path="torch.optim:RAdam",
+        summary="is rectified",
         arguments={"betas": ("adam_beta1", "adam_beta2")},
         bytes_each=1000,
     )
@@ -169,10 +172,11 @@ def test_an_optimizer_is_one_row_by_which_flag_estimate_step_and_checkpoint_know
     ]
     flagged = parse_train_config([*words, "assets/subjects/duck", "--optimizer", "RAdam"])
     known, other = (
-        estimate(replace(flagged, optimizer=name), BaseSize(), 1) for name in ("RAdam", "AdamW")
+        estimate_memory(replace(flagged, optimizer=name), BaseSize(), 1)
+        for name in ("RAdam", "AdamW")
     )
     assert known.training_gib > other.training_gib
-    assert rules.remarks(replace(flagged, adam_beta1=0.8, adam_epsilon=1e-7)) == [
+    assert rules.list_remarks(replace(flagged, adam_beta1=0.8, adam_epsilon=1e-7)) == [
         "--adam_epsilon has no effect with --optimizer RAdam"
     ]
     with pytest.raises(UserError, match=f"choose one of {', '.join(OPTIMIZERS)}"):
@@ -217,7 +221,7 @@ def test_each_schedule_has_the_rates_of_its_name():
     assert SHARES.keys() == LR_SCHEDULES.keys()
     for name, shares in SHARES.items():
         settings = TrainConfig(lr_scheduler=name, learning_rate=1e-3, **OF_SCHEDULES)
-        optimizer = make_optimizer(settings, parameter_groups(settings, components()))
+        optimizer = make_optimizer(settings, build_parameter_groups(settings, components()))
         schedule = make_lr_schedule(settings, optimizer, max_train_steps=10)
         rates = [schedule.lr_lambdas[0](step) for step in (1, 6, 9)]
         assert rates == pytest.approx(shares, abs=2e-4), name
@@ -233,7 +237,7 @@ def test_a_schedule_goes_on_at_the_rate_at_which_it_stopped(name, tmp_path):
     )
 
     def begun():
-        optimizer = make_optimizer(settings, parameter_groups(settings, components()))
+        optimizer = make_optimizer(settings, build_parameter_groups(settings, components()))
         return optimizer, make_lr_schedule(settings, optimizer, max_train_steps=10)
 
     # Five steps, a checkpoint after the third, and the rates of each.

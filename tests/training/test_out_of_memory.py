@@ -129,14 +129,14 @@ def test_where_nothing_is_left_a_run_ends(changes, free_passes, card, tiny_base,
     card(lambda unet, z: False, free_passes)
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
         train(tiny_config(tiny_base, photos, tmp_path / "run", **changes))
-    assert RunDir(tmp_path / "run").read_metrics()[-1]["message"] == NO_ROOM
+    assert RunDir(tmp_path / "run").read_events()[-1]["message"] == NO_ROOM
 
 
 def test_pictures_are_drawn_half_as_many_at_once(card, tiny_base, caplog):
     """Each once, and the same; one that does not fit alone ends it."""
     pipeline = load.load_pipeline(tiny_base)
     pipeline.set_progress_bar_config(disable=True)
-    embed = partial(load.SDXL_FAMILY.texts, pipeline)
+    embed = partial(load.SDXL_FAMILY.encode_prompts, pipeline)
     sampler = Sampler(pipeline, embed, 64, torch.device("cpu"), inference_steps=2)
     requests = [SampleRequest("a dog", seed) for seed in range(5)]
     wanted = list(sampler(requests, batch_size=1))

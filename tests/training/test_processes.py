@@ -203,7 +203,7 @@ def share_of_each(main: list[dict], other: list[dict], place: str) -> list[list[
 
 
 def checkpoints(folder) -> list[str]:
-    return [path.name for path in RunDir(folder).checkpoints()]
+    return [path.name for path in RunDir(folder).list_checkpoints()]
 
 
 @pytest.fixture

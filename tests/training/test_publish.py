@@ -15,21 +15,26 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
-from dreambooth_moslora.disk.events import SamplesDrawn, StepDone, StepEvaluated, record_of
-from dreambooth_moslora.disk.run_folder import SIGNATURE, RunDir, pictures_named
+from dreambooth_moslora.disk.events import SamplesSaved, StepDone, StepEvaluated, build_record
+from dreambooth_moslora.disk.run_folder import CARD_SIGNATURE, RunDir, list_card_pictures
 from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.generation.sampling import stopper
-from dreambooth_moslora.lora.metadata import AdapterMetadata, dora_table
+from dreambooth_moslora.lora.metadata import AdapterMetadata, format_dora_table
 from dreambooth_moslora.lora.verify import FileProof, Proof
-from dreambooth_moslora.pictures import Row, draw_contact_sheet
-from dreambooth_moslora.plan.validation import check_push
+from dreambooth_moslora.pictures import SheetRow, draw_contact_sheet
+from dreambooth_moslora.plan.validation import check_hub_upload
 from dreambooth_moslora.settings.family_facts import FAMILIES
 from dreambooth_moslora.settings.train_config import FIELD_TYPES, SETTINGS, TrainConfig
 from dreambooth_moslora.training import model_card as hub
 from dreambooth_moslora.training import publish, reporter
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.model_card import CardFacts, model_card, public_files, push
-from dreambooth_moslora.training.publish import ValidationSamples, draw_loss_plot, running_mean
+from dreambooth_moslora.training.model_card import (
+    CardFacts,
+    list_public_files,
+    push_to_hub,
+    render_model_card,
+)
+from dreambooth_moslora.training.publish import ValidationSamples, compute_running_mean, plot_losses
 from tests.helpers.tiny_training import logged, paint_photos, tiny_config
 
 pytestmark = pytest.mark.usefixtures("few_steps")
@@ -44,7 +49,7 @@ def card(use_dora: bool = False, **changes) -> str:
     proof = Proof("fp32", 1e-5, 560, (FileProof("a.safetensors", 3e-7, "unet.x", "diffusers"),))
     facts = AdapterMetadata(rank=4, alpha=4.0, base_id="owner/base", trigger_words=("sks dog",))
     values = {"name": "dog", "step": 500, "max_train_steps": 500, "adapter": facts, "proof": proof}
-    return model_card(
+    return render_model_card(
         config, CardFacts(**{**values, "images": (("image_0.png", 'a "sks": dog'),), **changes})
     )
 
@@ -58,7 +63,9 @@ def test_the_card_says_how_it_reloads_for_which_programs_and_whether_the_run_end
     """0.29 and 0.33 of diffusers ignore `dtype=` and load fp32."""
     assert "from_pretrained('owner/base', torch_dtype=torch.float16)" in card()
     assert "is the same adapter for ComfyUI" in card() and "DoRA" not in card()
-    assert "the same adapter for" not in card(use_dora=True) and dora_table() in card(use_dora=True)
+    assert "the same adapter for" not in card(use_dora=True) and format_dora_table() in card(
+        use_dora=True
+    )
     assert (
         "3.0e-07" in card()
         and "stopped at step" not in card()
@@ -112,12 +119,16 @@ def test_the_cards_front_matter_is_yaml_and_names_the_pictures_and_no_other_file
     front = ModelCard(card(images=(("image_0.png", odd),))).data
     assert front.base_model == "owner/base" and front.instance_prompt == 'a photo of "sks": dog'
     assert front.widget == [{"text": odd, "output": {"url": "image_0.png"}}]
-    assert pictures_named(card(images=(("image_0.png", "a dog"), ("image_1.png", "a cat")))) == {
+    assert list_card_pictures(
+        card(images=(("image_0.png", "a dog"), ("image_1.png", "a cat")))
+    ) == {
         "image_0.png",
         "image_1.png",
     }
     assert (
-        pictures_named(f"---\nwidget: [{{output: {{url: ../photos/a.png}}}}]\n---\n{SIGNATURE}")
+        list_card_pictures(
+            f"---\nwidget: [{{output: {{url: ../photos/a.png}}}}]\n---\n{CARD_SIGNATURE}"
+        )
         == set()
     )
 
@@ -154,8 +165,8 @@ def test_only_the_adapter_its_card_and_its_pictures_are_pushed_also_by_names_tha
     for name in [*public, *private]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert public_files(tmp_path) == sorted(public)
-    push(tmp_path, "owner/dog", None)
+    assert list_public_files(tmp_path) == sorted(public)
+    push_to_hub(tmp_path, "owner/dog", None)
     others = ["dog1.kohya.safetensors", "axxbx.kohya.safetensors", "log.kohya.safetensors"]
     assert list(filter_repo_objects([*public, *private, *others], allow_patterns=asked)) == public
 
@@ -178,7 +189,7 @@ def test_a_push_that_cannot_be_done_is_one_line_and_name_and_token_are_checked_b
         raise LocalTokenNotFoundError("Token is required")
 
     monkeypatch.setattr(hub, "HfApi", Unreachable)
-    push(tmp_path, "owner/dog", "hf_token")
+    push_to_hub(tmp_path, "owner/dog", "hf_token")
     (line,) = caplog.messages
     assert (
         "could not be pushed to the hub ([Errno -3] Temporary failure in name" in line
@@ -188,12 +199,12 @@ def test_a_push_that_cannot_be_done_is_one_line_and_name_and_token_are_checked_b
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as down:
         down.setattr("huggingface_hub.HfApi", Unreachable)
-        check_push(TrainConfig(output_dir="."))
+        check_hub_upload(TrainConfig(output_dir="."))
         with pytest.raises(UserError, match="--hub_model_id: "):
-            check_push(TrainConfig(hub_model_id="no such/name/at all"))
+            check_hub_upload(TrainConfig(hub_model_id="no such/name/at all"))
     monkeypatch.setattr("huggingface_hub.HfApi.whoami", refuse)
     with pytest.raises(UserError, match="--push_to_hub: Token is required"):
-        check_push(TrainConfig())
+        check_hub_upload(TrainConfig())
 
 
 def test_a_contact_sheet_has_every_row_and_a_loss_plot_is_drawn_with_and_without_prior(tmp_path):
@@ -201,18 +212,18 @@ def test_a_contact_sheet_has_every_row_and_a_loss_plot_is_drawn_with_and_without
     head."""
     tile = Image.new("RGB", (40, 30), (255, 0, 0))
     rows = [
-        Row("photos", [tile] * 8),
-        Row("none", []),
-        Row("end", [tile], ("a very long prompt " * 10,)),
+        SheetRow("photos", [tile] * 8),
+        SheetRow("none", []),
+        SheetRow("end", [tile], ("a very long prompt " * 10,)),
     ]
     steps = [StepDone(n, loss_instance=1 / n) for n in range(1, 30)]
     draw_contact_sheet(rows, tmp_path / "sheet.png", tile_px=64)
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert np.all(np.array(sheet) == (255, 0, 0), axis=-1).sum() == 9 * 64 * 48
-    assert running_mean(np.array([4.0, 2.0, 0.0, 2.0]), 2).tolist() == [4, 3, 1, 1]
-    draw_loss_plot(steps, tmp_path / "loss.png")
+    assert compute_running_mean(np.array([4.0, 2.0, 0.0, 2.0]), 2).tolist() == [4, 3, 1, 1]
+    plot_losses(steps, tmp_path / "loss.png")
     first = (tmp_path / "loss.png").read_bytes()
-    draw_loss_plot([replace(step, loss_prior=0.5) for step in steps], tmp_path / "loss.png")
+    plot_losses([replace(step, loss_prior=0.5) for step in steps], tmp_path / "loss.png")
     assert (
         Image.open(tmp_path / "loss.png").size[0] > 500
         and (tmp_path / "loss.png").read_bytes() != first
@@ -235,7 +246,7 @@ def test_a_push_that_fails_costs_no_picture_and_comes_before_them(config, tmp_pa
         there.extend(path.name for path in folder.iterdir())
         raise UserError("no hub")
 
-    monkeypatch.setattr(publish, "push", push)
+    monkeypatch.setattr(publish, "push_to_hub", push)
     with pytest.raises(UserError, match="no hub"):
         train(config(max_train_steps=1, push_to_hub=True))
     assert {"README.md", "pytorch_lora_weights.safetensors"} <= set(
@@ -255,7 +266,7 @@ def test_a_stop_in_the_first_pictures_is_heard_within_one_before_they_are_all_dr
     result = train(config(**DRAWN), should_stop=(samples / "step_000000_0.png").exists)
     assert result.interrupted and result.step == 0
     assert [path.name for path in samples.iterdir()] == ["step_000000_0.png"]
-    assert not RunDir(tmp_path / "run").checkpoints()
+    assert not RunDir(tmp_path / "run").list_checkpoints()
 
 
 def test_a_gpus_unused_memory_is_freed_between_the_stages_of_a_run(config, monkeypatch):
@@ -346,25 +357,27 @@ def note_first(samples: ValidationSamples) -> None:
     prompts, seeds = map(
         list, zip(*((request.prompt, request.seed) for request in samples.requests))
     )
-    samples.run_dir.append_metrics(record_of(SamplesDrawn(0, [""] * len(seeds), prompts, seeds)))
+    samples.run_dir.record_event(build_record(SamplesSaved(0, [""] * len(seeds), prompts, seeds)))
 
 
 def test_pictures_of_step_0_are_on_the_sheet_under_the_prompts_that_they_were_drawn_for(tmp_path):
     """A resumed run may ask for another prompt, or for another number of pictures."""
     config = TrainConfig(num_validation_images=2, validation_prompt="a dog", seed=3)
     begun, more, other = (
-        ValidationSamples.of(replace(config, **changes), RunDir(tmp_path), 1)
+        ValidationSamples.from_config(replace(config, **changes), RunDir(tmp_path), 1)
         for changes in ({}, {"num_validation_images": 3}, {"validation_prompt": "a cat"})
     )
     for number, colour in enumerate(("red", "blue")):
-        begun.save(begun.path(0, number), Image.new("RGB", (8, 8), colour))
+        begun.save(begun.get_path(0, number), Image.new("RGB", (8, 8), colour))
     note_first(begun)
-    rows = [publish.sheet_rows(config, [], samples, [])[1] for samples in (begun, more)]
+    rows = [publish.build_sheet_rows(config, [], samples, [])[1] for samples in (begun, more)]
     assert [row.captions for row in rows] == [("a dog",) * 2] * 2 and all(
         len(row.images) == 2 for row in rows
     )
     assert (
-        publish.sheet_rows(replace(config, validation_prompt="a cat"), [], other, [])[1].images
+        publish.build_sheet_rows(replace(config, validation_prompt="a cat"), [], other, [])[
+            1
+        ].images
         == []
     )
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.disk.contents import content_key, file_digest
+from dreambooth_moslora.disk.contents import hash_file, hash_values
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import raw_file
@@ -28,9 +28,9 @@ from dreambooth_moslora.training import checkpoint as checkpoints
 from dreambooth_moslora.training import dry_run, loop
 from dreambooth_moslora.training.checkpoint import (
     Position,
-    check_resumed,
-    check_whole,
+    check_resumed_settings,
     find_checkpoint,
+    verify_checkpoint,
 )
 from dreambooth_moslora.training.loop import train
 from tests.helpers.changed_base import change_token, flip_last_bit, swap_ids
@@ -160,7 +160,7 @@ def test_interrupted_and_resumed_equals_unbroken(kind, tiny_base, photos, tmp_pa
         assert result.interrupted and result.step == step
         found = left_by(run.path)
         assert found != unbroken and found.keys() <= unbroken.keys()
-        assert not step or run.latest_checkpoint().name == "last"
+        assert not step or run.find_latest_checkpoint().name == "last"
     result = train(again)
     assert not result.interrupted and result.step == config.max_train_steps
     assert left_by(run.path) == unbroken
@@ -195,7 +195,7 @@ def test_a_resumed_run_has_each_step_once_the_new_learning_rate_and_the_seed_it_
 ):
     rate = {"learning_rate": 5e-3, "resume_from_checkpoint": "latest"}
     train(tiny_config(tiny_base, photos, tmp_path / "run", seed=None), *stop_at(2))
-    drawn = RunDir(tmp_path / "run").read_metrics()[0]["config"]["seed"]
+    drawn = RunDir(tmp_path / "run").read_events()[0]["config"]["seed"]
     train(tiny_config(tiny_base, photos, tmp_path / "run", seed=None, **rate))
     rates = [(event["step"], event["lr"]) for event in logged(tmp_path / "run")]
     assert rates == [*((step, 1e-2) for step in (1, 2)), *((step, 5e-3) for step in (3, 4, 5))]
@@ -228,7 +228,7 @@ def test_numbered_checkpoints_are_those_of_diffusers_script_and_the_end_is_calle
     def go(steps, *heard, **changes):
         every = {"checkpointing_steps": 2, "checkpoints_total_limit": 2, "max_train_steps": steps}
         train(tiny_config(tiny_base, photos, run.path, **every | changes), *heard)
-        return [path.name for path in run.checkpoints()]
+        return [path.name for path in run.list_checkpoints()]
 
     assert go(7, *stop_at(3)) == ["checkpoint-2", "last"]
     assert go(7, resume_from_checkpoint="latest") == ["checkpoint-4", "checkpoint-6", "last"]
@@ -246,22 +246,22 @@ def test_numbered_checkpoints_are_those_of_diffusers_script_and_the_end_is_calle
 
 def test_a_later_best_goes_aside(tiny_base, photos, tmp_path, monkeypatch):
     """An earlier one stays. A run in a fresh folder can be watched while it is prepared."""
-    seen, prepare, run = [], loop.prepare, RunDir(tmp_path / "run")
+    seen, prepare, run = [], loop.prepare_inputs, RunDir(tmp_path / "run")
 
     def prepare_seen(*given, **named):
-        seen.extend(run.read_metrics())
+        seen.extend(run.read_events())
         return prepare(*given, **named)
 
-    monkeypatch.setattr(loop, "prepare", prepare_seen)
+    monkeypatch.setattr(loop, "prepare_inputs", prepare_seen)
     train(tiny_config(tiny_base, photos, run.path, max_train_steps=3, checkpointing_steps=2))
     assert [event["type"] for event in seen] == ["start"]
     run.best_dir.mkdir()
-    run.append_metrics(
+    run.record_event(
         {"type": "evaluation", "step": 4, "best": {"step": 3, "score": 1.0, "since": 1}}
     )
-    checkpoints.archive_checkpoints_after(run, 3)
+    checkpoints.move_later_checkpoints(run, 3)
     assert run.best_dir.is_dir()
-    checkpoints.archive_checkpoints_after(run, 2)
+    checkpoints.move_later_checkpoints(run, 2)
     assert not run.best_dir.exists() and (run.path / "earlier_run_1" / "best").is_dir()
 
 
@@ -279,7 +279,7 @@ def finished(tiny_base, photos, tmp_path_factory):
 def test_a_checkpoint_before_the_end_tells_its_step_also_exported(finished, tmp_path):
     """The exported file said that it was the whole run's."""
     for step, told in ((1, 1), (2, None)):
-        source, out = RunDir(finished[0]).checkpoint_path(step), tmp_path / str(step)
+        source, out = RunDir(finished[0]).get_checkpoint_path(step), tmp_path / str(step)
         assert main(["export", str(source), "--out", str(out)]) == 0
         assert load_published(out)[1].step == told
 
@@ -287,7 +287,9 @@ def test_a_checkpoint_before_the_end_tells_its_step_also_exported(finished, tmp_
 @pytest.fixture
 def checkpoint(finished, tmp_path):
     """A copy of its first checkpoint."""
-    return Path(shutil.copytree(RunDir(finished[0]).checkpoint_path(1), tmp_path / "checkpoint-1"))
+    return Path(
+        shutil.copytree(RunDir(finished[0]).get_checkpoint_path(1), tmp_path / "checkpoint-1")
+    )
 
 
 CHANGES = {
@@ -308,12 +310,14 @@ def test_a_setting_that_the_checkpoint_has_otherwise_is_refused_with_both_values
 ):
     value, says = CHANGES[name]
     with pytest.raises(UserError, match=f"--{name}: checkpoint-1 {says}: resume without it"):
-        check_resumed(finished[1](**{name: value}), checkpoint, check_whole(checkpoint))
+        check_resumed_settings(
+            finished[1](**{name: value}), checkpoint, verify_checkpoint(checkpoint)
+        )
 
 
 def test_the_same_settings_and_an_unnamed_seed_go_on(finished, checkpoint):
     """Another optimizer is refused by name."""
-    position = check_whole(checkpoint)
+    position = verify_checkpoint(checkpoint)
     same = {
         "seed": None,
         "lora_alpha": 4.0,
@@ -321,7 +325,7 @@ def test_the_same_settings_and_an_unnamed_seed_go_on(finished, checkpoint):
         "target_modules": ("to_q", "attn1.to_q"),
     }
     for changes in ({}, *({name: value} for name, value in same.items())):
-        check_resumed(finished[1](**changes), checkpoint, position)
+        check_resumed_settings(finished[1](**changes), checkpoint, position)
     for change, kind in (
         ({"optimizer": "Prodigy"}, "Prodigy"),
         ({"use_8bit_adam": True}, "AdamW8bit"),
@@ -329,7 +333,7 @@ def test_the_same_settings_and_an_unnamed_seed_go_on(finished, checkpoint):
         with pytest.raises(
             UserError, match=f"checkpoint-1 was written with AdamW; you ask for {kind}"
         ):
-            check_resumed(finished[1](**change), checkpoint, position)
+            check_resumed_settings(finished[1](**change), checkpoint, position)
 
 
 CHANGED = {
@@ -400,7 +404,7 @@ def test_a_checkpoint_tells_what_it_was_trained_with_and_one_of_an_earlier_versi
     finished, checkpoint
 ):
     """Its folder's last run may have had other settings. Many photos are counted."""
-    position = check_whole(checkpoint)
+    position = verify_checkpoint(checkpoint)
     config = finished[1](checkpointing_steps=1, seed=None)
     photos = position.photos
     assert checkpoints.list_changes(position, config, photos) == []
@@ -410,12 +414,12 @@ def test_a_checkpoint_tells_what_it_was_trained_with_and_one_of_an_earlier_versi
 
     # The first versions wrote neither settings nor photos.
     earlier = replace(position, settings={}, photos={}, digest="")
-    files = {path.name: file_digest(path) for path in checkpoint.iterdir()}
+    files = {path.name: hash_file(path) for path in checkpoint.iterdir()}
     del files["position.json"]
     facts = {name: getattr(position, name) for name in ("step", "seed", "optimizer", "base")}
-    facts["digest"] = content_key(**facts, digest="", files=files)
+    facts["digest"] = hash_values(**facts, digest="", files=files)
     (checkpoint / "position.json").write_text(json.dumps(facts))
-    found = check_whole(checkpoint)
+    found = verify_checkpoint(checkpoint)
     assert replace(found, digest="") == earlier
     assert checkpoints.list_changes(found, finished[1](learning_rate=1.0), photos) == []
 
@@ -474,8 +478,8 @@ def test_another_denoiser_is_refused_in_any_precision_and_other_encoders_are_tol
     change, settings, lines = OTHERS[name]
     base = Path(shutil.copytree(tiny_base, tmp_path / "other"))
     change(base)
-    digests = prepare_base(base, **settings).base
-    position = check_whole(checkpoint)
+    digests = prepare_base(base, **settings).base_identity
+    position = verify_checkpoint(checkpoint)
     compare = partial(checkpoints.compare_bases, TrainConfig(**settings), checkpoint)
     if lines is not None:
         assert compare(position, digests) == lines
@@ -534,14 +538,14 @@ DAMAGE = {
     ("name", "number"), [(name, i) for name, kinds in DAMAGE.items() for i in range(len(kinds))]
 )
 def test_a_damaged_checkpoint_is_named_in_one_line(name, number, finished, checkpoint):
-    position, content = check_whole(checkpoint), DAMAGE[name][number]
+    position, content = verify_checkpoint(checkpoint), DAMAGE[name][number]
     (checkpoint / name).write_bytes(
         (checkpoint / name).read_bytes()[:-200] if content is None else content
     )
     with pytest.raises(UserError, match=f"checkpoint-1 is damaged .{name}") as found:
         if name == "position.json":
-            check_whole(checkpoint)
-        check_resumed(finished[1](), checkpoint, position)
+            verify_checkpoint(checkpoint)
+        check_resumed_settings(finished[1](), checkpoint, position)
         checkpoints.load_states(checkpoint, "optimizer.pt")
     assert "\n" not in str(found.value)
 
@@ -551,9 +555,9 @@ def test_a_checkpoint_with_a_file_missing_is_not_the_latest_and_is_refused_by_na
 ):
     run = RunDir(tmp_path)
     for missing in DAMAGE:
-        shutil.copytree(checkpoint, run.checkpoint_path(2), dirs_exist_ok=True)
-        (run.checkpoint_path(2) / missing).unlink()
-        assert find_checkpoint(run, "latest") == run.checkpoint_path(1)
+        shutil.copytree(checkpoint, run.get_checkpoint_path(2), dirs_exist_ok=True)
+        (run.get_checkpoint_path(2) / missing).unlink()
+        assert find_checkpoint(run, "latest") == run.get_checkpoint_path(1)
         with pytest.raises(UserError, match="checkpoint-2: no complete checkpoint"):
             find_checkpoint(run, "checkpoint-2")
 
@@ -565,7 +569,11 @@ def test_latest_passes_by_a_checkpoint_that_was_changed_and_the_run_ends_as_it_w
     config = finished[1](output_dir=str(tmp_path / "run"), max_train_steps=4, checkpointing_steps=2)
     train(config)
     run = RunDir(tmp_path / "run")
-    older, newest, before = run.checkpoint_path(2), run.checkpoint_path(4), adapter_sha256(run.path)
+    older, newest, before = (
+        run.get_checkpoint_path(2),
+        run.get_checkpoint_path(4),
+        adapter_sha256(run.path),
+    )
     whole = {path: path.read_bytes() for path in newest.iterdir()}
     position = json.loads((newest / "position.json").read_text())
     far, bare = (json.dumps(position | odd).encode() for odd in ({"step": 10**9}, {"digest": ""}))
@@ -581,7 +589,7 @@ def test_latest_passes_by_a_checkpoint_that_was_changed_and_the_run_ends_as_it_w
         (newest / name).write_bytes(damage)
         assert find_checkpoint(run, "latest") == older
         with pytest.raises(UserError, match="checkpoint-4 is damaged"):
-            check_whole(newest)
+            verify_checkpoint(newest)
     assert caplog.text.count("latest skips checkpoint-4") == 6
     assert train(replace(config, resume_from_checkpoint="latest")).step == 4
     assert adapter_sha256(run.path) == before
@@ -623,7 +631,7 @@ def test_a_run_that_is_stopped_before_it_begins_touches_nothing_and_a_resumed_on
     assert result.interrupted and result.step == 1
     after = contents(folder)
     assert {str(path) for path in after if after[path] != before[path]} == {"metrics.jsonl"}
-    end = RunDir(folder).read_metrics()[-1]
+    end = RunDir(folder).read_events()[-1]
     assert (end["type"], end["state"], end["step"]) == ("end", "interrupted", 1)
 
 
@@ -665,7 +673,7 @@ def test_an_earlier_run_goes_aside_with_its_scores_also_where_the_folder_had_ano
     assert {"run.kohya.safetensors", *judged} <= aside
     assert not [*moved.glob("*evaluation")]
     assert adapter_sha256(home) == adapter_sha256(folder)
-    assert [path.name for path in RunDir(moved).checkpoints()] == ["last"]
+    assert [path.name for path in RunDir(moved).list_checkpoints()] == ["last"]
 
 
 def test_an_earlier_runs_curves_go_aside_and_those_of_a_run_that_goes_on_stay(finished, tmp_path):
@@ -695,17 +703,19 @@ def test_a_full_disk_is_told_as_one_and_costs_no_checkpoint(tmp_path):
     try:
         unet, run = tiny_unet(), RunDir(tmp_path)
         moslora.inject(unet, moslora.MoSLoraConfig(r=32, target_modules=["to_q"]))
-        optimizer = torch.optim.AdamW([p for _, p in moslora.adapter_parameters(unet)], lr=1e-3)
-        parts = ({"unet": unet}, raw_file.adapter_metadata({"unet": unet}), optimizer)
+        optimizer = torch.optim.AdamW(
+            [p for _, p in moslora.list_adapter_parameters(unet)], lr=1e-3
+        )
+        parts = ({"unet": unet}, raw_file.build_adapter_metadata({"unet": unet}), optimizer)
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
-        checkpoints.save_checkpoint(run.checkpoint_path(1), Position(1, 0), *parts)
-        sizes = {path.name: path.stat().st_size for path in run.checkpoint_path(1).iterdir()}
+        checkpoints.save_checkpoint(run.get_checkpoint_path(1), Position(1, 0), *parts)
+        sizes = {path.name: path.stat().st_size for path in run.get_checkpoint_path(1).iterdir()}
         room = sizes["moslora_weights.safetensors"] + sizes["optimizer.pt"] // 2
         (tmp_path / "ballast").write_bytes(bytes(shutil.disk_usage(tmp_path).free - room))
         with pytest.raises(OSError) as error:
-            checkpoints.save_checkpoint(run.checkpoint_path(2), Position(2, 0), *parts)
+            checkpoints.save_checkpoint(run.get_checkpoint_path(2), Position(2, 0), *parts)
         assert error.value.errno == errno.ENOSPC
         assert sorted(path.name for path in tmp_path.iterdir()) == ["ballast", "checkpoint-1"]
     finally:

@@ -19,8 +19,8 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import loop, run_advice
-from dreambooth_moslora.training.run_advice import advice_after
-from dreambooth_moslora.training.run_metrics import Figures, figures_of
+from dreambooth_moslora.training.run_advice import list_advice
+from dreambooth_moslora.training.run_metrics import RunMetrics, load_run_metrics
 from tests.helpers.few_pictures import few_pictures
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
@@ -35,7 +35,7 @@ RISEN = {
     "likeness": ((80, 0.66), (160, 0.69), (240, 0.7)),
     "score": ((80, 0.62), (160, 0.67), (240, 0.66)),
 }
-GOOD = Figures(config=CONFIG, state="done", step=240, photos=5, scores=SCORES, **RISEN)
+GOOD = RunMetrics(config=CONFIG, state="done", step=240, photos=5, scores=SCORES, **RISEN)
 FAULTY = (
     "--no_with_prior_preservation",
     "--max_train_steps=12",
@@ -49,7 +49,7 @@ SHORT = (
 )
 
 
-def with_scores(**changes) -> Figures:
+def with_scores(**changes) -> RunMetrics:
     return replace(GOOD, scores=SCORES | changes)
 
 
@@ -101,21 +101,27 @@ FAULTS = {
 
 
 def test_good_figures_get_no_advice_and_bad_ones_three_lines_at_most():
-    assert advice_after(GOOD) == [] and run_advice.closing_advice(GOOD) == [run_advice.NOTHING]
-    assert advice_after(replace(GOOD, photo_likeness=dict.fromkeys("abc", 0.6))) == []
-    assert with_scores(dino=0.15, dino_base=0.1, dino_bare=0.1).moved("dino_bare") is None
+    assert list_advice(GOOD) == [] and run_advice.list_closing_advice(GOOD) == [
+        run_advice.NO_ADVICE
+    ]
+    assert list_advice(replace(GOOD, photo_likeness=dict.fromkeys("abc", 0.6))) == []
+    assert with_scores(dino=0.15, dino_base=0.1, dino_bare=0.1).compute_shift("dino_bare") is None
     bad = replace(
         with_scores(pres=0.5, copied=0.3, clip_t_of_base=0.6), copy_alarm=True, score=PAST.score
     )
-    assert run_advice.closing_advice(bad) == advice_after(bad)[:3] and len(advice_after(bad)) == 4
-    (unscored,) = run_advice.closing_advice(replace(GOOD, scores={}))
-    assert unscored.startswith(run_advice.NOT_SCORED)
-    assert len(FAULTS) == sum(inspect.getsource(rule).count("yield ") for rule in run_advice.RULES)
+    assert (
+        run_advice.list_closing_advice(bad) == list_advice(bad)[:3] and len(list_advice(bad)) == 4
+    )
+    (unscored,) = run_advice.list_closing_advice(replace(GOOD, scores={}))
+    assert unscored.startswith(run_advice.NOT_SCORED_NOTE)
+    assert len(FAULTS) == sum(
+        inspect.getsource(rule).count("yield ") for rule in run_advice.ADVICE_RULES
+    )
 
 
 def test_two_odd_photos_are_spoken_of_as_two():
     likeness = {"0.jpg": 0.6, "1.jpg": 0.2, "2.jpg": 0.6, "3.jpg": 0.1, "4.jpg": 0.6}
-    (sentence,) = advice_after(replace(GOOD, photo_likeness=likeness))
+    (sentence,) = list_advice(replace(GOOD, photo_likeness=likeness))
     assert sentence.startswith("1.jpg and 3.jpg may show something else (DINO 0.20 to the others")
     assert sentence.endswith("look at them, and try --leave_out 1.jpg 3.jpg")
 
@@ -123,7 +129,7 @@ def test_two_odd_photos_are_spoken_of_as_two():
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_named_alone_with_figure_and_flag(name):
     run, words = FAULTS[name]
-    (sentence,) = advice_after(run)
+    (sentence,) = list_advice(run)
     assert all(word in sentence for word in words.split("; ")) and "\n" not in sentence, sentence
 
 
@@ -132,7 +138,7 @@ STOPPED = replace(
     GOOD,
     state="interrupted",
     step=157,
-    planned=480,
+    planned_steps=480,
     saved=157,
     folder=RUN,
     config=replace(CONFIG, output_dir=str(RUN)),
@@ -166,21 +172,21 @@ def test_a_run_that_ended_early_is_told_the_command_that_goes_on(changes, says):
     """`explain` said of a stop at step 157 of 480 that no figure stands out, and advised a run of
     no step to be scored."""
     run = replace(STOPPED, **changes)
-    assert run_advice.leads(run) == says
-    assert run.step or advice_after(run) == []
+    assert run_advice.list_resume_hints(run) == says
+    assert run.step or list_advice(run) == []
 
 
 def test_photos_are_counted_as_whole_numbers(monkeypatch, capsys):
     """It said that each of 5.0 photos was shown: the record of a run keeps floats."""
     run = replace(STOPPED, photos=5.0)
-    monkeypatch.setattr(command_evaluate, "figures_of", lambda run_dir: run)
+    monkeypatch.setattr(command_evaluate, "load_run_metrics", lambda run_dir: run)
     assert main(["explain", "dog"]) == 0
     assert "each of 5 photos was shown" in capsys.readouterr().out
 
 
 def test_the_command_that_explain_names_ends_a_stopped_run(tiny_base, photos, tmp_path, capsys):
     path = tmp_path / "dog"
-    run = Figures(config=tiny_config(tiny_base, photos, path, max_train_steps=3), folder=path)
+    run = RunMetrics(config=tiny_config(tiny_base, photos, path, max_train_steps=3), folder=path)
     explained = ["explain", str(path)]
 
     def stop_after(count: int) -> None:
@@ -194,7 +200,7 @@ def test_the_command_that_explain_names_ends_a_stopped_run(tiny_base, photos, tm
     stop_after(0)
     assert main(explained) == 0
     said = capsys.readouterr().out
-    start = f"nothing was trained; to start again: {run_advice.command_of(run)}\n"
+    start = f"nothing was trained; to start again: {run_advice.format_train_command(run)}\n"
     assert said.splitlines()[0].startswith("it was stopped after 0 of 3 steps") and said.endswith(
         start
     )
@@ -204,17 +210,20 @@ def test_the_command_that_explain_names_ends_a_stopped_run(tiny_base, photos, tm
     assert first.startswith("it was stopped after 2 of 3 steps")
     assert lead.startswith("to go on: python -m dreambooth_moslora train --config ")
     assert main(shlex.split(lead.partition(": ")[2])[3:]) == 0
-    assert (figures_of(RunDir(path)).state, figures_of(RunDir(path)).step) == ("done", 3)
+    assert (load_run_metrics(RunDir(path)).state, load_run_metrics(RunDir(path)).step) == (
+        "done",
+        3,
+    )
 
 
 def test_a_style_is_told_of_no_masks_and_of_no_class():
     """Its pictures have no subject to be masked, and a style has no class."""
     style = replace(CONFIG, subject="style")
     run = replace(with_scores(clip_t_of_base=0.4, drift_of_spread=1.8), config=style)
-    (said,) = advice_after(run)
+    (said,) = list_advice(run)
     assert "1.8 times" in said and said.endswith("try --max_train_steps 160")
     # DINO compares things, which a style leaves free: that its likeness rises says nothing.
-    assert advice_after(RISING) and not advice_after(replace(RISING, config=style))
+    assert list_advice(RISING) and not list_advice(replace(RISING, config=style))
 
 
 def test_a_run_that_has_the_remedy_gets_the_next_one():
@@ -230,13 +239,13 @@ def test_a_run_that_has_the_remedy_gets_the_next_one():
         (replace(LAGS, without_bare_prompt=0, config=PRIOR), "--prior_loss_weight 0.5"),
         (replace(LAGS, without_bare_prompt=0), "--exposures_per_photo 290"),
     ):
-        (sentence,) = advice_after(run)
+        (sentence,) = list_advice(run)
         assert sentence.endswith(end), sentence
     short = replace(LAGS, step=10, without_bare_prompt=0, likeness=RISING.likeness)
     # one number, and no third line of the likeness that still rose
-    rare, bare = advice_after(short)
+    rare, bare = list_advice(short)
     assert rare.endswith("--exposures_per_photo 200") and bare.endswith("--exposures_per_photo 200")
-    (masks,) = advice_after(replace(GOOD, scores=unmasked | {"clip_t_of_base": 0.6}))
+    (masks,) = list_advice(replace(GOOD, scores=unmasked | {"clip_t_of_base": 0.6}))
     assert "add masks" in masks and "leak" not in masks
 
 
@@ -247,12 +256,15 @@ def test_what_the_captions_lack_is_read_from_the_photos_of_a_run_that_did_not_no
     run = RunDir(tmp_path)
     for count, known in ((2, {}), (5, {"count": 5})):
         run.config_path.write_text(json.dumps(config.to_dict()))
-        run.append_metrics({"type": "evaluation", "photos": known})
-        assert (figures_of(run).photos, figures_of(run).without_bare_prompt) == (count, 1)
+        run.record_event({"type": "evaluation", "photos": known})
+        assert (load_run_metrics(run).photos, load_run_metrics(run).without_bare_prompt) == (
+            count,
+            1,
+        )
     run.config_path.write_text(
         json.dumps(config.to_dict() | {"instance_data_dir": str(tmp_path / "gone")})
     )
-    assert (figures_of(run).photos, figures_of(run).without_bare_prompt) == (5, 0)
+    assert (load_run_metrics(run).photos, load_run_metrics(run).without_bare_prompt) == (5, 0)
 
 
 def test_more_exposures_are_advised_as_the_flag_counts_them_of_the_largest_subject(tmp_path):
@@ -266,10 +278,10 @@ def test_more_exposures_are_advised_as_the_flag_counts_them_of_the_largest_subje
         paint_photos(Path(pet["instance_data_dir"]), count)
     run = RunDir(tmp_path)
     run.config_path.write_text(json.dumps(config.to_dict()))
-    run.append_metrics({"type": "step", "step": 400})
-    found = figures_of(run)
+    run.record_event({"type": "step", "step": 400})
+    found = load_run_metrics(run)
     longer = replace(
-        config, max_train_steps=None, exposures_per_photo=run_advice.more_exposures(found)
+        config, max_train_steps=None, exposures_per_photo=run_advice.compute_more_exposures(found)
     )
     assert found.photos == 24 and 600 <= plan_steps(longer, [4, 20]).total_steps <= 700
 
@@ -277,8 +289,8 @@ def test_more_exposures_are_advised_as_the_flag_counts_them_of_the_largest_subje
 def test_a_later_report_of_evaluate_is_taken(tmp_path):
     run = RunDir(tmp_path)
     run.config_path.write_text(json.dumps(CONFIG.to_dict()))
-    run.append_metrics({"type": "evaluation", "step": 3, "dino": 0.5, "photos": {"count": 4}})
-    assert figures_of(run).scores["dino"] == 0.5 and figures_of(run).photos == 4
+    run.record_event({"type": "evaluation", "step": 3, "dino": 0.5, "photos": {"count": 4}})
+    assert load_run_metrics(run).scores["dino"] == 0.5 and load_run_metrics(run).photos == 4
     (tmp_path / "evaluation").mkdir()
     report = {
         "time": 1e10,
@@ -292,7 +304,7 @@ def test_a_later_report_of_evaluate_is_taken(tmp_path):
         "score": 0.4,
     }
     (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(report))
-    found = figures_of(run)
+    found = load_run_metrics(run)
     assert (
         found.scores
         == {
@@ -312,7 +324,9 @@ def test_a_later_report_of_evaluate_is_taken(tmp_path):
         (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(report | {"time": moment}))
         os.utime(run.metrics_path, (0, moment))
         os.utime(tmp_path / "evaluation" / "scores.json", (0, 2))
-        assert figures_of(run).scores["dino"] == score, "by its own time: a copied file has another"
+        assert load_run_metrics(run).scores["dino"] == score, (
+            "by its own time: a copied file has another"
+        )
 
 
 def test_a_folder_without_a_run_is_one_line(tmp_path, capsys):
@@ -330,11 +344,11 @@ def test_one_word_trains_scores_and_explains_both_faults_and_the_adapter_wants_n
     with chdir(tmp_path), few_pictures(templates=2, class_images=2):
         assert main(["train", "rocket", "rocket", *FAULTY, "--num_validation_images=0"]) == 0
     run, said = RunDir(tmp_path / "runs" / "rocket"), capsys.readouterr().err
-    kinds = {event["type"] for event in run.read_metrics()}
+    kinds = {event["type"] for event in run.read_events()}
     assert {"evaluation", "export", "end"} <= kinds and run.best_dir.is_dir()
     assert 1 <= said.count("try next: ") <= 3
     assert re.search("try next: every rocket turns into yours.* --with_prior_preservation", said)
-    said = advice_after(figures_of(run))
+    said = list_advice(load_run_metrics(run))
     assert any(
         "each photo was shown 10 times" in line and "--exposures_per_photo" in line for line in said
     ), said
@@ -346,19 +360,19 @@ def test_without_a_share_the_bare_prompt_is_said_to_lag_and_with_the_usual_one_i
 ):
     """On the sample photos, of whose captions only those with a place stay."""
 
-    def trained(home: Path, *flags: str) -> Figures:
+    def trained(home: Path, *flags: str) -> RunMetrics:
         photos = Path(shutil.copytree(find_asset("assets/subjects/train"), home / "train"))
         for path in photos.glob("*.txt"):
             path.write_text(path.read_text().splitlines()[1])
         with chdir(home), few_pictures(templates=2, seeds=2, class_images=2, inference_steps=12):
             assert main(["train", "train", "train", *SHORT, "--crops_per_photo=2", *flags]) == 0
-        return figures_of(RunDir(home / "runs" / "train"))
+        return load_run_metrics(RunDir(home / "runs" / "train"))
 
     never, usual = (
         trained(tmp_path / "never", "--instance_prompt_share=0"),
         trained(tmp_path / "usual"),
     )
     assert never.without_bare_prompt == usual.without_bare_prompt == 5
-    said = [line for line in advice_after(never) if "alone shows" in line]
+    said = [line for line in list_advice(never) if "alone shows" in line]
     assert len(said) == 1 and said[0].endswith("--instance_prompt_share 0.25"), never.scores
-    assert usual.moved("dino_bare") > never.moved("dino_bare") + 0.2
+    assert usual.compute_shift("dino_bare") > never.compute_shift("dino_bare") + 0.2

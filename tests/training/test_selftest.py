@@ -13,12 +13,12 @@ from subprocess import PIPE
 import pytest
 from torch.utils import backend_registration
 
-from benchmarks.precision import bf16_accelerator
+from benchmarks.precision import build_bf16_accelerator
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.lab import selftest
-from dreambooth_moslora.extras.lab.full_step import random_materials
-from dreambooth_moslora.extras.lab.selftest import ON_CPU, PROGRAM, Finding, SelfTest
+from dreambooth_moslora.extras.lab.full_step import build_random_inputs
+from dreambooth_moslora.extras.lab.selftest import CPU_ENV, PROGRAM, Finding, SelfTest
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import loop
 from dreambooth_moslora.training.step import TrainStep
@@ -32,8 +32,8 @@ DEVICE = "tests.helpers.on_python_gpu"
 def test_losses_are_compared_step_by_step_and_what_does_not_hold_or_fails_is_told(tmp_path):
     far = [([1.0, 2.0], 0.0), ([1.0, 2.2], 0.1), ([1.0], math.inf), ([1.0, math.nan], math.inf)]
     for found, difference in far:
-        assert selftest.largest_difference(found, [1.0, 2.0]) == pytest.approx(difference)
-    page = selftest.as_page(
+        assert selftest.compute_largest_difference(found, [1.0, 2.0]) == pytest.approx(difference)
+    page = selftest.format_page(
         {"torch": "2.13"}, [Finding("resumed", False, "other bytes than an unbroken run")]
     )
     assert (
@@ -46,7 +46,7 @@ def test_losses_are_compared_step_by_step_and_what_does_not_hold_or_fails_is_tol
         "import sys; print('loading'); sys.exit('error: the GPU has gone')",
     )
     with pytest.raises(UserError, match="first: exit code 1: error: the GPU has gone"):
-        SelfTest(tmp_path, program=program).call("first", [*program, "train"])
+        SelfTest(tmp_path, program=program).run_command("first", [*program, "train"])
 
 
 RESUMED = {"sound": ("aaa", True), "a defect": ("aab", False), "chance": ("abcc", True)}
@@ -73,8 +73,8 @@ def test_a_run_that_is_resumed_is_judged_beside_two_equal_runs(
         header = name.encode()
         content = len(header).to_bytes(8, "little") + header + tensors.encode()
         (tmp_path / name / "pytorch_lora_weights.safetensors").write_bytes(content)
-    repeated, resumed = SelfTest(tmp_path).resumed()
-    assert repeated.holds and ("other bytes" in repeated.said) == (len(weights) == 4)
+    repeated, resumed = SelfTest(tmp_path).check_resume()
+    assert repeated.holds and ("other bytes" in repeated.line) == (len(weights) == 4)
     assert resumed.holds == holds and all(
         "deterministic" in words for name, words in asked[1:]
     ) == (len(weights) == 4)
@@ -88,41 +88,43 @@ def test_a_step_that_fp16_skips_is_no_loss(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         "".join(f"{json.dumps({'time': 0, **step})}\n" for step in steps)
     )
-    assert selftest.losses(RunDir(tmp_path)) == [0.5]
+    assert selftest.read_losses(RunDir(tmp_path)) == [0.5]
 
 
 @pytest.mark.slow
 def test_compiled_blocks_are_compared_and_so_are_two_processes(tmp_path, monkeypatch):
     """By inductor on the CPU, in two steps. accelerate takes the words for two GPUs, and gloo."""
-    monkeypatch.setattr(selftest, "STEPS", 2)
-    test = SelfTest(tmp_path, env=ON_CPU, launcher=selftest.ON_TWO_GPUS)
+    monkeypatch.setattr(selftest, "TRAIN_STEPS", 2)
+    test = SelfTest(tmp_path, env=CPU_ENV, launcher=selftest.TWO_GPU_COMMAND)
     test.train("device_no")
-    found = test.cards()
-    assert found.holds and found.said.startswith("2 losses of two processes"), found
+    found = test.check_cards()
+    assert found.holds and found.line.startswith("2 losses of two processes"), found
     if shutil.which("g++"):
-        found = test.compiled()
-        assert found.holds and found.said.startswith("losses with compiled blocks, at most "), found
+        found = test.check_compiled()
+        assert found.holds and found.line.startswith("losses with compiled blocks, at most "), found
         assert "transformer blocks compiled" in (tmp_path / "compiled.log").read_text()
 
 
 def test_a_step_of_full_size_is_left_out_where_memory_is_short(tmp_path):
-    found = SelfTest(tmp_path, env=ON_CPU).step(4.0)
-    assert found.holds and found.said.startswith(
+    found = SelfTest(tmp_path, env=CPU_ENV).measure_step(4.0)
+    assert found.holds and found.line.startswith(
         "left out: 4.0 GiB are free; --memory at 512 px needs full "
     )
 
 
 @pytest.mark.slow
 def test_a_step_is_measured_beside_the_floor_in_a_process_of_its_own(tmp_path):
-    step = SelfTest(tmp_path, env=ON_CPU, compiles=True).step(99.0, size="small")
-    assert step.holds and "(full); --memory at 512 px needs" in step.said, step
-    numbers = re.match(r"([\d.]+) s at 512 px, the floor ([\d.]+) s, peak ([\d.]+) GiB", step.said)
+    step = SelfTest(tmp_path, env=CPU_ENV, compiles=True).measure_step(99.0, size="small")
+    assert step.holds and "(full); --memory at 512 px needs" in step.line, step
+    numbers = re.match(r"([\d.]+) s at 512 px, the floor ([\d.]+) s, peak ([\d.]+) GiB", step.line)
     assert all(0 < float(number) < 100 for number in numbers.groups())
 
 
 def test_random_materials_have_all_that_a_step_reads():
     config = TrainConfig.from_dict({"resolution": 64, "rank": 2, "mixed_precision": "bf16"})
-    step = TrainStep(config, random_materials("small", 64), bf16_accelerator(), max_train_steps=1)
+    step = TrainStep(
+        config, build_random_inputs("small", 64), build_bf16_accelerator(), max_train_steps=1
+    )
     found = step.update_adapter(step.accumulate_gradients())
     assert 0 < found.total < 10 and found.grad_norm > 0
 
@@ -131,10 +133,10 @@ def test_random_materials_have_all_that_a_step_reads():
 def test_everything_holds_on_a_gpu_written_in_python_or_on_this_cpu(tmp_path):
     """Beside one training on the CPU. The picture is drawn on the CPU in both cases."""
     program = (sys.executable, "-m", DEVICE) if HAS_PYTHON_DEVICES else PROGRAM
-    found = {finding.name: finding for finding in SelfTest(tmp_path, program=program).findings()}
+    found = {finding.name: finding for finding in SelfTest(tmp_path, program=program).run_tests()}
     assert list(found) == ["losses, fp32", "published", "repeated", "resumed", "generated"]
     assert all(finding.holds for finding in found.values()), found
-    far = float(re.search(r"at most (\S+) from", found["losses, fp32"].said)[1])
+    far = float(re.search(r"at most (\S+) from", found["losses, fp32"].line)[1])
     assert far < 1e-4
 
 

@@ -16,8 +16,8 @@ from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
 from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.method.fast_linear import WorkingCopies
 from dreambooth_moslora.plan import distributed
-from dreambooth_moslora.plan.distributed import compute_exactly
-from dreambooth_moslora.plan.speed import speed_of
+from dreambooth_moslora.plan.distributed import set_deterministic
+from dreambooth_moslora.plan.speed import choose_speed
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import compilation, loop
 from dreambooth_moslora.training.loop import train
@@ -68,7 +68,7 @@ def test_the_optimizer_sees_the_gradients_of_a_step_without_copies(
     changes = {"target_modules": ("to_q", "to_k", "to_v", "to_out.0", "conv1"), **changes}
     with_copies, _ = first_gradients(**changes)
     nothing = SimpleNamespace(collect=lambda: None)
-    monkeypatch.setattr(WorkingCopies, "for_one_step", lambda self: nullcontext(nothing))
+    monkeypatch.setattr(WorkingCopies, "attach_copies", lambda self: nullcontext(nothing))
     without, _ = first_gradients(**changes)
     tolerance = 0.05 if "mixed_precision" in changes else 1e-3
     assert [g is None for g in with_copies] == [g is None for g in without]
@@ -161,16 +161,16 @@ CHOSEN += [({"compile": "on"}, "cpu", 1, True, False)]
 
 @pytest.mark.parametrize(("changes", "device", "steps", "compiled", "searches"), CHOSEN)
 def test_only_a_long_run_on_a_gpu_is_compiled_by_itself(changes, device, steps, compiled, searches):
-    speed = speed_of(
+    speed = choose_speed(
         TrainConfig(**{"resolution": 1024, "train_batch_size": 1, **changes}), device, steps
     )
-    assert (speed.compiled, speed.searches) == (compiled, searches)
+    assert (speed.is_compiled, speed.has_cudnn_search) == (compiled, searches)
 
 
 def test_deterministic_is_asked_of_pytorch_before_the_gpu_and_costs_the_search(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     try:
-        compute_exactly(True)
+        set_deterministic(True)
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
         assert (
@@ -178,10 +178,10 @@ def test_deterministic_is_asked_of_pytorch_before_the_gpu_and_costs_the_search(m
             and not torch.backends.cudnn.benchmark
         )
     finally:
-        compute_exactly(False)
+        set_deterministic(False)
     assert not torch.are_deterministic_algorithms_enabled()
     run = TrainConfig(resolution=1024, train_batch_size=1, deterministic=True)
-    assert not speed_of(run, "cuda", 1000).searches
+    assert not choose_speed(run, "cuda", 1000).has_cudnn_search
 
 
 @pytest.fixture
@@ -302,7 +302,7 @@ def test_a_step_that_overflows_is_done_again_and_neither_counts_nor_moves_the_sc
 def test_trained_text_encoders_read_as_many_tokens_as_the_run_says(photos, tmp_path, monkeypatch):
     tiny_pipeline("flux", tmp_path / "files").save_pretrained(tmp_path / "base")
     options = {"train_text_encoder": True, "max_sequence_length": 8}
-    read = lambda run: run.train_step.texts(["a photo of sks dog"])  # noqa: E731
-    monkeypatch.setattr(loop, "fit", read)
+    read = lambda run: run.train_step.encode_prompts(["a photo of sks dog"])  # noqa: E731
+    monkeypatch.setattr(loop, "run_training_loop", read)
     (text,) = loop.train(tiny_config(tmp_path / "base", photos, tmp_path / "run", **options))
     assert len(text["prompt_embeds"]) == 8

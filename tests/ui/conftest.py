@@ -14,7 +14,7 @@ import PIL.Image
 import pytest
 from safetensors.numpy import save_file
 
-from dreambooth_moslora.disk.paths import assets_folder
+from dreambooth_moslora.disk.paths import get_assets_folder
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.page import build_app
 from dreambooth_moslora.ui.state import AdapterCatalog, AppContext, PageBase
@@ -124,7 +124,7 @@ def jobs(tmp_path):
 
 
 def end_all(jobs: Jobs) -> None:
-    for job in jobs.all():
+    for job in jobs.list_jobs():
         if job.is_alive:
             os.kill(job.pid, 9)
 
@@ -148,7 +148,7 @@ def with_one_picture(jobs: Jobs) -> None:
 
 
 def toy_photos(name: str, count: int) -> list[Path]:
-    return [assets_folder() / "subjects" / name / f"0{number}.jpg" for number in range(count)]
+    return [get_assets_folder() / "subjects" / name / f"0{number}.jpg" for number in range(count)]
 
 
 def noise_photos(folder: Path, count: int) -> list[Path]:

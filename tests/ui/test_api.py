@@ -78,12 +78,12 @@ def test_a_picture_of_two_adapters_is_the_pipelines_own_comes_with_previews_and_
     assert (recipe.params.seed, recipe.params.adapters) == (8, (("dog", 0.5), ("cat", 0.2)))
     assert recipe.provenance.base == "model" and len(recipe.provenance.adapter_sha256) == 2
     params = GenerationParams.from_png(first)
-    events = served.ctx.pipeline().generate(params)
+    events = served.ctx.wait_for_pipeline().generate(params)
     expected = next(np.asarray(event.pixels) for event in events if isinstance(event, Image))
     assert np.array_equal(np.asarray(PIL.Image.open(first)), expected)
     told = client.predict(handle_file(first), api_name="/inspect")
-    assert "a sks dog" in told and served.ctx.pipeline().adapters["dog"].sha256 in told
-    told = client.predict(handle_file(served.ctx.catalog.path("cat")), api_name="/inspect")
+    assert "a sks dog" in told and served.ctx.wait_for_pipeline().adapters["dog"].sha256 in told
+    told = client.predict(handle_file(served.ctx.catalog.find_file("cat")), api_name="/inspect")
     assert "Rank" in told and "4" in told
 
 

@@ -18,14 +18,14 @@ import pytest
 from safetensors.numpy import save_file
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.disk.paths import assets_folder
+from dreambooth_moslora.disk.paths import get_assets_folder
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import toy_bases
-from dreambooth_moslora.settings.family_facts import STOCK_SDXL, facts_of
+from dreambooth_moslora.settings.family_facts import SDXL_HUB_ID, get_facts
 from dreambooth_moslora.ui import app
 from dreambooth_moslora.ui.drawing import make_pictures
 from dreambooth_moslora.ui.generate_values import GenerateForm
-from dreambooth_moslora.ui.generate_widgets import settings_widgets
+from dreambooth_moslora.ui.generate_widgets import build_settings_widgets
 from dreambooth_moslora.ui.page import MAX_SESSIONS
 from dreambooth_moslora.ui.state import PageBase
 from tests.helpers.tiny_adapters import save_diffusers_lora
@@ -53,10 +53,10 @@ def test_beyond_this_machine_a_page_has_a_login_or_only_draws(
     def stop_here(args):
         raise UserError("far enough")
 
-    monkeypatch.setattr("dreambooth_moslora.ui.app.context_of", stop_here)
+    monkeypatch.setattr("dreambooth_moslora.ui.app.build_context", stop_here)
     assert app.main(options) == 2
     said = capsys.readouterr().err
-    assert said == f"error: {app.NEEDS_LOGIN if is_refused else 'far enough'}\n"
+    assert said == f"error: {app.LOGIN_WARNING if is_refused else 'far enough'}\n"
 
 
 @pytest.mark.parametrize(
@@ -101,11 +101,13 @@ def test_the_page_trains_each_base_at_its_own_side_which_is_known_without_its_we
     for name, content in configs.items():
         (path := tmp_path / "other" / f"{name}.json").parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content))
-    facts, file = facts_of("StableDiffusionPipeline"), tmp_path / "sd1.safetensors"
-    save_file({facts.file_mark: np.zeros(1, np.float32)}, file)
+    facts, file = get_facts("StableDiffusionPipeline"), tmp_path / "sd1.safetensors"
+    save_file({facts.marker_tensor: np.zeros(1, np.float32)}, file)
     sides = {tiny_base: 64, tmp_path / "other": 768, file: 512, facts.models[0].hub_id: 512}
     sides |= {"owner/unknown": 1024}
-    assert {base: app.page_base("x", Base.find(base)).resolution_px for base in sides} == sides
+    assert {
+        base: app.build_page_base("x", Base.find(base)).resolution_px for base in sides
+    } == sides
 
 
 def test_the_page_shows_what_applies_to_the_bases_family(tmp_path, context):
@@ -114,13 +116,13 @@ def test_the_page_shows_what_applies_to_the_bases_family(tmp_path, context):
         tiny_pipeline(name, tmp_path / name / "files").save_pretrained(tmp_path / name / "base")
         ctx = context(name=str(tmp_path / name / "base"))
         with gr.Blocks():
-            fields = settings_widgets(ctx)
+            fields = build_settings_widgets(ctx)
         seen = {field for field in ("negative_prompt", "scheduler") if fields[field].visible}
         shown[name] = seen, fields["guidance_scale"].value, Base.find(ctx.base_name).resolution_px
     assert shown == {"sd1": ({"negative_prompt", "scheduler"}, 7.5, 32), "flux": (set(), 3.5, 1024)}
 
 
-TOY = assets_folder() / "toy-sdxl"
+TOY = get_assets_folder() / "toy-sdxl"
 
 
 @pytest.fixture
@@ -133,14 +135,16 @@ def mine(tmp_path):
 
 def test_bases_are_offered_by_name_with_what_each_needs(mine, tiny_base):
     toy = Base.find("toy")
-    assert list(app.offered(toy)) == ["toy", "toy-zimage", "SDXL"]
-    assert list(app.offered(Base.find(mine))) == ["mine", "toy", "toy-zimage", "SDXL"]
-    assert app.about(toy) == toy_bases.ABOUT.format("SDXL") and "practice" in app.note(toy)
-    assert app.note(Base.find(STOCK_SDXL)) == "a download of 6.9 GB"
-    assert "64 px, 0.0 GiB of weights: it needs no GPU" in app.about(Base.find(tiny_base))
-    assert "wants a GPU" in app.about(Base.find(mine))
+    assert list(app.list_bases(toy)) == ["toy", "toy-zimage", "SDXL"]
+    assert list(app.list_bases(Base.find(mine))) == ["mine", "toy", "toy-zimage", "SDXL"]
+    assert app.describe_base(toy) == toy_bases.TOY_SUMMARY.format(
+        "SDXL"
+    ) and "practice" in app.format_note(toy)
+    assert app.format_note(Base.find(SDXL_HUB_ID)) == "a download of 6.9 GB"
+    assert "64 px, 0.0 GiB of weights: it needs no GPU" in app.describe_base(Base.find(tiny_base))
+    assert "wants a GPU" in app.describe_base(Base.find(mine))
     (link := mine.with_name("link")).symlink_to(mine)
-    found = app.page_base("a title", Base.find(link))
+    found = app.build_page_base("a title", Base.find(link))
     # as `from_base` names it in pictures
     assert (found.title, found.public_name) == ("a title", "link")
 
@@ -148,22 +152,22 @@ def test_bases_are_offered_by_name_with_what_each_needs(mine, tiny_base):
 def test_a_base_whose_weights_are_gone_is_told_of_and_does_not_keep_the_page_from_its_start(mine):
     (mine / "unet").mkdir()
     (mine / "unet" / "x.safetensors").symlink_to(mine / "gone")
-    found = app.page_base("mine", Base.find(mine))
-    assert found.about.startswith("it cannot be used: [Errno 2]")
+    found = app.build_page_base("mine", Base.find(mine))
+    assert found.description.startswith("it cannot be used: [Errno 2]")
 
 
 def test_a_base_that_nobody_has_is_refused_with_the_flag_of_the_pages_start(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    told = app.refusal_of(Base.find("owner/elsewhere"))
+    told = app.describe_problem(Base.find("owner/elsewhere"))
     assert "`python app.py --base FOLDER_OR_FILE`, or fetch it" in told and len(told) < 300
-    assert app.refusal_of(Base.find("toy")) == ""
+    assert app.describe_problem(Base.find("toy")) == ""
 
 
 @pytest.mark.parametrize("public", [False, True])
 def test_a_public_page_has_the_operators_base_alone(tmp_path, public):
     app.add_arguments(parser := argparse.ArgumentParser())
     words = ["--runs_dir", str(tmp_path / "runs"), *["--public"] * public]
-    ctx = app.context_of(parser.parse_args(words))
+    ctx = app.build_context(parser.parse_args(words))
     ctx.workspace.close()
     assert list(ctx.bases) == (["toy"] if public else ["toy", "toy-zimage", "SDXL"])
     wait([ctx._pipeline])
@@ -182,9 +186,9 @@ def test_another_base_is_taken_once_it_is_loaded_and_the_old_one_stays_where_it_
     ctx = context(lambda: old, others=[other, broken])
     with pytest.raises(UserError, match="no unet"):
         list(ctx.choose(broken))
-    assert (ctx.base, ctx.resolution_px, ctx.pipeline()) == ("x", 64, old)
+    assert (ctx.base, ctx.resolution_px, ctx.wait_for_pipeline()) == ("x", 64, old)
     list(ctx.choose(other))
-    assert (ctx.base, ctx.base_name, ctx.resolution_px, ctx.pipeline()) == (
+    assert (ctx.base, ctx.base_name, ctx.resolution_px, ctx.wait_for_pipeline()) == (
         "other",
         "/x/other",
         512,
@@ -198,7 +202,7 @@ INSPECTED_WHILE_LOADING = '''
 imported."""
 import argparse, json, sys, threading
 from dreambooth_moslora.ui import app
-from dreambooth_moslora.ui.page import adapter_facts
+from dreambooth_moslora.ui.page import list_adapter_facts
 
 imports, begun = [], threading.Event()
 
@@ -212,10 +216,10 @@ sys.meta_path.insert(0, Spy())
 parser = argparse.ArgumentParser()
 app.add_arguments(parser)
 args = parser.parse_args(["--base", sys.argv[1], "--runs_dir", sys.argv[2]])
-ctx = app.context_of(args)
+ctx = app.build_context(args)
 begun.wait(60)
-facts = dict(adapter_facts(sys.argv[3]))
-ctx.pipeline()
+facts = dict(list_adapter_facts(sys.argv[3]))
+ctx.wait_for_pipeline()
 ctx.workspace.close()
 mine = imports.count(threading.get_ident())
 print(json.dumps({"mine": mine, "all": len(imports), "facts": len(facts)}))

@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.settings.toy_bases import ABOUT
+from dreambooth_moslora.settings.toy_bases import TOY_SUMMARY
 from dreambooth_moslora.ui.state import PageBase
 from tests.helpers import browser as web
 from tests.helpers.tiny_families import tiny_pipeline
@@ -197,7 +197,7 @@ def test_a_run_is_started_survives_a_reload_stops_resumes_and_is_used(
 
     # "Step 1 of 5000 …" is said before that step has ended.
     def steps_taken() -> int:
-        events = RunDir(served.ctx.runs_dir / "dog").read_metrics()
+        events = RunDir(served.ctx.runs_dir / "dog").read_events()
         return sum(event["type"] == "step" for event in events)
 
     wait_for(lambda: steps_taken() > 1, seconds=240)
@@ -304,7 +304,7 @@ def test_another_base_is_chosen_and_draws_and_the_old_one_stays_where_one_fails(
         "toy",
         128,
         lambda: SubjectPipeline.from_base("toy"),
-        ABOUT.format("SDXL"),
+        TOY_SUMMARY.format("SDXL"),
     )
     broken = PageBase("broken", "broken", 64, fails)
     (pipeline := tiny_pipeline("flux", tmp_path / "files")).save_pretrained(tmp_path / "flux")

@@ -15,8 +15,8 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.disk.paths import assets_folder
-from dreambooth_moslora.disk.run_folder import NONE
+from dreambooth_moslora.disk.paths import get_assets_folder
+from dreambooth_moslora.disk.run_folder import NO_ADAPTER
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.image_params import (
     GenerationParams,
@@ -26,36 +26,38 @@ from dreambooth_moslora.generation.image_params import (
     Step,
     read_recipe,
 )
-from dreambooth_moslora.lora.describe import ranks_in_words
-from dreambooth_moslora.ui.adapter_summary import summary_of
+from dreambooth_moslora.lora.describe import format_ranks
+from dreambooth_moslora.ui.adapter_summary import read_summary
 from dreambooth_moslora.ui.drawing import compare, make_pictures
-from dreambooth_moslora.ui.events import as_gradio_error, sentence
-from dreambooth_moslora.ui.generate_adapters import fitting_adapter
+from dreambooth_moslora.ui.events import format_message, wrap_errors
+from dreambooth_moslora.ui.generate_adapters import find_fitting_adapter
 from dreambooth_moslora.ui.generate_values import (
     GenerateForm,
-    remarks_on,
-    size_choices,
+    list_remarks,
+    list_size_choices,
 )
-from dreambooth_moslora.ui.generate_widgets import ask_widgets
-from dreambooth_moslora.ui.html import facts_table, format_seconds, notice
-from dreambooth_moslora.ui.page import adapter_facts, build_app
-from dreambooth_moslora.ui.workspace import Picture
+from dreambooth_moslora.ui.generate_widgets import build_prompt_widgets
+from dreambooth_moslora.ui.html import format_seconds, render_facts, render_notice
+from dreambooth_moslora.ui.page import build_app, list_adapter_facts
+from dreambooth_moslora.ui.workspace import SavedImage
 from tests.ui.conftest import PAGE, handler, write_adapter
 
 
 def test_the_form_and_the_parameters_are_each_others_inverse():
     form = GenerateForm("a dog", "blur", "dog", 0.5, 7, 20, 4.0, "96 x 64", 3, "unipc")
-    params = form.params()
+    params = form.to_params()
     assert (params.width_px, params.height_px, params.adapters) == (96, 64, (("dog", 0.5),))
     assert GenerateForm.from_params(params) == form
     two = replace(params, adapters=(("a", 1.0), ("b", 0.3)))
     # the second is a tag
-    assert GenerateForm.from_params(two).params().apply_tags().adapters == two.adapters
+    assert GenerateForm.from_params(two).to_params().apply_tags().adapters == two.adapters
 
 
 @pytest.mark.parametrize("resolution", [64, 1024])
 def test_size_presets_are_multiples_of_eight_around_the_bases_own(resolution):
-    sizes = [tuple(int(n) for n in value.split(" x ")) for _, value in size_choices(resolution)]
+    sizes = [
+        tuple(int(n) for n in value.split(" x ")) for _, value in list_size_choices(resolution)
+    ]
     assert sizes[0] == (resolution, resolution) and len(set(sizes)) == 5
     assert all(w % 8 == h % 8 == 0 and abs(w * h / resolution**2 - 1) < 0.15 for w, h in sizes)
 
@@ -88,14 +90,14 @@ def test_a_recipe_with_endless_or_odd_values_is_refused_in_a_short_line(tmp_path
     recipe |= {"adapter_sha256": {HALF: "x"}} if kind == "half a hash" else {}
     file = picture(tmp_path / "a.png", "dreambooth_moslora", json.dumps(recipe), zip=True)
     with pytest.raises(gr.Error) as told:
-        as_gradio_error(read_recipe)(file)
+        wrap_errors(read_recipe)(file)
     assert len(told.value.message) < 400 and "server's log" not in told.value.message
     assert "half" not in kind or "damaged" in told.value.message
 
 
 def test_an_adapter_that_is_gone_and_another_base_are_told(tmp_path):
     params = GenerationParams("x", adapters=(("dog", 0.5), ("rex", 1.0)))
-    remarks = remarks_on(Recipe(params, Provenance("toy")), {"dog": tmp_path / "dog"}, "other")
+    remarks = list_remarks(Recipe(params, Provenance("toy")), {"dog": tmp_path / "dog"}, "other")
     words = ("rex is not here", "base toy")
     assert all(word in remark for word, remark in zip(words, remarks, strict=True))
 
@@ -110,8 +112,8 @@ def test_an_adapter_that_is_gone_and_another_base_are_told(tmp_path):
 )
 def test_an_adapter_says_the_words_of_its_subject(tmp_path, facts, said, subject):
     facts = {"trigger_words": ["sks"], "class_word": "dog"} | facts
-    found = summary_of(write_adapter(tmp_path / "a.safetensors", **facts))
-    assert (found.sentence(), found.subject) == (said, subject)
+    found = read_summary(write_adapter(tmp_path / "a.safetensors", **facts))
+    assert (found.format_sentence(), found.subject) == (said, subject)
 
 
 def test_choosing_an_adapter_renews_the_prompt_only_while_nobody_has_written_in_it(
@@ -140,20 +142,20 @@ def test_the_first_prompt_has_the_trigger_words_and_the_adapters_words_are_no_ma
     ):
         write_adapter(tmp_path / "adapters" / "a.safetensors", trigger)
         with gr.Blocks():
-            widgets, others = ask_widgets(context())
+            widgets, others = build_prompt_widgets(context())
         assert widgets["adapter"].value == "a" and widgets["prompt"].value.startswith(prompt)
         assert isinstance(others["about"], gr.HTML) and "<b>" not in others["about"].value
 
 
 def test_facts_and_seconds_are_said_as_people_say_them():
-    file = assets_folder() / "adapters" / "rocket.safetensors"
-    facts = dict(adapter_facts(str(file)))
+    file = get_assets_folder() / "adapters" / "rocket.safetensors"
+    facts = dict(list_adapter_facts(str(file)))
     assert (
         facts["Size (MiB)"] == str(round(file.stat().st_size / 2**20, 3))
         and "Trigger words" in facts
     )
     assert facts["Ranks"] == "rank 16 in 146 layers" and facts["DoRA"] == "no"
-    assert ranks_in_words({"1": 2, "2": 3, "4": 1, "9": 5}) == "ranks 1 to 9 in 11 layers"
+    assert format_ranks({"1": 2, "2": 3, "4": 1, "9": 5}) == "ranks 1 to 9 in 11 layers"
     assert [format_seconds(s) for s in (4.21, 42, 65, 7800)] == [
         "4.2 s",
         "42 s",
@@ -167,8 +169,8 @@ def test_what_the_page_quotes_can_be_sent():
         raise UserError(HALF)
 
     with pytest.raises(gr.Error) as told:
-        as_gradio_error(fail)()
-    for made in (notice(HALF), facts_table([(HALF, HALF)]), told.value.message):
+        wrap_errors(fail)()
+    for made in (render_notice(HALF), render_facts([(HALF, HALF)]), told.value.message):
         assert made.encode()
 
 
@@ -177,14 +179,17 @@ def test_inspect_and_info_spell_out_what_turns_a_line(tmp_path, capsys):
     path = tmp_path / "dog.safetensors"
     save_file(pair, path, metadata={"modelspec.title": "a\u202eb\x1b[31m"})
     assert main(["info", str(path)]) == 0
-    tables = facts_table(adapter_facts(str(path))), facts_table([("Prompt", "a\u202eb\x1b[31m")])
+    tables = (
+        render_facts(list_adapter_facts(str(path))),
+        render_facts([("Prompt", "a\u202eb\x1b[31m")]),
+    )
     for text in (*tables, capsys.readouterr().out):
         assert r"a\u202eb\x1b[31m" in text and not {"\u202e", "\x1b"} & set(text)
 
 
 def test_a_message_is_capitalised_but_a_files_name_is_not():
-    assert sentence("dog.safetensors is broken") == "dog.safetensors is broken"
-    assert sentence("drop a picture") == "Drop a picture"
+    assert format_message("dog.safetensors is broken") == "dog.safetensors is broken"
+    assert format_message("drop a picture") == "Drop a picture"
 
 
 @pytest.mark.parametrize("run", [make_pictures, compare])
@@ -255,18 +260,18 @@ def test_a_picture_of_the_history_gives_its_settings_and_tells_of_another_base(
     monkeypatch.setattr(gr, "Warning", remarks.append)
     events = {event.name: event.fn for event in build_app(ctx).fns.values()}
     for prompt, base in (("a dog", "owner/base"), ("a cat", "other")):
-        ctx.workspace.remember(one_drawn(ctx.workspace.root, prompt, base))
-    newest_first = events["history"]()
-    prompts = [events["reuse"](newest_first, place)[0] for place in (0, 1)]
+        ctx.workspace.add_to_history(one_drawn(ctx.workspace.root, prompt, base))
+    newest_first = events["list_history"]()
+    prompts = [events["restore_recipe"](newest_first, place)[0] for place in (0, 1)]
     assert prompts == ["a cat", "a dog"]
     assert remarks == ["It was made with the base other; this page has owner/base"]
     with pytest.raises(gr.Error, match="no picture yet"):
-        events["reuse"](None, 0)
+        events["restore_recipe"](None, 0)
 
 
-def one_drawn(folder: Path, prompt: str, base: str = "") -> Picture:
+def one_drawn(folder: Path, prompt: str, base: str = "") -> SavedImage:
     image = Image(0, PIL.Image.new("RGB", (8, 8)), GenerationParams(prompt), Provenance(base))
-    return Picture(image.save(folder / f"{prompt}.png"), prompt)
+    return SavedImage(image.save(folder / f"{prompt}.png"), prompt)
 
 
 def with_header(file: Path, header: bytes, content: int = 0) -> Path:
@@ -282,7 +287,7 @@ def with_header(file: Path, header: bytes, content: int = 0) -> Path:
 def test_a_header_that_makes_no_sense_is_left_to_the_reader(tmp_path, header):
     file = with_header(tmp_path / "odd.safetensors", header)
     with pytest.raises(UserError, match="odd"):
-        adapter_facts(str(file))
+        list_adapter_facts(str(file))
 
 
 def test_a_toys_adapter_is_chosen_at_first_for_toys_alone(context):
@@ -291,8 +296,8 @@ def test_a_toys_adapter_is_chosen_at_first_for_toys_alone(context):
     for base in ("toy", "owner/base"):
         ctx = context(name=base)
         write_adapter(ctx.catalog.adapters_dir / "rocket.safetensors")
-        chosen[base] = fitting_adapter(ctx)
-    assert chosen == {"toy": "rocket", "owner/base": NONE}
+        chosen[base] = find_fitting_adapter(ctx)
+    assert chosen == {"toy": "rocket", "owner/base": NO_ADAPTER}
 
 
 def test_each_tab_has_one_button_to_press_first(context):

@@ -11,8 +11,8 @@ from gradio_client import Client
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui import guard, page
-from dreambooth_moslora.ui.guard import origins_of
-from dreambooth_moslora.ui.page import launch_options
+from dreambooth_moslora.ui.guard import parse_origins
+from dreambooth_moslora.ui.page import build_launch_options
 from tests.helpers.ui_server import serve
 
 PROXY = "pictures.example.org"
@@ -27,7 +27,7 @@ PATHS = ("", "config", "gradio_api/token", "gradio_api/info", "gradio_api/app_id
 @pytest.fixture(scope="module")
 def proxied(tiny_base, tmp_path_factory):
     """Behind a proxy that calls the page by its public name, with a login."""
-    options = launch_options(origins_of(PROXY) | origins_of(ELSEWHERE)) | AUTH
+    options = build_launch_options(parse_origins(PROXY) | parse_origins(ELSEWHERE)) | AUTH
     with serve(tiny_base, tmp_path_factory.mktemp("app"), **options) as server:
         yield server
 
@@ -35,7 +35,7 @@ def proxied(tiny_base, tmp_path_factory):
 @pytest.fixture(scope="module")
 def exposed(tiny_base, tmp_path_factory):
     """On an address of the network, with a login."""
-    options = launch_options(any_host=True) | {"server_name": "127.0.0.2"} | AUTH
+    options = build_launch_options(any_host=True) | {"server_name": "127.0.0.2"} | AUTH
     with serve(tiny_base, tmp_path_factory.mktemp("app"), **options) as server:
         yield server
 
@@ -118,7 +118,7 @@ def test_a_server_that_gradio_starts_twice_is_guarded_once():
 
     async def start_twice(app) -> None:
         for _ in range(2):
-            async with guard.trusted_hosts(None, (), app):
+            async with guard.install_trusted_hosts(None, (), app):
                 pass
 
     asyncio.run(start_twice(app := SimpleNamespace(middleware_stack=lambda: None)))
@@ -220,10 +220,10 @@ ADDRESSES = {
 
 def test_an_allowed_host_may_be_written_as_an_address_and_what_is_none_is_refused():
     for text, places in ADDRESSES.items():
-        assert origins_of(text) == {(scheme, PROXY, port) for scheme, port in places}
+        assert parse_origins(text) == {(scheme, PROXY, port) for scheme, port in places}
     for text in ("https://", "", f"ftp://{PROXY}", f"{PROXY}:port"):
         with pytest.raises(UserError, match="is not a host name"):
-            origins_of(text)
+            parse_origins(text)
 
 
 def test_a_page_holds_more_connections_than_the_usual_thousand():
@@ -231,7 +231,7 @@ def test_a_page_holds_more_connections_than_the_usual_thousand():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1024), hard))
     try:
-        guard.take_connections()
+        guard.raise_connection_limit()
         held, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -242,7 +242,7 @@ def test_a_page_that_answers_late_has_started(monkeypatch):
     """On a busy machine gradio gave up at the first of its questions that timed out."""
     answers = iter([False, False, True])
     monkeypatch.setattr(networking, "url_ok", lambda url: next(answers))
-    page.probe_patiently.__wrapped__()
+    page.patch_url_probe.__wrapped__()
     assert networking.url_ok("http://127.0.0.1/")
     assert list(answers) == []
 

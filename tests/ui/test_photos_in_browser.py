@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from dreambooth_moslora.disk.contents import file_digest
+from dreambooth_moslora.disk.contents import hash_file
 from dreambooth_moslora.disk.queue import RunQueue
-from dreambooth_moslora.photos.folder import photo_report
+from dreambooth_moslora.photos.folder import build_photo_report
 from dreambooth_moslora.photos.photo_file import open_mask
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.ui.train.train_photos import remove_photo
@@ -56,10 +56,10 @@ def test_a_run_is_trained_as_captioned_and_masked_and_queued_once_more(of_toys, 
         assert web.caption(page, 2) == "a sks duck at night"
         web.put(page, "class_word", "duck")
         queue.folder.mkdir()
-        with queue.turn():  # so that it stays there
+        with queue.claim_turn():  # so that it stays there
             page.click("#add_to_queue")
             web.says(page, "cost", "duck-2 waits")
-            (waiting,) = queue.waiting()
+            (waiting,) = queue.list_waiting()
         assert web.fits(page) and not visited.errors
     for run in ("duck", "duck-2"):
         assert (runs_dir / run / "photos" / "photo_02.txt").read_text() == "a sks duck at night"
@@ -67,7 +67,7 @@ def test_a_run_is_trained_as_captioned_and_masked_and_queued_once_more(of_toys, 
     words = ("instance_prompt", "class_prompt")
     assert [trained[name] == waiting.settings[name] for name in words] == [True, True]
     events = map(json.loads, (runs_dir / "duck" / "metrics.jsonl").read_text().splitlines())
-    used = photo_report(
+    used = build_photo_report(
         TrainConfig.from_dict(next(event["config"] for event in events if event["type"] == "start"))
     )
     assert [photo.captions[0] for photo in used.photos if photo.is_captioned] == [
@@ -152,7 +152,7 @@ def test_nothing_typed_is_lost_by_a_photo_more_or_less_on_another_page_too(
         assert captions(page) == wanted
         web.write_caption(page, 14, "")
         kept = served.ctx.workspace
-        remove_photo(kept, file_digest(kept.photos_dir / "photo_12.png"))  # as another page does
+        remove_photo(kept, hash_file(kept.photos_dir / "photo_12.png"))  # as another page does
         web.put(page, "class_word", "dog")
         page.click("#start")
         web.says(page, "cost", "“a photo of a sks dog” will show your subject.")

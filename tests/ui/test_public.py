@@ -17,9 +17,9 @@ from gradio.route_utils import BUILD_PATH_LIB
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.image_params import MAX_PROMPT_CHARACTERS
-from dreambooth_moslora.ui.guard import MAX_FILES, MAX_FORM_BYTES, Places, too_long
-from dreambooth_moslora.ui.page import MOST_WAITING, launch_options
-from dreambooth_moslora.ui.state import MOST_STOPS
+from dreambooth_moslora.ui.guard import MAX_FILES, MAX_FORM_BYTES, SessionMessages, refuse_long_body
+from dreambooth_moslora.ui.page import MAX_WAITING, build_launch_options
+from dreambooth_moslora.ui.state import MAX_STOPS
 from tests.helpers.ui_server import serve
 from tests.ui.conftest import refusal, wait_for
 
@@ -34,7 +34,7 @@ def served(tiny_base, tmp_path_factory):
     """With a run beside the adapters of the shelf."""
     with serve(tiny_base, tmp_path_factory.mktemp("public"), public=True) as server:
         (run := server.ctx.runs_dir / "mine").mkdir()
-        shutil.copy(server.ctx.catalog.path("dog"), run / "pytorch_lora_weights.safetensors")
+        shutil.copy(server.ctx.catalog.find_file("dog"), run / "pytorch_lora_weights.safetensors")
         yield server
 
 
@@ -89,7 +89,7 @@ def test_no_file_is_taken_and_no_body_longer_than_a_form(served):
         assert httpx.post(stop, content=content, headers=kind).status_code == 413
     # One of gradio's two HTTP parsers takes a body in chunks beside a length, and reads all of it.
     both = [(b"content-length", b"2"), (b"transfer-encoding", b"chunked")]
-    assert too_long({"method": "POST", "headers": both}).status_code == 413
+    assert refuse_long_body({"method": "POST", "headers": both}).status_code == 413
     assert httpx.post(stop, json={"data": []}).status_code == 200
 
 
@@ -103,7 +103,7 @@ def test_a_form_holds_the_longest_texts_and_little_more():
 def test_a_picture_that_is_none_of_the_pages_is_not_opened(served, tmp_path):
     """Without `meta` gradio does not look where a file lies."""
     events = httpx.get(f"{served.url}config").json()["dependencies"]
-    reuse = next(event["id"] for event in events if event["api_name"] == "reuse")
+    reuse = next(event["id"] for event in events if event["api_name"] == "restore_recipe")
     for file in (tmp_path / "owner.png", Path("/proc/self/fd/0"), tmp_path / "none.png"):
         item = {"image": {"path": str(file)}, "caption": None}
         asked = {"fn_index": reuse, "session_hash": file.stem, "data": [[item], 0]}
@@ -116,11 +116,11 @@ def test_a_picture_that_is_none_of_the_pages_is_not_opened(served, tmp_path):
 
 
 def test_sessions_that_never_draw_are_forgotten(served):
-    for number in range(MOST_STOPS + 5):
+    for number in range(MAX_STOPS + 5):
         request = SimpleNamespace(session_hash=f"{number}" + "x" * 10_000)
-        served.ctx.announce(request)
+        served.ctx.register_work(request)
     names = list(served.ctx._stops)
-    assert len(names) == MOST_STOPS and max(map(len, names)) <= 32
+    assert len(names) == MAX_STOPS and max(map(len, names)) <= 32
 
 
 def event_numbers(served) -> dict[str, int]:
@@ -166,7 +166,7 @@ def test_a_forgotten_session_leaves_nothing_behind(served, client):
     client.predict("a sks dog", adapter="dog", seed=3, **DRAW)
     assert queue.pending_event_ids_session.keys() <= queue.pending_messages_per_session.keys()
     # The oldest goes when there are too many.
-    places = Places(2)
+    places = SessionMessages(2)
     for name in "abc":
         places[name] = None
     assert list(places) == ["b", "c"]
@@ -175,7 +175,7 @@ def test_a_forgotten_session_leaves_nothing_behind(served, client):
 @pytest.mark.slow
 def test_what_nobody_reads_is_not_kept_for_good(served, client, monkeypatch):
     """Every preview of a session that asked for pictures and never listened stayed in memory."""
-    monkeypatch.setattr("dreambooth_moslora.ui.guard.MOST_UNREAD", 12)
+    monkeypatch.setattr("dreambooth_moslora.ui.guard.MAX_UNREAD_MESSAGES", 12)
     assert all(joined(served, "deaf", prompt="a dog", steps=1).is_success for _ in range(4))
     gallery, *_ = client.predict("a sks dog", adapter="dog", seed=3, **DRAW)
     assert len(gallery) == 1
@@ -216,7 +216,7 @@ def test_what_a_picture_was_asked_is_not_changed_while_it_is_drawn(served):
 
 def test_no_request_writes_an_address_into_what_others_get(tiny_base, tmp_path):
     """Not on a page that answers to every name, either."""
-    options = launch_options(any_host=True, public=True) | {"server_name": "127.0.0.2"}
+    options = build_launch_options(any_host=True, public=True) | {"server_name": "127.0.0.2"}
     with serve(tiny_base, tmp_path, public=True, **options) as server:
         for path in ("info", "info/", "info?page=x"):
             told = f"{server.url}gradio_api/{path}"
@@ -296,12 +296,14 @@ def test_no_address_is_fetched_after_a_picture_either(served, monkeypatch):
         raise OSError
 
     monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", fetch)
-    monkeypatch.setattr(served.ctx, "loaded", lambda: None)  # a frame without pictures, as previews
+    monkeypatch.setattr(
+        served.ctx, "get_loaded_pipeline", lambda: None
+    )  # a frame without pictures, as previews
     assert joined(served, "painter", prompt="a dog", steps=1).is_success
     assert '"success":true' in last_of(served, "painter").replace(" ", "")
     evil = {"path": "https://evil.example/x.png", "meta": {"_type": "gradio.FileData"}}
     asked = {"data": [[{"image": evil, "caption": None}], 0], "session_hash": "painter"}
-    asked["fn_index"] = event_numbers(served)["reuse"]
+    asked["fn_index"] = event_numbers(served)["restore_recipe"]
     assert httpx.post(f"{served.url}gradio_api/queue/join", json=asked).is_success
     assert "fetches no address" in last_of(served, "painter") and not fetched
 
@@ -332,10 +334,10 @@ def test_so_many_pictures_wait_and_the_next_is_told_that_the_queue_is_full(serve
             f"{served.url}gradio_api/call/v2/generate", json={"prompt": "a dog", "steps": 1}
         )
 
-    monkeypatch.setattr(served.ctx, "pipeline", wait_and_fail)
+    monkeypatch.setattr(served.ctx, "wait_for_pipeline", wait_and_fail)
     try:
-        answers = [ask() for _ in range(MOST_WAITING + 3)]
-        assert MOST_WAITING <= sum(answer.is_success for answer in answers) <= MOST_WAITING + 2
+        answers = [ask() for _ in range(MAX_WAITING + 3)]
+        assert MAX_WAITING <= sum(answer.is_success for answer in answers) <= MAX_WAITING + 2
         assert answers[-1].status_code == 503 and "full" in answers[-1].text
         stop = f"{served.url}gradio_api/run/stop"  # as the page asks for it: it needs no place
         assert httpx.post(stop, json={"data": []}).status_code == 200

@@ -15,8 +15,8 @@ import pytest
 
 from dreambooth_moslora.disk.queue import QueuedRun, RunQueue
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.ui.jobs import KILLED_MOST, Jobs, QueueTurns
-from dreambooth_moslora.ui.train.queue_view import queue_changes
+from dreambooth_moslora.ui.jobs import MAX_KILLS, Jobs, QueueRunner
+from dreambooth_moslora.ui.train.queue_view import list_queue_changes
 from dreambooth_moslora.ui.train.train_form import TrainForm
 from dreambooth_moslora.ui.train.train_start import add_to_queue, start_run
 from tests.helpers.tiny_training import paint_photos
@@ -25,10 +25,10 @@ from tests.ui.conftest import wait_for
 TURNS = """
 import sys, time
 from pathlib import Path
-from dreambooth_moslora.ui.jobs import Jobs, QueueTurns
-turns = QueueTurns(Jobs(Path(sys.argv[1]), Path(sys.argv[2])))
+from dreambooth_moslora.ui.jobs import Jobs, QueueRunner
+turns = QueueRunner(Jobs(Path(sys.argv[1]), Path(sys.argv[2])))
 while not turns.is_empty:
-    turns.take()
+    turns.run_next()
     time.sleep(0.01)
 """
 
@@ -39,8 +39,8 @@ def queue(tmp_path) -> RunQueue:
 
 
 @pytest.fixture
-def turns(jobs) -> QueueTurns:
-    return QueueTurns(jobs)
+def turns(jobs) -> QueueRunner:
+    return QueueRunner(jobs)
 
 
 def added(queue: RunQueue, name: str, **settings) -> QueuedRun:
@@ -53,16 +53,16 @@ def added(queue: RunQueue, name: str, **settings) -> QueuedRun:
 
 
 def names(queue: RunQueue) -> list[str]:
-    return [run.name for run in queue.waiting()]
+    return [run.name for run in queue.list_waiting()]
 
 
 def endings(queue: RunQueue) -> dict[str, str]:
-    return {event["name"]: event["state"] for event in queue.ended()}
+    return {event["name"]: event["state"] for event in queue.list_ended()}
 
 
-def trained(turns: QueueTurns) -> dict[str, str]:
+def trained(turns: QueueRunner) -> dict[str, str]:
     def is_empty() -> bool:
-        turns.take()
+        turns.run_next()
         return turns.is_empty
 
     wait_for(is_empty)
@@ -106,7 +106,7 @@ def test_runs_are_trained_in_their_order_and_a_bad_one_fails_alone(turns):
     assert states == dict.fromkeys(("dog", "cat"), "done") | dict.fromkeys(
         ("bad", "torn"), "failed"
     )
-    words = {event["name"]: event["message"] for event in turns.queue.ended()}
+    words = {event["name"]: event["message"] for event in turns.queue.list_ended()}
     assert words["bad"] == "error: the photos are gone" and "cannot be read" in words["torn"]
     assert starts_of(turns.queue, "cat")[0]["time"] < starts_of(turns.queue, "dog")[0]["time"]
 
@@ -115,7 +115,7 @@ def test_the_page_trains_on_after_the_folder_of_runs_was_deleted(turns, monkeypa
     """Its thread ended, and whatever was queued later waited until the page was started again."""
     monkeypatch.setattr("dreambooth_moslora.ui.jobs.TURN_SEC", 0.01)
     turns.queue.runs_dir.rmdir()
-    (thread := threading.Thread(target=turns.keep_on, daemon=True)).start()
+    (thread := threading.Thread(target=turns.run_forever, daemon=True)).start()
     thread.join(0.1)
     turns.queue.runs_dir.mkdir()
     added(turns.queue, "dog")
@@ -129,7 +129,7 @@ def test_two_processes_never_start_the_same_run(jobs):
     command = [sys.executable, "-c", TURNS, str(jobs.runs_dir), str(jobs.script)]
     processes = [subprocess.Popen(command) for _ in range(2)]
     assert [process.wait(60) for process in processes] == [0, 0]
-    assert endings(queue) == dict.fromkeys("abc", "done") and len(queue.ended()) == 3
+    assert endings(queue) == dict.fromkeys("abc", "done") and len(queue.list_ended()) == 3
     assert [len(starts_of(queue, name)) for name in "abc"] == [1, 1, 1]
 
 
@@ -147,27 +147,27 @@ def goes_on(jobs: Jobs) -> bool:
 
 def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint_though_the_clock_was_put_back(jobs):
     """One that was there before its turn is of another run, which took its folder."""
-    queue, first = RunQueue(jobs.runs_dir), QueueTurns(jobs)
+    queue, first = RunQueue(jobs.runs_dir), QueueRunner(jobs)
     added(queue, "dog", steps=500)
     added(queue, "cat")
     checkpoint = make_checkpoint(jobs.runs_dir / "dog")
-    first.take()
+    first.run_next()
     assert not goes_on(jobs)
-    job = wait_for(lambda: jobs.current())
-    wait_for(lambda: jobs.state(job).step)
+    job = wait_for(lambda: jobs.find_active_job())
+    wait_for(lambda: jobs.get_state(job).step)
     checkpoint.touch()
     os.kill(job.pid, 9)
-    later = QueueTurns(Jobs(jobs.runs_dir, jobs.script))  # the page or the command, started again
-    wait_for(lambda: jobs.current() is None)
-    later.take()
-    assert goes_on(jobs) and later.current().killed == 0 and names(queue) == ["cat"]
-    again = wait_for(lambda: later.jobs.current())
+    later = QueueRunner(Jobs(jobs.runs_dir, jobs.script))  # the page or the command, started again
+    wait_for(lambda: jobs.find_active_job() is None)
+    later.run_next()
+    assert goes_on(jobs) and later.find_started_run().killed == 0 and names(queue) == ["cat"]
+    again = wait_for(lambda: later.jobs.find_active_job())
     wait_for(lambda: len(starts_of(queue, "dog")) == 2)
     os.utime(checkpoint, (0, 0))
     os.kill(again.pid, 15)  # as when the machine goes down: nobody asked for the end of this run
-    wait_for(lambda: later.jobs.current() is None)
-    later.take()
-    assert goes_on(jobs) and later.current().name == "dog"
+    wait_for(lambda: later.jobs.find_active_job() is None)
+    later.run_next()
+    assert goes_on(jobs) and later.find_started_run().name == "dog"
     wait_for(lambda: len(starts_of(queue, "dog")) == 3)
     later.jobs.stop("dog")  # now somebody does
     assert trained(later) == {"dog": "interrupted", "cat": "done"}
@@ -177,15 +177,15 @@ def test_a_run_that_is_killed_again_and_again_fails_and_the_next_begins(turns):
     turns.jobs.script.write_text("import os; os.kill(os.getpid(), 9)")
     added(turns.queue, "big")
     assert trained(turns) == {"big": "failed"}
-    assert f"killed {KILLED_MOST} times" in turns.queue.ended()[0]["message"]
+    assert f"killed {MAX_KILLS} times" in turns.queue.list_ended()[0]["message"]
 
 
 def test_nothing_is_started_beside_a_run(jobs, turns):
     added(turns.queue, "dog")
     jobs.start("cat", {"mode": "good", "output_dir": str(jobs.runs_dir / "cat"), "steps": 2})
-    turns.take()
+    turns.run_next()
     assert names(turns.queue) == ["dog"]
-    wait_for(lambda: jobs.current() is None)
+    wait_for(lambda: jobs.find_active_job() is None)
     assert trained(turns) == {"dog": "done"}
 
 
@@ -215,16 +215,16 @@ def test_the_page_adds_and_shows_runs_also_those_of_the_command(page):
     assert name == "dog-2" and "dog-2 waits, number 2 in the queue" in card
     assert len(list((runs_dir / "dog-2" / "photos").iterdir())) == 2
     added(queue, "bear")
-    shown = queue_changes(page, None, None)
+    shown = list_queue_changes(page, None, None)
     words = ["1 · dog", "2 · dog-2", "3 · bear"]
     assert shown["queued"].choices == list(zip(words, ("dog", "dog-2", "bear")))
     assert shown["queue_box"].visible
-    assert queue_changes(page, None, shown["queue_seen"]) == {}
+    assert list_queue_changes(page, None, shown["queue_seen"]) == {}
     with pytest.raises(UserError, match="Add to queue"):
         start_run(page, FORM)
     for run in names(queue):
         queue.remove(run)
-    assert not queue_changes(page, None, None)["queue_box"].visible
+    assert not list_queue_changes(page, None, None)["queue_box"].visible
     assert [path.name for path in runs_dir.iterdir()] == [".queue"]
 
 
@@ -232,10 +232,10 @@ def test_the_page_turns_to_the_run_whose_turn_has_come_and_once(page):
     """Whoever looked at an older run was taken away from it, with its buttons, whenever anybody
     changed the queue."""
     added(page.queue.queue, "dog", steps=500)
-    page.queue.take()
-    wait_for(page.jobs.current)
-    shown = queue_changes(page, "old", None)
+    page.queue.run_next()
+    wait_for(page.jobs.find_active_job)
+    shown = list_queue_changes(page, "old", None)
     assert shown["run"] == "dog"
     added(page.queue.queue, "bear")
-    again = queue_changes(page, "old", shown["queue_seen"])
+    again = list_queue_changes(page, "old", shown["queue_seen"])
     assert "bear" in str(again["queued"].choices) and "run" not in again

@@ -22,9 +22,9 @@ from dreambooth_moslora.disk.run_folder import clean_name
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.image_params import GenerationParams
 from dreambooth_moslora.ui.guard import MAX_FORM_BYTES
-from dreambooth_moslora.ui.html import facts_table, notice, progress_card
+from dreambooth_moslora.ui.html import render_facts, render_notice, render_progress
 from dreambooth_moslora.ui.jobs import Jobs
-from dreambooth_moslora.ui.photo_copies import take_photos
+from dreambooth_moslora.ui.photo_copies import copy_photos
 from tests.helpers.odd_photos import png_of
 from tests.helpers.ui_server import serve
 from tests.ui.conftest import event_of, refusal
@@ -83,7 +83,11 @@ def test_run_names_cannot_leave_the_folder(tmp_path, name):
 
 
 def test_html_in_prompts_names_and_recipes_is_escaped(client, tmp_path):
-    for made in (notice(EVIL), progress_card(EVIL, EVIL, 0.5, EVIL), facts_table([(EVIL, EVIL)])):
+    for made in (
+        render_notice(EVIL),
+        render_progress(EVIL, EVIL, 0.5, EVIL),
+        render_facts([(EVIL, EVIL)]),
+    ):
         assert "<script>" not in made and "<img src=x" not in made
     assert "<script>" not in refusal(client, "a dog", adapter=EVIL, **DRAW)
     assert "<script>" not in client.predict(EVIL, **DRAW)[2]
@@ -149,7 +153,7 @@ def test_bombs_are_refused(client, tmp_path, name):
     assert refusal(client, handle_file(file), api_name="/inspect")
     if name.endswith(".png"):
         with pytest.raises(UserError, match="enormous|broken" if BOMBS[name] else "empty"):
-            take_photos([str(file)], tmp_path / "photos")
+            copy_photos([str(file)], tmp_path / "photos")
 
 
 def test_photos_lose_exif_name_and_profile(tmp_path):
@@ -161,7 +165,7 @@ def test_photos_lose_exif_name_and_profile(tmp_path):
     exif.get_ifd(0x8825)[2] = (48.0, 8.0, 0.0)
     file = tmp_path / "My secret holiday.jpg"
     image.save(file, exif=exif)
-    take_photos([str(file)], folder := tmp_path / "photos")
+    copy_photos([str(file)], folder := tmp_path / "photos")
     copies = list(folder.iterdir())
     assert [copy.name for copy in copies] == ["photo_01.png"]
     with PIL.Image.open(copies[0]) as clean:
@@ -226,9 +230,9 @@ def test_an_upload_that_fails_in_any_way_is_not_kept(served, monkeypatch):
     def fail(*_):
         raise RuntimeError("nobody thought of this")
 
-    good, kept = served.ctx.catalog.path("dog").read_bytes(), served.ctx.workspace
+    good, kept = served.ctx.catalog.find_file("dog").read_bytes(), served.ctx.workspace
     with monkeypatch.context() as patch:
-        patch.setattr(served.ctx.pipeline(), "load_adapter", fail)
+        patch.setattr(served.ctx.wait_for_pipeline(), "load_adapter", fail)
         assert not uploads(served, "lost.safetensors", good)
     assert not kept.uploads and not list(kept.root.glob("adapter-*"))
     assert uploads(served, "good.safetensors", good) and list(kept.uploads) == ["good"]

@@ -18,7 +18,7 @@ from dreambooth_moslora.generation.image_params import GenerationParams, Image
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.ui import jobs as page_jobs
 from dreambooth_moslora.ui.drawing import make_pictures
-from dreambooth_moslora.ui.events import as_gradio_error
+from dreambooth_moslora.ui.events import wrap_errors
 from dreambooth_moslora.ui.generate_values import GenerateForm
 from dreambooth_moslora.ui.state import (
     AdapterCatalog,
@@ -48,18 +48,18 @@ def test_the_shelf_shows_all_runs_and_uploads_and_that_of_a_public_page_only_its
     put(tmp_path, "adapters/cat.safetensors", "my <b>dog.safetensors")
     names = [shelf.add_upload(tmp_path / "my <b>dog.safetensors") for _ in range(2)]
     assert names == ["my _b_dog", "my _b_dog 2"]
-    assert list(shelf.files()) == [*names, "cat", "dog", "dog@100", "dog@20"]
+    assert list(shelf.list_files()) == [*names, "cat", "dog", "dog@100", "dog@20"]
     workspace.uploads.clear()
     public = replace(shelf, runs_dir=None)
-    assert list(public.files()) == ["cat"]
+    assert list(public.list_files()) == ["cat"]
     with pytest.raises(UserError, match="there is no adapter"):
-        public.path("dog")
+        public.find_file("dog")
 
 
 def test_a_file_of_a_taken_name_has_a_number(tmp_path, shelf):
     put(tmp_path, "adapters/dog.safetensors", f"runs/dog/{PUBLISHED}")
-    assert list(shelf.files()) == ["dog", "dog 2"]
-    assert shelf.path("dog 2") == tmp_path / "runs" / "dog" / PUBLISHED
+    assert list(shelf.list_files()) == ["dog", "dog 2"]
+    assert shelf.find_file("dog 2") == tmp_path / "runs" / "dog" / PUBLISHED
 
 
 def test_links_out_of_the_folder_or_in_circles_and_pipes_are_no_adapters(tmp_path, shelf):
@@ -73,19 +73,19 @@ def test_links_out_of_the_folder_or_in_circles_and_pipes_are_no_adapters(tmp_pat
     for pipe in (folder / "pipe.safetensors", runs / "cat" / "checkpoint-5" / RAW):
         os.mkfifo(pipe)
     (runs / "round").symlink_to(runs / "round")
-    assert list(shelf.files()) == ["dog"]
+    assert list(shelf.list_files()) == ["dog"]
 
 
 def test_a_stop_counts_before_ones_turn_has_come_and_only_once(context):
     pages = [SimpleNamespace(session_hash=name) for name in ("mine", "other")]
     ctx = context()
     for page in pages:
-        ctx.announce(page)
+        ctx.register_work(page)
     ctx.stop(pages[0])
     for page, stopped in zip(pages, (True, False)):
-        with ctx.stoppable(page) as should_stop:
+        with ctx.track_work(page) as should_stop:
             assert should_stop() == stopped
-    with ctx.stoppable(pages[0]) as should_stop:  # of a program, which announces nothing
+    with ctx.track_work(pages[0]) as should_stop:  # of a program, which announces nothing
         assert not should_stop()
         ctx.stop(pages[0])
         assert should_stop()
@@ -107,12 +107,16 @@ def test_a_base_that_does_not_load_is_told_and_tried_again_by_the_next_who_asks(
 
     ctx = context(load)
     wait([ctx._pipeline])
-    assert not ctx.loaded()
+    assert not ctx.get_loaded_pipeline()
     with pytest.raises(UserError, match=words) as told:
-        ctx.pipeline()
+        ctx.wait_for_pipeline()
     assert "/home" not in str(told.value)
     assert ("Traceback" in caplog.text) == isinstance(error, OSError)
-    assert ctx.pipeline() is ctx.pipeline() is found and ctx.loaded() and len(tries) == 3
+    assert (
+        ctx.wait_for_pipeline() is ctx.wait_for_pipeline() is found
+        and ctx.get_loaded_pipeline()
+        and len(tries) == 3
+    )
 
 
 def test_a_fault_of_ours_is_told_without_its_secrets_and_logged(caplog):
@@ -123,9 +127,9 @@ def test_a_fault_of_ours_is_told_without_its_secrets_and_logged(caplog):
         yield 1
         raise KeyError("/secret/path")
 
-    for each in (broken, lambda: list(as_gradio_error(broken_stream)())):
+    for each in (broken, lambda: list(wrap_errors(broken_stream)())):
         with pytest.raises(gr.Error, match="server's log") as told:
-            as_gradio_error(each)()
+            wrap_errors(each)()
         assert "secret" not in told.value.message
     assert [str(record.exc_info[1]) for record in caplog.records] == ["'/secret/path'"] * 2
 
@@ -153,8 +157,8 @@ def resting(tiny_base):
 
 
 def stop(ctx: AppContext) -> None:
-    ctx.jobs.stop(ctx.jobs.current().name)
-    wait_for(lambda: not ctx.jobs.current())
+    ctx.jobs.stop(ctx.jobs.find_active_job().name)
+    wait_for(lambda: not ctx.jobs.find_active_job())
 
 
 @pytest.fixture
@@ -169,7 +173,7 @@ def large(context, tmp_path):
         return made[-1]
 
     yield make
-    if made[0].jobs.current():
+    if made[0].jobs.find_active_job():
         stop(made[0])
 
 
@@ -178,7 +182,7 @@ def at_rest(large, resting):
     """Such a page with its base at rest, and its moves."""
     subject, moves = resting()
     ctx = large(lambda: subject)
-    ctx.pipeline()
+    ctx.wait_for_pipeline()
     return ctx, moves
 
 
@@ -193,9 +197,9 @@ def test_the_pages_base_is_off_the_gpu_while_a_run_trains_after_a_restart_too_an
     ctx, moves = at_rest
     before = picture(ctx)
     assert picture(ctx) == before and moves == [OTHER_DEVICE]
-    seen, spawn = [], page_jobs.processes.start_logged
+    seen, spawn = [], page_jobs.processes.start_process
     noted = lambda *place, **how: (seen.append(list(moves)), spawn(*place, **how))[1]  # noqa: E731
-    monkeypatch.setattr(page_jobs.processes, "start_logged", noted)
+    monkeypatch.setattr(page_jobs.processes, "start_process", noted)
     ctx.jobs.start("dog", {})
     assert seen == [[OTHER_DEVICE, "cpu"]]
     fresh, its_moves = resting()
@@ -206,7 +210,10 @@ def test_the_pages_base_is_off_the_gpu_while_a_run_trains_after_a_restart_too_an
             picture(page)
     assert its_moves == []
     picture(large(lambda: fresh, resolution_px=128))  # a small base stays
-    assert ctx.jobs.current() and (moves, its_moves) == ([OTHER_DEVICE, "cpu"], [OTHER_DEVICE])
+    assert ctx.jobs.find_active_job() and (moves, its_moves) == (
+        [OTHER_DEVICE, "cpu"],
+        [OTHER_DEVICE],
+    )
     stop(ctx)
     assert picture(ctx) == before and moves[2:] == [OTHER_DEVICE]
 
@@ -222,7 +229,7 @@ def test_a_run_begins_when_the_picture_being_drawn_is_done_and_a_resumed_one_kee
         job = pool.submit(lambda: (started.set(), ctx.jobs.start("dog", {}))[1])
         started.wait()
         time.sleep(0.1)
-        assert not job.done() and ctx.jobs.current() is None
+        assert not job.done() and ctx.jobs.find_active_job() is None
         *_, last = frames
         assert len(last.pictures) == 1 and job.result(timeout=20).is_alive
     stop(ctx)

@@ -15,8 +15,13 @@ import pytest
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import open_mask
-from dreambooth_moslora.ui.photo_copies import MAX_SIDE_PX, kept_photos, take_photos
-from dreambooth_moslora.ui.workspace import GRADIO, HISTORY_LENGTH, Picture, new_workspace
+from dreambooth_moslora.ui.photo_copies import MAX_SIDE_PX, copy_photos, list_photo_copies
+from dreambooth_moslora.ui.workspace import (
+    GRADIO_FOLDER,
+    HISTORY_LENGTH,
+    SavedImage,
+    create_workspace,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,14 +29,14 @@ ROOT = Path(__file__).parents[2]
 def test_the_history_forgets_the_oldest_with_its_file(tmp_path, workspace):
     for number in range(HISTORY_LENGTH + 5):
         (path := tmp_path / f"{number}.png").write_bytes(b"x")
-        workspace.remember(Picture(path, str(number)))
+        workspace.add_to_history(SavedImage(path, str(number)))
     assert workspace.history[0].caption == str(HISTORY_LENGTH + 4)
     assert len(list(tmp_path.glob("*.png"))) == HISTORY_LENGTH
 
 
 def test_what_was_shown_long_ago_is_deleted(workspace):
     """Gradio deletes nothing of a session's own components, which are all after a first update."""
-    (shown := workspace.root / GRADIO / "digest" / "a.png").parent.mkdir(parents=True)
+    (shown := workspace.root / GRADIO_FOLDER / "digest" / "a.png").parent.mkdir(parents=True)
     shown.write_bytes(b"x")
     workspace.delete_old(3600)
     assert shown.exists()
@@ -45,7 +50,7 @@ def test_a_folder_that_any_user_named_like_a_server_s_is_kept_and_does_not_stop_
 ):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     (tmp_path / f"moslora-app-{rest}").mkdir()
-    new_workspace().close()
+    create_workspace().close()
     assert [path.name for path in tmp_path.iterdir()] == [f"moslora-app-{rest}"]
 
 
@@ -53,17 +58,17 @@ def test_a_page_in_another_container_keeps_its_photos(tmp_path, monkeypatch):
     """Its process is not seen: the second page deleted the first one's photos. The name of no
     process that runs here stands for another namespace's."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    start = "from dreambooth_moslora.ui.workspace import new_workspace as new; page = new(); "
+    start = "from dreambooth_moslora.ui.workspace import create_workspace as new; page = new(); "
     hold = f"{start}(page.root / 'photo.png').touch(); print(page.root, flush=True); input()"
     command = [sys.executable, "-c", hold]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, **pipes) as page:
         folder = tmp_path / "moslora-app-999999999-0123abcd-left"
         Path(page.stdout.readline().strip()).rename(folder)
-        new_workspace().close()
+        create_workspace().close()
         assert (folder / "photo.png").is_file()
         page.kill()
-    new_workspace().close()
+    create_workspace().close()
     assert not list(tmp_path.iterdir())
 
 
@@ -98,7 +103,8 @@ def test_nothing_that_was_sent_outlives_the_server(tmp_path, free_port, number):
         code = page.wait(timeout=60)
     if number == signal.SIGKILL:
         assert uploaded.is_file()
-        start = "from dreambooth_moslora.ui.workspace import new_workspace; new_workspace().close()"
+        start = "from dreambooth_moslora.ui.workspace import create_workspace; "
+        start += "create_workspace().close()"
         subprocess.run([sys.executable, "-c", start], env=environment, check=True)
     else:
         assert code == 143
@@ -109,7 +115,7 @@ def test_nothing_that_was_sent_outlives_the_server(tmp_path, free_port, number):
 
 def test_a_large_photo_becomes_a_copy_of_the_largest_side(tmp_path):
     PIL.Image.new("L", (MAX_SIDE_PX + 8, MAX_SIDE_PX + 8)).save(tmp_path / "large.jpg")
-    take_photos([str(tmp_path / "large.jpg")], tmp_path / "photos")
+    copy_photos([str(tmp_path / "large.jpg")], tmp_path / "photos")
     with PIL.Image.open(tmp_path / "photos" / "photo_01.png") as taken:
         assert taken.size == (MAX_SIDE_PX, MAX_SIDE_PX)
 
@@ -120,7 +126,7 @@ def test_a_large_rotated_picture_with_a_palette_stands_upright_and_keeps_its_col
     picture = PIL.Image.new("RGB", (MAX_SIDE_PX + 400, 90), "red")
     picture.paste("blue", (0, 0, 400, 90))
     picture.quantize(4).save(tmp_path / "a.png", exif=exif)
-    take_photos([str(tmp_path / "a.png")], tmp_path / "photos")
+    copy_photos([str(tmp_path / "a.png")], tmp_path / "photos")
     with PIL.Image.open(tmp_path / "photos" / "photo_01.png") as taken:
         assert taken.size[1] == MAX_SIDE_PX > taken.size[0]
         assert (taken.getpixel((9, 9)), taken.getpixel((9, 4000))) == ((0, 0, 255), (255, 0, 0))
@@ -136,8 +142,8 @@ def test_masks_of_any_image_format_go_with_their_photos_and_are_no_photos(tmp_pa
     shape.save(tmp_path / "d.mask.webp", lossless=True)
     (tmp_path / "a.mask.png").write_bytes(b"no picture")
     (tmp_path / "d.txt").write_text("a caption is not taken for the mask")
-    remarks = take_photos([str(path) for path in sorted(tmp_path.iterdir())], tmp_path / "photos")
-    assert [path.name for path in kept_photos(tmp_path / "photos")] == [
+    remarks = copy_photos([str(path) for path in sorted(tmp_path.iterdir())], tmp_path / "photos")
+    assert [path.name for path in list_photo_copies(tmp_path / "photos")] == [
         f"photo_0{number}.png" for number in (1, 2, 3)
     ]
     assert "c.mask.png: a mask of no photo that is here" in remarks and len(remarks) == 3
@@ -149,4 +155,4 @@ def test_masks_of_any_image_format_go_with_their_photos_and_are_no_photos(tmp_pa
     assert first is None and np.abs(np.array(second).mean() - 127) < 3
     assert (third.getpixel((9, 9)), third.getpixel((90, 9))) == (255, 0)
     with pytest.raises(UserError, match="add some photos"):
-        take_photos([str(tmp_path / "c.mask.png")], tmp_path / "none")
+        copy_photos([str(tmp_path / "c.mask.png")], tmp_path / "none")

@@ -24,36 +24,36 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from tqdm import tqdm
 
-from toybox.data.pieces import kept
+from toybox.data.pieces import load_or_make
 from toybox.data.renders import Renders, to_pixels, to_uint8
-from toybox.learning.alignment import Sight
+from toybox.learning.alignment import VisionTower
 from toybox.learning.channels_last import to_channels_last
-from toybox.render import toy_masks
+from toybox.render import render_masks
 from toybox.world import Scene
 
-__all__ = ["cropped", "small", "view", "whole"]
+__all__ = ["crop_random", "shrink_small", "sample_view", "keep_whole"]
 
 SIZE_PX = 128
-PIECE = 32 * 16  # images in a file while the work goes on
+PIECE_SIZE = 32 * 16  # images in a file while the work goes on
 
 
-def with_toys(renders: Renders, indices: range) -> Tensor:
+def add_toy_masks(renders: Renders, indices: range) -> Tensor:
     """fp32 (N,4,128,128): the renders' pixels in [-1, 1], and as a fourth channel 1 where a toy is,
     0 elsewhere."""
     scenes = [Scene.from_dict(renders.rows[i]["scene"]) for i in indices]
     masks = interpolate(
-        toy_masks(scenes, 32)[:, None].float(), size=(SIZE_PX, SIZE_PX), mode="bilinear"
+        render_masks(scenes, 32)[:, None].float(), size=(SIZE_PX, SIZE_PX), mode="bilinear"
     )
-    return torch.cat([to_pixels(renders.images(indices)), masks], dim=1)
+    return torch.cat([to_pixels(renders.load_images(indices)), masks], dim=1)
 
 
-def whole(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
+def keep_whole(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
     """(C,128,128) -> the same, and its six time ids."""
     original = int(torch.randint(1, 9, (), generator=generator)) * SIZE_PX
     return pixels, [original, original, 0, 0, SIZE_PX, SIZE_PX]
 
 
-def cropped(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
+def crop_random(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
     """(C,128,128) -> the same and its time ids: enlarged by 1.05 to 1.4, and cropped to 128 px
     anywhere."""
     size = int(SIZE_PX * (1.05 + 0.35 * torch.rand((), generator=generator)))
@@ -69,7 +69,7 @@ def cropped(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[in
     ]
 
 
-def small(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
+def shrink_small(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
     """(C,128,128) -> the same and its time ids: shrunk to 48-96 px and enlarged again, like a small
     photo."""
     size = int(torch.randint(48, 97, (), generator=generator))
@@ -78,15 +78,17 @@ def small(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]
     return back, [size, size, 0, 0, SIZE_PX, SIZE_PX]
 
 
-def view(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
+def sample_view(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
     """(C,128,128) -> the same and its time ids: of a hundred, 83 are whole, 12 cropped, 5 small."""
     kind = float(torch.rand((), generator=generator))
-    return (whole if kind < 0.83 else cropped if kind < 0.95 else small)(pixels, generator)
+    return (keep_whole if kind < 0.83 else crop_random if kind < 0.95 else shrink_small)(
+        pixels, generator
+    )
 
 
 @torch.no_grad()
 def encode(
-    renders: Renders, numbers: range, vae: AutoencoderKL, sight: Sight, first: int = 0
+    renders: Renders, numbers: range, vae: AutoencoderKL, sight: VisionTower, first: int = 0
 ) -> dict[str, Tensor]:
     """latents (N,4,16,16) fp16, scaled; time_ids (N,6) int16; toys (N,16,16) fp16 in [0, 1]; seen
     (N,160,4,4) fp16.
@@ -98,8 +100,8 @@ def encode(
     latents, toys, seen, ids = [], [], [], []
     for start in range(numbers.start, numbers.stop, 32):
         generator = torch.Generator().manual_seed(first + start)
-        pixels = with_toys(renders, range(start, min(start + 32, numbers.stop)))
-        views = [view(p, generator) for p in pixels]
+        pixels = add_toy_masks(renders, range(start, min(start + 32, numbers.stop)))
+        views = [sample_view(p, generator) for p in pixels]
         x = torch.stack([v for v, _ in views])
         seen.append(sight(to_uint8(x[:, :3])))
         mean = (
@@ -129,13 +131,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, default=None, help="only the first so many images")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
-    sight = Sight(args.clip / "image_encoder", device=args.device)
+    sight = VisionTower(args.clip / "image_encoder", device=args.device)
     renders, vae = Renders(args.data, args.limit), AutoencoderKL.from_pretrained(args.vae)
     pieces, found = args.out.with_suffix(".pieces"), []
-    for start in tqdm(range(0, len(renders), PIECE), desc="encode"):
-        numbers = range(start, min(start + PIECE, len(renders)))
+    for start in tqdm(range(0, len(renders), PIECE_SIZE), desc="encode"):
+        numbers = range(start, min(start + PIECE_SIZE, len(renders)))
         found.append(
-            kept(
+            load_or_make(
                 pieces / f"{numbers.stop}.safetensors",
                 partial(encode, renders, numbers, vae, sight),
             )

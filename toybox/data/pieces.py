@@ -6,10 +6,10 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["kept"]
+__all__ = ["load_or_make"]
 
 
-def kept(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def load_or_make(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors in the file; if it is missing, they are made and written atomically."""
     if path.is_file():
         return load_file(path)

@@ -24,13 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from toybox.captions import canonical_caption, caption
+from toybox.captions import caption, format_canonical_caption
 from toybox.render import render
 from toybox.world import sample_scene
 
 __all__ = ["Shard", "write_shard"]
 
-SHARD = 1000
+SHARD_SIZE = 1000
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,16 @@ class Shard:
     narrow: bool = False
 
     @property
-    def images(self) -> Path:
+    def images_path(self) -> Path:
         return self.out / f"images_{self.number:04d}.npy"
 
     @property
-    def scenes(self) -> Path:
+    def scenes_path(self) -> Path:
         return self.out / f"scenes_{self.number:04d}.jsonl"
 
     @property
     def is_done(self) -> bool:
-        return self.images.exists() and self.scenes.exists()
+        return self.images_path.exists() and self.scenes_path.exists()
 
 
 def write_shard(shard: Shard) -> Shard:
@@ -71,19 +71,19 @@ def write_shard(shard: Shard) -> Shard:
             {
                 "scene": s.to_dict(),
                 "caption": caption(s, rng),
-                "canonical_caption": canonical_caption(s),
+                "canonical_caption": format_canonical_caption(s),
             }
         )
         for s in scenes
     ]
     pictures = render(scenes, shard.size_px, shard.device, shard.compiled).cpu().numpy()
-    temporary = shard.scenes.with_suffix(".tmp")
+    temporary = shard.scenes_path.with_suffix(".tmp")
     temporary.write_text("\n".join(lines) + "\n")
-    temporary.replace(shard.scenes)
-    temporary = shard.images.with_suffix(".tmp")
+    temporary.replace(shard.scenes_path)
+    temporary = shard.images_path.with_suffix(".tmp")
     with temporary.open("wb") as file:
         np.save(file, pictures)
-    temporary.replace(shard.images)
+    temporary.replace(shard.images_path)
     return shard
 
 
@@ -111,12 +111,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    starts = range(0, args.count, SHARD)
+    starts = range(0, args.count, SHARD_SIZE)
     shards = [
         Shard(
             args.out,
             number,
-            min(SHARD, args.count - start),
+            min(SHARD_SIZE, args.count - start),
             args.seed,
             args.size_px,
             args.device,
@@ -139,7 +139,7 @@ def write_all(todo: list[Shard], workers: int) -> None:
             minutes = (time.monotonic() - began) / 60
             left = minutes / done * (len(todo) - done)
             print(
-                f"{shard.images.name}: {done}/{len(todo)} in {minutes:.1f} min, "
+                f"{shard.images_path.name}: {done}/{len(todo)} in {minutes:.1f} min, "
                 f"{left:.1f} min left",
                 flush=True,
             )

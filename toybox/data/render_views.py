@@ -16,17 +16,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from toybox.data.pieces import kept
+from toybox.data.pieces import load_or_make
 from toybox.render import render
 from toybox.world import KINDS, PLACES, Scene, Toy, sample_scene, sample_toy
 
-__all__ = ["sights", "views_of"]
+__all__ = ["sample_sights", "render_block"]
 
 
-BLOCK = 8 * len(KINDS)  # toys rendered at once, eight of a kind
+BLOCK_SIZE = 8 * len(KINDS)  # toys rendered at once, eight of a kind
 
 
-def views_of(block: range, views: int = 4) -> tuple[list[str], np.ndarray]:
+def render_block(block: range, views: int = 4) -> tuple[list[str], np.ndarray]:
     """Kinds, and uint8 (toys, views, 128, 128, 3), of the individuals with these numbers; each view
     has another place."""
     toys, scenes = [], []
@@ -34,20 +34,22 @@ def views_of(block: range, views: int = 4) -> tuple[list[str], np.ndarray]:
         rng = random.Random(f"individual {number}")
         toy = sample_toy(rng, kind=KINDS[number % len(KINDS)])
         toys.append(toy)
-        scenes += sights(rng, toy, views)
+        scenes += sample_sights(rng, toy, views)
     images = render(scenes, compiled=True).numpy()
     return [toy.kind for toy in toys], images.reshape(len(toys), views, *images.shape[1:])
 
 
-def sights(rng: random.Random, toy: Toy, views: int) -> list[Scene]:
+def sample_sights(rng: random.Random, toy: Toy, views: int) -> list[Scene]:
     """The toy from `views` sides, each in another place and light."""
     return [sample_scene(rng, toy, place, held_out=None) for place in rng.sample(PLACES, views)]
 
 
-def piece(block: range, views: int, folder: Path) -> tuple[list[str], np.ndarray]:
-    """`views_of`, kept in a file of the folder; the kinds follow from the numbers."""
+def load_block(block: range, views: int, folder: Path) -> tuple[list[str], np.ndarray]:
+    """`render_block`, kept in a file of the folder; the kinds follow from the numbers."""
     path = folder / f"{block.start:06d}_{len(block)}_{views}.safetensors"
-    images = kept(path, lambda: {"images": torch.from_numpy(views_of(block, views)[1])})["images"]
+    images = load_or_make(
+        path, lambda: {"images": torch.from_numpy(render_block(block, views)[1])}
+    )["images"]
     return [KINDS[number % len(KINDS)] for number in block], images.numpy()
 
 
@@ -61,9 +63,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    blocks = [range(start, min(start + BLOCK, args.toys)) for start in range(0, args.toys, BLOCK)]
+    blocks = [
+        range(start, min(start + BLOCK_SIZE, args.toys))
+        for start in range(0, args.toys, BLOCK_SIZE)
+    ]
     with get_context("spawn").Pool(args.workers, torch.set_num_threads, (1,)) as pool:
-        jobs = pool.imap(partial(piece, views=args.views, folder=args.out / "pieces"), blocks)
+        jobs = pool.imap(partial(load_block, views=args.views, folder=args.out / "pieces"), blocks)
         kinds, images = zip(*tqdm(jobs, total=len(blocks), mininterval=10))
     np.save(args.out / "views.npy", np.concatenate(images))
     shutil.rmtree(args.out / "pieces")

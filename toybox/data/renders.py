@@ -46,7 +46,7 @@ class Renders:
     def __len__(self) -> int:
         return self.count
 
-    def images(self, indices: Tensor | list[int]) -> Tensor:
+    def load_images(self, indices: Tensor | list[int]) -> Tensor:
         """uint8 (N,H,W,3)."""
         picked = [self._shards[int(i) // self._size][int(i) % self._size] for i in indices]
         return torch.from_numpy(np.stack(picked))

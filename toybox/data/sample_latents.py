@@ -20,17 +20,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from toybox.assemble import scheduler
-from toybox.data.pieces import kept
+from toybox.assemble import build_scheduler
+from toybox.data.pieces import load_or_make
 from toybox.data.renders import Renders
-from toybox.learning.channels_last import to_channels_last, use_fast_group_norm
+from toybox.learning.channels_last import replace_group_norms, to_channels_last
 from toybox.learning.train_unet import TextTowers
 from toybox.learning.training import compute_dtype
 
 __all__ = ["draw"]
 
 STEPS, GUIDANCE = 30, 2.5
-PIECE = 48  # latents sampled at once
+PIECE_SIZE = 48  # latents sampled at once
 TIME_IDS = (128.0, 128.0, 0.0, 0.0, 128.0, 128.0)  # a whole render
 
 
@@ -40,7 +40,7 @@ def draw(
 ) -> Tensor:
     """Noise (N,4,16,16) of unit variance -> scaled latents of the same shape, under captions
     (N,77,256), (N,160)."""
-    sampler = scheduler()
+    sampler = build_scheduler()
     sampler.set_timesteps(steps)
     x = noise * sampler.init_noise_sigma
     embeds, pooled = (torch.cat([torch.zeros_like(c), c]) for c in (embeds, pooled))
@@ -55,7 +55,7 @@ def draw(
     return x
 
 
-def samples(
+def sample_latents(
     rows: range, renders: Renders, towers: TextTowers, unet: UNet2DConditionModel
 ) -> dict[str, Tensor]:
     embeds, pooled = towers([renders.rows[i]["canonical_caption"] for i in rows])
@@ -77,12 +77,15 @@ def main(argv: list[str] | None = None) -> None:
     unet = UNet2DConditionModel.from_pretrained(args.unet, torch_dtype=torch.float32).eval()
     unet.set_attn_processor(AttnProcessor())
     dtype = compute_dtype(args.device)
-    unet = use_fast_group_norm(unet).to(args.device, dtype=dtype, memory_format=torch.channels_last)
+    unet = replace_group_norms(unet).to(args.device, dtype=dtype, memory_format=torch.channels_last)
     pieces, found = args.out.with_suffix(".pieces"), []
-    for start in tqdm(range(0, min(args.count, len(renders.rows)), PIECE), desc="sample"):
-        rows = range(start, min(start + PIECE, args.count))
+    for start in tqdm(range(0, min(args.count, len(renders.rows)), PIECE_SIZE), desc="sample"):
+        rows = range(start, min(start + PIECE_SIZE, args.count))
         found.append(
-            kept(pieces / f"{rows.stop}.safetensors", partial(samples, rows, renders, towers, unet))
+            load_or_make(
+                pieces / f"{rows.stop}.safetensors",
+                partial(sample_latents, rows, renders, towers, unet),
+            )
         )
     save_file({"latents": torch.cat([piece["latents"] for piece in found])}, args.out)
     shutil.rmtree(pieces)

@@ -16,13 +16,13 @@ from torch import Tensor
 from toybox.drawing.sdf import (
     Num,
     Point,
-    at,
     box,
     capsule,
     cone,
     cylinder,
     ellipsoid,
     mirror_x,
+    move_to,
     sphere,
     torus,
 )
@@ -36,11 +36,11 @@ __all__ = [
     "SECOND",
     "Genes",
     "Part",
-    "bow",
-    "flag",
-    "grow",
-    "hats",
-    "scarf",
+    "build_bow",
+    "build_flag",
+    "scale_gene",
+    "build_hats",
+    "build_scarf",
 ]
 
 GENES = ("height", "girth", "head", "limb")
@@ -79,72 +79,72 @@ class Genes(NamedTuple):
     limb: Tensor
     worn: dict[str, Tensor]
 
-    def take(self, index: Tensor) -> Genes:
+    def select(self, index: Tensor) -> Genes:
         return Genes(
             *(gene[index] for gene in self[:4]),
             {name: mask[index] for name, mask in self.worn.items()},
         )
 
 
-def grow(gene: Tensor, size: float, share: float = 0.2) -> Tensor:
+def scale_gene(gene: Tensor, size: float, share: float = 0.2) -> Tensor:
     return size * (1 + share * gene)
 
 
-def _wear(g: Genes, name: str, parts: Callable[[], list[Part]]) -> list[Part]:
+def _build_worn(g: Genes, name: str, parts: Callable[[], list[Part]]) -> list[Part]:
     """The parts of an accessory, where it is worn; nothing is computed when no toy wears it."""
     if name not in g.worn:
         return []
     return [(torch.where(g.worn[name], d, 9.0), role) for d, role in parts()]
 
 
-def hats(p: Point, g: Genes, x: Num, y: Num, z: Num, size: Num) -> list[Part]:
+def build_hats(p: Point, g: Genes, x: Num, y: Num, z: Num, size: Num) -> list[Part]:
     """Hats on a head whose top is (x, y, z) and whose radius is `size`."""
-    q = at(p, x, y - 0.03, z)
+    q = move_to(p, x, y - 0.03, z)
 
     def top_hat() -> list[Part]:
-        brim = cylinder(at(q, 0, 0.02, 0), size * 0.95, 0.022)
+        brim = cylinder(move_to(q, 0, 0.02, 0), size * 0.95, 0.022)
         return [
-            (torch.minimum(brim, cylinder(at(q, 0, 0.12, 0), size * 0.6, 0.12)), ACCENT),
-            (cylinder(at(q, 0, 0.065, 0), size * 0.62, 0.03), RED),
+            (torch.minimum(brim, cylinder(move_to(q, 0, 0.12, 0), size * 0.6, 0.12)), ACCENT),
+            (cylinder(move_to(q, 0, 0.065, 0), size * 0.62, 0.03), RED),
         ]
 
     def party_hat() -> list[Part]:
         return [
-            (cone(at(q, 0, 0.14, 0), size * 0.65, 0.01, 0.15), ACCENT),
-            (sphere(at(q, 0, 0.3, 0), 0.045), WHITE),
+            (cone(move_to(q, 0, 0.14, 0), size * 0.65, 0.01, 0.15), ACCENT),
+            (sphere(move_to(q, 0, 0.3, 0), 0.045), WHITE),
         ]
 
-    return _wear(g, "top hat", top_hat) + _wear(g, "party hat", party_hat)
+    return _build_worn(g, "top hat", top_hat) + _build_worn(g, "party hat", party_hat)
 
 
-def scarf(p: Point, g: Genes, x: Num, y: Num, z: Num, size: Num) -> list[Part]:
+def build_scarf(p: Point, g: Genes, x: Num, y: Num, z: Num, size: Num) -> list[Part]:
     """A scarf round a neck of radius `size` at (x, y, z), its end hanging down in front and to the
     side."""
-    q = at(p, x, y, z)
+    q = move_to(p, x, y, z)
 
     def scarf_parts() -> list[Part]:
         ring = torus(q, size, 0.055)
         end = capsule(q, (-size * 0.75, 0, -size * 0.75), (-size * 0.9, -0.22, -size * 0.9), 0.05)
         return [(torch.minimum(ring, end), ACCENT)]
 
-    return _wear(g, "scarf", scarf_parts)
+    return _build_worn(g, "scarf", scarf_parts)
 
 
-def bow(p: Point, g: Genes, x: Num, y: Num, z: Num) -> list[Part]:
+def build_bow(p: Point, g: Genes, x: Num, y: Num, z: Num) -> list[Part]:
     def bow_parts() -> list[Part]:
-        q = at(p, x, y, z)
-        left = ellipsoid(at(mirror_x(q), 0.085, 0, 0), 0.085, 0.06, 0.04)
+        q = move_to(p, x, y, z)
+        left = ellipsoid(move_to(mirror_x(q), 0.085, 0, 0), 0.085, 0.06, 0.04)
         return [(torch.minimum(left, sphere(q, 0.045)), ACCENT)]
 
-    return _wear(g, "bow", bow_parts)
+    return _build_worn(g, "bow", bow_parts)
 
 
-def flag(p: Point, g: Genes, x: Num, y: Num, z: Num) -> list[Part]:
+def build_flag(p: Point, g: Genes, x: Num, y: Num, z: Num) -> list[Part]:
     """A flag on a pole that stands on (x, y, z)."""
 
     def flag_parts() -> list[Part]:
-        q = at(p, x, y, z)
+        q = move_to(p, x, y, z)
         pole = capsule(q, (0.0, 0.0, 0.0), (0.0, 0.32, 0.0), 0.014)
-        return [(pole, STEEL), (box(at(q, 0.12, 0.25, 0), 0.11, 0.075, 0.016, 0.01), ACCENT)]
+        return [(pole, STEEL), (box(move_to(q, 0.12, 0.25, 0), 0.11, 0.075, 0.016, 0.01), ACCENT)]
 
-    return _wear(g, "flag", flag_parts)
+    return _build_worn(g, "flag", flag_parts)

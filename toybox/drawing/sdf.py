@@ -3,8 +3,8 @@
 A point cloud is a `Point`, three tensors x, y, z of one shape (P,), in toy units (a toy is about
 one unit tall, stands on y = 0 and looks along -z or -x). A distance is a tensor (P,): negative
 inside, zero on the surface. Primitives are centred on the origin; `at` moves them, `mirror_x` and
-`mirror_z` double them, `lie_x` and `lie_z` lay an upright primitive down. Sizes are numbers or
-tensors (P,), so that every point may belong to another toy.
+`mirror_z` double them, `rotate_to_x` and `rotate_to_z` lay an upright primitive down. Sizes are
+numbers or tensors (P,), so that every point may belong to another toy.
 
 The formulas follow https://iquilezles.org/articles/distfunctions.
 """
@@ -19,14 +19,14 @@ from torch import Tensor
 __all__ = [
     "Num",
     "Point",
-    "at",
+    "move_to",
     "box",
     "capsule",
     "cone",
     "cylinder",
     "ellipsoid",
-    "lie_x",
-    "lie_z",
+    "rotate_to_x",
+    "rotate_to_z",
     "mirror_x",
     "mirror_z",
     "smooth_union",
@@ -39,7 +39,7 @@ Num: TypeAlias = "float | Tensor"
 Point: TypeAlias = "tuple[Tensor, Tensor, Tensor]"
 
 
-def at(p: Point, x: Num, y: Num, z: Num) -> Point:
+def move_to(p: Point, x: Num, y: Num, z: Num) -> Point:
     """The points as seen from (x, y, z)."""
     return p[0] - x, p[1] - y, p[2] - z
 
@@ -52,17 +52,17 @@ def mirror_z(p: Point) -> Point:
     return p[0], p[1], p[2].abs()
 
 
-def lie_x(p: Point) -> Point:
+def rotate_to_x(p: Point) -> Point:
     """An upright primitive of these points lies along x."""
     return p[1], p[0], p[2]
 
 
-def lie_z(p: Point) -> Point:
+def rotate_to_z(p: Point) -> Point:
     """An upright primitive of these points lies along z."""
     return p[0], p[2], p[1]
 
 
-def _length(*parts: Tensor) -> Tensor:
+def _compute_length(*parts: Tensor) -> Tensor:
     total = parts[0] * parts[0]
     for part in parts[1:]:
         total = torch.addcmul(total, part, part)
@@ -70,14 +70,14 @@ def _length(*parts: Tensor) -> Tensor:
 
 
 def sphere(p: Point, radius: Num) -> Tensor:
-    return _length(*p) - radius
+    return _compute_length(*p) - radius
 
 
 def ellipsoid(p: Point, rx: Num, ry: Num, rz: Num) -> Tensor:
     """A bound, exact to first order at the surface."""
     q = p[0] / rx, p[1] / ry, p[2] / rz
-    near = _length(*q)
-    slope = _length(q[0] / rx, q[1] / ry, q[2] / rz)
+    near = _compute_length(*q)
+    slope = _compute_length(q[0] / rx, q[1] / ry, q[2] / rz)
     return near * (near - 1) / slope.clamp_min(1e-6)
 
 
@@ -89,15 +89,15 @@ def box(p: Point, hx: Num, hy: Num, hz: Num, rounding: float = 0.02) -> Tensor:
         p[2].abs() - (hz - rounding),
     )
     inside = torch.maximum(torch.maximum(x, y), z).clamp_max(0)
-    return _length(x.clamp_min(0), y.clamp_min(0), z.clamp_min(0)) + inside - rounding
+    return _compute_length(x.clamp_min(0), y.clamp_min(0), z.clamp_min(0)) + inside - rounding
 
 
 def cylinder(p: Point, radius: Num, half: Num, rounding: float = 0.015) -> Tensor:
     """Upright, of height 2 * half."""
-    side = _length(p[0], p[2]) - (radius - rounding)
+    side = _compute_length(p[0], p[2]) - (radius - rounding)
     end = p[1].abs() - (half - rounding)
     return (
-        _length(side.clamp_min(0), end.clamp_min(0))
+        _compute_length(side.clamp_min(0), end.clamp_min(0))
         + torch.maximum(side, end).clamp_max(0)
         - rounding
     )
@@ -108,13 +108,13 @@ def cone(p: Point, low: Num, high: Num, half: Num) -> Tensor:
     outside."""
     slope = (high - low) / (2 * half)
     radius = low + slope * (p[1] + half)
-    side = (_length(p[0], p[2]) - radius) / (1 + slope * slope) ** 0.5
+    side = (_compute_length(p[0], p[2]) - radius) / (1 + slope * slope) ** 0.5
     return torch.maximum(side, p[1].abs() - half)
 
 
 def torus(p: Point, radius: Num, thickness: Num) -> Tensor:
     """A ring that lies flat, round the y axis."""
-    return _length(_length(p[0], p[2]) - radius, p[1]) - thickness
+    return _compute_length(_compute_length(p[0], p[2]) - radius, p[1]) - thickness
 
 
 def capsule(
@@ -125,11 +125,11 @@ def capsule(
     end_radius: Num | None = None,
 ) -> Tensor:
     """A sausage from a to b; with `end_radius` it tapers towards b (a close bound)."""
-    q = at(p, *a)
+    q = move_to(p, *a)
     axis = b[0] - a[0], b[1] - a[1], b[2] - a[2]
     length2 = axis[0] * axis[0] + axis[1] * axis[1] + axis[2] * axis[2]
     along = ((q[0] * axis[0] + q[1] * axis[1] + q[2] * axis[2]) / length2).clamp(0, 1)
-    gap = _length(q[0] - along * axis[0], q[1] - along * axis[1], q[2] - along * axis[2])
+    gap = _compute_length(q[0] - along * axis[0], q[1] - along * axis[1], q[2] - along * axis[2])
     if end_radius is None:
         return gap - radius
     return (gap - (radius + along * (end_radius - radius))) * 0.95

@@ -1,6 +1,6 @@
 """Ray tracing of toys: sphere tracing, normals, soft shadows and the paint of a toy.
 
-Vectors are tensors (3, R), one ray per column. A `Herd` has one toy per scene, all of one kind;
+Vectors are tensors (3, R), one ray per column. A `ToyGroup` has one toy per scene, all of one kind;
 `scene` (R,) is the number of a ray's scene, hence of its toy. Rays that miss a toy's bounding box
 cost nothing.
 """
@@ -14,13 +14,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from toybox.drawing.kinds import SHAPES, compiled_distance, distance, measure, roles
+from toybox.drawing.kinds import SHAPES, compile_distance, compute_distance, find_roles, measure
 from toybox.drawing.parts import ACCENT, MAIN, ROLE_COLOURS, SECOND, Genes
 from toybox.world import COLOURS, MATERIALS, PATTERNS, Toy
 
-__all__ = ["Herd", "cross", "dot", "unit"]
+__all__ = ["ToyGroup", "cross", "dot", "normalize"]
 
-HIT = 0.003  # toy units: a quarter of a pixel at 128 px
+HIT_DISTANCE = 0.003  # toy units: a quarter of a pixel at 128 px
 _TETRAHEDRON = ((1.0, -1.0, -1.0), (-1.0, -1.0, 1.0), (-1.0, 1.0, -1.0), (1.0, 1.0, 1.0))
 
 
@@ -28,7 +28,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(0)
 
 
-def unit(a: Tensor) -> Tensor:
+def normalize(a: Tensor) -> Tensor:
     return a / dot(a, a).sqrt().clamp_min(1e-9)
 
 
@@ -37,7 +37,7 @@ def cross(a: Tensor, b: Tensor) -> Tensor:
 
 
 @dataclass
-class Herd:
+class ToyGroup:
     """One toy per scene: its genes and looks, and its position. N scenes."""
 
     kind: str
@@ -52,7 +52,9 @@ class Herd:
     x: Tensor  # (N,) where it stands on the ground, at z = 0
 
     @classmethod
-    def of(cls, toys: Sequence[Toy], yaw: Tensor, device: torch.device, compiled: bool) -> Herd:
+    def from_toys(
+        cls, toys: Sequence[Toy], yaw: Tensor, device: torch.device, compiled: bool
+    ) -> ToyGroup:
         """The toys, which share a kind, turned by yaw (N,) and standing at x = 0."""
         kind = toys[0].kind
         # Compiled code needs the same arguments every time; otherwise accessories that no toy wears
@@ -73,7 +75,7 @@ class Herd:
         ]
         return cls(
             kind,
-            compiled_distance(kind) if compiled else partial(distance, kind),
+            compile_distance(kind) if compiled else partial(compute_distance, kind),
             genes,
             measure(kind, genes),
             torch.tensor(paints, device=device),
@@ -84,7 +86,7 @@ class Herd:
             torch.zeros_like(yaw),
         )
 
-    def half_width(self) -> Tensor:
+    def compute_half_width(self) -> Tensor:
         """Half of the width (N,) that the turned toy takes up on the screen."""
         return self.cos.abs() * self.size[0] + self.sin.abs() * self.size[2]
 
@@ -99,7 +101,9 @@ class Herd:
         c, s = self.cos[scene], self.sin[scene]
         return torch.stack([c * v[0] + s * v[2], v[1], c * v[2] - s * v[0]])
 
-    def span(self, o: Tensor, d: Tensor, scene: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    def compute_span(
+        self, o: Tensor, d: Tensor, scene: Tensor, margin: float
+    ) -> tuple[Tensor, Tensor]:
         """The distances (R,), (R,) at which local rays enter and leave the bounding box; a larger
         entry means a miss."""
         half = self.size[:, scene] + margin
@@ -108,49 +112,51 @@ class Herd:
         a, b = (low - o) * inverse, (half - o) * inverse
         return torch.minimum(a, b).amax(0).clamp_min(0), torch.maximum(a, b).amin(0)
 
-    def hit(self, o: Tensor, d: Tensor, scene: Tensor, steps: int = 56) -> tuple[Tensor, Tensor]:
+    def find_hits(
+        self, o: Tensor, d: Tensor, scene: Tensor, steps: int = 56
+    ) -> tuple[Tensor, Tensor]:
         """The rays that hit the toy: their numbers (H,) and distances (H,)."""
-        near, far = self._local_span(o, d, scene, 0.05)
+        near, far = self._compute_local_span(o, d, scene, 0.05)
         ray = (near < far).nonzero()[:, 0]
         t, far = near[ray], far[ray]
         o, d = (
             self.to_local(o[:, ray], scene[ray], True),
             self.to_local(d[:, ray], scene[ray], False),
         )
-        genes = self.genes.take(scene[ray])
+        genes = self.genes.select(scene[ray])
         rays, ts = [], []
         for step in range(steps):
             gap = self.distance(torch.addcmul(o, d, t), genes)
             t = t + gap
             if step % 3 == 2 or step == steps - 1:
-                done = gap < HIT
+                done = gap < HIT_DISTANCE
                 rays.append(ray[done])
                 ts.append(t[done])
                 keep = (~done & (t < far)).nonzero()[:, 0]
                 if not len(keep):
                     break
                 ray, t, far = ray[keep], t[keep], far[keep]
-                o, d, genes = o[:, keep], d[:, keep], genes.take(keep)
+                o, d, genes = o[:, keep], d[:, keep], genes.select(keep)
         return torch.cat(rays), torch.cat(ts)
 
-    def _local_span(
+    def _compute_local_span(
         self, o: Tensor, d: Tensor, scene: Tensor, margin: float
     ) -> tuple[Tensor, Tensor]:
-        return self.span(
+        return self.compute_span(
             self.to_local(o, scene, True), self.to_local(d, scene, False), scene, margin
         )
 
-    def shadow(self, p: Tensor, sun: Tensor, scene: Tensor, steps: int = 18) -> Tensor:
+    def compute_shadow(self, p: Tensor, sun: Tensor, scene: Tensor, steps: int = 18) -> Tensor:
         """Sunlight (R,) that reaches the points p past the toy: 0 in full shadow, 1 in the open."""
         light = torch.ones_like(p[0])
-        near, far = self._local_span(p, sun, scene, 0.08)
+        near, far = self._compute_local_span(p, sun, scene, 0.08)
         ray = (near < far).nonzero()[:, 0]
         t, far, seen = near[ray].clamp_min(0.02), far[ray], light[ray]
         o, d = (
             self.to_local(p[:, ray], scene[ray], True),
             self.to_local(sun[:, ray], scene[ray], False),
         )
-        genes = self.genes.take(scene[ray])
+        genes = self.genes.select(scene[ray])
         for step in range(steps):
             gap = self.distance(torch.addcmul(o, d, t), genes)
             seen = torch.minimum(seen, (9 * gap / t.clamp_min(0.15)).clamp(0, 1))
@@ -159,26 +165,26 @@ class Herd:
                 light[ray] = seen
                 keep = ((seen > 0.02) & (t < far)).nonzero()[:, 0]
                 ray, t, far, seen = ray[keep], t[keep], far[keep], seen[keep]
-                o, d, genes = o[:, keep], d[:, keep], genes.take(keep)
+                o, d, genes = o[:, keep], d[:, keep], genes.select(keep)
         light[ray] = seen
         return light
 
-    def contact(self, p: Tensor, scene: Tensor) -> Tensor:
+    def compute_contact(self, p: Tensor, scene: Tensor) -> Tensor:
         """Skylight (R,) on ground points: dim close to the toy's foot."""
         local = self.to_local(p, scene, True)
         size = self.size[:, scene] + 0.25
         ray = ((local[0].abs() < size[0]) & (local[2].abs() < size[2])).nonzero()[:, 0]
         light = torch.ones_like(p[0])
-        gap = self.distance(local[:, ray], self.genes.take(scene[ray]))
+        gap = self.distance(local[:, ray], self.genes.select(scene[ray]))
         light[ray] = 0.45 + 0.55 * (gap / 0.22).clamp(0, 1)
         return light
 
-    def surface(self, p: Tensor, scene: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def compute_surface(self, p: Tensor, scene: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """At points p of the toy: colour (R, 3), normal (3, R), skylight (R,), shininess class
         (R,)."""
-        local, genes = self.to_local(p, scene, True), self.genes.take(scene)
-        normal = self._normal(local, genes)
-        role = roles(self.kind, local, genes)
+        local, genes = self.to_local(p, scene, True), self.genes.select(scene)
+        normal = self._compute_normal(local, genes)
+        role = find_roles(self.kind, local, genes)
         open_sky = self.distance(local + 0.1 * normal, genes) / 0.1
         role = torch.where((role == MAIN) & self._is_patterned(local, scene), SECOND, role)
         material = torch.where(role <= ACCENT, self.material[scene], 0)
@@ -189,10 +195,10 @@ class Herd:
             material,
         )
 
-    def _normal(self, local: Tensor, genes: Genes) -> Tensor:
+    def _compute_normal(self, local: Tensor, genes: Genes) -> Tensor:
         corners = torch.tensor(_TETRAHEDRON, device=local.device).T[:, :, None]  # (3, 4, 1)
         taps = [self.distance(local + 0.002 * corners[:, k], genes) for k in range(4)]
-        return unit((corners * torch.stack(taps)).sum(1))
+        return normalize((corners * torch.stack(taps)).sum(1))
 
     def _is_patterned(self, local: Tensor, scene: Tensor) -> Tensor:
         """Where (R,) the pattern shows the second colour: on a third of the body, so that the main

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from toybox.learning.channels_last import to_channels_last, use_fast_group_norm
+from toybox.learning.channels_last import replace_group_norms, to_channels_last
 from toybox.learning.training import MasterWeights
 
 __all__ = ["Adversary", "build_discriminator"]
@@ -44,10 +44,10 @@ class Adversary:
 
     def __init__(self, weight: float, device: str = "cpu"):
         self.weight = weight
-        self.network = use_fast_group_norm(build_discriminator()).to(device)
+        self.network = replace_group_norms(build_discriminator()).to(device)
         self.weights = MasterWeights(self.network, adamw_lr=1e-3, muon_lr=0.02)
 
-    def verdict(self, loss: Tensor, y: Tensor, last: Tensor) -> Tensor:
+    def compute_loss_term(self, loss: Tensor, y: Tensor, last: Tensor) -> Tensor:
         """The term to add to the loss for drawn pictures y (N,3,H,W); `last` is the decoder's last
         weight."""
         self.network.requires_grad_(False)

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cosine_similarity
 from transformers import CLIPVisionModelWithProjection
 
-from toybox.learning.train_clip import pixels_for_clip
+from toybox.learning.train_clip import convert_to_clip_pixels
 from toybox.learning.training import compute_dtype
 
-__all__ = ["CELLS", "Alignment", "Sight"]
+__all__ = ["CELLS", "Alignment", "VisionTower"]
 
 CELLS = 4  # in height and width, to which the middle block's are averaged
 
 
-class Sight:
+class VisionTower:
     """The frozen vision tower: pictures -> features of each of 4×4 cells."""
 
     def __init__(self, folder: Path, device: str = "cpu"):
@@ -33,7 +33,7 @@ class Sight:
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (N,128,128,3) -> fp16 (N,160,4,4), the last layer's input."""
         states = self.tower(
-            pixels_for_clip(images, self.dtype).to(self.device), output_hidden_states=True
+            convert_to_clip_pixels(images, self.dtype).to(self.device), output_hidden_states=True
         ).hidden_states[-2]
         patches = states[:, 1:].float().cpu()
         side = round(patches.shape[1] ** 0.5)
@@ -41,7 +41,8 @@ class Sight:
 
 
 class Alignment(nn.Module):
-    """Keeps the middle block's output of the last forward pass and compares it with a `Sight`."""
+    """Keeps the middle block's output of the last forward pass and compares it with a
+    `VisionTower`."""
 
     def __init__(self, unet: UNet2DConditionModel, seen: Tensor):
         """`seen` (N,C,4,4) gives the size, mean and deviation of the features to predict."""
@@ -51,12 +52,12 @@ class Alignment(nn.Module):
         sample = seen[::7].float()
         self.mean = sample.mean(dim=(0, 2, 3))
         self.std = sample.std(dim=(0, 2, 3))
-        unet.mid_block.register_forward_hook(self._remember)
+        unet.mid_block.register_forward_hook(self._record_state)
 
-    def _remember(self, module: nn.Module, arguments: tuple, output: Tensor) -> None:
+    def _record_state(self, module: nn.Module, arguments: tuple, output: Tensor) -> None:
         self.state = output
 
-    def loss(self, seen: Tensor) -> Tensor:
+    def compute_loss(self, seen: Tensor) -> Tensor:
         """1 minus the mean cosine between the projected state and `seen` (N,C,4,4),
         standardised."""
         found = self.projection(adaptive_avg_pool2d(self.state, CELLS).flatten(2).mT).float()

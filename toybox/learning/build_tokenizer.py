@@ -23,7 +23,7 @@ RARE_WORDS = ("sks", "ohwx")
 WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 
 
-def learn_merges(texts: list[str], merges: int) -> list[tuple[str, str]]:
+def train_merges(texts: list[str], merges: int) -> list[tuple[str, str]]:
     """The pairs that BPE merges, in order."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix=END))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -45,14 +45,14 @@ def learn_merges(texts: list[str], merges: int) -> list[tuple[str, str]]:
     return [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in pairs]
 
 
-def rare_merges(known: set[tuple[str, str]]) -> list[tuple[str, str]]:
+def build_rare_merges(merges: set[tuple[str, str]]) -> list[tuple[str, str]]:
     """Merges that make each rare word one token, appended after the learnt ones."""
     added = []
     for word in RARE_WORDS:
         pieces = [*word[:-1], word[-1] + END]
         while len(pieces) > 1:
             pair = (pieces[0], pieces[1])
-            if pair not in known and pair not in added:
+            if pair not in merges and pair not in added:
                 added.append(pair)
             pieces = ["".join(pair), *pieces[2:]]
     return added
@@ -60,8 +60,8 @@ def rare_merges(known: set[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def build(texts: list[str], out: Path, merges: int = 900) -> CLIPTokenizer:
     """Write vocab.json and merges.txt to `out` and return the tokenizer."""
-    pairs = learn_merges(texts, merges)
-    pairs += rare_merges(set(pairs))
+    pairs = train_merges(texts, merges)
+    pairs += build_rare_merges(set(pairs))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(c + END for c in alphabet), *("".join(p) for p in pairs)]
     tokens = [*dict.fromkeys(tokens), BOS, EOS]

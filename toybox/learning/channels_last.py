@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from toybox.learning.training import compute_dtype
 
-__all__ = ["FastGroupNorm", "to_channels_last", "use_fast_group_norm"]
+__all__ = ["FastGroupNorm", "to_channels_last", "replace_group_norms"]
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -35,11 +35,11 @@ class _GroupNorm(torch.autograd.Function):
         ones = torch.ones(n, 1, h * w, dtype=x.dtype, device=x.device)
         sum_g = torch.bmm(ones, g).float()[:, 0]
         sum_gx = torch.bmm(ones, g * flat).float()[:, 0]
-        mu, rs, wf = _per_channel(mean, c), _per_channel(rstd, c), weight.float()
+        mu, rs, wf = _expand_groups(mean, c), _expand_groups(rstd, c), weight.float()
         sum_gxhat = (sum_gx - mu * sum_g) * rs
         size = (c // groups) * h * w
-        mean_g = _per_channel((sum_g * wf).view(n, groups, -1).sum(-1) / size, c)
-        mean_gxhat = _per_channel((sum_gxhat * wf).view(n, groups, -1).sum(-1) / size, c)
+        mean_g = _expand_groups((sum_g * wf).view(n, groups, -1).sum(-1) / size, c)
+        mean_gxhat = _expand_groups((sum_gxhat * wf).view(n, groups, -1).sum(-1) / size, c)
         # dx = rstd·(w·g - mean(w·g) - xhat·mean(w·g·xhat)), with xhat = (x - mean)·rstd
         slope = -rs * rs * mean_gxhat
         offset = -rs * mean_g - slope * mu
@@ -49,7 +49,7 @@ class _GroupNorm(torch.autograd.Function):
         return dx, sum_gxhat.sum(0).to(weight.dtype), sum_g.sum(0).to(weight.dtype), None, None
 
 
-def _per_channel(per_group: Tensor, channels: int) -> Tensor:
+def _expand_groups(per_group: Tensor, channels: int) -> Tensor:
     """(N,G) -> (N,C), each group's figure repeated for its channels, in fp32."""
     return per_group.float().repeat_interleave(channels // per_group.shape[1], dim=1)
 
@@ -69,7 +69,7 @@ class FastGroupNorm(nn.Module):
         return _GroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
 
 
-def use_fast_group_norm(model: nn.Module) -> nn.Module:
+def replace_group_norms(model: nn.Module) -> nn.Module:
     """Swap every GroupNorm below `model` in place, where training computes in bfloat16."""
     if compute_dtype() == torch.float32:
         return model
@@ -77,7 +77,7 @@ def use_fast_group_norm(model: nn.Module) -> nn.Module:
         if isinstance(child, nn.GroupNorm):
             setattr(model, name, FastGroupNorm(child))
         else:
-            use_fast_group_norm(child)
+            replace_group_norms(child)
     return model
 
 

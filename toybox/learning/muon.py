@@ -13,20 +13,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["GramMuon", "orthogonalized"]
+__all__ = ["GramMuon", "orthogonalize"]
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
-SMALLEST_NORM = 1e-7
+MIN_NORM = 1e-7
 
 
-def orthogonalized(matrix: Tensor) -> Tensor:
+def orthogonalize(matrix: Tensor) -> Tensor:
     """fp32 (m,n) -> the same with singular values between about 0.7 and 1.2, as far as they were
     not near zero."""
     if matrix.shape[0] > matrix.shape[1]:
-        return orthogonalized(matrix.mT).mT
+        return orthogonalize(matrix.mT).mT
     a, b, c = COEFFICIENTS
-    x = matrix / matrix.norm().clamp_min(SMALLEST_NORM)
+    x = matrix / matrix.norm().clamp_min(MIN_NORM)
     gram = x @ x.mT
     product = identity = torch.eye(len(x), device=x.device)
     for _ in range(ITERATIONS):
@@ -40,9 +40,9 @@ def orthogonalize_each(matrices: list[Tensor]) -> list[Tensor]:
     """Of the same matrices in each of several processes, each does its share, and all get all."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if world == 1:
-        return [orthogonalized(matrix) for matrix in matrices]
+        return [orthogonalize(matrix) for matrix in matrices]
     pieces = [
-        orthogonalized(m) if i % world == rank else torch.zeros_like(m)
+        orthogonalize(m) if i % world == rank else torch.zeros_like(m)
         for i, m in enumerate(matrices)
     ]
     flat = torch.cat([piece.flatten() for piece in pieces])

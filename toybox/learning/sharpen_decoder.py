@@ -23,23 +23,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from toybox.data.dead_leaves import dead_leaves
+from toybox.data.dead_leaves import generate_dead_leaves
 from toybox.data.renders import Renders, to_pixels
 from toybox.learning.adversary import Adversary
-from toybox.learning.channels_last import to_channels_last, use_fast_group_norm
-from toybox.learning.train_vae import RATES, batch, export, reconstruction_loss
-from toybox.learning.training import MasterWeights, Run
-from toybox.measures.swd import collapse, laplacian_pyramid
+from toybox.learning.channels_last import replace_group_norms, to_channels_last
+from toybox.learning.train_vae import RATES, compute_reconstruction_loss, export, sample_batch
+from toybox.learning.training import MasterWeights, TrainingRun
+from toybox.measures.swd import build_laplacian_pyramid, collapse_pyramid
 
 SCALES = (1, 2, 4)
 WARMUP = 300  # steps in which the discriminators learn alone
 COARSE_PX, FINE_PX = 8, 2
 BANDS = 3  # levels of detail above the rest of a picture
 ROUNDS = 5
-COMPARED = 256  # samples, and the renders of their captions, for the contrast
+COMPARED_COUNT = 256  # samples, and the renders of their captions, for the contrast
 
 
-def anchor_loss(y: Tensor, before: Tensor) -> Tensor:
+def compute_anchor_loss(y: Tensor, before: Tensor) -> Tensor:
     """How far pictures y (N,3,H,W) moved from those of the decoder `before`: L1 of means over 8 px,
     plus a quarter of that over 2 px."""
     moved = (y - before).float()
@@ -48,76 +48,80 @@ def anchor_loss(y: Tensor, before: Tensor) -> Tensor:
     )
 
 
-def bands(pictures: Tensor) -> list[Tensor]:
+def split_bands(pictures: Tensor) -> list[Tensor]:
     """The Laplacian pyramid of pictures (N,3,P,P), from which the rest's mean colour is taken:
     (N,3,P,P), ..., (N,3,P/8,P/8), and that mean (N,3,1,1)."""
-    *finer, rest = laplacian_pyramid(pictures, pictures.shape[-1] >> BANDS)
+    *finer, rest = build_laplacian_pyramid(pictures, pictures.shape[-1] >> BANDS)
     mean = rest.mean((2, 3), keepdim=True)
     return [*finer, rest - mean, mean]
 
 
-def contrast(pictures: Tensor) -> list[float]:
+def compute_contrast(pictures: Tensor) -> list[float]:
     """Root mean square of each band of pictures (N,3,P,P)."""
-    return [float(band.square().mean().sqrt()) for band in bands(pictures)[:-1]]
+    return [float(band.square().mean().sqrt()) for band in split_bands(pictures)[:-1]]
 
 
-def with_contrast(pictures: Tensor, gains: list[float]) -> Tensor:
+def scale_bands(pictures: Tensor, gains: list[float]) -> Tensor:
     """Pictures (N,3,P,P), each of their bands multiplied by its gain."""
-    *finer, rest, mean = (band * gain for band, gain in zip(bands(pictures), [*gains, 1.0]))
-    return collapse([*finer, rest + mean])
+    *finer, rest, mean = (band * gain for band, gain in zip(split_bands(pictures), [*gains, 1.0]))
+    return collapse_pyramid([*finer, rest + mean])
 
 
-def contrast_gains(drawn: Tensor, true: Tensor) -> list[float]:
+def compute_contrast_gains(drawn: Tensor, true: Tensor) -> list[float]:
     """Gains of the bands that give pictures `drawn` (N,3,P,P) the contrast of `true`.
 
     The bands of a pyramid overlap, so the gains are corrected `ROUNDS` times.
     """
-    wanted, gains = contrast(true), [1.0] * (BANDS + 1)
+    wanted, gains = compute_contrast(true), [1.0] * (BANDS + 1)
     for _ in range(ROUNDS):
-        found = contrast(with_contrast(drawn, gains))
+        found = compute_contrast(scale_bands(drawn, gains))
         gains = [gain * w / f for gain, w, f in zip(gains, wanted, found)]
     return gains
 
 
 @torch.no_grad()
-def gains_of_samples(vae: AutoencoderKL, samples: Tensor, renders: Renders) -> list[float]:
-    """`contrast_gains` of the pictures of unscaled samples (M,4,16,16) to the renders of their
-    captions."""
-    count = min(COMPARED, len(samples))
+def measure_sample_gains(vae: AutoencoderKL, samples: Tensor, renders: Renders) -> list[float]:
+    """`compute_contrast_gains` of the pictures of unscaled samples (M,4,16,16) to the renders of
+    their captions."""
+    count = min(COMPARED_COUNT, len(samples))
     drawn = [vae.decode(part.to(vae.device)).sample.cpu() for part in samples[:count].split(32)]
-    return contrast_gains(torch.cat(drawn).clamp(-1, 1), to_pixels(renders.images(range(count))))
+    return compute_contrast_gains(
+        torch.cat(drawn).clamp(-1, 1), to_pixels(renders.load_images(range(count)))
+    )
 
 
-def windows(size: int, crop: int, generator: torch.Generator) -> tuple[slice, slice]:
+def sample_window(size: int, crop: int, generator: torch.Generator) -> tuple[slice, slice]:
     top, left = torch.randint(0, size - crop + 1, (2,), generator=generator).tolist()
     return slice(top, top + crop), slice(left, left + crop)
 
 
-def some_renders(renders: Renders, count: int, crop_px: int, generator: torch.Generator) -> Tensor:
+def sample_renders(
+    renders: Renders, count: int, crop_px: int, generator: torch.Generator
+) -> Tensor:
     """Pixels (N,3,P,P) at random places on the grid of cells, without selection or mirroring, like
     the samples' crops."""
-    rows, columns = windows(16, crop_px // 8, generator)
-    images = to_pixels(renders.images(renders.sample(count, generator)))
+    rows, columns = sample_window(16, crop_px // 8, generator)
+    images = to_pixels(renders.load_images(renders.sample(count, generator)))
     return images[:, :, 8 * rows.start : 8 * rows.stop, 8 * columns.start : 8 * columns.stop]
 
 
-def some_samples(latents: Tensor, count: int, crop_px: int, generator: torch.Generator) -> Tensor:
+def sample_crops(latents: Tensor, count: int, crop_px: int, generator: torch.Generator) -> Tensor:
     """Crops (N,4,P/8,P/8) of the UNet's samples (M,4,16,16)."""
-    rows, columns = windows(latents.shape[-1], crop_px // 8, generator)
+    rows, columns = sample_window(latents.shape[-1], crop_px // 8, generator)
     picked = torch.randint(len(latents), (count,), generator=generator)
     return latents[picked].float()[:, :, rows, columns]
 
 
 def train(args: argparse.Namespace) -> AutoencoderKL:
     torch.manual_seed(0)
-    renders, leaves = Renders(args.data), torch.from_numpy(dead_leaves(300, 128, seed=5))
-    vae = use_fast_group_norm(
+    renders, leaves = Renders(args.data), torch.from_numpy(generate_dead_leaves(300, 128, seed=5))
+    vae = replace_group_norms(
         AutoencoderKL.from_pretrained(args.start, torch_dtype=torch.float32)
     ).to(args.device)
     samples = load_file(args.samples)["latents"].float() / vae.config.scaling_factor
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
-    gains = gains_of_samples(vae, samples, renders)
+    gains = measure_sample_gains(vae, samples, renders)
     print(
         "contrast of renders to that of samples, fine to coarse:",
         [round(gain, 3) for gain in gains],
@@ -128,7 +132,7 @@ def train(args: argparse.Namespace) -> AutoencoderKL:
     before = deepcopy(vae).requires_grad_(False)
     judges = {f"scale_{scale}": Adversary(args.adversarial, args.device) for scale in SCALES}
     beside = {name: judge.weights for name, judge in judges.items()}
-    run = Run(
+    run = TrainingRun(
         args.out,
         weights,
         args.steps,
@@ -139,34 +143,36 @@ def train(args: argparse.Namespace) -> AutoencoderKL:
     )
     half = args.batch // 2
     for step in run:
-        generator = run.generator(step, salt=args.salt)
+        generator = run.seed_generator(step, salt=args.salt)
         true = to_channels_last(
-            some_renders(renders, half, args.crop_px, generator).to(args.device)
+            sample_renders(renders, half, args.crop_px, generator).to(args.device)
         )
         drawn = to_channels_last(
-            some_samples(samples, half, args.crop_px, generator).to(args.device)
+            sample_crops(samples, half, args.crop_px, generator).to(args.device)
         )
         with torch.no_grad():
-            new = old = with_contrast(before.decode(drawn).sample.float(), gains)
+            new = old = scale_bands(before.decode(drawn).sample.float(), gains)
         if step >= WARMUP:
             x = to_channels_last(
-                batch(renders, leaves, args.batch - half, args.crop_px, generator).to(args.device)
+                sample_batch(renders, leaves, args.sample_batch - half, args.crop_px, generator).to(
+                    args.device
+                )
             )
             with torch.no_grad():
                 z = to_channels_last(vae.encode(x).latent_dist.sample(generator))
             y, new = vae.decode(torch.cat([z, drawn])).sample.split([len(x), half])
-            loss = total = reconstruction_loss(x, y) + anchor_loss(new, old)
+            loss = total = compute_reconstruction_loss(x, y) + compute_anchor_loss(new, old)
             for scale, judge in zip(SCALES, judges.values()):
-                total = total + judge.verdict(
+                total = total + judge.compute_loss_term(
                     loss, avg_pool2d(new, scale), vae.decoder.conv_out.weight
                 )
             total.backward()
-            norm = weights.step(args.rate * run.rate(step - WARMUP))
+            norm = weights.step(args.rate * run.compute_rate_factor(step - WARMUP))
             moved = (new - old).float().abs().mean()
             run.add(loss=loss, mse=(x - y).float().square().mean(), moved=moved, grad_norm=norm)
         for scale, (name, judge) in zip(SCALES, judges.items()):
             run.add(**{name: judge.step(avg_pool2d(true, scale), avg_pool2d(new, scale))})
-    return export(at_first | weights.averaged(), renders, args.out, vae.config.scaling_factor)
+    return export(at_first | weights.get_averaged(), renders, args.out, vae.config.scaling_factor)
 
 
 def main(argv: list[str] | None = None) -> None:

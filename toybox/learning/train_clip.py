@@ -29,15 +29,15 @@ from transformers import (
 
 from toybox.data.renders import Renders
 from toybox.learning.build_tokenizer import load
-from toybox.learning.training import MasterWeights, Run, compute_dtype
+from toybox.learning.training import MasterWeights, TrainingRun, compute_dtype
 
-__all__ = ["PROJECTION", "ClipTowers", "nonsense", "pixels_for_clip"]
+__all__ = ["PROJECTION", "ClipTowers", "sample_nonsense", "convert_to_clip_pixels"]
 
 PROJECTION = 160
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def nonsense(caption: str, rng: random.Random, share: float = 0.15) -> str:
+def sample_nonsense(caption: str, rng: random.Random, share: float = 0.15) -> str:
     """With probability `share`, put a meaningless word of 2-4 letters before one of the caption's
     last words."""
     if rng.random() >= share:
@@ -51,13 +51,15 @@ def nonsense(caption: str, rng: random.Random, share: float = 0.15) -> str:
     return " ".join(words)
 
 
-def pixels_for_clip(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def convert_to_clip_pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 (N,H,W,3) -> (N,3,H,W) normalised with CLIP's mean and deviation."""
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
     return ((images.permute(0, 3, 1, 2).float() / 255 - mean) / std).to(dtype)
 
 
-def text_config(width: int, layers: int, heads: int, vocabulary: int, **extra) -> CLIPTextConfig:
+def build_text_config(
+    width: int, layers: int, heads: int, vocabulary: int, **extra
+) -> CLIPTextConfig:
     """`vocabulary` counts the tokens; the last two are begin and end of text."""
     return CLIPTextConfig(
         vocab_size=vocabulary,
@@ -80,9 +82,9 @@ class ClipTowers(nn.Module):
 
     def __init__(self, vocabulary: int):
         super().__init__()
-        self.text = CLIPTextModel(text_config(96, 3, 4, vocabulary, hidden_act="quick_gelu"))
+        self.text = CLIPTextModel(build_text_config(96, 3, 4, vocabulary, hidden_act="quick_gelu"))
         self.text_2 = CLIPTextModelWithProjection(
-            text_config(160, 4, 4, vocabulary, projection_dim=PROJECTION)
+            build_text_config(160, 4, 4, vocabulary, projection_dim=PROJECTION)
         )
         self.vision = CLIPVisionModelWithProjection(
             CLIPVisionConfig(
@@ -142,24 +144,26 @@ def train(args: argparse.Namespace) -> None:
         weight_decay=0.02,
         ema_decay=0.998,
     )
-    run = Run(args.out, weights, args.steps, minutes=args.minutes, save_every=500, log_every=50)
+    run = TrainingRun(
+        args.out, weights, args.steps, minutes=args.minutes, save_every=500, log_every=50
+    )
     for step in run:
-        generator, rng = run.generator(step), random.Random(step)
+        generator, rng = run.seed_generator(step), random.Random(step)
         picked = renders.sample(args.batch, generator)
-        texts = [nonsense(renders.rows[i]["caption"], rng) for i in picked.tolist()]
+        texts = [sample_nonsense(renders.rows[i]["caption"], rng) for i in picked.tolist()]
         ids = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").input_ids
-        pixels = pixels_for_clip(
-            augment(renders.images(picked), generator), compute_dtype(args.device)
+        pixels = convert_to_clip_pixels(
+            augment(renders.load_images(picked), generator), compute_dtype(args.device)
         )
         loss, right = towers(pixels.to(args.device), ids.to(args.device))
         loss.backward()
-        norm = weights.step(run.rate(step))
+        norm = weights.step(run.compute_rate_factor(step))
         run.add(loss=loss, right_1=right[0], right_2=right[1], grad_norm=norm)
     export(weights, renders, tokenizer, args.out)
 
 
 @torch.no_grad()
-def retrieval(
+def measure_retrieval(
     towers: ClipTowers, renders: Renders, tokenizer, candidates: int = 100
 ) -> list[float]:
     """Fraction of held-back renders whose own caption is nearest among `candidates`; for the first
@@ -172,7 +176,7 @@ def retrieval(
         ids = tokenizer(
             [renders.rows[i]["caption"] for i in group], padding=True, return_tensors="pt"
         ).input_ids
-        image = towers.encode_images(pixels_for_clip(renders.images(group)))
+        image = towers.encode_images(convert_to_clip_pixels(renders.load_images(group)))
         hits = [
             (image @ t.T).argmax(1) == torch.arange(candidates) for t in towers.encode_texts(ids)
         ]
@@ -184,8 +188,8 @@ def export(weights: MasterWeights, renders: Renders, tokenizer, out: Path) -> No
     """Averaged weights as the pipeline's components text_encoder, text_encoder_2 and
     image_encoder."""
     towers = ClipTowers(len(tokenizer)).eval()
-    towers.load_state_dict(weights.averaged(), strict=False)
-    scores = retrieval(towers, renders, tokenizer)
+    towers.load_state_dict(weights.get_averaged(), strict=False)
+    scores = measure_retrieval(towers, renders, tokenizer)
     parts = {
         "text_encoder": towers.text,
         "text_encoder_2": towers.text_2,

@@ -42,22 +42,22 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
-from toybox.assemble import compute_in_fp32, forget_origin
+from toybox.assemble import compute_in_fp32, remove_origin
 from toybox.data.renders import Renders
 from toybox.data.sample_latents import TIME_IDS
-from toybox.learning.channels_last import to_channels_last, use_fast_group_norm
-from toybox.learning.train_clip import nonsense
+from toybox.learning.channels_last import replace_group_norms, to_channels_last
+from toybox.learning.train_clip import sample_nonsense
 from toybox.learning.train_unet import (
     TextTowers,
-    caption_of,
-    cell_weights,
+    build_noise_schedule,
+    compute_cell_weights,
+    find_whole_images,
     load_latents,
-    noise_schedule,
-    whole_pictures,
+    sample_caption,
 )
-from toybox.learning.training import MasterWeights, Run, compile_each, compute_dtype
+from toybox.learning.training import MasterWeights, TrainingRun, compile_each, compute_dtype
 
-__all__ = ["FlowTeacher", "Teacher", "build_parts", "captions_tokenizer", "train"]
+__all__ = ["FlowTeacher", "Teacher", "build_parts", "train_tokenizer", "train"]
 
 WIDTH, TEXT_WIDTH, VOCABULARY = 256, 128, 2000
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -66,7 +66,7 @@ EMPTY = 0.1  # share of the captions
 ENDS = ("embedder", "embed_tokens", "final_layer", "pad_token")  # left to AdamW
 
 
-def captions_tokenizer(captions: list[str]) -> Qwen2Tokenizer:
+def train_tokenizer(captions: list[str]) -> Qwen2Tokenizer:
     """Qwen's byte-level BPE, of the words of these captions. It takes every text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -130,21 +130,21 @@ class RealRotary:
             to(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for to in projections
         )
         cos, sin = torch.view_as_real(freqs_cis)[:, None].unbind(-1)
-        q, k = rotated(attn.norm_q(q), cos, sin), rotated(attn.norm_k(k), cos, sin)
+        q, k = rotate_pairs(attn.norm_q(q), cos, sin), rotate_pairs(attn.norm_k(k), cos, sin)
         scores = q @ k.mT * q.shape[-1] ** -0.5
         if attention_mask is not None:
             scores = scores.masked_fill(~attention_mask[:, None, None], -torch.inf)
         return attn.to_out[0]((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The pairs of neighbours in x (N,heads,S,C), turned by angles whose `cos` and `sin` are
     (N,1,S,C/2)."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
 
 
-def with_real_rotary(transformer: ZImageTransformer2DModel) -> list[nn.Module]:
+def install_real_rotary(transformer: ZImageTransformer2DModel) -> list[nn.Module]:
     """Its blocks, whose attention is `RealRotary` now."""
     blocks = [*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers]
     for block in blocks:
@@ -164,7 +164,7 @@ def encode(encoder: Qwen3Model, tokenizer: Qwen2Tokenizer, captions: list[str]) 
     return [state[mask.bool()] for state, mask in zip(states, tokens.attention_mask)]
 
 
-def answer(
+def run_transformer(
     transformer: ZImageTransformer2DModel, z: Tensor, sigma: Tensor, states: list[Tensor]
 ) -> Tensor:
     """x - n (N,4,H,W) fp32 of z = (1 - σ)·x + σ·n, σ (N,)."""
@@ -179,13 +179,13 @@ class Teacher:
         self.towers, self.dtype = TextTowers(base, base / "tokenizer"), compute_dtype()
         unet = UNet2DConditionModel.from_pretrained(base / "unet").eval()
         unet.set_attn_processor(AttnProcessor())
-        self.unet = use_fast_group_norm(unet).to(
+        self.unet = replace_group_norms(unet).to(
             dtype=self.dtype, memory_format=torch.channels_last
         )
-        self.signal = noise_schedule().alphas_cumprod.sqrt()
+        self.signal = build_noise_schedule().alphas_cumprod.sqrt()
         self.sigmas = (noise := (1 - self.signal**2).sqrt()) / (self.signal + noise)
 
-    def timesteps(self, sigma: Tensor) -> Tensor:
+    def find_timesteps(self, sigma: Tensor) -> Tensor:
         """Those (N,) of its schedule whose σ is the nearest, at most the noisiest one's."""
         return torch.searchsorted(self.sigmas, sigma).clamp(max=len(self.sigmas) - 1)
 
@@ -193,7 +193,9 @@ class Teacher:
     def __call__(self, z: Tensor, t: Tensor, captions: list[str]) -> Tensor:
         """x - n (N,4,H,W) fp32, expected of the flow's z (N,4,H,W) at σ = sigmas[t] under the
         captions."""
-        embeds, pooled = (torch.where(said(captions, c.ndim), c, 0) for c in self.towers(captions))
+        embeds, pooled = (
+            torch.where(has_caption(captions, c.ndim), c, 0) for c in self.towers(captions)
+        )
         signal, sigma = (values[t][:, None, None, None] for values in (self.signal, self.sigmas))
         own, noise = z * signal / (1 - sigma), (1 - signal**2).sqrt()
         added = {"text_embeds": pooled, "time_ids": torch.tensor([TIME_IDS]).repeat(len(z), 1)}
@@ -216,9 +218,9 @@ class FlowTeacher:
         self.transformer = (
             ZImageTransformer2DModel.from_pretrained(folder / "transformer").eval().to(dtype)
         )
-        self.signal, self.dtype = noise_schedule().alphas_cumprod.sqrt(), dtype
+        self.signal, self.dtype = build_noise_schedule().alphas_cumprod.sqrt(), dtype
         if compiled:
-            compile_each(with_real_rotary(self.transformer))
+            compile_each(install_real_rotary(self.transformer))
 
     @torch.no_grad()
     def __call__(self, noisy: Tensor, t: Tensor, captions: list[str]) -> Tensor:
@@ -228,16 +230,16 @@ class FlowTeacher:
         noise = (1 - signal**2).sqrt()
         sigma, z = noise / (signal + noise), noisy.float() / (signal + noise)
         states = encode(self.encoder, self.tokenizer, captions)
-        difference = answer(self.transformer, z.to(self.dtype), sigma.flatten(), states)
+        difference = run_transformer(self.transformer, z.to(self.dtype), sigma.flatten(), states)
         return signal * (z - (1 - sigma) * difference) - noise * (z + sigma * difference)
 
 
-def said(captions: list[str], dimensions: int) -> Tensor:
+def has_caption(captions: list[str], dimensions: int) -> Tensor:
     """Which captions are not empty, bool (N,1,…): the UNet knows an empty one as zeros."""
     return torch.tensor([bool(caption) for caption in captions]).view(-1, *[1] * (dimensions - 1))
 
 
-def finished_parts(base: Path) -> tuple[Qwen2Tokenizer, nn.ModuleDict]:
+def load_parts(base: Path) -> tuple[Qwen2Tokenizer, nn.ModuleDict]:
     """The tokenizer of a finished base, and its transformer and encoder in fp32."""
     transformer = ZImageTransformer2DModel.from_pretrained(
         base / "transformer", torch_dtype=torch.float32
@@ -247,9 +249,9 @@ def finished_parts(base: Path) -> tuple[Qwen2Tokenizer, nn.ModuleDict]:
     return Qwen2Tokenizer.from_pretrained(base / "tokenizer"), parts
 
 
-def new_parts(renders: Renders) -> tuple[Qwen2Tokenizer, nn.ModuleDict]:
+def build_new_parts(renders: Renders) -> tuple[Qwen2Tokenizer, nn.ModuleDict]:
     """A tokenizer of the renders' captions, and both networks at random."""
-    tokenizer = captions_tokenizer(
+    tokenizer = train_tokenizer(
         [row[name] for row in renders.rows for name in ("caption", "canonical_caption")]
     )
     return tokenizer, build_parts(len(tokenizer))
@@ -258,22 +260,26 @@ def new_parts(renders: Renders) -> tuple[Qwen2Tokenizer, nn.ModuleDict]:
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     renders, cache = Renders(args.data), load_latents(args.latents)
-    chosen = whole_pictures(cache["time_ids"])
+    chosen = find_whole_images(cache["time_ids"])
     teacher = None if args.start else Teacher(args.teacher)
-    tokenizer, parts = finished_parts(args.start) if args.start else new_parts(renders)
+    tokenizer, parts = load_parts(args.start) if args.start else build_new_parts(renders)
     parts.train()
     if args.compiled:
-        compile_each(with_real_rotary(parts["transformer"]))
+        compile_each(install_real_rotary(parts["transformer"]))
     weights = MasterWeights(
         parts, adamw_lr=args.lr, muon_lr=args.muon_lr, adamw_names=ENDS, ema_decay=args.ema_decay
     )
     options = {"minutes": args.minutes, "until": args.until, "batch": args.batch}
-    run = Run(args.out, weights, args.steps, **options, save_every=50, log_every=args.log_every)
+    run = TrainingRun(
+        args.out, weights, args.steps, **options, save_every=50, log_every=args.log_every
+    )
     for step in run:
-        generator = run.generator(step)
+        generator = run.seed_generator(step)
         rng = random.Random(generator.initial_seed())
         rows = chosen[torch.randint(len(chosen), (args.batch,), generator=generator)]
-        captions = [nonsense(caption_of(renders.rows[i], rng), rng, 0.1) for i in rows.tolist()]
+        captions = [
+            sample_nonsense(sample_caption(renders.rows[i], rng), rng, 0.1) for i in rows.tolist()
+        ]
         captions = ["" if rng.random() < EMPTY else caption for caption in captions]
         x, sigma = (
             cache["latents"][rows].float(),
@@ -283,7 +289,7 @@ def train(args: argparse.Namespace) -> None:
         taught = args.batch // 2 if teacher and run.progress <= 2 / 3 else 0
         if taught:
             # The teacher knows the noise levels of its own schedule only.
-            t = teacher.timesteps(sigma[:taught])
+            t = teacher.find_timesteps(sigma[:taught])
             sigma[:taught] = teacher.sigmas[t]
         z = torch.lerp(x, noise, sigma[:, None, None, None])
         target = x - noise
@@ -291,10 +297,10 @@ def train(args: argparse.Namespace) -> None:
             target[:taught] = teacher(z[:taught], t, captions[:taught])
         states = encode(parts["text_encoder"], tokenizer, captions)
         squared = (
-            answer(parts["transformer"], z.to(states[0].dtype), sigma, states) - target
+            run_transformer(parts["transformer"], z.to(states[0].dtype), sigma, states) - target
         ).square()
-        (loss := (squared * cell_weights(cache["toys"][rows])).mean()).backward()
-        norm = weights.step(run.rate(step, warmup=50 if args.start else 200))
+        (loss := (squared * compute_cell_weights(cache["toys"][rows])).mean()).backward()
+        norm = weights.step(run.compute_rate_factor(step, warmup=50 if args.start else 200))
         run.add(loss=loss, drawn=squared[taught:].mean(), grad_norm=norm)
     if run.rank == 0:
         export(weights, tokenizer, args.vae or args.teacher / "vae", args.out / "model")
@@ -303,14 +309,14 @@ def train(args: argparse.Namespace) -> None:
 def export(weights: MasterWeights, tokenizer: Qwen2Tokenizer, vae: Path, out: Path) -> None:
     """The averaged weights as a ZImagePipeline in fp16, beside the autoencoder of the latents."""
     parts = build_parts(len(tokenizer))
-    parts.load_state_dict(weights.averaged())
+    parts.load_state_dict(weights.get_averaged())
     vae = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float16)
     vae.register_to_config(shift_factor=0.0)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     pipeline = ZImagePipeline(vae=vae, tokenizer=tokenizer, scheduler=scheduler, **parts.half())
     pipeline.save_pretrained(out)
     compute_in_fp32(out / "text_encoder")
-    forget_origin(out)
+    remove_origin(out)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -21,48 +21,59 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, interpolate
 
-from dreambooth_moslora.photos.toy_readers import FILE, SIZE_PX, ToySegmenter, load_net
-from toybox.data.pieces import kept
+from dreambooth_moslora.photos.toy_readers import (
+    TRAINING_PX,
+    WEIGHTS_NAME,
+    ToySegmenter,
+    load_segmenter_net,
+)
+from toybox.data.pieces import load_or_make
 from toybox.data.renders import Renders, to_pixels
-from toybox.learning.channels_last import to_channels_last, use_fast_group_norm
-from toybox.learning.training import MasterWeights, Run
-from toybox.make_subjects import SUBJECTS, Subject, photo_scenes
-from toybox.render import render, toy_masks
+from toybox.learning.channels_last import replace_group_norms, to_channels_last
+from toybox.learning.training import MasterWeights, TrainingRun
+from toybox.make_subjects import SUBJECTS, Subject, sample_photo_scenes
+from toybox.render import render, render_masks
 from toybox.world import Scene, sample_scene
 
-__all__ = ["augment", "evaluate", "iou", "masks_of", "segmentation_loss"]
+__all__ = ["augment", "evaluate", "iou", "load_masks", "compute_segmentation_loss"]
 
 PIECE = 500
 
 
-def masks_of(renders: Renders, folder: Path) -> Tensor:
+def load_masks(renders: Renders, folder: Path) -> Tensor:
     """bool (N,128,128): the true masks of all renders. Masks already in `folder` are not computed
     again."""
     found = []
     for start in range(0, len(renders), PIECE):
         numbers = range(start, min(start + PIECE, len(renders)))
         found.append(
-            kept(folder / f"{numbers.stop}.safetensors", partial(_masks, renders, numbers))["masks"]
+            load_or_make(
+                folder / f"{numbers.stop}.safetensors", partial(_compute_masks, renders, numbers)
+            )["masks"]
         )
         print(f"masks: {numbers.stop} of {len(renders)}", flush=True)
     return torch.cat(found)
 
 
-def _masks(renders: Renders, numbers: range) -> dict[str, Tensor]:
+def _compute_masks(renders: Renders, numbers: range) -> dict[str, Tensor]:
     return {
-        "masks": toy_masks([Scene.from_dict(renders.rows[i]["scene"]) for i in numbers], SIZE_PX)
+        "masks": render_masks(
+            [Scene.from_dict(renders.rows[i]["scene"]) for i in numbers], TRAINING_PX
+        )
     }
 
 
 def augment(pixels: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Pixels (N,3,H,W) and masks (N,H,W) bool -> the same, each cropped, with other light and
     colours."""
-    pairs = [_view(torch.cat([p, m[None]]), generator) for p, m in zip(pixels, masks.float())]
+    pairs = [
+        _sample_view(torch.cat([p, m[None]]), generator) for p, m in zip(pixels, masks.float())
+    ]
     views = torch.stack(pairs)
-    return _relit(views[:, :3], generator), views[:, 3] > 0.5
+    return _shade_random(views[:, :3], generator), views[:, 3] > 0.5
 
 
-def _view(picture: Tensor, generator: torch.Generator) -> Tensor:
+def _sample_view(picture: Tensor, generator: torch.Generator) -> Tensor:
     """(4,H,W): a crop of 55 to 100 % of the sides, enlarged to full size; half of them are
     mirrored."""
     whole = picture.shape[-1]
@@ -74,7 +85,7 @@ def _view(picture: Tensor, generator: torch.Generator) -> Tensor:
     return interpolate(crop[None], size=(whole, whole), mode="bilinear")[0]
 
 
-def _relit(pixels: Tensor, generator: torch.Generator) -> Tensor:
+def _shade_random(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """(N,3,H,W): random contrast, brightness and tint of each; sometimes permuted channels, blur
     and noise for all."""
     count = len(pixels)
@@ -94,7 +105,7 @@ def _relit(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return pixels.clamp(-1, 1)
 
 
-def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
+def compute_segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
     """Logits (N,H,W) against bool masks: binary cross-entropy + 1 - Dice, the mean over the
     pictures."""
     truth, found = masks.float(), logits.float().sigmoid()
@@ -112,29 +123,31 @@ def train(args: argparse.Namespace) -> Path:
     """Train; returns the folder of the net."""
     torch.manual_seed(0)
     renders = Renders(args.data, args.limit)
-    masks = masks_of(renders, args.out / "masks")
-    net = use_fast_group_norm(ToySegmenter())
+    masks = load_masks(renders, args.out / "masks")
+    net = replace_group_norms(ToySegmenter())
     weights = MasterWeights(
         net, muon_lr=0.02, adamw_lr=2e-3, adamw_names=("stem", "head"), ema_decay=0.995
     )
-    run = Run(args.out, weights, args.steps, minutes=args.minutes, save_every=100, log_every=50)
+    run = TrainingRun(
+        args.out, weights, args.steps, minutes=args.minutes, save_every=100, log_every=50
+    )
     for step in run:
-        generator = run.generator(step)
+        generator = run.seed_generator(step)
         picked = renders.sample(args.batch, generator, held_back=0)
-        pixels, truth = augment(to_pixels(renders.images(picked)), masks[picked], generator)
+        pixels, truth = augment(to_pixels(renders.load_images(picked)), masks[picked], generator)
         logits = net(to_channels_last(pixels))
-        loss = segmentation_loss(logits, truth)
+        loss = compute_segmentation_loss(logits, truth)
         loss.backward()
-        norm = weights.step(run.rate(step))
+        norm = weights.step(run.compute_rate_factor(step))
         run.add(loss=loss, iou=iou(logits > 0, truth).mean(), grad_norm=norm)
     folder = args.out / "model"
     folder.mkdir(exist_ok=True)
-    averaged = {name: tensor.half().contiguous() for name, tensor in weights.averaged().items()}
-    save_file(averaged, folder / FILE)
+    averaged = {name: tensor.half().contiguous() for name, tensor in weights.get_averaged().items()}
+    save_file(averaged, folder / WEIGHTS_NAME)
     return folder
 
 
-def fresh_scenes(count: int) -> list[Scene]:
+def sample_fresh_scenes(count: int) -> list[Scene]:
     """Scenes from a seed that no training uses, including held-out combinations."""
     rng = random.Random("segmenter")
     return [sample_scene(rng) for _ in range(count)]
@@ -143,14 +156,14 @@ def fresh_scenes(count: int) -> list[Scene]:
 def evaluate(folder: Path, count: int) -> dict[str, float]:
     """Intersection over union with the true masks, of `count` fresh renders and of the sample
     subjects."""
-    net = load_net(folder)
+    net = load_segmenter_net(folder)
     subjects = []
     for name, toy in SUBJECTS.items():
-        subjects += photo_scenes(Subject(name, toy, toy.kind))
+        subjects += sample_photo_scenes(Subject(name, toy, toy.kind))
     report = {"parameters": sum(p.numel() for p in net.parameters())}
-    for name, scenes in (("fresh", fresh_scenes(count)), ("subjects", subjects)):
-        found = net.logits(to_pixels(render(scenes, SIZE_PX))) > 0
-        scores = iou(found, toy_masks(scenes, SIZE_PX))
+    for name, scenes in (("fresh", sample_fresh_scenes(count)), ("subjects", subjects)):
+        found = net.compute_logits(to_pixels(render(scenes, TRAINING_PX))) > 0
+        scores = iou(found, render_masks(scenes, TRAINING_PX))
         report[f"{name}_iou"] = round(float(scores.mean()), 4)
         report[f"{name}_iou_p10"] = round(float(scores.quantile(0.1)), 4)
     return report

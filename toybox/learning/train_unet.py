@@ -37,19 +37,26 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from toybox.data.renders import Renders
 from toybox.learning.alignment import Alignment
 from toybox.learning.build_tokenizer import load
-from toybox.learning.channels_last import to_channels_last, use_fast_group_norm
-from toybox.learning.train_clip import PROJECTION, nonsense
-from toybox.learning.training import MasterWeights, Run, compile_each, compute_dtype
-from toybox.learning.winograd import use_winograd
+from toybox.learning.channels_last import replace_group_norms, to_channels_last
+from toybox.learning.train_clip import PROJECTION, sample_nonsense
+from toybox.learning.training import MasterWeights, TrainingRun, compile_each, compute_dtype
+from toybox.learning.winograd import replace_convolutions
 
-__all__ = ["TextTowers", "averaged_unet", "build_unet", "noise_schedule", "parse", "train"]
+__all__ = [
+    "TextTowers",
+    "build_averaged_unet",
+    "build_unet",
+    "build_noise_schedule",
+    "parse",
+    "train",
+]
 
 TIME_WIDTH = 32
 SNR_GAMMA = 5.0
 ALIGNMENT_WEIGHT = 0.1
 ENDS = ("conv_in", "conv_out", "time_embedding", "add_embedding", "alignment")  # left to AdamW
-HELD_BACK = 1000  # images at the end, not drawn unless `--held_back` says otherwise
-TAUGHT_UNTIL = 2 / 3
+HELD_OUT_COUNT = 1000  # images at the end, not drawn unless `--held_back` says otherwise
+TEACHER_SHARE = 2 / 3
 TOY_WEIGHT = 3.0  # added to a cell's weight of 1, times the share of the cell that a toy covers
 
 
@@ -72,7 +79,7 @@ def build_unet() -> UNet2DConditionModel:
     )
 
 
-def noise_schedule() -> DDPMScheduler:
+def build_noise_schedule() -> DDPMScheduler:
     return DDPMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -132,7 +139,7 @@ def drop_captions(
 
 
 @torch.no_grad()
-def captioned_velocity(
+def compute_captioned_velocity(
     unet: UNet2DConditionModel,
     noisy: Tensor,
     t: Tensor,
@@ -150,7 +157,7 @@ def captioned_velocity(
         return unet(noisy, t, embeds, added_cond_kwargs=added).sample.float()
 
 
-def edm_density(snr: Tensor) -> Tensor:
+def compute_edm_density(snr: Tensor) -> Tensor:
     """EDM's choice of noise levels (Karras et al., 2022, table 1) on a schedule of these SNR (T,),
     of mean 1: with a data deviation of 0.5, ln SNR is normal with mean 1 and deviation 2.4."""
     level = snr.log()
@@ -158,7 +165,7 @@ def edm_density(snr: Tensor) -> Tensor:
     return density / density.mean()
 
 
-class Timesteps:
+class TimestepSampler:
     """Draws timesteps in proportion to the loss weight: p(t) ∝ max(w(t), 1/4), spread evenly over a
     batch.
 
@@ -170,19 +177,19 @@ class Timesteps:
 
     def __init__(self, schedule: DDPMScheduler, gamma: float = SNR_GAMMA, detail: float = 0.0):
         snr = compute_snr(schedule, torch.arange(len(schedule.alphas_cumprod)))
-        weight = (1 - detail) * snr.clamp(max=gamma) / snr + detail * edm_density(snr)
+        weight = (1 - detail) * snr.clamp(max=gamma) / snr + detail * compute_edm_density(snr)
         density = weight.clamp(min=0.25)
         self.cumulative = (density / density.sum()).cumsum(0)
         self.weight = weight / (density / density.mean())
 
-    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Timesteps (N,), long, and their weights (N,)."""
         level = (torch.arange(n) + torch.rand(n, generator=generator)) / n
         t = torch.searchsorted(self.cumulative, level).clamp(max=len(self.cumulative) - 1)
         return t, self.weight[t]
 
 
-def cell_weights(toys: Tensor) -> Tensor:
+def compute_cell_weights(toys: Tensor) -> Tensor:
     """Fraction of each cell that a toy covers (N,16,16) -> weights (N,1,16,16), of mean 1 over the
     batch."""
     weights = 1 + TOY_WEIGHT * toys.float()[:, None]
@@ -199,7 +206,7 @@ def load_latents(path: Path) -> dict[str, Tensor]:
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
-def whole_pictures(time_ids: Tensor) -> Tensor:
+def find_whole_images(time_ids: Tensor) -> Tensor:
     """The rows of whole renders, (M,) of time ids (N,6): Z-Image is told of no crop."""
     return ((time_ids[:, :2] % 128 == 0) & (time_ids[:, 2:4] == 0)).all(dim=1).nonzero().flatten()
 
@@ -215,12 +222,15 @@ def train(
     them instead of the noise of one draw."""
     torch.manual_seed(0)
     renders, cache = Renders(args.data), load_latents(args.latents)
-    towers, schedule = TextTowers(args.clip, args.tokenizer, device=args.device), noise_schedule()
-    timesteps = Timesteps(schedule, args.snr_gamma, args.detail)
+    towers, schedule = (
+        TextTowers(args.clip, args.tokenizer, device=args.device),
+        build_noise_schedule(),
+    )
+    timesteps = TimestepSampler(schedule, args.snr_gamma, args.detail)
     begin = partial(UNet2DConditionModel.from_pretrained, args.start, torch_dtype=torch.float32)
     unet = begin() if args.start else build_unet()
     unet.train().set_attn_processor(AttnProcessor())
-    use_winograd(use_fast_group_norm(unet), args.device)
+    replace_convolutions(replace_group_norms(unet), args.device)
     if args.compiled:
         compile_each(
             module for module in unet.modules() if isinstance(module, BasicTransformerBlock)
@@ -231,56 +241,60 @@ def train(
         both, adamw_lr=args.lr, muon_lr=args.muon_lr, adamw_names=ENDS, ema_decay=args.ema_decay
     )
     options = {"minutes": args.minutes, "until": args.until, "batch": args.batch}
-    run = Run(args.out, weights, args.steps, **options, save_every=100, log_every=args.log_every)
+    run = TrainingRun(
+        args.out, weights, args.steps, **options, save_every=100, log_every=args.log_every
+    )
     for step in run:
-        generator = run.generator(step, salt=args.salt)
+        generator = run.seed_generator(step, salt=args.salt)
         rng = random.Random(generator.initial_seed())
         rows = torch.randint(
             len(cache["latents"]) - args.held_back, (args.batch,), generator=generator
         )
-        captions = [nonsense(caption_of(renders.rows[i], rng), rng, 0.1) for i in rows.tolist()]
+        captions = [
+            sample_nonsense(sample_caption(renders.rows[i], rng), rng, 0.1) for i in rows.tolist()
+        ]
         conditions = towers(captions)
         embeds, pooled = (c.clone() for c in conditions)
         dropped = drop_captions(embeds, pooled, generator, args.drop)
         some = {name: values[rows].to(args.device) for name, values in cache.items()}
         x = some["latents"].float()
         noise = torch.randn(x.shape, generator=generator).to(args.device)
-        t, weight = (v.to(args.device) for v in timesteps.draw(len(x), generator))
+        t, weight = (v.to(args.device) for v in timesteps.sample(len(x), generator))
         noisy = to_channels_last(schedule.add_noise(x, noise, t))
         added = {"text_embeds": pooled, "time_ids": some["time_ids"].float()}
         velocity = schedule.get_velocity(x, noise, t)
-        taught = whole_pictures(some["time_ids"])[: args.batch // 2]
-        if teacher and run.progress < TAUGHT_UNTIL and len(taught):
+        taught = find_whole_images(some["time_ids"])[: args.batch // 2]
+        if teacher and run.progress < TEACHER_SHARE and len(taught):
             velocity[taught] = teacher(
                 noisy[taught], t[taught], [captions[i] for i in taught.tolist()]
             )
         if args.start and dropped.any():
             said = [v[dropped] for v in (noisy, t, *conditions, added["time_ids"])]
-            velocity[dropped] = captioned_velocity(unet, *said)
+            velocity[dropped] = compute_captioned_velocity(unet, *said)
         prediction = unet(noisy, t, embeds, added_cond_kwargs=added).sample
-        squared = (prediction.float() - velocity).square() * cell_weights(some["toys"])
+        squared = (prediction.float() - velocity).square() * compute_cell_weights(some["toys"])
         error = squared.mean(dim=(1, 2, 3))
         loss = (error * weight).mean()
-        aligned = alignment.loss(some["seen"])
+        aligned = alignment.compute_loss(some["seen"])
         share = 0 if args.start or run.progress > 0.5 else ALIGNMENT_WEIGHT
         (loss + share * aligned).backward()
-        norm = weights.step(run.rate(step, warmup=200, decay=args.decay))
+        norm = weights.step(run.compute_rate_factor(step, warmup=200, decay=args.decay))
         run.add(loss=loss, mse=error.mean(), aligned=aligned, grad_norm=norm)
         if after:
-            after(step + 1, partial(averaged_unet, unet, weights))
+            after(step + 1, partial(build_averaged_unet, unet, weights))
     if run.rank == 0:
-        export(averaged_unet(unet, weights), args.out)
+        export(build_averaged_unet(unet, weights), args.out)
 
 
-def caption_of(row: dict, rng: random.Random) -> str:
+def sample_caption(row: dict, rng: random.Random) -> str:
     """The canonical caption in three of ten draws, else the varied one."""
     return row["canonical_caption"] if rng.random() < 0.3 else row["caption"]
 
 
-def averaged_unet(unet: UNet2DConditionModel, weights: MasterWeights) -> UNet2DConditionModel:
+def build_averaged_unet(unet: UNet2DConditionModel, weights: MasterWeights) -> UNet2DConditionModel:
     """Another UNet of the same shape, with the averaged weights, fp32."""
     averaged = UNet2DConditionModel.from_config(unet.config)
-    values = weights.averaged().items()
+    values = weights.get_averaged().items()
     averaged.load_state_dict(
         {k.removeprefix("unet."): v for k, v in values if k.startswith("unet.")}
     )
@@ -305,7 +319,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--until", type=int, help="stop at this step for now, with the rates of --steps"
     )
     parser.add_argument(
-        "--held_back", type=int, default=HELD_BACK, help="pictures at the end, never drawn"
+        "--held_back", type=int, default=HELD_OUT_COUNT, help="pictures at the end, never drawn"
     )
     parser.add_argument("--log_every", type=int, default=50, help="steps")
     parser.add_argument("--minutes", type=float, help="stop, and let the rates fall, by the clock")

@@ -21,17 +21,17 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from toybox.data.dead_leaves import dead_leaves
+from toybox.data.dead_leaves import generate_dead_leaves
 from toybox.data.renders import Renders, to_pixels, to_uint8
-from toybox.learning.channels_last import to_channels_last, use_fast_group_norm
-from toybox.learning.training import MasterWeights, Run
+from toybox.learning.channels_last import replace_group_norms, to_channels_last
+from toybox.learning.training import MasterWeights, TrainingRun
 
 CHANNELS = (32, 64, 128, 128)
 KL_WEIGHT = 3e-6
 LEAVES_SHARE = 0.06
 CANDIDATES = 3
-CHECKED = 400  # held-back renders for the printed PSNR
-NOISES = (0.2, 0.3)  # of the latents' deviation, at which it is printed too
+CHECKED_COUNT = 400  # held-back renders for the printed PSNR
+NOISE_LEVELS = (0.2, 0.3)  # of the latents' deviation, at which it is printed too
 RATES = {
     "muon_lr": 0.02,
     "adamw_lr": 2e-3,
@@ -55,7 +55,7 @@ def build_vae(**extra) -> AutoencoderKL:
     )
 
 
-def crops(images: Tensor, size_px: int, generator: torch.Generator) -> Tensor:
+def sample_crops(images: Tensor, size_px: int, generator: torch.Generator) -> Tensor:
     """uint8 (N,H,W,3) -> pixels (N,3,size,size): a random crop and mirroring of each; one call in
     six also permutes colours.
 
@@ -70,7 +70,7 @@ def crops(images: Tensor, size_px: int, generator: torch.Generator) -> Tensor:
         for t, k in zip(tops, lefts):
             crops.append(image[t : t + size_px, k : k + size_px])
     some = torch.stack(crops).view(n, CANDIDATES, size_px, size_px, 3)
-    picked = some[torch.arange(n), detail(some).argmax(1)]
+    picked = some[torch.arange(n), measure_detail(some).argmax(1)]
     pixels = to_pixels(picked)
     mirrored = torch.rand(n, generator=generator) < 0.5
     pixels[mirrored] = pixels[mirrored].flip(-1)
@@ -79,13 +79,13 @@ def crops(images: Tensor, size_px: int, generator: torch.Generator) -> Tensor:
     return pixels
 
 
-def detail(images: Tensor) -> Tensor:
+def measure_detail(images: Tensor) -> Tensor:
     """Mean difference of neighbouring pixels, uint8 (...,H,W,3) -> (...)."""
     x = images[..., ::2, ::2, 1].float()
     return x.diff(dim=-1).abs().mean((-2, -1)) + x.diff(dim=-2).abs().mean((-2, -1))
 
 
-def reconstruction_loss(x: Tensor, y: Tensor) -> Tensor:
+def compute_reconstruction_loss(x: Tensor, y: Tensor) -> Tensor:
     """Of pictures (N,3,H,W): L1 of pixels, half the L1 of differences to the right and lower
     neighbours, and eight times the squared error.
 
@@ -97,7 +97,7 @@ def reconstruction_loss(x: Tensor, y: Tensor) -> Tensor:
     return d.abs().mean() + 0.5 * edges + 8 * d.square().mean()
 
 
-def noised(latents: Tensor, most: float, generator: torch.Generator) -> Tensor:
+def add_random_noise(latents: Tensor, most: float, generator: torch.Generator) -> Tensor:
     """Latents (N,C,H,W) with white noise: each with a share of the deviation of all, from none for
     a fifth of them up to `most`."""
     share = (1.25 * torch.rand(len(latents), 1, 1, 1, generator=generator) - 0.25).clamp(
@@ -107,42 +107,48 @@ def noised(latents: Tensor, most: float, generator: torch.Generator) -> Tensor:
     return latents + latents.float().std() * noise.to(latents.device)
 
 
-def batch(
+def sample_batch(
     renders: Renders, leaves: Tensor, count: int, crop_px: int, generator: torch.Generator
 ) -> Tensor:
     n_leaves = max(1, round(count * LEAVES_SHARE))
-    images = renders.images(renders.sample(count - n_leaves, generator))
+    images = renders.load_images(renders.sample(count - n_leaves, generator))
     extra = leaves[torch.randint(len(leaves), (n_leaves,), generator=generator)]
-    return torch.cat([crops(images, crop_px, generator), crops(extra, crop_px, generator)])
+    return torch.cat(
+        [sample_crops(images, crop_px, generator), sample_crops(extra, crop_px, generator)]
+    )
 
 
 def train(args: argparse.Namespace) -> AutoencoderKL:
     torch.manual_seed(0)
     renders = Renders(args.data)
-    leaves = torch.from_numpy(dead_leaves(300, 128, seed=5))
+    leaves = torch.from_numpy(generate_dead_leaves(300, 128, seed=5))
     vae = (
         AutoencoderKL.from_pretrained(args.start, torch_dtype=torch.float32)
         if args.start
         else build_vae()
     )
-    weights = MasterWeights(use_fast_group_norm(vae).to(args.device), **RATES)
-    run = Run(args.out, weights, args.steps, minutes=args.minutes, save_every=100, log_every=50)
+    weights = MasterWeights(replace_group_norms(vae).to(args.device), **RATES)
+    run = TrainingRun(
+        args.out, weights, args.steps, minutes=args.minutes, save_every=100, log_every=50
+    )
     for step in run:
-        generator = run.generator(step, salt=args.salt)
+        generator = run.seed_generator(step, salt=args.salt)
         x = to_channels_last(
-            batch(renders, leaves, args.batch, args.crop_px, generator).to(args.device)
+            sample_batch(renders, leaves, args.sample_batch, args.crop_px, generator).to(
+                args.device
+            )
         )
         posterior = vae.encode(x).latent_dist
         z = posterior.mean + posterior.std * torch.randn(
             posterior.mean.shape, generator=generator
         ).to(x)
-        y = vae.decode(to_channels_last(noised(z, args.latent_noise, generator))).sample
+        y = vae.decode(to_channels_last(add_random_noise(z, args.latent_noise, generator))).sample
         kl = posterior.kl().float().mean()
-        loss = reconstruction_loss(x, y) + KL_WEIGHT * kl
+        loss = compute_reconstruction_loss(x, y) + KL_WEIGHT * kl
         loss.backward()
-        norm = weights.step(args.rate * run.rate(step))
+        norm = weights.step(args.rate * run.compute_rate_factor(step))
         run.add(loss=loss, mse=(x - y).float().square().mean(), kl=kl, grad_norm=norm)
-    return export(weights.averaged(), renders, args.out)
+    return export(weights.get_averaged(), renders, args.out)
 
 
 @torch.no_grad()
@@ -153,10 +159,10 @@ def export(
     held-back renders; print the PSNR."""
     vae = build_vae()
     vae.load_state_dict(state)
-    x = to_pixels(renders.images(range(len(renders) - CHECKED, len(renders))))
+    x = to_pixels(renders.load_images(range(len(renders) - CHECKED_COUNT, len(renders))))
     z = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(50)])
     noise = z.std() * torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
-    drawn = {share: decoded(vae, z + share * noise) for share in (0, *NOISES)}
+    drawn = {share: decode_latents(vae, z + share * noise) for share in (0, *NOISE_LEVELS)}
     psnr = {
         share: 10 * torch.log10(4 / (x - y).square().mean(dim=(1, 2, 3)))
         for share, y in drawn.items()
@@ -166,23 +172,26 @@ def export(
     report = {
         "psnr_db": round(float(psnr[0].mean()), 2),
         "psnr_db_p10": round(float(psnr[0].quantile(0.1)), 2),
-        **{f"psnr_db_at_noise_{share}": round(float(psnr[share].mean()), 2) for share in NOISES},
+        **{
+            f"psnr_db_at_noise_{share}": round(float(psnr[share].mean()), 2)
+            for share in NOISE_LEVELS
+        },
         "latent_mean": [round(float(v), 3) for v in z.mean(dim=(0, 2, 3))],
         "latent_std": [round(float(v), 3) for v in z.std(dim=(0, 2, 3))],
         "parameters": sum(p.numel() for p in vae.parameters()),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(report)
-    _picture(x[:16], drawn[0][:16], out / "reconstructions.png")
+    _draw_comparison(x[:16], drawn[0][:16], out / "reconstructions.png")
     return vae
 
 
-def decoded(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Unscaled latents (N,4,H/8,W/8) -> pixels (N,3,H,W) in [-1, 1]."""
     return torch.cat([vae.decode(part).sample for part in latents.split(50)]).clamp(-1, 1)
 
 
-def _picture(x: Tensor, y: Tensor, path: Path) -> None:
+def _draw_comparison(x: Tensor, y: Tensor, path: Path) -> None:
     """Originals above their reconstructions, eight in a row."""
     from PIL import Image
 

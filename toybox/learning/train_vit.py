@@ -19,10 +19,10 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from toybox.learning.train_clip import augment
-from toybox.learning.training import MasterWeights, Run, compute_dtype
+from toybox.learning.training import MasterWeights, TrainingRun, compute_dtype
 from toybox.world import KINDS
 
-__all__ = ["Views", "build_vit", "nearest_neighbour_accuracy", "told_apart"]
+__all__ = ["ViewDataset", "build_vit", "measure_nearest_accuracy", "measure_separation"]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TEMPERATURE = 0.07
@@ -43,14 +43,14 @@ def build_vit() -> Dinov2Model:
     )
 
 
-def pixels_for_dino(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def convert_to_dino_pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 (N,H,W,3) -> (N,3,H,W) normalised with ImageNet's mean and deviation, as DINOv2
     expects."""
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
     return ((images.permute(0, 3, 1, 2).float() / 255 - mean) / std).to(dtype)
 
 
-class Views:
+class ViewDataset:
     """images (toys, views, 128, 128, 3) uint8 and the kind of each toy (written by `render_views`).
 
     The last `held_back` toys, 50 of each kind, are never trained on.
@@ -61,7 +61,7 @@ class Views:
         self.kinds = np.array(json.loads((folder / "kinds.json").read_text()))
         self.train = len(self.kinds) - held_back
 
-    def pairs(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def sample_pairs(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Two views (n,128,128,3) of n different training toys: half of each of two kinds, filled
         up with others if those are too few."""
         rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
@@ -84,7 +84,7 @@ class Views:
 
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
-    views = Views(args.views)
+    views = ViewDataset(args.views)
     vit = (
         Dinov2Model.from_pretrained(args.start, torch_dtype=torch.float32).train()
         if args.start
@@ -98,22 +98,24 @@ def train(args: argparse.Namespace) -> None:
         weight_decay=0.02,
         ema_decay=0.998,
     )
-    run = Run(args.out, weights, args.steps, minutes=args.minutes, save_every=500, log_every=50)
+    run = TrainingRun(
+        args.out, weights, args.steps, minutes=args.minutes, save_every=500, log_every=50
+    )
     for step in run:
-        generator = run.generator(step, salt=args.salt)
-        first, second = (augment(v, generator) for v in views.pairs(args.batch, generator))
-        pixels = pixels_for_dino(torch.cat([first, second]), compute_dtype())
+        generator = run.seed_generator(step, salt=args.salt)
+        first, second = (augment(v, generator) for v in views.sample_pairs(args.batch, generator))
+        pixels = convert_to_dino_pixels(torch.cat([first, second]), compute_dtype())
         a, b = normalize(vit(pixels).last_hidden_state[:, 0].float(), dim=-1).chunk(2)
         logits, labels = a @ b.T / TEMPERATURE, torch.arange(len(a))
         loss = (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
         loss.backward()
-        norm = weights.step(args.rate * run.rate(step))
+        norm = weights.step(args.rate * run.compute_rate_factor(step))
         run.add(loss=loss, right=(logits.argmax(1) == labels).float().mean(), grad_norm=norm)
     export(weights, views, args.out)
 
 
 @torch.no_grad()
-def nearest_neighbour_accuracy(vit: Dinov2Model, views: Views, individuals: int = 50) -> float:
+def measure_nearest_accuracy(vit: Dinov2Model, views: ViewDataset, individuals: int = 50) -> float:
     """Fraction of views whose nearest other view shows the same toy, among `individuals` held-back
     toys of one kind.
 
@@ -126,25 +128,25 @@ def nearest_neighbour_accuracy(vit: Dinov2Model, views: Views, individuals: int 
         if len(toys) < 2:
             continue
         images = torch.from_numpy(np.concatenate([views.images[t] for t in toys]))
-        shares.append(told_apart(vit, images, views.images.shape[1]))
+        shares.append(measure_separation(vit, images, views.images.shape[1]))
     return sum(shares) / len(shares)
 
 
 @torch.no_grad()
-def told_apart(vit: Dinov2Model, images: Tensor, views: int) -> float:
+def measure_separation(vit: Dinov2Model, images: Tensor, views: int) -> float:
     """Fraction of images, uint8 (toys·views, H, W, 3), whose nearest other one shows the same
     toy."""
-    v = normalize(vit(pixels_for_dino(images)).last_hidden_state[:, 0], dim=-1)
+    v = normalize(vit(convert_to_dino_pixels(images)).last_hidden_state[:, 0], dim=-1)
     owner = torch.arange(len(images)) // views
     nearest = (v @ v.T).fill_diagonal_(-1).argmax(1)
     return float((owner[nearest] == owner).float().mean())
 
 
-def export(weights: MasterWeights, views: Views, out: Path) -> None:
+def export(weights: MasterWeights, views: ViewDataset, out: Path) -> None:
     vit = build_vit().eval()
-    vit.load_state_dict(weights.averaged(), strict=False)
+    vit.load_state_dict(weights.get_averaged(), strict=False)
     report = {
-        "nearest_neighbour_accuracy": round(nearest_neighbour_accuracy(vit, views), 4),
+        "nearest_neighbour_accuracy": round(measure_nearest_accuracy(vit, views), 4),
         "parameters": sum(p.numel() for p in vit.parameters()),
     }
     vit.half().save_pretrained(out / "model")

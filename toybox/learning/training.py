@@ -27,11 +27,11 @@ from toybox.learning.muon import GramMuon
 
 __all__ = [
     "MasterWeights",
-    "Run",
+    "TrainingRun",
     "compile_each",
     "compute_dtype",
-    "rank_and_world",
-    "saved_step",
+    "get_rank_and_world",
+    "read_saved_step",
     "wait_for_all",
 ]
 
@@ -59,7 +59,7 @@ def compile_each(blocks: Iterable[nn.Module]) -> None:
         block.compile(dynamic=False)
 
 
-def rank_and_world() -> tuple[int, int]:
+def get_rank_and_world() -> tuple[int, int]:
     """This process's number and the number of processes; the first call joins them under
     `torchrun`."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -71,13 +71,13 @@ def rank_and_world() -> tuple[int, int]:
 
 def wait_for_all() -> None:
     """Go on when each process has come to this call."""
-    if rank_and_world()[1] > 1:
+    if get_rank_and_world()[1] > 1:
         dist.barrier()
 
 
 def average(gradients: list[Tensor]) -> None:
     """Replace each process's gradients by their mean over the processes, in place."""
-    _, world = rank_and_world()
+    _, world = get_rank_and_world()
     if world > 1:
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
@@ -88,14 +88,14 @@ def average(gradients: list[Tensor]) -> None:
 
 def from_first(number: float) -> float:
     """The first process's number, in every process."""
-    _, world = rank_and_world()
+    _, world = get_rank_and_world()
     shared = torch.tensor(number, dtype=torch.float64)
     if world > 1:
         dist.broadcast(shared, src=0)
     return float(shared)
 
 
-def saved_step(out: Path) -> int:
+def read_saved_step(out: Path) -> int:
     """The step at which the run in `out` goes on: 0 before its first state is saved."""
     path = out / "state.pt"
     return torch.load(path, weights_only=True, mmap=True)["step"] if path.exists() else 0
@@ -173,7 +173,7 @@ class MasterWeights:
         for p, v in zip(self.params, values):
             p.copy_(v.view(p.shape))
 
-    def averaged(self) -> dict[str, Tensor]:
+    def get_averaged(self) -> dict[str, Tensor]:
         """EMA weights under the model's parameter names, fp32."""
         return {n: e.view(p.shape).clone() for n, p, e in zip(self.names, self.params, self.ema)}
 
@@ -195,7 +195,7 @@ class MasterWeights:
         self.write(self.masters)
 
 
-class Run:
+class TrainingRun:
     """A resumable loop, `for step in run:`; its state is saved every `save_every` steps, logged
     every `log_every`.
 
@@ -224,7 +224,7 @@ class Run:
         self.out, self.weights, self.steps, self.minutes = Path(out), weights, steps, minutes
         self.beside = beside or {}
         self.until = steps if until is None else until
-        self.rank, world = rank_and_world()
+        self.rank, world = get_rank_and_world()
         self.samples = batch and batch * world  # a step
         self.save_every, self.log_every = save_every, log_every
         self.out.mkdir(parents=True, exist_ok=True)
@@ -233,35 +233,35 @@ class Run:
         self.logged = self.start, self.sec_before
         self.sums: dict[str, float] = {}
 
-    def generator(self, step: int, salt: int = 0) -> torch.Generator:
+    def seed_generator(self, step: int, salt: int = 0) -> torch.Generator:
         return torch.Generator().manual_seed(1_000_003 * salt + step + 500_009 * self.rank)
 
     def __iter__(self) -> Iterator[int]:
         self.clock = time.monotonic()
         step = self.start
-        self.progress = self._progress(step)
+        self.progress = self._compute_progress(step)
         while self.progress < 1 and step < self.until:
             yield step
             step += 1
-            self.progress = self._progress(step)
+            self.progress = self._compute_progress(step)
             if step % self.log_every == 0:
                 self._log(step)
             if step % self.save_every == 0 or self.progress >= 1 or step == self.until:
                 self.save(step)
 
-    def rate(self, step: int, warmup: int = 50, decay: float = 0.4) -> float:
+    def compute_rate_factor(self, step: int, warmup: int = 50, decay: float = 0.4) -> float:
         """Factor in [0, 1]: linear rise over `warmup` steps, constant, linear fall to 0 over the
         last fraction `decay`."""
         return min(1.0, (step + 1) / warmup, (1 - self.progress) / decay)
 
-    def _sec(self) -> float:
+    def _get_elapsed_sec(self) -> float:
         return self.sec_before + time.monotonic() - self.clock
 
-    def _progress(self, step: int) -> float:
+    def _compute_progress(self, step: int) -> float:
         """Fraction of the run that is done, by its steps or by the first process's clock."""
         share = step / self.steps
         if self.minutes is not None:
-            share = max(share, from_first(self._sec() / (60 * self.minutes)))
+            share = max(share, from_first(self._get_elapsed_sec() / (60 * self.minutes)))
         return share
 
     def add(self, **figures: float) -> None:
@@ -276,7 +276,7 @@ class Run:
         beside = {name: weights.state_dict() for name, weights in self.beside.items()}
         state = {
             "step": step,
-            "sec": self._sec(),
+            "sec": self._get_elapsed_sec(),
             "weights": self.weights.state_dict(),
             "beside": beside,
         }
@@ -295,7 +295,7 @@ class Run:
         return state["step"], state["sec"]
 
     def _log(self, step: int) -> None:
-        sec = self._sec()
+        sec = self._get_elapsed_sec()
         row = {
             "step": step,
             **{k: round(v, 5) for k, v in self.sums.items()},
@@ -309,5 +309,5 @@ class Run:
             return
         with (self.out / "log.jsonl").open("a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
-        left = self._sec() * (1 / self.progress - 1)
+        left = self._get_elapsed_sec() * (1 / self.progress - 1)
         print(*(f"{k} {v}" for k, v in row.items()), f"ETA {left / 60:.0f} min", flush=True)

@@ -13,20 +13,20 @@ from torch.nn.functional import conv2d, pad
 
 from toybox.learning.training import compute_dtype
 
-__all__ = ["WinogradConv2d", "use_winograd"]
+__all__ = ["WinogradConv2d", "replace_convolutions"]
 
 TILE, WINDOW = 4, 6
-LEAST_CHANNELS = 64  # where it takes three quarters of the time; fewer leave less work to save
+MIN_CHANNELS = 64  # where it takes three quarters of the time; fewer leave less work to save
 
 
-def in_both_directions(rows: list[list[float]]) -> Tensor:
+def expand_to_2d(rows: list[list[float]]) -> Tensor:
     """The matrix M of a transform along one direction -> M ⊗ M, which transforms flattened
     tiles."""
     matrix = torch.tensor(rows, dtype=torch.float64)
     return torch.kron(matrix, matrix).float()
 
 
-INPUT = in_both_directions(  # Bᵀ
+INPUT_TRANSFORM = expand_to_2d(  # Bᵀ
     [
         [4, 0, -5, 0, 1, 0],
         [0, -4, -4, 1, 1, 0],
@@ -36,7 +36,7 @@ INPUT = in_both_directions(  # Bᵀ
         [0, 4, 0, -5, 0, 1],
     ]
 )
-WEIGHT = in_both_directions(  # G
+WEIGHT_TRANSFORM = expand_to_2d(  # G
     [
         [1 / 4, 0, 0],
         [-1 / 6, -1 / 6, -1 / 6],
@@ -47,12 +47,12 @@ WEIGHT = in_both_directions(  # G
     ]
 )
 # Aᵀ
-OUTPUT = in_both_directions(
+OUTPUT_TRANSFORM = expand_to_2d(
     [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
 )
 
 
-def windows(x: Tensor) -> Tensor:
+def unfold_windows(x: Tensor) -> Tensor:
     """(N,H,W,C) -> (36, N·H/4·W/4·C): the overlapping 6×6 windows of the zero-padded input, one for
     each 4×4 tile."""
     n, h, w, c = x.shape
@@ -64,7 +64,7 @@ def windows(x: Tensor) -> Tensor:
     )
 
 
-def sum_of_windows(windows: Tensor) -> Tensor:
+def fold_windows(windows: Tensor) -> Tensor:
     """(6,6,N,H/4,W/4,C) -> (N,H,W,C): the transpose of `windows`, which adds where they overlap."""
     _, _, n, rows, columns, c = windows.shape
     windows = windows.permute(2, 3, 0, 4, 1, 5)
@@ -84,9 +84,11 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         (n, c, h, w), o = x.shape, len(weight)
-        inputs = (INPUT @ windows(x.permute(0, 2, 3, 1))).view(WINDOW**2, -1, c)
-        weights = (WEIGHT @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(WINDOW**2, c, o)
-        tiles = OUTPUT @ torch.bmm(inputs, weights).view(WINDOW**2, -1)
+        inputs = (INPUT_TRANSFORM @ unfold_windows(x.permute(0, 2, 3, 1))).view(WINDOW**2, -1, c)
+        weights = (WEIGHT_TRANSFORM @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(
+            WINDOW**2, c, o
+        )
+        tiles = OUTPUT_TRANSFORM @ torch.bmm(inputs, weights).view(WINDOW**2, -1)
         ctx.save_for_backward(inputs, weights)
         ctx.shape = x.shape
         y = tiles.view(TILE, TILE, n, h // TILE, w // TILE, o).permute(2, 3, 0, 4, 1, 5)
@@ -101,10 +103,10 @@ class _Convolution(torch.autograd.Function):
             .reshape(n, h // TILE, TILE, w // TILE, TILE, o)
             .permute(2, 4, 0, 1, 3, 5)
         )
-        products = (OUTPUT.T @ tiles.reshape(TILE**2, -1)).view(WINDOW**2, -1, o)
-        of_weights = WEIGHT.T @ torch.bmm(inputs.mT, products).view(WINDOW**2, -1)
-        of_windows = INPUT.T @ torch.bmm(products, weights.mT).view(WINDOW**2, -1)
-        of_input = sum_of_windows(of_windows.view(WINDOW, WINDOW, n, h // TILE, w // TILE, c))
+        products = (OUTPUT_TRANSFORM.T @ tiles.reshape(TILE**2, -1)).view(WINDOW**2, -1, o)
+        of_weights = WEIGHT_TRANSFORM.T @ torch.bmm(inputs.mT, products).view(WINDOW**2, -1)
+        of_windows = INPUT_TRANSFORM.T @ torch.bmm(products, weights.mT).view(WINDOW**2, -1)
+        of_input = fold_windows(of_windows.view(WINDOW, WINDOW, n, h // TILE, w // TILE, c))
         return of_input.permute(0, 3, 1, 2), of_weights.view(3, 3, c, o).permute(3, 2, 0, 1)
 
 
@@ -116,8 +118,8 @@ class WinogradConv2d(nn.Module):
         self.weight, self.bias = convolution.weight, convolution.bias
 
     @staticmethod
-    def suits(module: nn.Module) -> bool:
-        if not isinstance(module, nn.Conv2d) or min(module.weight.shape[:2]) < LEAST_CHANNELS:
+    def can_replace(module: nn.Module) -> bool:
+        if not isinstance(module, nn.Conv2d) or min(module.weight.shape[:2]) < MIN_CHANNELS:
             return False
         found = (
             module.kernel_size,
@@ -136,14 +138,14 @@ class WinogradConv2d(nn.Module):
         return y if self.bias is None else y + self.bias[:, None, None]
 
 
-def use_winograd(model: nn.Module, device: str = "cpu") -> nn.Module:
+def replace_convolutions(model: nn.Module, device: str = "cpu") -> nn.Module:
     """Swap every convolution below `model` that gains by it, in place, where training on `device`
     computes in fp32."""
     if compute_dtype(device) != torch.float32:
         return model
     for name, child in model.named_children():
-        if WinogradConv2d.suits(child):
+        if WinogradConv2d.can_replace(child):
             setattr(model, name, WinogradConv2d(child))
         else:
-            use_winograd(child, device)
+            replace_convolutions(child, device)
     return model

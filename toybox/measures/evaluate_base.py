@@ -29,14 +29,14 @@ from diffusers import DiffusionPipeline, ZImagePipeline
 from PIL import Image
 from torch import Tensor
 
-from toybox.captions import canonical_caption, full_caption
+from toybox.captions import format_canonical_caption, format_full_caption
 from toybox.data.renders import to_uint8
-from toybox.measures.swd import distances
+from toybox.measures.swd import compute_distances
 from toybox.readers import judge
 from toybox.render import render
 from toybox.world import Scene, sample_scene
 
-__all__ = ["accuracy", "generate", "scenes_for", "sheet"]
+__all__ = ["measure_accuracy", "generate", "sample_scenes", "draw_sheet"]
 
 STEPS, GUIDANCE, SIDE_PX = 30, 2.5, 128
 
@@ -57,7 +57,7 @@ GROUPS = {
 }
 
 
-def scenes_for(count: int, held_out: bool, seed: int, full: bool = False) -> list[Scene]:
+def sample_scenes(count: int, held_out: bool, seed: int, full: bool = False) -> list[Scene]:
     """Scenes of one toy by day; if `full`, of one that has a pattern or wears something."""
     rng, scenes = random.Random(f"evaluation {seed} {held_out}"), []
     while len(scenes) < count:
@@ -94,7 +94,7 @@ def generate(
     return torch.cat(images)
 
 
-def accuracy(images: Tensor, scenes: list[Scene], full: bool = False) -> dict:
+def measure_accuracy(images: Tensor, scenes: list[Scene], full: bool = False) -> dict:
     """Fraction of images (N,H,W,3) in which the judge reads what the prompt tells of the scene, by
     question.
 
@@ -103,10 +103,10 @@ def accuracy(images: Tensor, scenes: list[Scene], full: bool = False) -> dict:
     and the number of pictures.
     """
     right = [
-        reading.right(scene)
+        reading.check_answers(scene)
         for reading, scene in zip(judge.load().read(images), scenes, strict=True)
     ]
-    told = [tells(scene, full) for scene in scenes]
+    told = [list_told(scene, full) for scene in scenes]
     hits = {name: [r[name] for r, t in zip(right, told) if t[name]] for name in judge.QUESTIONS}
     hits["ornaments_worn"] = [
         r["ornaments"] for r, s in zip(right, scenes) if full and s.toys[0].accessories
@@ -115,11 +115,13 @@ def accuracy(images: Tensor, scenes: list[Scene], full: bool = False) -> dict:
     hits = {name: values for name, values in hits.items() if values}
     shares = {name: round(sum(values) / len(values), 4) for name, values in hits.items()}
     return shares | {
-        "intervals": {name: (*wilson(sum(v), len(v)), len(v)) for name, v in hits.items()}
+        "intervals": {
+            name: (*compute_wilson_interval(sum(v), len(v)), len(v)) for name, v in hits.items()
+        }
     }
 
 
-def tells(scene: Scene, full: bool) -> dict[str, bool]:
+def list_told(scene: Scene, full: bool) -> dict[str, bool]:
     """Whether the prompt tells the answer: a canonical one tells the second colour with a pattern,
     and names no ornament, so that it is right only of a toy that wears none."""
     toy = scene.toys[0]
@@ -127,7 +129,7 @@ def tells(scene: Scene, full: bool) -> dict[str, bool]:
     return {name: full or unsaid.get(name, True) for name in judge.QUESTIONS}
 
 
-def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
+def compute_wilson_interval(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson, "Probable Inference", 1927)."""
     share, spread = hits / count, z * z / count
     middle = share + spread / 2
@@ -135,13 +137,13 @@ def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
     return tuple(round(min(max((middle + side) / (1 + spread), 0), 1), 4) for side in (-half, half))
 
 
-def sheet(images: Tensor, columns: int = 10) -> Image.Image:
+def draw_sheet(images: Tensor, columns: int = 10) -> Image.Image:
     """A contact sheet of uint8 images (N,H,W,3)."""
     rows = [torch.cat(list(row), dim=1) for row in images.split(columns) if len(row) == columns]
     return Image.fromarray(torch.cat(rows, dim=0).numpy())
 
 
-def timings(base: Path) -> dict[str, float]:
+def measure_timings(base: Path) -> dict[str, float]:
     """Seconds to load, and to generate four images of 30 steps."""
     start = time.perf_counter()
     pipeline = DiffusionPipeline.from_pretrained(base)
@@ -154,7 +156,7 @@ def timings(base: Path) -> dict[str, float]:
     }
 
 
-def kept_pictures(
+def load_or_generate(
     path: Path, pipeline: DiffusionPipeline, prompts: list[str], **options: float
 ) -> Tensor:
     """The pictures uint8 (N,128,128,3) that `path` holds, or else generated and saved there."""
@@ -179,23 +181,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     scores = {"guidance": args.guidance}
     if not args.no_timings:
-        scores["timings"] = timings(args.base)
+        scores["timings"] = measure_timings(args.base)
         print(json.dumps(scores["timings"]), flush=True)
     pipeline = DiffusionPipeline.from_pretrained(args.base)
     for name in args.groups:
         held_out, full, seed = GROUPS[name]
-        scenes = scenes_for(args.images, held_out, seed, full)
-        prompts = [(full_caption if full else canonical_caption)(scene) for scene in scenes]
+        scenes = sample_scenes(args.images, held_out, seed, full)
+        prompts = [
+            (format_full_caption if full else format_canonical_caption)(scene) for scene in scenes
+        ]
         stem = f"{name.replace(' ', '_')}_{args.images}_at_{args.guidance:g}"
-        images = kept_pictures(
+        images = load_or_generate(
             args.out / f"{stem}.npy", pipeline, prompts, seed=seed, guidance=args.guidance
         )
         renders = render(scenes)
         scores[name] = {
-            "generated": accuracy(images, scenes, full) | {"swd": distances(images, renders)},
-            "renders": accuracy(renders, scenes, full),
+            "generated": measure_accuracy(images, scenes, full)
+            | {"swd": compute_distances(images, renders)},
+            "renders": measure_accuracy(renders, scenes, full),
         }
-        sheet(images[:100]).save(args.out / f"{stem}.png")
+        draw_sheet(images[:100]).save(args.out / f"{stem}.png")
         print(name, json.dumps(scores[name]), flush=True)
     (args.out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 

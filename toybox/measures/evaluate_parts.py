@@ -24,25 +24,25 @@ from tqdm import tqdm
 from transformers import Dinov2Model
 
 from toybox.captions import caption
-from toybox.data.render_views import sights
+from toybox.data.render_views import sample_sights
 from toybox.data.renders import to_pixels, to_uint8
-from toybox.learning.train_clip import pixels_for_clip
-from toybox.learning.train_vit import told_apart
-from toybox.measures.evaluate_base import sheet
+from toybox.learning.train_clip import convert_to_clip_pixels
+from toybox.learning.train_vit import measure_separation
+from toybox.measures.evaluate_base import draw_sheet
 from toybox.render import render
 from toybox.world import KINDS, Toy, sample_scene, sample_toy
 
 __all__ = [
-    "fresh_renders",
-    "individuals_told_apart",
-    "unlike_toys",
-    "psnr_db",
-    "reconstruct",
-    "retrieval_at_1",
+    "render_fresh",
+    "measure_individuals",
+    "sample_unlike_toys",
+    "compute_psnr_db",
+    "encode_and_decode",
+    "measure_retrieval",
 ]
 
 
-def fresh_renders(count: int, seed: int = 0) -> tuple[Tensor, list[str]]:
+def render_fresh(count: int, seed: int = 0) -> tuple[Tensor, list[str]]:
     """uint8 (count,128,128,3) and a varied caption of each, drawn from a seed that no training
     uses."""
     rng = random.Random(f"parts {seed}")
@@ -51,7 +51,7 @@ def fresh_renders(count: int, seed: int = 0) -> tuple[Tensor, list[str]]:
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKL, images: Tensor) -> Tensor:
+def encode_and_decode(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """uint8 (N,H,W,3) encoded to the mode of the posterior and decoded again."""
     parts = (
         vae.decode(vae.encode(to_pixels(part)).latent_dist.mode()).sample
@@ -60,19 +60,24 @@ def reconstruct(vae: AutoencoderKL, images: Tensor) -> Tensor:
     return torch.cat([to_uint8(part.clamp(-1, 1)) for part in parts])
 
 
-def psnr_db(images: Tensor, others: Tensor) -> Tensor:
+def compute_psnr_db(images: Tensor, others: Tensor) -> Tensor:
     """10·log10(255² / mean squared difference) of each pair, (N,)."""
     error = (images.float() - others.float()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(255**2 / error)
 
 
 @torch.no_grad()
-def retrieval_at_1(base: StableDiffusionXLPipeline, images: Tensor, captions: list[str]) -> float:
+def measure_retrieval(
+    base: StableDiffusionXLPipeline, images: Tensor, captions: list[str]
+) -> float:
     """Fraction of images (N,H,W,3) whose own caption is the nearest of 100; the mean over the
     hundreds."""
     right = []
     for start in range(0, len(captions) - 99, 100):
-        pixels, texts = pixels_for_clip(images[start : start + 100]), captions[start : start + 100]
+        pixels, texts = (
+            convert_to_clip_pixels(images[start : start + 100]),
+            captions[start : start + 100],
+        )
         words = base.tokenizer_2(texts, padding="max_length", truncation=True, return_tensors="pt")
         seen = normalize(base.image_encoder(pixels).image_embeds, dim=-1)
         said = normalize(base.text_encoder_2(words.input_ids).text_embeds, dim=-1)
@@ -80,7 +85,7 @@ def retrieval_at_1(base: StableDiffusionXLPipeline, images: Tensor, captions: li
     return float(torch.stack(right).mean())
 
 
-def unlike_toys(kind: str, count: int) -> list[Toy]:
+def sample_unlike_toys(kind: str, count: int) -> list[Toy]:
     """Individuals of a kind, any two of which differ in more than proportions."""
     rng, found = random.Random(f"unlike {kind}"), {}
     while len(found) < count:
@@ -89,10 +94,12 @@ def unlike_toys(kind: str, count: int) -> list[Toy]:
     return list(found.values())
 
 
-def individuals_told_apart(vit: Dinov2Model, kind: str, count: int = 50, views: int = 4) -> float:
+def measure_individuals(vit: Dinov2Model, kind: str, count: int = 50, views: int = 4) -> float:
     rng = random.Random(f"views {kind}")
-    scenes = [scene for toy in unlike_toys(kind, count) for scene in sights(rng, toy, views)]
-    return told_apart(vit, render(scenes, compiled=len(scenes) > 50), views)
+    scenes = [
+        scene for toy in sample_unlike_toys(kind, count) for scene in sample_sights(rng, toy, views)
+    ]
+    return measure_separation(vit, render(scenes, compiled=len(scenes) > 50), views)
 
 
 def main() -> None:
@@ -106,21 +113,21 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     base = StableDiffusionXLPipeline.from_pretrained(args.base)
-    images, captions = fresh_renders(args.images)
-    again = reconstruct(base.vae, images)
-    psnr = psnr_db(images, again)
+    images, captions = render_fresh(args.images)
+    again = encode_and_decode(base.vae, images)
+    psnr = compute_psnr_db(images, again)
     vit = Dinov2Model.from_pretrained(args.dino, torch_dtype=torch.float32).eval()
-    told = [individuals_told_apart(vit, kind) for kind in tqdm(KINDS, desc="individuals")]
+    told = [measure_individuals(vit, kind) for kind in tqdm(KINDS, desc="individuals")]
     scores = {
         "vae_psnr_db": round(float(psnr.mean()), 2),
         "vae_psnr_db_p10": round(float(psnr.quantile(0.1)), 2),
-        "clip_retrieval_at_1_of_100": round(retrieval_at_1(base, images, captions), 4),
+        "clip_retrieval_at_1_of_100": round(measure_retrieval(base, images, captions), 4),
         "vit_nearest_of_50_individuals": round(sum(told) / len(told), 4),
     }
     (args.out / "parts.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(scores))
     pairs = torch.cat([images[:8], again[:8], images[8:16], again[8:16]])
-    sheet(pairs, columns=8).save(args.out / "reconstructions.png")
+    draw_sheet(pairs, columns=8).save(args.out / "reconstructions.png")
 
 
 if __name__ == "__main__":

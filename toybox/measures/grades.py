@@ -35,18 +35,18 @@ from PIL import Image
 
 from dreambooth_moslora.generation.image_params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.pictures import Row, draw_contact_sheet
-from dreambooth_moslora.settings.subjects import prompts_of
-from toybox.captions import canonical_caption, full_caption
+from dreambooth_moslora.pictures import SheetRow, draw_contact_sheet
+from dreambooth_moslora.settings.subjects import build_prompts
+from toybox.captions import format_canonical_caption, format_full_caption
 from toybox.make_subjects import FOLDER, load
-from toybox.measures.evaluate_base import generate, scenes_for
+from toybox.measures.evaluate_base import generate, sample_scenes
 from toybox.render import render
-from toybox.truth import view
+from toybox.truth import sample_view
 
-__all__ = ["PLACES", "draw", "draw_adapters", "drawn_in_places", "main", "mean"]
+__all__ = ["PLACES", "draw", "draw_adapters", "generate_places", "main", "compute_means"]
 
 GROUPS = ((8, False, 70_000, False), (6, True, 71_000, False), (6, False, 72_000, True))
-"""How many scenes, and what `scenes_for` is told: held out, seed, and whether all is named."""
+"""How many scenes, and what `sample_scenes` is told: held out, seed, and whether all is named."""
 SEED, ON_A_SHEET, TILE_PX = 70_000, 20, 256
 RENDERS = "renders"
 PLACES = ("in the snow", "on a purple rug", "in the desert", "on a checkered floor")
@@ -54,7 +54,7 @@ PLACES = ("in the snow", "on a purple rug", "in the desert", "on a checkered flo
 INFERENCE_STEPS, GUIDANCE = 30, 2.5
 
 
-class Drawn(NamedTuple):
+class GradedImage(NamedTuple):
     """A picture, who drew it, and what was asked for."""
 
     by: str
@@ -69,7 +69,10 @@ def draw(
     # Scenes and their prompts, rendered and drawn by each base
     scenes, prompts = [], []
     for part in parts:
-        found, caption = scenes_for(*part), full_caption if part[-1] else canonical_caption
+        found, caption = (
+            sample_scenes(*part),
+            format_full_caption if part[-1] else format_canonical_caption,
+        )
         scenes += found
         prompts += [caption(scene) for scene in found]
     by_source = {RENDERS: render(scenes)}
@@ -78,7 +81,7 @@ def draw(
         pipeline.set_progress_bar_config(disable=True)
         by_source[name] = generate(pipeline, prompts, seed=SEED)
     drawn = [
-        Drawn(name, prompt, Image.fromarray(pixels.numpy()))
+        GradedImage(name, prompt, Image.fromarray(pixels.numpy()))
         for name, images in by_source.items()
         for prompt, pixels in zip(prompts, images)
     ]
@@ -100,20 +103,20 @@ def draw_adapters(out: Path, runs: Mapping[str, Path], bases: Mapping[str, Path]
     pipelines = {name: SubjectPipeline.from_base(bases.get(name, "toy")) for name in runs}
     first = next(iter(runs.values()))
     subjects = sorted(path.name for path in first.iterdir() if (FOLDER / path.name).is_dir())
-    numbered: dict[int, Drawn] = {}
+    numbered: dict[int, GradedImage] = {}
     for subject in subjects:
         # True renders and each source's pictures in the same places, mixed
         sample, rng = load(subject), random.Random(f"{SEED} {subject}")
-        prompt = prompts_of(sample.token, sample.class_word)["instance_prompt"]
-        true = render([view(rng, sample.toy, place) for place in PLACES])
+        prompt = build_prompts(sample.token, sample.class_word)["instance_prompt"]
+        true = render([sample_view(rng, sample.toy, place) for place in PLACES])
         drawn = [
-            Drawn(RENDERS, f"{prompt} {place}", Image.fromarray(pixels.numpy()))
+            GradedImage(RENDERS, f"{prompt} {place}", Image.fromarray(pixels.numpy()))
             for place, pixels in zip(PLACES, true)
         ]
         for name, folder in runs.items():
-            pictures = drawn_in_places(pipelines[name], folder / subject, prompt)
+            pictures = generate_places(pipelines[name], folder / subject, prompt)
             drawn += [
-                Drawn(name, f"{prompt} {place}", picture)
+                GradedImage(name, f"{prompt} {place}", picture)
                 for place, picture in zip(PLACES, pictures)
             ]
         rng.shuffle(drawn)
@@ -126,7 +129,7 @@ def draw_adapters(out: Path, runs: Mapping[str, Path], bases: Mapping[str, Path]
     write_key(numbered, out)
 
 
-def drawn_in_places(pipeline: SubjectPipeline, run: Path, prompt: str) -> list[Image.Image]:
+def generate_places(pipeline: SubjectPipeline, run: Path, prompt: str) -> list[Image.Image]:
     """What the run's adapter draws in PLACES, each with a fixed seed of its own."""
     adapters = ((pipeline.load_adapter(run, run.name), 1.0),)
     pictures = []
@@ -140,29 +143,29 @@ def drawn_in_places(pipeline: SubjectPipeline, run: Path, prompt: str) -> list[I
 
 
 def write_sheet(
-    numbered: Mapping[int, Drawn], path: Path, photo: Image.Image | None = None
+    numbered: Mapping[int, GradedImage], path: Path, photo: Image.Image | None = None
 ) -> None:
     """The pictures with their numbers and what was asked for, after a photo of the subject."""
     images = [one.picture for one in numbered.values()]
-    captions = [f"{number}: {asked(one.prompt)}" for number, one in numbered.items()]
+    captions = [f"{number}: {clean_prompt(one.prompt)}" for number, one in numbered.items()]
     if photo is not None:
         images, captions = [photo, *images], ["the photo", *captions]
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_contact_sheet([Row("", images, tuple(captions))], path, tile_px=TILE_PX)
+    draw_contact_sheet([SheetRow("", images, tuple(captions))], path, tile_px=TILE_PX)
 
 
-def write_key(numbered: Mapping[int, Drawn], out: Path) -> None:
+def write_key(numbered: Mapping[int, GradedImage], out: Path) -> None:
     """OUT/key.json."""
     key = {number: {"by": one.by, "prompt": one.prompt} for number, one in numbered.items()}
     (out / "key.json").write_text(json.dumps(key, indent=2) + "\n", encoding="utf-8")
 
 
-def asked(prompt: str) -> str:
+def clean_prompt(prompt: str) -> str:
     """Without the words that all prompts have: two lines under a picture hold the rest."""
     return prompt.removeprefix("a photo of ")
 
 
-def mean(out: Path, graders: Sequence[Path]) -> dict[str, dict[str, float]]:
+def compute_means(out: Path, graders: Sequence[Path]) -> dict[str, dict[str, float]]:
     """Mean, lowest and highest grade by source. Raises ValueError if a grader left a picture
     out."""
     key = json.loads((out / "key.json").read_text(encoding="utf-8"))
@@ -179,7 +182,7 @@ def mean(out: Path, graders: Sequence[Path]) -> dict[str, dict[str, float]]:
     }
 
 
-def disagreement(graders: Sequence[Path]) -> float:
+def compute_disagreement(graders: Sequence[Path]) -> float:
     """The mean difference of two graders on one picture."""
     given = [json.loads(path.read_text(encoding="utf-8")) for path in graders]
     return fmean(
@@ -187,9 +190,9 @@ def disagreement(graders: Sequence[Path]) -> float:
     )
 
 
-def folders(given: Sequence[str]) -> dict[str, Path]:
+def parse_folders(arguments: Sequence[str]) -> dict[str, Path]:
     """Of NAME=FOLDER each."""
-    pairs = (one.partition("=") for one in given)
+    pairs = (one.partition("=") for one in arguments)
     return {name: Path(folder) for name, _, folder in pairs}
 
 
@@ -216,15 +219,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     reading.add_argument("grades", type=Path, nargs="+", metavar="GRADES.json")
     args = parser.parse_args(argv)
     if args.command == "draw":
-        draw(args.out, folders(args.base))
+        draw(args.out, parse_folders(args.base))
         return
     if args.command == "adapters":
-        draw_adapters(args.out, folders(args.runs), folders(args.base))
+        draw_adapters(args.out, parse_folders(args.runs), parse_folders(args.base))
         return
-    for name, values in mean(args.out, args.grades).items():
+    for name, values in compute_means(args.out, args.grades).items():
         print(name, json.dumps(values))
     if len(args.grades) > 1:
-        print(f"two graders differ by {disagreement(args.grades):.2f} on a picture")
+        print(f"two graders differ by {compute_disagreement(args.grades):.2f} on a picture")
 
 
 if __name__ == "__main__":

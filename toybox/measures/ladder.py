@@ -18,28 +18,30 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from toybox.captions import canonical_caption
+from toybox.captions import format_canonical_caption
 from toybox.data.renders import to_uint8
-from toybox.learning.train_unet import noise_schedule
-from toybox.measures.evaluate_base import scenes_for, sheet
-from toybox.measures.evaluate_parts import psnr_db
-from toybox.measures.velocity_error import BATCH, Predict, encoded, predictor
+from toybox.learning.train_unet import build_noise_schedule
+from toybox.measures.evaluate_base import draw_sheet, sample_scenes
+from toybox.measures.evaluate_parts import compute_psnr_db
+from toybox.measures.velocity_error import BATCH, Predict, encode_images, load_predictor
 from toybox.render import render
 
-__all__ = ["denoised", "rungs"]
+__all__ = ["denoise_latents", "build_rungs"]
 
 STEPS = {100: 4, 200: 7, 400: 11}
 """How many steps the sampler takes from each timestep down to 0: a step for about 30 timesteps."""
 SEED, SHOWN = 70_000, 10
 
 
-def denoised(predict: Predict, latents: Tensor, captions: list[str], timestep: int) -> Tensor:
+def denoise_latents(
+    predict: Predict, latents: Tensor, captions: list[str], timestep: int
+) -> Tensor:
     """Scaled latents (N,4,H,W), noised to that timestep and denoised by DDIM (Song et al., 2021).
 
     x = a·z + b·n with a² + b² = 1. The prediction is v = a·n - b·z, so that z = a·x - b·v and n =
     b·x + a·v.
     """
-    signal = noise_schedule().alphas_cumprod.sqrt()
+    signal = build_noise_schedule().alphas_cumprod.sqrt()
     times = torch.linspace(timestep, 0, STEPS[timestep] + 1)[:-1].long()
     # The last step ends without noise.
     signals = torch.cat([signal[times], torch.ones(1)])
@@ -54,25 +56,25 @@ def denoised(predict: Predict, latents: Tensor, captions: list[str], timestep: i
     return x
 
 
-def rungs(base: Path, images: Tensor, captions: list[str]) -> list[Tensor]:
+def build_rungs(base: Path, images: Tensor, captions: list[str]) -> list[Tensor]:
     """Images (N,128,128,3) as the base's autoencoder alone gives them back, then from each
     timestep.
 
     All are uint8.
     """
-    predict = predictor(base)
-    latents = encoded(base, images)
+    predict = load_predictor(base)
+    latents = encode_images(base, images)
     found = [latents]
     for timestep in STEPS:
         parts = []
         for start in range(0, len(latents), BATCH):
             part = slice(start, start + BATCH)
-            parts.append(denoised(predict, latents[part], captions[part], timestep))
+            parts.append(denoise_latents(predict, latents[part], captions[part], timestep))
         found.append(torch.cat(parts))
-    return [decoded(base, z) for z in found]
+    return [decode_latents(base, z) for z in found]
 
 
-def decoded(base: Path, latents: Tensor) -> Tensor:
+def decode_latents(base: Path, latents: Tensor) -> Tensor:
     """Scaled latents (N,4,16,16) -> uint8 (N,128,128,3)."""
     vae = AutoencoderKL.from_pretrained(base / "vae", torch_dtype=torch.float32).eval()
     parts = (latents / vae.config.scaling_factor).split(BATCH)
@@ -88,17 +90,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=64)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    scenes = scenes_for(args.pictures, held_out=False, seed=SEED)
-    captions = [canonical_caption(scene) for scene in scenes]
+    scenes = sample_scenes(args.pictures, held_out=False, seed=SEED)
+    captions = [format_canonical_caption(scene) for scene in scenes]
     images = render(scenes)
     print("base", "autoencoder", *(f"t = {timestep}" for timestep in STEPS), sep=" | ")
     shown = min(SHOWN, len(images))
     for number, base in enumerate(args.bases, start=1):
-        rows = rungs(base, images, captions)
-        figures = [f"{psnr_db(images, row).mean():.2f}" for row in rows]
+        rows = build_rungs(base, images, captions)
+        figures = [f"{compute_psnr_db(images, row).mean():.2f}" for row in rows]
         print(base, *figures, sep=" | ", flush=True)
         strip = torch.cat([row[:shown] for row in (images, *rows)])
-        sheet(strip, columns=shown).save(args.out / f"{number}.png")
+        draw_sheet(strip, columns=shown).save(args.out / f"{number}.png")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dreambooth_moslora.disk.paths import assets_folder
+from dreambooth_moslora.disk.paths import get_assets_folder
 from dreambooth_moslora.evaluation.metrics import (
     Encoders,
     bootstrap_mean,
@@ -29,13 +29,13 @@ from toybox.make_subjects import FOLDER, SUBJECTS, load
 from toybox.render import render
 from toybox.world import Scene, Toy, sample_scene, sample_toy
 
-__all__ = ["Correlation", "main", "of_subject", "rank", "spearman"]
+__all__ = ["Correlation", "main", "correlate_subject", "compute_rank", "compute_spearman"]
 
 # What makes an individual of its kind
 LOOKS = ("colour", "colour2", "pattern", "genes", "accessories")
 LOOK_ALIKES = 10
 VIEWS = 3  # of each
-PICTURES = 64  # of each subject
+IMAGE_COUNT = 64  # of each subject
 SIZE_PX = 128
 
 
@@ -47,26 +47,30 @@ class Correlation:
     rank: float
 
 
-def rank(generated: torch.Tensor, photos: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+def compute_rank(
+    generated: torch.Tensor, photos: torch.Tensor, others: torch.Tensor
+) -> torch.Tensor:
     """(N, D), photos (P, D), look-alikes (L, D) -> (N,): the share of the pairs of a photo and a
     look-alike in which the photo is nearer; 1 if all photos come first, 1/2 by chance."""
     nearer = (generated @ photos.T)[:, :, None] > (generated @ others.T)[:, None, :]
     return nearer.float().mean((1, 2))
 
 
-def spearman(one: np.ndarray, other: np.ndarray) -> float:
+def compute_spearman(first: np.ndarray, second: np.ndarray) -> float:
     """The correlation of the ranks of two lists (N,); equal values share their mean rank."""
-    return float(np.corrcoef(mean_ranks(one), mean_ranks(other))[0, 1])
+    return float(np.corrcoef(compute_mean_ranks(first), compute_mean_ranks(second))[0, 1])
 
 
-def mean_ranks(values: np.ndarray) -> np.ndarray:
+def compute_mean_ranks(values: np.ndarray) -> np.ndarray:
     """From 1; equal values share the mean of theirs."""
     _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[places]
 
 
-def of_subject(toy: Toy, photos: list[Image.Image], encoders: Encoders, count: int) -> Correlation:
+def correlate_subject(
+    toy: Toy, photos: list[Image.Image], encoders: Encoders, count: int
+) -> Correlation:
     """Both measures of `count` pictures against the truth."""
     rng = random.Random(f"look-alikes of {toy}")
 
@@ -87,31 +91,31 @@ def of_subject(toy: Toy, photos: list[Image.Image], encoders: Encoders, count: i
         right = [getattr(mixed, look) == getattr(toy, look) for look in LOOKS]
         truth.append(np.mean(right))
 
-    of_photos = encoders.dino_images(photos)
-    of_others = encoders.dino_images(pictures(others))
-    drawn = encoders.dino_images(pictures(scenes))
+    of_photos = encoders.embed_dino_images(photos)
+    of_others = encoders.embed_dino_images(render_images(others))
+    drawn = encoders.embed_dino_images(render_images(scenes))
     truth = np.array(truth)
     return Correlation(
-        dino=spearman(subject_fidelity(drawn, of_photos).numpy(), truth),
-        rank=spearman(rank(drawn, of_photos, of_others).numpy(), truth),
+        dino=compute_spearman(subject_fidelity(drawn, of_photos).numpy(), truth),
+        rank=compute_spearman(compute_rank(drawn, of_photos, of_others).numpy(), truth),
     )
 
 
-def pictures(scenes: list[Scene]) -> list[Image.Image]:
+def render_images(scenes: list[Scene]) -> list[Image.Image]:
     """The scenes, rendered."""
     return [Image.fromarray(image.numpy()) for image in render(scenes, SIZE_PX)]
 
 
-def photos_of(folder: Path) -> list[Image.Image]:
+def load_photos(folder: Path) -> list[Image.Image]:
     """The photos of a sample subject."""
     return [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.jpg"))]
 
 
 def main() -> None:
-    encoders = load_encoders(assets_folder() / "toy-sdxl")
+    encoders = load_encoders(get_assets_folder() / "toy-sdxl")
     found = []
     for name in SUBJECTS:
-        one = of_subject(load(name).toy, photos_of(FOLDER / name), encoders, PICTURES)
+        one = correlate_subject(load(name).toy, load_photos(FOLDER / name), encoders, IMAGE_COUNT)
         print(f"{name}: DINO {one.dino:.3f}, rank {one.rank:.3f}", flush=True)
         found.append(one)
     print(f"DINO {bootstrap_mean([one.dino for one in found])}")

@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-__all__ = ["card"]
+__all__ = ["render_card"]
 
 PARTS = {
     "vae": "AutoencoderKL, factor 8, 4 latent channels",
@@ -44,7 +44,7 @@ pipeline(prompt, num_inference_steps=30, guidance_scale=2.5).images[0]
 ```
 """
 
-EARLIER = """\
+EARLIER_DATA = """\
 Data: renders by `toybox.data.render_dataset`, none of a held-out combination: 24,000 of seed 1
 for the UNet, then 16,000 of seed 1001 from a nearer camera, and in the end 20,000 narrow ones of
 seeds 9101 and 9102 and 7,500 wide ones of seeds 9001 and 9003. Of the first the VAE saw 12,000
@@ -85,7 +85,7 @@ above hardly show that. At which noise it loses quality, `toybox.measures.ladder
 MIT, as the project. The training data are the project's own renders.
 """
 
-READING = "The judge's reading (share right in %, with its 95 % interval"
+READING_TITLE = "The judge's reading (share right in %, with its 95 % interval"
 EXPLANATION = """\
 A question is asked of the pictures whose prompt tells the answer. Ornaments are read right when
 all that are worn are read, and no others."""
@@ -94,9 +94,9 @@ EARLIER_JUDGE = (
     "30 steps, guidance 2.5):"
 )
 EARLIER_QUESTIONS = ("kind", "colour", "place", "all three")
-DISTANCE = "Sliced Wasserstein distance to renders, "
-TIMINGS = "On two cores: "
-SHIPPED = "- as shipped, on fresh renders: "
+DISTANCE_TITLE = "Sliced Wasserstein distance to renders, "
+TIMINGS_TITLE = "On two cores: "
+SHIPPED_TITLE = "- as shipped, on fresh renders: "
 QUESTIONS = {
     "kind": "kind",
     "colour": "main colour",
@@ -108,16 +108,16 @@ QUESTIONS = {
 }
 
 
-def kept(old: str, start: str) -> str | None:
+def find_old_line(old: str, start: str) -> str | None:
     """The line of the existing card that starts with `start`, or None."""
     return next((line for line in old.splitlines() if line.startswith(start)), None)
 
 
-def training_row(work: Path, part: str, old: str) -> str | None:
+def format_training_row(work: Path, part: str, old: str) -> str | None:
     """One table row: part, steps, hours, first and last loss."""
     path = work / part / "log.jsonl"
     if not path.exists():
-        return kept(old, f"| {PARTS[part]} | ")
+        return find_old_line(old, f"| {PARTS[part]} | ")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if "loss" in row]  # at first only a discriminator may be trained
     hours = rows[-1]["step"] * rows[-1]["step_sec"] / 3600
@@ -125,19 +125,19 @@ def training_row(work: Path, part: str, old: str) -> str | None:
     return f"| {PARTS[part]} | {rows[-1]['step']} | {hours:.1f} | {losses} |"
 
 
-def training_table(work: Path, old: str) -> str:
-    rows = [row for part in PARTS if (row := training_row(work, part, old))]
+def format_training_table(work: Path, old: str) -> str:
+    rows = [row for part in PARTS if (row := format_training_row(work, part, old))]
     header = ["| part | steps | hours | training loss, first and last log |", "|---|---|---|---|"]
-    return "\n".join(["## Training", "", EARLIER, "", *header, *rows])
+    return "\n".join(["## Training", "", EARLIER_DATA, "", *header, *rows])
 
 
-def part_scores(work: Path, old: str) -> list[str]:
+def format_part_scores(work: Path, old: str) -> list[str]:
     """A line for each `report.json`."""
     lines = []
     for part in PARTS:
         path = work / part / "report.json"
         if not path.exists():
-            lines += filter(None, [kept(old, f"- {PARTS[part]}: ")])
+            lines += filter(None, [find_old_line(old, f"- {PARTS[part]}: ")])
         else:
             report = json.loads(path.read_text(encoding="utf-8"))
             lines.append(
@@ -145,42 +145,44 @@ def part_scores(work: Path, old: str) -> list[str]:
             )
     path = work / "evaluation" / "parts.json"
     if not path.exists():
-        return lines + list(filter(None, [kept(old, SHIPPED)]))
+        return lines + list(filter(None, [find_old_line(old, SHIPPED_TITLE)]))
     report = json.loads(path.read_text(encoding="utf-8"))
-    return [*lines, SHIPPED + ", ".join(f"{k} {v}" for k, v in report.items())]
+    return [*lines, SHIPPED_TITLE + ", ".join(f"{k} {v}" for k, v in report.items())]
 
 
-def generation_scores(work: Path, old: str) -> list[str]:
+def format_generation_scores(work: Path, old: str) -> list[str]:
     """The judge's tables, the distances and the timings; what was not measured again is taken from
     the old card."""
     path = work / "evaluation" / "scores.json"
     scores = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     timings, guidance = scores.pop("timings", None), scores.pop("guidance", None)
-    clock, title = kept(old, TIMINGS), kept(old, READING)
+    clock, title = find_old_line(old, TIMINGS_TITLE), find_old_line(old, READING_TITLE)
     if timings:
         clock = (
-            f"{TIMINGS}{timings['load_sec']} s to load, "
+            f"{TIMINGS_TITLE}{timings['load_sec']} s to load, "
             f"{timings['four_images_sec']} s for four images."
         )
     if scores:
-        title = f"{READING}; 30 steps, guidance {guidance}):"
+        title = f"{READING_TITLE}; 30 steps, guidance {guidance}):"
     found = [
-        f"| {prompts} | {source} | {' | '.join(cell(values, name) for name in QUESTIONS)} |"
+        f"| {prompts} | {source} | {' | '.join(format_cell(values, name) for name in QUESTIONS)} |"
         for prompts, by_source in scores.items()
         for source, values in by_source.items()
     ]
-    found = table(tuple(QUESTIONS.values()), found + old_rows(old, scores, len(QUESTIONS)))
-    earlier = table(EARLIER_QUESTIONS, old_rows(old, scores, len(EARLIER_QUESTIONS)))
+    found = format_table(
+        tuple(QUESTIONS.values()), found + list_old_rows(old, scores, len(QUESTIONS))
+    )
+    earlier = format_table(EARLIER_QUESTIONS, list_old_rows(old, scores, len(EARLIER_QUESTIONS)))
     return [
         *(["", title, "", *found, "", EXPLANATION] if found else []),
         *(["", EARLIER_JUDGE, "", *earlier] if earlier else []),
         "",
-        *distance_lines(scores, old),
+        *format_distances(scores, old),
         *(["", clock] if clock else []),
     ]
 
 
-def table(questions: tuple[str, ...], rows: list[str]) -> list[str]:
+def format_table(questions: tuple[str, ...], rows: list[str]) -> list[str]:
     """The rows under their header; nothing if there are none."""
     header = [
         f"| prompts | pictures | {' | '.join(questions)} |",
@@ -189,7 +191,7 @@ def table(questions: tuple[str, ...], rows: list[str]) -> list[str]:
     return [*header, *rows] if rows else []
 
 
-def old_rows(old: str, scores: dict, questions: int) -> list[str]:
+def list_old_rows(old: str, scores: dict, questions: int) -> list[str]:
     """Rows of the old card's table of so many questions, of prompts that were not measured
     again."""
     rows = [
@@ -204,7 +206,7 @@ def old_rows(old: str, scores: dict, questions: int) -> list[str]:
     ]
 
 
-def cell(values: dict, name: str) -> str:
+def format_cell(values: dict, name: str) -> str:
     """A share with its interval and the number of pictures, or a dash."""
     if name not in values:
         return "–"
@@ -212,7 +214,7 @@ def cell(values: dict, name: str) -> str:
     return f"{100 * values[name]:.1f} [{100 * low:.1f}, {100 * high:.1f}] of {count}"
 
 
-def distance_lines(scores: dict, old: str) -> list[str]:
+def format_distances(scores: dict, old: str) -> list[str]:
     """For each kind of prompt, the distance of generated pictures from renders of the same scenes,
     by `measures.swd`."""
     lines = []
@@ -221,16 +223,23 @@ def distance_lines(scores: dict, old: str) -> list[str]:
             figures = ", ".join(
                 f"{name.replace('_', ' ')} {value}" for name, value in by_level.items()
             )
-            lines.append(f"{DISTANCE}{prompts}: {figures}.")
-    before = [line for line in old.splitlines() if line.startswith(DISTANCE)]
-    return lines + [line for line in before if line[len(DISTANCE) :].split(":")[0] not in scores]
+            lines.append(f"{DISTANCE_TITLE}{prompts}: {figures}.")
+    before = [line for line in old.splitlines() if line.startswith(DISTANCE_TITLE)]
+    return lines + [
+        line for line in before if line[len(DISTANCE_TITLE) :].split(":")[0] not in scores
+    ]
 
 
-def card(work: Path, old: str = "") -> str:
-    scores = ["## Scores", "", *part_scores(work, old), *generation_scores(work, old)]
+def render_card(work: Path, old: str = "") -> str:
+    scores = ["## Scores", "", *format_part_scores(work, old), *format_generation_scores(work, old)]
     return (
         "\n\n".join(
-            [INTRODUCTION.strip(), training_table(work, old), "\n".join(scores), LIMITS.strip()]
+            [
+                INTRODUCTION.strip(),
+                format_training_table(work, old),
+                "\n".join(scores),
+                LIMITS.strip(),
+            ]
         )
         + "\n"
     )
@@ -245,7 +254,7 @@ def main() -> None:
     args = parser.parse_args()
     path = args.assets / "toy-sdxl" / "README.md"
     old = path.read_text(encoding="utf-8") if path.exists() else ""
-    path.write_text(card(args.work, old), encoding="utf-8")
+    path.write_text(render_card(args.work, old), encoding="utf-8")
 
 
 if __name__ == "__main__":

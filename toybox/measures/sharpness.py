@@ -8,18 +8,18 @@ of true renders, which no picture of the base can exceed by much.
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from toybox.measures.swd import laplacian_pyramid
+from toybox.measures.swd import build_laplacian_pyramid
 
-__all__ = ["LEVELS", "sharpness"]
+__all__ = ["LEVELS", "measure_sharpness"]
 
 LEVELS = 2
 
 
-def sharpness(images: Tensor, masks: Tensor) -> Tensor:
+def measure_sharpness(images: Tensor, masks: Tensor) -> Tensor:
     """Images uint8 (N,H,W,3) and masks bool (N,H,W), True on the toy -> (N,), pixels in [0, 1]; 0
     without a toy."""
     pixels = images.permute(0, 3, 1, 2).float() / 255
-    levels = laplacian_pyramid(pixels, pixels.shape[-1] >> LEVELS)[:LEVELS]
+    levels = build_laplacian_pyramid(pixels, pixels.shape[-1] >> LEVELS)[:LEVELS]
     energy = sum(
         interpolate(level.square().mean(1, keepdim=True), size=masks.shape[-2:]) for level in levels
     )[:, 0]

@@ -16,7 +16,7 @@ from toybox.render import render
 from toybox.world import Scene, sample_scene
 
 
-def fresh_scenes(count: int) -> list[Scene]:
+def sample_fresh_scenes(count: int) -> list[Scene]:
     """Scenes from a seed that no training uses."""
     rng = random.Random("surroundings 0")
     return [sample_scene(rng) for _ in range(count)]
@@ -25,7 +25,7 @@ def fresh_scenes(count: int) -> list[Scene]:
 def evaluate(folder: Path, count: int) -> dict[str, float]:
     """Fractions of fresh renders whose place, light and both are right, also for pictures not in
     daylight."""
-    reader, scenes = SurroundingsReader(folder), fresh_scenes(count)
+    reader, scenes = SurroundingsReader(folder), sample_fresh_scenes(count)
     rows = []
     for scene, picture in zip(scenes, render(scenes)):
         place, light = reader.read(Image.fromarray(picture.numpy()), scene.toys[0].kind)

@@ -22,11 +22,11 @@ from toybox.data.renders import to_pixels
 from toybox.data.sample_latents import TIME_IDS
 from toybox.learning.channels_last import to_channels_last
 from toybox.learning.train_flow import FlowTeacher
-from toybox.learning.train_unet import TextTowers, noise_schedule
+from toybox.learning.train_unet import TextTowers, build_noise_schedule
 from toybox.learning.training import compute_dtype
-from toybox.measures.evaluate_parts import fresh_renders
+from toybox.measures.evaluate_parts import render_fresh
 
-__all__ = ["error", "predictor"]
+__all__ = ["compute_error", "load_predictor"]
 
 TIMESTEPS = (100, 300, 500, 700)
 BATCH = 32
@@ -34,7 +34,7 @@ Predict = Callable[[Tensor, Tensor, list[str]], Tensor]
 """Noisy latents (N,4,H,W), timesteps (N,) and captions -> velocities (N,4,H,W), fp32."""
 
 
-def predictor(base: Path) -> Predict:
+def load_predictor(base: Path) -> Predict:
     if (base / "transformer").is_dir():
         return FlowTeacher(base)
     towers, dtype = TextTowers(base, base / "tokenizer"), compute_dtype()
@@ -53,9 +53,9 @@ def predictor(base: Path) -> Predict:
 
 
 @torch.no_grad()
-def error(predict: Predict, latents: Tensor, captions: list[str], timestep: int) -> float:
+def compute_error(predict: Predict, latents: Tensor, captions: list[str], timestep: int) -> float:
     """Mean squared error of the velocities at scaled latents (N,4,H,W) and that timestep."""
-    schedule, generator = noise_schedule(), torch.Generator().manual_seed(timestep)
+    schedule, generator = build_noise_schedule(), torch.Generator().manual_seed(timestep)
     noise, t = (
         torch.randn(latents.shape, generator=generator),
         torch.full((len(latents),), timestep),
@@ -70,7 +70,7 @@ def error(predict: Predict, latents: Tensor, captions: list[str], timestep: int)
 
 
 @torch.no_grad()
-def encoded(base: Path, images: Tensor) -> Tensor:
+def encode_images(base: Path, images: Tensor) -> Tensor:
     """uint8 (N,128,128,3) -> scaled latents (N,4,16,16), fp32."""
     vae = AutoencoderKL.from_pretrained(base / "vae", torch_dtype=torch.float32).eval()
     means = [vae.encode(part).latent_dist.mean for part in to_pixels(images).split(BATCH)]
@@ -85,14 +85,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0, help="of the renders' scenes")
     args = parser.parse_args(argv)
-    images, captions = fresh_renders(args.pictures, args.seed)
-    latents = encoded(args.bases[0], images)
+    images, captions = render_fresh(args.pictures, args.seed)
+    latents = encode_images(args.bases[0], images)
     print("base", *(f"t = {timestep}" for timestep in TIMESTEPS), sep=" | ")
     for base in args.bases:
-        predict = predictor(base)
+        predict = load_predictor(base)
         print(
             base,
-            *(f"{error(predict, latents, captions, timestep):.3f}" for timestep in TIMESTEPS),
+            *(
+                f"{compute_error(predict, latents, captions, timestep):.3f}"
+                for timestep in TIMESTEPS
+            ),
             sep=" | ",
         )
 

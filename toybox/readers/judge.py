@@ -34,20 +34,20 @@ from torch.nn.functional import (
 
 from toybox.data.renders import Renders, to_pixels
 from toybox.drawing.parts import ACCESSORIES
-from toybox.learning.channels_last import to_channels_last, use_fast_group_norm
-from toybox.learning.training import MasterWeights, Run
+from toybox.learning.channels_last import replace_group_norms, to_channels_last
+from toybox.learning.training import MasterWeights, TrainingRun
 from toybox.world import COLOURS, KINDS, PLACES, Scene
 
 __all__ = ["LABELS", "ORNAMENTS", "QUESTIONS", "Judge", "Reading", "load"]
 
-WEIGHTS = Path(__file__).with_name("judge.safetensors")
+WEIGHTS_PATH = Path(__file__).with_name("judge.safetensors")
 LABELS = {"kind": KINDS, "colour": tuple(COLOURS), "colour2": tuple(COLOURS), "place": PLACES}
 """Questions with one answer each."""
 ORNAMENTS = tuple(ACCESSORIES)
 QUESTIONS = (*LABELS, "ornaments")
 HELD_BACK = 1000
 """The last renders, which are for evaluation."""
-DRESSED = 0.4
+DRESSED_SHARE = 0.4
 """Share of a batch that is drawn among the toys that wear something: only a sixth of all do."""
 
 
@@ -63,7 +63,7 @@ class Reading:
     ornaments: frozenset[str]
     confidence: tuple[float, ...]
 
-    def right(self, scene: Scene) -> dict[str, bool]:
+    def check_answers(self, scene: Scene) -> dict[str, bool]:
         """Whether each answer is true of the scene's first toy; of ornaments, whether just those
         worn are read."""
         toy = scene.toys[0]
@@ -76,7 +76,7 @@ class Reading:
         }
 
 
-def _block(inputs: int, outputs: int) -> nn.Sequential:
+def _build_block(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, stride=2, padding=1),
         nn.GroupNorm(8, outputs),
@@ -97,7 +97,7 @@ class Judge(nn.Module):
     def __init__(self):
         super().__init__()
         widths = (3, 16, 32, 64, 128, 160)
-        self.body = nn.Sequential(*(_block(a, b) for a, b in pairwise(widths)))
+        self.body = nn.Sequential(*(_build_block(a, b) for a, b in pairwise(widths)))
         answers = LABELS | {"ornaments": ORNAMENTS}
         self.heads = nn.ModuleDict(
             {name: nn.Linear(16 * 160, len(answers[name])) for name in QUESTIONS}
@@ -131,7 +131,7 @@ class Judge(nn.Module):
         ]
 
 
-def load(path: Path = WEIGHTS) -> Judge:
+def load(path: Path = WEIGHTS_PATH) -> Judge:
     judge = Judge().eval()
     judge.load_state_dict({k: v.float() for k, v in load_file(path).items()})
     return judge
@@ -148,7 +148,7 @@ def start_from(path: Path) -> Judge:
     return judge
 
 
-def labels_of(rows: list[dict]) -> dict[str, Tensor]:
+def build_labels(rows: list[dict]) -> dict[str, Tensor]:
     """Of each scene's first toy: indices of the answers, (N,); of the ornaments which are worn,
     (N,5) in {0, 1}."""
     scenes = [row["scene"] for row in rows]
@@ -161,7 +161,7 @@ def labels_of(rows: list[dict]) -> dict[str, Tensor]:
     return found | {"ornaments": torch.tensor(worn)}
 
 
-def loss_of(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
+def compute_loss(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
     """Cross-entropy of the answers, plus that of each ornament; all summed, means over the
     batch."""
     worn = (
@@ -172,13 +172,13 @@ def loss_of(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
     return worn + sum(cross_entropy(logits[name], labels[name]) for name in LABELS)
 
 
-def right_of(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, Tensor]:
+def compare_answers(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, Tensor]:
     """Which answers (N,) are right."""
     worn = ((logits["ornaments"] > 0) == (labels["ornaments"] > 0)).all(1)
     return {name: logits[name].argmax(1) == labels[name] for name in LABELS} | {"ornaments": worn}
 
 
-def disturb(pixels: Tensor, generator: torch.Generator) -> Tensor:
+def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror, shift, enlarge, blur and add noise to pixels (N,3,H,W) at random."""
     if torch.rand((), generator=generator) < 0.5:
         pixels = pixels.flip(-1)
@@ -200,7 +200,7 @@ def train(args: argparse.Namespace) -> None:
         i for i in range(len(renders) - HELD_BACK) if len(renders.rows[i]["scene"]["toys"]) == 1
     ]
     dressed = [i for i in single if renders.rows[i]["scene"]["toys"][0]["accessories"]]
-    judge = use_fast_group_norm(start_from(args.start).train() if args.start else Judge())
+    judge = replace_group_norms(start_from(args.start).train() if args.start else Judge())
     weights = MasterWeights(
         judge,
         muon_lr=args.muon_lr or None,
@@ -209,22 +209,29 @@ def train(args: argparse.Namespace) -> None:
         weight_decay=0.01,
         ema_decay=0.995,
     )
-    run = Run(args.out, weights, args.steps, minutes=args.minutes, save_every=100, log_every=50)
+    run = TrainingRun(
+        args.out, weights, args.steps, minutes=args.minutes, save_every=100, log_every=50
+    )
     for step in run:
-        generator = run.generator(step, salt=args.salt)
-        few = int(args.batch * DRESSED)
-        picked = [*drawn(dressed, few, generator), *drawn(single, args.batch - few, generator)]
-        pixels = to_channels_last(disturb(to_pixels(renders.images(picked)), generator))
-        logits, labels = judge(pixels), labels_of([renders.rows[i] for i in picked])
-        loss = loss_of(logits, labels)
+        generator = run.seed_generator(step, salt=args.salt)
+        few = int(args.batch * DRESSED_SHARE)
+        picked = [
+            *sample_indices(dressed, few, generator),
+            *sample_indices(single, args.batch - few, generator),
+        ]
+        pixels = to_channels_last(augment(to_pixels(renders.load_images(picked)), generator))
+        logits, labels = judge(pixels), build_labels([renders.rows[i] for i in picked])
+        loss = compute_loss(logits, labels)
         loss.backward()
-        norm = weights.step(run.rate(step))
-        right = {name: hits.float().mean() for name, hits in right_of(logits, labels).items()}
+        norm = weights.step(run.compute_rate_factor(step))
+        right = {
+            name: hits.float().mean() for name, hits in compare_answers(logits, labels).items()
+        }
         run.add(loss=loss, **right, grad_norm=norm)
     export(weights, renders, args.out)
 
 
-def drawn(indices: list[int], count: int, generator: torch.Generator) -> list[int]:
+def sample_indices(indices: list[int], count: int, generator: torch.Generator) -> list[int]:
     """`count` of the indices, at random, with replacement."""
     return [indices[i] for i in torch.randint(len(indices), (count,), generator=generator).tolist()]
 
@@ -233,15 +240,16 @@ def export(weights: MasterWeights, renders: Renders, out: Path) -> None:
     """Averaged weights, fp16, to OUT and beside this file; accuracy on the held-back renders of one
     toy."""
     save_file(
-        {k: v.half().contiguous() for k, v in weights.averaged().items()}, out / "judge.safetensors"
+        {k: v.half().contiguous() for k, v in weights.get_averaged().items()},
+        out / "judge.safetensors",
     )
-    shutil.copy(out / "judge.safetensors", WEIGHTS)
-    report = accuracy_on_renders(load(), renders)
+    shutil.copy(out / "judge.safetensors", WEIGHTS_PATH)
+    report = measure_accuracy(load(), renders)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(report)
 
 
-def accuracy_on_renders(judge: Judge, renders: Renders) -> dict[str, float]:
+def measure_accuracy(judge: Judge, renders: Renders) -> dict[str, float]:
     """Share of the held-back renders of one toy in which each question is answered right; that of
     ornaments among the toys that wear something too, and for each ornament recall and precision."""
     picked = [
@@ -251,9 +259,9 @@ def accuracy_on_renders(judge: Judge, renders: Renders) -> dict[str, float]:
     ]
     scenes = [Scene.from_dict(renders.rows[i]["scene"]) for i in picked]
     readings = [
-        r for part in torch.tensor(picked).split(100) for r in judge.read(renders.images(part))
+        r for part in torch.tensor(picked).split(100) for r in judge.read(renders.load_images(part))
     ]
-    right = [reading.right(scene) for reading, scene in zip(readings, scenes)]
+    right = [reading.check_answers(scene) for reading, scene in zip(readings, scenes)]
     worn = [(r.ornaments, set(s.toys[0].accessories)) for r, s in zip(readings, scenes)]
     report = {f"{name}_accuracy": share([hits[name] for hits in right]) for name in QUESTIONS}
     report["ornaments_worn_accuracy"] = share([read == true for read, true in worn if true])

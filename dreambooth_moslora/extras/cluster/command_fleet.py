@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreambooth_moslora.cli import terminal, train_flags
-from dreambooth_moslora.disk.paths import user_path
-from dreambooth_moslora.errors import UserError, spelled_out
-from dreambooth_moslora.extras.cluster.fleet_subjects import REFUSED, read_subjects
+from dreambooth_moslora.disk.paths import expand_user_path
+from dreambooth_moslora.errors import UserError, escape_control_characters
+from dreambooth_moslora.extras.cluster.fleet_subjects import REFUSED_SETTINGS, read_subjects
 from dreambooth_moslora.plan import defaults
 
 if TYPE_CHECKING:
     from dreambooth_moslora.extras.cluster.fleet import Ending
 
-OWN_FLAGS = ("words", "out", "ray_address", "per_gpu", "cpus")
+COMMAND_FLAGS = ("words", "out", "ray_address", "per_gpu", "cpus")
 """Flags of the fleet; all others are settings of each training."""
 EPILOG = """examples:
   fleet photos/pets --out runs/pets --config assets/configs/sdxl.toml
@@ -36,12 +36,14 @@ def fleet_arguments(parser: argparse.ArgumentParser) -> None:
     about = "a run folder for each subject: a folder shared by all machines"
     parser.add_argument("--out", metavar="DIR", help=about)
     add_cluster_flags(parser)
-    train_flags.add_training_flags(parser, hidden=REFUSED)
+    train_flags.add_training_flags(parser, hidden=REFUSED_SETTINGS)
 
 
-def add_cluster_flags(parser: argparse.ArgumentParser, of_one: str = "this machine alone") -> None:
+def add_cluster_flags(
+    parser: argparse.ArgumentParser, default_note: str = "this machine alone"
+) -> None:
     """The flags about machines. `of_one`: what is used without a cluster."""
-    about = f'the Ray cluster: "auto", HOST:PORT or ray://HOST:PORT (default: {of_one})'
+    about = f'the Ray cluster: "auto", HOST:PORT or ray://HOST:PORT (default: {default_note})'
     parser.add_argument("--ray_address", metavar="ADDRESS", help=about)
     about = "trainings at once on a GPU (default: as many as the estimate allows)"
     parser.add_argument("--per_gpu", metavar="N", type=int, help=about)
@@ -49,7 +51,7 @@ def add_cluster_flags(parser: argparse.ArgumentParser, of_one: str = "this machi
     parser.add_argument("--cpus", metavar="N", type=int, default=1, help=about)
 
 
-def check_shares(args: argparse.Namespace) -> None:
+def check_machine_shares(args: argparse.Namespace) -> None:
     """Raises UserError for a share of a machine that is none."""
     for name in ("per_gpu", "cpus"):
         value = getattr(args, name)
@@ -68,23 +70,23 @@ def run_fleet(args: argparse.Namespace) -> int:
             "give one folder or list of subjects, or `status DIR`."
         )
     check_places(args.words[0], args.out)
-    check_shares(args)
+    check_machine_shares(args)
 
     # the settings that all subjects share
-    flags = {name: value for name, value in vars(args).items() if name not in OWN_FLAGS}
+    flags = {name: value for name, value in vars(args).items() if name not in COMMAND_FLAGS}
     is_dry = flags.pop("dry_run", False)  # an option of the fleet, not of each run
-    shared, _ = train_flags.settings_of(flags, without_words=True)
+    shared, _ = train_flags.resolve_settings(flags, without_words=True)
     if not shared.get("pretrained_model_name_or_path"):
         raise UserError("missing: --base; give it as a flag or in a --config file.")
     chosen = defaults.Choices(shared)
     defaults.choose_resolution(chosen)
-    shared = chosen.all
-    from dreambooth_moslora.extras.cluster.fleet import missing
+    shared = chosen.all_settings
+    from dreambooth_moslora.extras.cluster.fleet import list_unfinished
 
     # who is there, and who is not done yet
-    out = user_path(args.out).resolve()
+    out = expand_user_path(args.out).resolve()
     subjects = read_subjects(Path(args.words[0]), shared, out)
-    todo = missing(out, subjects)
+    todo = list_unfinished(out, subjects)
     done = len(subjects) - len(todo)
     line = f"{len(subjects)} subjects: {done} are done, {len(todo)} are to be trained"
     print(line, file=sys.stderr)
@@ -93,7 +95,7 @@ def run_fleet(args: argparse.Namespace) -> int:
         for subject, _ in todo:
             reason = f": {subject.error}" if subject.error else ""
             lines.append(subject.name + reason)
-        print(spelled_out("\n".join(lines)))
+        print(escape_control_characters("\n".join(lines)))
         return 0
     return train_all(subjects, todo, out, args)
 
@@ -117,41 +119,41 @@ def train_all(subjects: list, todo: list, out: Path, args: argparse.Namespace) -
 
     Returns the exit code of `close`.
     """
-    from dreambooth_moslora.extras.cluster.fleet import Machines, begun, run_fleet
-    from dreambooth_moslora.extras.cluster.ray_fleet import connected
+    from dreambooth_moslora.extras.cluster.fleet import Machines, lock_fleet, run_fleet
+    from dreambooth_moslora.extras.cluster.ray_fleet import connect
 
     # the folder is held, and the list is written, even when nothing is left to do
     progress = FleetProgress(len(subjects), len(todo))
-    with begun(out, subjects):
+    with lock_fleet(out, subjects):
         if todo:
-            with connected(args.ray_address), terminal.StopRequest() as stop:
-                machines = Machines.of_cluster(args.per_gpu, args.cpus)
+            with connect(args.ray_address), terminal.StopRequest() as stop:
+                machines = Machines.from_cluster(args.per_gpu, args.cpus)
                 run_fleet(todo, out, machines, on_end=progress, should_stop=stop)
-        return close(out, progress)
+        return close_fleet(out, progress)
 
 
-def close(out: Path, progress: "FleetProgress") -> int:
+def close_fleet(out: Path, progress: "FleetProgress") -> int:
     """Write the index; returns the exit code: 0 all done, 1 some failed, 130 stopped."""
-    from dreambooth_moslora.extras.cluster.records import rows_of, write_index
+    from dreambooth_moslora.extras.cluster.records import load_rows, write_index
 
-    print(write_index(out, rows_of(out)))
+    print(write_index(out, load_rows(out)))
 
     # what is left to do
     if progress.failed:
         print(f"{progress.failed} subjects failed; run again to try them again", file=sys.stderr)
-    if progress.left > progress.failed:
+    if progress.remaining > progress.failed:
         print("stopped; the same command continues", file=sys.stderr)
-        return terminal.INTERRUPTED
+        return terminal.EXIT_INTERRUPTED
     return 1 if progress.failed else 0
 
 
 def show_status(place: str) -> int:
     """Print how each subject stands, and write the page of it. Raises UserError for no fleet."""
-    from dreambooth_moslora.extras.cluster.records import rows_of, status_lines, write_index
+    from dreambooth_moslora.extras.cluster.records import format_status, load_rows, write_index
 
-    out = user_path(place).resolve()
-    rows = rows_of(out)
-    print(spelled_out("\n".join(status_lines(rows))))
+    out = expand_user_path(place).resolve()
+    rows = load_rows(out)
+    print(escape_control_characters("\n".join(format_status(rows))))
     print(write_index(out, rows))
     return 0
 
@@ -159,13 +161,13 @@ def show_status(place: str) -> int:
 class FleetProgress:
     """One line per subject, with the remaining time and the cost.
 
-    total, left, failed, ended: numbers of subjects
+    total, remaining, failed, ended: numbers of subjects
     hours: of GPUs and of cores, by unit
     """
 
     def __init__(self, total: int, todo: int, clock: Callable[[], float] = time.monotonic):
         self.total = total
-        self.left = todo
+        self.remaining = todo
         self.failed = 0
         self.ended = 0
         self.clock = clock
@@ -174,11 +176,11 @@ class FleetProgress:
 
     def __call__(self, ending: "Ending") -> None:
         record = ending.record
-        if ending.is_again:
-            self.say(f"{ending.name}: {record.message}; it continues elsewhere")
+        if ending.is_retry:
+            self.print_line(f"{ending.name}: {record.message}; it continues elsewhere")
             return
         self.ended += 1
-        self.left -= record.state == "done"
+        self.remaining -= record.state == "done"
         self.failed += record.state == "failed"
         self.hours[record.unit] += record.hours
 
@@ -189,10 +191,10 @@ class FleetProgress:
         end = end.replace("failed: ", "FAILED: ").removesuffix(": ").removesuffix(".")
 
         # minutes left, if those to come take as long as those that have ended
-        rest = (self.clock() - self.started) / self.ended * (self.left - self.failed) / 60
+        rest = (self.clock() - self.started) / self.ended * (self.remaining - self.failed) / 60
         spent = ", ".join(f"{hours:.2f} {unit}-hours" for unit, hours in self.hours.items())
-        done = f"{self.total - self.left}/{self.total}"
-        self.say(f"{done} {ending.name}: {end}; about {rest:.0f} min left, {spent} spent")
+        done = f"{self.total - self.remaining}/{self.total}"
+        self.print_line(f"{done} {ending.name}: {end}; about {rest:.0f} min left, {spent} spent")
 
-    def say(self, line: str) -> None:
-        print(spelled_out(line), file=sys.stderr, flush=True)
+    def print_line(self, line: str) -> None:
+        print(escape_control_characters(line), file=sys.stderr, flush=True)

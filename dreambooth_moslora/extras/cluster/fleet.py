@@ -17,9 +17,9 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster import ray_fleet, records, worker
-from dreambooth_moslora.extras.cluster.fleet_subjects import Subject, mark_of
+from dreambooth_moslora.extras.cluster.fleet_subjects import Subject, digest_run
 from dreambooth_moslora.plan import memory, memory_plans, validation
-from dreambooth_moslora.plan.base_size import BaseSize, size_of_base
+from dreambooth_moslora.plan.base_size import BaseSize, find_base_size
 from dreambooth_moslora.settings import train_config
 
 PROCESS_GIB = 0.5
@@ -42,18 +42,18 @@ class Machines:
     cpus: int = 1
 
     @classmethod
-    def of_cluster(cls, per_gpu: int | None = None, cpus: int = 1) -> "Machines":
+    def from_cluster(cls, per_gpu: int | None = None, cpus: int = 1) -> "Machines":
         """Those of the connected Ray cluster; all GPUs are assumed alike."""
         import ray
 
         # this process may have no GPU: a tiny task asks on a machine that has one
         @ray.remote(num_cpus=0, num_gpus=0.01)
-        def own_gpu_bytes() -> int:
+        def get_gpu_bytes() -> int:
             import torch
 
             return torch.cuda.get_device_properties(0).total_memory
 
-        gpu_gib = ray.get(own_gpu_bytes.remote()) / devices.GIB if ray_fleet.has_gpus() else None
+        gpu_gib = ray.get(get_gpu_bytes.remote()) / devices.GIB if ray_fleet.has_gpus() else None
 
         # RAM that Ray may give to tasks
         rooms = [node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]]
@@ -64,43 +64,45 @@ class Machines:
             cpus=cpus,
         )
 
-    def resources_for(self, config: train_config.TrainConfig) -> ray_fleet.Resources:
+    def estimate_resources(self, config: train_config.TrainConfig) -> ray_fleet.Resources:
         """What one training asks for, at most the largest machine. Raises UserError for a damaged
         base."""
         # the peak by the memory plan that it will have
-        plan = self.plan_name(config)
+        plan = self.choose_memory_plan(config)
         if plan:
-            config = replace(config, **memory_plans.plan_settings(config, plan))
-        need = memory.estimate(config, base_size(config), 1).peak_gib
+            config = replace(config, **memory_plans.get_plan_settings(config, plan))
+        need = memory.estimate_memory(config, load_base_size(config), 1).peak_gib
 
         # on CPUs its memory, on a GPU its share
         if self.gpu_gib is None:
             return ray_fleet.Resources(self.cpus, memory_gib=min(need + PROCESS_GIB, self.node_gib))
-        count = self.per_gpu or max(1, int(memory_plans.USABLE * self.gpu_gib / need))
+        count = self.per_gpu or max(1, int(memory_plans.USABLE_RATIO * self.gpu_gib / need))
         return ray_fleet.Resources(self.cpus, gpus=int(10_000 / count) / 10_000)
 
-    def plan_name(self, config: train_config.TrainConfig) -> str | None:
+    def choose_memory_plan(self, config: train_config.TrainConfig) -> str | None:
         """The memory plan that `--memory` means on these machines; None when it was not given.
         Raises UserError."""
-        return memory_plans.plan_name(config, base_size(config), self.gpu_gib)
+        return memory_plans.choose_plan(config, load_base_size(config), self.gpu_gib)
 
 
-def base_size(config: train_config.TrainConfig) -> BaseSize:
+def load_base_size(config: train_config.TrainConfig) -> BaseSize:
     """The size of the run's base with the layers that it adapts. Raises UserError."""
-    return size_of(Base.of(config), config.target_modules, config.lora_blocks)
+    return measure_base_size(Base.of(config), config.target_modules, config.lora_blocks)
 
 
 @lru_cache(maxsize=32)
-def size_of(base: Base, target_modules: tuple[str, ...], lora_blocks: tuple[str, ...]) -> BaseSize:
+def measure_base_size(
+    base: Base, target_modules: tuple[str, ...], lora_blocks: tuple[str, ...]
+) -> BaseSize:
     """The size of a base with its family's layers, or those named. Its files are opened once.
     Raises UserError."""
     base.check()
     config = train_config.TrainConfig(target_modules=target_modules, lora_blocks=lora_blocks)
-    targets = validation.family_settings(config, base).get("target_modules", target_modules)
-    return size_of_base(base, targets)
+    targets = validation.get_family_settings(config, base).get("target_modules", target_modules)
+    return find_base_size(base, targets)
 
 
-NOT_SHARED = (
+NOT_SHARED_MESSAGE = (
     "{name} was trained elsewhere and is not here: --out must be a folder that all machines share"
 )
 """Why a subject that a worker calls done has failed."""
@@ -108,35 +110,35 @@ NOT_SHARED = (
 
 @dataclass(frozen=True)
 class Ending:
-    """A subject has ended as `record` says. If `is_again`, its machine was lost and it starts again
+    """A subject has ended as `record` says. If `is_retry`, its machine was lost and it starts again
     elsewhere."""
 
     name: str
     record: records.Record
-    is_again: bool = False
+    is_retry: bool = False
 
 
 @contextmanager
-def begun(out: Path, subjects: Sequence[Subject]) -> Iterator[None]:
+def lock_fleet(out: Path, subjects: Sequence[Subject]) -> Iterator[None]:
     """Hold a fleet's folder for the block, and write its subjects. Raises UserError while another
     holds it."""
     out.mkdir(parents=True, exist_ok=True)
-    with queue.locked(out, "--out"):
+    with queue.lock_folder(out, "--out"):
         records.write_names(out, [subject.name for subject in subjects])
-        records.stop_path(out).unlink(missing_ok=True)
+        records.get_stop_path(out).unlink(missing_ok=True)
         try:
             yield
         finally:
-            records.stop_path(out).unlink(missing_ok=True)
+            records.get_stop_path(out).unlink(missing_ok=True)
 
 
-def missing(out: Path, subjects: Sequence[Subject]) -> list[tuple[Subject, str]]:
+def list_unfinished(out: Path, subjects: Sequence[Subject]) -> list[tuple[Subject, str]]:
     """The subjects that are not done with these settings and photos, each with its mark; a faulty
     one's is empty."""
     found = []
     for subject in subjects:
         try:
-            mark = "" if subject.error else mark_of(subject.settings)
+            mark = "" if subject.error else digest_run(subject.settings)
         except (OSError, UserError) as error:
             mark = ""
             subject = replace(subject, error=str(error))
@@ -164,20 +166,20 @@ def run_fleet(
 
     def stop() -> bool:
         if should_stop():
-            records.stop_path(out).touch()
-        return records.stop_path(out).exists()
+            records.get_stop_path(out).touch()
+        return records.get_stop_path(out).exists()
 
-    def again(task: ray_fleet.Task, reason: str) -> None:
-        on_end(Ending(task.key, records.Record("running", message=reason), is_again=True))
+    def report_retry(task: ray_fleet.Task, reason: str) -> None:
+        on_end(Ending(task.key, records.Record("running", message=reason), is_retry=True))
 
     # subjects become tasks as there is room for them
-    tasks = tasks_of(todo, out, machines, on_end=on_end)
-    endings = ray_fleet.run_tasks(train, tasks, should_stop=stop, on_retry=again)
+    tasks = build_tasks(todo, out, machines, on_end=on_end)
+    endings = ray_fleet.run_tasks(train, tasks, should_stop=stop, on_retry=report_retry)
     for task, result in endings:
-        on_end(Ending(task.key, checked(out / task.key, result)))
+        on_end(Ending(task.key, check_result(out / task.key, result)))
 
 
-def tasks_of(
+def build_tasks(
     todo: Sequence[tuple[Subject, str]],
     out: Path,
     machines: Machines,
@@ -190,14 +192,18 @@ def tasks_of(
             if subject.error:
                 raise UserError(subject.error)
             config = train_config.TrainConfig.from_dict(subject.settings)
-            needs = machines.resources_for(config)
+            needs = machines.estimate_resources(config)
         except UserError as error:
-            on_end(Ending(subject.name, records.ended(out / subject.name, "failed", str(error))))
+            on_end(
+                Ending(
+                    subject.name, records.record_ending(out / subject.name, "failed", str(error))
+                )
+            )
             continue
 
         # the worker must not choose another memory plan than the one that was estimated
         settings = dict(subject.settings)
-        if plan := machines.plan_name(config):
+        if plan := machines.choose_memory_plan(config):
             settings["memory"] = plan
         job = worker.Job(
             run_dir=str(out / subject.name),
@@ -210,10 +216,12 @@ def tasks_of(
         yield ray_fleet.Task(subject.name, (job,), needs)
 
 
-def checked(run_dir: Path, result: records.Record | ray_fleet.Lost) -> records.Record:
+def check_result(run_dir: Path, result: records.Record | ray_fleet.LostTask) -> records.Record:
     """The worker's answer, or a failure when its machine was lost or its adapter is not here."""
-    if isinstance(result, ray_fleet.Lost):
-        return records.ended(run_dir, "failed", result.reason)
+    if isinstance(result, ray_fleet.LostTask):
+        return records.record_ending(run_dir, "failed", result.reason)
     if result.state == "done" and not run_folder.RunDir(run_dir).adapter_path.is_file():
-        return records.ended(run_dir, "failed", NOT_SHARED.format(name=run_dir.name))
+        return records.record_ending(
+            run_dir, "failed", NOT_SHARED_MESSAGE.format(name=run_dir.name)
+        )
     return result

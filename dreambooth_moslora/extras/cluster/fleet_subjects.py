@@ -22,36 +22,41 @@ from typing import Any
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.digests import RECORD, list_files
 from dreambooth_moslora.disk.contents import (
-    content_key,
-    from_json,
     hash_files,
+    hash_values,
+    parse_json,
     read_json,
-    small_text,
+    read_small_text,
 )
-from dreambooth_moslora.disk.paths import MAX_WORD_CHARACTERS, SUBJECT_FILE, find_asset, user_path
+from dreambooth_moslora.disk.paths import (
+    MAX_WORD_CHARACTERS,
+    SUBJECT_FILE,
+    expand_user_path,
+    find_asset,
+)
 from dreambooth_moslora.disk.run_folder import check_name, find_weights
-from dreambooth_moslora.errors import UserError, one_line
+from dreambooth_moslora.errors import UserError, format_error
 from dreambooth_moslora.extras.cluster import records
-from dreambooth_moslora.plan.defaults import TOKEN
+from dreambooth_moslora.plan.defaults import DEFAULT_TOKEN
 from dreambooth_moslora.settings import config_files, train_config
-from dreambooth_moslora.settings.subjects import prompts_of
+from dreambooth_moslora.settings.subjects import build_prompts
 
-OWN = ("folder", "token", "class", "class_word", "name")
+ROW_COLUMNS = ("folder", "token", "class", "class_word", "name")
 """Names of a list that are no settings of a training."""
-GIVEN = "a fleet sets it for each run; leave it out"
-REFUSED = {
-    "instance_data_dir": GIVEN,
-    "subjects": GIVEN,
-    "output_dir": GIVEN,
-    "resume_from_checkpoint": GIVEN,
+SET_BY_FLEET_NOTE = "a fleet sets it for each run; leave it out"
+REFUSED_SETTINGS = {
+    "instance_data_dir": SET_BY_FLEET_NOTE,
+    "subjects": SET_BY_FLEET_NOTE,
+    "output_dir": SET_BY_FLEET_NOTE,
+    "resume_from_checkpoint": SET_BY_FLEET_NOTE,
     "hub_token": (
         "it would be written to every run's folder; log in on the machines (`hf auth login`)"
     ),
 }
 """Settings that a subject must not have, and why."""
-FILES_OF_A_FLEET = (records.FLEET_NAME, records.STOP_NAME, records.INDEX_NAME)
+FLEET_FILES = (records.FLEET_NAME, records.STOP_NAME, records.INDEX_NAME)
 """Names in the fleet's folder that no subject can have."""
-PLACES = ("instance_data_dir", "output_dir")
+PATH_SETTINGS = ("instance_data_dir", "output_dir")
 """Settings that say where a run is, not what it is."""
 HUB_FOLDER = "models--"
 """How the folder of a model begins in the hub's cache."""
@@ -72,14 +77,14 @@ def read_subjects(source: Path, shared: Mapping[str, Any], out: Path) -> list[Su
     made in `out`. Raises UserError for a list that cannot be read or is empty, and for two subjects
     of one name."""
     # what no two runs can share
-    refuse({name: value for name, value in shared.items() if value})
+    refuse_settings({name: value for name, value in shared.items() if value})
     if shared.get("hub_model_id"):
         raise UserError(
             "--hub_model_id: the subjects would overwrite each other; name it in each one's row."
         )
 
     source = Path(find_asset(str(source)))
-    subjects = [subject_of_row(row, shared, out) for row in rows_of(source)]
+    subjects = [parse_subject(row, shared, out) for row in read_rows(source)]
     if not subjects:
         raise UserError(f"{source}: it contains no subject.")
 
@@ -91,13 +96,13 @@ def read_subjects(source: Path, shared: Mapping[str, Any], out: Path) -> list[Su
     return subjects
 
 
-def refuse(settings: Mapping[str, Any]) -> None:
+def refuse_settings(settings: Mapping[str, Any]) -> None:
     """Raises UserError for a setting in REFUSED."""
-    if found := [name for name in settings if name in REFUSED]:
-        raise UserError(f"--{found[0]}: {REFUSED[found[0]]}.")
+    if found := [name for name in settings if name in REFUSED_SETTINGS]:
+        raise UserError(f"--{found[0]}: {REFUSED_SETTINGS[found[0]]}.")
 
 
-def rows_of(source: Path) -> list[dict[str, Any]]:
+def read_rows(source: Path) -> list[dict[str, Any]]:
     """The rows of a list, or one for each folder. Raises UserError."""
     if source.is_dir():
         folders = [path for path in sorted(source.iterdir()) if path.is_dir()]
@@ -112,17 +117,17 @@ def rows_of(source: Path) -> list[dict[str, Any]]:
     if source.exists() and not source.is_file():
         raise UserError(f"{source} is not a regular file.")
     try:
-        text = small_text(source)
+        text = read_small_text(source)
         if "\0" in text:
             raise ValueError("it is not a text file")
-        return list(rows_in(text, kind))
+        return list(parse_rows(text, kind))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: {config_files.reason_of(error)}.") from error
+        raise UserError(f"{source}: {config_files.explain_read_error(error)}.") from error
     except (ValueError, csv.Error) as error:
         raise UserError(f"{source} is not a list of subjects: {error}.") from error
 
 
-def rows_in(text: str, kind: str) -> Iterator[dict[str, Any]]:
+def parse_rows(text: str, kind: str) -> Iterator[dict[str, Any]]:
     """The rows of a list's text. Empty cells are left out. Raises ValueError, and csv.Error."""
     # a row with the names, then a row for each subject
     if kind == ".csv":
@@ -137,7 +142,7 @@ def rows_in(text: str, kind: str) -> Iterator[dict[str, Any]]:
 
     # an object on each line
     if kind == ".jsonl":
-        yield from (from_json(line) for line in text.splitlines() if line.strip())
+        yield from (parse_json(line) for line in text.splitlines() if line.strip())
         return
 
     # a table for each subject
@@ -149,7 +154,7 @@ def rows_in(text: str, kind: str) -> Iterator[dict[str, Any]]:
     yield from rows
 
 
-def subject_of_row(row: Mapping[str, Any], shared: Mapping[str, Any], out: Path) -> Subject:
+def parse_subject(row: Mapping[str, Any], shared: Mapping[str, Any], out: Path) -> Subject:
     """A mistake in the row becomes the subject's `error`. Raises UserError without a folder or a
     usable name."""
     row = {name.replace("-", "_"): value for name, value in row.items()}
@@ -163,22 +168,22 @@ def subject_of_row(row: Mapping[str, Any], shared: Mapping[str, Any], out: Path)
         name = str(row.get("name") or photos.resolve().name)
         os.stat(photos)
     except FileNotFoundError:
-        pass  # which `settings_of` says
+        pass  # which `build_settings` says
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder!r:.80} cannot be a folder: {one_line(error)}.") from error
+        raise UserError(f"{folder!r:.80} cannot be a folder: {format_error(error)}.") from error
     check_name(name)
     refused = f"{name!r} cannot be the name of a subject"
     if name.startswith("."):
         raise UserError(f"{refused}: it begins with a dot.")
-    if name.lower() in FILES_OF_A_FLEET:
+    if name.lower() in FLEET_FILES:
         raise UserError(f"{refused}: the fleet has a file of that name.")
     try:
-        return Subject(name, settings_of(row, photos, shared, out / name))
+        return Subject(name, build_settings(row, photos, shared, out / name))
     except UserError as error:
         return Subject(name, error=str(error))
 
 
-def settings_of(
+def build_settings(
     row: Mapping[str, Any], photos: Path, shared: Mapping[str, Any], run_dir: Path
 ) -> dict[str, Any]:
     """The settings of one run.
@@ -190,16 +195,16 @@ def settings_of(
 
     Raises UserError for settings that no run can have.
     """
-    own = {name: value for name, value in row.items() if name not in OWN}
-    refuse(own)
-    train_config.check_each(own)
+    own = {name: value for name, value in row.items() if name not in ROW_COLUMNS}
+    refuse_settings(own)
+    train_config.check_values(own)
     if not photos.is_dir():
         raise UserError(f"{photos}: {'not a folder' if photos.exists() else 'no such folder'}.")
 
     # the words: of the row, else of the folder's file
     facts = read_json(photos / SUBJECT_FILE) if (photos / SUBJECT_FILE).is_file() else {}
     word = row.get("class") or row.get("class_word") or facts.get("class_word")
-    token = row.get("token") or facts.get("token") or shared.get("token") or TOKEN
+    token = row.get("token") or facts.get("token") or shared.get("token") or DEFAULT_TOKEN
     for kind, words in (("token", token), ("class", word)):
         is_word = isinstance(words, str) and words.isprintable()
         if word and not (is_word and len(words) <= MAX_WORD_CHARACTERS):
@@ -209,7 +214,7 @@ def settings_of(
             )
 
     # the row's own settings come last, so that they count
-    settings = {**shared, **(prompts_of(token, word) if word else {}), **own}
+    settings = {**shared, **(build_prompts(token, word) if word else {}), **own}
     if not settings.get("instance_prompt"):
         raise UserError(
             f"{photos} does not say what it shows: "
@@ -220,7 +225,7 @@ def settings_of(
     return settings
 
 
-def mark_of(settings: Mapping[str, Any]) -> str:
+def digest_run(settings: Mapping[str, Any]) -> str:
     """Return a digest of the settings and of the files that the training reads, wherever they lie:
     another means another run. Raises UserError and OSError for files that cannot be read."""
     config = train_config.TrainConfig.from_dict(settings)
@@ -228,7 +233,7 @@ def mark_of(settings: Mapping[str, Any]) -> str:
 
     # digests are remembered: of the photos for each folder, so that no record grows with the fleet
     photos = Path(config.instance_data_dir)
-    record = caches / "photos" / f"{content_key(folder=str(photos))}.json"
+    record = caches / "photos" / f"{hash_values(folder=str(photos))}.json"
     files = list_visible(photos)
     digests = hash_files(files, record)
     shared = list_shared(config)
@@ -236,9 +241,9 @@ def mark_of(settings: Mapping[str, Any]) -> str:
     digests += hash_files(shared, caches / RECORD)
 
     values = config.to_dict()
-    placeless = {name: values[name] for name in values if name not in PLACES}
+    placeless = {name: values[name] for name in values if name not in PATH_SETTINGS}
     named = [(path.name, digest) for path, digest in zip(files, digests, strict=True)]
-    return content_key(settings=placeless, files=named)
+    return hash_values(settings=placeless, files=named)
 
 
 def list_visible(folder: Path) -> list[Path]:
@@ -260,9 +265,9 @@ def list_shared(config: train_config.TrainConfig) -> list[Path]:
                     listed.append(path)
 
     # what the training begins with, such as another adapter
-    for name in train_config.BEGUN_WITH:
+    for name in train_config.START_FILE_SETTINGS:
         value = getattr(config, name)
-        path = user_path(value or "")
+        path = expand_user_path(value or "")
         if value and path.is_dir():
             is_adapter = name in ("init_adapter", "companion")
             listed += [find_weights(path)] if is_adapter else list_visible(path)
@@ -272,7 +277,9 @@ def list_shared(config: train_config.TrainConfig) -> list[Path]:
     # a training adds class images of its own
     images = Path(config.class_data_dir or "")
     if config.with_prior_preservation and config.class_data_dir and images.is_dir():
-        from dreambooth_moslora.training.class_images import GENERATED
+        from dreambooth_moslora.training.class_images import GENERATED_PATTERN
 
-        listed += [path for path in list_visible(images) if not GENERATED.fullmatch(path.name)]
+        listed += [
+            path for path in list_visible(images) if not GENERATED_PATTERN.fullmatch(path.name)
+        ]
     return listed

@@ -3,7 +3,7 @@
 Join or start a cluster, and run tasks on it in a bounded window.
 
 A task is a module-level function and its arguments. If it raises, or its machine is lost too often,
-the caller gets a `Lost` for it; other tasks go on.
+the caller gets a `LostTask` for it; other tasks go on.
 """
 
 import os
@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from dreambooth_moslora.base.devices import GIB
-from dreambooth_moslora.disk.paths import import_environment
-from dreambooth_moslora.errors import UserError, one_line
-from dreambooth_moslora.settings.rules import version_of
+from dreambooth_moslora.disk.paths import get_import_environment
+from dreambooth_moslora.errors import UserError, format_error
+from dreambooth_moslora.settings.rules import find_package_version
 
 INSTALL = 'pip install "ray[default]>=2.50,<3"'
 """How a person gets Ray."""
 OBJECT_STORE_BYTES = 100 * 2**20
 """Ray's minimum, which suffices: tasks exchange only names and numbers."""
-EMBEDDED = {
+EMBEDDED_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # on Linux too: one machine alone, listening on the loopback
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -34,11 +34,11 @@ EMBEDDED = {
     "RAY_worker_niceness": "0",
 }
 """Environment of a Ray that this program starts on this machine alone."""
-WINDOW = 64
+MIN_PENDING_TASKS = 64
 """Tasks queued in Ray beside the running ones: enough to keep a cluster busy and to let it grow."""
 WAIT_SEC = 0.5
 """Seconds between two looks at a stop."""
-LOST_BY = {
+LOSS_REASONS = {
     "WorkerCrashedError": "its worker was killed",
     "NodeDiedError": "its machine was lost",
     "OutOfMemoryError": "its machine ran out of memory",
@@ -66,42 +66,42 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Lost:
+class LostTask:
     """A task without a result. `reason`: the function's error, or what happened to its machine."""
 
     reason: str
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[None]:
+def connect(address: str | None) -> Iterator[None]:
     """Connect to Ray for the length of the block. Without an address, start it on this machine
     alone. Raises UserError when Ray is not installed, does not start here, or no cluster answers.
     """
     # before the import, at which Ray reads its environment; a cluster has settings of its own
-    for name, value in EMBEDDED.items():
+    for name, value in EMBEDDED_ENV.items():
         if address is None or "USAGE" in name:
             os.environ[name] = value
-    if version_of("ray") is None:
+    if find_package_version("ray") is None:
         raise UserError(f"fleets need Ray: {INSTALL}.")
     import ray
 
     # workers import the same program as this process
     if address is None:
-        os.environ.update(import_environment())
+        os.environ.update(get_import_environment())
         options = {
             "address": "local",
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
         }
     else:
-        options = {"address": address, "runtime_env": {"env_vars": import_environment()}}
+        options = {"address": address, "runtime_env": {"env_vars": get_import_environment()}}
     try:
         ray.init(**options, log_to_driver=False, logging_level="error")
     # it raises Exception itself when a busy machine starts it too slowly
     except Exception as error:
         where = "on this machine" if address is None else f"at --ray_address {address}"
         raise UserError(
-            f"Ray cannot be reached {where}: {one_line(error).removesuffix('.')}."
+            f"Ray cannot be reached {where}: {format_error(error).removesuffix('.')}."
         ) from error
     try:
         yield
@@ -118,7 +118,7 @@ def run_tasks(
     should_stop: Callable[[], bool] = bool,
     on_retry: Callable[[Task, str], None] = lambda task, reason: None,
 ) -> Iterator[tuple[Task, Any]]:
-    """Yield (task, result or `Lost`) as tasks end.
+    """Yield (task, result or `LostTask`) as tasks end.
 
     function: called on the cluster with a task's arguments
     tasks: taken one by one, as there is room
@@ -136,12 +136,12 @@ def run_tasks(
     lost: Counter = Counter()
     while True:
         # fill the window, which grows with the cluster
-        most = window or WINDOW + int(ray.cluster_resources().get("CPU", 0))
+        most = window or MIN_PENDING_TASKS + int(ray.cluster_resources().get("CPU", 0))
         while len(running) < most and not should_stop():
             task = next(source, None)
             if task is None:
                 break
-            running[submit(remote, task)] = task
+            running[start_task(remote, task)] = task
         if not running:
             return
 
@@ -150,17 +150,17 @@ def run_tasks(
         ready, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
         for reference in ready:
             task = running.pop(reference)
-            result, is_machines = result_of(reference)
+            result, is_machines = get_result(reference)
             if is_machines and lost[task.key] < retries and not should_stop():
                 lost[task.key] += 1
                 on_retry(task, result.reason)
-                running[submit(remote, task)] = task
+                running[start_task(remote, task)] = task
             else:
                 lost.pop(task.key, None)
                 yield task, result
 
 
-def submit(remote: Any, task: Task) -> Any:
+def start_task(remote: Any, task: Task) -> Any:
     needs = task.resources
     options: dict[str, Any] = {"num_cpus": needs.cpus}
     if needs.gpus:
@@ -170,20 +170,20 @@ def submit(remote: Any, task: Task) -> Any:
     return remote.options(**options).remote(*task.arguments)
 
 
-def result_of(reference: Any) -> tuple[Any, bool]:
-    """(Its result or `Lost`, whether its worker or machine was lost rather than its function
+def get_result(reference: Any) -> tuple[Any, bool]:
+    """(Its result or `LostTask`, whether its worker or machine was lost rather than its function
     failing)."""
     import ray
 
     try:
         return ray.get(reference), False
     except ray.exceptions.RayTaskError as error:
-        return Lost(one_line(f"{type(error.cause).__name__}: {error.cause}")), False
+        return LostTask(format_error(f"{type(error.cause).__name__}: {error.cause}")), False
     except ray.exceptions.RayError as error:
-        return Lost(LOST_BY.get(type(error).__name__, one_line(error))), True
+        return LostTask(LOSS_REASONS.get(type(error).__name__, format_error(error))), True
 
 
-def room_for(resources: Resources) -> int:
+def count_slots(resources: Resources) -> int:
     """How many such tasks the live machines hold at once; at least 1."""
     import ray
 

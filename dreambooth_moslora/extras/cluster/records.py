@@ -21,12 +21,16 @@ from urllib.parse import quote
 from PIL import Image
 
 from dreambooth_moslora.disk import processes, run_folder
-from dreambooth_moslora.disk.atomic import atomic_write
+from dreambooth_moslora.disk.atomic import write_atomic
 from dreambooth_moslora.disk.contents import read_json
-from dreambooth_moslora.errors import UserError, spelled_out
-from dreambooth_moslora.pictures import jpeg_url, render
-from dreambooth_moslora.training.run_advice import NOT_SCORED, advice_after
-from dreambooth_moslora.training.run_metrics import figures_from, known_config, with_report
+from dreambooth_moslora.errors import UserError, escape_control_characters
+from dreambooth_moslora.pictures import encode_image_url, render
+from dreambooth_moslora.training.run_advice import NOT_SCORED_NOTE, list_advice
+from dreambooth_moslora.training.run_metrics import (
+    build_run_metrics,
+    merge_report,
+    parse_known_config,
+)
 
 FLEET_NAME = "fleet.json"
 """Of a fleet the names of its subjects, of a run its `Record`."""
@@ -41,7 +45,7 @@ class Record:
     """How a subject's training stands, and what it has cost. A lost machine's time is not counted.
 
     state: one of STATES
-    mark: a digest of settings and photos (`fleet_subjects.mark_of`)
+    mark: a digest of settings and photos (`fleet_subjects.digest_run`)
     message: why it failed or was stopped
     seconds: the time of all its trainings
     hours: that time, times the `unit`s that were held
@@ -70,10 +74,10 @@ def read_record(run_dir: Path) -> Record | None:
 
 
 def write_record(run_dir: Path, record: Record) -> None:
-    atomic_write(run_dir / FLEET_NAME, json.dumps(asdict(record)) + "\n")
+    write_atomic(run_dir / FLEET_NAME, json.dumps(asdict(record)) + "\n")
 
 
-def ended(run_dir: Path, state: str, message: str = "") -> Record:
+def record_ending(run_dir: Path, state: str, message: str = "") -> Record:
     """Write into the run's record how it ended, and return it. What it has cost is kept."""
     run_dir.mkdir(parents=True, exist_ok=True)
     record = replace(read_record(run_dir) or Record(state), state=state, message=message)
@@ -88,14 +92,14 @@ def is_finished(run_dir: Path, mark: str) -> bool:
     return is_done and run_folder.RunDir(run_dir).adapter_path.is_file()
 
 
-def stop_path(out: Path) -> Path:
+def get_stop_path(out: Path) -> Path:
     """The file whose existence stops the fleet in `out`."""
     return out / STOP_NAME
 
 
 def write_names(out: Path, names: Sequence[str]) -> None:
     """Write the fleet's list."""
-    atomic_write(out / FLEET_NAME, json.dumps({"subjects": names}) + "\n")
+    write_atomic(out / FLEET_NAME, json.dumps({"subjects": names}) + "\n")
 
 
 def read_names(out: Path) -> list[str]:
@@ -113,12 +117,12 @@ def read_names(out: Path) -> list[str]:
     return names
 
 
-STATES = ("failed", "interrupted", "running", "waiting", "done")
+RECORD_STATES = ("failed", "interrupted", "running", "waiting", "done")
 """In the order in which a person should look at them. `running` means begun and not ended."""
 
 
 @dataclass(frozen=True)
-class Row:
+class SubjectRow:
     """One subject, as a person looks at it.
 
     name: of its run folder
@@ -138,28 +142,28 @@ class Row:
     alarms: Sequence[str] = ()
 
 
-def rows_of(out: Path) -> list[Row]:
+def load_rows(out: Path) -> list[SubjectRow]:
     """All subjects: failures, then alarms, then those least like their photos. Raises UserError for
     no fleet."""
     # each sort keeps the order of the one before among equals: the last counts most
-    rows = sorted((row_of(out / name) for name in read_names(out)), key=lambda row: row.name)
+    rows = sorted((load_row(out / name) for name in read_names(out)), key=lambda row: row.name)
     rows.sort(key=lambda row: 2.0 if row.likeness is None else row.likeness)
-    return sorted(rows, key=lambda row: (STATES.index(row.record.state), -len(row.alarms)))
+    return sorted(rows, key=lambda row: (RECORD_STATES.index(row.record.state), -len(row.alarms)))
 
 
-def row_of(run_dir: Path) -> Row:
+def load_row(run_dir: Path) -> SubjectRow:
     """What the files of a run say; the record alone when the others are missing or damaged."""
     record = read_record(run_dir)
-    if record is None or record.state not in STATES:
+    if record is None or record.state not in RECORD_STATES:
         record = Record("waiting")
     try:
         run = run_folder.RunDir(run_dir)
         # what was asked for, and what has happened so far
-        config = known_config(read_json(run_dir / processes.CONFIG_NAME))
-        events = run.read_metrics()
-        found = figures_from(events, config)
+        config = parse_known_config(read_json(run_dir / processes.JOB_CONFIG_NAME))
+        events = run.read_events()
+        found = build_run_metrics(events, config)
         if events:
-            found = with_report(found, run)
+            found = merge_report(found, run)
 
         # of a run that was resumed, the last start counts
         total_steps = None
@@ -168,26 +172,26 @@ def row_of(run_dir: Path) -> Row:
                 total_steps = event.get("max_train_steps")
 
         # advice is about a finished training
-        advice = advice_after(found) if record.state == "done" else []
-        return Row(
+        advice = list_advice(found) if record.state == "done" else []
+        return SubjectRow(
             name=run_dir.name,
             record=record,
             words=config.instance_prompt,
             step=found.step,
             total_steps=total_steps,
             likeness=found.scores.get("dino"),
-            alarms=[line for line in advice if not line.startswith(NOT_SCORED)],
+            alarms=[line for line in advice if not line.startswith(NOT_SCORED_NOTE)],
         )
     except (OSError, UserError):
-        return Row(run_dir.name, record)
+        return SubjectRow(run_dir.name, record)
 
 
-def status_lines(rows: Sequence[Row]) -> list[str]:
+def format_status(rows: Sequence[SubjectRow]) -> list[str]:
     """The count of each state, the cost, and a line for each subject that needs attention or is
     running."""
-    counts = {state: sum(row.record.state == state for row in rows) for state in STATES}
+    counts = {state: sum(row.record.state == state for row in rows) for state in RECORD_STATES}
     said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    lines = [f"{len(rows)} subjects: {said}", f"cost so far: {cost_of(rows)}"]
+    lines = [f"{len(rows)} subjects: {said}", f"cost so far: {format_cost(rows)}"]
     for row in rows:
         if row.record.state in ("waiting", "done") and not row.alarms:
             continue
@@ -201,7 +205,7 @@ def status_lines(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def cost_of(rows: Sequence[Row]) -> str:
+def format_cost(rows: Sequence[SubjectRow]) -> str:
     """Hours of GPUs and of cores, in words."""
     spent = []
     for unit in ("GPU", "CPU"):
@@ -213,17 +217,17 @@ def cost_of(rows: Sequence[Row]) -> str:
 
 SHEET_PX = 320
 """Longest side of a contact sheet in the page."""
-MOST_SHEETS = 500
+MAX_SHEETS = 500
 """Contact sheets in the page. The most urgent subjects come first, so those without a sheet matter
 least."""
-PATH = re.compile(
+PATH_PATTERN = re.compile(
     r"(?<![\w/\\])(?:[A-Za-z]:)?(?:[\\/][^\\/:;,'\"()]*(?=[\\/]))*[\\/][^\\/\s:;,'\"()]+[\\/]?"
 )
 """A space inside a folder's name belongs to the path; a space in the last part ends it."""
 
 
-def write_index(out: Path, rows: Sequence[Row]) -> Path:
-    """Write the page of `rows`, in their order (that of `rows_of`). Returns the file."""
+def write_index(out: Path, rows: Sequence[SubjectRow]) -> Path:
+    """Write the page of `rows`, in their order (that of `load_rows`). Returns the file."""
     # what the template shows of each subject
     shown = []
     for number, row in enumerate(rows):
@@ -233,31 +237,33 @@ def write_index(out: Path, rows: Sequence[Row]) -> Path:
         shown.append(
             {
                 "row": row,
-                "name": spelled_out(row.name),
+                "name": escape_control_characters(row.name),
                 "mood": moods.get(row.record.state, "faint"),
-                "looks": [without_paths(spelled_out(text), out) for text in looks if text],
-                "sheet": sheet_address(sheet) if number < MOST_SHEETS else "",
+                "looks": [
+                    remove_paths(escape_control_characters(text), out) for text in looks if text
+                ],
+                "sheet": encode_sheet(sheet) if number < MAX_SHEETS else "",
                 "link": f"{quote(row.name)}/{quote(sheet.name)}",
             }
         )
 
-    about = f"{status_lines(rows)[0]}; cost: {cost_of(rows)}"
+    about = f"{format_status(rows)[0]}; cost: {format_cost(rows)}"
     page = render("fleet.html", title=f"Fleet of {len(rows)} subjects", about=about, rows=shown)
-    atomic_write(out / INDEX_NAME, page)
+    write_atomic(out / INDEX_NAME, page)
     return out / INDEX_NAME
 
 
-def sheet_address(path: Path) -> str:
+def encode_sheet(path: Path) -> str:
     """A small contact sheet as the address of a picture; empty when none can be read."""
     try:
         with Image.open(path) as sheet:
-            return jpeg_url(sheet, SHEET_PX)
+            return encode_image_url(sheet, SHEET_PX)
     except (OSError, ValueError, Image.DecompressionBombError):
         return ""
 
 
-def without_paths(text: str, out: Path) -> str:
+def remove_paths(text: str, out: Path) -> str:
     """The message with each path cut to its last part."""
     for place in {str(out), str(out.resolve())}:
         text = text.replace(f"{place}/", "")
-    return PATH.sub(lambda found: re.split(r"[\\/]", found[0].rstrip("\\/"))[-1], text)
+    return PATH_PATTERN.sub(lambda found: re.split(r"[\\/]", found[0].rstrip("\\/"))[-1], text)

@@ -21,30 +21,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dreambooth_moslora.cli.terminal import DONE, INTERRUPTED, MISTAKE
+from dreambooth_moslora.cli.terminal import EXIT_DONE, EXIT_INTERRUPTED, EXIT_MISTAKE
 from dreambooth_moslora.disk import events, processes, queue, run_folder
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster.records import (
     Record,
-    ended,
+    get_stop_path,
     is_finished,
     read_record,
-    stop_path,
+    record_ending,
     write_record,
 )
 
-ERROR = "error: "
+ERROR_PREFIX = "error: "
 """How the command's line for the user begins."""
 POLL_SEC = 0.2
 """Seconds between two looks at the process."""
-HOLD_NAME = queue.HOLD_NAME
+HOLD_NAME = queue.WORKER_LOCK_NAME
 """The worker's lock. Its training inherits it, so it is held until the training ends, even if the
 worker dies first."""
-HELD_SEC = 120.0
+LOCK_TIMEOUT_SEC = 120.0
 """How long a training whose worker is gone may take for its last step and checkpoint."""
-KILLED_MOST = 3
+MAX_KILLS = 3
 """How many times one machine starts a training that was killed."""
-GUARDED = ("-P", "-m", "dreambooth_moslora.extras.cluster.worker")
+GUARD_COMMAND = ("-P", "-m", "dreambooth_moslora.extras.cluster.worker")
 """Arguments of Python by which a command ends with its worker."""
 
 
@@ -54,7 +54,7 @@ class Job:
 
     run_dir: the run folder
     settings: of the run
-    mark: a digest of settings and photos (`fleet_subjects.mark_of`)
+    mark: a digest of settings and photos (`fleet_subjects.digest_run`)
     cpus: cores and threads
     gpus: share of a GPU; 0 to train on the CPU
     folder: where relative paths begin; empty for the worker's own folder
@@ -80,32 +80,32 @@ def train_subject(job: Job) -> Record:
         return read_record(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        hold = held(run_dir)
+        hold = lock_folder(run_dir)
         try:
-            for _ in range(KILLED_MOST):  # one that is killed goes on from its newest checkpoint
-                if stop_path(run_dir.parent).exists():
-                    return ended(run_dir, "interrupted", "stopped before it began")
+            for _ in range(MAX_KILLS):  # one that is killed goes on from its newest checkpoint
+                if get_stop_path(run_dir.parent).exists():
+                    return record_ending(run_dir, "interrupted", "stopped before it began")
                 code = train_once(job, run_dir, hold)
-                if code >= 0 or stop_path(run_dir.parent).exists():
+                if code >= 0 or get_stop_path(run_dir.parent).exists():
                     break
-            return judged(run_dir, code)
+            return record_exit(run_dir, code)
         finally:
-            queue.release(run_dir / HOLD_NAME, hold)
+            queue.release_lock(run_dir / HOLD_NAME, hold)
     except UserError as error:
-        return ended(run_dir, "failed", str(error))
+        return record_ending(run_dir, "failed", str(error))
 
 
-def held(run_dir: Path) -> BinaryIO:
+def lock_folder(run_dir: Path) -> BinaryIO:
     """Lock the folder for a training, after a lost worker's has ended. Raises UserError when it
     does not, and without waiting when a file that the training writes to is a link."""
-    queue.refuse_links(run_dir, "--out")
-    end = time.monotonic() + HELD_SEC
+    queue.check_no_links(run_dir, "--out")
+    end = time.monotonic() + LOCK_TIMEOUT_SEC
     while True:
         try:
-            hold = queue.take(run_dir / HOLD_NAME, "--out")
+            hold = queue.claim_lock(run_dir / HOLD_NAME, "--out")
             try:
                 # refuse while a training that no fleet started runs there
-                with queue.locked(run_dir):
+                with queue.lock_folder(run_dir):
                     return hold
             except UserError:
                 hold.close()
@@ -120,7 +120,7 @@ def train_once(job: Job, run_dir: Path, hold: BinaryIO) -> int:
     """Returns the exit status; it is negative for a signal. The time is added to the record."""
     # note that it has begun; what earlier starts have cost is kept
     before = read_record(run_dir)
-    is_known = goes_on(before, job)
+    is_known = has_started(before, job)
     begun = before if is_known else Record("running", job.mark, since=find_last_start(run_dir))
     begun = replace(
         begun,
@@ -133,12 +133,12 @@ def train_once(job: Job, run_dir: Path, hold: BinaryIO) -> int:
     write_record(run_dir, begun)
 
     # train, and wait for the end
-    resume = resumed(run_dir, before) if is_known else {}
+    resume = build_resume_settings(run_dir, before) if is_known else {}
     processes.write_settings(run_dir, {**job.settings, **resume})
     started = time.monotonic()
-    words = ("train", "--config", str(run_dir / processes.CONFIG_NAME))
+    words = ("train", "--config", str(run_dir / processes.JOB_CONFIG_NAME))
     process = start_guarded(job, words, (hold.fileno(),))
-    code = watch(process, stop_path(run_dir.parent), run_dir)
+    code = watch(process, get_stop_path(run_dir.parent), run_dir)
 
     # add what it has cost
     seconds = time.monotonic() - started
@@ -148,12 +148,12 @@ def train_once(job: Job, run_dir: Path, hold: BinaryIO) -> int:
     return code
 
 
-def goes_on(before: Record | None, job: Job) -> bool:
+def has_started(before: Record | None, job: Job) -> bool:
     """Whether this training was started before."""
     return before is not None and before.mark == job.mark and before.starts > 0
 
 
-def resumed(run_dir: Path, before: Record) -> dict[str, str]:
+def build_resume_settings(run_dir: Path, before: Record) -> dict[str, str]:
     """The setting that resumes a run which was started before. One that ended before it took the
     folder, while its base was loaded, has left an earlier run's checkpoints there: none of them is
     its own."""
@@ -164,18 +164,20 @@ def resumed(run_dir: Path, before: Record) -> dict[str, str]:
 def find_last_start(run_dir: Path) -> float:
     """Return the time at which the last training in the folder took it; 0.0 without one. Such times
     are only compared for equality, as a clock may be set back."""
-    starts = run_folder.RunDir(run_dir).read_metrics(events.RunStarted.kind)
+    starts = run_folder.RunDir(run_dir).read_events(events.RunStarted.kind)
     return (starts[-1].get("time") or 0.0) if starts else 0.0
 
 
-def start_guarded(job: Job, words: Sequence[str], holds: Sequence[int]) -> subprocess.Popen:
+def start_guarded(job: Job, argv: Sequence[str], holds: Sequence[int]) -> subprocess.Popen:
     """Start a command of this program that keeps the locks `holds` and does not outlive this
     process; its log is in the run folder. It has as many threads as cores: on CPUs the result's
     bytes depend on the number of threads."""
     folder = job.folder if os.path.isdir(job.folder) else None
     threads = {"OMP_NUM_THREADS": str(job.cpus)}
-    command = (*GUARDED, str(os.getpid()), *words)
-    return processes.start_logged(Path(job.run_dir), command, threads, folder, inherits=holds)
+    command = (*GUARD_COMMAND, str(os.getpid()), *argv)
+    return processes.start_process(
+        Path(job.run_dir), command, threads, folder, inherited_files=holds
+    )
 
 
 def watch(process: subprocess.Popen, stop: Path, run_dir: Path) -> int:
@@ -185,34 +187,40 @@ def watch(process: subprocess.Popen, stop: Path, run_dir: Path) -> int:
     try:
         while process.poll() is None:
             if not asked and stop.exists():
-                processes.ask_to_stop(run_dir)
+                processes.send_stop_request(run_dir)
                 asked = time.time()
-            if asked and processes.has_gone_silent(asked, run_dir):
-                processes.end_process(process.pid)
+            if asked and processes.has_stopped_answering(asked, run_dir):
+                processes.kill_process(process.pid)
             time.sleep(POLL_SEC)
         return process.returncode
     except BaseException:
         # Ray cancels a task by an exception in it
-        processes.ask_to_stop(run_dir)
+        processes.send_stop_request(run_dir)
         raise
 
 
-def judged(run_dir: Path, code: int) -> Record:
+def record_exit(run_dir: Path, code: int) -> Record:
     """The record of a training that has ended with the exit status `code`."""
-    was_asked = stop_path(run_dir.parent).exists()
-    if code == DONE:
-        return ended(run_dir, "done")
-    if code == INTERRUPTED or (was_asked and code in processes.STOPPED_BY_SIGNAL):
-        return ended(run_dir, "interrupted")
+    was_asked = get_stop_path(run_dir.parent).exists()
+    if code == EXIT_DONE:
+        return record_ending(run_dir, "done")
+    if code == EXIT_INTERRUPTED or (was_asked and code in processes.SIGTERM_STATUSES):
+        return record_ending(run_dir, "interrupted")
 
     # a person's mistake is told by the command itself; anything else is guessed from its end
-    log = processes.log_tail(run_dir)
-    errors = [line.removeprefix(ERROR) for line in log.splitlines() if line.startswith(ERROR)]
-    if code == MISTAKE and errors:
-        return ended(run_dir, "failed", errors[-1])
-    return ended(run_dir, "failed", processes.why_it_ended(code, log, was_asked=was_asked))
+    log = processes.read_log_tail(run_dir)
+    errors = [
+        line.removeprefix(ERROR_PREFIX)
+        for line in log.splitlines()
+        if line.startswith(ERROR_PREFIX)
+    ]
+    if code == EXIT_MISTAKE and errors:
+        return record_ending(run_dir, "failed", errors[-1])
+    return record_ending(
+        run_dir, "failed", processes.explain_ending(code, log, is_stop_requested=was_asked)
+    )
 
 
 if __name__ == "__main__":
-    processes.when_orphaned(int(sys.argv.pop(1)), partial(signal.raise_signal, signal.SIGTERM))
+    processes.watch_parent(int(sys.argv.pop(1)), partial(signal.raise_signal, signal.SIGTERM))
     runpy.run_module("dreambooth_moslora", run_name="__main__")

@@ -3,19 +3,19 @@
 from dataclasses import replace
 from pathlib import Path
 
-from dreambooth_moslora.extras.cluster.fleet import base_size
+from dreambooth_moslora.extras.cluster.fleet import load_base_size
 from dreambooth_moslora.extras.lab.study import Cell, Study
-from dreambooth_moslora.plan.memory import adapter_parameters
+from dreambooth_moslora.plan.memory import count_adapter_parameters
 from dreambooth_moslora.settings.train_config import TrainConfig
 
 
-def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
+def choose_ranks(study: Study) -> dict[tuple[str, int], int]:
     """(arm, nominal rank) -> the rank that it trains at: see `Study.budget`."""
     found = {(arm, rank): rank for arm in study.arms for rank in study.ranks}
     if study.budget == "rank":
         return found
     for arm, rank in found:
-        if not study.trains(arm):
+        if not study.should_train(arm):
             continue
         cell = Cell(
             stage="test",
@@ -25,7 +25,7 @@ def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
             seed=0,
             learning_rate=1.0,
         )
-        config = study.config_of(cell, rank, Path("unused"))
+        config = study.build_config(cell, rank, Path("unused"))
 
         # the budget: A and B of plain LoRA at the nominal rank
         budget = count_parameters(replace(config, mixer="none", rank_pattern=()), rank)
@@ -43,4 +43,4 @@ def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
 
 def count_parameters(config: TrainConfig, rank: int) -> int:
     """Of A, B and learnt mixers, over all layers, each with its own rank."""
-    return adapter_parameters(replace(config, rank=rank), base_size(config))
+    return count_adapter_parameters(replace(config, rank=rank), load_base_size(config))

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.cli import one_word
-from dreambooth_moslora.cli.terminal import say_loading
-from dreambooth_moslora.disk.paths import user_path
+from dreambooth_moslora.cli.terminal import print_loading
+from dreambooth_moslora.disk.paths import expand_user_path
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster import command_fleet
 from dreambooth_moslora.extras.lab.study import Study, StudySubject, load_study
 from dreambooth_moslora.plan import agreement, defaults
-from dreambooth_moslora.settings.train_config import MIXERS, flags_of
+from dreambooth_moslora.settings.train_config import MIXERS, list_flags
 
-BASE = "pretrained_model_name_or_path"
+BASE_SETTING = "pretrained_model_name_or_path"
 
 
 def compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
     about = "of the arms, the first of which is the reference"
     parser.add_argument("--mixers", nargs="+", metavar="MIXER", help=about)
     about = "base of a study of a folder (default: as `train` chooses)"
-    parser.add_argument(*flags_of(BASE), dest="base", metavar="BASE", help=about)
+    parser.add_argument(*list_flags(BASE_SETTING), dest="base", metavar="BASE", help=about)
     about = "a whole study instead: see assets/studies/mixers.toml"
     parser.add_argument("--config", metavar="FILE", help=about)
 
@@ -39,7 +39,7 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", metavar="DIR", help=about)
     about = "trainings at once (default: 1, or what a cluster takes); timings are fair only at 1"
     parser.add_argument("--jobs", type=int, help=about)
-    command_fleet.add_cluster_flags(parser, of_one="no Ray, and processes of this machine")
+    command_fleet.add_cluster_flags(parser, default_note="no Ray, and processes of this machine")
     about = "report what is finished; train nothing"
     parser.add_argument("--report_only", action="store_true", help=about)
     about = "print what would be trained and what is already done"
@@ -49,19 +49,19 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
 def run_compare(args: argparse.Namespace) -> int:
     """Train what is missing of a study, and write its report. Returns 1 when a training failed."""
     # the study, and where its results are
-    command_fleet.check_shares(args)
-    study = load_study(Path(args.config)) if given(args) else study_of(args)
+    command_fleet.check_machine_shares(args)
+    study = load_study(Path(args.config)) if has_study_file(args) else build_study(args)
     default = "runs/study" if args.config else f"runs/compare_{study.subjects[0].name}"
-    out = user_path(args.output_dir or default)
-    tuning = len(study.tuning_cells())
-    tests = len(study.test_cells(study.first_rates()))
+    out = expand_user_path(args.output_dir or default)
+    tuning = len(study.list_tuning_cells())
+    tests = len(study.list_test_cells(study.get_first_rates()))
     line = f"{tuning + tests} trainings: {tuning} to choose learning rates, {tests} to compare"
     print(line, file=sys.stderr)
-    say_loading()
+    print_loading()
     from dreambooth_moslora.extras.lab import run, study_report
 
     if args.dry_run:
-        todo = run.unfinished(study, out)
+        todo = run.list_unfinished(study, out)
         print("\n".join(cell.name for cell in todo))
         print(f"{len(todo)} of them are still to be done", file=sys.stderr)
         return 0
@@ -71,9 +71,9 @@ def run_compare(args: argparse.Namespace) -> int:
     progress = CellProgress()
     jobs = 0 if args.report_only else max(1, args.jobs or 1)
     if args.ray_address and jobs:
-        with ray_fleet.connected(args.ray_address):
-            machines = fleet.Machines.of_cluster(args.per_gpu, args.cpus)
-            runner = partial(run.cells_on_cluster, machines, args.jobs)
+        with ray_fleet.connect(args.ray_address):
+            machines = fleet.Machines.from_cluster(args.per_gpu, args.cpus)
+            runner = partial(run.run_cells_on_cluster, machines, args.jobs)
             results = run.run_study(study, out.resolve(), jobs, progress, runner=runner)
     else:
         results = run.run_study(study, out, jobs, progress)
@@ -85,7 +85,7 @@ def run_compare(args: argparse.Namespace) -> int:
     return 1 if progress.failed else 0
 
 
-def given(args: argparse.Namespace) -> bool:
+def has_study_file(args: argparse.Namespace) -> bool:
     """Whether a file gives the study. Raises UserError unless a file or a folder does."""
     if bool(args.config) == bool(args.words):
         raise UserError(
@@ -98,31 +98,31 @@ def given(args: argparse.Namespace) -> bool:
     return bool(args.config)
 
 
-NOT_SHARED = ("instance_prompt", "class_prompt", "class_word", "mixer", "rank", "learning_rate")
+ARM_SETTINGS = ("instance_prompt", "class_prompt", "class_word", "mixer", "rank", "learning_rate")
 """Settings that a study says of its subjects, arms, ranks and learning rates."""
 
 
-def study_of(args: argparse.Namespace) -> Study:
+def build_study(args: argparse.Namespace) -> Study:
     """One arm for each mixer, trained on the folder as `train PHOTOS WORD` would. Raises
     UserError."""
-    folder, word = one_word.folder_and_word(args.words)
+    folder, word = one_word.parse_folder_and_word(args.words)
     mixers = args.mixers or ["none", "orthogonal"]
     if unknown := [mixer for mixer in mixers if mixer not in MIXERS]:
         raise UserError(f"--mixers {unknown[0]}: choose from {', '.join(MIXERS)}.")
 
     # what `train` would choose; the GPU is asked, which needs PyTorch
-    say_loading()
+    print_loading()
     base = args.base
-    chosen = defaults.Choices({BASE: base} if base else {})
+    chosen = defaults.Choices({BASE_SETTING: base} if base else {})
     one_word.choose_base(chosen, folder)
-    free_gib = None if chosen.base.is_toy else agreement.least_free_gib()
+    free_gib = None if chosen.base.is_toy else agreement.get_min_free_gib()
     exposures = defaults.choose_recipe(chosen, free_gib)
-    defaults.choose_words(chosen, word)
+    defaults.choose_prompts(chosen, word)
     chosen.add("", exposures_per_photo=exposures)
 
     # of it, what all arms share; the rest is named by the study
-    recipe = chosen.all
-    shared = {name: value for name, value in recipe.items() if name not in NOT_SHARED}
+    recipe = chosen.all_settings
+    shared = {name: value for name, value in recipe.items() if name not in ARM_SETTINGS}
     subject = StudySubject(
         photos=str(folder),
         instance_prompt=recipe["instance_prompt"],

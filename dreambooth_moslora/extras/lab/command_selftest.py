@@ -3,11 +3,11 @@
 import argparse
 import time
 
-from dreambooth_moslora.cli.command_doctor import Findings, examine_machine, examine_versions
-from dreambooth_moslora.disk.atomic import atomic_write
-from dreambooth_moslora.disk.paths import user_path
+from dreambooth_moslora.cli.command_doctor import Findings, collect_machine_facts, collect_versions
+from dreambooth_moslora.disk.atomic import write_atomic
+from dreambooth_moslora.disk.paths import expand_user_path
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.precision import half_precision
+from dreambooth_moslora.precision import choose_half_precision
 
 
 def selftest_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,31 +22,31 @@ def run_selftest(args: argparse.Namespace) -> int:
     import psutil
     import torch
 
-    from dreambooth_moslora.base.devices import GIB, best_device, free_gib_of_gpu
+    from dreambooth_moslora.base.devices import GIB, get_best_device, measure_free_gpu_gib
     from dreambooth_moslora.extras.lab.selftest import (
-        ON_CPU,
-        ON_TWO_GPUS,
+        CPU_ENV,
+        TWO_GPU_COMMAND,
         SelfTest,
-        as_page,
+        format_page,
     )
 
     # the device
-    best = best_device().type
+    best = get_best_device().type
     if args.device not in (None, "cpu", best):
         raise UserError(f"--device {args.device}: this torch sees no such GPU; `doctor` says why.")
     is_on_gpu = best != "cpu" and args.device != "cpu"
 
     # the folder, and what `doctor` says of this machine
-    folder = user_path(args.output_dir)
+    folder = expand_user_path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     machine = Findings()
-    examine_versions(machine)
-    examine_machine(machine)
+    collect_versions(machine)
+    collect_machine_facts(machine)
     facts = machine.facts | {"tried": best if is_on_gpu else "cpu"}
 
     # what can be tried on the device
-    has_bf16 = not is_on_gpu or half_precision() == "bf16"
-    free_gib = free_gib_of_gpu() if is_on_gpu else None
+    has_bf16 = not is_on_gpu or choose_half_precision() == "bf16"
+    free_gib = measure_free_gpu_gib() if is_on_gpu else None
     if free_gib is None:
         free_gib = psutil.virtual_memory().available / GIB
     is_cuda = is_on_gpu and best == "cuda"
@@ -54,21 +54,21 @@ def run_selftest(args: argparse.Namespace) -> int:
     test = SelfTest(
         folder,
         precisions=("no", "bf16" if has_bf16 else "fp16"),
-        env={} if is_on_gpu else ON_CPU,
+        env={} if is_on_gpu else CPU_ENV,
         free_gib=free_gib,
         compiles=is_cuda,
-        launcher=ON_TWO_GPUS if has_two else (),
+        launcher=TWO_GPU_COMMAND if has_two else (),
     )
 
     # each finding is shown at once, as a training takes a while
     found = []
     start = time.monotonic()
-    for finding in test.findings():
+    for finding in test.run_tests():
         mark = "ok  " if finding.holds else "FAIL"
-        print(f"{mark}  {finding.name:14} {finding.said}", flush=True)
+        print(f"{mark}  {finding.name:14} {finding.line}", flush=True)
         found.append(finding)
 
     facts["seconds"] = f"{time.monotonic() - start:.0f}"
-    atomic_write(folder / "selftest.md", as_page(facts, found))
+    write_atomic(folder / "selftest.md", format_page(facts, found))
     print(f"{facts['seconds']} s; paste {folder / 'selftest.md'} into a bug report")
     return 0 if all(finding.holds for finding in found) else 2

@@ -19,14 +19,14 @@ from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.settings import metric_kinds
 
 
-def studied() -> list[str]:
+def list_study_measures() -> list[str]:
     """The measures that a study compares."""
-    return [name for name, row in metric_kinds.MEASURES.items() if row.study]
+    return [name for name, row in metric_kinds.METRICS.items() if row.study]
 
 
-def judged() -> list[str]:
+def list_image_measures() -> list[str]:
     """The measures by which a picture can win against another."""
-    return [name for name, row in metric_kinds.MEASURES.items() if row.pictures]
+    return [name for name, row in metric_kinds.METRICS.items() if row.pictures]
 
 
 Score = float | int | bool | None
@@ -34,7 +34,7 @@ Score = float | int | bool | None
 
 
 @dataclass(frozen=True)
-class Result:
+class CellResult:
     """A finished cell.
 
     scores: means, by measure
@@ -77,17 +77,17 @@ class Outcome:
     wins: dict[str, tuple[float, float, float]]
 
 
-def best_rates(study: Study, results: Sequence[Result]) -> dict[tuple[str, int], float]:
+def choose_best_rates(study: Study, results: Sequence[CellResult]) -> dict[tuple[str, int], float]:
     """(arm, rank) -> the learning rate with the highest mean score on the tuning subjects; the
     lower one at a tie."""
-    best = study.first_rates()
-    for key, curve in rate_curves(study, results).items():
+    best = study.get_first_rates()
+    for key, curve in build_rate_curves(study, results).items():
         best[key] = max(sorted(curve), key=curve.__getitem__)
     return best
 
 
-def rate_curves(
-    study: Study, results: Sequence[Result]
+def build_rate_curves(
+    study: Study, results: Sequence[CellResult]
 ) -> dict[tuple[str, int], dict[float, float]]:
     """(arm, rank) -> learning rate -> mean score, for rates with a score on all tuning subjects."""
     found: dict = defaultdict(lambda: defaultdict(list))
@@ -105,12 +105,12 @@ def rate_curves(
     return dict(curves)
 
 
-def seeds_of(results: Sequence[Result]) -> list[int]:
+def list_seeds(results: Sequence[CellResult]) -> list[int]:
     """The seeds of the comparison."""
     return sorted({r.cell.seed for r in results if r.cell.stage == "test"})
 
 
-def of_whole_seeds(results: Sequence[Result]) -> list[Result]:
+def filter_whole_seeds(results: Sequence[CellResult]) -> list[CellResult]:
     """The results without seeds that have fewer cells than others: one still running would make
     each arm incomplete."""
     counts = Counter(r.cell.seed for r in results if r.cell.stage == "test")
@@ -118,19 +118,19 @@ def of_whole_seeds(results: Sequence[Result]) -> list[Result]:
     return [r for r in results if r.cell.stage == "tune" or counts[r.cell.seed] == most]
 
 
-def tables(
-    results: Sequence[Result], of: Callable[[Result], Any]
+def build_tables(
+    results: Sequence[CellResult], get_value: Callable[[CellResult], Any]
 ) -> dict[tuple[str, int], np.ndarray]:
     """(arm, rank) -> what `of` says of a result, (subjects, seeds, …), for the arms whose table is
     complete."""
-    tested = [r for r in results if r.cell.stage == "test" and of(r) is not None]
+    tested = [r for r in results if r.cell.stage == "test" and get_value(r) is not None]
     subjects = sorted({r.cell.subject for r in tested})
     seeds = sorted({r.cell.seed for r in tested})
 
     # the cells of each arm and rank
     found: dict = defaultdict(dict)
     for r in tested:
-        found[r.cell.arm, r.cell.rank][r.cell.subject, r.cell.seed] = of(r)
+        found[r.cell.arm, r.cell.rank][r.cell.subject, r.cell.seed] = get_value(r)
 
     # the tables without a gap, so that any two can be compared pair by pair
     made = {}
@@ -143,21 +143,29 @@ def tables(
     return made
 
 
-def score_tables_of(results: Sequence[Result]) -> dict[str, dict[tuple[str, int], np.ndarray]]:
+def build_score_tables(
+    results: Sequence[CellResult],
+) -> dict[str, dict[tuple[str, int], np.ndarray]]:
     """Measure -> (arm, rank) -> scores (subjects, seeds)."""
-    return {name: tables(results, lambda r, name=name: r.scores.get(name)) for name in studied()}
+    return {
+        name: build_tables(results, lambda r, name=name: r.scores.get(name))
+        for name in list_study_measures()
+    }
 
 
-def picture_tables_of(
-    results: Sequence[Result],
+def build_image_tables(
+    results: Sequence[CellResult],
 ) -> dict[str, dict[tuple[str, int], np.ndarray]]:
     """Measure -> (arm, rank) -> values of pictures (subjects, seeds, pictures)."""
-    return {name: tables(results, lambda r, name=name: r.pictures[name]) for name in judged()}
+    return {
+        name: build_tables(results, lambda r, name=name: r.pictures[name])
+        for name in list_image_measures()
+    }
 
 
-def summaries(results: Sequence[Result]) -> list[ArmSummary]:
+def summarize_arms(results: Sequence[CellResult]) -> list[ArmSummary]:
     """Every arm and rank whose cells are complete."""
-    by_measure = score_tables_of(results)
+    by_measure = build_score_tables(results)
     found = []
     for arm, rank in by_measure["score"]:
         # intervals of what was measured on all cells; of seconds and memory the median
@@ -178,10 +186,10 @@ def summaries(results: Sequence[Result]) -> list[ArmSummary]:
     return found
 
 
-def outcomes(study: Study, results: Sequence[Result]) -> list[Outcome]:
+def compare_arms(study: Study, results: Sequence[CellResult]) -> list[Outcome]:
     """Each arm against the reference, at each rank where both are complete."""
-    by_measure = score_tables_of(results)
-    pictures = picture_tables_of(results)
+    by_measure = build_score_tables(results)
+    pictures = build_image_tables(results)
     found = []
     for arm, rank in by_measure["score"]:
         ours = (arm, rank)
@@ -206,12 +214,14 @@ def outcomes(study: Study, results: Sequence[Result]) -> list[Outcome]:
     return found
 
 
-def verdicts(study: Study, results: Sequence[Result]) -> dict[str, reference_arms.Verdict]:
+def compare_references(
+    study: Study, results: Sequence[CellResult]
+) -> dict[str, reference_arms.TrainingVerdict]:
     """Name -> whether an arm was worth its training, beside each arm that draws by references.
     Differences are resampled over subjects, seeds, prompts and the seeds of pictures."""
-    pictures = picture_tables_of(results)
+    pictures = build_image_tables(results)
 
-    def values(arm: str, rank: int) -> dict[str, np.ndarray]:
+    def reshape_tables(arm: str, rank: int) -> dict[str, np.ndarray]:
         found = {}
         for name, of_arms in pictures.items():
             table = of_arms[arm, rank]
@@ -222,7 +232,9 @@ def verdicts(study: Study, results: Sequence[Result]) -> dict[str, reference_arm
     made = {}
     complete = pictures["dino"].keys()
     for (arm, rank), shown in product(complete, study.arms):
-        if study.trains(arm) and not study.trains(shown) and (shown, rank) in complete:
-            verdict = reference_arms.verdict(values(arm, rank), values(shown, rank))
+        if study.should_train(arm) and not study.should_train(shown) and (shown, rank) in complete:
+            verdict = reference_arms.compare_tables(
+                reshape_tables(arm, rank), reshape_tables(shown, rank)
+            )
             made[f"{arm} r{rank} against {shown}"] = verdict
     return made

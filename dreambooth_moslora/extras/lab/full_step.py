@@ -28,7 +28,7 @@ from diffusers import (
 
 from dreambooth_moslora.base import devices, families, load
 from dreambooth_moslora.disk import processes
-from dreambooth_moslora.plan.distributed import DTYPES
+from dreambooth_moslora.plan.distributed import PRECISION_DTYPES
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import dataset, prepare, reporter
 from dreambooth_moslora.training.step import TrainStep
@@ -63,31 +63,33 @@ SMALL = {
 """What differs in the small one."""
 
 
-def random_unet(size: str, dtype: torch.dtype = torch.bfloat16) -> UNet2DConditionModel:
+def build_random_unet(size: str, dtype: torch.dtype = torch.bfloat16) -> UNet2DConditionModel:
     """The UNet with random weights. `size` is one of WIDTHS."""
     options = SDXL if size == "sdxl" else SDXL | SMALL
-    return made(lambda: UNet2DConditionModel(**options), dtype)
+    return build_random_module(lambda: UNet2DConditionModel(**options), dtype)
 
 
-def made(build: Callable[[], torch.nn.Module], dtype: torch.dtype) -> torch.nn.Module:
+def build_random_module(
+    build: Callable[[], torch.nn.Module], dtype: torch.dtype
+) -> torch.nn.Module:
     """Build on the meta device, then fill: the modules' own initialisation of billions of numbers
     takes minutes."""
     with torch.device("meta"):
         module = torch.nn.Module.to(build(), dtype)
     module.to_empty(device="cpu")
-    noise = noise_of(dtype)
+    noise = sample_noise(dtype)
     for part in module.modules():
-        fill(part, noise)
+        fill_weights(part, noise)
     return module.eval()
 
 
-def noise_of(dtype: torch.dtype) -> torch.Tensor:
+def sample_noise(dtype: torch.dtype) -> torch.Tensor:
     """What `fill` repeats. Its length is odd, so that no two rows of a matrix are equal."""
     return torch.randn(2**20 + 1, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 @torch.no_grad()
-def fill(module: torch.nn.Module, noise: torch.Tensor) -> None:
+def fill_weights(module: torch.nn.Module, noise: torch.Tensor) -> None:
     """Norms become 1 and 0, biases 0, matrices random, and buffers what their module computes."""
     for name, parameter in module.named_parameters(recurse=False):
         if name == "bias":
@@ -106,7 +108,7 @@ def fill(module: torch.nn.Module, noise: torch.Tensor) -> None:
             buffer.copy_(torch.arange(buffer.shape[-1]))
 
 
-def random_materials(
+def build_random_inputs(
     size: str, resolution_px: int, dtype: torch.dtype = torch.bfloat16
 ) -> prepare.TrainInputs:
     """What a run prepares, of a random UNet and one random photo and prompt."""
@@ -122,11 +124,11 @@ def random_materials(
         text_encoder_2=None,
         tokenizer=None,
         tokenizer_2=None,
-        unet=random_unet(size, dtype),
+        unet=build_random_unet(size, dtype),
         scheduler=DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
     )
     side = resolution_px // 8
-    return materials_of(
+    return build_inputs(
         pipeline,
         load.SDXL_FAMILY,
         text,
@@ -136,10 +138,10 @@ def random_materials(
     )
 
 
-def materials_of(
+def build_inputs(
     pipeline: DiffusionPipeline,
     family: families.Family,
-    text: families.Text,
+    text: families.TextEmbedding,
     latents: torch.Tensor,
     resolution_px: int,
     dtype: torch.dtype,
@@ -156,75 +158,79 @@ def materials_of(
     # the one photo at each position, without a crop
     sizes = [resolution_px, resolution_px, 0, 0, resolution_px, resolution_px]
     ids = torch.tensor(sizes, dtype=torch.float32)
-    shown = dataset.EncodedView(latents, ids, None), "a photo of sks dog"
+    shown = dataset.EncodedCrop(latents, ids, None), "a photo of sks dog"
     stream = SimpleNamespace(
-        at=lambda position: shown,
-        subject_at=lambda position: 0,
+        get_sample=lambda index: shown,
+        get_subject=lambda index: 0,
     )
     return prepare.TrainInputs(
         pipeline=pipeline,
         family=family,
-        schedule=prepare.noise_schedule(pipeline.scheduler),
+        schedule=prepare.build_noise_schedule(pipeline.scheduler),
         photos=[],
-        instance=stream,
-        prior=None,
-        prompt_embeds=lambda prompts: [text] * len(prompts),
+        instance_dataset=stream,
+        prior_dataset=None,
+        text_cache=lambda prompts: [text] * len(prompts),
         dtype=dtype,
     )
 
 
-def measure(size: str, config: TrainConfig) -> dict[str, float]:
+def measure_step(size: str, config: TrainConfig) -> dict[str, float]:
     """Measure a batch as `config` says, on the device that accelerate chooses.
 
     Returns floor_sec, step_sec and peak_gib.
     """
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    materials = random_materials(size, config.resolution, DTYPES[config.mixed_precision])
+    materials = build_random_inputs(
+        size, config.resolution, PRECISION_DTYPES[config.mixed_precision]
+    )
     unet = materials.pipeline.unet.requires_grad_(False).to(accelerator.device)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
 
     # the lower bound, before the trainer's step takes its memory
-    floor_sec = second_of(floor_step(materials, config, accelerator.device), accelerator.device)
+    floor_sec = measure_second_call(
+        build_floor_step(materials, config, accelerator.device), accelerator.device
+    )
     train_step = TrainStep(config, materials, accelerator, max_train_steps=10)
 
-    def step() -> None:
+    def run_step() -> None:
         train_step.update_adapter(train_step.accumulate_gradients())
 
-    step_sec = second_of(step, accelerator.device)
+    step_sec = measure_second_call(run_step, accelerator.device)
     if accelerator.device.type == "cuda":
         peak_gib = torch.cuda.max_memory_allocated() / devices.GIB
     else:
-        peak_gib = reporter.memory_gib(accelerator.device)
+        peak_gib = reporter.measure_memory_gib(accelerator.device)
     return {"floor_sec": floor_sec, "step_sec": step_sec, "peak_gib": peak_gib}
 
 
-def floor_step(
-    materials: prepare.TrainInputs, config: TrainConfig, device: torch.device
+def build_floor_step(
+    inputs: prepare.TrainInputs, config: TrainConfig, device: torch.device
 ) -> Callable[[], None]:
     """One forward pass of the frozen UNet in training mode and its input's gradient: the lower
     bound of a step."""
-    unet = materials.pipeline.unet.train()
-    batch = materials.batch_at(range(config.train_batch_size))
+    unet = inputs.pipeline.unet.train()
+    batch = inputs.collate_batch(range(config.train_batch_size))
 
     # what the UNet is told, on the device
     texts = []
-    for text in materials.prompt_embeds(batch.prompts):
-        texts.append(families.in_dtype(text, device, materials.dtype))
-    words = materials.family.arguments(texts)
+    for text in inputs.text_cache(batch.prompts):
+        texts.append(families.cast_embedding(text, device, inputs.dtype))
+    words = inputs.family.collate(texts)
     sizes = batch.time_ids.to(device)
     times = torch.tensor([500], device=device)
 
-    def step() -> None:
-        noisy = torch.randn_like(batch.latents, device=device, dtype=materials.dtype)
+    def run_step() -> None:
+        noisy = torch.randn_like(batch.latents, device=device, dtype=inputs.dtype)
         noisy.requires_grad_()
-        prediction = materials.family.predict(unet, noisy, times, sizes, **words)
+        prediction = inputs.family.predict(unet, noisy, times, sizes, **words)
         prediction.float().square().mean().backward()
 
-    return step
+    return run_step
 
 
-def second_of(step: Callable[[], None], device: torch.device) -> float:
+def measure_second_call(step: Callable[[], None], device: torch.device) -> float:
     """Seconds of a second call of `step`; the first warms up."""
     # a GPU works on after the call has returned
     waits = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}
@@ -258,7 +264,7 @@ def main() -> None:
         gradient_checkpointing=args.gradient_checkpointing,
         mixed_precision=args.mixed_precision,
     )
-    print(json.dumps(measure(args.size, config)))
+    print(json.dumps(measure_step(args.size, config)))
 
 
 if __name__ == "__main__":

@@ -29,52 +29,57 @@ import torch
 from PIL import Image
 
 from dreambooth_moslora.disk import events, processes, run_folder
-from dreambooth_moslora.disk.atomic import atomic_write
-from dreambooth_moslora.disk.contents import content_key, read_json
+from dreambooth_moslora.disk.atomic import write_atomic
+from dreambooth_moslora.disk.contents import hash_values, read_json
 from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.evaluation import metrics, reference_arms, scoring
-from dreambooth_moslora.evaluation.protocol import plan_of_subject
-from dreambooth_moslora.evaluation.report import evaluators_of
+from dreambooth_moslora.evaluation.protocol import build_subject_plan
+from dreambooth_moslora.evaluation.report import build_evaluators
 from dreambooth_moslora.extras.cluster import fleet, ray_fleet
-from dreambooth_moslora.extras.lab.budget import budget_ranks, count_parameters
-from dreambooth_moslora.extras.lab.comparison import Result, best_rates, judged, rate_curves
+from dreambooth_moslora.extras.lab.budget import choose_ranks, count_parameters
+from dreambooth_moslora.extras.lab.comparison import (
+    CellResult,
+    build_rate_curves,
+    choose_best_rates,
+    list_image_measures,
+)
 from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.photos.folder import photo_report
+from dreambooth_moslora.photos.folder import build_photo_report
 from dreambooth_moslora.settings import toy_bases
-from dreambooth_moslora.settings.family_facts import text_options_of
-from dreambooth_moslora.settings.subject_kinds import kind_of
-from dreambooth_moslora.settings.train_config import BEGUN_WITH, TrainConfig
+from dreambooth_moslora.settings.family_facts import get_text_options
+from dreambooth_moslora.settings.subject_kinds import get_subject_kind
+from dreambooth_moslora.settings.train_config import START_FILE_SETTINGS, TrainConfig
 from dreambooth_moslora.training.loop import train
 
-WHOLE_BYTES = 64 << 20
+MAX_HASHED_BYTES = 64 << 20
 """A file up to this size is read as a whole to tell it from another."""
-END_BYTES = 1 << 20
+TAIL_BYTES = 1 << 20
 """So much is read of the end of a larger one."""
 
 
-def result_path(study: Study, cell: Cell, out: Path) -> Path:
+def get_result_path(study: Study, cell: Cell, out: Path) -> Path:
     """Where the cell's result is kept: another content of its files is another name."""
-    digest = study.digest(cell, [content_of(path) for path in materials(study, cell)])
+    digest = study.digest(cell, [digest_content(path) for path in list_materials(study, cell)])
     return out / "cells" / f"{cell.name}-{digest}.json"
 
 
-def materials(study: Study, cell: Cell) -> list[Path]:
+def list_materials(study: Study, cell: Cell) -> list[Path]:
     """The local files that a result depends on: photos, base, encoders and what the arm begins
     with. Hub models are identified by name."""
-    mine = study.subject(cell.subject)
+    mine = study.get_subject(cell.subject)
     settings = {**study.train, **study.arms[cell.arm]}
     found = [study.base.path, mine.photos]
     found += [study.protocol.clip, study.protocol.dino]
     if study.base.is_toy:
         found.append(toy_bases.DINO_FOLDER)
-    found += [settings.get(name) for name in BEGUN_WITH]
+    found += [settings.get(name) for name in START_FILE_SETTINGS]
     paths = [Path(find_asset(str(path))) for path in found if path]
     return [path for path in paths if path.exists()]
 
 
 @lru_cache(maxsize=64)
-def content_of(path: Path) -> str:
+def digest_content(path: Path) -> str:
     """A digest of a file, or of a folder without .md files; of large files their size and last
     bytes."""
     files = [path]
@@ -83,32 +88,32 @@ def content_of(path: Path) -> str:
     marks = []
     for file in files:
         size = file.stat().st_size
-        is_large = size > WHOLE_BYTES
+        is_large = size > MAX_HASHED_BYTES
         with file.open("rb") as opened:
-            opened.seek(size - END_BYTES if is_large else 0)
+            opened.seek(size - TAIL_BYTES if is_large else 0)
             mark = hashlib.file_digest(opened, "sha256").hexdigest()
         marks.append((str(file.relative_to(path)), f"{size} {mark}" if is_large else mark))
-    return content_key(files=marks)
+    return hash_values(files=marks)
 
 
-def read_results(study: Study, cells: Iterable[Cell], out: Path) -> list[Result]:
+def read_results(study: Study, cells: Iterable[Cell], out: Path) -> list[CellResult]:
     """Those of the `cells` that are finished."""
-    paths = [result_path(study, cell, out) for cell in cells]
-    return [read_json(path, Result) for path in paths if path.is_file()]
+    paths = [get_result_path(study, cell, out) for cell in cells]
+    return [read_json(path, CellResult) for path in paths if path.is_file()]
 
 
 def evaluate_cell(study: Study, cell: Cell, run_dir: Path) -> scoring.Evaluation:
     """Draw with the adapter in `run_dir`, or by references, and score the pictures."""
-    pipeline = pipeline_from(study.base)
-    evaluator = evaluator_of(study, cell.subject)
+    pipeline = load_pipeline(study.base)
+    evaluator = get_evaluator(study, cell.subject)
     judge = partial(
         scoring.evaluate_adapter,
         pipeline,
         batch_size=8,
-        text_options=text_options_of(study.config_of(cell, cell.rank, run_dir)),
+        text_options=get_text_options(study.build_config(cell, cell.rank, run_dir)),
     )
-    if not study.trains(cell.arm):
-        return reference_arms.draw_by_references(evaluator, partial(judge, None))
+    if not study.should_train(cell.arm):
+        return reference_arms.evaluate_references(evaluator, partial(judge, None))
     pipeline.load_adapter(run_dir, "cell")
     try:
         return judge("cell", evaluator)
@@ -117,15 +122,15 @@ def evaluate_cell(study: Study, cell: Cell, run_dir: Path) -> scoring.Evaluation
 
 
 # loading them takes longer than a small training: a worker keeps them between cells
-pipeline_from = lru_cache(maxsize=1)(SubjectPipeline.from_base)
-encoders_of = lru_cache(maxsize=1)(metrics.load_encoders)
+load_pipeline = lru_cache(maxsize=1)(SubjectPipeline.from_base)
+load_encoders = lru_cache(maxsize=1)(metrics.load_encoders)
 EVALUATORS: dict[str, scoring.Evaluator] = {}
 """This process's evaluators by subject; each holds the base's pictures of its prompts."""
 
 
-def evaluator_of(study: Study, name: str) -> scoring.Evaluator:
+def get_evaluator(study: Study, name: str) -> scoring.Evaluator:
     """The evaluator of a subject, the same for all arms."""
-    subject = study.subject(name)
+    subject = study.get_subject(name)
     protocol = study.protocol
     base = study.base.name
     key = f"{base} {subject} {protocol}"
@@ -141,13 +146,13 @@ def evaluator_of(study: Study, name: str) -> scoring.Evaluator:
         seed=0,
         learning_rate=1.0,
     )
-    config = study.config_of(cell, 1, Path("unused"))
-    photos = photo_report(config).photos
+    config = study.build_config(cell, 1, Path("unused"))
+    photos = build_photo_report(config).photos
 
     # what is drawn and asked
     pictures = protocol.images_per_prompt
-    plan = plan_of_subject(config, photos, seeds=tuple(range(pictures)))
-    plan = plan.smaller(
+    plan = build_subject_plan(config, photos, seeds=tuple(range(pictures)))
+    plan = plan.reduce_plan(
         templates=protocol.num_prompts,
         seeds=pictures,
         class_images=protocol.class_images,
@@ -156,10 +161,10 @@ def evaluator_of(study: Study, name: str) -> scoring.Evaluator:
     )
 
     # what it is compared with
-    has_face = kind_of(config).has_face
-    encoders = encoders_of(base, protocol.clip, protocol.dino, faces=has_face)
-    resolution_px = pipeline_from(study.base).resolution_px
-    (made,) = evaluators_of([config], photos, [plan], encoders, resolution_px)
+    has_face = get_subject_kind(config).has_face
+    encoders = load_encoders(base, protocol.clip, protocol.dino, faces=has_face)
+    resolution_px = load_pipeline(study.base).resolution_px
+    (made,) = build_evaluators([config], photos, [plan], encoders, resolution_px)
     EVALUATORS[key] = made
     return made
 
@@ -191,7 +196,7 @@ def run_study(
     jobs: int,
     on_progress: Callable[[Progress], None],
     runner: Callable | None = None,
-) -> list[Result]:
+) -> list[CellResult]:
     """Tune, then test; cells with a result in `out` are not run again.
 
     study: what to compare
@@ -203,12 +208,12 @@ def run_study(
     A failed cell does not stop the others; a second run tries it again. A learning rate at which a
     training fails cannot be chosen. Returns all results, without failed cells.
     """
-    ranks = budget_ranks(study) if jobs else {}
+    ranks = choose_ranks(study) if jobs else {}
     runner = runner or run_cells
 
     # What an earlier call has left is read, the rest is trained.
-    def finished(cells: list[Cell]) -> list[Result]:
-        todo = [cell for cell in cells if not result_path(study, cell, out).is_file()]
+    def run_stage(cells: list[Cell]) -> list[CellResult]:
+        todo = [cell for cell in cells if not get_result_path(study, cell, out).is_file()]
         done = len(cells) - len(todo)
         for cell, seconds, error in runner(study, todo, ranks, out, jobs) if jobs else ():
             done += not error
@@ -218,25 +223,25 @@ def run_study(
         return read_results(study, cells, out)
 
     # The rates are tuned first, on subjects of their own.
-    tuned = finished(study.tuning_cells())
-    return tuned + finished(compared_cells(study, tuned))
+    tuned = run_stage(study.list_tuning_cells())
+    return tuned + run_stage(choose_test_cells(study, tuned))
 
 
-def compared_cells(study: Study, tuned: Sequence[Result]) -> list[Cell]:
+def choose_test_cells(study: Study, tuned: Sequence[CellResult]) -> list[Cell]:
     """Those of the comparison, once every arm and rank with several rates has at least one to
     choose."""
-    to_choose = {(cell.arm, cell.rank) for cell in study.tuning_cells()}
-    if to_choose <= rate_curves(study, tuned).keys():
-        return study.test_cells(best_rates(study, tuned))
+    to_choose = {(cell.arm, cell.rank) for cell in study.list_tuning_cells()}
+    if to_choose <= build_rate_curves(study, tuned).keys():
+        return study.list_test_cells(choose_best_rates(study, tuned))
     return []
 
 
-def unfinished(study: Study, out: Path) -> list[Cell]:
+def list_unfinished(study: Study, out: Path) -> list[Cell]:
     """The cells without a result in `out`; of the comparison only those whose learning rate has
     been chosen."""
-    cells = study.tuning_cells()
-    cells += compared_cells(study, read_results(study, cells, out))
-    return [cell for cell in cells if not result_path(study, cell, out).is_file()]
+    cells = study.list_tuning_cells()
+    cells += choose_test_cells(study, read_results(study, cells, out))
+    return [cell for cell in cells if not get_result_path(study, cell, out).is_file()]
 
 
 def run_cells(
@@ -266,9 +271,9 @@ def run_cells(
             raise
 
 
-def cells_on_cluster(
+def run_cells_on_cluster(
     machines: fleet.Machines,
-    most: int | None,
+    max_tasks: int | None,
     study: Study,
     cells: list[Cell],
     ranks,
@@ -278,21 +283,21 @@ def cells_on_cluster(
     """Like `run_cells`, as tasks of the connected cluster.
 
     machines: of the cluster
-    most: trainings at once; None for as many as the machines hold
+    max_tasks: trainings at once; None for as many as the machines hold
     """
 
     # Made one by one: what a cell takes of a machine is only known with its settings.
-    def tasks() -> Iterator[ray_fleet.Task]:
+    def build_tasks() -> Iterator[ray_fleet.Task]:
         for cell in cells:
             rank = ranks[cell.arm, cell.rank]
-            needs = machines.resources_for(study.config_of(cell, rank, out))
-            jobs = most or min(len(cells), ray_fleet.room_for(needs))
+            needs = machines.estimate_resources(study.build_config(cell, rank, out))
+            jobs = max_tasks or min(len(cells), ray_fleet.count_slots(needs))
             arguments = (study, cell, rank, out, jobs, os.getcwd())
             yield ray_fleet.Task(cell, arguments, needs)
 
     started = time.monotonic()
-    for task, result in ray_fleet.run_tasks(run_cell, tasks(), window=most):
-        if isinstance(result, ray_fleet.Lost):
+    for task, result in ray_fleet.run_tasks(run_cell, build_tasks(), window=max_tasks):
+        if isinstance(result, ray_fleet.LostTask):
             result = (task.key, time.monotonic() - started, result.reason)
         yield result
 
@@ -309,13 +314,13 @@ def begin_worker(threads: int, parent: int, begun: Synchronized) -> None:
     with begun.get_lock():
         number = begun.value
         begun.value += 1
-    gpu = gpu_of(number, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    gpu = choose_gpu(number, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when the process first uses a GPU
-    processes.when_orphaned(parent, partial(os._exit, 1))
+    processes.watch_parent(parent, partial(os._exit, 1))
 
 
-def gpu_of(number: int, count: int, visible: str | None) -> str | None:
+def choose_gpu(number: int, count: int, visible: str | None) -> str | None:
     """The GPU of worker `number` by its driver's name: one of `count`, of those `visible`. None
     without a choice."""
     names = visible.split(",") if visible else [str(gpu) for gpu in range(count)]
@@ -341,9 +346,9 @@ def run_cell(
     # train and score in a folder that no other process has
     started = time.monotonic()
     work = out / "running" / f"{cell.name}-{os.getpid()}"
-    config = study.config_of(cell, rank, work)
+    config = study.build_config(cell, rank, work)
     try:
-        cost = train_cell(config, out) if study.trains(cell.arm) else NOT_TRAINED
+        cost = train_cell(config, out) if study.should_train(cell.arm) else ZERO_COST
         found = evaluate_cell(study, cell, work)
     except Exception as error:  # one failed cell must not end the study
         return cell, time.monotonic() - started, f"{type(error).__name__}: {error}"
@@ -351,19 +356,19 @@ def run_cell(
         shutil.rmtree(work, ignore_errors=True)
 
     # write the pictures, then the result, by which the cell counts as finished
-    path = result_path(study, cell, out)
+    path = get_result_path(study, cell, out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    strip(found.pictures["subject"]).save(path.with_suffix(".jpg"), quality=85)
+    draw_strip(found.pictures["subject"]).save(path.with_suffix(".jpg"), quality=85)
     cost = cost | {"rank": rank, "evaluation_seconds": found.seconds, "jobs": jobs}
     pictures = {}
-    for name in judged():
+    for name in list_image_measures():
         pictures[name] = [round(float(value), 5) for value in found.tables[name].ravel()]
-    result = Result(cell=cell, scores=found.means(), pictures=pictures, cost=cost)
-    atomic_write(path, json.dumps(asdict(result)) + "\n")
+    result = CellResult(cell=cell, scores=found.summarize_scores(), pictures=pictures, cost=cost)
+    write_atomic(path, json.dumps(asdict(result)) + "\n")
     return cell, time.monotonic() - started, ""
 
 
-NOT_TRAINED = {"seconds": 0.0, "step_sec": 0.0, "memory_gib": 0.0, "parameters": 0}
+ZERO_COST = {"seconds": 0.0, "step_sec": 0.0, "memory_gib": 0.0, "parameters": 0}
 """What a cell costs that draws by references."""
 
 
@@ -376,8 +381,8 @@ def train_cell(config: TrainConfig, out: Path) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats()
 
     started = time.monotonic()
-    result = train(replace(config, caching="disk", **class_folder(config, out)))
-    steps = events.events_of(events.StepDone, run_folder.RunDir(result.run_dir).read_metrics())
+    result = train(replace(config, caching="disk", **choose_class_folder(config, out)))
+    steps = events.filter_events(events.StepDone, run_folder.RunDir(result.run_dir).read_events())
     return {
         "seconds": time.monotonic() - started,
         "step_sec": median(event.step_sec for event in steps),
@@ -386,7 +391,7 @@ def train_cell(config: TrainConfig, out: Path) -> dict[str, float]:
     }
 
 
-def class_folder(config: TrainConfig, out: Path) -> dict[str, str]:
+def choose_class_folder(config: TrainConfig, out: Path) -> dict[str, str]:
     """Where the class images are: made once by each process, the same for all arms."""
     if not config.with_prior_preservation or config.class_data_dir:
         return {}
@@ -397,7 +402,7 @@ def class_folder(config: TrainConfig, out: Path) -> dict[str, str]:
     return {"class_data_dir": str(out / "class_images" / name)}
 
 
-def strip(pictures: Iterable[Image.Image]) -> Image.Image:
+def draw_strip(pictures: Iterable[Image.Image]) -> Image.Image:
     """The first pictures in one row, small."""
     some = list(pictures)[:STRIP_LENGTH]
     sheet = Image.new("RGB", (STRIP_PX * len(some), STRIP_PX))

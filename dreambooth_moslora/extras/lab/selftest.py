@@ -32,35 +32,37 @@ from PIL import Image, ImageDraw, ImageStat
 from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan.base_size import BaseSize
-from dreambooth_moslora.plan.memory_plans import USABLE, costs
+from dreambooth_moslora.plan.memory_plans import USABLE_RATIO, estimate_plans
 from dreambooth_moslora.settings import train_config
 from dreambooth_moslora.settings.train_config import TrainConfig
-from dreambooth_moslora.training.step import GOES_ON
+from dreambooth_moslora.training.step import FALLBACK_NOTE
 
 PROGRAM = (sys.executable, "-m", "dreambooth_moslora")
 """The command that is tested."""
-STEPS = 6
+TRAIN_STEPS = 6
 """Of each training."""
-STOPPED_AT = 3
+STOP_STEP = 3
 """The step after which one is stopped, to be resumed."""
 TOLERANCE = {"no": 5e-3, "fp16": 5e-2, "bf16": 5e-2}
 """Largest relative difference of a loss to the CPU's in fp32, by precision; TF32 keeps 10 bits."""
 FLAT_LEVELS = 2.0
 """Standard deviation, of 255 levels, below which a picture shows nothing."""
-FULL_PX = 1024
+FULL_SIZE_PX = 1024
 """Resolution of the step that is measured on a GPU."""
 CPU_PX = 512
 """Resolution of the step that is measured on a CPU."""
-STEP_PLANS = tuple(
-    name for name, plan in train_config.PLANS.items() if plan.keys() <= {"gradient_checkpointing"}
+MEMORY_PLANS = tuple(
+    name
+    for name, plan in train_config.MEMORY_PLANS.items()
+    if plan.keys() <= {"gradient_checkpointing"}
 )
 """Memory plans with which it is tried, the fastest first: those that leave the base as it is."""
 LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
-ON_TWO_GPUS = (*LAUNCHER, "--multi_gpu", "--num_processes", "2", "-m", "dreambooth_moslora")
+TWO_GPU_COMMAND = (*LAUNCHER, "--multi_gpu", "--num_processes", "2", "-m", "dreambooth_moslora")
 """The words that start the command in two processes."""
 STEP_SEC = 600
 """A step that takes longer is left out."""
-ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+CPU_ENV = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 """Environment of a training on the CPU."""
 
 
@@ -70,12 +72,12 @@ class Finding:
 
     name: of the test
     holds: whether it does
-    said: a line about it
+    line: a line about it
     """
 
     name: str
     holds: bool
-    said: str
+    line: str
 
 
 @dataclass
@@ -112,41 +114,41 @@ class SelfTest:
             ImageDraw.Draw(photo).ellipse((left, 40, left + 80, 120), fill=(230, 60, 40))
             photo.save(self.photos / f"{number}.png")
 
-    def findings(self) -> Iterator[Finding]:
+    def run_tests(self) -> Iterator[Finding]:
         """Yields each result as soon as it is known. A run that fails is a result, and ends the
         test."""
         try:
             # the device against the CPU, in each precision
-            expected = losses(SelfTest(self.folder, env=ON_CPU).train("cpu"))
+            expected = read_losses(SelfTest(self.folder, env=CPU_ENV).train("cpu"))
             for precision in self.precisions:
-                found = losses(self.train(f"device_{precision}", mixed_precision=precision))
+                found = read_losses(self.train(f"device_{precision}", mixed_precision=precision))
                 name = "fp32" if precision == "no" else precision
-                far = largest_difference(found, expected)
+                far = compute_largest_difference(found, expected)
                 said = f"{len(found)} losses in {name}, at most {far:.1e} from the CPU's in fp32"
                 yield Finding(f"losses, {name}", far <= TOLERANCE[precision], said)
 
             # what the run itself proved of its files
-            exports = self.run("device_no").read_metrics("export")
+            exports = self.get_run("device_no").read_events("export")
             far = exports[0]["proof"]["max_relative_difference"]
             yield Finding("published", True, f"both files reload to {far:.1e}")
 
             # what else the device can be asked for
-            yield from self.resumed()
+            yield from self.check_resume()
             yield self.generated()
             if self.compiles:
-                yield self.compiled()
+                yield self.check_compiled()
             if self.launcher:
-                yield self.cards()
+                yield self.check_cards()
             if self.free_gib is not None:
-                yield self.step(self.free_gib)
+                yield self.measure_step(self.free_gib)
         except UserError as error:
             yield Finding("run", False, str(error))
 
-    def resumed(self) -> Iterator[Finding]:
+    def check_resume(self) -> Iterator[Finding]:
         """Whether a run repeats, and whether a resumed run equals an unbroken one."""
         # where equal runs differ, only deterministic kernels can tell a defect from chance
         self.train("again")
-        is_exact = self.are_equal("device_no", "again")
+        is_exact = self.compare_runs("device_no", "again")
         whole = "device_no"
         words = {}
         said = "two equal runs have the same bytes"
@@ -161,73 +163,75 @@ class SelfTest:
         yield Finding("repeated", True, said)
 
         # the first half, then the rest
-        self.train("resumed", max_train_steps=STOPPED_AT, **words)
+        self.train("resumed", max_train_steps=STOP_STEP, **words)
         self.train("resumed", resume_from_checkpoint="latest", **words)
-        holds = self.are_equal(whole, "resumed")
+        holds = self.compare_runs(whole, "resumed")
         said = f"{'the same bytes as' if holds else 'other bytes than'} an unbroken run"
         yield Finding("resumed", holds, said + ("" if is_exact else ", both with --deterministic"))
 
-    def are_equal(self, one: str, other: str) -> bool:
+    def compare_runs(self, run_name: str, other_run_name: str) -> bool:
         """Whether two runs have published the same tensors, whatever their headers say."""
-        first, second = (self.tensor_bytes(name) for name in (one, other))
+        first, second = (self.read_tensor_bytes(name) for name in (run_name, other_run_name))
         return first == second
 
-    def tensor_bytes(self, name: str) -> bytes:
+    def read_tensor_bytes(self, name: str) -> bytes:
         """The bytes after the header of a safetensors file, whose length is in the first eight."""
-        content = self.run(name).adapter_path.read_bytes()
+        content = self.get_run(name).adapter_path.read_bytes()
         header_bytes = int.from_bytes(content[:8], "little")
         return content[8 + header_bytes :]
 
-    def compiled(self) -> Finding:
+    def check_compiled(self) -> Finding:
         """Where it cannot be done, as without a compiler, the trainer says so and goes on; that is
         no failure."""
-        found = losses(self.train("compiled", compile="on"))
-        far = largest_difference(found, losses(self.run("device_no")))
+        found = read_losses(self.train("compiled", compile="on"))
+        far = compute_largest_difference(found, read_losses(self.get_run("device_no")))
         said = f"losses with compiled blocks, at most {far:.1e} from those without"
-        if GOES_ON in (self.folder / "compiled.log").read_text(encoding="utf-8"):
-            said = f"compiled blocks cannot be made here; {GOES_ON}"
+        if FALLBACK_NOTE in (self.folder / "compiled.log").read_text(encoding="utf-8"):
+            said = f"compiled blocks cannot be made here; {FALLBACK_NOTE}"
         return Finding("compiled", far <= TOLERANCE["no"], said)
 
-    def cards(self) -> Finding:
+    def check_cards(self) -> Finding:
         """One process with two micro-batches draws what two processes draw with one each."""
-        alone = losses(self.train("one_card", train_batch_size=1, gradient_accumulation_steps=2))
-        found = losses(self.train("two_cards", self.launcher, train_batch_size=1))
-        far = largest_difference(found, alone)
+        alone = read_losses(
+            self.train("one_card", train_batch_size=1, gradient_accumulation_steps=2)
+        )
+        found = read_losses(self.train("two_cards", self.launcher, train_batch_size=1))
+        far = compute_largest_difference(found, alone)
         said = f"{len(alone)} losses of two processes, at most {far:.1e} from those of one"
         return Finding("cards", far <= TOLERANCE["no"], said)
 
     def generated(self) -> Finding:
         """A picture that is one colour means that the device drew not-a-numbers, or nothing."""
-        words = ["--adapter", self.run("device_no").path]
+        words = ["--adapter", self.get_run("device_no").path]
         words += ["--prompt", "a photo of a sks robot"]
         words += ["--steps", "8"]
         words += ["--output_dir", self.folder / "pictures"]
-        self.call("generate", [*self.program, "generate", *words])
+        self.run_command("generate", [*self.program, "generate", *words])
         picture = next((self.folder / "pictures").glob("*.png"))
         spread = min(ImageStat.Stat(Image.open(picture).convert("RGB")).stddev)
         said = f"{picture.name}, {spread:.0f} levels of spread"
         return Finding("generated", spread > FLAT_LEVELS, said)
 
-    def step(self, free_gib: float, size: str = "sdxl") -> Finding:
+    def measure_step(self, free_gib: float, size: str = "sdxl") -> Finding:
         """Measure a step by the fastest plan that fits. Too little memory or time is no failure."""
         # the fastest plan whose estimate fits
-        is_gpu = self.env != ON_CPU
-        px = FULL_PX if is_gpu else CPU_PX
+        is_gpu = self.env != CPU_ENV
+        px = FULL_SIZE_PX if is_gpu else CPU_PX
         half = self.precisions[-1] if is_gpu and len(self.precisions) > 1 else "bf16"
         config = TrainConfig(resolution=px, train_batch_size=1, rank=16, mixed_precision=half)
-        needs = costs(config, BaseSize())
+        needs = estimate_plans(config, BaseSize())
         listed = ", ".join(f"{name} {gib:.1f} GiB" for name, gib in needs.items())
         told = f"--memory at {px} px needs {listed}"
-        plan = next((name for name in STEP_PLANS if needs[name] <= USABLE * free_gib), None)
+        plan = next((name for name in MEMORY_PLANS if needs[name] <= USABLE_RATIO * free_gib), None)
         if plan is None:
             return Finding("step", True, f"left out: {free_gib:.1f} GiB are free; {told}")
 
         # in a process of its own, whose peak is the step's
         words = ["--size", size, "--resolution", str(px), "--mixed_precision", half]
-        words += ["--gradient_checkpointing"] if train_config.PLANS[plan] else []
+        words += ["--gradient_checkpointing"] if train_config.MEMORY_PLANS[plan] else []
         command = [sys.executable, "-m", "dreambooth_moslora.extras.lab.full_step", *words]
         try:
-            found = json.loads(self.call("step", command, STEP_SEC).splitlines()[-1])
+            found = json.loads(self.run_command("step", command, STEP_SEC).splitlines()[-1])
         except subprocess.TimeoutExpired:
             said = f"left out: four steps take longer than {STEP_SEC} s here; {told}"
             return Finding("step", True, said)
@@ -235,7 +239,7 @@ class SelfTest:
         said += f", peak {found['peak_gib']:.1f} GiB ({plan}); {told}"
         return Finding("step", True, said)
 
-    def run(self, name: str) -> run_folder.RunDir:
+    def get_run(self, name: str) -> run_folder.RunDir:
         """The run folder of a training."""
         return run_folder.RunDir(self.folder / name)
 
@@ -245,13 +249,13 @@ class SelfTest:
         settings = {
             "pretrained_model_name_or_path": "toy",
             "instance_data_dir": self.photos,
-            "output_dir": self.run(name).path,
+            "output_dir": self.get_run(name).path,
             "instance_prompt": "a photo of a sks robot",
             "resolution": 128,
             "train_batch_size": 2,
             "learning_rate": 1e-3,
             "lr_warmup_steps": 0,
-            "max_train_steps": STEPS,
+            "max_train_steps": TRAIN_STEPS,
             "num_validation_images": 0,
             "report_to": "none",
             "seed": 0,
@@ -259,10 +263,12 @@ class SelfTest:
         words = []
         for key, value in (settings | changes).items():
             words += [f"--{key}", value]
-        self.call(name, [*(launcher or self.program), "train", *words])
-        return self.run(name)
+        self.run_command(name, [*(launcher or self.program), "train", *words])
+        return self.get_run(name)
 
-    def call(self, name: str, command: Sequence[object], timeout_sec: float | None = None) -> str:
+    def run_command(
+        self, name: str, command: Sequence[object], timeout_sec: float | None = None
+    ) -> str:
         """Run a command; returns its output. Raises UserError with the last line of its error
         output when it fails."""
         done = subprocess.run(
@@ -280,28 +286,28 @@ class SelfTest:
         return done.stdout
 
 
-def losses(run: run_folder.RunDir) -> list[float]:
+def read_losses(run: run_folder.RunDir) -> list[float]:
     """The losses of the steps that were made: a step that fp16 skips is made again, and its loss
     may be infinite."""
-    steps = [event for event in run.read_metrics() if event["type"] == "step"]
+    steps = [event for event in run.read_events() if event["type"] == "step"]
     return [event["loss"] for event in steps if not event.get("skipped")]
 
 
-def largest_difference(found: list[float], expected: list[float]) -> float:
+def compute_largest_difference(losses: list[float], expected: list[float]) -> float:
     """Largest relative difference of two lists of losses; infinite when one is missing or not
     finite."""
-    if len(found) != len(expected):
+    if len(losses) != len(expected):
         return math.inf
-    differences = [abs(one - other) / abs(other) for one, other in zip(found, expected)]
+    differences = [abs(one - other) / abs(other) for one, other in zip(losses, expected)]
     # `max` would pass over a nan
     return max(differences) if all(map(math.isfinite, differences)) else math.inf
 
 
-def as_page(facts: dict[str, str], findings: list[Finding]) -> str:
+def format_page(facts: dict[str, str], findings: list[Finding]) -> str:
     """Markdown for a bug report: the machine and the results."""
     lines = ["# Self-test of dreambooth_moslora", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     lines += ["", "| tried | holds | what was found |", "|---|---|---|"]
     for found in findings:
-        lines.append(f"| {found.name} | {'yes' if found.holds else '**no**'} | {found.said} |")
+        lines.append(f"| {found.name} | {'yes' if found.holds else '**no**'} | {found.line} |")
     return "\n".join(lines) + "\n"

@@ -25,15 +25,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.base.base import SETTINGS, Base
+from dreambooth_moslora.base.base import BASE_SETTINGS, Base
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.paths import SUBJECT_FILE, find_asset
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan import defaults
 from dreambooth_moslora.plan.validation import check_references
 from dreambooth_moslora.settings import config_files
-from dreambooth_moslora.settings.subjects import prompts_of
-from dreambooth_moslora.settings.train_config import TrainConfig, check_each
+from dreambooth_moslora.settings.subjects import build_prompts
+from dreambooth_moslora.settings.train_config import TrainConfig, check_values
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class StudySubject:
         return found
 
     @classmethod
-    def of(cls, entry: str | Mapping[str, Any]) -> "StudySubject":
+    def from_entry(cls, entry: str | Mapping[str, Any]) -> "StudySubject":
         """Raises UserError when the folder does not exist or does not name its subject."""
         # a table of texts
         given = dict(entry) if isinstance(entry, Mapping) else {"photos": entry}
@@ -104,16 +104,16 @@ class StudySubject:
                 f"{facts_path} must name the token and the class_word, "
                 "or the study an instance_prompt."
             )
-        return cls(photos=str(folder), **prompts_of(token, word))
+        return cls(photos=str(folder), **build_prompts(token, word))
 
 
 SECTIONS = ("study", "evaluation", "train", "arms")
 """The tables of the file."""
-BY_REFERENCES = "by_references"
+REFERENCES_SETTING = "by_references"
 """Says of an arm that it trains nothing, and draws by photos beside each prompt."""
 BUDGETS = ("parameters", "rank")
 """In what arms can be equal."""
-LISTS = {"seeds": ((int,), 0), "ranks": ((int,), 1), "learning_rates": ((int, float), 0)}
+LIST_TYPES = {"seeds": ((int,), 0), "ranks": ((int,), 1), "learning_rates": ((int, float), 0)}
 """Lists of numbers -> their types, and the lowest number."""
 
 
@@ -233,31 +233,33 @@ class Study:
     @property
     def base(self) -> Base:
         """Of all arms. Raises UserError."""
-        return base_of(self.train)
+        return find_base(self.train)
 
-    def subject(self, name: str) -> StudySubject:
+    def get_subject(self, name: str) -> StudySubject:
         """The subject of that name, for comparing or tuning."""
         return next(s for s in self.subjects + self.tuning_subjects if s.name == name)
 
-    def trains(self, arm: str) -> bool:
+    def should_train(self, arm: str) -> bool:
         """Whether the arm does, or draws by references."""
-        return not self.arms[arm].get(BY_REFERENCES)
+        return not self.arms[arm].get(REFERENCES_SETTING)
 
-    def rates_of(self, arm: str) -> tuple[float, ...]:
+    def list_rates(self, arm: str) -> tuple[float, ...]:
         """The learning rates to choose from; an arm with its own keeps it."""
-        own = self.arms[arm].get("learning_rate") if self.trains(arm) else 0.0
+        own = self.arms[arm].get("learning_rate") if self.should_train(arm) else 0.0
         return self.learning_rates if own is None else (float(own),)
 
-    def first_rates(self) -> dict[tuple[str, int], float]:
+    def get_first_rates(self) -> dict[tuple[str, int], float]:
         """(arm, rank) -> the first of its rates, which is the only one of an arm with its own."""
-        return {(arm, rank): self.rates_of(arm)[0] for arm, rank in product(self.arms, self.ranks)}
+        return {
+            (arm, rank): self.list_rates(arm)[0] for arm, rank in product(self.arms, self.ranks)
+        }
 
-    def tuning_cells(self) -> list[Cell]:
+    def list_tuning_cells(self) -> list[Cell]:
         """All arms with several rates, on the tuning subjects, with the first seed."""
         cells = []
         for subject, rank, arm in product(self.tuning_subjects, self.ranks, self.arms):
             # nothing is to choose for an arm with one rate
-            rates = self.rates_of(arm)
+            rates = self.list_rates(arm)
             if len(rates) < 2:
                 continue
             for rate in rates:
@@ -272,7 +274,7 @@ class Study:
                 cells.append(cell)
         return cells
 
-    def test_cells(self, chosen: Mapping[tuple[str, int], float]) -> list[Cell]:
+    def list_test_cells(self, rates: Mapping[tuple[str, int], float]) -> list[Cell]:
         """All arms on the other subjects, each at the rate chosen for (arm, rank); whole
         comparisons finish first."""
         cells = []
@@ -283,17 +285,17 @@ class Study:
                 rank=rank,
                 subject=subject.name,
                 seed=seed,
-                learning_rate=chosen[arm, rank],
+                learning_rate=rates[arm, rank],
             )
             cells.append(cell)
         return cells
 
-    def config_of(self, cell: Cell, rank: int, output_dir: Path) -> TrainConfig:
+    def build_config(self, cell: Cell, rank: int, output_dir: Path) -> TrainConfig:
         """The settings of the cell's training at its real `rank`; arms share the seed. Raises
         UserError."""
         shared = {**self.train, **self.arms[cell.arm]}
-        shared.pop(BY_REFERENCES, None)
-        subject = self.subject(cell.subject)
+        shared.pop(REFERENCES_SETTING, None)
+        subject = self.get_subject(cell.subject)
 
         # the cell's own, and nothing that costs time beside the training
         own = {
@@ -310,7 +312,7 @@ class Study:
     def digest(self, cell: Cell, materials: Sequence[str] = ()) -> str:
         """Changes with anything that the cell's result depends on. `materials`: the content of its
         files."""
-        of_subject = asdict(self.subject(cell.subject))
+        of_subject = asdict(self.get_subject(cell.subject))
         protocol = asdict(self.protocol)
         facts = [*materials, self.train, self.arms[cell.arm], protocol, of_subject, self.budget]
         text = json.dumps(facts, sort_keys=True, default=str)
@@ -322,28 +324,36 @@ def load_study(path: Path) -> Study:
     # the tables, with known names
     values = config_files.read_tables(path)
     refuse_unknown(path, "", values, SECTIONS)
-    study, protocol, shared, arms = (table(path, name, values.get(name, {})) for name in SECTIONS)
+    study, protocol, shared, arms = (
+        require_table(path, name, values.get(name, {})) for name in SECTIONS
+    )
     refuse_unknown(path, "study.", study, [f.name for f in fields(Study)])
     refuse_unknown(path, "evaluation.", protocol, [f.name for f in fields(Protocol)])
 
     # [study]: numbers and subjects
-    study |= {name: numbers(path, name, study[name]) for name in LISTS if name in study}
+    study |= {
+        name: require_numbers(path, name, study[name]) for name in LIST_TYPES if name in study
+    }
     for name in ("subjects", "tuning_subjects"):
         folders = study.get(name, [])
         if not isinstance(folders, list):
             raise UserError(f"--config {path}: study.{name} is a list of folders, not {folders!r}.")
-        study[name] = tuple(map(StudySubject.of, folders))
+        study[name] = tuple(map(StudySubject.from_entry, folders))
 
     # [train] and [arms]: settings of a training
-    arms = {name: settings_of(table(path, f"arms.{name}", arm)) for name, arm in arms.items()}
-    check_each(shared)
+    arms = {
+        name: resolve_settings(require_table(path, f"arms.{name}", arm))
+        for name, arm in arms.items()
+    }
+    check_values(shared)
     for name, settings in arms.items():
-        shown = settings.get(BY_REFERENCES, False)
+        shown = settings.get(REFERENCES_SETTING, False)
         if not isinstance(shown, bool):
             raise UserError(
-                f"--config {path}: arms.{name}.{BY_REFERENCES} is true or false, not {shown!r}."
+                f"--config {path}: arms.{name}.{REFERENCES_SETTING} is true or false, "
+                f"not {shown!r}."
             )
-        check_each({key: settings[key] for key in settings if key != BY_REFERENCES})
+        check_values({key: settings[key] for key in settings if key != REFERENCES_SETTING})
 
     # each arm's resolution; not in `train`, whose digest is a part of the results' names
     for settings in arms.values():
@@ -352,40 +362,40 @@ def load_study(path: Path) -> Study:
         settings |= sized.settings
     made = Study(arms=arms, train=shared, protocol=Protocol(**protocol), **study)
     refuse_other_bases(made)
-    for cell in made.test_cells(made.first_rates()):
+    for cell in made.list_test_cells(made.get_first_rates()):
         # find mistakes in any arm before the first training
-        config = made.config_of(cell, cell.rank, Path("run"))
-        if not made.trains(cell.arm):
-            check_references(made.base, config, f"{BY_REFERENCES} of the arm {cell.arm}")
+        config = made.build_config(cell, cell.rank, Path("run"))
+        if not made.should_train(cell.arm):
+            check_references(made.base, config, f"{REFERENCES_SETTING} of the arm {cell.arm}")
     return made
 
 
 def refuse_other_bases(study: Study) -> None:
     """All arms are drawn with the base of `train`. Raises UserError."""
     for arm, settings in study.arms.items():
-        if base_of({**study.train, **settings}) != study.base:
-            names = ", ".join(SETTINGS.values())
+        if find_base({**study.train, **settings}) != study.base:
+            names = ", ".join(BASE_SETTINGS.values())
             raise UserError(
                 f"the study's arm {arm} has another base than [train], "
                 f"which draws all arms: {names}."
             )
 
 
-def base_of(settings: Mapping[str, Any]) -> Base:
+def find_base(settings: Mapping[str, Any]) -> Base:
     """The base that a training starts from. Raises UserError for one that does not exist."""
     return Base.of({"pretrained_model_name_or_path": "toy"} | dict(settings))
 
 
-def table(path: Path, name: str, value: Any) -> dict[str, Any]:
+def require_table(path: Path, name: str, value: Any) -> dict[str, Any]:
     """The value of `name`, which must be a table. Raises UserError."""
     if not isinstance(value, Mapping):
         raise UserError(f"--config {path}: {name} is a table of settings, [{name}], not {value!r}.")
     return dict(value)
 
 
-def numbers(path: Path, name: str, value: Any) -> tuple:
+def require_numbers(path: Path, name: str, value: Any) -> tuple:
     """The value of `name`, one of LISTS. Raises UserError."""
-    kinds, low = LISTS[name]
+    kinds, low = LIST_TYPES[name]
     if not isinstance(value, list) or not all(type(v) in kinds and v >= low for v in value):
         kind = "numbers" if float in kinds else "whole numbers"
         raise UserError(
@@ -394,7 +404,7 @@ def numbers(path: Path, name: str, value: Any) -> tuple:
     return tuple(value)
 
 
-def settings_of(arm: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_settings(arm: Mapping[str, Any]) -> dict[str, Any]:
     """The arm's settings, over those of the file that `config = "recipe.toml"` names. Raises
     UserError."""
     own = dict(arm)
@@ -402,10 +412,10 @@ def settings_of(arm: Mapping[str, Any]) -> dict[str, Any]:
     return {**config_files.load_settings(recipe), **own} if recipe else own
 
 
-def refuse_unknown(path: Path, where: str, values: Mapping[str, Any], known) -> None:
+def refuse_unknown(path: Path, where: str, values: Mapping[str, Any], allowed_names) -> None:
     """Raises UserError for a name that is not `known` in the table `where`."""
     for name in values:
-        if name not in known:
+        if name not in allowed_names:
             raise UserError(
-                f"--config {path}: unknown {where}{name}; known are {', '.join(known)}."
+                f"--config {path}: unknown {where}{name}; known are {', '.join(allowed_names)}."
             )

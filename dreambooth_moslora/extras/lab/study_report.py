@@ -14,31 +14,31 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.disk.atomic import atomic_write
-from dreambooth_moslora.disk.paths import public_name
+from dreambooth_moslora.disk.atomic import write_atomic
+from dreambooth_moslora.disk.paths import get_public_name
 from dreambooth_moslora.evaluation.metrics import Interval
 from dreambooth_moslora.extras.lab import comparison, run
 from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.pictures import render
-from dreambooth_moslora.settings.metric_kinds import MEASURES, Measure
+from dreambooth_moslora.settings.metric_kinds import METRICS, Metric
 from dreambooth_moslora.settings.train_config import SETTINGS
 
-WIN = "#2a6fdb"
-TIE = "#c9c9cf"
-LOSS = "#d9822b"
+WIN_COLOUR = "#2a6fdb"
+TIE_COLOUR = "#c9c9cf"
+LOSS_COLOUR = "#d9822b"
 """Colours of a bar's parts; the first is also that of the differences."""
 
 
-def label(item: comparison.ArmSummary | comparison.Outcome) -> str:
+def format_label(item: comparison.ArmSummary | comparison.Outcome) -> str:
     """An arm at a rank, in a plot."""
     return f"{item.arm}, r{item.rank}"
 
 
-def difference_plot(outcomes: Sequence[comparison.Outcome], reference: str) -> Figure:
+def plot_differences(outcomes: Sequence[comparison.Outcome], reference: str) -> Figure:
     """Paired differences to the reference with 95 % intervals, one panel per measure. An outcome
     without the measure, as one by references has no drift, is left out of the panel."""
     figure = Figure(figsize=(10, 1.2 + 0.32 * len(outcomes)), layout="constrained")
-    drawn = [name for name, row in MEASURES.items() if row.panel]
+    drawn = [name for name, row in METRICS.items() if row.panel]
     measures = [m for m in drawn if any(m in outcome.differences for outcome in outcomes)]
     axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     rows = range(len(outcomes))[::-1]  # the first on top
@@ -46,16 +46,16 @@ def difference_plot(outcomes: Sequence[comparison.Outcome], reference: str) -> F
         for row, outcome in zip(rows, outcomes):
             if measure in outcome.differences:
                 found = outcome.differences[measure]
-                reach = np.array([found.reach]).T
-                axis.errorbar([found.mean], [row], xerr=reach, fmt="o", color=WIN, capsize=3)
+                reach = np.array([found.error_lengths]).T
+                axis.errorbar([found.mean], [row], xerr=reach, fmt="o", color=WIN_COLOUR, capsize=3)
         axis.axvline(0, color="#888", linewidth=1)
-        axis.set(title=MEASURES[measure].panel, xlabel=f"difference to {reference}")
+        axis.set(title=METRICS[measure].panel, xlabel=f"difference to {reference}")
         axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(list(rows), [label(outcome) for outcome in outcomes])
+    axes[0].set_yticks(list(rows), [format_label(outcome) for outcome in outcomes])
     return figure
 
 
-def win_plot(outcomes: Sequence[comparison.Outcome], reference: str) -> Figure:
+def plot_wins(outcomes: Sequence[comparison.Outcome], reference: str) -> Figure:
     """Fractions of pictures that win, tie and lose against the reference's, separately for subject
     and prompt."""
     figure = Figure(figsize=(10, 1.2 + 0.32 * len(outcomes)), layout="constrained")
@@ -64,60 +64,62 @@ def win_plot(outcomes: Sequence[comparison.Outcome], reference: str) -> Figure:
     for axis, measure in zip(axes, outcomes[0].wins):
         # three parts of a bar, each beginning where the one before ends
         left = [0.0] * len(outcomes)
-        for part, (name, colour) in enumerate((("win", WIN), ("tie", TIE), ("loss", LOSS))):
+        for part, (name, colour) in enumerate(
+            (("win", WIN_COLOUR), ("tie", TIE_COLOUR), ("loss", LOSS_COLOUR))
+        ):
             width = [100 * outcome.wins[measure][part] for outcome in outcomes]
             axis.barh(list(rows), width, left=left, color=colour, label=name)
             left = [a + b for a, b in zip(left, width)]
-        axis.set(title=f"{MEASURES[measure].panel}: % against {reference}", xlim=(0, 100))
-    axes[0].set_yticks(list(rows), [label(outcome) for outcome in outcomes])
+        axis.set(title=f"{METRICS[measure].panel}: % against {reference}", xlim=(0, 100))
+    axes[0].set_yticks(list(rows), [format_label(outcome) for outcome in outcomes])
     axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
-def write_comparison(study: Study, results: Sequence[comparison.Result], out: Path) -> str:
+def write_comparison(study: Study, results: Sequence[comparison.CellResult], out: Path) -> str:
     """Write all files for the finished cells; returns the findings, one sentence per arm."""
     # the numbers
-    results = comparison.of_whole_seeds(results)
-    arms = comparison.summaries(results)
-    against = comparison.outcomes(study, results)
-    verdicts = comparison.verdicts(study, results)
+    results = comparison.filter_whole_seeds(results)
+    arms = comparison.summarize_arms(results)
+    against = comparison.compare_arms(study, results)
+    verdicts = comparison.compare_references(study, results)
     out.mkdir(parents=True, exist_ok=True)
-    facts = results_json(study, results, arms, against)
+    facts = build_results_json(study, results, arms, against)
     facts["by_references"] = {name: asdict(verdict) for name, verdict in verdicts.items()}
-    atomic_write(out / "results.json", json.dumps(facts, indent=1) + "\n")
+    write_atomic(out / "results.json", json.dumps(facts, indent=1) + "\n")
 
     # the tables
-    tables = [arm_rows(arms), relative_rows(arms), outcome_rows(against)]
+    tables = [build_arm_rows(arms), build_relative_rows(arms), build_outcome_rows(against)]
     parts = []
     for header, rows in tables:
         lines = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows]]
         parts.append("\n".join(lines))
-    atomic_write(out / "table.md", "\n\n".join(parts) + "\n")
+    write_atomic(out / "table.md", "\n\n".join(parts) + "\n")
 
     # the plots, of what there is so far
     plots = {}
     if against:
-        plots["differences"] = difference_plot(against, study.reference)
-        plots["wins"] = win_plot(against, study.reference)
+        plots["differences"] = plot_differences(against, study.reference)
+        plots["wins"] = plot_wins(against, study.reference)
     for name, plot in plots.items():
         plot.savefig(out / f"{name}.png", dpi=110)
 
     # the findings, and whether training was worth it
-    found = [finding(study, against)]
+    found = [format_finding(study, against)]
     found += [f"{name}: {verdict}" for name, verdict in verdicts.items()]
     findings = "\n".join(found)
 
     # the report with all of it, and the pictures
-    page = report_html(study, results, out, tables=tables, plots=plots, findings=findings)
-    atomic_write(out / "report.html", page)
+    page = render_page(study, results, out, tables=tables, plots=plots, findings=findings)
+    write_atomic(out / "report.html", page)
     return findings
 
 
-HIDDEN = {name for name, row in SETTINGS.items() if row.metadata["path"]}
+PATH_SETTINGS = {name for name, row in SETTINGS.items() if row.metadata["path"]}
 """Settings with paths of the machine."""
 
 
-def results_json(
+def build_results_json(
     study: Study,
     results,
     arms: Sequence[comparison.ArmSummary],
@@ -126,18 +128,18 @@ def results_json(
     """Settings without paths, every cell, every arm, every difference."""
     # how it was done; the order of the names is the file's
     protocol = study.protocol
-    judges = {"clip": public_name(protocol.clip), "dino": public_name(protocol.dino)}
+    judges = {"clip": get_public_name(protocol.clip), "dino": get_public_name(protocol.dino)}
     facts = {
         "subjects": [subject.name for subject in study.subjects],
         "tuning_subjects": [subject.name for subject in study.tuning_subjects],
-        "seeds": comparison.seeds_of(results),
+        "seeds": comparison.list_seeds(results),
         "ranks": study.ranks,
         "learning_rates": study.learning_rates,
         "budget": study.budget,
         "reference": study.reference,
         "tie": study.tie,
         "evaluation": asdict(protocol) | judges,
-        "train": {name: value for name, value in study.train.items() if name not in HIDDEN},
+        "train": {name: value for name, value in study.train.items() if name not in PATH_SETTINGS},
         "arms": study.arms,
     }
 
@@ -152,15 +154,15 @@ def results_json(
     }
 
 
-def arm_rows(arms: Sequence[comparison.ArmSummary]) -> tuple[list[str], list[list[str]]]:
+def build_arm_rows(arms: Sequence[comparison.ArmSummary]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: scores with intervals over subjects and seeds, and the cost of each arm."""
     jobs = max((int(arm.cost.get("jobs", 1)) for arm in arms), default=1)
     pace = "ms a step" if jobs == 1 else f"ms a step, {jobs} trainings at once"
-    names = measured(
+    names = list_measured(
         [arm.scores for arm in arms], lambda row: row.study in ("scores", "differences")
     )
     header = ["Arm", "Rank", "Parameters in the UNet", "Learning rate"]
-    header += [column(name) for name in names]
+    header += [format_column(name) for name in names]
     header += [pace, "GiB of the process"]
     rows = []
     for arm in sorted(arms, key=lambda arm: arm.rank):
@@ -169,56 +171,62 @@ def arm_rows(arms: Sequence[comparison.ArmSummary]) -> tuple[list[str], list[lis
         if arm.cost["rank"] != arm.rank:
             rank += f" ({arm.cost['rank']:.0f})"
         row = [arm.arm, rank, f"{arm.cost['parameters']:,.0f}", f"{arm.learning_rate:g}"]
-        row += spans(arm.scores, names)
+        row += format_intervals(arm.scores, names)
         row += [f"{1000 * arm.cost['step_sec']:.0f}", f"{arm.cost['memory_gib']:.2f}"]
         rows.append(row)
     return header, rows
 
 
-def relative_rows(arms: Sequence[comparison.ArmSummary]) -> tuple[list[str], list[list[str]]]:
+def build_relative_rows(arms: Sequence[comparison.ArmSummary]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: the scores relative to their scales, where measured."""
-    names = measured([arm.scores for arm in arms], lambda row: row.kind == "share")
+    names = list_measured([arm.scores for arm in arms], lambda row: row.kind == "share")
     rows = []
     for arm in sorted(arms, key=lambda arm: arm.rank):
-        rows.append([arm.arm, str(arm.rank), *spans(arm.scores, names)])
-    return ["Arm", "Rank", *(column(name) for name in names)], rows
+        rows.append([arm.arm, str(arm.rank), *format_intervals(arm.scores, names)])
+    return ["Arm", "Rank", *(format_column(name) for name in names)], rows
 
 
-def outcome_rows(against: Sequence[comparison.Outcome]) -> tuple[list[str], list[list[str]]]:
+def build_outcome_rows(against: Sequence[comparison.Outcome]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: paired differences, and win/tie/loss in % by subject and by prompt."""
-    names = measured(
+    names = list_measured(
         [outcome.differences for outcome in against], lambda row: row.study == "differences"
     )
-    judges = [f"{MEASURES[name].curve.capitalize()} W/T/L %" for name in comparison.judged()]
-    header = ["Arm", "Rank", *(f"Δ {column(name)}" for name in names), *judges]
+    judges = [
+        f"{METRICS[name].curve.capitalize()} W/T/L %" for name in comparison.list_image_measures()
+    ]
+    header = ["Arm", "Rank", *(f"Δ {format_column(name)}" for name in names), *judges]
     rows = []
     for found in sorted(against, key=lambda outcome: outcome.rank):
         wins = []
-        for name in comparison.judged():
+        for name in comparison.list_image_measures():
             wins.append(" / ".join(f"{100 * share:.0f}" for share in found.wins[name]))
-        rows.append([found.arm, str(found.rank), *spans(found.differences, names, "+"), *wins])
+        rows.append(
+            [found.arm, str(found.rank), *format_intervals(found.differences, names, "+"), *wins]
+        )
     return header, rows
 
 
-def measured(
-    found: Sequence[Mapping[str, Interval]], shown: Callable[[Measure], bool]
+def list_measured(
+    score_sets: Sequence[Mapping[str, Interval]], is_shown: Callable[[Metric], bool]
 ) -> list[str]:
     """The measures to show in which any of the arms was measured; all of them without an arm."""
-    names = [name for name, row in MEASURES.items() if shown(row)]
-    return [name for name in names if not found or any(name in one for one in found)]
+    names = [name for name, row in METRICS.items() if is_shown(row)]
+    return [name for name in names if not score_sets or any(name in one for one in score_sets)]
 
 
-def column(name: str) -> str:
+def format_column(name: str) -> str:
     """The header of a measure."""
-    return MEASURES[name].column or MEASURES[name].title
+    return METRICS[name].column or METRICS[name].title
 
 
-def spans(intervals: Mapping[str, Interval], names: Iterable[str], sign: str = "") -> list[str]:
+def format_intervals(
+    intervals: Mapping[str, Interval], names: Iterable[str], sign: str = ""
+) -> list[str]:
     """The cells of these measures; empty where one was not measured."""
     return [format(intervals[name], sign) if name in intervals else "" for name in names]
 
 
-def finding(study: Study, against: Sequence[comparison.Outcome]) -> str:
+def format_finding(study: Study, against: Sequence[comparison.Outcome]) -> str:
     """The differences in score, without adjectives: an interval excludes zero, or it does not."""
     if not against:
         return f"nothing to compare yet: {study.reference} and one other arm must be complete."
@@ -246,7 +254,7 @@ def finding(study: Study, against: Sequence[comparison.Outcome]) -> str:
     return "\n".join(lines)
 
 
-def report_html(study: Study, results, out: Path, tables, plots: dict, findings: str) -> str:
+def render_page(study: Study, results, out: Path, tables, plots: dict, findings: str) -> str:
     """The report as a page.
 
     study: what was compared
@@ -260,7 +268,7 @@ def report_html(study: Study, results, out: Path, tables, plots: dict, findings:
     protocol = study.protocol
 
     # how it was done, in one sentence
-    seeds = len(comparison.seeds_of(results))
+    seeds = len(comparison.list_seeds(results))
     ranks = ", ".join(str(rank) for rank in study.ranks)
     rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
     about = (
@@ -281,22 +289,24 @@ def report_html(study: Study, results, out: Path, tables, plots: dict, findings:
         differences=differences,
         reference=study.reference,
         plots=plots,
-        strips=strips(study, results, out),
+        strips=iterate_strips(study, results, out),
     )
 
 
-def strips(
-    study: Study, results: Sequence[comparison.Result], out: Path
+def iterate_strips(
+    study: Study, results: Sequence[comparison.CellResult], out: Path
 ) -> Iterator[tuple[str, Image.Image]]:
     """A title and the strip of pictures of each cell that the report shows."""
     for subject in study.subjects:
-        for cell in first_cells(study, results, subject.name):
-            path = run.result_path(study, cell, out).with_suffix(".jpg")
+        for cell in list_first_cells(study, results, subject.name):
+            path = run.get_result_path(study, cell, out).with_suffix(".jpg")
             if path.is_file():
                 yield f"{cell.subject}: {cell.arm}, rank {cell.rank}", Image.open(path)
 
 
-def first_cells(study: Study, results: Sequence[comparison.Result], subject: str) -> list[Cell]:
+def list_first_cells(
+    study: Study, results: Sequence[comparison.CellResult], subject: str
+) -> list[Cell]:
     """Of one subject in the comparison, at the first seed; the lowest rank first."""
     found = [r.cell for r in results if (r.cell.stage, r.cell.seed) == ("test", study.seeds[0])]
     return sorted((cell for cell in found if cell.subject == subject), key=lambda cell: cell.rank)

@@ -14,11 +14,11 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from dreambooth_moslora.disk.contents import file_digest, read_stamp
+from dreambooth_moslora.disk.contents import hash_file, read_stamp
 from dreambooth_moslora.disk.paths import find_asset
-from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, files_by_name, run_files
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, list_run_adapters, map_adapter_names
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation.image_params import GenerationParams, check_steps, draw_seed
+from dreambooth_moslora.generation.image_params import GenerationParams, check_steps, resolve_seed
 
 
 class RefusedError(UserError):
@@ -34,7 +34,7 @@ class RefusedError(UserError):
         return RefusedError, (self.status, str(self), self.retry_sec)
 
 
-def too_late() -> RefusedError:
+def build_timeout_error() -> RefusedError:
     """A new one each time: a raised error keeps the frames that it came through, and with them the
     order."""
     return RefusedError(504, "the picture was not drawn within the time limit; ask again later")
@@ -54,7 +54,7 @@ class AdapterRef:
 
 
 @dataclass(frozen=True)
-class Order:
+class ImageOrder:
     """One picture to draw.
 
     params: what to draw
@@ -77,7 +77,7 @@ class Order:
         return (adapters, scales, self.params.height_px, self.params.width_px)
 
 
-def parse_order(body: bytes) -> Order:
+def parse_order(body: bytes) -> ImageOrder:
     """Parse a JSON object with the fields of GenerationParams. `adapter` and `scale` may stand for
     one of `adapters`; `adapter_sha256` is as in a picture's recipe. A missing seed is drawn at
     random. Raises UserError."""
@@ -88,7 +88,7 @@ def parse_order(body: bytes) -> Order:
     if not is_map or not all(isinstance(word, str) for word in expected.values()):
         raise UserError("adapter_sha256 must map names to digests")
     if values.get("seed") is None:
-        values["seed"] = draw_seed(-1)
+        values["seed"] = resolve_seed(-1)
 
     # one adapter may be named without a list
     name = values.pop("adapter", None)
@@ -106,14 +106,14 @@ def parse_order(body: bytes) -> Order:
     if params.num_images != 1:
         raise UserError("a request draws one picture; send another one with the next seed")
     check_steps(params)
-    return Order(params, expected)
+    return ImageOrder(params, expected)
 
 
 logger = logging.getLogger(__name__)
 
-OLD_SEC = 0.5
+MIN_LISTING_AGE_SEC = 0.5
 """Age at which the listing is renewed."""
-SHARE = 9
+LISTING_TIME_RATIO = 9
 """A listing is kept this many times as long as it took: of many files, renewing it takes a tenth of
 the time."""
 
@@ -125,53 +125,56 @@ class Catalogue:
     def __init__(self, folders: Sequence[Path]) -> None:
         self.folders = list(folders)
         self._lock = Lock()
-        self._listed = float("-inf")  # when the listing was made
+        self._listed_sec = float("-inf")  # when the listing was made
         self._took_sec = 0.0
-        self._found: dict[str, Path] = {}
+        self._files: dict[str, Path] = {}
         self._digests: dict[Path, tuple[tuple, str]] = {}  # file -> its stat and digest
 
-    def names(self) -> list[str]:
+    def list_names(self) -> list[str]:
         """Of all adapters that can be named now."""
-        return list(self._list())
+        return list(self._get_files())
 
     def find(self, name: str) -> AdapterRef:
         """Raises RefusedError (404)."""
-        file = self._list().get(name)
+        file = self._get_files().get(name)
         try:
             if file is not None:
-                return AdapterRef(name, str(file), self._digest_of(file))
+                return AdapterRef(name, str(file), self._get_digest(file))
         except (OSError, UserError) as error:  # removed, or no longer readable
             logger.warning("The adapter %s cannot be read: %s", name, error)
         raise RefusedError(404, f"there is no adapter {name!s:.60}; GET /adapters lists them")
 
-    def _digest_of(self, file: Path) -> str:
+    def _get_digest(self, file: Path) -> str:
         """Computed again when the file's stat has changed."""
         stamp = read_stamp(file)
         known = self._digests.get(file)
         if known is None or known[0] != stamp:
-            known = (stamp, file_digest(file))
+            known = (stamp, hash_file(file))
             self._digests[file] = known
         return known[1]
 
-    def _list(self) -> dict[str, Path]:
+    def _get_files(self) -> dict[str, Path]:
         """The files by name, from the disk when the last listing is old."""
         with self._lock:
             started = time.monotonic()
-            if started - self._listed > OLD_SEC + SHARE * self._took_sec:
-                self._found = self._listing()
-                self._listed = time.monotonic()
-                self._took_sec = self._listed - started
-            return self._found
+            if (
+                started - self._listed_sec
+                > MIN_LISTING_AGE_SEC + LISTING_TIME_RATIO * self._took_sec
+            ):
+                self._files = self._scan_folders()
+                self._listed_sec = time.monotonic()
+                self._took_sec = self._listed_sec - started
+            return self._files
 
-    def _listing(self) -> dict[str, Path]:
+    def _scan_folders(self) -> dict[str, Path]:
         files: list[Path] = []
         for folder in self.folders:
             # single files, then the runs in the folder, which may be a run itself
             found = sorted(folder.glob("*.safetensors"))
             files += [file for file in found if file.name != PUBLISHED_NAME]
-            files += run_files([folder, *folder.glob("*/")])
+            files += list_run_adapters([folder, *folder.glob("*/")])
         # without repeats: a run's best step is there twice
-        return files_by_name(dict.fromkeys(files), self.folders)
+        return map_adapter_names(dict.fromkeys(files), self.folders)
 
 
 def open_catalogue(places: Sequence[str]) -> Catalogue:
@@ -187,7 +190,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     """Raises UserError unless the bytes are UTF-8 and a JSON object, without NaN and not too deeply
     nested."""
     try:
-        values = json.loads(body.decode("utf-8"), parse_constant=no_number)
+        values = json.loads(body.decode("utf-8"), parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise UserError("the body is not valid JSON") from error
     if not isinstance(values, dict):
@@ -195,6 +198,6 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return values
 
 
-def no_number(word: str) -> None:
+def refuse_constant(word: str) -> None:
     """For `json.loads`, which would take NaN and Infinity. Raises ValueError."""
     raise ValueError(f"{word} is not a JSON number")

@@ -14,26 +14,26 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.cli.terminal import say_loading
-from dreambooth_moslora.errors import UserError, one_line
-from dreambooth_moslora.extras.cluster.ray_fleet import connected, has_gpus
+from dreambooth_moslora.cli.terminal import print_loading
+from dreambooth_moslora.errors import UserError, format_error
+from dreambooth_moslora.extras.cluster.ray_fleet import connect, has_gpus
 from dreambooth_moslora.extras.serving.catalogue import open_catalogue
 from dreambooth_moslora.extras.serving.front import (
-    PATIENCE,
+    RAY_TIMEOUTS,
     TOKEN_VARIABLE,
     ServeSettings,
-    tokens_of,
+    collect_tokens,
 )
-from dreambooth_moslora.settings.train_config import flags_of
+from dreambooth_moslora.settings.train_config import list_flags
 
-BASE = "pretrained_model_name_or_path"
+BASE_SETTING = "pretrained_model_name_or_path"
 EPILOG = """example:
   serve --adapters runs/pets --replicas 2
   curl http://127.0.0.1:8000/generate -H 'Content-Type: application/json' \\
       -d '{"prompt": "a photo of sks dog", "adapter": "rex", "seed": 1}' -o rex.png"""
 INSTALL = 'pip install "ray[serve]>=2.60,<3"'
 """How a person gets what is needed."""
-NEEDED = ("ray", "grpc_reflection")
+REQUIRED_PACKAGES = ("ray", "grpc_reflection")
 """Modules: `ray[default]` includes Ray Serve's code but not all of its dependencies."""
 FIELDS = ServeSettings.__dataclass_fields__
 """Most flags have the names of settings."""
@@ -42,10 +42,10 @@ FIELDS = ServeSettings.__dataclass_fields__
 def serve_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `serve`."""
 
-    def number(name: str, about: str) -> None:
+    def add_number(name: str, help_text: str) -> None:
         default = FIELDS[name].default
-        about = f"{about} (default: {default})"
-        parser.add_argument(f"--{name}", metavar="N", type=int, default=default, help=about)
+        help_text = f"{help_text} (default: {default})"
+        parser.add_argument(f"--{name}", metavar="N", type=int, default=default, help=help_text)
 
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -54,21 +54,23 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     about = "folders of adapters and runs"
     parser.add_argument("--adapters", metavar="DIR", nargs="+", required=True, help=about)
     about = "the base: a folder, a hub id, a .safetensors file, or toy (default)"
-    parser.add_argument(*flags_of(BASE), dest=BASE, metavar="BASE", default="toy", help=about)
+    parser.add_argument(
+        *list_flags(BASE_SETTING), dest=BASE_SETTING, metavar="BASE", default="toy", help=about
+    )
     about = "address to listen on (default: this machine only)"
     parser.add_argument("--host", default="127.0.0.1", help=about)
-    number("port", "port to listen on")
-    number("replicas", "processes that hold the base and draw")
+    add_number("port", "port to listen on")
+    add_number("replicas", "processes that hold the base and draw")
     about = (
         f"a token that clients must send; repeatable; {TOKEN_VARIABLE} in the environment adds one"
     )
     parser.add_argument("--token", action="append", help=about)
 
     # how much at once, and for how long
-    number("max_waiting", "requests that may wait or be drawn at once; more get 503")
-    number("request_timeout", "seconds until a request gets 504")
-    number("batch", "requests for the same adapter and size that are drawn in a row")
-    number("resident_adapters", "adapters that a replica keeps in the model")
+    add_number("max_waiting", "requests that may wait or be drawn at once; more get 503")
+    add_number("request_timeout", "seconds until a request gets 504")
+    add_number("batch", "requests for the same adapter and size that are drawn in a row")
+    add_number("resident_adapters", "adapters that a replica keeps in the model")
 
     # the machines
     about = (
@@ -84,9 +86,9 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
 def run_serve(args: argparse.Namespace) -> int:
     """Serve until the process is ended. Raises UserError for all that can be seen to be wrong
     before Ray is started."""
-    count = len(open_catalogue(args.adapters).names())
+    count = len(open_catalogue(args.adapters).list_names())
     Base.find(args.pretrained_model_name_or_path)
-    settings = settings_of(args)
+    settings = build_settings(args)
 
     # try the port here, as Ray would only say that its proxy died
     if args.ray_address is None:
@@ -95,8 +97,8 @@ def run_serve(args: argparse.Namespace) -> int:
             socket.create_server((settings.host, settings.port), family=family).close()
         except OSError as error:
             where = f"--host {settings.host} --port {settings.port}"
-            raise UserError(f"{where}: cannot be listened on: {one_line(error)}.") from error
-    if not all(map(find_spec, NEEDED)):
+            raise UserError(f"{where}: cannot be listened on: {format_error(error)}.") from error
+    if not all(map(find_spec, REQUIRED_PACKAGES)):
         raise UserError(f"serve needs Ray Serve: {INSTALL}.")
 
     # Ray reads its environment when it is imported, which `connected` does
@@ -104,14 +106,14 @@ def run_serve(args: argparse.Namespace) -> int:
     line = f"{count} adapters; loading {base}, {settings.replicas} times …"
     print(line, file=sys.stderr, flush=True)
     started = time.monotonic()
-    os.environ.update(PATIENCE | os.environ)
-    with connected(args.ray_address):
+    os.environ.update(RAY_TIMEOUTS | os.environ)
+    with connect(args.ray_address):
         # a service manager ends it by this signal: leave the blocks, so that Ray ends too
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        from dreambooth_moslora.extras.serving.ray_serve import listening
+        from dreambooth_moslora.extras.serving.ray_serve import serve_until_exit
 
         per_gpu = (settings.per_gpu or 1) if has_gpus() else None
-        with listening(replace(settings, per_gpu=per_gpu), alone=args.ray_address is None):
+        with serve_until_exit(replace(settings, per_gpu=per_gpu), alone=args.ray_address is None):
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
             url = f"http://{host}:{settings.port}"
             line = f"ready after {time.monotonic() - started:.0f} s: {url} (Ctrl-C ends it)"
@@ -120,14 +122,14 @@ def run_serve(args: argparse.Namespace) -> int:
     return 0
 
 
-def settings_of(args: argparse.Namespace) -> ServeSettings:
+def build_settings(args: argparse.Namespace) -> ServeSettings:
     """The settings that the flags give. Raises UserError."""
     values = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
     if args.threads is None:
-        say_loading()
+        print_loading()
         import torch
 
         values["threads"] = torch.get_num_threads()
     values["adapters"] = tuple(args.adapters)
-    values["tokens"] = tokens_of(args.token)
+    values["tokens"] = collect_tokens(args.token)
     return ServeSettings(**values)

@@ -15,15 +15,15 @@ from typing import Any
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.serving.catalogue import (
     AdapterRef,
-    Order,
+    ImageOrder,
     RefusedError,
-    too_late,
+    build_timeout_error,
 )
 from dreambooth_moslora.generation.image_params import check_size
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
 
-class Batches:
+class BatchQueue:
     """Waiting items, each with a key.
 
     A batch is the longest waiting item and up to `most` - 1 others with its key, so that no item
@@ -31,7 +31,7 @@ class Batches:
     """
 
     def __init__(self, most: int) -> None:
-        self.most = most
+        self.max_size = most
         self._waiting: list[tuple[Any, Any]] = []
 
     def __len__(self) -> int:
@@ -40,13 +40,13 @@ class Batches:
     def put(self, key: Any, item: Any) -> None:
         self._waiting.append((key, item))
 
-    def take(self) -> list:
+    def dequeue_batch(self) -> list:
         """The next batch; empty when nothing waits."""
         batch = []
         others = []
         for key, item in self._waiting:
             longest_waiting, _ = self._waiting[0]
-            if key == longest_waiting and len(batch) < self.most:
+            if key == longest_waiting and len(batch) < self.max_size:
                 batch.append(item)
             else:
                 others.append((key, item))
@@ -55,20 +55,20 @@ class Batches:
 
 
 @dataclass
-class Waiting:
+class PendingOrder:
     """An order in the queue: its `answer` to be, and the `deadline` on the monotonic clock."""
 
-    order: Order
+    order: ImageOrder
     answer: asyncio.Future
     deadline: float
 
     @property
-    def is_left(self) -> bool:
+    def is_expired(self) -> bool:
         """Whether the client has gone or the time is over."""
         return self.answer.done() or time.monotonic() > self.deadline
 
 
-class Drawer:
+class ImageWorker:
     """Draws orders, one at a time.
 
     pipeline: holds the base, and the adapters that were loaded last
@@ -85,13 +85,13 @@ class Drawer:
         load: Callable[[str], Awaitable[object]] | None = None,
     ) -> None:
         self.pipeline = pipeline
-        self.batches = Batches(batch)
+        self.batches = BatchQueue(batch)
         self._load = load or self.load_now
         self._refs: dict[str, AdapterRef] = {}  # of the order that is being drawn, by key
         self._thread = ThreadPoolExecutor(1, "draw")  # one: pictures are drawn one at a time
         self._work: asyncio.Task | None = None
 
-    async def draw(self, order: Order) -> bytes:
+    async def draw(self, order: ImageOrder) -> bytes:
         """A PNG. Raises RefusedError, and UserError for an order that cannot be drawn."""
         # refuse what can never be drawn
         check_size(order.params, self.pipeline.resolution_px)
@@ -103,33 +103,33 @@ class Drawer:
 
         # queue it, and wake the one task that draws
         answer = asyncio.get_running_loop().create_future()
-        waiting = Waiting(order, answer, deadline=time.monotonic() + order.seconds)
+        waiting = PendingOrder(order, answer, deadline=time.monotonic() + order.seconds)
         self.batches.put(order.batch_key, waiting)
         if self._work is None or self._work.done():
-            self._work = asyncio.create_task(self._draw_all())
+            self._work = asyncio.create_task(self._generate_orders())
         return await answer
 
     async def load_now(self, key: str) -> str:
         """Load the adapter of that key into the model, in the thread that draws."""
-        await self._in_thread(self._bring, self._refs[key])
+        await self._run_in_thread(self._load_adapter, self._refs[key])
         return key
 
-    async def _draw_all(self) -> None:
-        while batch := self.batches.take():
+    async def _generate_orders(self) -> None:
+        while batch := self.batches.dequeue_batch():
             for waiting in batch:
-                await self._draw_one(waiting)
+                await self._generate_order(waiting)
 
-    async def _draw_one(self, waiting: Waiting) -> None:
+    async def _generate_order(self, waiting: PendingOrder) -> None:
         """Draw one, and answer it with the picture or the error."""
         answer = waiting.answer
         try:
-            if waiting.is_left:
-                raise too_late()
+            if waiting.is_expired:
+                raise build_timeout_error()
             # `load` knows keys only, as Ray Serve's router does
             for ref in waiting.order.adapters:
                 self._refs[ref.key] = ref
                 await self._load(ref.key)
-            png = await self._in_thread(self._png, waiting)
+            png = await self._run_in_thread(self._generate_png, waiting)
             # the client may have gone meanwhile
             if not answer.done():
                 answer.set_result(png)
@@ -140,10 +140,10 @@ class Drawer:
             for ref in waiting.order.adapters:
                 self._refs.pop(ref.key, None)
 
-    async def _in_thread(self, function: Callable, *arguments: object) -> object:
+    async def _run_in_thread(self, function: Callable, *arguments: object) -> object:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
-    def _bring(self, ref: AdapterRef) -> None:
+    def _load_adapter(self, ref: AdapterRef) -> None:
         """Load the adapter, unless it is in the model and its file has not changed. Raises
         RefusedError."""
         try:
@@ -151,17 +151,17 @@ class Drawer:
         except FileNotFoundError as error:
             raise RefusedError(404, f"the adapter {ref.name} was taken away") from error
 
-    def _png(self, waiting: Waiting) -> bytes:
+    def _generate_png(self, waiting: PendingOrder) -> bytes:
         """The picture as a file. Raises RefusedError, and UserError."""
         order = waiting.order
         for ref in order.adapters:
             # may have been evicted meanwhile, by another adapter of this order or of the cache
-            self._bring(ref)
+            self._load_adapter(ref)
             expected = order.sha256.get(ref.name)
             if expected not in (None, self.pipeline.adapters[ref.name].sha256):
                 line = f"the adapter {ref.name} here is another file than the one that is asked for"
                 raise RefusedError(409, line)
-        images = self.pipeline.draw(order.params, lambda: waiting.is_left)
+        images = self.pipeline.draw(order.params, lambda: waiting.is_expired)
         if not images:
-            raise too_late()
+            raise build_timeout_error()
         return images[0].png()

@@ -26,20 +26,20 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from dreambooth_moslora.errors import UserError, one_line
+from dreambooth_moslora.errors import UserError, format_error
 from dreambooth_moslora.extras.serving.catalogue import (
     Catalogue,
-    Order,
+    ImageOrder,
     RefusedError,
+    build_timeout_error,
     parse_order,
-    too_late,
 )
 
 TOKEN_VARIABLE = "DREAMBOOTH_TOKEN"
 """The environment's name of the token, as a flag would show it in process lists."""
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 """Names of this machine that no other machine reaches."""
-OPEN = frozenset({"/healthz"})
+PUBLIC_PATHS = frozenset({"/healthz"})
 """Paths without a token, for load balancers."""
 MIN_TOKEN_CHARACTERS = 16
 """Fewer could be guessed."""
@@ -50,7 +50,7 @@ class Access:
     are answered: a web page cannot reach the service under its own name then (DNS rebinding)."""
 
     def __init__(self, tokens: Sequence[str]) -> None:
-        self._digests = [digest(token) for token in tokens]
+        self._digests = [digest_token(token) for token in tokens]
 
     def check(self, path: str, headers: Mapping[str, str]) -> None:
         """Raises RefusedError for a web page, an unknown host name, and a wrong token."""
@@ -65,26 +65,26 @@ class Access:
 
         # the token is compared with all, so that the time tells nothing
         kind, _, token = headers.get("authorization", "").partition(" ")
-        given = digest(token.strip())
+        given = digest_token(token.strip())
         fits = [hmac.compare_digest(given, known) for known in self._digests]
         is_known = any(fits) and kind.lower() == "bearer"
-        if self._digests and path not in OPEN and not is_known:
+        if self._digests and path not in PUBLIC_PATHS and not is_known:
             raise RefusedError(
                 401, "a token is needed: send the header `Authorization: Bearer TOKEN`"
             )
 
 
-def digest(token: str) -> bytes:
+def digest_token(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 
-PATIENCE = {
+RAY_TIMEOUTS = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
 }
 """Environment of Ray Serve: its default of 5 seconds restarts the proxy again and again on a busy
 machine."""
-HIGHEST = {
+MAX_SETTINGS = {
     "port": 65535,
     "replicas": 1024,
     "max_waiting": 100_000,
@@ -132,7 +132,7 @@ class ServeSettings:
     def __post_init__(self) -> None:
         if not self.adapters:
             raise UserError("missing: --adapters, a folder of adapters.")
-        for name, high in HIGHEST.items():
+        for name, high in MAX_SETTINGS.items():
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 1 <= value <= high):
                 raise UserError(f"--{name} {value}: must be a whole number from 1 to {high}.")
@@ -156,14 +156,14 @@ class ServeSettings:
             raise UserError(f"unknown setting {unknown[0]!r}.")
         places = values.get("adapters", ())
         adapters = (places,) if isinstance(places, str) else tuple(places)
-        tokens = tokens_of(values.get("tokens", ()))
+        tokens = collect_tokens(values.get("tokens", ()))
         return cls(**{"host": "0.0.0.0", **values, "adapters": adapters, "tokens": tokens})
 
 
-def tokens_of(given: Any) -> tuple[str, ...]:
+def collect_tokens(tokens: Any) -> tuple[str, ...]:
     """The given tokens, and the one of the environment, if there is one."""
     own = os.environ.get(TOKEN_VARIABLE)
-    return (*(given or ()), *([own] if own else ()))
+    return (*(tokens or ()), *([own] if own else ()))
 
 
 HEALTH_SEC = 10.0
@@ -189,7 +189,7 @@ class Front:
     request_timeout_sec: until a request is given up
     """
 
-    draw: Callable[[Order], Awaitable[bytes]]
+    draw: Callable[[ImageOrder], Awaitable[bytes]]
     facts: Callable[[], Awaitable[dict]]
     catalogue: Catalogue
     access: Access
@@ -197,11 +197,11 @@ class Front:
     request_timeout_sec: float
 
     def __post_init__(self) -> None:
-        self.inside = 0
+        self.active_requests = 0
 
     def _refuse_if_full(self) -> None:
         """Raises RefusedError (503)."""
-        if self.inside >= self.max_inside:
+        if self.active_requests >= self.max_inside:
             raise RefusedError(503, "the queue is full; ask again later", RETRY_SEC)
 
     async def generate(self, request: Request) -> Response:
@@ -209,34 +209,34 @@ class Front:
         # read the body before a place is taken: slow senders would hold all places
         self._refuse_if_full()
         started = time.monotonic()
-        body = await self._body_of(request)
+        body = await self._read_body(request)
         self._refuse_if_full()
 
         # draw within the time limit, which began with the request
-        self.inside += 1
+        self.active_requests += 1
         try:
             async with asyncio.timeout(self.request_timeout_sec):
-                order = await self._order_of(body, started)
+                order = await self._build_order(body, started)
                 png = await self.draw(order)
         except TimeoutError as error:
-            raise too_late() from error
+            raise build_timeout_error() from error
         finally:
-            self.inside -= 1
+            self.active_requests -= 1
 
         return Response(png, media_type="image/png", headers={"Cache-Control": "no-store"})
 
-    async def _body_of(self, request: Request) -> bytes:
+    async def _read_body(self, request: Request) -> bytes:
         """Raises RefusedError for what is no JSON, too long, or too slow."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise RefusedError(415, "send JSON, with the header `Content-Type: application/json`")
         try:
             async with asyncio.timeout(min(BODY_SEC, self.request_timeout_sec)):
-                return await body_of(request)
+                return await read_body(request)
         except TimeoutError as error:
             raise RefusedError(408, "the body did not arrive in time; send it at once") from error
 
-    async def _order_of(self, body: bytes, started: float) -> Order:
+    async def _build_order(self, body: bytes, started: float) -> ImageOrder:
         """The order in a body, with the adapters' files and the seconds left. Raises UserError."""
         order = parse_order(body)
         refs = []
@@ -246,10 +246,10 @@ class Front:
         left_sec = self.request_timeout_sec - (time.monotonic() - started)
         return replace(order, adapters=tuple(refs), seconds=left_sec)
 
-    async def adapters(self, request: Request) -> Response:
-        return JSONResponse({"adapters": await asyncio.to_thread(self.catalogue.names)})
+    async def list_adapters(self, request: Request) -> Response:
+        return JSONResponse({"adapters": await asyncio.to_thread(self.catalogue.list_names)})
 
-    async def healthz(self, request: Request) -> Response:
+    async def check_health(self, request: Request) -> Response:
         """The base's facts from a replica. Raises RefusedError (503) when none answers."""
         try:
             async with asyncio.timeout(HEALTH_SEC):
@@ -259,7 +259,7 @@ class Front:
         return JSONResponse({"status": "ok", **facts})
 
 
-async def body_of(request: Request) -> bytes:
+async def read_body(request: Request) -> bytes:
     """Raises RefusedError (413) as soon as the body or its declared length is too long."""
     promised = request.headers.get("content-length", "")
     body = b""
@@ -277,26 +277,26 @@ async def body_of(request: Request) -> bytes:
 def build_front(front: Front) -> Starlette:
     """The ASGI app, in which every path is guarded by `front.access`."""
 
-    def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable:
-        async def checked(request: Request) -> Response:
+    def wrap_endpoint(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable:
+        async def check_and_call(request: Request) -> Response:
             # not `request.url`: older starlettes build it from the Host header
             front.access.check(request.scope["path"], request.headers)
             return await endpoint(request)
 
-        return checked
+        return check_and_call
 
     routes = [
-        Route("/generate", guarded(front.generate), methods=["POST"]),
-        Route("/adapters", guarded(front.adapters)),
-        Route("/healthz", guarded(front.healthz)),
+        Route("/generate", wrap_endpoint(front.generate), methods=["POST"]),
+        Route("/adapters", wrap_endpoint(front.list_adapters)),
+        Route("/healthz", wrap_endpoint(front.check_health)),
     ]
-    handlers = dict.fromkeys((UserError, HTTPException, Exception), told)
+    handlers = dict.fromkeys((UserError, HTTPException, Exception), render_error)
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False  # a redirect would skip the checks of token and Host
     return app
 
 
-async def told(request: Request, error: Exception) -> Response:
+async def render_error(request: Request, error: Exception) -> Response:
     """An error as one line of JSON."""
     if isinstance(error, HTTPException):
         line = f"{request.method} is not answered here; POST /generate draws"
@@ -313,4 +313,4 @@ async def told(request: Request, error: Exception) -> Response:
         headers["WWW-Authenticate"] = "Bearer"
     if retry_sec is not None:
         headers["Retry-After"] = str(retry_sec)
-    return JSONResponse({"error": one_line(error, 500)}, status, headers)
+    return JSONResponse({"error": format_error(error, 500)}, status, headers)

@@ -17,15 +17,15 @@ from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from dreambooth_moslora.errors import UserError, one_line
-from dreambooth_moslora.extras.serving.catalogue import Order, RefusedError, open_catalogue
+from dreambooth_moslora.errors import UserError, format_error
+from dreambooth_moslora.extras.serving.catalogue import ImageOrder, RefusedError, open_catalogue
 from dreambooth_moslora.extras.serving.front import Access, Front, ServeSettings, build_front
 
 APP_NAME = "dreambooth_moslora"
 """Ray Serve's name of the service."""
-LOST = (BackPressureError, DeploymentUnavailableError, RayActorError)
+LOST_ERRORS = (BackPressureError, DeploymentUnavailableError, RayActorError)
 """Errors after which the client may ask again."""
-QUIET = {"enable_access_log": False, "log_level": "WARNING"}
+QUIET_LOGGING = {"enable_access_log": False, "log_level": "WARNING"}
 """No access log: it would record prompts and addresses of clients."""
 STOP_SEC = 5.0
 """Seconds for pictures in progress when the service ends."""
@@ -41,7 +41,7 @@ def keep_on_loopback() -> None:
     )
 
 
-def replica_class(settings: ServeSettings, *, alone: bool) -> type:
+def build_replica_class(settings: ServeSettings, *, alone: bool) -> type:
     """The class of the replicas. It is made here because the decorator of `load` needs a number
     from the settings."""
 
@@ -55,13 +55,13 @@ def replica_class(settings: ServeSettings, *, alone: bool) -> type:
             # before Ray Serve opens the replica's ports
             if alone:
                 keep_on_loopback()
-            from dreambooth_moslora.extras.serving.drawer import Drawer
+            from dreambooth_moslora.extras.serving.drawer import ImageWorker
             from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
             torch.set_num_threads(settings.threads)
             pipeline = SubjectPipeline.from_base(settings.pretrained_model_name_or_path)
             pipeline.resident_adapters = settings.resident_adapters
-            self.drawer = Drawer(
+            self.drawer = ImageWorker(
                 pipeline,
                 batch=settings.batch,
                 load=self.load,
@@ -71,7 +71,7 @@ def replica_class(settings: ServeSettings, *, alone: bool) -> type:
         async def load(self, key: str) -> str:
             return await self.drawer.load_now(key)
 
-        async def draw(self, order: Order) -> bytes | UserError:
+        async def draw(self, order: ImageOrder) -> bytes | UserError:
             """Returns a refusal instead of raising it: Ray would wrap a raised error and log a
             traceback."""
             try:
@@ -86,19 +86,19 @@ def replica_class(settings: ServeSettings, *, alone: bool) -> type:
     return Replica
 
 
-def application(settings: ServeSettings, *, alone: bool = False) -> serve.Application:
+def build_application(settings: ServeSettings, *, alone: bool = False) -> serve.Application:
     """The front, only one as it counts the requests, and its replicas; `alone`: all on this
     machine."""
     # a replica takes its share of the requests, and at least a batch while it draws another
     share = {"num_gpus": 1 / settings.per_gpu} if settings.per_gpu else {"num_gpus": 0}
     waiting = max(2 * settings.batch, -(-settings.max_waiting // settings.replicas))
     common = {
-        "logging_config": QUIET,
+        "logging_config": QUIET_LOGGING,
         "graceful_shutdown_wait_loop_s": 0.5,
         "graceful_shutdown_timeout_s": STOP_SEC,
     }
     replica = serve.deployment(
-        replica_class(settings, alone=alone),
+        build_replica_class(settings, alone=alone),
         name="Replica",
         num_replicas=settings.replicas,
         ray_actor_options={"num_cpus": 0, **share},
@@ -106,7 +106,7 @@ def application(settings: ServeSettings, *, alone: bool = False) -> serve.Applic
         **common,
     )
 
-    def front_app() -> Any:
+    def build_front_app() -> Any:
         if alone:
             keep_on_loopback()
         handle = serve.get_deployment_handle("Replica", APP_NAME)
@@ -114,7 +114,7 @@ def application(settings: ServeSettings, *, alone: bool = False) -> serve.Applic
         catalogue = open_catalogue(settings.adapters)
         return build_front(
             Front(
-                draw=partial(drawn_by, handle),
+                draw=partial(generate_on_replica, handle),
                 facts=handle.facts.remote,
                 catalogue=catalogue,
                 access=access,
@@ -125,7 +125,7 @@ def application(settings: ServeSettings, *, alone: bool = False) -> serve.Applic
 
     # it refuses by itself what is too much, so Ray Serve must let more through
     front = serve.deployment(
-        serve.ingress(front_app)(),
+        serve.ingress(build_front_app)(),
         name="Front",
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=2 * settings.max_waiting + 64,
@@ -134,7 +134,7 @@ def application(settings: ServeSettings, *, alone: bool = False) -> serve.Applic
     return front.bind(replica.bind())
 
 
-async def drawn_by(handle: Any, order: Order) -> bytes:
+async def generate_on_replica(handle: Any, order: ImageOrder) -> bytes:
     """Draw on the replica that Ray Serve chooses. A cancelled order is cancelled there, too. Raises
     UserError."""
     key = order.adapters[0].key if order.adapters else ""
@@ -144,7 +144,7 @@ async def drawn_by(handle: Any, order: Order) -> bytes:
     except asyncio.CancelledError:
         response.cancel()
         raise
-    except LOST as error:
+    except LOST_ERRORS as error:
         raise RefusedError(503, "a replica was lost; ask again", 5) from error
     if isinstance(result, UserError):
         raise result
@@ -152,7 +152,7 @@ async def drawn_by(handle: Any, order: Order) -> bytes:
 
 
 @contextmanager
-def listening(settings: ServeSettings, *, alone: bool) -> Iterator[None]:
+def serve_until_exit(settings: ServeSettings, *, alone: bool) -> Iterator[None]:
     """Serve for the length of the block. `alone` uses a Ray of this machine only; other machines
     reach it only through `settings.host`. Raises UserError when it cannot start."""
     # Ray Serve tells of each step of its start
@@ -160,15 +160,15 @@ def listening(settings: ServeSettings, *, alone: bool) -> Iterator[None]:
     address = {"host": settings.host, "port": settings.port}
     try:
         try:
-            serve.start(http_options=address, logging_config=QUIET)
+            serve.start(http_options=address, logging_config=QUIET_LOGGING)
             serve.run(
-                application(settings, alone=alone),
+                build_application(settings, alone=alone),
                 name=APP_NAME,
                 route_prefix="/",
-                logging_config=QUIET,
+                logging_config=QUIET_LOGGING,
             )
         except (RuntimeError, TimeoutError, RayError) as error:
-            raise UserError(f"the service cannot start: {one_line(error)}.") from error
+            raise UserError(f"the service cannot start: {format_error(error)}.") from error
         yield
     finally:
         serve.shutdown()
@@ -177,4 +177,4 @@ def listening(settings: ServeSettings, *, alone: bool) -> Iterator[None]:
 def build(values: dict[str, Any]) -> serve.Application:
     """For a Serve config file: `dreambooth_moslora.extras.serving.ray_serve:build`, with the
     settings as `args:`."""
-    return application(ServeSettings.from_dict(values))
+    return build_application(ServeSettings.from_dict(values))

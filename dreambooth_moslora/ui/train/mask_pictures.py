@@ -7,46 +7,51 @@ import PIL.Image
 import PIL.ImageChops
 import PIL.ImageFilter
 
-from dreambooth_moslora.photos.folder import photo_report
-from dreambooth_moslora.photos.masks import MadeMask, load_segmenter, make_kept, quality_warning
+from dreambooth_moslora.photos.folder import build_photo_report
+from dreambooth_moslora.photos.masks import (
+    GeneratedMask,
+    describe_mask_quality,
+    load_segmenter,
+    make_run_mask,
+)
 from dreambooth_moslora.photos.photo_file import open_mask
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.ui.workspace import Workspace
 
-OUTLINE = (45, 240, 200)
+OUTLINE_RGB = (45, 240, 200)
 """Colour of the line around the part that a mask teaches most."""
-LINES = 120
+SIDE_TO_LINE_RATIO = 120
 """Widths of that line in a photo's longer side."""
-NO_MASK = "no mask: all of it is learned"
+NO_MASK_REMARK = "no mask: all of it is learned"
 """What is told of a photo without one."""
 
 
-def shown_masks(config: TrainConfig, workspace: Workspace) -> Iterator[MadeMask]:
+def collect_masks(config: TrainConfig, workspace: Workspace) -> Iterator[GeneratedMask]:
     """The masks as a run with these settings uses them; missing ones are made, and kept.
 
     Raises UserError where a mask is to be made and cannot be.
     """
     segmenter = load_segmenter(config) if config.masks != "given" else None
-    for photo in photo_report(config).photos:
+    for photo in build_photo_report(config).photos:
         # One that was made says itself what is to be said of it.
         if photo.mask_path is None and segmenter is not None:
-            made = make_kept(photo, segmenter, workspace.folder / "made_masks")
+            made = make_run_mask(photo, segmenter, workspace.folder / "made_masks")
             if made.remark:
                 yield made
                 continue
             photo = replace(photo, mask_path=made.path)
         mask = open_mask(photo)
-        remark = NO_MASK if mask is None else quality_warning(mask)
-        yield MadeMask(photo, photo.mask_path, remark)
+        remark = NO_MASK_REMARK if mask is None else describe_mask_quality(mask)
+        yield GeneratedMask(photo, photo.mask_path, remark)
 
 
-def outlined(photo: PIL.Image.Image, mask: PIL.Image.Image | None) -> PIL.Image.Image:
+def draw_outline(photo: PIL.Image.Image, mask: PIL.Image.Image | None) -> PIL.Image.Image:
     """The photo with a line around the white part of its mask; the photo itself without one."""
     if mask is None:
         return photo
     # A line of the same width in every preview, inside and outside the edge.
     white = mask.resize(photo.size).point(lambda value: 255 * (value > 127))
-    width = max(1, round(max(photo.size) / LINES))
+    width = max(1, round(max(photo.size) / SIDE_TO_LINE_RATIO))
     outer = white.filter(PIL.ImageFilter.GaussianBlur(width)).point(lambda value: 255 * (value > 8))
     line = PIL.ImageChops.subtract(outer, white)
-    return PIL.Image.composite(PIL.Image.new("RGB", photo.size, OUTLINE), photo, line)
+    return PIL.Image.composite(PIL.Image.new("RGB", photo.size, OUTLINE_RGB), photo, line)

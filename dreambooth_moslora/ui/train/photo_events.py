@@ -8,24 +8,30 @@ import gradio as gr
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui import html, state
-from dreambooth_moslora.ui.events import AT_ONCE, GPU, TELLING, mistake_card, on
-from dreambooth_moslora.ui.html import photo_rows, with_cards
-from dreambooth_moslora.ui.photo_copies import PHOTO_TYPES, kept_photos
+from dreambooth_moslora.ui.events import (
+    GPU_EVENT,
+    MESSAGE_EVENT,
+    UNQUEUED_EVENT,
+    on,
+    render_mistake,
+)
+from dreambooth_moslora.ui.html import build_photo_rows, update_cards
+from dreambooth_moslora.ui.photo_copies import PHOTO_TYPES, list_photo_copies
 from dreambooth_moslora.ui.train import mask_pictures, train_form, train_photos
 from dreambooth_moslora.ui.train.train_form import TrainForm
-from dreambooth_moslora.ui.train.train_start import settings_of
+from dreambooth_moslora.ui.train.train_start import build_config
 
-TAKING_PHOTOS = {"concurrency_limit": 4}
+PHOTO_EVENT = {"concurrency_limit": 4}
 """Options of events that process photos: an estimate need not wait for a start."""
-ABOUT_PHOTOS = (
+PHOTOS_HINT = (
     "Several places, sides and light. If you have masks, add them too: dog.mask.png for dog.jpg."
 )
 """Told while there are no photos."""
-SHOWN = "What is inside the line is learned most."
+MASKS_REMARK = "What is inside the line is learned most."
 """Told above the grid while it shows masks."""
 
 
-def photo_widgets() -> dict[str, Any]:
+def build_photo_widgets() -> dict[str, Any]:
     """The widgets in which photos are dropped and shown, by name."""
     widgets: dict[str, Any] = {}
     widgets["added"] = gr.File(
@@ -36,8 +42,8 @@ def photo_widgets() -> dict[str, Any]:
         elem_id="photos",
     )
     # What is said of the photos, and the grid itself.
-    widgets["remarks"] = gr.HTML(html.faint(ABOUT_PHOTOS), elem_id="remarks")
-    widgets["crops"] = photo_rows("crops")
+    widgets["remarks"] = gr.HTML(html.render_faint(PHOTOS_HINT), elem_id="remarks")
+    widgets["crops"] = build_photo_rows("crops")
     return widgets
 
 
@@ -57,7 +63,7 @@ def _connect_adding(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts:
         "api_visibility": "private",
         "show_progress_on": remarks,
         "trigger_mode": "multiple",
-        **TAKING_PHOTOS,
+        **PHOTO_EVENT,
     }
 
     @on(
@@ -72,24 +78,24 @@ def _connect_adding(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts:
         those in the rows."""
         try:
             told = train_photos.add_photos(files or [], ctx.workspace)
-            return None, *review(ctx, values, remarks=told)
+            return None, *render_review(ctx, values, remarks=told)
         except Exception as error:
-            return None, gr.HTML(mistake_card(error), visible=True), gr.skip()
+            return None, gr.HTML(render_mistake(error), visible=True), gr.skip()
 
     @on(rows.drop, inputs_kwargs=fields, outputs=shown, show_progress="hidden", **changing)
     def drop(event: gr.EventData, **values) -> tuple:
-        train_photos.remove_photo(ctx.workspace, photo_in(event))
-        return review(ctx, values)
+        train_photos.remove_photo(ctx.workspace, get_photo_digest(event))
+        return render_review(ctx, values)
 
     # What decides the crops may have changed.
     changes = [page.load]
-    for name, row in train_form.rows().items():
+    for name, row in train_form.list_form_fields().items():
         if row.moves_crops:
             changes.append(fields[name].blur if row.is_number else fields[name].input)
 
-    @on(changes, TELLING, inputs_kwargs=fields, outputs=shown)
-    def again(**values) -> tuple:
-        return review(ctx, values)
+    @on(changes, MESSAGE_EVENT, inputs_kwargs=fields, outputs=shown)
+    def update_review(**values) -> tuple:
+        return render_review(ctx, values)
 
 
 def _connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
@@ -98,7 +104,7 @@ def _connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
 
     @on(
         rows.masks,
-        GPU,
+        GPU_EVENT,
         inputs_kwargs=fields,
         outputs=[remarks, rows],
         show_progress="minimal",
@@ -107,24 +113,24 @@ def _connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
     )
     def show(**values) -> tuple:
         # Each mask lies over its photo in the grid; what is remarkable is told beside it.
-        lines = [SHOWN]
+        lines = [MASKS_REMARK]
         masks = {}
-        config = settings_of(ctx, TrainForm(**values))
-        for mask in mask_pictures.shown_masks(config, ctx.workspace):
+        config = build_config(ctx, TrainForm(**values))
+        for mask in mask_pictures.collect_masks(config, ctx.workspace):
             photo = mask.photo.path
             masks[photo] = mask.path
             if mask.remark:
-                lines.append(f"photo {train_photos.number_of(photo)}: {mask.remark}")
-        return review(ctx, values, remarks=lines, masks=masks)
+                lines.append(f"photo {train_photos.parse_number(photo)}: {mask.remark}")
+        return render_review(ctx, values, remarks=lines, masks=masks)
 
 
 def _connect_captions(ctx: state.AppContext, parts: dict) -> None:
     """Captions are kept as they are finished."""
     rows = parts["crops"]
 
-    @on(rows.keep, AT_ONCE, inputs=rows, outputs=None, trigger_mode="always_last")
-    def keep(said: Any) -> None:
-        train_photos.keep_captions(ctx.workspace, said)
+    @on(rows.keep, UNQUEUED_EVENT, inputs=rows, outputs=None, trigger_mode="always_last")
+    def keep(captions: Any) -> None:
+        train_photos.write_captions(ctx.workspace, captions)
 
 
 def _connect_prompts(ctx: state.AppContext, fields: dict, parts: dict) -> None:
@@ -133,22 +139,22 @@ def _connect_prompts(ctx: state.AppContext, fields: dict, parts: dict) -> None:
     words = {name: fields[name] for name in names}
     changes = [word.change for word in words.values()]
 
-    @on(changes, AT_ONCE, inputs_kwargs=words, outputs=parts["prompts"])
-    def prompts(**values) -> gr.HTML:
+    @on(changes, UNQUEUED_EVENT, inputs_kwargs=words, outputs=parts["prompts"])
+    def describe_prompts(**values) -> gr.HTML:
         try:
-            instance, class_prompt = TrainForm(**values).prompts(ctx.base_name)
+            instance, class_prompt = TrainForm(**values).build_prompts(ctx.base_name)
         except UserError:
             return gr.HTML(visible=False)
         kept = f" and tells it from “{class_prompt}”" if class_prompt else ""
-        return gr.HTML(html.faint(f"Learns “{instance}”{kept}."), visible=True)
+        return gr.HTML(html.render_faint(f"Learns “{instance}”{kept}."), visible=True)
 
 
-def photo_in(event: gr.EventData) -> str:
+def get_photo_digest(event: gr.EventData) -> str:
     """The digest that a row's button sends; "" of a script that sends none."""
     return str(event._data.get("photo")) if isinstance(event._data, dict) else ""
 
 
-def review(
+def render_review(
     ctx: state.AppContext,
     values: Mapping[str, Any],
     remarks: Sequence[str] = (),
@@ -160,8 +166,8 @@ def review(
     - `remarks` come before those on the photos.
     - `masks` are those that a run would use, by photo, if not those beside the photos.
     """
-    if not kept_photos(ctx.workspace.photos_dir):
-        return html.faint(ABOUT_PHOTOS), with_cards([])
-    found = train_photos.review_kept(ctx, TrainForm(**values), remarks=remarks, masks=masks)
-    cards = train_photos.cards_of(found)
-    return gr.HTML(found.remarks, visible=True), with_cards(cards)
+    if not list_photo_copies(ctx.workspace.photos_dir):
+        return html.render_faint(PHOTOS_HINT), update_cards([])
+    found = train_photos.build_review(ctx, TrainForm(**values), remarks=remarks, masks=masks)
+    cards = train_photos.build_cards(found)
+    return gr.HTML(found.remarks, visible=True), update_cards(cards)

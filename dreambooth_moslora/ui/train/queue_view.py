@@ -5,24 +5,26 @@ from typing import Any
 import gradio as gr
 
 from dreambooth_moslora.ui.state import AppContext
-from dreambooth_moslora.ui.train.run_list import run_cards
+from dreambooth_moslora.ui.train.run_list import build_run_cards
 
-OF_QUEUE = ("queue_box", "queued", "queue_seen", "run", "runs")
+QUEUE_WIDGETS = ("queue_box", "queued", "queue_seen", "run", "runs")
 """Widgets that show the queue."""
 
 
-def queue_changes(ctx: AppContext, run: str | None, seen: tuple | None) -> dict[str, Any]:
+def list_queue_changes(
+    ctx: AppContext, run: str | None, last_state: tuple | None
+) -> dict[str, Any]:
     """New values for the widgets in OF_QUEUE, by name; empty while nothing is new.
 
     - `run` is the name of the run that the page watches. The one whose turn has come is watched
       next.
     - `seen` is what the page has shown last.
     """
-    waiting = ctx.queue.queue.waiting()
+    waiting = ctx.queue.queue.list_waiting()
     rows = [(f"{place} · {one.name}", one.name) for place, one in enumerate(waiting, 1)]
-    cards = run_cards(ctx.jobs)
+    cards = build_run_cards(ctx.jobs)
     now = (rows, run, cards)
-    if now == seen:
+    if now == last_state:
         return {}
     changes = {
         "queue_box": gr.Column(visible=bool(rows)),
@@ -32,8 +34,8 @@ def queue_changes(ctx: AppContext, run: str | None, seen: tuple | None) -> dict[
         "runs": gr.HTML(cards=cards, chosen=run, visible=bool(cards)),
     }
     # A run that the page has not seen yet has just begun: watch it.
-    current = ctx.jobs.current()
-    known = [run, *(card["run"] for card in (seen[-1] if seen else ()))]
+    current = ctx.jobs.find_active_job()
+    known = [run, *(card["run"] for card in (last_state[-1] if last_state else ()))]
     if current is not None and current.name not in known:
         changes["run"] = current.name
     return changes

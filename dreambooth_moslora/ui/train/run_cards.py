@@ -5,27 +5,40 @@ from typing import Any
 
 from dreambooth_moslora.disk import events
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.settings.prompts import trigger_words
-from dreambooth_moslora.settings.subject_kinds import kind_of
-from dreambooth_moslora.training.run_advice import NOT_SCORED, NOTHING, closing_advice, is_short
-from dreambooth_moslora.training.run_metrics import LEAST_LIKENESS, figures_from, known_config
+from dreambooth_moslora.settings.prompts import list_trigger_words
+from dreambooth_moslora.settings.subject_kinds import get_subject_kind
+from dreambooth_moslora.training.run_advice import (
+    NO_ADVICE,
+    NOT_SCORED_NOTE,
+    is_too_short,
+    list_closing_advice,
+)
+from dreambooth_moslora.training.run_metrics import (
+    MIN_LIKENESS_GAIN,
+    build_run_metrics,
+    parse_known_config,
+)
 from dreambooth_moslora.ui import html
-from dreambooth_moslora.ui.events import sentence
+from dreambooth_moslora.ui.events import format_message
 from dreambooth_moslora.ui.jobs import JobState
-from dreambooth_moslora.ui.photo_copies import kept_photos
+from dreambooth_moslora.ui.photo_copies import list_photo_copies
 from dreambooth_moslora.ui.train import train_form
 
-BEGUN = "It has begun to learn your subject: likeness to the photos rose from {:.0%} to {:.0%}."
-LEARNED = "It learned your subject: likeness to the photos rose from {:.0%} to {:.0%}."
-NOT_LEARNED = "It hardly learned your subject: likeness to the photos was {:.0%}, and is {:.0%}."
-LOOK_YOURSELF = "Nothing was measured. Are the new pictures like your photos?"
+BEGUN_SENTENCE = (
+    "It has begun to learn your subject: likeness to the photos rose from {:.0%} to {:.0%}."
+)
+LEARNED_SENTENCE = "It learned your subject: likeness to the photos rose from {:.0%} to {:.0%}."
+NOT_LEARNED_SENTENCE = (
+    "It hardly learned your subject: likeness to the photos was {:.0%}, and is {:.0%}."
+)
+UNSCORED_SENTENCE = "Nothing was measured. Are the new pictures like your photos?"
 """Verdicts on a finished run; the first three with likeness before and now."""
-IN_COMFYUI = (
+COMFYUI_HINT = (
     "For ComfyUI: put the file into its folder models/loras, choose it in a LoRA loader, "
     "and write {} in the prompt."
 )
 """Where the downloaded file goes, with the words of the subject."""
-PHASES = {
+PHASE_TITLES = {
     "loading": "Loading the base",
     "captions": "Writing captions",
     "masks": "Making masks",
@@ -36,7 +49,7 @@ PHASES = {
     "exporting": "Writing the adapter and checking it",
 }
 """Phase of the trainer -> what the page says of it."""
-ENDINGS = {
+ENDING_SENTENCES = {
     "done": "Done.",
     "interrupted": "Stopped; a checkpoint is written.",
     "failed": "The run failed.",
@@ -44,82 +57,82 @@ ENDINGS = {
 """State of a run that has ended -> what the page says of it."""
 
 
-def verdict_card(metrics: events.Metrics, run_dir: Path, has_best: bool) -> str:
+def render_verdict(metrics: events.EventLog, run_dir: Path, has_best: bool) -> str:
     """What became of a finished run, in words, and what to do next.
 
     In `run_dir` are the page's copies of its photos. With `has_best` its best step was kept. Advice
     for the command line is said in the form's words.
     """
-    config = known_config(metrics.last("start").get("config") or {})
-    photos = kept_photos(RunDir(run_dir).photos_dir)
-    figures = figures_from(metrics.events, config, {"count": len(photos)})
+    config = parse_known_config(metrics.get_last("start").get("config") or {})
+    photos = list_photo_copies(RunDir(run_dir).photos_dir)
+    figures = build_run_metrics(metrics.events, config, {"count": len(photos)})
     # Did it learn the subject?
     before, now = (figures.scores.get(name) for name in ("dino_base", "dino"))
     name = "“{}”"
-    if kind_of(config).is_style:  # of which the base has none
+    if get_subject_kind(config).is_style:  # of which the base has none
         before, now = 0.0, figures.scores.get("style")
         now = None if now is None else min(now, 1.0)  # above 1 it is as like as 1
         name = "“in {} style”"
     if now is None or before is None:
-        verdict = LOOK_YOURSELF
+        verdict = UNSCORED_SENTENCE
     else:
-        learned = BEGUN if is_short(figures) else LEARNED
-        said = learned if now - before >= LEAST_LIKENESS else NOT_LEARNED
+        learned = BEGUN_SENTENCE if is_too_short(figures) else LEARNED_SENTENCE
+        said = learned if now - before >= MIN_LIKENESS_GAIN else NOT_LEARNED_SENTENCE
         verdict = said.format(max(before, 0), max(now, 0))
     lines = [verdict]
-    best = metrics.last("evaluation").get("best")
+    best = metrics.get_last("evaluation").get("best")
     if has_best and isinstance(best, dict):
         lines.append(
             f"Step {best.get('step')} was the best: it is what you draw with and download."
         )
     # What next? That nothing was scored is said already.
-    known = (NOTHING, NOT_SCORED)
-    advice = [line for line in closing_advice(figures) if not line.startswith(known)]
+    known = (NO_ADVICE, NOT_SCORED_NOTE)
+    advice = [line for line in list_closing_advice(figures) if not line.startswith(known)]
     for line in advice:
-        lines.append(f"Next: {train_form.in_the_forms_words(line)}.")
+        lines.append(f"Next: {train_form.replace_flags(line)}.")
     if not advice:
         lines.append("Next: “Draw with it”, in places that the photos do not show.")
-    words = " and ".join(map(name.format, trigger_words(config)))
+    words = " and ".join(map(name.format, list_trigger_words(config)))
     if words:
-        lines.append(IN_COMFYUI.format(words))
-    return html.remarks_card(lines)
+        lines.append(COMFYUI_HINT.format(words))
+    return html.render_remarks(lines)
 
 
-def status_card(state: JobState, metrics: events.Metrics) -> str:
+def render_status(state: JobState, metrics: events.EventLog) -> str:
     """One line of state and one of numbers."""
     # It has ended.
-    if state.state in ENDINGS:
+    if state.state in ENDING_SENTENCES:
         detail = state.message or f"Step {state.step} of {state.max_train_steps}."
         # Stopped before the first step: there is no checkpoint.
         if state.state == "interrupted" and state.message:
-            return html.notice(f"{sentence(state.message)}.", "good")
+            return html.render_notice(f"{format_message(state.message)}.", "good")
         kind = "bad" if state.state == "failed" else "good"
-        return html.notice(f"{ENDINGS[state.state]} {detail}", kind)
+        return html.render_notice(f"{ENDING_SENTENCES[state.state]} {detail}", kind)
     # It begins, or is about to end.
     if state.state == "starting":
-        return html.progress_card("Starting …", "loading the libraries", 0.0)
-    last = metrics.last("step")
+        return html.render_progress("Starting …", "loading the libraries", 0.0)
+    last = metrics.get_last("step")
     total = state.max_train_steps
     fraction = state.step / total if total else 0.0
     if state.state == "stopping":
         detail = "the step is finished and a checkpoint written"
-        return html.progress_card("Stopping …", detail, fraction)
+        return html.render_progress("Stopping …", detail, fraction)
     # It trains.
     if state.phase in ("", "training") and last:
         line = f"Step {state.step} of {total}"
-        return html.progress_card(line, numbers_of(last, has_time=True), fraction)
+        return html.render_progress(line, format_numbers(last, has_time=True), fraction)
     if state.phase == "training":
         line = f"Step {state.step + 1} of {total} …"
-        return html.progress_card(line, "the first takes longest", fraction)
+        return html.render_progress(line, "the first takes longest", fraction)
     # It does something else, which may be counted: the time that is left is of the steps alone.
-    line = PHASES.get(state.phase, state.phase or "Preparing")
-    phase = metrics.last("phase")
+    line = PHASE_TITLES.get(state.phase, state.phase or "Preparing")
+    phase = metrics.get_last("phase")
     if int(phase.get("total") or 1) > 1:
         line += f" {phase.get('done')} of {phase['total']}"
-    return html.progress_card(f"{line} …", numbers_of(last), fraction)
+    return html.render_progress(f"{line} …", format_numbers(last), fraction)
 
 
-def numbers_of(step: dict[str, Any], *, has_time: bool = False) -> str:
+def format_numbers(step: dict[str, Any], *, has_time: bool = False) -> str:
     """The numbers of a step's event, in one line; those that it has, with `has_time` the time that
     is left as well."""
     parts = []

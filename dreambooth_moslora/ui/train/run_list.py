@@ -10,60 +10,60 @@ import PIL.Image
 from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.ui import html
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState
-from dreambooth_moslora.ui.photo_copies import kept_photos
+from dreambooth_moslora.ui.photo_copies import list_photo_copies
 
-MOST_LISTED = 30
+MAX_LISTED_RUNS = 30
 """Runs in the list; the oldest are left out."""
-LISTED_PX = 96
+LIST_THUMBNAIL_PX = 96
 """Longer side of a run's picture in the list."""
-STATES = {"running": "training", "interrupted": "stopped"}
+STATE_WORDS = {"running": "training", "interrupted": "stopped"}
 """State of a run -> its word in the list, if that is another."""
 
 
-def listed_runs(jobs: Jobs) -> list[tuple[Job, JobState]]:
+def list_runs(jobs: Jobs) -> list[tuple[Job, JobState]]:
     """The newest runs, however they were begun, but those that have ended and saved nothing."""
     found = []
-    for job in jobs.all():
-        state = jobs.state(job)
+    for job in jobs.list_jobs():
+        state = jobs.get_state(job)
         folder = run_folder.RunDir(job.run_dir)
-        if state.is_active or folder.adapter_path.is_file() or folder.latest_checkpoint():
+        if state.is_active or folder.adapter_path.is_file() or folder.find_latest_checkpoint():
             found.append((job, state))
-        if len(found) == MOST_LISTED:
+        if len(found) == MAX_LISTED_RUNS:
             break
     return found
 
 
-def run_cards(jobs: Jobs) -> list[dict[str, str]]:
-    """The cards of `html.run_list`."""
+def build_run_cards(jobs: Jobs) -> list[dict[str, str]]:
+    """The cards of `html.build_run_list`."""
     cards = []
-    for job, state in listed_runs(jobs):
-        word = STATES.get(state.state, state.state)
+    for job, state in list_runs(jobs):
+        word = STATE_WORDS.get(state.state, state.state)
         at = f" · step {state.step}" if state.step else ""
         cards.append(
             {
                 "run": job.name,
-                "picture": picture_of(job.run_dir),
+                "picture": find_picture(job.run_dir),
                 "state": f"{word}{at}",
                 "kind": state.state,
-                "date": time.strftime("%d %b, %H:%M", time.localtime(job.changed)).lstrip("0"),
+                "date": time.strftime("%d %b, %H:%M", time.localtime(job.changed_sec)).lstrip("0"),
             }
         )
     return cards
 
 
-def picture_of(run_dir: Path) -> str:
+def find_picture(run_dir: Path) -> str:
     """A small picture for the list: the newest sample, or a photo; "" without both."""
     known = run_folder.RunDir(run_dir)
     samples = known.samples_dir.glob("*.png")
     newest = sorted(samples, key=lambda file: file.stat().st_mtime)[-1:]
-    for file in newest + kept_photos(known.photos_dir)[:1]:
+    for file in newest + list_photo_copies(known.photos_dir)[:1]:
         with suppress(OSError):
-            return small_picture(file, file.stat().st_mtime_ns)
+            return encode_picture(file, file.stat().st_mtime_ns)
     return ""
 
 
-@lru_cache(maxsize=4 * MOST_LISTED)
-def small_picture(file: Path, changed_ns: int) -> str:
+@lru_cache(maxsize=4 * MAX_LISTED_RUNS)
+def encode_picture(file: Path, changed_ns: int) -> str:
     """The file as a small data URL, made once while it is unchanged. Raises OSError."""
     with PIL.Image.open(file) as image:
-        return html.thumbnail(image.convert("RGB"), LISTED_PX)
+        return html.encode_thumbnail(image.convert("RGB"), LIST_THUMBNAIL_PX)

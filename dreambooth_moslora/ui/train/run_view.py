@@ -8,19 +8,19 @@ from typing import Any
 import gradio as gr
 
 from dreambooth_moslora.disk import events
-from dreambooth_moslora.disk.processes import log_tail
+from dreambooth_moslora.disk.processes import read_log_tail
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui import html
-from dreambooth_moslora.ui.events import sentence
-from dreambooth_moslora.ui.jobs import IN_TERMINAL, Job, Jobs, JobState
-from dreambooth_moslora.ui.train.run_cards import status_card, verdict_card
+from dreambooth_moslora.ui.events import format_message
+from dreambooth_moslora.ui.jobs import TERMINAL_RUN_MESSAGE, Job, Jobs, JobState
+from dreambooth_moslora.ui.train.run_cards import render_status, render_verdict
 from dreambooth_moslora.ui.train.watch_widgets import DOWNLOADS
 from dreambooth_moslora.ui.workspace import Workspace
 
-GONE = "This run is not there any more."
+GONE_MESSAGE = "This run is not there any more."
 """Told of a run whose folder was deleted."""
-WATCHED = (
+WATCHED_WIDGETS = (
     "run",
     "seen",
     "status",
@@ -39,10 +39,10 @@ MAX_SAMPLES_SHOWN = 24
 """Sample pictures that are shown at most."""
 
 
-def watched(
+def list_changes(
     jobs: Jobs,
     run: str | None,
-    seen: tuple | None,
+    last_state: tuple | None,
     workspace: Workspace,
 ) -> dict[str, Any]:
     """New values for the widgets in WATCHED, by name; empty while nothing is new.
@@ -54,45 +54,45 @@ def watched(
     if not run:
         return {}
     try:
-        job = jobs.recorded(run)
+        job = jobs.load_job(run)
     except UserError:
         # Its folder was deleted.
-        return {"run": "", "status": html.notice(GONE, "bad")}
-    state = jobs.state(job)
-    now = (job.name, job.began, state, len(jobs.metrics(job).events))
-    if now == seen:
+        return {"run": "", "status": html.render_notice(GONE_MESSAGE, "bad")}
+    state = jobs.get_state(job)
+    now = (job.name, job.began, state, len(jobs.load_metrics(job).events))
+    if now == last_state:
         return {}
-    return {"seen": now} | _shown(jobs, job, state, workspace)
+    return {"seen": now} | _list_values(jobs, job, state, workspace)
 
 
-def _shown(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) -> dict[str, Any]:
+def _list_values(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) -> dict[str, Any]:
     """Values of the widgets for a run as it is now."""
     run_dir = RunDir(job.run_dir)
-    metrics = jobs.metrics(job)
+    metrics = jobs.load_metrics(job)
     is_over = not state.is_active
     ready = run_dir.adapter_path.is_file() and is_over
 
-    def link(file: Path, is_ready: bool = True) -> str | None:
+    def get_link(file: Path, is_ready: bool = True) -> str | None:
         """The file from where gradio serves it; None before it is there and whole."""
         is_there = is_ready and file.is_file()
-        return str(link_into(workspace, file, job.name)) if is_there else None
+        return str(copy_into_workspace(workspace, file, job.name)) if is_there else None
 
     # The contact sheet has the photos, and pictures before and after: it takes the samples' place.
-    sheet = link(run_dir.contact_sheet_path, ready)
-    samples = [] if sheet else samples_of(job, metrics, workspace)
-    plot = link(run_dir.loss_plot_path, is_over)
+    sheet = get_link(run_dir.contact_sheet_path, ready)
+    samples = [] if sheet else list_samples(job, metrics, workspace)
+    plot = get_link(run_dir.loss_plot_path, is_over)
     # The best step's files, where one was kept.
-    best = best_folder(run_dir) if ready else run_dir.path
-    adapter = link(best / PUBLISHED_NAME, ready)
-    kohya = link(best / run_dir.kohya_path.name, ready)
+    best = find_best_folder(run_dir) if ready else run_dir.path
+    adapter = get_link(best / PUBLISHED_NAME, ready)
+    kohya = get_link(best / run_dir.kohya_path.name, ready)
     label = "Download for diffusers" if kohya else DOWNLOADS["download"][0]
     # The state, and what to make of it.
-    status = status_card(state, metrics)
+    status = render_status(state, metrics)
     if state.state == "done":
-        status += verdict_card(metrics, job.run_dir, has_best=best != run_dir.path)
+        status += render_verdict(metrics, job.run_dir, has_best=best != run_dir.path)
     can_stop = state.is_active and job.has_process
     if state.is_active and not can_stop:
-        status += html.faint(sentence(IN_TERMINAL) + ".")
+        status += html.render_faint(format_message(TERMINAL_RUN_MESSAGE) + ".")
     return {
         "status": status,
         "stop": gr.Button(visible=can_stop),
@@ -104,32 +104,34 @@ def _shown(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) -> dict[
         "sheet": gr.Image(sheet, visible=bool(sheet)),
         "details": gr.Accordion(visible=True),
         "plot": gr.Image(plot, visible=bool(plot)),
-        "log": html.log(log_tail(job.run_dir)),
+        "log": html.render_log(read_log_tail(job.run_dir)),
     }
 
 
-def best_folder(run_dir: RunDir) -> Path:
+def find_best_folder(run_dir: RunDir) -> Path:
     """Where the run's best adapter lies: of its best step, if scores have kept one."""
     is_kept = (run_dir.best_dir / PUBLISHED_NAME).is_file()
     return run_dir.best_dir if is_kept else run_dir.path
 
 
-def samples_of(job: Job, metrics: events.Metrics, workspace: Workspace) -> list[tuple[str, str]]:
+def list_samples(job: Job, metrics: events.EventLog, workspace: Workspace) -> list[tuple[str, str]]:
     """(Link in the workspace, caption) of the newest sample pictures."""
     # A resumed run draws some anew: the last count.
     found: dict[Path, str] = {}
     samples_dir = RunDir(job.run_dir).samples_dir
-    for event in reversed(metrics.of("sample")):
+    for event in reversed(metrics.list_events("sample")):
         step = event.get("step")
         for name in event.get("files") or ():
             file = samples_dir / Path(str(name)).name
             if file.is_file():
                 found.setdefault(file, f"step {step}" if step else "before")
     newest = list(found.items())[:MAX_SAMPLES_SHOWN]
-    return [(str(link_into(workspace, file, job.name)), caption) for file, caption in newest]
+    return [
+        (str(copy_into_workspace(workspace, file, job.name)), caption) for file, caption in newest
+    ]
 
 
-def link_into(workspace: Workspace, file: Path, run: str) -> Path:
+def copy_into_workspace(workspace: Workspace, file: Path, run: str) -> Path:
     """The file inside the workspace (a hard link if possible), from where gradio may serve it."""
     target = workspace.folder / "runs" / run / file.name
     # It is there already.

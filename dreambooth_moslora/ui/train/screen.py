@@ -8,12 +8,12 @@ from typing import Any
 
 import gradio as gr
 
-from dreambooth_moslora.disk.run_folder import NONE, PUBLISHED_NAME, RunDir
+from dreambooth_moslora.disk.run_folder import NO_ADAPTER, PUBLISHED_NAME, RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.toy_bases import is_toy
 from dreambooth_moslora.ui import html, state
-from dreambooth_moslora.ui.adapter_summary import summary_of
-from dreambooth_moslora.ui.events import AT_ONCE, TELLING, mistake_card, on
+from dreambooth_moslora.ui.adapter_summary import read_summary
+from dreambooth_moslora.ui.events import MESSAGE_EVENT, UNQUEUED_EVENT, on, render_mistake
 from dreambooth_moslora.ui.generate_tab import GenerateTab
 from dreambooth_moslora.ui.train import (
     photo_events,
@@ -21,22 +21,22 @@ from dreambooth_moslora.ui.train import (
     train_photos,
     train_start,
 )
-from dreambooth_moslora.ui.train.run_view import best_folder
-from dreambooth_moslora.ui.train.train_form import TrainForm, in_the_forms_words, rows
-from dreambooth_moslora.ui.train.train_watch import SHOW_STATUS, connect_watch
-from dreambooth_moslora.ui.train.watch_widgets import watch_widgets
+from dreambooth_moslora.ui.train.run_view import find_best_folder
+from dreambooth_moslora.ui.train.train_form import TrainForm, list_form_fields, replace_flags
+from dreambooth_moslora.ui.train.train_watch import SHOW_STATUS_SCRIPT, connect_watch
+from dreambooth_moslora.ui.train.watch_widgets import build_watch_widgets
 
-FROM_HUB = "; {} from the hub once"
+HUB_NOTE = "; {} from the hub once"
 """Told beside a tick that fetches something."""
 
 
-def train_widgets(base: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def build_train_widgets(base: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields of the form, and the other widgets, by name."""
     # What every run needs: photos, and a word for what they show.
     gr.Markdown("### 1 · Photos", elem_classes="step")
-    others = photo_events.photo_widgets()
+    others = photo_events.build_photo_widgets()
     gr.Markdown("### 2 · What they show", elem_classes="step")
-    fields = {"class_word": field_widget("class_word", base)}
+    fields = {"class_word": build_field_widget("class_word", base)}
     prompts = gr.HTML(visible=False, elem_id="prompts")
     # What can be done with the form.
     with gr.Row(elem_classes="tight"):
@@ -53,43 +53,43 @@ def train_widgets(base: str) -> tuple[dict[str, Any], dict[str, Any]]:
     }
     # The further fields, line by line as the table has them; what few people change is folded once
     # more.
-    lines = sorted({row.line for row in rows().values()} - {0})
+    lines = sorted({row.line for row in list_form_fields().values()} - {0})
     with gr.Accordion("More settings", open=False, elem_id="more_training") as more:
         others["more"] = more
         for line in lines:
-            if line < train_form.EXPERT:
-                line_widgets(line, fields, base)
+            if line < train_form.FIRST_EXPERT_LINE:
+                build_line_widgets(line, fields, base)
         with gr.Accordion("For experts", open=False, elem_id="expert_training"):
             for line in lines:
-                if line >= train_form.EXPERT:
-                    line_widgets(line, fields, base)
-    return {name: fields[name] for name in rows()}, others
+                if line >= train_form.FIRST_EXPERT_LINE:
+                    build_line_widgets(line, fields, base)
+    return {name: fields[name] for name in list_form_fields()}, others
 
 
-def line_widgets(line: int, fields: dict[str, Any], base: str) -> None:
+def build_line_widgets(line: int, fields: dict[str, Any], base: str) -> None:
     """Make the widgets of one line of the table.
 
     - The widgets of its fields go into `fields`.
     - `base` is the name of the page's base.
     """
     with gr.Row():
-        for name, row in rows().items():
+        for name, row in list_form_fields().items():
             if row.line == line:
-                fields[name] = field_widget(name, base)
+                fields[name] = build_field_widget(name, base)
 
 
-def field_widget(name: str, base: str) -> gr.components.Component:
+def build_field_widget(name: str, base: str) -> gr.components.Component:
     """The widget of a field, by its values and the kind that the table names.
 
     - `name` is the field's in `TrainForm`.
     - `base` is the name of the page's base, on which the first value may depend.
     """
-    row = rows()[name]
-    first = row.first(base)
+    row = list_form_fields()[name]
+    first = row.get_first_value(base)
     # How it looks, whatever it is.
     look = {
         "label": row.label,
-        "info": row.info or row.row.get("help"),
+        "info": row.info or row.setting_facts.get("help"),
         "elem_id": row.elem_id or name,
         "min_width": 110,
         **row.look,
@@ -98,7 +98,7 @@ def field_widget(name: str, base: str) -> gr.components.Component:
     if row.is_tick:
         is_here = first if row.at_first else is_toy(base)
         if row.fetched and not is_here:
-            look["info"] += FROM_HUB.format(row.fetched)
+            look["info"] += HUB_NOTE.format(row.fetched)
         return gr.Checkbox(first, **look)
     if row.is_number:
         return gr.Number(first, precision=0 if isinstance(first, int) else None, **look)
@@ -106,7 +106,7 @@ def field_widget(name: str, base: str) -> gr.components.Component:
         choices = [(label, value) for value, label in row.choices.items()]
         return gr.Radio(choices, value=first, **look)
     if row.values:
-        is_shown = not (row.of_files and is_toy(base))
+        is_shown = not (row.hides_for_toys and is_toy(base))
         return gr.Dropdown(list(row.values), value=first, visible=is_shown, **look)
     return gr.Textbox(first, **look)
 
@@ -124,16 +124,16 @@ def build_train_tab(
     # The widgets: the form on the left, the run on the right.
     with gr.Row(elem_id="train", equal_height=False):
         with gr.Column(elem_id="train_form", min_width=280):
-            fields, parts = train_widgets(ctx.base_name)
+            fields, parts = build_train_widgets(ctx.base_name)
         with gr.Column(elem_id="train_watch", min_width=280):
-            parts |= watch_widgets()
+            parts |= build_watch_widgets()
     # The form's events. What means nothing for a kind of subject is hidden.
-    by_kind = {name: row.idle_for for name, row in rows().items() if row.idle_for}
+    by_kind = {name: row.unused_for for name, row in list_form_fields().items() if row.unused_for}
     fields["subject"].change(
         lambda subject: [gr.update(visible=subject not in idle) for idle in by_kind.values()],
         fields["subject"],
         [fields[name] for name in by_kind],
-        **AT_ONCE,
+        **UNQUEUED_EVENT,
     )
     photo_events.connect_photos(ctx, page, fields, parts)
     _connect_start(ctx, fields, parts)
@@ -141,8 +141,8 @@ def build_train_tab(
     connect_watch(ctx, page, parts)
     _connect_use(ctx, parts, tabs, generate)
     of_base = {}
-    for name, row in rows().items():
-        if row.at_first or row.of_files:
+    for name, row in list_form_fields().items():
+        if row.at_first or row.hides_for_toys:
             of_base[name] = fields[name]
     return of_base
 
@@ -151,13 +151,13 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
     """The three buttons that take the whole form: start, queue, and estimate."""
     # What was chosen for a run is shown on the card, and the run comes into view.
     chosen = gr.State("")
-    chosen.change(lambda card: card, chosen, parts["cost"], **AT_ONCE).then(
-        None, js=SHOW_STATUS, **AT_ONCE
+    chosen.change(lambda card: card, chosen, parts["cost"], **UNQUEUED_EVENT).then(
+        None, js=SHOW_STATUS_SCRIPT, **UNQUEUED_EVENT
     )
 
     def train(form: TrainForm) -> dict:
         job, said = train_start.start_run(ctx, form)
-        told = html.notice(f"The run {job.name} is starting.")
+        told = html.render_notice(f"The run {job.name} is starting.")
         return {parts["run"]: job.name, parts["status"]: told, chosen: said}
 
     def queue(form: TrainForm) -> dict:
@@ -185,20 +185,20 @@ def _connect_form(
     - `fields` and `parts` are the tab's widgets.
     """
 
-    def on_page(said: list | None, **values) -> dict:
+    def on_page(card: list | None, **values) -> dict:
         try:
             # What was typed last may still be on its way.
-            train_photos.keep_captions(ctx.workspace, said or [])
+            train_photos.write_captions(ctx.workspace, card or [])
             return act(TrainForm(**values))
         except Exception as error:
-            return {parts["cost"]: mistake_card(error, in_the_forms_words)}
+            return {parts["cost"]: render_mistake(error, replace_flags)}
 
     button.click(
         on_page,
         inputs_kwargs={"said": parts["crops"], **fields},
         outputs=outputs,
         api_visibility="private",
-        **photo_events.TAKING_PHOTOS,
+        **photo_events.PHOTO_EVENT,
     )
 
 
@@ -209,20 +209,20 @@ def _connect_use(ctx: state.AppContext, parts: dict, tabs: gr.Tabs, generate: Ge
 
     @on(
         parts["use"].click,
-        TELLING,
+        MESSAGE_EVENT,
         inputs=parts["run"],
         outputs=shown,
         show_progress_on=prompt,
     )
-    def use(run: str | None) -> tuple:
-        job = ctx.jobs.recorded(run or "")
-        files = ctx.catalog.files()
-        adapter = best_folder(RunDir(job.run_dir)) / PUBLISHED_NAME
+    def select_adapter(run: str | None) -> tuple:
+        job = ctx.jobs.load_job(run or "")
+        files = ctx.catalog.list_files()
+        adapter = find_best_folder(RunDir(job.run_dir)) / PUBLISHED_NAME
         listed = [name for name, file in files.items() if file == adapter]
         if not listed:
             raise UserError("there is no adapter yet")
         name = listed[0]
         # It is chosen there, with the words that call its subject.
-        summary = summary_of(files[name])
-        chosen = gr.Dropdown(choices=[NONE, *files], value=name)
+        summary = read_summary(files[name])
+        chosen = gr.Dropdown(choices=[NO_ADAPTER, *files], value=name)
         return gr.Tabs(selected="generate"), chosen, summary.prompt

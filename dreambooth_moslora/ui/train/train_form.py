@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.devices import GIB, apple_gib, best_device
+from dreambooth_moslora.base.devices import GIB, get_best_device, measure_apple_memory
 from dreambooth_moslora.disk.paths import MAX_WORD_CHARACTERS
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.image_params import check_characters
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import Photo
-from dreambooth_moslora.photos.sidecars import one_space
+from dreambooth_moslora.photos.sidecars import clean_whitespace
 from dreambooth_moslora.plan import defaults as plan
 from dreambooth_moslora.settings import toy_bases
 from dreambooth_moslora.settings.train_config import SETTINGS
 from dreambooth_moslora.values import is_number
 
-PRESETS = {"quick": 0.5, "standard": 1.0, "thorough": 2.0}
+PRESET_FACTORS = {"quick": 0.5, "standard": 1.0, "thorough": 2.0}
 """Name -> how often each photo is shown, as a multiple of what the recipe says."""
-EXPERT = 20
+FIRST_EXPERT_LINE = 20
 """Lines of the table from this one on are folded below “For experts”."""
 
 
@@ -46,15 +46,15 @@ class FormField:
     """Value -> label, if it is a choice of a few (default: the values of its setting)."""
     always: bool = False
     """Whether the run is given its value even where that is as at first; else 0 is “by recipe”."""
-    words: tuple[str, str] | None = None
+    switch_values: tuple[str, str] | None = None
     """Values of the setting for a tick that is off, and on."""
-    of_files: bool = False
+    hides_for_toys: bool = False
     """Whether the embedded base has no use for it."""
     moves_crops: bool = False
     """Whether the grid of photos, each as the run will crop it, is drawn anew after it."""
     at_first: Callable[[str], Any] | None = None
     """From the base's name to the first value, if the base decides it."""
-    idle_for: tuple[str, ...] = ()
+    unused_for: tuple[str, ...] = ()
     """Kinds of subject for which it means nothing, and is hidden."""
     fetched: str = ""
     """What is told where a tick is off at first, as it takes something from the hub."""
@@ -64,7 +64,7 @@ class FormField:
     """Further options of the widget."""
 
     @property
-    def row(self) -> Mapping[str, Any]:
+    def setting_facts(self) -> Mapping[str, Any]:
         """What the table of settings says of its setting."""
         return SETTINGS[self.setting].metadata if self.setting else {}
 
@@ -75,7 +75,7 @@ class FormField:
             return tuple(self.choices)
         if self.is_tick:
             return ()
-        return tuple(self.row.get("choices") or ())
+        return tuple(self.setting_facts.get("choices") or ())
 
     @property
     def is_tick(self) -> bool:
@@ -86,18 +86,18 @@ class FormField:
     def is_number(self) -> bool:
         return is_number(self.default) and not self.is_tick
 
-    def first(self, base: str) -> Any:
+    def get_first_value(self, base: str) -> Any:
         """Its first value on a page of that base."""
         return self.at_first(base) if self.at_first else self.default
 
 
-def asked(default: Any, label: str, info: str = "", **facts: Any) -> Any:
+def make_field(default: Any, label: str, info: str = "", **facts: Any) -> Any:
     """A field of the form with the facts of a `FormField`."""
     row = FormField(default=default, label=label, info=info, **facts)
     return field(default=default, metadata={"row": row})
 
 
-def rows() -> dict[str, FormField]:
+def list_form_fields() -> dict[str, FormField]:
     """The fields of the form by name, in the table's order."""
     return {item.name: item.metadata["row"] for item in fields(TrainForm)}
 
@@ -106,56 +106,56 @@ def rows() -> dict[str, FormField]:
 class TrainForm:
     """All that the form asks. 0 in a number, and None, mean what the recipe says."""
 
-    token: str = asked(
-        plan.TOKEN,
+    token: str = make_field(
+        plan.DEFAULT_TOKEN,
         label="Token",
         info="the rare word that calls your subject",
         line=20,
         setting="token",
-        idle_for=("style",),
+        unused_for=("style",),
     )
-    class_word: str = asked(
+    class_word: str = make_field(
         "",
         label="In one word",
         look={"placeholder": "dog, teapot, woman, drawing …"},
     )
-    run_name: str = asked(
+    run_name: str = make_field(
         "",
         label="Name of the run",
         info="of the run and its files; or empty",
         line=3,
     )
-    preset: str = asked(
+    preset: str = make_field(
         "standard",
         label="Length",
         info="how often each photo is shown: half the usual, the usual, twice",
         line=2,
-        choices=dict(zip(PRESETS, PRESETS)),
+        choices=dict(zip(PRESET_FACTORS, PRESET_FACTORS)),
     )
-    prior_preservation: bool = asked(
+    prior_preservation: bool = make_field(
         True,
         label="Keep the class",
         info="other dogs stay other dogs; without it all turn into yours; slower",
         line=8,
         setting="with_prior_preservation",
         elem_id="prior",
-        idle_for=("style",),
+        unused_for=("style",),
     )
-    rank: int = asked(
+    rank: int = make_field(
         0,
         label="Rank",
         info="room for detail; more makes a larger file; 0: the recipe's",
         line=23,
         setting="rank",
     )
-    learning_rate: float = asked(
+    learning_rate: float = make_field(
         0.0,
         label="Learning rate",
         info="size of a step; too much burns the pictures; 0: the recipe's",
         line=23,
         setting="learning_rate",
     )
-    steps: int = asked(
+    steps: int = make_field(
         0,
         label="Steps",
         info="or an exact number of steps; 0: as the length says",
@@ -163,7 +163,7 @@ class TrainForm:
         setting="max_train_steps",
         elem_id="train_steps",
     )
-    mixer: str = asked(
+    mixer: str = make_field(
         "orthogonal",
         label="Mixer",
         info="how the two halves are joined; “none” is plain LoRA",
@@ -171,7 +171,7 @@ class TrainForm:
         setting="mixer",
         always=True,
     )
-    seed: int = asked(
+    seed: int = make_field(
         0,
         label="Seed",
         info="another number, another run and other crops",
@@ -181,35 +181,35 @@ class TrainForm:
         moves_crops=True,
         elem_id="train_seed",
     )
-    make_masks: bool | None = asked(
+    make_masks: bool | None = make_field(
         None,
         label="Make masks",
         info="finds the subject in photos that have none",
         line=5,
         setting="masks",
-        words=("given", "auto"),
+        switch_values=("given", "auto"),
         at_first=toy_bases.is_toy,
         fetched="CLIPSeg comes",
-        idle_for=("style",),
+        unused_for=("style",),
     )
-    memory: str = asked(
+    memory: str = make_field(
         "auto",
         label="Memory",
         info="what to save memory with; the last needs least",
         line=24,
         setting="memory",
         always=True,
-        of_files=True,
+        hides_for_toys=True,
     )
-    prior_weight: float = asked(
+    prior_weight: float = make_field(
         0.0,
         label="Prior weight",
         info="how firmly the class is kept; 0: the recipe's",
         line=22,
         setting="prior_loss_weight",
-        idle_for=("style",),
+        unused_for=("style",),
     )
-    unmasked_weight: float = asked(
+    unmasked_weight: float = make_field(
         0.2,
         label="Weight outside the mask",
         info="0: the surroundings are not learned at all",
@@ -217,25 +217,25 @@ class TrainForm:
         setting="unmasked_weight",
         always=True,
     )
-    scores: bool | None = asked(
+    scores: bool | None = make_field(
         None,
         label="Scores",
         info="measures likeness on the way and keeps the best step",
         line=9,
-        at_first=plan.encoders_are_here,
+        at_first=plan.has_encoders,
         fetched="CLIP and DINOv2 are not here and come, 2 GB,",
     )
-    make_captions: bool = asked(
+    make_captions: bool = make_field(
         False,
         label="Write captions at the start",
         info="says what surrounds the subject in photos without a caption; the toy invents it of "
         "what is no toy",
         line=6,
         setting="captions",
-        words=("given", "auto"),
+        switch_values=("given", "auto"),
         fetched="Qwen3-VL comes",
     )
-    subject: str = asked(
+    subject: str = make_field(
         "thing",
         label="Subject",
         info="a person is known by the face, a style by how things look",
@@ -244,14 +244,14 @@ class TrainForm:
         moves_crops=True,
         choices={"thing": "object", "person": "person", "style": "style"},
     )
-    describe: str = asked(
+    describe: str = make_field(
         "",
         label="What may change",
         info="such as hair, clothes: captions written at the start say it; the person's other "
         "looks are left out, so that they are learned",
         line=1,
         look={"visible": False, "min_width": 240},
-        idle_for=("thing", "style"),
+        unused_for=("thing", "style"),
     )
 
     def check_words(self) -> None:
@@ -261,7 +261,7 @@ class TrainForm:
             "class_word": "the word for what the photos show (such as dog)",
         }
         for key, name in wanted.items():
-            if self.subject in rows()[key].idle_for:
+            if self.subject in list_form_fields()[key].unused_for:
                 continue
             word = str(getattr(self, key) or "").strip()
             if not word:
@@ -270,17 +270,19 @@ class TrainForm:
                 raise UserError(f"{name} is too long; one to three words are enough")
             check_characters(word, name)
 
-    def prompts(self, base: str) -> tuple[str, str | None]:
+    def build_prompts(self, base: str) -> tuple[str, str | None]:
         """The subject's prompt, and that of the class which is kept: None where none is.
 
         `base` is the name of the page's base. Raises UserError for words that no run can use.
         """
         self.check_words()
-        choices = plan.Choices(self.settings_given(base) | {"pretrained_model_name_or_path": base})
-        plan.choose_words(choices, one_space(self.class_word))
-        return choices.all["instance_prompt"], choices.all.get("class_prompt")
+        choices = plan.Choices(
+            self.collect_changed_settings(base) | {"pretrained_model_name_or_path": base}
+        )
+        plan.choose_prompts(choices, clean_whitespace(self.class_word))
+        return choices.all_settings["instance_prompt"], choices.all_settings.get("class_prompt")
 
-    def choices(
+    def choose_settings(
         self,
         base: str,
         resolution_px: int,
@@ -301,19 +303,19 @@ class TrainForm:
         Raises UserError for a form or photos that no run can use.
         """
         # The form's own values come first, and the base's recipe gives the others.
-        choices = plan.Choices(self.given(base, resolution_px, photos_dir, run_dir))
+        choices = plan.Choices(self.collect_settings(base, resolution_px, photos_dir, run_dir))
         wants_scores = self.scores
-        exposures = plan.choose_recipe(choices, free_for(base, is_later=is_queued))
+        exposures = plan.choose_recipe(choices, measure_recipe_gib(base, is_later=is_queued))
         # What follows from the words, from the photos, and from what is on this machine.
-        plan.choose_words(choices, one_space(self.class_word))
-        photos = list(photos) or usable_photos(photos_dir, resolution_px)
-        plan.choose_steps(choices, round(PRESETS[self.preset] * exposures), photos)
-        if wants_scores == plan.encoders_are_here(base):
+        plan.choose_prompts(choices, clean_whitespace(self.class_word))
+        photos = list(photos) or find_usable_photos(photos_dir, resolution_px)
+        plan.choose_steps(choices, round(PRESET_FACTORS[self.preset] * exposures), photos)
+        if wants_scores == plan.has_encoders(base):
             wants_scores = None
         plan.choose_scores(choices, photos, wants_scores)
         return choices
 
-    def given(
+    def collect_settings(
         self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path
     ) -> dict[str, Any]:
         """The form's own values, under the names of TrainConfig.
@@ -329,48 +331,50 @@ class TrainForm:
             "output_dir": str(run_dir),
             "resolution": resolution_px,
             "instance_data_dir": str(photos_dir),
-            **self.settings_given(base),
+            **self.collect_changed_settings(base),
         }
         looks = str(self.describe or "").replace(",", " ").split()
         if looks and self.subject == "person":
             given["describe"] = looks
         return given
 
-    def settings_given(self, base: str) -> dict[str, Any]:
+    def collect_changed_settings(self, base: str) -> dict[str, Any]:
         """What the fields say of settings that differ from the first."""
         given = {}
-        for name, row in rows().items():
+        for name, row in list_form_fields().items():
             # A field that fills no setting here, or is left to the recipe.
             value = getattr(self, name)
-            value = one_space(value) if isinstance(value, str) else value
+            value = clean_whitespace(value) if isinstance(value, str) else value
             is_unsaid = value is None or (row.is_number and not row.always and not value)
-            is_idle = self.subject in row.idle_for or (row.of_files and toy_bases.is_toy(base))
+            is_idle = self.subject in row.unused_for or (
+                row.hides_for_toys and toy_bases.is_toy(base)
+            )
             if not row.setting or is_unsaid or is_idle:
                 continue
-            if row.always or value != row.first(base):
-                given[row.setting] = row.words[bool(value)] if row.words else value
+            if row.always or value != row.get_first_value(base):
+                given[row.setting] = row.switch_values[bool(value)] if row.switch_values else value
         return given
 
 
-PRIOR_FLAGS = r"--with_prior_preservation --prior adapter_off --class_prompt \"[^\"]*\""
+PRIOR_FLAGS_PATTERN = r"--with_prior_preservation --prior adapter_off --class_prompt \"[^\"]*\""
 """How advice for the command line keeps the class."""
 
 
-def in_the_forms_words(advice: str) -> str:
+def replace_flags(advice: str) -> str:
     """Advice, or a mistake, with flags of the command line as the form calls them; those that it
     has not stay."""
     # Pattern of a flag -> what is said in its place.
     words = {
         r"--exposures_per_photo \d+": "a greater “Length”, or more “Steps”",
-        PRIOR_FLAGS: f"“{rows()['prior_preservation'].label}”",
+        PRIOR_FLAGS_PATTERN: f"“{list_form_fields()['prior_preservation'].label}”",
     }
-    for row in rows().values():
-        if row.setting and row.words:
-            words[f"--{row.setting} {row.words[1]}"] = f"“{row.label}”"
+    for row in list_form_fields().values():
+        if row.setting and row.switch_values:
+            words[f"--{row.setting} {row.switch_values[1]}"] = f"“{row.label}”"
         elif row.setting and row.is_number:
             words[rf"--{row.setting} ([\d.e-]+)"] = rf"“{row.label}” \1"
     # A flag that is named without its value, as in mistakes
-    for row in rows().values():
+    for row in list_form_fields().values():
         if row.setting:
             words[rf"--{row.setting}\b"] = f"“{row.label}”"
     for flag, said in words.items():
@@ -378,7 +382,7 @@ def in_the_forms_words(advice: str) -> str:
     return advice
 
 
-def free_gib(*, is_later: bool = False) -> float | None:
+def measure_free_gib(*, is_later: bool = False) -> float | None:
     """GPU memory for a run, GiB; None without a GPU.
 
     With `is_later` the run begins when all others have ended.
@@ -386,8 +390,8 @@ def free_gib(*, is_later: bool = False) -> float | None:
     import torch
 
     # Apple's memory is the CPU's, too.
-    if best_device().type == "mps":
-        most, used = apple_gib()
+    if get_best_device().type == "mps":
+        most, used = measure_apple_memory()
         return most if is_later else most - used
     if not torch.cuda.is_available():
         return None
@@ -396,15 +400,15 @@ def free_gib(*, is_later: bool = False) -> float | None:
     return (whole if is_later else free + torch.cuda.memory_reserved()) / GIB
 
 
-def free_for(base: str, *, is_later: bool = False) -> float | None:
+def measure_recipe_gib(base: str, *, is_later: bool = False) -> float | None:
     """Free GPU memory for the choice of recipe, GiB.
 
     None without a GPU, and for the embedded base, which needs none.
     """
-    return None if toy_bases.is_toy(base) else free_gib(is_later=is_later)
+    return None if toy_bases.is_toy(base) else measure_free_gib(is_later=is_later)
 
 
-def usable_photos(photos_dir: Path, resolution_px: int) -> list[Photo]:
+def find_usable_photos(photos_dir: Path, resolution_px: int) -> list[Photo]:
     """The usable photos. Raises UserError where there is none."""
     photos = find_photos(photos_dir, "", resolution_px).photos
     if not photos:

@@ -6,29 +6,29 @@ from typing import Any
 import gradio as gr
 
 from dreambooth_moslora.ui import html
-from dreambooth_moslora.ui.events import AT_ONCE, TELLING, on
+from dreambooth_moslora.ui.events import MESSAGE_EVENT, UNQUEUED_EVENT, on
 from dreambooth_moslora.ui.state import AppContext
-from dreambooth_moslora.ui.train.queue_view import OF_QUEUE, queue_changes
-from dreambooth_moslora.ui.train.run_list import listed_runs
-from dreambooth_moslora.ui.train.run_view import WATCHED, watched
+from dreambooth_moslora.ui.train.queue_view import QUEUE_WIDGETS, list_queue_changes
+from dreambooth_moslora.ui.train.run_list import list_runs
+from dreambooth_moslora.ui.train.run_view import WATCHED_WIDGETS, list_changes
 
-SHOW_STATUS = "() => setTimeout(() => bringIntoView('train_watch', 'train_status'), 200)"
+SHOW_STATUS_SCRIPT = "() => setTimeout(() => bringIntoView('train_watch', 'train_status'), 200)"
 """Once it is on the page: on a phone it stands below the form."""
 
 
 def connect_watch(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
-    """Connect all events of the `parts`, which are `watch_widgets`."""
+    """Connect all events of the `parts`, which are `build_watch_widgets`."""
     _connect_look(ctx, page, parts)
     _connect_list(parts)
     _connect_controls(ctx, parts)
     _connect_queue(ctx, parts)
 
 
-def _outputs(parts: dict) -> list:
-    return [parts[name] for name in dict.fromkeys((*WATCHED, *OF_QUEUE))]
+def _list_outputs(parts: dict) -> list:
+    return [parts[name] for name in dict.fromkeys((*WATCHED_WIDGETS, *QUEUE_WIDGETS))]
 
 
-def _as_outputs(parts: dict, changes: dict[str, Any]) -> dict:
+def _map_outputs(parts: dict, changes: dict[str, Any]) -> dict:
     """Gradio wants some value even where nothing changes."""
     changes = changes or {"seen": gr.skip()}
     return {parts[name]: value for name, value in changes.items()}
@@ -39,48 +39,50 @@ def _connect_look(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
 
     def attach() -> str:
         """The newest run is shown: that which trains, if there is one."""
-        listed = listed_runs(ctx.jobs)
+        listed = list_runs(ctx.jobs)
         return listed[0][0].name if listed else ""
 
     def look(run: str | None, seen: tuple | None, queue_seen: tuple | None) -> dict:
-        changes = watched(ctx.jobs, run, seen, ctx.workspace)
-        return _as_outputs(parts, changes | queue_changes(ctx, run, queue_seen))
+        changes = list_changes(ctx.jobs, run, seen, ctx.workspace)
+        return _map_outputs(parts, changes | list_queue_changes(ctx, run, queue_seen))
 
     inputs = [parts["run"], parts["seen"], parts["queue_seen"]]
-    outputs = _outputs(parts)
-    page.load(attach, None, parts["run"], **AT_ONCE).then(look, inputs, outputs, **AT_ONCE)
-    parts["timer"].tick(look, inputs, outputs, **AT_ONCE)
-    parts["run"].change(look, inputs, outputs, **AT_ONCE)
+    outputs = _list_outputs(parts)
+    page.load(attach, None, parts["run"], **UNQUEUED_EVENT).then(
+        look, inputs, outputs, **UNQUEUED_EVENT
+    )
+    parts["timer"].tick(look, inputs, outputs, **UNQUEUED_EVENT)
+    parts["run"].change(look, inputs, outputs, **UNQUEUED_EVENT)
 
 
 def _connect_list(parts: dict) -> None:
     """A click in the list chooses the run."""
 
-    @on(parts["runs"].choose, AT_ONCE, inputs=None, outputs=parts["run"])
+    @on(parts["runs"].choose, UNQUEUED_EVENT, inputs=None, outputs=parts["run"])
     def choose(event: gr.EventData) -> str:
         return str(event._data.get("run")) if isinstance(event._data, dict) else ""
 
-    parts["runs"].choose(None, js=SHOW_STATUS, **AT_ONCE)
+    parts["runs"].choose(None, js=SHOW_STATUS_SCRIPT, **UNQUEUED_EVENT)
 
 
 def _connect_controls(ctx: AppContext, parts: dict) -> None:
     """Stop and Resume."""
     shown = {"inputs": parts["run"], "outputs": parts["status"]}
 
-    @on(parts["stop"].click, TELLING, **shown)
+    @on(parts["stop"].click, MESSAGE_EVENT, **shown)
     def stop(run: str | None) -> str:
-        return html.notice(f"Stopping {ctx.jobs.stop(run or '').name} …")
+        return html.render_notice(f"Stopping {ctx.jobs.stop(run or '').name} …")
 
-    @on(parts["resume"].click, TELLING, **shown)
+    @on(parts["resume"].click, MESSAGE_EVENT, **shown)
     def resume(run: str | None) -> str:
-        return html.notice(f"Going on with {ctx.jobs.resume(run or '').name} …")
+        return html.render_notice(f"Going on with {ctx.jobs.resume(run or '').name} …")
 
 
 def _connect_queue(ctx: AppContext, parts: dict) -> None:
     """The chosen run is removed from the queue."""
     inputs = [parts["queued"], parts["run"], parts["queue_seen"]]
 
-    @on(parts["queue_remove"].click, TELLING, inputs=inputs, outputs=_outputs(parts))
-    def remove(chosen: str | None, run: str | None, seen: tuple | None) -> dict:
+    @on(parts["queue_remove"].click, MESSAGE_EVENT, inputs=inputs, outputs=_list_outputs(parts))
+    def remove(chosen: str | None, run: str | None, last_state: tuple | None) -> dict:
         ctx.queue.queue.remove(chosen or "")
-        return _as_outputs(parts, queue_changes(ctx, run, seen))
+        return _map_outputs(parts, list_queue_changes(ctx, run, last_state))

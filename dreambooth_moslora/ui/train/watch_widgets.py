@@ -8,7 +8,7 @@ from dreambooth_moslora.ui import html
 
 POLL_SEC = 2.0
 """How often the page looks at the run, s."""
-NO_RUN = html.remarks_card(
+NO_RUN_CARD = html.render_remarks(
     [
         "Add 3 to 10 photos of one subject, in several places.",
         "Say in one word what they show, such as dog.",
@@ -24,7 +24,7 @@ DOWNLOADS = {
 """Name -> label and id of a button."""
 
 
-def watch_widgets() -> dict[str, Any]:
+def build_watch_widgets() -> dict[str, Any]:
     """All of them, by name."""
     # What the page has shown last, of the run and of the queue.
     parts: dict[str, Any] = {
@@ -33,19 +33,19 @@ def watch_widgets() -> dict[str, Any]:
         "queue_seen": gr.State(None),
     }
     # All runs, and how far the chosen one is. Programs and events know it by its name.
-    parts["runs"] = html.run_list("runs")
+    parts["runs"] = html.build_run_list("runs")
     parts["run"] = gr.Textbox("", label="Run", visible=False)
-    parts["status"] = gr.HTML(NO_RUN, elem_id="train_status", label="Status")
-    parts |= _buttons() | _pictures() | _queue()
+    parts["status"] = gr.HTML(NO_RUN_CARD, elem_id="train_status", label="Status")
+    parts |= _build_buttons() | _build_galleries() | _build_queue()
     # For whoever wants to know more.
     look = {"open": False, "visible": False, "elem_id": "log_box"}
     with gr.Accordion("Curves and log", **look) as parts["details"]:
-        parts["plot"] = _picture("Loss and scores", "plot")
+        parts["plot"] = _build_image("Loss and scores", "plot")
         parts["log"] = gr.HTML("", elem_id="log", label="Log")
     return parts
 
 
-def _buttons() -> dict[str, Any]:
+def _build_buttons() -> dict[str, Any]:
     """What can be done with the run, as it trains and when it has ended."""
     parts = {}
     look = {"visible": False, "min_width": 76}
@@ -58,7 +58,7 @@ def _buttons() -> dict[str, Any]:
     return parts
 
 
-def _pictures() -> dict[str, Any]:
+def _build_galleries() -> dict[str, Any]:
     """The run's pictures: the newest while it trains, and before and after when it has ended."""
     samples = gr.Gallery(
         label="Samples",
@@ -67,17 +67,17 @@ def _pictures() -> dict[str, Any]:
         object_fit="contain",
         visible=False,
         elem_id="samples",
-        **html.SHOWN,
+        **html.IMAGE_OPTIONS,
     )
-    return {"samples": samples, "sheet": _picture("Before and after", "sheet_of_run")}
+    return {"samples": samples, "sheet": _build_image("Before and after", "sheet_of_run")}
 
 
-def _picture(label: str, elem_id: str) -> gr.Image:
+def _build_image(label: str, elem_id: str) -> gr.Image:
     look = {"type": "filepath", "visible": False, "elem_id": elem_id}
-    return gr.Image(label=label, **look, **html.SHOWN)
+    return gr.Image(label=label, **look, **html.IMAGE_OPTIONS)
 
 
-def _queue() -> dict[str, Any]:
+def _build_queue() -> dict[str, Any]:
     """The runs that wait; hidden while there are none."""
     parts = {}
     with gr.Column(visible=False, elem_id="queue_box") as parts["queue_box"]:

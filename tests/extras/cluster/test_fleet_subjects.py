@@ -12,12 +12,12 @@ from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster import command_fleet, records
-from dreambooth_moslora.extras.cluster.fleet import missing
-from dreambooth_moslora.extras.cluster.fleet_subjects import mark_of, read_subjects
+from dreambooth_moslora.extras.cluster.fleet import list_unfinished
+from dreambooth_moslora.extras.cluster.fleet_subjects import digest_run, read_subjects
 from dreambooth_moslora.extras.cluster.records import (
     Record,
+    load_rows,
     read_record,
-    rows_of,
     write_names,
     write_record,
 )
@@ -103,9 +103,9 @@ def test_a_bad_subject_keeps_its_own_line(row, says, pets):
     Path("a.csv").write_text(f"folder,class,max_train_steps\npets/rex,dog,\n{row}\n")
     good, bad = read("a.csv")
     assert not good.error and says in bad.error and not bad.settings
-    assert [subject.name for subject, mark in missing(Path("out"), [good, bad]) if not mark] == [
-        bad.name
-    ]
+    assert [
+        subject.name for subject, mark in list_unfinished(Path("out"), [good, bad]) if not mark
+    ] == [bad.name]
 
 
 @pytest.mark.parametrize(
@@ -150,21 +150,21 @@ def test_only_what_is_missing_is_trained_also_for_another_setting_or_photo_but_n
     rex, tom = read(pets)
     (adapter := Path("out") / "rex" / PUBLISHED_NAME).parent.mkdir(parents=True)
     adapter.write_bytes(b"adapter")
-    write_record(adapter.parent, Record("done", mark_of(rex.settings)))
-    assert [subject.name for subject, _ in missing(Path("out"), [rex, tom])] == ["tom"]
+    write_record(adapter.parent, Record("done", digest_run(rex.settings)))
+    assert [subject.name for subject, _ in list_unfinished(Path("out"), [rex, tom])] == ["tom"]
     adapter.unlink()
-    assert len(missing(Path("out"), [rex, tom])) == 2
+    assert len(list_unfinished(Path("out"), [rex, tom])) == 2
     adapter.write_bytes(b"adapter")
 
     def is_missing(**shared) -> bool:
-        return bool(missing(Path("out"), read(pets, **shared)[:1]))
+        return bool(list_unfinished(Path("out"), read(pets, **shared)[:1]))
 
     assert not is_missing() and is_missing(seed=5)
     Path("moved").mkdir()
     (pets / "rex").rename("moved/rex")
-    assert missing(Path("out"), read("moved")) == []
+    assert list_unfinished(Path("out"), read("moved")) == []
     Path("moved/rex/1.png").write_bytes(b"another photo")
-    assert [s.name for s, _ in missing(Path("out"), read("moved"))] == ["rex"]
+    assert [s.name for s, _ in list_unfinished(Path("out"), read("moved"))] == ["rex"]
 
 
 def test_another_caption_of_equal_length_and_another_file_to_begin_with_are_another_run(pets):
@@ -172,7 +172,7 @@ def test_another_caption_of_equal_length_and_another_file_to_begin_with_are_anot
     for words, content in (("a red dog", b"one"), ("a tan dog", b"one"), ("a tan dog", b"other")):
         caption.write_text(words)
         begun.write_bytes(content)
-        marks.append(mark_of(read(pets, init_adapter=str(begun))[0].settings))
+        marks.append(digest_run(read(pets, init_adapter=str(begun))[0].settings))
     assert len(set(marks)) == 3
 
 
@@ -182,7 +182,7 @@ def test_another_file_of_equal_size_among_the_photos_is_another_run(pets, name):
     marks = []
     for content in (b"one", b"two", b"one"):
         (pets / "rex" / name).write_bytes(content)
-        marks.append(mark_of(read(pets)[0].settings))
+        marks.append(digest_run(read(pets)[0].settings))
     assert marks[0] == marks[2] != marks[1]
 
 
@@ -193,7 +193,7 @@ def test_another_base_of_the_same_name_is_another_run(pets, tiny_base):
         for path in Path("base", part).glob("*.safetensors") if part else ():
             flip_last_bit(path)
         settings = read(pets, pretrained_model_name_or_path="base")[0].settings
-        marks.append(mark_of(settings))
+        marks.append(digest_run(settings))
     assert len(set(marks)) == 4
 
 
@@ -203,7 +203,7 @@ def test_another_class_image_is_another_run_unless_a_training_has_drawn_it(pets)
     for name, content in (("a", "one"), ("a", "two"), ("class_0123abcd_00000", "drawn")):
         Path("class", f"{name}.png").write_text(content)
         preserved = {"with_prior_preservation": True, "class_data_dir": "class"}
-        marks.append(mark_of(read(pets, **preserved)[0].settings))
+        marks.append(digest_run(read(pets, **preserved)[0].settings))
     assert marks[0] != marks[1] == marks[2]
 
 
@@ -213,7 +213,7 @@ def test_another_adapter_in_the_run_to_begin_with_is_another_run(pets):
     run.path.mkdir()
     for content in (b"one", b"other", b"one"):
         run.adapter_path.write_bytes(content)
-        marks.append(mark_of(read(pets, init_adapter=str(run.path))[0].settings))
+        marks.append(digest_run(read(pets, init_adapter=str(run.path))[0].settings))
     assert marks[0] == marks[2] != marks[1]
 
 
@@ -260,7 +260,7 @@ def fleet(tmp_path) -> Path:
 def test_the_status_counts_and_costs_and_names_who_stands_out_those_first_who_need_an_eye(
     fleet, capsys
 ):
-    assert [row.name for row in rows_of(fleet)] == [
+    assert [row.name for row in load_rows(fleet)] == [
         "<b>bad",
         "halfway",
         "waiting",
@@ -268,7 +268,7 @@ def test_the_status_counts_and_costs_and_names_who_stands_out_those_first_who_ne
         "unlike",
         "fine",
     ]
-    first, cost, *others = records.status_lines(rows_of(fleet))
+    first, cost, *others = records.format_status(load_rows(fleet))
     assert first == "6 subjects: 1 failed, 1 running, 1 waiting, 3 done"
     assert cost == "cost so far: 1.50 GPU-hours, 0.25 CPU-hours"
     assert any(line == "halfway: running, step 4 of 9" for line in others)
@@ -284,7 +284,7 @@ def test_the_status_counts_and_costs_and_names_who_stands_out_those_first_who_ne
 
 
 def test_the_page_shows_no_path_and_no_markup_of_others(fleet):
-    html = records.write_index(fleet, rows_of(fleet)).read_text(encoding="utf-8")
+    html = records.write_index(fleet, load_rows(fleet)).read_text(encoding="utf-8")
     assert str(fleet.parent) not in html and "our pets" not in html
     assert "no usable photo in bad: it is &lt;empty&gt;, nor in rex (of a/b and/or 1/2)." in html
     assert "&lt;b&gt;bad" in html and "<b><b>" not in html

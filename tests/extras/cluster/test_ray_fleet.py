@@ -12,10 +12,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dreambooth_moslora.extras.cluster.fleet import Ending, Machines, begun, missing, run_fleet
-from dreambooth_moslora.extras.cluster.fleet_subjects import PLACES, Subject, read_subjects
-from dreambooth_moslora.extras.cluster.ray_fleet import Lost, Task, connected, run_tasks
-from dreambooth_moslora.extras.cluster.records import read_record, stop_path
+from dreambooth_moslora.extras.cluster.fleet import (
+    Ending,
+    Machines,
+    list_unfinished,
+    lock_fleet,
+    run_fleet,
+)
+from dreambooth_moslora.extras.cluster.fleet_subjects import PATH_SETTINGS, Subject, read_subjects
+from dreambooth_moslora.extras.cluster.ray_fleet import LostTask, Task, connect, run_tasks
+from dreambooth_moslora.extras.cluster.records import get_stop_path, read_record
 from dreambooth_moslora.extras.lab.study import Protocol, Study, StudySubject
 from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_training import (
@@ -32,8 +38,8 @@ GUARDED = "dreambooth_moslora.extras.cluster.worker"
 def machines():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        with connected(None):
-            yield Machines.of_cluster()
+        with connect(None):
+            yield Machines.from_cluster()
 
 
 def trainings_of(run_dir: Path) -> list[psutil.Process]:
@@ -63,7 +69,7 @@ def subjects_of(base: Path, home: Path, counts: dict[str, int], **changes) -> li
     for name, count in counts.items():
         paint_photos(home / "photos" / name, count)
     settings = tiny_config(base, Path("a"), Path("b"), **changes).to_dict()
-    shared = {name: value for name, value in settings.items() if name not in PLACES}
+    shared = {name: value for name, value in settings.items() if name not in PATH_SETTINGS}
     return read_subjects(home / "photos", shared, home / "out")
 
 
@@ -77,7 +83,7 @@ def test_a_fleet_that_is_stopped_and_loses_a_worker_ends_equal_to_trainings_with
     (tmp_path / "photos" / "void" / "subject.json").write_text("{")
     subjects = subjects_of(tiny_base, tmp_path, {"rex": 2, "tom": 3}, max_train_steps=40, **often)
     stopped = ended(out, subjects, machines, lambda: bool(list(out.glob("*/checkpoint-[3-9]"))))
-    assert "interrupted" in stopped.values() and not stop_path(out).exists()
+    assert "interrupted" in stopped.values() and not get_stop_path(out).exists()
     threading.Thread(target=kill_a_worker, args=(out,), daemon=True).start()
     states = ended(out, subjects, machines, bool)
     assert states == {"rex": "done", "tom": "done", "void": "failed", "again": "running"}
@@ -90,7 +96,7 @@ def test_a_fleet_that_is_stopped_and_loses_a_worker_ends_equal_to_trainings_with
             )
         )
         assert adapter_sha256(out / name) == adapter_sha256(tmp_path / "alone" / name)
-    assert [subject.name for subject, _ in missing(out, subjects)] == ["void"]
+    assert [subject.name for subject, _ in list_unfinished(out, subjects)] == ["void"]
 
 
 def ended(
@@ -100,10 +106,10 @@ def ended(
     states = {}
 
     def note(ending: Ending) -> None:
-        states["again" if ending.is_again else ending.name] = ending.record.state
+        states["again" if ending.is_retry else ending.name] = ending.record.state
 
-    with begun(out, subjects):
-        run_fleet(missing(out, subjects), out, machines, note, should_stop)
+    with lock_fleet(out, subjects):
+        run_fleet(list_unfinished(out, subjects), out, machines, note, should_stop)
     return states
 
 
@@ -121,15 +127,15 @@ def test_a_task_that_raises_or_always_kills_its_worker_stops_no_other(machines):
     results = run_tasks(fail, tasks, retries=1, on_retry=lambda task, why: again.append(task.key))
     found = {task.key: result for task, result in results}
     assert found == {
-        "raises": Lost("ZeroDivisionError: ours"),
-        "dies": Lost("its worker was killed"),
+        "raises": LostTask("ZeroDivisionError: ours"),
+        "dies": LostTask("its worker was killed"),
         "well": "well",
     }
     assert again == ["dies"]
 
 
 def test_a_study_has_the_same_results_on_ray(machines, tiny_base, tmp_path):
-    from dreambooth_moslora.extras.lab.run import cells_on_cluster, run_study
+    from dreambooth_moslora.extras.lab.run import run_cells_on_cluster, run_study
 
     clip, dino = save_tiny_encoders(tmp_path / "encoders")
     subject = StudySubject(str(paint_photos(tmp_path / "dog")), "a photo of sks dog")
@@ -151,7 +157,7 @@ def test_a_study_has_the_same_results_on_ray(machines, tiny_base, tmp_path):
     study = Study((subject,), arms, {**train, "train_batch_size": 1}, **shape, protocol=protocol)
     seen = []
     (result,) = run_study(
-        study, tmp_path / "ray", 1, seen.append, partial(cells_on_cluster, machines, None)
+        study, tmp_path / "ray", 1, seen.append, partial(run_cells_on_cluster, machines, None)
     )
     assert sorted(bool(progress.error) for progress in seen) == [False, True]
     (alone,) = run_study(study, tmp_path / "alone", 1, print)

@@ -14,13 +14,13 @@ from PIL import Image
 
 from dreambooth_moslora.base.load import load_pipeline
 from dreambooth_moslora.extras.lab import budget, comparison, run
-from dreambooth_moslora.extras.lab.comparison import Result
-from dreambooth_moslora.extras.lab.run import run_study, unfinished
+from dreambooth_moslora.extras.lab.comparison import CellResult
+from dreambooth_moslora.extras.lab.run import list_unfinished, run_study
 from dreambooth_moslora.extras.lab.study import Cell, Protocol, Study, StudySubject
 from dreambooth_moslora.extras.lab.study_report import write_comparison
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.method.moslora import adapter_parameters
-from dreambooth_moslora.photos.synthetic import Made, write_record
+from dreambooth_moslora.method.moslora import list_adapter_parameters
+from dreambooth_moslora.photos.synthetic import SyntheticRecord, write_record
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training.adapters import add_adapters
 from tests.helpers.tiny_encoders import save_tiny_encoders
@@ -79,12 +79,12 @@ def test_every_cell_is_trained_scored_and_costed(finished):
 
 
 def test_what_is_unfinished_is_known_without_training(study, finished, tmp_path):
-    assert unfinished(study, finished[0]) == []
-    assert unfinished(study, tmp_path) == study.tuning_cells()  # no rate is chosen yet
+    assert list_unfinished(study, finished[0]) == []
+    assert list_unfinished(study, tmp_path) == study.list_tuning_cells()  # no rate is chosen yet
     tuned = shutil.copytree(finished[0], tmp_path / "tuned")
     for result in tuned.glob("cells/test-*.json"):
         result.unlink()
-    assert {(cell.stage, cell.arm) for cell in unfinished(study, tuned)} == {
+    assert {(cell.stage, cell.arm) for cell in list_unfinished(study, tuned)} == {
         ("test", "lora"),
         ("test", "mix"),
     }
@@ -114,7 +114,7 @@ def test_a_study_of_another_family_counts_its_layers(study, tmp_path, monkeypatc
     changes = {"pretrained_model_name_or_path": str(tmp_path / "base")}
     study = replace(study, train=study.train | changes, budget="parameters", ranks=(4,))
     cell = Cell("test", "mix", 4, study.subjects[0].name, 0, 1e-3)
-    rank = budget.budget_ranks(study)["mix", 4]
+    rank = budget.choose_ranks(study)["mix", 4]
     assert rank < 4 and run.run_cell(study, cell, rank, tmp_path, 1)[2] == ""
     (result,) = run.read_results(study, [cell], tmp_path)
     assert result.cost["rank"] == rank and result.cost["parameters"] > 0
@@ -143,7 +143,7 @@ def test_an_arm_that_draws_by_references_stands_in_the_same_table_and_sheet(
     lora, shown = found[0]["lora"], found[0]["shown"]
     assert shown.cost["parameters"] == 0 and shown.cost["rank"] == 4
     assert shown.scores["dino_base"] == lora.scores["dino_base"]
-    strips = [run.result_path(study, one.cell, tmp_path / "0") for one in (lora, shown)]
+    strips = [run.get_result_path(study, one.cell, tmp_path / "0") for one in (lora, shown)]
     assert len({path.with_suffix(".jpg").read_bytes() for path in strips}) == 2
 
     # the report: the difference, the verdict, a strip of each
@@ -162,7 +162,7 @@ def test_an_arm_that_draws_by_references_stands_in_the_same_table_and_sheet(
 
 def test_pictures_are_compared_with_real_photos(study, tmp_path):
     folder = paint_photos(tmp_path / "photos")
-    made = Made(
+    made = SyntheticRecord(
         base="a model",
         licence="",
         prompt="",
@@ -173,7 +173,7 @@ def test_pictures_are_compared_with_real_photos(study, tmp_path):
     )
     write_record(folder, {"0.png": made, "2.png": made})
     others = (StudySubject(str(folder), "a photo of sks dog"),)
-    evaluator = run.evaluator_of(replace(study, subjects=others), "photos")
+    evaluator = run.get_evaluator(replace(study, subjects=others), "photos")
     (photo,) = evaluator.photos.pictures
     assert photo.tobytes() == Image.open(folder / "1.png").convert("RGB").tobytes()
 
@@ -191,8 +191,8 @@ def test_another_base_or_photo_is_another_cell_and_a_text_about_it_is_not(
     cell = Cell("test", "lora", 4, "photos", 0, 1e-3)
 
     def path():
-        run.content_of.cache_clear()
-        return run.result_path(copied, cell, tmp_path)
+        run.digest_content.cache_clear()
+        return run.get_result_path(copied, cell, tmp_path)
 
     first = path()
     (base / "README.md").write_text("a card")
@@ -219,7 +219,7 @@ def test_an_arm_that_fails_is_told_and_the_others_share_their_class_images(study
     assert "no such layer" in seen[1].error
     (folder,) = (out / "class_images").iterdir()
     assert folder.name.startswith("test-")
-    assert [cell.arm for cell in unfinished(few, out)] == ["odd"]
+    assert [cell.arm for cell in list_unfinished(few, out)] == ["odd"]
 
 
 def test_workers_take_turns_on_the_gpus():
@@ -229,7 +229,7 @@ def test_workers_take_turns_on_the_gpus():
         (2, None, ["0", "1", "0"]),
         (2, "GPU-a,GPU-b", ["GPU-a", "GPU-b", "GPU-a"]),
     ):
-        assert [run.gpu_of(number, count, visible) for number in range(3)] == names
+        assert [run.choose_gpu(number, count, visible) for number in range(3)] == names
 
 
 POOL = """
@@ -270,28 +270,28 @@ def test_the_report_is_one_file_without_network_or_paths(study, finished):
     assert (out / "table.md").read_text().startswith("| Arm | Rank |")
 
 
-def made(study, arm: str, stage="test", seed=0, rate=1e-3, score=0.5, subject="test") -> Result:
+def made(study, arm: str, stage="test", seed=0, rate=1e-3, score=0.5, subject="test") -> CellResult:
     cost = {"rank": 4, "parameters": 1, "step_sec": 1, "memory_gib": 1, "jobs": 2}
     pictures, scores = (
-        {name: [score, score] for name in comparison.judged()},
-        dict.fromkeys(comparison.studied(), score),
+        {name: [score, score] for name in comparison.list_image_measures()},
+        dict.fromkeys(comparison.list_study_measures(), score),
     )
-    return Result(Cell(stage, arm, 4, subject, seed, rate), scores, pictures, cost)
+    return CellResult(Cell(stage, arm, 4, subject, seed, rate), scores, pictures, cost)
 
 
 def test_a_rate_that_fails_is_not_chosen_and_does_not_hold_the_study_up(study):
     tune = {"stage": "tune", "subject": "tune"}
     good = [made(study, arm, rate=rate, **tune) for arm in study.arms for rate in (1e-3, 1e-2)]
     failed = [r for r in good if not (r.cell.arm == "mix" and r.cell.learning_rate == 1e-3)]
-    assert run.compared_cells(study, failed) and comparison.best_rates(study, failed) == {
+    assert run.choose_test_cells(study, failed) and comparison.choose_best_rates(study, failed) == {
         ("lora", 4): 1e-3,
         ("mix", 4): 1e-2,
     }
-    assert not run.compared_cells(study, [r for r in good if r.cell.arm == "lora"])
+    assert not run.choose_test_cells(study, [r for r in good if r.cell.arm == "lora"])
     two = replace(
         study, tuning_subjects=(*study.tuning_subjects, replace(study.subjects[0], photos="other"))
     )
-    assert not run.compared_cells(two, good)  # a rate needs all of its subjects
+    assert not run.choose_test_cells(two, good)  # a rate needs all of its subjects
 
 
 def test_a_seed_that_is_still_being_run_does_not_empty_the_report(study, tmp_path):
@@ -308,7 +308,7 @@ def test_a_seed_that_is_still_being_run_does_not_empty_the_report(study, tmp_pat
 def test_equal_budget_means_the_nearest_number_of_parameters(study):
     frozen = {"mixer": "orthogonal", "train_mixer": False}
     study = replace(study, arms=study.arms | {"frozen": frozen}, ranks=(16,))
-    ranks = budget.budget_ranks(study)
+    ranks = budget.choose_ranks(study)
     assert ranks["lora", 16] == ranks["frozen", 16] == 16 and ranks["mix", 16] < 16
 
     def config(arm: str, rank: int) -> TrainConfig:
@@ -329,7 +329,7 @@ def test_the_counted_parameters_are_those_that_are_trained(study, tiny_base):
         config = TrainConfig.from_dict({**study.train, **settings, "rank": 4})
         unet = load_pipeline(tiny_base).unet
         add_adapters(config, {"unet": unet})
-        real = sum(p.numel() for _, p in adapter_parameters(unet))
+        real = sum(p.numel() for _, p in list_adapter_parameters(unet))
         assert budget.count_parameters(config, 4) == real
 
 
@@ -343,6 +343,6 @@ def test_another_adapter_of_the_users_folder_to_begin_with_is_another_cell(
     paths = set()
     for content in ("one", "other"):
         (tmp_path / "first.safetensors").write_text(content)
-        run.content_of.cache_clear()
-        paths.add(run.result_path(begun, Cell("test", "lora", 4, "test", 0, 1e-3), tmp_path))
+        run.digest_content.cache_clear()
+        paths.add(run.get_result_path(begun, Cell("test", "lora", 4, "test", 0, 1e-3), tmp_path))
     assert len(paths) == 2

@@ -10,13 +10,22 @@ import pytest
 
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.evaluation.reference_arms import TRAIN
+from dreambooth_moslora.evaluation.reference_arms import VERDICT_TRAIN
 from dreambooth_moslora.extras.lab import comparison
+from dreambooth_moslora.extras.lab.command_compare import build_study as study_of_words
 from dreambooth_moslora.extras.lab.command_compare import compare_arguments
-from dreambooth_moslora.extras.lab.command_compare import study_of as study_of_words
-from dreambooth_moslora.extras.lab.comparison import Result, best_rates, outcomes, summaries
+from dreambooth_moslora.extras.lab.comparison import (
+    CellResult,
+    choose_best_rates,
+    compare_arms,
+    summarize_arms,
+)
 from dreambooth_moslora.extras.lab.study import Cell, Study, StudySubject, load_study
-from dreambooth_moslora.extras.lab.study_report import difference_plot, finding, outcome_rows
+from dreambooth_moslora.extras.lab.study_report import (
+    build_outcome_rows,
+    format_finding,
+    plot_differences,
+)
 from tests.helpers.command_line import parse_train_config
 
 MIXERS = Path(__file__).parents[3] / "assets" / "studies" / "mixers.toml"
@@ -52,8 +61,8 @@ def study_of(text: str) -> Study:
 
 def test_the_cells_are_all_combinations_and_tuning_never_touches_the_test_subjects():
     study = study_of(study_text())
-    tuning = study.tuning_cells()
-    tests = study.test_cells({("lora", 4): 1e-4, ("mix", 4): 1e-3})
+    tuning = study.list_tuning_cells()
+    tests = study.list_test_cells({("lora", 4): 1e-4, ("mix", 4): 1e-3})
     assert len(tuning) == 2 * 2 and {cell.subject for cell in tuning} == {"t"}
     assert len(tests) == len(set(tests)) == 2 * 2 * 2 and {cell.subject for cell in tests} == {
         "a",
@@ -61,7 +70,7 @@ def test_the_cells_are_all_combinations_and_tuning_never_touches_the_test_subjec
     }
     assert {(cell.arm, cell.learning_rate) for cell in tests} == {("lora", 1e-4), ("mix", 1e-3)}
     cells = [Cell("test", arm, 4, "a", 7, 1e-3) for arm in ("lora", "mix")]
-    lora, mix = (study.config_of(cell, 4, Path("run")).to_dict() for cell in cells)
+    lora, mix = (study.build_config(cell, 4, Path("run")).to_dict() for cell in cells)
     assert {name for name in lora if lora[name] != mix[name]} == {"mixer"}, (
         "arms differ only in what they say"
     )
@@ -145,8 +154,8 @@ def test_runs_are_of_the_base_s_own_size_unless_it_is_given():
     bare = study_text().replace("resolution = 64\n", "")
     for text, sides in ((bare, [128, 128]), (bare + "resolution = 64\n", [128, 64])):
         study = study_of(text)
-        cells = study.test_cells(study.first_rates())[:2]
-        assert [study.config_of(cell, 4, Path("run")).resolution for cell in cells] == sides
+        cells = study.list_test_cells(study.get_first_rates())[:2]
+        assert [study.build_config(cell, 4, Path("run")).resolution for cell in cells] == sides
         assert "resolution" not in study.train, (
             "the digest of an arm that has a size is what it was"
         )
@@ -169,10 +178,11 @@ def test_a_damaged_subject_is_one_clear_line_and_one_without_facts_needs_its_pro
         Path("a/subject.json").write_text(text)
     with pytest.raises(UserError, match=complaint):
         study_of(study_text())
-    assert StudySubject.of("b").class_prompt == "a photo of a duck"
+    assert StudySubject.from_entry("b").class_prompt == "a photo of a duck"
     assert (
         text
-        or StudySubject.of({"photos": "a", "instance_prompt": "a photo of zwx cat"}).name == "a"
+        or StudySubject.from_entry({"photos": "a", "instance_prompt": "a photo of zwx cat"}).name
+        == "a"
     )
 
 
@@ -187,7 +197,7 @@ def test_the_shipped_study_is_the_one_that_was_promised(monkeypatch):
 
 def made_up(
     rng: np.random.Generator, gains: dict[str, float], subjects=6, seeds=2
-) -> tuple[Study, list[Result]]:
+) -> tuple[Study, list[CellResult]]:
     """Results in which each arm is better than `lora` by a known gain, under large differences
     between subjects."""
     names = tuple(StudySubject(f"s{n}", "a photo of a sks duck") for n in range(subjects))
@@ -203,17 +213,17 @@ def made_up(
                 )
                 pictures = {m: (shared_pictures + gain).tolist() for m in ("dino", "clip_t")}
                 cell = Cell("test", arm, 4, subject.name, seed, 1e-4)
-                results.append(Result(cell, scores, pictures, {"step_sec": 1.0, "rank": 4}))
+                results.append(CellResult(cell, scores, pictures, {"step_sec": 1.0, "rank": 4}))
     return study, results
 
 
 def test_pairing_finds_a_small_gain_that_unpaired_means_cannot():
     study, results = made_up(np.random.default_rng(0), {"better": 0.05, "equal": 0.0})
-    found = {o.arm: o for o in outcomes(study, results)}
+    found = {o.arm: o for o in compare_arms(study, results)}
     assert found["better"].differences["score"].low > 0.02
     equal = found["equal"].differences["score"]
     assert equal.low <= 0 <= equal.high
-    means = {s.arm: s.scores["score"] for s in summaries(results)}
+    means = {s.arm: s.scores["score"] for s in summarize_arms(results)}
     assert means["lora"].high > means["better"].low  # the arms' own intervals overlap
 
 
@@ -225,7 +235,7 @@ def test_one_pair_is_no_finding_whatever_its_sign():
         (1, ("as one subject at one seed has no interval",) * 2),
     ):
         study, results = made_up(np.random.default_rng(0), gains, subjects=size, seeds=1)
-        *lines, _ = finding(study, outcomes(study, results)).splitlines()
+        *lines, _ = format_finding(study, compare_arms(study, results)).splitlines()
         assert [line.endswith(verdict) for line, verdict in zip(lines, verdicts, strict=True)] == [
             True,
             True,
@@ -234,7 +244,7 @@ def test_one_pair_is_no_finding_whatever_its_sign():
 
 def test_there_are_a_column_and_a_panel_for_each_measure_that_was_taken():
     study, results = made_up(np.random.default_rng(0), {"other": 0.05})
-    header, (row,) = outcome_rows(outcomes(study, results))
+    header, (row,) = build_outcome_rows(compare_arms(study, results))
     assert (
         len(header) == len(row)
         and "Δ DINO" in header
@@ -245,7 +255,7 @@ def test_there_are_a_column_and_a_panel_for_each_measure_that_was_taken():
         result.scores.update(
             dict.fromkeys(("background_leak", "dino_bare"), 0.1 + 0.2 * (result.cell.arm != "lora"))
         )
-    header, (row,) = outcome_rows(outcomes(study, results))
+    header, (row,) = build_outcome_rows(compare_arms(study, results))
     for name in ("Leak", "DINO, bare prompt"):
         assert row[header.index(f"Δ {name}")] == "+0.200 [+0.200, +0.200]"
     assert titles(study, results) == [
@@ -262,7 +272,7 @@ def test_an_arm_without_a_measure_takes_no_panel_from_the_others():
     for result in results:
         if result.cell.arm != "shown":
             result.scores["dino_bare"] = 0.1
-    figure = difference_plot(outcomes(study, results), "lora")
+    figure = plot_differences(compare_arms(study, results), "lora")
     panels = {axis.get_title(): len(axis.containers) for axis in figure.axes}
     assert panels == {
         "subject (DINO)": 2,
@@ -272,8 +282,10 @@ def test_an_arm_without_a_measure_takes_no_panel_from_the_others():
     }
 
 
-def titles(study: Study, results: list[Result]) -> list[str]:
-    return [axis.get_title() for axis in difference_plot(outcomes(study, results), "lora").axes]
+def titles(study: Study, results: list[CellResult]) -> list[str]:
+    return [
+        axis.get_title() for axis in plot_differences(compare_arms(study, results), "lora").axes
+    ]
 
 
 def test_an_arm_that_draws_by_references_has_nothing_to_choose_and_gets_the_verdict():
@@ -286,21 +298,23 @@ def test_an_arm_that_draws_by_references_has_nothing_to_choose_and_gets_the_verd
         tuning_subjects=(StudySubject("t", "a photo of a sks duck"),),
         learning_rates=(1e-4, 1e-3),
     )
-    assert {cell.arm for cell in study.tuning_cells()} == {"lora", "close"}
-    assert study.first_rates()["shown", 4] == 0.0
+    assert {cell.arm for cell in study.list_tuning_cells()} == {"lora", "close"}
+    assert study.get_first_rates()["shown", 4] == 0.0
     for reference in ("lora", "shown"):
-        found = comparison.verdicts(replace(study, reference=reference), results)
+        found = comparison.compare_references(replace(study, reference=reference), results)
         assert list(found) == ["lora r4 against shown", "close r4 against shown"]
-        assert {verdict.words for verdict in found.values()} == {TRAIN}
-    assert not comparison.verdicts(replace(study, arms=study.arms | {"shown": {}}), results)
+        assert {verdict.conclusion for verdict in found.values()} == {VERDICT_TRAIN}
+    assert not comparison.compare_references(
+        replace(study, arms=study.arms | {"shown": {}}), results
+    )
 
 
 def test_wins_ties_and_losses_are_shares_of_pictures_and_an_arm_with_a_missing_cell_is_left_out():
     study, results = made_up(np.random.default_rng(1), {"better": 0.5, "equal": 0.0, "worse": -0.5})
-    found = {o.arm: o.wins["dino"] for o in outcomes(study, results)}
+    found = {o.arm: o.wins["dino"] for o in compare_arms(study, results)}
     assert found == {"better": (1.0, 0.0, 0.0), "equal": (0.0, 1.0, 0.0), "worse": (0.0, 0.0, 1.0)}
-    assert [o.arm for o in outcomes(study, results[:-1])] == ["better", "equal"]
-    assert "worse" not in [s.arm for s in summaries(results[:-1])]
+    assert [o.arm for o in compare_arms(study, results[:-1])] == ["better", "equal"]
+    assert "worse" not in [s.arm for s in summarize_arms(results[:-1])]
 
 
 def test_each_arm_gets_the_rate_that_was_best_for_it():
@@ -308,16 +322,16 @@ def test_each_arm_gets_the_rate_that_was_best_for_it():
     study = Study((one,), {"lora": {}, "mix": {}}, {}, tuple(tuned), learning_rates=(1e-4, 1e-3))
     scores = {("lora", 1e-4): 0.2, ("lora", 1e-3): 0.4, ("mix", 1e-4): 0.3, ("mix", 1e-3): 0.3}
     results = [
-        Result(Cell("tune", arm, 4, subject, 0, rate), {"score": score}, {}, {})
+        CellResult(Cell("tune", arm, 4, subject, 0, rate), {"score": score}, {}, {})
         for (arm, rate), score in scores.items()
         for subject in ("t", "u")
     ]
     own = replace(study, arms={**study.arms, "own": {"learning_rate": 5e-4}})
-    assert best_rates(own, results)["own", 4] == 5e-4 and all(
-        cell.arm != "own" for cell in own.tuning_cells()
+    assert choose_best_rates(own, results)["own", 4] == 5e-4 and all(
+        cell.arm != "own" for cell in own.list_tuning_cells()
     )
     # the lower one at a tie
-    assert best_rates(study, results) == {("lora", 4): 1e-3, ("mix", 4): 1e-4}
+    assert choose_best_rates(study, results) == {("lora", 4): 1e-3, ("mix", 4): 1e-4}
 
 
 def test_a_folder_and_a_word_are_a_study_of_its_mixers(capsys):
@@ -333,9 +347,9 @@ def test_a_folder_and_a_word_are_a_study_of_its_mixers(capsys):
     parser = argparse.ArgumentParser()
     compare_arguments(parser)
     study = study_of_words(parser.parse_args([photos, "rocket"]))
-    (cell, _, *_) = study.test_cells(study.first_rates())
+    (cell, _, *_) = study.list_test_cells(study.get_first_rates())
     alone, like_train = (
-        study.config_of(cell, cell.rank, Path("run")),
+        study.build_config(cell, cell.rank, Path("run")),
         parse_train_config([photos, "rocket"]),
     )
     own = {

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.extras.serving.catalogue import open_catalogue
-from dreambooth_moslora.extras.serving.drawer import Drawer
+from dreambooth_moslora.extras.serving.drawer import ImageWorker
 from dreambooth_moslora.extras.serving.front import Access, Front
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from tests.helpers.tiny_adapters import save_diffusers_lora
@@ -14,9 +14,9 @@ TOKEN = "correct-horse-battery"
 NAMES = ("dog", "cat", "emu")
 
 
-def shop_of(pipeline: SubjectPipeline, folder: Path, **options) -> tuple[Front, Drawer]:
+def shop_of(pipeline: SubjectPipeline, folder: Path, **options) -> tuple[Front, ImageWorker]:
     """The service in this process, without Ray."""
-    drawer = Drawer(pipeline, batch=2)
+    drawer = ImageWorker(pipeline, batch=2)
     catalogue = open_catalogue([str(folder)])
 
     async def facts() -> dict:

@@ -14,17 +14,17 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.serving import catalogue as catalogue_module
 from dreambooth_moslora.extras.serving.catalogue import (
     AdapterRef,
-    Order,
+    ImageOrder,
     RefusedError,
     open_catalogue,
     parse_order,
 )
-from dreambooth_moslora.extras.serving.drawer import Batches
+from dreambooth_moslora.extras.serving.drawer import BatchQueue
 
 
 @pytest.fixture(autouse=True)
 def lists_are_never_old_enough(monkeypatch):
-    monkeypatch.setattr(catalogue_module, "OLD_SEC", -1.0)
+    monkeypatch.setattr(catalogue_module, "MIN_LISTING_AGE_SEC", -1.0)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_files_runs_and_checkpoints_of_one_folder_or_several_have_names(folder, 
     """A link out of the folder is not served."""
     (folder.parent / "secret.safetensors").write_bytes(b"secret")
     (folder / "link.safetensors").symlink_to(folder.parent / "secret.safetensors")
-    found = set(open_catalogue([str(folder / place) for place in places]).names())
+    found = set(open_catalogue([str(folder / place) for place in places]).list_names())
     assert names <= found and "link" not in found and (len(places) > 1 or found == names)
 
 
@@ -63,7 +63,7 @@ def test_a_name_is_looked_up_and_never_a_path(folder):
 
 def test_a_new_file_is_seen_and_a_changed_one_has_another_version(folder):
     catalogue = open_catalogue([str(folder)])
-    assert {"dog", "cat", "rex"} <= set(catalogue.names())
+    assert {"dog", "cat", "rex"} <= set(catalogue.list_names())
     cat = catalogue.find("cat")
     assert Path(cat.place) == folder / "cat.safetensors" and catalogue.find("cat") == cat
     facts = (folder / "cat.safetensors").stat()
@@ -90,7 +90,7 @@ def test_the_command_tells_a_missing_folder_before_a_missing_library(
     assert "serve needs Ray Serve: pip install" in capsys.readouterr().err
 
 
-def order_of(**values) -> Order:
+def order_of(**values) -> ImageOrder:
     return parse_order(json.dumps(values).encode())
 
 
@@ -141,7 +141,7 @@ def test_a_mistake_is_one_line(body, word):
 def test_orders_of_one_batch_have_adapters_scales_and_size_in_common():
     def key(sha: str = "1", **values) -> tuple:
         order = order_of(prompt="a", adapter="rex", **values)
-        return Order(order.params, adapters=(AdapterRef("rex", "/rex", sha),)).batch_key
+        return ImageOrder(order.params, adapters=(AdapterRef("rex", "/rex", sha),)).batch_key
 
     assert key(seed=1, steps=2) == key(seed=2, steps=9)
     assert len({key(), key("2"), key(scale=0.5), key(height_px=64)}) == 4
@@ -153,15 +153,15 @@ def test_a_refusal_comes_whole_from_another_process():
 
 
 def test_a_batch_is_the_longest_waiting_item_and_others_of_its_key_and_a_favourite_delays_none():
-    batches = Batches(3)
+    batches = BatchQueue(3)
     for item in ("a1", "b1", "a2", "a3", "c1", "a4", "b2"):
         batches.put(item[0], item)
-    found = [(len(batches), batches.take()) for _ in range(5)]
+    found = [(len(batches), batches.dequeue_batch()) for _ in range(5)]
     assert found == [(7, ["a1", "a2", "a3"]), (4, ["b1", "b2"]), (2, ["c1"]), (1, ["a4"]), (0, [])]
-    batches, order = Batches(2), []
+    batches, order = BatchQueue(2), []
     for item in ("a1", "a2", "a3", "b1"):
         batches.put(item[0], item)
     for number in range(4, 7):
         batches.put("a", f"a{number}")
-        order += batches.take()
+        order += batches.dequeue_batch()
     assert order == ["a1", "a2", "a3", "a4", "b1"]

@@ -15,7 +15,7 @@ from starlette.datastructures import URL
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.serving import catalogue as catalogue_module
 from dreambooth_moslora.extras.serving import front as front_module
-from dreambooth_moslora.extras.serving.drawer import Drawer
+from dreambooth_moslora.extras.serving.drawer import ImageWorker
 from dreambooth_moslora.extras.serving.front import Access, Front, ServeSettings, build_front
 from dreambooth_moslora.generation.image_params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
@@ -27,7 +27,7 @@ class Shop:
     """A front and a drawer in this process."""
 
     front: Front
-    drawer: Drawer
+    drawer: ImageWorker
 
     def run(self, work: Callable[[httpx.AsyncClient], Awaitable], **headers: str):
         async def inside():
@@ -71,7 +71,7 @@ def pipeline(tiny_base) -> SubjectPipeline:
 
 @pytest.fixture
 def open_shop(pipeline, shelf, monkeypatch) -> Callable[..., Shop]:
-    monkeypatch.setattr(catalogue_module, "OLD_SEC", -1.0)
+    monkeypatch.setattr(catalogue_module, "MIN_LISTING_AGE_SEC", -1.0)
     return lambda folder=shelf, **options: Shop(*shop_of(pipeline, folder, **options))
 
 
@@ -188,7 +188,7 @@ def test_a_body_that_trickles_is_given_up(shop, monkeypatch):
             await asyncio.sleep(0.05)
 
     monkeypatch.setattr(front_module, "BODY_SEC", 0.05)
-    assert shop.post(endless()) == 408 and shop.front.inside == 0
+    assert shop.post(endless()) == 408 and shop.front.active_requests == 0
 
 
 def test_more_than_may_wait_are_told_when_to_come_back(open_shop):
@@ -203,7 +203,7 @@ def test_a_request_ends_at_its_time_limit_and_its_picture_is_left(open_shop):
     shop = open_shop(request_timeout_sec=0.3)
     answers = shop.ask(order(steps=100), order("cat", steps=100), order("emu", steps=100))
     assert [answer.status_code for answer in answers] == [504] * 3
-    assert len(shop.drawer.batches) == 0 and shop.front.inside == 0
+    assert len(shop.drawer.batches) == 0 and shop.front.active_requests == 0
     shop.front.request_timeout_sec = 60.0
     assert shop.ask(order())[0].status_code == 200
 

@@ -11,19 +11,19 @@ import psutil
 import pytest
 import torch
 
-from dreambooth_moslora.extras.serving.command_serve import NEEDED
-from dreambooth_moslora.extras.serving.front import PATIENCE, ServeSettings
+from dreambooth_moslora.extras.serving.command_serve import REQUIRED_PACKAGES
+from dreambooth_moslora.extras.serving.front import RAY_TIMEOUTS, ServeSettings
 from dreambooth_moslora.generation.image_params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from tests.extras.serving.conftest import NAMES, TOKEN
 
-pytestmark = [pytest.mark.slow, pytest.mark.extra(*NEEDED)]
+pytestmark = [pytest.mark.slow, pytest.mark.extra(*REQUIRED_PACKAGES)]
 
 
 @pytest.fixture(scope="module")
 def service(shelf, tiny_base):
     """An httpx client of it, and the folder of its adapters."""
-    from dreambooth_moslora.extras.cluster.ray_fleet import connected
+    from dreambooth_moslora.extras.cluster.ray_fleet import connect
 
     settings = ServeSettings(
         adapters=(str(shelf),),
@@ -38,13 +38,13 @@ def service(shelf, tiny_base):
     url, bearer = f"http://127.0.0.1:{settings.port}", {"Authorization": f"Bearer {TOKEN}"}
     with pytest.MonkeyPatch.context() as patch:
         # whatever the person has set
-        for name, value in (PATIENCE | {"RAY_AUTH_MODE": "disabled"}).items():
+        for name, value in (RAY_TIMEOUTS | {"RAY_AUTH_MODE": "disabled"}).items():
             patch.setenv(name, value)
-        with connected(None):
-            from dreambooth_moslora.extras.serving.ray_serve import listening
+        with connect(None):
+            from dreambooth_moslora.extras.serving.ray_serve import serve_until_exit
 
             client = httpx.Client(base_url=url, headers=bearer, timeout=120, trust_env=False)
-            with listening(settings, alone=True), client:
+            with serve_until_exit(settings, alone=True), client:
                 yield client, shelf
 
 

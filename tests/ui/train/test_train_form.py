@@ -9,7 +9,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.train_config import SETTINGS, TrainConfig
 from dreambooth_moslora.ui.train.train_form import (
     TrainForm,
-    rows,
+    list_form_fields,
 )
 
 DOG = {"token": "sks", "class_word": "dog"}
@@ -27,7 +27,9 @@ def photos(tmp_path):
 
 def config_of(photos, base: str = "toy", **values) -> TrainConfig:
     form = TrainForm(**DOG | values)
-    return TrainConfig.from_dict(form.choices(base, 128, photos, photos.parent / "run").all)
+    return TrainConfig.from_dict(
+        form.choose_settings(base, 128, photos, photos.parent / "run").all_settings
+    )
 
 
 def values_in(config: TrainConfig, *names: str) -> list:
@@ -35,18 +37,20 @@ def values_in(config: TrainConfig, *names: str) -> list:
 
 
 def test_prompts_follow_from_two_words_and_the_run_from_both(photos):
-    assert TrainForm(" sks ", "guinea  pig").prompts("toy") == (
+    assert TrainForm(" sks ", "guinea  pig").build_prompts("toy") == (
         "a photo of a sks guinea pig",
         "a photo of a guinea pig",
     )
-    assert TrainForm(class_word="ink", subject="style").prompts("toy") == (
+    assert TrainForm(class_word="ink", subject="style").build_prompts("toy") == (
         "a picture in ink style",
         None,
     )
     # What was typed before the kind was chosen stands in fields that a style does not show.
     hidden = {"token": "", "prior_weight": 0.5, "make_masks": True}
     form = TrainForm(class_word="ink", subject="style", **hidden)
-    config = TrainConfig.from_dict(form.choices("toy", 128, photos, photos.parent / "run").all)
+    config = TrainConfig.from_dict(
+        form.choose_settings("toy", 128, photos, photos.parent / "run").all_settings
+    )
     assert values_in(config, "token", "masks", "prior_loss_weight") == ["ink", "given", 1.0]
     config = config_of(photos)
     assert (config.instance_prompt, config.class_prompt) == (
@@ -89,8 +93,8 @@ def test_masks_and_scores_are_chosen_by_the_base_unless_the_form_says_so(
         assert (config.masks == "auto", bool(config.evaluate_steps)) == (wanted, wanted)
         said = dict(
             TrainForm("sks", "dog", make_masks=value, scores=value)
-            .choices(base, 128, photos, photos)
-            .said
+            .choose_settings(base, 128, photos, photos)
+            .notes
         )
         reasons = {words.partition(":")[0] for words in said}
         assert ("masks" in reasons) == (wanted == usual) and ("scores" in reasons) == (
@@ -99,7 +103,7 @@ def test_masks_and_scores_are_chosen_by_the_base_unless_the_form_says_so(
 
 
 def test_every_row_fills_an_existing_setting_within_its_bounds():
-    for name, row in rows().items():
+    for name, row in list_form_fields().items():
         assert not row.setting or row.setting in SETTINGS, name
         assert not row.values or row.default in row.values, name
 

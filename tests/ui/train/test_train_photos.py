@@ -10,37 +10,37 @@ import PIL.Image
 import PIL.ImageFilter
 import pytest
 
-from dreambooth_moslora.disk.contents import file_digest
-from dreambooth_moslora.disk.paths import assets_folder
+from dreambooth_moslora.disk.contents import hash_file
+from dreambooth_moslora.disk.paths import get_assets_folder
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.augment import CropRule, apply_crop
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import open_rgb
-from dreambooth_moslora.photos.quality import plans_of
+from dreambooth_moslora.photos.quality import plan_crops
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.ui.page import build_app
-from dreambooth_moslora.ui.photo_copies import kept_photos, take_photos
+from dreambooth_moslora.ui.photo_copies import copy_photos, list_photo_copies
 from dreambooth_moslora.ui.train import train_form
-from dreambooth_moslora.ui.train.mask_pictures import shown_masks
+from dreambooth_moslora.ui.train.mask_pictures import collect_masks
 from dreambooth_moslora.ui.train.train_form import TrainForm
 from dreambooth_moslora.ui.train.train_photos import (
     add_photos,
-    cards_of,
-    keep_captions,
+    build_cards,
+    build_review,
     remove_photo,
-    review_kept,
+    write_captions,
 )
 
 HALF = "a \ud800"
 """JSON can hold a lone surrogate."""
-TOYS = assets_folder() / "subjects" / "rocket"
+TOYS = get_assets_folder() / "subjects" / "rocket"
 ROCKET = TrainForm("sks", "rocket")
 
 
 def config_of(workspace, form: TrainForm = ROCKET, base: str = "toy", **values) -> TrainConfig:
     form = replace(form, **values)
     return TrainConfig.from_dict(
-        form.choices(base, 128, workspace.photos_dir, workspace.root / "run").all
+        form.choose_settings(base, 128, workspace.photos_dir, workspace.root / "run").all_settings
     )
 
 
@@ -64,7 +64,7 @@ def test_photos_are_numbered_as_they_are_taken_and_each_fault_is_told(tmp_path, 
     names = ("letter.jpg", "turned.png", "good.png", "twin.png", "soft.png", "tiny.png")
     ctx = SimpleNamespace(resolution_px=64, base_name="some/base", workspace=workspace)
     files = [str(tmp_path / name) for name in names]
-    found = review_kept(ctx, ROCKET, take_photos(files, workspace.photos_dir))
+    found = build_review(ctx, ROCKET, copy_photos(files, workspace.photos_dir))
     assert [p.name for p in sorted(workspace.photos_dir.iterdir())] == [
         f"photo_0{n}.png" for n in range(1, 6)
     ]
@@ -115,7 +115,7 @@ def test_added_photos_come_after_the_others_equal_ones_count_once_and_a_removed_
         and len(set(before)) == 3
     )
     remove_photo(workspace, "0" * 64)
-    remove_photo(workspace, file_digest(workspace.photos_dir / "photo_02.png"))
+    remove_photo(workspace, hash_file(workspace.photos_dir / "photo_02.png"))
     assert (
         colours(workspace) == [before[0], before[2]]
         and (workspace.photos_dir / "photo_02.mask.png").is_file()
@@ -125,16 +125,16 @@ def test_added_photos_come_after_the_others_equal_ones_count_once_and_a_removed_
 def test_a_caption_is_kept_beside_its_photo_and_moves_up_with_it(tmp_path, workspace, tab):
     PIL.Image.new("RGB", (9, 9), "red").save(tmp_path / "tiny.png")
     add_photos([str(tmp_path / "tiny.png"), *drawn(tmp_path, 1, 2)], workspace)
-    tiny, one, two = map(file_digest, kept_photos(workspace.photos_dir))
-    keep_captions(workspace, [["../../x", "a"], ["", "a"], [one, " on a \n beach"], [two, HALF]])
+    tiny, one, two = map(hash_file, list_photo_copies(workspace.photos_dir))
+    write_captions(workspace, [["../../x", "a"], ["", "a"], [one, " on a \n beach"], [two, HALF]])
     # A photo that is not used has a row, too.
-    found = review_kept(tab, ROCKET)
+    found = build_review(tab, ROCKET)
     used = [remark.partition(":")[0] for _, remark in found.crops]
     assert used[:2] == ["not used", "too small for the resolution"]
     remove_photo(workspace, tiny)
-    told = [(card["photo"], card["caption"]) for card in cards_of(review_kept(tab, ROCKET))]
+    told = [(card["photo"], card["caption"]) for card in build_cards(build_review(tab, ROCKET))]
     assert told == [(one, "on a beach"), (two, "a ?")]
-    keep_captions(workspace, [[one, ""]])
+    write_captions(workspace, [[one, ""]])
     texts = [file.relative_to(workspace.photos_dir) for file in tmp_path.rglob("*.txt")]
     assert list(map(str, texts)) == ["photo_02.txt"]
 
@@ -144,16 +144,16 @@ def test_the_crops_shown_are_those_of_the_very_run(tmp_path, workspace, base, se
     x, y = np.meshgrid(np.arange(400) % 256, np.arange(200))
     PIL.Image.fromarray(np.stack([x, y, x], 2).astype(np.uint8)).save(tmp_path / "wide.png")
     ctx = SimpleNamespace(resolution_px=128, base_name=base, workspace=workspace)
-    take_photos([str(tmp_path / "wide.png")], workspace.photos_dir)
-    found = review_kept(ctx, TrainForm(seed=seed))
+    copy_photos([str(tmp_path / "wide.png")], workspace.photos_dir)
+    found = build_review(ctx, TrainForm(seed=seed))
     (photo,) = find_photos(workspace.photos_dir, "", 128).photos
     plans = (
-        next(plans_of(photo, 0, config_of(workspace, base=base, seed=seed))),
+        next(plan_crops(photo, 0, config_of(workspace, base=base, seed=seed))),
         CropRule(128, center_crop=True),
     )
     crops = [
         apply_crop(open_rgb(photo), plan)
-        for plan in (plans[0], plans[1].plan(photo.size_px, random.Random(0)))
+        for plan in (plans[0], plans[1].plan_crop(photo.size_px, random.Random(0)))
     ]
     assert [np.array_equal(pixels(found.crops[0][0]), pixels(crop)) for crop in crops] == [
         True,
@@ -163,11 +163,11 @@ def test_the_crops_shown_are_those_of_the_very_run(tmp_path, workspace, base, se
 
 def test_a_field_that_moves_the_crops_draws_the_grid_anew(context, monkeypatch):
     """Another number moves them too, if its row says so."""
-    rows = train_form.rows()
+    rows = train_form.list_form_fields()
     rows["rank"] = replace(rows["rank"], moves_crops=True)
-    monkeypatch.setattr(train_form, "rows", lambda: rows)
+    monkeypatch.setattr(train_form, "list_form_fields", lambda: rows)
     page = build_app(context())
-    again = next(event for event in page.fns.values() if event.name == "again")
+    again = next(event for event in page.fns.values() if event.name == "update_review")
     labels = {number: getattr(block, "label", None) for number, block in page.blocks.items()}
     targets = {(labels.get(number), trigger) for number, trigger in again.targets}
     assert targets - {(None, "load")} == {("Seed", "blur"), ("Subject", "input"), ("Rank", "blur")}
@@ -183,21 +183,21 @@ def masked(tmp_path, workspace):
         left = PIL.Image.new("L", photo.size, 0)
         left.paste(255, (0, 0, photo.width // 2, photo.height))
     left.save(files[2])
-    take_photos([str(path) for path in files], workspace.photos_dir)
+    copy_photos([str(path) for path in files], workspace.photos_dir)
     return workspace
 
 
 def test_masks_are_shown_as_the_run_has_them(masked, tab):
-    given, made = shown_masks(config_of(masked), masked)
+    given, made = collect_masks(config_of(masked), masked)
     assert (given.photo.path.name, given.remark, made.remark) == ("photo_01.png", "", "")
     # the run makes it, as it was shown
     assert not (masked.photos_dir / "photo_02.mask.png").exists()
-    (of_given, _), (bare, _) = review_kept(tab, ROCKET).crops
+    (of_given, _), (bare, _) = build_review(tab, ROCKET).crops
     masks = {mask.photo.path: mask.path for mask in (given, made)}
-    (same, _), (lined, _) = review_kept(tab, ROCKET, masks=masks).crops
+    (same, _), (lined, _) = build_review(tab, ROCKET, masks=masks).crops
     assert np.array_equal(pixels(of_given), pixels(same))
     # A line around the subject, and nothing else, is of another colour.
     changed = np.abs(pixels(lined).astype(int) - pixels(bare)).max(axis=2) > 60
     assert 0.005 < changed.mean() < 0.15
-    bare = shown_masks(config_of(masked, make_masks=False), masked)
+    bare = collect_masks(config_of(masked, make_masks=False), masked)
     assert [mask.remark for mask in bare] == ["", "no mask: all of it is learned"]

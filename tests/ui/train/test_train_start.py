@@ -11,8 +11,8 @@ import pytest
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.plan import agreement
 from dreambooth_moslora.plan.base_size import BaseSize
-from dreambooth_moslora.plan.memory import estimate
-from dreambooth_moslora.plan.memory_plans import memory_settings
+from dreambooth_moslora.plan.memory import estimate_memory
+from dreambooth_moslora.plan.memory_plans import choose_memory_settings
 from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings.config_files import load_settings
 from dreambooth_moslora.settings.train_config import TrainConfig
@@ -21,10 +21,10 @@ from dreambooth_moslora.ui.train.train_form import (
     TrainForm,
 )
 from dreambooth_moslora.ui.train.train_start import (
+    build_config,
     estimate_cost,
     free_run_dir,
-    prepared,
-    settings_of,
+    prepare_run,
     start_run,
 )
 from tests.helpers.command_line import parse_train_config
@@ -59,9 +59,9 @@ def test_any_word_names_a_run_whose_folder_is_free(jobs, words, name):
 
 def test_what_is_started_has_the_photos_and_captions_and_its_cost_is_two_numbers(workspace, tab):
     (workspace.photos_dir / "photo_01.txt").write_text("a yellow duck")
-    with prepared(tab, DUCK) as run:
+    with prepare_run(tab, DUCK) as run:
         assert run.run_dir.name == "duck"
-        folder, said = Path(run.settings["instance_data_dir"]), " ".join(run.said)
+        folder, said = Path(run.settings["instance_data_dir"]), " ".join(run.lines)
         assert len(list(folder.glob("*.png"))) == 5
         assert (folder / "photo_01.txt").read_text() == "a yellow duck"
     for words in ("from 5 photos.", "“a photo of a sks duck” will show your subject."):
@@ -80,7 +80,7 @@ def test_a_start_that_fails_leaves_no_photos_and_no_taken_name(
         raise OSError("disk full")
 
     page = context()
-    spawn = (page_jobs.processes, "start_logged")
+    spawn = (page_jobs.processes, "start_process")
     targets = {
         "start": (page.jobs, "start"),
         "spawn": spawn,
@@ -113,7 +113,7 @@ def config_of(
     form: TrainForm, photos, base: str = "owner/sdxl", resolution_px: int = 1024
 ) -> TrainConfig:
     return TrainConfig.from_dict(
-        form.choices(base, resolution_px, photos, photos.parent / "run").all
+        form.choose_settings(base, resolution_px, photos, photos.parent / "run").all_settings
     )
 
 
@@ -129,7 +129,7 @@ def test_the_form_is_the_recipe_and_what_the_command_chooses_and_memory_goes_by_
         n: config.to_dict()[n] for n in recipe.keys() - own
     }
     assert plan_steps(config, 5).total_steps == recipe["max_train_steps"]
-    monkeypatch.setattr(agreement, "least_free_gib", lambda: 0.95 * gb)
+    monkeypatch.setattr(agreement, "get_min_free_gib", lambda: 0.95 * gb)
     command = parse_train_config(
         [str(photos), "dog", "--pretrained_model_name_or_path", "owner/sdxl"]
     )
@@ -138,15 +138,15 @@ def test_the_form_is_the_recipe_and_what_the_command_chooses_and_memory_goes_by_
         {n: v for n, v in c.to_dict().items() if n not in left_out} for c in (config, command)
     )
     assert mine == its and (config.memory, config.seed) == ("auto", 0)
-    planned = replace(config, **memory_settings(config, Base.of(config), 0.95 * gb))
-    assert estimate(planned, BaseSize(), 400).peak_gib <= 0.95 * gb
+    planned = replace(config, **choose_memory_settings(config, Base.of(config), 0.95 * gb))
+    assert estimate_memory(planned, BaseSize(), 400).peak_gib <= 0.95 * gb
     assert config.crops_per_photo == recipe.get("crops_per_photo", 1)
 
 
 def test_the_crops_shown_have_sides_that_the_bases_patches_divide(workspace, context):
     PIL.Image.new("RGB", (160, 90)).save(workspace.photos_dir / "photo_01.png")
     pages = [context(name=base, resolution_px=128) for base in ("toy", "toy-zimage")]
-    assert [settings_of(page, DUCK).bucket_reso_steps for page in pages] == [8, 16]
+    assert [build_config(page, DUCK).bucket_reso_steps for page in pages] == [8, 16]
 
 
 @pytest.mark.parametrize(

@@ -9,21 +9,21 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from dreambooth_moslora.disk.events import Metrics
-from dreambooth_moslora.disk.process_identity import birth_of
-from dreambooth_moslora.disk.queue import locked
+from dreambooth_moslora.disk.events import EventLog
+from dreambooth_moslora.disk.process_identity import read_process_start
+from dreambooth_moslora.disk.queue import lock_folder
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, phase_of
+from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, find_phase
 from dreambooth_moslora.ui.state import AdapterCatalog
 from dreambooth_moslora.ui.train.run_cards import (
-    LEARNED,
-    NOT_LEARNED,
-    status_card,
-    verdict_card,
+    LEARNED_SENTENCE,
+    NOT_LEARNED_SENTENCE,
+    render_status,
+    render_verdict,
 )
-from dreambooth_moslora.ui.train.run_list import run_cards
-from dreambooth_moslora.ui.train.run_view import MAX_SAMPLES_SHOWN, samples_of, watched
-from dreambooth_moslora.ui.train.train_form import in_the_forms_words
+from dreambooth_moslora.ui.train.run_list import build_run_cards
+from dreambooth_moslora.ui.train.run_view import MAX_SAMPLES_SHOWN, list_changes, list_samples
+from dreambooth_moslora.ui.train.train_form import replace_flags
 from tests.ui.conftest import handler, recorded
 
 PUBLISHED = "pytorch_lora_weights.safetensors"
@@ -55,14 +55,14 @@ def run(tmp_path):
 @pytest.fixture
 def look(tmp_path, workspace):
     """What the page shows of that run."""
-    return lambda: watched(Jobs(tmp_path / "runs"), "dog", None, workspace)
+    return lambda: list_changes(Jobs(tmp_path / "runs"), "dog", None, workspace)
 
 
 def test_the_card_names_the_best_step_which_is_on_the_shelf_and_offers_all_files_of_the_run(
     run, look, tmp_path, workspace
 ):
     catalog = AdapterCatalog(tmp_path / "adapters", tmp_path / "runs", workspace)
-    assert catalog.files() == {"dog": run / PUBLISHED, "dog@best": run / "best" / PUBLISHED}
+    assert catalog.list_files() == {"dog": run / PUBLISHED, "dog@best": run / "best" / PUBLISHED}
     now = look()
     for words in ("Step 20 was the best", "Next: the score fell from 0.50 at step 20"):
         assert words in now["status"]
@@ -87,7 +87,7 @@ def test_the_card_names_the_best_step_which_is_on_the_shelf_and_offers_all_files
     assert now["download"].label == "Download the LoRA"
     assert "Nothing was measured" in now["status"] and "Next: “Draw with it”" in now["status"]
     run.rename(run.with_name("best"))  # a run of that name is a run
-    assert set(catalog.files()) == {"best", "best@best"}
+    assert set(catalog.list_files()) == {"best", "best@best"}
 
 
 def test_the_verdict_on_a_short_run_names_the_exposures_and_where_its_file_goes(tmp_path):
@@ -97,17 +97,17 @@ def test_the_verdict_on_a_short_run_names_the_exposures_and_where_its_file_goes(
         copy.touch()
     config = {"instance_prompt": "a photo of sks bear", "train_batch_size": 4}
     short = [{"type": "start", "config": config}, {"type": "step", "step": 10}]
-    said = verdict_card(written(tmp_path, *short), tmp_path, has_best=False)
+    said = render_verdict(written(tmp_path, *short), tmp_path, has_best=False)
     for words in ("Next: each photo was shown 8 times", "models/loras", "“sks bear”"):
         assert words in said
     assert "nothing was scored" not in said and "Draw with it" not in said
     scores = {"type": "evaluation", "step": 10, "dino": 0.47, "dino_base": 0.0}
-    said = verdict_card(written(tmp_path, *short, scores), tmp_path, has_best=False)
+    said = render_verdict(written(tmp_path, *short, scores), tmp_path, has_best=False)
     assert "It has begun to learn your subject" in said
     whole = [short[0], {"type": "step", "step": 200}]
-    for now, words in ((0.47, LEARNED), (0.05, NOT_LEARNED)):
+    for now, words in ((0.47, LEARNED_SENTENCE), (0.05, NOT_LEARNED_SENTENCE)):
         told = written(tmp_path, *whole, scores | {"dino": now})
-        assert words.format(0, now) in verdict_card(told, tmp_path, has_best=False)
+        assert words.format(0, now) in render_verdict(told, tmp_path, has_best=False)
 
 
 def test_the_verdict_on_a_style_is_by_its_score_and_names_it_as_a_prompt_does(tmp_path):
@@ -115,12 +115,12 @@ def test_the_verdict_on_a_style_is_by_its_score_and_names_it_as_a_prompt_does(tm
     config = {"instance_prompt": "a picture in dusk style", "subject": "style"}
     scores = {"type": "evaluation", "step": 200, "dino": 0.05, "dino_base": 0.0, "style": 0.77}
     events = [{"type": "start", "config": config}, {"type": "step", "step": 200}, scores]
-    said = verdict_card(written(tmp_path, *events), tmp_path, has_best=False)
+    said = render_verdict(written(tmp_path, *events), tmp_path, has_best=False)
     assert "rose from 0% to 77%" in said and "write “in dusk style” in the prompt" in said
 
     # Above 1, a style is as like as it can be.
     events[-1] = scores | {"style": 2.2}
-    said = verdict_card(written(tmp_path, *events), tmp_path, has_best=False)
+    said = render_verdict(written(tmp_path, *events), tmp_path, has_best=False)
     assert "rose from 0% to 100%" in said
 
 
@@ -142,7 +142,7 @@ def test_the_verdict_on_a_style_is_by_its_score_and_names_it_as_a_prompt_does(tm
     ],
 )
 def test_advice_names_what_the_form_has_and_not_the_flag(advice, words):
-    assert in_the_forms_words(advice).endswith(words)
+    assert replace_flags(advice).endswith(words)
 
 
 def test_the_newest_run_is_shown_at_first(context):
@@ -158,21 +158,23 @@ def test_the_newest_run_is_shown_at_first(context):
 
 def test_a_run_that_is_gone_is_told(tmp_path, workspace):
     jobs = Jobs(tmp_path)
-    recorded(tmp_path / "dog", birth=birth_of(os.getpid()))
+    recorded(tmp_path / "dog", birth=read_process_start(os.getpid()))
     recorded(tmp_path / "other")
-    seen = watched(jobs, "dog", None, workspace)
-    assert seen["stop"].visible and watched(jobs, "dog", seen["seen"], workspace) == {}
+    seen = list_changes(jobs, "dog", None, workspace)
+    assert seen["stop"].visible and list_changes(jobs, "dog", seen["seen"], workspace) == {}
     shutil.rmtree(tmp_path / "dog")
-    now = watched(jobs, "dog", seen["seen"], workspace)
+    now = list_changes(jobs, "dog", seen["seen"], workspace)
     assert "not there any more" in now["status"] and now["run"] == ""
-    assert watched(jobs, None, None, workspace) == {}
+    assert list_changes(jobs, None, None, workspace) == {}
 
 
 def test_a_run_that_was_stopped_is_stopping_until_its_process_has_ended(tmp_path):
     """It takes the request away a moment before."""
     ended = {"type": "end", "state": "interrupted", "step": 4}
-    job = recorded(tmp_path / "dog", {"type": "start"}, ended, birth=birth_of(os.getpid()))
-    assert Jobs(tmp_path).state(job).state == "stopping"
+    job = recorded(
+        tmp_path / "dog", {"type": "start"}, ended, birth=read_process_start(os.getpid())
+    )
+    assert Jobs(tmp_path).get_state(job).state == "stopping"
 
 
 def test_events_of_gigabytes_are_not_read_and_the_card_names_their_file(tmp_path, look):
@@ -190,23 +192,23 @@ def test_the_card_tells_of_a_first_step_after_the_last_photo_and_of_a_checkpoint
         {"type": "phase", "phase": "caching", "done": 3, "total": 4},
         {"type": "step", "step": 7, "eta_sec": 90},
     )
-    assert phase_of([encoding]) == "caching"
-    last = phase_of([encoding, encoding | {"done": 4}])
-    assert "Step 1 of 400" in status_card(JobState("running", 0, 400, last), Metrics(tmp_path))
+    assert find_phase([encoding]) == "caching"
+    last = find_phase([encoding, encoding | {"done": 4}])
+    assert "Step 1 of 400" in render_status(JobState("running", 0, 400, last), EventLog(tmp_path))
     drawing = [encoding | {"done": 4}, {"type": "phase", "phase": "sampling"}]
-    assert phase_of(drawing) == "sampling"
-    trains = JobState("running", 7, 400, phase_of([*drawing, step]))
-    told = status_card(trains, written(tmp_path, *drawing, step))
+    assert find_phase(drawing) == "sampling"
+    trains = JobState("running", 7, 400, find_phase([*drawing, step]))
+    told = render_status(trains, written(tmp_path, *drawing, step))
     assert "Step 7 of 400" in told and "about 1 min 30 s left" in told
     scores = JobState("running", 7, 400, "evaluating")
-    assert "left" not in status_card(scores, written(tmp_path, step))
+    assert "left" not in render_status(scores, written(tmp_path, step))
     early = JobState("interrupted", 0, 100, "", "stopped before the first step")
-    assert "Stopped before the first step." in status_card(early, Metrics(tmp_path))
-    assert "checkpoint is written" in status_card(replace(early, message=""), Metrics(tmp_path))
+    assert "Stopped before the first step." in render_status(early, EventLog(tmp_path))
+    assert "checkpoint is written" in render_status(replace(early, message=""), EventLog(tmp_path))
 
 
-def written(tmp_path, *events) -> Metrics:
-    return Metrics(recorded(tmp_path, *events).run_dir / "metrics.jsonl").refresh()
+def written(tmp_path, *events) -> EventLog:
+    return EventLog(recorded(tmp_path, *events).run_dir / "metrics.jsonl").refresh()
 
 
 def drawn(tmp_path, steps, *more: str) -> list[dict]:
@@ -221,11 +223,11 @@ def drawn(tmp_path, steps, *more: str) -> list[dict]:
 
 def test_the_newest_samples_are_shown_first_and_nothing_from_elsewhere(tmp_path, workspace):
     metrics = written(tmp_path, *drawn(tmp_path, (0, 10), "../../etc/passwd"))
-    shown = samples_of(Job(tmp_path, 1, ""), metrics, workspace)
+    shown = list_samples(Job(tmp_path, 1, ""), metrics, workspace)
     assert [caption for _, caption in shown] == ["step 10", "before"]
     assert all(Path(path).is_relative_to(workspace.folder) for path, _ in shown)
     metrics = written(tmp_path, *drawn(tmp_path, range(40)))
-    shown = [caption for _, caption in samples_of(Job(tmp_path, 1, ""), metrics, workspace)]
+    shown = [caption for _, caption in list_samples(Job(tmp_path, 1, ""), metrics, workspace)]
     assert shown == [f"step {step}" for step in range(39, 39 - MAX_SAMPLES_SHOWN, -1)]
 
 
@@ -240,12 +242,12 @@ def test_runs_of_a_terminal_are_listed_and_those_that_saved_nothing_are_not(tmp_
             (run / saved).write_text("x")
             (run / "samples").mkdir()
     PIL.Image.new("RGB", (300, 200)).save(tmp_path / "terminal" / "samples" / "0.png")
-    (card,) = run_cards(jobs)
+    (card,) = build_run_cards(jobs)
     assert (card["run"], card["state"]) == ("terminal", "stopped · step 20")
     assert card["picture"].startswith("data:image/jpeg") and card["date"]
     # While a terminal trains, it holds the folder, and the page cannot stop it.
-    with locked(tmp_path / "empty"):
-        states = {card["run"]: card["state"] for card in run_cards(jobs)}
-        assert states["empty"] == "training · step 20" and jobs.current().name == "empty"
+    with lock_folder(tmp_path / "empty"):
+        states = {card["run"]: card["state"] for card in build_run_cards(jobs)}
+        assert states["empty"] == "training · step 20" and jobs.find_active_job().name == "empty"
         with pytest.raises(UserError, match="begun in a terminal"):
             jobs.stop("empty")
