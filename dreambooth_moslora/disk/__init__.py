@@ -1,1 +1,1 @@
-"""A run on the disk: its folder, its events, the processes that train, and the queue of runs."""
+"""Files of a run: its folder, its events, the processes that train, and the queue of runs."""

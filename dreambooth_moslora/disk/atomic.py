@@ -1,5 +1,4 @@
-"""Whole files and folders: they appear complete, by temporary name, fsync and rename, or not at
-all."""
+"""Files and folders that appear complete or not at all: temporary name, fsync, rename."""
 
 import logging
 import os
@@ -14,14 +13,14 @@ from filelock import lock_descriptor
 
 from dreambooth_moslora.disk.process_identity import get_current_token, get_host_id, is_running
 
-# The name of a temporary: whose it becomes, who made it on which host, and whether it is the new
-# content or the old.
 TEMPORARY_NAME = re.compile(
     r"\.(?P<name>.+)\.(?P<pid>[0-9]{1,9})-(?P<token>[0-9a-f]{8})(-(?P<host>[0-9a-f]{8}))?"
     r"\.(?P<kind>new|old)"
 )
+"""Name of a temporary: the final name, the process and host that made it, and whether it holds the
+new content or the old."""
 MAX_FOREIGN_AGE_SEC = 24 * 60 * 60.0
-"""How long a temporary of another host is left alone: whether its process runs is not known."""
+"""Age from which a temporary of another host is removed: whether its process runs is unknown."""
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -43,13 +42,16 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 OPEN_FILE_ERRORS = (5, 32)
 """Errors of Windows for a file that another program has open (ERROR_ACCESS_DENIED,
 ERROR_SHARING_VIOLATION)."""
-RENAME_TIMEOUT_SEC = 10.0  # How long a rename is tried again,
-RENAME_RETRY_SEC = 0.1  # and how often.
+RENAME_TIMEOUT_SEC = 10.0
+RENAME_RETRY_SEC = 0.1
 
 
 def rename_with_retry(source: Path, target: Path) -> None:
-    """`os.replace`, tried again for WAIT_SEC while another program has a file there open, which
-    only Windows refuses: a viewer, or a scanner of viruses. Raises the last PermissionError."""
+    """Call `os.replace`, and again for RENAME_TIMEOUT_SEC while another program has a file open.
+
+    Only Windows refuses that: the program may be a viewer, or a scanner of viruses. Raises the last
+    PermissionError.
+    """
     end = time.monotonic() + RENAME_TIMEOUT_SEC
     while True:
         try:
@@ -62,8 +64,8 @@ def rename_with_retry(source: Path, target: Path) -> None:
 
 @contextmanager
 def make_scratch_directory(folder: Path, name: str = "scratch") -> Iterator[Path]:
-    """A folder in `folder` for the length of the block. Folders that a killed process left are
-    removed."""
+    """Create a folder in `folder` for the duration of the block, and remove those of killed
+    processes."""
     clean_temporaries(folder)
     scratch = build_temporary_path(folder / name, "new")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -77,8 +79,7 @@ def make_scratch_directory(folder: Path, name: str = "scratch") -> Iterator[Path
 
 @contextmanager
 def write_atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; it is renamed to `path` when the block ends without
-    an error."""
+    """Yield a temporary folder, which is renamed to `path` when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with make_scratch_directory(path.parent, path.name) as temporary:
@@ -92,7 +93,7 @@ def write_atomic_directory(path: Path) -> Iterator[Path]:
 
         # The old folder steps aside, and comes back if the new one cannot take its place.
         old = build_temporary_path(path, "old")
-        if path.exists():  # `recover` repairs a kill between the two renames
+        if path.exists():  # `restore_directories` repairs a kill between the two renames
             rename_with_retry(path, old)
         try:
             rename_with_retry(temporary, path)
@@ -105,28 +106,33 @@ def write_atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def remove_directory(path: Path) -> None:
-    """Rename it, so that its name is free at once, then delete it. One that is in use stays whole,
-    with a warning."""
-    doomed = build_temporary_path(path, "new")
+    """Rename a folder, so that its name is free at once, then delete it.
+
+    A folder that another program uses stays whole, with a warning.
+    """
+    renamed = build_temporary_path(path, "new")
     try:
-        rename_with_retry(path, doomed)
+        rename_with_retry(path, renamed)
     except PermissionError as error:
         logging.getLogger(__name__).warning("%s was not removed: %s", path, error.strerror)
     else:
-        shutil.rmtree(doomed, ignore_errors=True)
+        shutil.rmtree(renamed, ignore_errors=True)
 
 
 @contextmanager
 def hold(path: Path) -> Iterator[bool]:
-    """Lock a folder for the block, and yield whether no other process has locked it: one of another
-    container is not seen, but its lock is. True where folders cannot be locked, as on Windows."""
+    """Lock a folder for the block, and yield whether no other process has locked it.
+
+    The lock also shows a process of another container, whose number is not visible here. Yields
+    True where folders cannot be locked, as on Windows.
+    """
     with ExitStack() as stack:
-        is_mine = True
+        is_free = True
         with suppress(OSError):
             handle = os.open(path, os.O_RDONLY)
             stack.callback(os.close, handle)
-            is_mine = lock_descriptor(handle, blocking=False)
-        yield is_mine
+            is_free = lock_descriptor(handle, blocking=False)
+        yield is_free
 
 
 def build_temporary_path(path: Path, kind: str) -> Path:
@@ -157,17 +163,19 @@ def clean_temporaries(folder: Path) -> None:
 
 
 def list_temporaries(folder: Path) -> list[tuple[Path, re.Match[str]]]:
-    """The temporaries in the folder, each with what its name says."""
-    named = [(path, TEMPORARY_NAME.fullmatch(path.name)) for path in folder.iterdir()]
-    return [(path, match) for path, match in named if match]
+    """Return the temporaries in the folder, each with the match of its name."""
+    matches = [(path, TEMPORARY_NAME.fullmatch(path.name)) for path in folder.iterdir()]
+    return [(path, match) for path, match in matches if match]
 
 
 def is_in_use(path: Path, name_match: re.Match[str]) -> bool:
-    """Whether the process that made it still runs, or may do so on another host. Each removes its
-    own temporaries itself."""
+    """Return whether the process that made the temporary still runs, or may run on another host.
+
+    Each process removes its own temporaries itself.
+    """
     if name_match["host"] in (None, get_host_id()):
-        with hold(path) as is_mine:
-            return is_running(int(name_match["pid"]), name_match["token"]) or not is_mine
+        with hold(path) as is_free:
+            return is_running(int(name_match["pid"]), name_match["token"]) or not is_free
     # A rename changes this time, and no other of a folder.
     with suppress(OSError):
         return time.time() - path.stat().st_ctime < MAX_FOREIGN_AGE_SEC

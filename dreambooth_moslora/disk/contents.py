@@ -1,4 +1,4 @@
-"""What a file holds: its text up to a limit, as JSON of checked types, and its digest."""
+"""Contents of files: text up to a limit, JSON of checked types, digests."""
 
 import errno
 import hashlib
@@ -20,12 +20,12 @@ M = TypeVar("M")
 
 
 def hash_values(**facts: object) -> str:
-    """A hex key of JSON-able values, the same in every process."""
+    """Return a hex digest of JSON-able values, the same in every process."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256. Raises UserError for what is no file: a device may have no end."""
+    """Return the SHA-256 of a file. Raises UserError for a device, which may have no end."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a file")
     with path.open("rb") as file:
@@ -33,17 +33,16 @@ def hash_file(path: Path) -> str:
 
 
 def read_stamp(path: Path) -> tuple[int, ...]:
-    """Return a file's number, size and times: others mean that its content may be another. Raises
-    OSError."""
+    """Return a file's number, size and times, which change with its content. Raises OSError."""
     facts = path.stat()
     return (facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
 
 
 def hash_files(paths: Iterable[Path], record: Path) -> list[str]:
-    """Return the SHA-256 of each file. A large one is read once, as `record` remembers it.
+    """Return the SHA-256 of each file; `record` remembers it, so a large file is read once.
 
-    paths: of the files; a link is the file behind it
-    record: JSON, path -> stamp and digest. One that cannot be read or written costs time alone
+    paths: a link stands for the file behind it
+    record: JSON, path -> stamp and digest; if it cannot be read or written, files are hashed again
 
     Raises OSError for a file that cannot be read.
     """
@@ -51,7 +50,7 @@ def hash_files(paths: Iterable[Path], record: Path) -> list[str]:
     with suppress(UserError):
         remembered = read_json(record, dict[str, tuple[tuple[int, ...], str]])
 
-    # The stamp is read first: what changes while it is hashed is hashed again the next time.
+    # The stamp is read before the content: a file that changes meanwhile is hashed again next time.
     digests, is_new = [], False
     for path in (path.resolve() for path in paths):
         stamp = read_stamp(path)
@@ -62,7 +61,7 @@ def hash_files(paths: Iterable[Path], record: Path) -> list[str]:
             is_new = True
         digests.append(digest)
 
-    # A process beside this one may write the same; files that are gone are forgotten.
+    # Entries of deleted files are dropped. Another process may write the record too.
     if is_new:
         remembered = {path: entry for path, entry in remembered.items() if os.path.exists(path)}
         with suppress(OSError):
@@ -71,12 +70,14 @@ def hash_files(paths: Iterable[Path], record: Path) -> list[str]:
     return digests
 
 
-MAX_TEXT_BYTES = 32 * 2**20  # Of a text file that is read whole.
+MAX_TEXT_BYTES = 32 * 2**20
 
 
 def check_file_size(path: Path, max_bytes: int) -> None:
-    """Raise OSError for a larger file: a hole of gigabytes on the disk would fill the memory. So
-    too for a pipe, which might be waited for without end."""
+    """Raise OSError for a file that is too large, and for a pipe.
+
+    A sparse file of gigabytes would fill the memory, and a pipe may never end.
+    """
     if path.is_fifo() and not path.is_relative_to("/dev"):  # where a shell's <(…) is one
         raise OSError(errno.EINVAL, "it is a pipe, not a file")
     if path.stat().st_size > max_bytes:
@@ -84,16 +85,17 @@ def check_file_size(path: Path, max_bytes: int) -> None:
 
 
 def read_small_text(path: Path, max_bytes: int = MAX_TEXT_BYTES, errors: str = "strict") -> str:
-    """The text of a file; `errors` says what becomes of bytes that are not UTF-8.
+    """Return the text of a file; `errors` as in `str.decode`, for bytes that are not UTF-8.
 
-    Raises UnicodeDecodeError, and OSError, also for more than `most_bytes`.
+    Raises UnicodeDecodeError, and OSError, also for more than `max_bytes`.
     """
     check_file_size(path, max_bytes)
     return path.read_text(encoding="utf-8-sig", errors=errors)
 
 
 def read_stored_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """The text of a file that a run left, perhaps somebody else's. Raises UserError naming it."""
+    """Return the text of a file of a run, whose bytes may be damaged. Raises UserError with its
+    name."""
     try:
         return read_small_text(path, max_bytes, errors="replace")
     except OSError as error:
@@ -101,7 +103,8 @@ def read_stored_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
 
 
 def read_json(path: Path, model: type[M] = dict, make_dict: Callable = dict) -> M:
-    """What `parse_json` makes of a file. Raises UserError with its name and first wrong value."""
+    """Read a file and return what `parse_json` makes of it. Raises UserError with the file's
+    name."""
     try:
         return parse_json(read_small_text(path), model, make_dict)
     except (OSError, ValueError) as error:
@@ -109,32 +112,33 @@ def read_json(path: Path, model: type[M] = dict, make_dict: Callable = dict) -> 
 
 
 def parse_json(text: str | bytes, model: type[M] = dict, make_dict: Callable = dict) -> M:
-    """The JSON text as a plain dict, or as a `model` (a dataclass, a list of words …) whose types
-    pydantic checks: 1 is a float, but no "1" and no true. `make_dict` makes plain dicts of their
-    pairs. Raises UserError with the first wrong value.
+    """Return JSON as a dict, or as a `model` (a dataclass, `list[str]`, …) of checked types.
+
+    pydantic checks the types strictly: 1 is a float, but "1" and true are not. `make_dict` builds a
+    dict from its pairs. Raises UserError with the first wrong value.
     """
     try:
         if model is not dict:
             return build_type_adapter(model).validate_json(text, strict=True)
-        found = json.loads(text, object_pairs_hook=make_dict)
+        values = json.loads(text, object_pairs_hook=make_dict)
     except (ValueError, RecursionError) as error:  # pydantic's own error is a ValueError
-        is_pydantics = hasattr(error, "errors")
-        what = format_validation_error(error) if is_pydantics else f"it is not valid JSON: {error}"
-        raise UserError(what) from error
-    if not isinstance(found, dict):
-        raise UserError(f"expected names and values, found a {type(found).__name__}")
-    return found
+        if hasattr(error, "errors"):
+            raise UserError(format_validation_error(error)) from error
+        raise UserError(f"it is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"expected names and values, found a {type(values).__name__}")
+    return values
 
 
 @cache
 def build_type_adapter(model: type[M]) -> "TypeAdapter[M]":
-    from pydantic import TypeAdapter  # not before it is needed: most commands read no record
+    from pydantic import TypeAdapter  # slow to import, and most commands read no record
 
     return TypeAdapter(model)
 
 
 def explain_read_error(error: Exception) -> str:
-    """Why a text file was not read."""
+    """Return the reason why a text file was not read, for a message."""
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
     if isinstance(error, UserError):

@@ -1,8 +1,8 @@
-"""The events of a run, one frozen dataclass each, and their file, `metrics.jsonl`, one JSON object
-a line.
+"""Events of a run, one frozen dataclass each, and their file, `metrics.jsonl`, one JSON object a
+line.
 
 RunStarted  PhaseProgress*
-(StepDone  SamplesDrawn?  StepEvaluated?  CheckpointSaved?)*
+(StepDone  SamplesSaved?  StepEvaluated?  CheckpointSaved?)*
 AdapterExported  RunEnded
 """
 
@@ -18,11 +18,12 @@ from typing import Any, ClassVar, TypeVar
 
 from typing_extensions import TypedDict
 
-from dreambooth_moslora.disk.contents import parse_json, read_stored_text
+from dreambooth_moslora.disk.contents import parse_json, read_stamp, read_stored_text
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.values import is_finite_number
 
-MAX_EVENTS_BYTES = 64 * 2**20  # of a file of events; 200,000 steps have less
+MAX_EVENTS_BYTES = 64 * 2**20
+"""Size limit of a file of events; 200,000 steps have less."""
 
 
 def append_event(path: Path, event: dict[str, Any]) -> None:
@@ -38,20 +39,23 @@ def append_event(path: Path, event: dict[str, Any]) -> None:
 
 
 def read_events(path: Path, kind: str = "") -> list[dict[str, Any]]:
-    """All events so far, or those of one kind: other lines are not parsed. A line that a kill cut
-    off is left out. Raises UserError for a file that cannot be read or has more than MOST_BYTES."""
+    """Return all events so far, or those of one kind.
+
+    Incomplete lines, which a killed process leaves, are skipped. Raises UserError for a file that
+    cannot be read or has more than MAX_EVENTS_BYTES.
+    """
     mark = f'"{kind}"' if kind else ""
-    found = []
+    matching_events = []
     for line in read_stored_text(path, MAX_EVENTS_BYTES).split("\n"):
         event = parse_event(line) if mark in line else None
-        # The word may stand in another event's text.
+        # The kind's name may also stand in another event's text.
         if event is not None and kind in ("", event["type"]):
-            found.append(event)
-    return found
+            matching_events.append(event)
+    return matching_events
 
 
 def replace_nonfinite(value: Any) -> Any:
-    """The same value for JSON: None in place of NaN and infinity, at any depth."""
+    """Return the value for JSON: None in place of NaN and infinity, at any depth."""
     if isinstance(value, dict):
         return {str(key): replace_nonfinite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -60,7 +64,7 @@ def replace_nonfinite(value: Any) -> Any:
 
 
 def parse_event(line: str | bytes) -> dict[str, Any] | None:
-    """The event in a line; None for any other line."""
+    """Return the event in a line; None for any other line."""
     event: dict[str, Any] = {}
     with suppress(UserError):
         event = parse_json(line)
@@ -70,50 +74,49 @@ def parse_event(line: str | bytes) -> dict[str, Any] | None:
 
 @dataclass
 class EventLog:
-    """The events, read again when their file has changed."""
+    """Events of a file, which is read again when it has changed."""
 
     path: Path
     events: list[dict[str, Any]] = field(default_factory=list)
-    problem: str = ""  # why a file that is there was not read
-    _file_stamp: tuple[int, ...] = ()  # the file that was read: its number, size and time
+    problem: str = ""  # why an existing file was not read
+    _file_stamp: tuple[int, ...] = ()  # `read_stamp` of the file when it was read
 
     def refresh(self) -> "EventLog":
-        """Read the file if it has changed. `problem` says why one that is there was not read."""
-        seen: tuple[int, ...] = ()
+        """Read the file if it has changed. `problem` says why an existing file was not read."""
+        file_stamp: tuple[int, ...] = ()
         with suppress(OSError):
-            now = self.path.stat()
-            seen = (now.st_ino, now.st_size, now.st_mtime_ns)
-        if seen == self._file_stamp:
+            file_stamp = read_stamp(self.path)
+        if file_stamp == self._file_stamp:
             return self
 
         # A resumed run replaces the file, so all of it is read.
-        self._file_stamp = seen
+        self._file_stamp = file_stamp
         self.events = []
         self.problem = ""
         try:
-            self.events = read_events(self.path) if seen else []
+            self.events = read_events(self.path) if file_stamp else []
         except UserError as error:
             self.problem = str(error)
         return self
 
     def list_events(self, kind: str) -> list[dict[str, Any]]:
-        """The events of one kind."""
+        """Return the events of one kind."""
         return [event for event in self.events if event.get("type") == kind]
 
     def get_last(self, kind: str) -> dict[str, Any]:
-        """The last event of a kind; {} without one."""
+        """Return the last event of a kind; {} without one."""
         return next(reversed(self.list_events(kind)), {})
 
     def list_since_start(self) -> list[dict[str, Any]]:
-        """Events since the last start. In a resumed run, events of the earlier one, even an `end`,
-        come before it."""
+        """Return the events since the last start; a resumed run's file also has the earlier run's
+        events."""
         starts = [i for i, event in enumerate(self.events) if event.get("type") == "start"]
         return self.events[starts[-1] :] if starts else []
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """What happened, and when."""
+    """Base of all events."""
 
     kind: ClassVar[str]  # its `type` on disk
     time: float = field(default_factory=time.time)  # seconds since 1970
@@ -154,13 +157,13 @@ class StepDone(Event):
 class SamplesSaved(Event):
     kind: ClassVar[str] = "sample"
     step: int
-    files: list[str]  # pictures relative to the run folder; each has its prompt and seed
+    files: list[str]  # images relative to the run folder; each has its prompt and seed
     prompts: list[str]
     seeds: list[int]
 
 
 class Best(TypedDict):
-    """The best evaluation so far."""
+    """Best evaluation so far."""
 
     step: int
     score: float
@@ -201,21 +204,19 @@ class RunEnded(Event):
     message: str = ""
 
 
-# The word on disk -> the event.
 EVENT_CLASSES: dict[str, type[Event]] = {kind.kind: kind for kind in Event.__subclasses__()}
+"""`type` of a line on the disk -> class of its event."""
 E = TypeVar("E", bound=Event)
 
 
 def build_record(event: Event) -> dict[str, Any]:
-    """The event as one line has it: each score is a value of its own."""
+    """Return the event as the JSON object of its line, each score under its own key."""
     values = asdict(event)
-    moment = values.pop("time")
-    return {"type": event.kind, "time": moment} | values.pop("scores", {}) | values
+    return {"type": event.kind, "time": values.pop("time")} | values.pop("scores", {}) | values
 
 
 def parse_record(record: Mapping[str, Any]) -> Event | None:
-    """The event of one line; None for another program's line, and for a missing field or a wrong
-    type."""
+    """Return the event of one line; None for an unknown type, a missing field or a wrong type."""
     kind = EVENT_CLASSES.get(str(record.get("type")))
     if kind is None:
         return None
@@ -223,9 +224,10 @@ def parse_record(record: Mapping[str, Any]) -> Event | None:
     values = {name: value for name, value in record.items() if name in names}
     if kind is StepEvaluated:
         # Numbers that no field has are the scores.
-        others = {name: value for name, value in record.items() if name not in names}
         values["scores"] = {
-            name: float(value) for name, value in others.items() if is_finite_number(value)
+            name: float(value)
+            for name, value in record.items()
+            if name not in names and is_finite_number(value)
         }
     with suppress(UserError):
         return parse_json(json.dumps(values), kind)
@@ -233,6 +235,6 @@ def parse_record(record: Mapping[str, Any]) -> Event | None:
 
 
 def filter_events(kind: type[E], records: Iterable[Mapping[str, Any]]) -> list[E]:
-    """The events of one kind among these lines."""
-    found = map(parse_record, records)
-    return [event for event in found if isinstance(event, kind)]
+    """Return the events of one kind among these lines."""
+    events = map(parse_record, records)
+    return [event for event in events if isinstance(event, kind)]

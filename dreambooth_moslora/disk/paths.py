@@ -1,4 +1,4 @@
-"""Where things lie: the program's own assets, caches, paths of the user's, public names."""
+"""Paths: the program's assets, caches, the user's files, public names."""
 
 import os
 import re
@@ -6,23 +6,23 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
-# The folder of the program's own modules.
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
+"""Folder of the program's modules."""
 
 
 def find_clone_folder() -> Path | None:
-    """The root of the repository, or None when the program was installed from a wheel."""
+    """Return the root of the repository; None when the program was installed from a wheel."""
     return None if (PACKAGE_DIR / "assets").is_dir() else PACKAGE_DIR.parent
 
 
 def get_assets_folder() -> Path:
-    """The folder of the toy world's models, `adapters`, `configs`, `studies` and `subjects`."""
+    """Return the folder of the toy world's models, `adapters`, `configs`, `studies` and
+    `subjects`."""
     return (find_clone_folder() or PACKAGE_DIR) / "assets"
 
 
 def get_import_environment() -> dict[str, str]:
-    """Environment variables that let a child process import this program from any folder:
-    PYTHONPATH in a clone."""
+    """Return the variables by which a child process imports this program from any folder."""
     clone = find_clone_folder()
     if clone is None:
         return {}
@@ -31,31 +31,36 @@ def get_import_environment() -> dict[str, str]:
 
 
 def expand_user_path(path: str | Path) -> Path:
-    """A path of the user's, `~` resolved. That of an unknown user stays, where pathlib's own raises
-    a RuntimeError."""
+    """Return the user's path with `~` resolved.
+
+    That of an unknown user stays, where pathlib's own raises a RuntimeError.
+    """
     return Path(os.path.expanduser(path))
 
 
 def find_asset(path: str) -> str:
-    """A path of the user's, `~` resolved; `assets/…` that is not there is the program's own."""
+    """Return the user's path with `~` resolved; `assets/…` that does not exist is the program's
+    own."""
     path = os.path.expanduser(path)
     parts = Path(path).parts
-    # The README's examples say `assets/…`, and shall work from any folder.
+    # Examples in the README name `assets/…` and must work from any folder.
     if parts[:1] != ("assets",) or os.path.exists(path):
         return path
-    own = get_assets_folder().joinpath(*parts[1:])
-    return str(own) if own.exists() else path
+    asset = get_assets_folder().joinpath(*parts[1:])
+    return str(asset) if asset.exists() else path
 
 
-SUBJECT_FILE = "subject.json"  # Beside photos: their token and class word; of a toy, what it is
-MAX_WORD_CHARACTERS = 60  # Of a token, and of the word for what photos show.
-# `owner/model` of the hub.
+SUBJECT_FILE = "subject.json"
+"""File beside photos with their token and class word, and a toy's description."""
+MAX_WORD_CHARACTERS = 60
+"""Longest token, and longest class word."""
 HUB_ID_PATTERN = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+"""`owner/model` of the hub."""
 
 
 def get_public_name(name: str | Path) -> str:
-    """A hub id or `toy` unchanged; of a path, also a Windows path, only its last part, since the
-    rest is private."""
+    """Return a name without private folders: a hub id or `toy` unchanged, of a path the last
+    part."""
     path = os.path.expanduser(str(name))
     if path and os.path.exists(path):
         return os.path.basename(os.path.abspath(path))
@@ -66,12 +71,12 @@ def get_public_name(name: str | Path) -> str:
 def find_free_name(
     name: str, is_taken: Callable[[str], bool], separator: str = "_", *, is_numbered: bool = False
 ) -> str:
-    """A name that is not taken: `name`, else the first of `name_2`, `name_3` and so on.
+    """Return a name that is not taken: `name`, else the first of `name_2`, `name_3` and so on.
 
-    name: the wanted one
-    is_taken: whether a name is
+    name: preferred name
+    is_taken: returns whether a name is taken
     separator: between the name and the number
-    is_numbered: whether it has a number in any case, from 1
+    is_numbered: whether the name always gets a number, from 1
     """
     if not is_numbered and not is_taken(name):
         return name

@@ -1,4 +1,4 @@
-"""Which process made a file, and whether it still runs: systems use process numbers again."""
+"""Identity of the process that made a file: process numbers are reused."""
 
 import hashlib
 import platform
@@ -9,26 +9,31 @@ from pathlib import Path
 
 @cache
 def get_current_token(pid: int) -> str:
-    """`compute_process_token` of this process; `pid` is its own."""
+    """Return `compute_process_token` of this process; `pid` is its own."""
     return compute_process_token(pid) or secrets.token_hex(4)
 
 
 @cache
 def get_host_id() -> str:
-    """Distinguishes this machine or container from others that share a folder with it."""
+    """Return a name for this machine or container among those that share a folder with it."""
     return hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
 
 
 def compute_process_token(pid: int) -> str:
-    """Distinguishes a running process from an earlier one of the same number: systems use numbers
-    again. "" without a process, and where its start is not told."""
+    """Return a name for a running process that an earlier one of the same number did not have.
+
+    Returns "" if there is no such process, or its start is unknown.
+    """
     birth = read_process_start(pid)
     return hashlib.blake2b(f"{pid} {birth}".encode(), digest_size=4).hexdigest() if birth else ""
 
 
 def read_process_start(pid: int) -> str:
-    """When the process was started: on Linux the machine's boot and the tick, which no change of
-    the clock alters, elsewhere the time. "" without a process, and if it is not told."""
+    """Return when the process was started; "" if there is no such process, or it is not readable.
+
+    On Linux it is the boot and the tick, which a change of the clock does not alter; elsewhere the
+    time.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
@@ -45,10 +50,12 @@ def read_process_start(pid: int) -> str:
 
 
 def is_running(pid: int, token: str) -> bool:
-    """Whether the process with this `compute_process_token` still runs; by its number alone where
-    its start is not told. It is not asked by a signal: on Windows `os.kill(pid, 0)` ends the
-    process."""
+    """Return whether the process with this `compute_process_token` still runs.
+
+    Where its start is unknown, its number alone decides. No signal is sent: on Windows
+    `os.kill(pid, 0)` ends the process.
+    """
     import psutil
 
-    now = compute_process_token(pid)
-    return now == token if now else psutil.pid_exists(pid)
+    current_token = compute_process_token(pid)
+    return current_token == token if current_token else psutil.pid_exists(pid)

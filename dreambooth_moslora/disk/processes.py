@@ -1,4 +1,4 @@
-"""This process: its memory. The process that trains: how it is started, and why it ended.
+"""Memory of this process, and the start and end of the processes that train.
 
 A step on CPU allocates and frees gigabytes of activations. By default glibc maps each large block
 from the kernel and returns it when it is freed, so that every step faults its pages in again, 4 KiB
@@ -21,30 +21,32 @@ from typing import Any
 from dreambooth_moslora.disk.paths import get_import_environment
 from dreambooth_moslora.disk.run_folder import METRICS_NAME
 
-# From <malloc.h>.
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
+"""Options of mallopt, from <malloc.h>."""
 MADV_HUGEPAGE = 14
+"""Advice of madvise(2)."""
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed memory in this process from now on. Returns whether it does: not without
-    glibc."""
-    # Nothing is returned to the kernel, and nothing is mapped apart from the heap.
+    """Keep freed memory in this process from now on. Returns False without glibc."""
+    # No memory is returned to the kernel, and none is mapped outside the heap.
     try:
         libc = ctypes.CDLL(None)
-        kept = bool(libc.mallopt(M_TRIM_THRESHOLD, -1)) and bool(libc.mallopt(M_MMAP_MAX, 0))
+        is_kept = bool(libc.mallopt(M_TRIM_THRESHOLD, -1)) and bool(libc.mallopt(M_MMAP_MAX, 0))
     except (AttributeError, OSError, TypeError):
         return False
-    if kept:
+    if is_kept:
         reserve_huge_pages(libc)
-    return kept
+    return is_kept
 
 
 def reserve_huge_pages(libc: ctypes.CDLL) -> None:
-    """Grow the heap by three quarters of the machine's memory, untouched and so not taken, ask for
-    huge pages there, and free it again: as the heap is not trimmed, later allocations come from
-    this range."""
+    """Grow the heap by three quarters of the machine's memory, in huge pages, and free it again.
+
+    The range is not touched, so it takes no memory. As the heap is not trimmed, later allocations
+    come from it.
+    """
     if sys.platform == "win32":
         return
     page = os.sysconf("SC_PAGE_SIZE")
@@ -68,7 +70,7 @@ def release_freed_memory() -> None:
 
 
 def measure_peak_memory_gib() -> float | None:
-    """The largest resident set of this process so far, GiB; on Windows its largest working set."""
+    """Return the largest resident set of this process so far, GiB; on Windows the working set."""
     if sys.platform == "win32":
         import psutil
 
@@ -88,14 +90,14 @@ def reset_peak_memory() -> None:
 
 
 def enable_expandable_segments() -> None:
-    """Let PyTorch grow its blocks of GPU memory, unless the user chose. Before it is imported."""
+    """Let PyTorch grow its blocks of GPU memory, unless the user chose. Call it before importing
+    torch."""
     if sys.platform.startswith("linux") and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def watch_parent(parent: int, on_exit: Callable[[], object]) -> None:
-    """Call `then` in a thread as soon as the process `parent` has ended, also if its own parent has
-    not taken note (a zombie)."""
+    """Call `on_exit` in a thread as soon as the process `parent` has ended, even as a zombie."""
     import psutil
 
     def wait() -> None:
@@ -109,14 +111,16 @@ def watch_parent(parent: int, on_exit: Callable[[], object]) -> None:
 
 
 def send_stop_request(run_dir: Path) -> None:
-    """Ask the process that `start_process` has started there to end between two steps, with a
-    checkpoint and an adapter. It reads the request (`cli.terminal.StopRequest`): no signal does
-    that on Windows, where SIGTERM ends a process."""
+    """Ask the process that `start_process` has started there to end after a step, with a
+    checkpoint.
+
+    The process looks for this file (`cli.terminal.StopRequest`): on Windows SIGTERM would end it.
+    """
     (run_dir / STOP_FILE_NAME).touch()
 
 
 def kill_process(pid: int) -> None:
-    """Kill it, its children first. What it has saved stays."""
+    """Kill a process, its children first. Files that it has saved stay."""
     import psutil
 
     with suppress(psutil.Error):
@@ -126,67 +130,75 @@ def kill_process(pid: int) -> None:
 
 
 def has_stopped_answering(requested_time: float, run_dir: Path) -> bool:
-    """Whether a process that was `asked` to stop at that time has written no event and no line of
-    its log for ANSWER_SEC."""
+    """Return whether the process has written no event and no log line for MAX_SILENCE_SEC.
+
+    requested_time: when it was asked to stop, seconds since 1970
+    """
     files = [run_dir / name for name in (METRICS_NAME, JOB_LOG_NAME)]
     written = [file.stat().st_mtime for file in files if file.exists()]
     return time.time() - max([requested_time, *written]) > MAX_SILENCE_SEC
 
 
 def has_been_killed(code: int | None, log_tail: str) -> bool:
-    """Whether a process that recorded no end was killed. Without an exit status, and on Windows,
-    where that of a killed one is of no kind of its own, its log decides."""
+    """Return whether a process that recorded no end was killed.
+
+    Its log decides without an exit status, and on Windows, where a killed process has no special
+    one.
+    """
     if code is not None and IS_POSIX:
         return code < 0
     return "rror" not in _find_last_line(log_tail)
 
 
 def explain_ending(code: int | None, log_tail: str, *, is_stop_requested: bool) -> str:
-    """The reason, for a process that recorded no end.
+    """Return the reason why a process ended that recorded no end.
 
     code: its exit status; None if an earlier server had started it
     log_tail: the end of its log
     is_stop_requested: whether it was asked to stop
     """
-    words = _find_last_line(log_tail)
+    last_line = _find_last_line(log_tail)
     if code in SIGTERM_STATUSES and is_stop_requested:
         return STOPPED_EARLY_MESSAGE
 
-    # The system kills a process for want of memory without a word.
+    # A process that the system kills for want of memory writes no message.
     if has_been_killed(code, log_tail):
         cause = "" if is_stop_requested else ", perhaps for want of memory"
-        return f"The process was killed{cause}; its last words: {words or 'none'}"
-    return words or "The process ended without a word."
+        return f"The process was killed{cause}; its last words: {last_line or 'none'}"
+    return last_line or "The process ended without a word."
 
 
 def _find_last_line(log_tail: str) -> str:
-    """The last line of the log that is not a progress bar."""
+    """Return the last line of the log that is not a progress bar."""
     lines = [line for line in log_tail.splitlines() if line.strip() and "%|" not in line]
     return lines[-1][:300] if lines else ""
 
 
-IS_POSIX = os.name == "posix"  # Sessions, handed-on files, and exit statuses that name a signal
-# Of a run: its settings, and the terminal's output
+IS_POSIX = os.name == "posix"
+"""Whether there are sessions, inherited files, and exit statuses that name a signal."""
 JOB_CONFIG_NAME = "job_config.json"
+"""File of a run's settings."""
 JOB_LOG_NAME = "job.log"
-# -P: no `torch.py` of the current folder is imported
+"""File of a run's terminal output."""
 TRAIN_ARGUMENTS = ("-P", "-m", "dreambooth_moslora", "train")
+"""Arguments of Python that start a training; -P: no `torch.py` of the current folder is imported.
+"""
 STOP_FILE_NAME = "job.stop"
+"""File that asks the run to stop."""
 STOP_FILE_VARIABLE = "DREAMBOOTH_STOP_FILE"
-"""A file whose presence asks the run to stop, and the environment variable that tells the process
-its path."""
+"""Environment variable with the path of that file."""
 MAX_SILENCE_SEC = 1200.0
-"""How long a process that was asked to stop may show no sign: a CPU saves and proves SDXL's adapter
-in minutes."""
+"""Longest silence of a process that was asked to stop: a CPU saves and verifies SDXL's adapter in
+minutes."""
 STOPPED_EARLY_MESSAGE = "It was stopped before training had begun."
 SIGTERM_STATUSES = (-signal.SIGTERM, signal.SIGTERM)
-"""Exit statuses; Windows' of `terminate` is SIGTERM's number without a sign."""
-MAX_TAIL_LINES = 40  # What `read_log_tail` gives,
-MAX_TAIL_BYTES = 64 * 1024  # of the last bytes that it reads.
+"""Exit statuses of `terminate`; on Windows it is SIGTERM's number without a sign."""
+MAX_TAIL_LINES = 40
+MAX_TAIL_BYTES = 64 * 1024
 
 
 def write_settings(run_dir: Path, settings: Mapping[str, Any]) -> None:
-    """The settings of the process that `start_process` will start there, for it to read."""
+    """Write the settings that the process will read which `start_process` starts there."""
     (run_dir / JOB_CONFIG_NAME).write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
@@ -197,7 +209,7 @@ def start_process(
     folder: str | None = None,
     inherited_files: Sequence[int] = (),
 ) -> subprocess.Popen:
-    """Start Python apart from this terminal's Ctrl-C and end, its output to a log.
+    """Start Python in a session of its own, its output to a log.
 
     run_dir: gets the log; a request to stop an earlier process is removed from it
     arguments: of Python
@@ -206,40 +218,40 @@ def start_process(
     inherited_files: open files that are passed on, but not on Windows
     """
     (run_dir / STOP_FILE_NAME).unlink(missing_ok=True)
-    # The log follows the run line by line, and a file beside it asks the run to stop.
-    own = {
+    # Output reaches the log line by line.
+    variables = {
         "PYTHONUNBUFFERED": "1",
         "PYTHONIOENCODING": "utf-8",
         STOP_FILE_VARIABLE: os.path.abspath(run_dir / STOP_FILE_NAME),
     }
-    own |= {**get_import_environment(), **(environment or {})}
+    variables |= {**get_import_environment(), **(environment or {})}
     with (run_dir / JOB_LOG_NAME).open("ab") as log:
         return subprocess.Popen(
             [sys.executable, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | own,
+            env=os.environ | variables,
             cwd=folder,
             **get_detach_options(inherited_files),
         )
 
 
 def get_detach_options(inherited_files: Sequence[int]) -> dict[str, Any]:
-    """Options by which no Ctrl-C here and no closed terminal reaches it; on Windows its own console
-    is not shown."""
+    """Return the options of Popen by which no Ctrl-C here and no closed terminal reaches the
+    process."""
     if IS_POSIX:
         return {"start_new_session": True, "pass_fds": inherited_files}
     return {"creationflags": getattr(subprocess, "CREATE_NO_WINDOW", 0)}
 
 
 def read_log_tail(run_dir: Path) -> str:
-    """The last lines of the log, with the last state of progress bars. Empty without a log."""
+    """Return the last lines of the log, with the last state of progress bars; "" without a log."""
     try:
         with (run_dir / JOB_LOG_NAME).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_TAIL_BYTES))
             text = file.read().decode("utf-8", errors="replace")
     except OSError:
         return ""
-    shown = [line for line in text.split("\n") if line.strip()]
-    return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in shown[-MAX_TAIL_LINES:])
+    lines = [line for line in text.split("\n") if line.strip()]
+    return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in lines[-MAX_TAIL_LINES:])

@@ -1,6 +1,6 @@
-"""Which run may train in a folder: the lock of one run, and the queue of those that wait.
+"""Lock of a run folder, and the queue of waiting runs.
 
-One run at a time in a run folder: it locks `run.lock`. The system releases the lock when the
+One run at a time trains in a folder: it locks `run.lock`. The system releases the lock when the
 process ends in any way, so the file of a killed run blocks nobody.
 
 The queue is the folder `.queue` in the folder of runs:
@@ -9,7 +9,7 @@ The queue is the folder `.queue` in the folder of runs:
     started/NAME.json    the run whose turn it is, until it has ended
     ended.jsonl          one line for each run that has ended, and how
 
-A process must hold `turn` to start or end runs, so only one does.
+A process must hold `claim_turn` to start or end runs, so only one does.
 """
 
 import json
@@ -33,9 +33,12 @@ from dreambooth_moslora.errors import UserError, escape_control_characters, form
 
 logger = logging.getLogger(__name__)
 
-LOCK_NAME = "run.lock"  # The file that a run locks.
-WORKER_LOCK_NAME = ".worker.lock"  # of a fleet's worker
-NEW_RECORD_NAME = ".job.json.tmp"  # becomes job.json
+LOCK_NAME = "run.lock"
+"""File that a run locks."""
+WORKER_LOCK_NAME = ".worker.lock"
+"""File that a fleet's worker locks."""
+NEW_RECORD_NAME = ".job.json.tmp"
+"""Temporary name of job.json."""
 OPENED_FILE_NAMES = (
     LOCK_NAME,
     run_folder.METRICS_NAME,
@@ -45,14 +48,17 @@ OPENED_FILE_NAMES = (
     WORKER_LOCK_NAME,
     NEW_RECORD_NAME,
 )
-"""Opened where they are, while others are replaced; the last four by a queue and a fleet."""
+"""Files that are written in place, while others are replaced; the last four by a queue and a fleet.
+"""
 
 
 @contextmanager
 def lock_folder(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
-    """Hold the existing `folder` of the option `flag` for the block. Raises UserError when another
-    run holds it, or when a file that a run writes to is a link or a pipe: the folder may be a
-    stranger's."""
+    """Lock the existing `folder` of the option `flag` for the block.
+
+    Raises UserError when another run has locked it, or when a file that a run writes to is a link
+    or a pipe: somebody else may have made the folder.
+    """
     check_no_links(folder, flag)
     path = folder / LOCK_NAME
     file = claim_lock(path, flag)
@@ -63,15 +69,17 @@ def lock_folder(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
 
 
 def check_no_links(folder: Path, flag: str) -> None:
-    """Raises UserError for a file there that a run would write to elsewhere, or wait for."""
+    """Raise UserError for a link or a pipe under the name of a file that a run writes to."""
     for path in (folder / name for name in OPENED_FILE_NAMES):
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise UserError(f"{flag} {folder}: {path.name} in it is no file of its own; remove it.")
 
 
 def release_lock(path: Path, file: BinaryIO) -> None:
-    """Remove the file and give up its lock, in the order that the system allows: Windows removes no
-    open file, and none that the next owner has opened meanwhile."""
+    """Remove the file and release its lock, in the order that the system allows.
+
+    Windows removes no open file, and none that the next owner has opened meanwhile.
+    """
     try:
         path.unlink()
     except PermissionError:
@@ -84,7 +92,7 @@ def release_lock(path: Path, file: BinaryIO) -> None:
 
 
 def check_unlocked(folder: Path) -> None:
-    """Raises UserError when a run holds the folder, which need not exist."""
+    """Raise UserError when a run has locked the folder, which need not exist."""
     path = folder / LOCK_NAME
     if path.is_file():
         claim_lock(path, "--output_dir").close()
@@ -93,7 +101,8 @@ def check_unlocked(folder: Path) -> None:
 def claim_lock(path: Path, flag: str) -> BinaryIO:
     """Open and lock the file, created again if its owner removes it.
 
-    Raises UserError when another process holds it."""
+    Raises UserError when another process has locked it.
+    """
     while True:
         file = path.open("a+b")
         if not lock_file(file, path.parent):
@@ -109,10 +118,10 @@ def claim_lock(path: Path, flag: str) -> BinaryIO:
 
 
 def lock_file(file: BinaryIO, folder: Path) -> bool:
-    """Whether this process holds the open file in `folder` now.
+    """Lock the open file in `folder`, and return whether this process has the lock.
 
     The lock lasts until this process, and those that inherit the file, have closed it or ended.
-    Where files cannot be locked (some network disks) a remark says so, and the run goes on.
+    Where files cannot be locked (some network disks) a warning says so, and the run continues.
     """
     try:
         return lock_descriptor(file.fileno(), blocking=False)
@@ -123,18 +132,21 @@ def lock_file(file: BinaryIO, folder: Path) -> bool:
 
 @cache  # the page takes the queue's lock every second
 def warn_no_locks(folder: Path, reason: str) -> None:
-    said = f"files there cannot be locked ({reason}), so two runs in it are not kept apart"
-    logger.warning("%s", escape_control_characters(f"{folder}: {said}"))
+    text = (
+        f"{folder}: files there cannot be locked ({reason}), so two runs in it are not kept apart"
+    )
+    logger.warning("%s", escape_control_characters(text))
 
 
-QUEUE_NAME = ".queue"  # The queue's folder in the folder of runs.
-QUEUE_TIMEOUT_SEC = 30.0  # How long another process may hold the waiting runs,
-QUEUE_POLL_SEC = 0.02  # and how often it is tried again.
+QUEUE_NAME = ".queue"
+QUEUE_TIMEOUT_SEC = 30.0
+"""How long another process may lock the waiting runs."""
+QUEUE_POLL_SEC = 0.02
 
 
 @dataclass(frozen=True)
 class QueuedRun:
-    """A run in the queue: a file there, until the run has ended."""
+    """Run in the queue: a file there, until the run has ended."""
 
     name: str
     # checked; {} if its file could not be read
@@ -145,7 +157,7 @@ class QueuedRun:
 
     @classmethod
     def load(cls, path: Path) -> "QueuedRun":
-        """The run of a file; of one that cannot be read, its name alone."""
+        """Return the run of a file; if it cannot be read, a run of its name without settings."""
         with suppress(UserError):
             run = read_json(path, cls)
             if run.name == path.stem:
@@ -154,7 +166,7 @@ class QueuedRun:
 
 
 class RunQueue:
-    """The queue of the runs in `runs_dir`. It creates no files until a run is added."""
+    """Queue of the runs in `runs_dir`. It creates no files until a run is added."""
 
     def __init__(self, runs_dir: Path) -> None:
         self.runs_dir = runs_dir
@@ -162,26 +174,30 @@ class RunQueue:
         self.ended_path = self.folder / "ended.jsonl"
 
     def add(self, run: QueuedRun) -> int:
-        """Add a run behind the others; returns its place, from 1. Raises UserError for a name that
-        is in the queue."""
+        """Add a run behind the others, and return its position from 1.
+
+        Raises UserError for a name that is in the queue.
+        """
         with self._lock_waiting():
             waiting = self.list_waiting()
-            if run.name in [found.name for found in waiting + self.list_started()]:
+            if run.name in {queued.name for queued in waiting + self.list_started()}:
                 raise UserError(f"the run {run.name} is in the queue already")
             self._write("waiting", run)
             return len(waiting) + 1
 
     def list_waiting(self) -> list[QueuedRun]:
-        """The waiting runs in their order: the first that was added comes first."""
+        """Return the waiting runs, the first that was added first."""
         return sorted(self._read_runs("waiting"), key=lambda run: run.queued)
 
     def list_started(self) -> list[QueuedRun]:
-        """The run whose turn it is, or an empty list."""
+        """Return the run whose turn it is, or an empty list."""
         return sorted(self._read_runs("started"), key=lambda run: run.started)
 
     def remove(self, name: str) -> QueuedRun:
-        """Remove a waiting run, and its folder, which was made for it, if nothing was trained
-        there. Raises UserError for a run that does not wait."""
+        """Remove a waiting run, and its folder if nothing was trained there.
+
+        Raises UserError for a run that does not wait.
+        """
         with self._lock_waiting():
             run = next((run for run in self.list_waiting() if run.name == name), None)
             if run is None:
@@ -194,16 +210,17 @@ class RunQueue:
 
     @contextmanager
     def claim_turn(self) -> Iterator[bool]:
-        """Whether this process may start and end runs of the queue, for the length of the block."""
-        held = None
+        """Yield whether this process may start and end runs of the queue for the duration of the
+        block."""
+        lock = None
         if self.folder.is_dir():
             with suppress(UserError):
-                held = claim_lock(self.folder / "turn.lock", "--runs_dir")
+                lock = claim_lock(self.folder / "turn.lock", "--runs_dir")
         try:
-            yield held is not None
+            yield lock is not None
         finally:
-            if held is not None:
-                held.close()
+            if lock is not None:
+                lock.close()
 
     def claim(self) -> QueuedRun | None:
         """Move the first waiting run to `started` and return it; None when none waits."""
@@ -219,7 +236,7 @@ class RunQueue:
             return run
 
     def note(self, run: QueuedRun) -> None:
-        """Record what is new of the run whose turn it is."""
+        """Record the changes of the run whose turn it is."""
         self._write("started", run)
 
     def end(self, run: QueuedRun, state: str, message: str) -> None:
@@ -229,11 +246,11 @@ class RunQueue:
         self._get_path("started", run.name).unlink(missing_ok=True)
 
     def list_ended(self) -> list[dict[str, Any]]:
-        """The runs that have ended, and how, the earliest first."""
+        """Return the runs that have ended and how, the earliest first."""
         return events.read_events(self.ended_path) if self.ended_path.is_file() else []
 
     def _read_runs(self, kind: str) -> list[QueuedRun]:
-        """Of a pipe there, which nobody writes to, reading would have no end."""
+        """Read the runs of a folder; reading a pipe would never end."""
         paths = [path for path in (self.folder / kind).glob("[!.]*.json") if not path.is_fifo()]
         return [QueuedRun.load(path) for path in paths]
 
@@ -248,8 +265,10 @@ class RunQueue:
 
     @contextmanager
     def _lock_waiting(self) -> Iterator[None]:
-        """Lock the waiting runs for the block, which must be short. Raises UserError
-        when another process holds them for HELD_SEC."""
+        """Lock the waiting runs for the block, which must be short.
+
+        Raises UserError when another process has them locked for QUEUE_TIMEOUT_SEC.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         end = time.monotonic() + QUEUE_TIMEOUT_SEC
         while True:

@@ -1,8 +1,7 @@
-"""The run folder: the names of its files, which of its checkpoints are complete, and the adapters
-in it.
+"""Run folder: the names of its files, its complete checkpoints, and the adapters in it.
 
-Adapter files lie in folders of adapters and in runs. A user chooses one by the name that
-`format_adapter_name` gives it.
+Adapter files lie in folders of adapters and in runs. A user selects one by the name that
+`format_adapter_name` returns.
 """
 
 import re
@@ -26,25 +25,31 @@ from dreambooth_moslora.disk.events import (
 from dreambooth_moslora.disk.paths import expand_user_path, find_free_name
 from dreambooth_moslora.errors import UserError, format_error
 
-# The published LoRA, as diffusers names it, and A, B and M as they are trained.
 PUBLISHED_NAME = "pytorch_lora_weights.safetensors"
+"""The published LoRA, as diffusers names it."""
 RAW_NAME = "moslora_weights.safetensors"
-# End of the name of the file for other programs, after the run's name.
+"""A, B and M as they are trained."""
 KOHYA_SUFFIX = ".kohya.safetensors"
-SETTINGS_NAME = "train_config.json"  # The settings of a run.
-BEST_NAME = "best"  # Folder of the best evaluated step in a run.
+"""End of the name of the file for other programs, after the run's name."""
+SETTINGS_NAME = "train_config.json"
+BEST_NAME = "best"
+"""Folder of a run's best evaluated step."""
 METRICS_NAME = "metrics.jsonl"
 LOG_NAME = "train.log"
-SCORES_NAME = "scores.json"  # in a folder of `evaluate`
-POSITION_NAME = "position.json"  # these two in a checkpoint
+SCORES_NAME = "scores.json"
+"""Result in a folder of `evaluate`."""
+POSITION_NAME = "position.json"
 OPTIMIZER_NAME = "optimizer.pt"
-CHECKPOINT_FILES = (POSITION_NAME, OPTIMIZER_NAME, RAW_NAME)  # Without one it is not complete.
-MAX_NAME_BYTES = 200  # Of a run's name: files have 255, and their names add to it.
+CHECKPOINT_FILES = (POSITION_NAME, OPTIMIZER_NAME, RAW_NAME)
+"""Files of a complete checkpoint."""
+MAX_NAME_BYTES = 200
+"""Longest name of a run: systems allow 255 bytes, and suffixes add to it."""
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class RunDir:
-    """Names in the output folder `path` of one run. Nothing is made until something is written."""
+    """Paths in the output folder `path` of one run. Nothing is created until something is
+    written."""
 
     def __init__(self, path: str | Path):
         self.path = path = Path(path)
@@ -54,13 +59,13 @@ class RunDir:
         self.metrics_path = path / METRICS_NAME
         self.log_path = path / LOG_NAME
         self.samples_dir = path / "samples"
-        self.photos_dir = path / "photos"  # the page's copies
+        self.photos_dir = path / "photos"  # copies of uploaded photos
         self.class_images_dir = path / "class_images"
         self.masks_dir = path / "masks"  # made by --masks auto
         self.captions_path = path / "captions.json"  # made by --captions auto
         self.best_dir = path / BEST_NAME
-        self.evaluation_dir = path / "evaluation"  # what `evaluate` wrote
-        # a checkpoint at the end, if its step is no multiple of --checkpointing_steps
+        self.evaluation_dir = path / "evaluation"  # written by `evaluate`
+        # checkpoint at the end, if its step is no multiple of --checkpointing_steps
         self.last_dir = path / "last"
         self.contact_sheet_path = path / "contact_sheet.png"
         self.loss_plot_path = path / "loss.png"
@@ -74,31 +79,32 @@ class RunDir:
         return self.path / f"{self.name}{KOHYA_SUFFIX}"
 
     def read_card(self) -> str | None:
-        """The text of the model card; None without one. Raises UserError."""
+        """Return the text of the model card; None without one. Raises UserError."""
         return read_stored_text(self.card_path) if self.card_path.is_file() else None
 
     def get_checkpoint_path(self, step: int) -> Path:
         return self.path / f"checkpoint-{step}"
 
     def list_checkpoints(self) -> list[Path]:
-        """Complete checkpoints by step, including `last`."""
+        """Return the complete checkpoints by step, including `last`."""
         return [path for path in self.list_checkpoint_folders() if is_checkpoint(path)]
 
     def list_checkpoint_folders(self) -> list[Path]:
-        """All folders with a checkpoint's name, by step: complete, damaged, or not a run's."""
+        """Return all folders with a checkpoint's name, by step: complete, damaged, or not a
+        run's."""
         if not self.path.is_dir():
             return []
         restore_directories(self.path)
-        named = []
+        folders = []
         for path in self.path.iterdir():
             if parse_checkpoint_step(path) is not None or path == self.last_dir:
-                named.append(path)
-        return sorted(named, key=read_checkpoint_step)
+                folders.append(path)
+        return sorted(folders, key=read_checkpoint_step)
 
     def find_latest_checkpoint(self) -> Path | None:
-        """The complete checkpoint of the most steps; None without one."""
-        found = self.list_checkpoints()
-        return found[-1] if found else None
+        """Return the complete checkpoint of the most steps; None without one."""
+        checkpoints = self.list_checkpoints()
+        return checkpoints[-1] if checkpoints else None
 
     def rotate_checkpoints(self, limit: int | None) -> None:
         """Keep the newest `limit` numbered checkpoints; None keeps all."""
@@ -116,7 +122,7 @@ class RunDir:
         return read_events(self.metrics_path, kind) if self.metrics_path.is_file() else []
 
     def read_ending(self) -> str:
-        """How its last run ended: `done`, `interrupted` or `failed`; "" if it has not."""
+        """Return how the last run ended: `done`, `interrupted` or `failed`; "" if it has not."""
         last = self.read_events()[-1:]
         return last[0]["state"] if last and last[0]["type"] == RunEnded.kind else ""
 
@@ -125,8 +131,7 @@ class RunDir:
 
 
 def check_name(name: str) -> None:
-    """Raises UserError for a name that files cannot have here, with room for suffixes and
-    temporaries' names."""
+    """Raise UserError for a name that no file can have, or that is too long with suffixes added."""
     if name in ("", ".", "..") or not name.isprintable() or Path(name).name != name:
         raise UserError(f"{name!a} cannot be part of a file's name; give the adapter a plain name")
     if len(name.encode()) > MAX_NAME_BYTES:
@@ -136,17 +141,17 @@ def check_name(name: str) -> None:
 
 
 def parse_checkpoint_step(path: PurePath) -> int | None:
-    """The step in a checkpoint's name; None for another name."""
+    """Return the step in a checkpoint's name; None for another name."""
     match = CHECKPOINT_NAME.fullmatch(path.name)
     return int(match[1]) if match else None
 
 
 def read_checkpoint_step(path: Path) -> int:
-    """The step of a checkpoint: from its name, or for `last` from its position file; -1 when that
-    is damaged."""
-    named = parse_checkpoint_step(path)
-    if named is not None:
-        return named
+    """Return the step of a checkpoint; for `last` from its position file, or -1 if that is
+    damaged."""
+    step = parse_checkpoint_step(path)
+    if step is not None:
+        return step
     with suppress(UserError):
         return read_json(path / POSITION_NAME, Position).step
     return -1
@@ -154,29 +159,29 @@ def read_checkpoint_step(path: Path) -> int:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a checkpoint was taken, in its position.json."""
+    """Content of a checkpoint's position.json."""
 
     step: int  # optimizer steps done
-    seed: int  # names every draw
+    seed: int  # of all random numbers
     optimizer: str = ""  # `get_optimizer_name`
     # Digests of the base's parts (`identify_base`); a sentence in earlier versions.
     base: dict[str, str] | str = field(default_factory=dict)
-    digest: str = ""  # of the position and the files beside it (`digest_of`)
-    # What the run was trained with, to say what a resumed one changes; {} in earlier versions.
+    digest: str = ""  # of the position and the files beside it (`digest_checkpoint`)
+    # To list the changes of a resumed run; {} in earlier versions.
     settings: dict[str, Any] = field(default_factory=dict)  # by name, as JSON
     photos: dict[str, str] = field(default_factory=dict)  # `hash_files`
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether all files of a checkpoint exist; their content is not checked."""
+    """Return whether all files of a checkpoint exist; their content is not checked."""
     files = [path / name for name in CHECKPOINT_FILES]
     return all(file.is_file() and file.stat().st_size for file in files)
 
 
-# A sentence of each model card of this program.
 CARD_SIGNATURE = "Made with dreambooth_moslora"
-# The trainer's, as a card names them; other files there are not the run's
+"""Sentence of each model card of this program."""
 CARD_PICTURE = re.compile(r"\burl: (image_\d+\.png)")
+"""Line of a card that names one of the run's images."""
 
 
 def is_card(text: str) -> bool:
@@ -184,24 +189,28 @@ def is_card(text: str) -> bool:
 
 
 def list_card_pictures(text: str) -> set[str]:
-    """The picture files that a card names; empty for a text that is not a card of this program."""
+    """Return the image files that a card of this program names; empty for any other text."""
     return set(CARD_PICTURE.findall(text)) if is_card(text) else set()
 
 
-NO_ADAPTER = "none"  # The choice of no adapter; no file gets this name.
-PEFT_CONFIG_NAME = "adapter_config.json"  # beside adapter_model.safetensors, by PEFT
-# What a name to show cannot have.
+NO_ADAPTER = "none"
+"""Selects no adapter; no file gets this name."""
+PEFT_CONFIG_NAME = "adapter_config.json"
+"""File that PEFT writes beside adapter_model.safetensors."""
 UNSAFE_CHARACTERS = re.compile(r"[^\w .+-]+")
+"""Characters that are replaced in the name of an adapter."""
 
 
 def find_weights(path: str | Path) -> Path:
-    """An adapter's file: the path, a run's published or a checkpoint's raw one. Raises UserError,
-    also for pickles."""
+    """Return an adapter's file: the path itself, or a run's published or a checkpoint's raw one.
+
+    Raises UserError, also for pickles.
+    """
     path = expand_user_path(path)
     if path.is_dir():
         path = path / (PUBLISHED_NAME if (path / PUBLISHED_NAME).is_file() else RAW_NAME)
     if not path.is_file():
-        # A run's folder without the adapter, which is written at the end
+        # A run writes its adapter at the end.
         if path.name == RAW_NAME and RunDir(path.parent).metrics_path.is_file():
             raise UserError(
                 f"{path.parent} has no adapter: its run did not come to its end; "
@@ -217,8 +226,10 @@ def find_weights(path: str | Path) -> Path:
 
 
 def read_header(file: Path) -> dict[str, str]:
-    """The strings in the header of a safetensors file; no tensor is read. Raises UserError for any
-    other file."""
+    """Return the strings in the header of a safetensors file; no tensor is read.
+
+    Raises UserError for any other file.
+    """
     try:
         with safe_open(file, framework="np") as opened:
             return dict(opened.metadata() or {})
@@ -231,41 +242,46 @@ def read_header(file: Path) -> dict[str, str]:
 def map_adapter_names(
     files: Iterable[Path], folders: Collection[Path], reserved_names: Collection[str] = ()
 ) -> dict[str, Path]:
-    """Name -> file, in order, with a number if `taken`; without links out of `folders`."""
-    found: dict[str, Path] = {}
-    known = {NO_ADAPTER, *reserved_names}
+    """Return name -> file, in order, with a number behind a name that is taken.
+
+    Links to files outside `folders` are left out.
+    """
+    files_by_name: dict[str, Path] = {}
+    taken_names = {NO_ADAPTER, *reserved_names}
     for file in files:
         if not is_file_inside(file, folders):
             continue
-        name = find_free_name(format_adapter_name(file, folders), known.__contains__, " ")
-        known.add(name)
-        found[name] = file
-    return found
+        name = find_free_name(format_adapter_name(file, folders), taken_names.__contains__, " ")
+        taken_names.add(name)
+        files_by_name[name] = file
+    return files_by_name
 
 
 def list_run_adapters(runs: Collection[Path]) -> list[Path]:
-    """Adapters of runs, the newest first, with the best step; then checkpoints, the last of a run
-    first."""
-    # The best step's adapter lies beside the run's own, whose time counts.
-    found = []
-    for run_dir in sorted(map(RunDir, runs), key=get_publish_time, reverse=True):
-        places = (run_dir.adapter_path, run_dir.best_dir / PUBLISHED_NAME)
-        found += [file for file in places if file.is_file()]
+    """Return the runs' adapters, newest first, each with that of its best step, then checkpoints.
 
-    def run_and_step(file: Path) -> tuple[str, int]:
+    Checkpoints of one run come in descending order of steps.
+    """
+    # The best step's adapter lies beside the run's own, whose time counts.
+    adapters = []
+    for run_dir in sorted(map(RunDir, runs), key=get_publish_time, reverse=True):
+        paths = (run_dir.adapter_path, run_dir.best_dir / PUBLISHED_NAME)
+        adapters += [path for path in paths if path.is_file()]
+
+    def get_sort_key(file: Path) -> tuple[str, int]:
         return file.parent.parent.name, -(parse_checkpoint_step(file.parent) or 0)
 
     checkpoints = [file for run in runs for file in run.glob(f"checkpoint-*/{RAW_NAME}")]
-    return [*found, *sorted(checkpoints, key=run_and_step)]
+    return [*adapters, *sorted(checkpoints, key=get_sort_key)]
 
 
 def get_publish_time(run_dir: RunDir) -> float:
-    """When the run's adapter was written; 0 without one."""
+    """Return when the run's adapter was written, seconds since 1970; 0 without one."""
     return run_dir.adapter_path.stat().st_mtime if run_dir.adapter_path.is_file() else 0.0
 
 
 def format_adapter_name(file: Path, folders: Collection[Path]) -> str:
-    """`dog`, `dog@500` and `dog@last` for a checkpoint, `dog@best` for the best step of a run."""
+    """Return `dog`, `dog@500` or `dog@last` for a checkpoint, `dog@best` for a run's best step."""
     if file.name == RAW_NAME:
         checkpoint = file.parent.name.removeprefix("checkpoint-")
         return f"{clean_name(file.parent.parent.name)}@{checkpoint}"
@@ -277,15 +293,16 @@ def format_adapter_name(file: Path, folders: Collection[Path]) -> str:
 
 
 def clean_name(text: str) -> str:
-    """A name to show, to put in a tag and to use for a file: letters, digits, space and `.+-_`."""
+    """Return the name with only letters, digits, space and `.+-_`, for pages, tags and files."""
     return UNSAFE_CHARACTERS.sub("_", text).strip(" ._")[:60].rstrip(" .") or "adapter"
 
 
 def is_file_inside(file: Path, folders: Collection[Path]) -> bool:
-    """Whether it is a regular file inside the folders, after following links. Circular links and
-    pipes are not."""
+    """Return whether it is a regular file inside the folders, after following links."""
     try:
-        place = file.resolve(strict=True)
-        return place.is_file() and any(place.is_relative_to(folder.resolve()) for folder in folders)
-    except (OSError, RuntimeError):
+        target = file.resolve(strict=True)
+        return target.is_file() and any(
+            target.is_relative_to(folder.resolve()) for folder in folders
+        )
+    except (OSError, RuntimeError):  # circular links
         return False

@@ -1,4 +1,4 @@
-"""Digests of large files are remembered, and never those of another content."""
+"""Digests of large files are remembered until the content changes."""
 
 import json
 import os
@@ -16,12 +16,12 @@ def file(tmp_path):
 
 
 def test_a_file_is_hashed_once_until_it_changes(file, tmp_path):
-    """By any name: a model of the hub is links to its files."""
+    """Recognise a file by any of its links, as the hub's cache has them."""
     record, link = tmp_path / "caches" / "digests.json", tmp_path / "link"
     link.symlink_to(file)
     assert hash_files([file, link], record) == [hash_file(file)] * 2
 
-    # What the record says is believed, as the file is not read again.
+    # The record's digest is returned: the file is not read again.
     ((path, (stamp, digest)),) = json.loads(record.read_text()).items()
     assert (path, digest) == (str(file.resolve()), hash_file(file))
     record.write_text(json.dumps({path: [stamp, "remembered"]}))
@@ -33,15 +33,14 @@ def test_a_file_is_hashed_once_until_it_changes(file, tmp_path):
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert hash_files([link], record) == [hash_file(file)]
 
-    # A file that is gone is forgotten with the next one.
-    other = tmp_path / "other"
-    file.rename(other)
-    assert hash_files([other], record) == [hash_file(other)]
-    assert list(json.loads(record.read_text())) == [str(other.resolve())]
+    # Entries of deleted files are dropped.
+    renamed = file.rename(tmp_path / "renamed")
+    assert hash_files([renamed], record) == [hash_file(renamed)]
+    assert list(json.loads(record.read_text())) == [str(renamed.resolve())]
 
 
 @pytest.mark.parametrize("content", [b"torn", b"[]", b'{"weights": 3}', b"\xff", None])
-def test_a_record_that_cannot_be_read_or_written_costs_time_alone(content, file, tmp_path):
+def test_a_damaged_record_is_ignored(content, file, tmp_path):
     record = tmp_path / "caches" / "digests.json"
     if content is None:  # a file where its folder should be
         record.parent.write_bytes(b"")

@@ -1,5 +1,4 @@
-"""`keep_freed_memory` is measured from inside a process of its own: page faults of rounds of the
-same allocations."""
+"""Memory, threads and parent of processes, each measured in a process of its own."""
 
 import os
 import subprocess
@@ -8,9 +7,7 @@ import sys
 import psutil
 import pytest
 
-from dreambooth_moslora.disk.processes import (
-    measure_peak_memory_gib,
-)
+from dreambooth_moslora.disk.processes import measure_peak_memory_gib
 
 ROUNDS = """
 import resource, sys
@@ -27,23 +24,20 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def printed(code: str, *words: str, **environment: str) -> list[str]:
-    """The words that a program prints, in a process of its own."""
-    command = [sys.executable, "-c", code, *words]
-    done = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
+def run_python(code: str, *arguments: str) -> list[str]:
+    """Run a program in a process of its own, and return the words that it prints."""
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 77:
         pytest.skip("no glibc here")
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
 
-def test_freed_memory_is_found_again_by_the_next_round():
-    """Three rounds of 160 MiB are 120 thousand pages; with the memory kept they fault in almost
-    none."""
-    kept, default = (int(printed(ROUNDS, mode)[0]) for mode in ("keep", "default"))
-    assert kept * 20 < default
+def test_freed_memory_is_reused():
+    """Three rounds of 160 MiB are 120 thousand pages; kept memory faults in almost none."""
+    faults, default_faults = (int(run_python(ROUNDS, mode)[0]) for mode in ("keep", "default"))
+    assert faults * 20 < default_faults
 
 
 ALLOCATOR = """
@@ -66,7 +60,7 @@ SPLIT = "max_split_size_mb:64"
 
 
 @pytest.mark.parametrize(
-    ("code", "own", "used"),
+    ("code", "environment", "printed"),
     [
         pytest.param(ALLOCATOR, {}, "expandable_segments:True", marks=LINUX),
         pytest.param(ALLOCATOR, {"PYTORCH_ALLOC_CONF": SPLIT}, SPLIT, marks=LINUX),
@@ -76,11 +70,9 @@ SPLIT = "max_split_size_mb:64"
         (POLICY, {"GOMP_SPINCOUNT": "77"}, "None 77 False"),
     ],
 )
-def test_gpu_memory_has_no_holes_and_idle_threads_sleep_soon_unless_a_person_chose_otherwise(
-    code, own, used
-):
+def test_allocator_and_openmp_defaults_yield_to_the_environment(code, environment, printed):
     command = [sys.executable, "-c", code.format("dreambooth_moslora")]
-    assert subprocess.check_output(command, text=True, env=PLAIN | own).strip() == used
+    assert subprocess.check_output(command, text=True, env=PLAIN | environment).strip() == printed
 
 
 ORDERS = {"dreambooth_moslora, torch": 2000, "torch, dreambooth_moslora": 300_000}
@@ -88,24 +80,19 @@ ORDERS = {"dreambooth_moslora, torch": 2000, "torch, dreambooth_moslora": 300_00
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("order", "spins"), ORDERS.items())
-def test_torch_s_threads_obey_it_where_the_package_is_imported_first(order, spins):
-    """libgomp prints what it has read as it is loaded."""
-    command, told = (
-        [sys.executable, "-c", POLICY.format(order)],
-        PLAIN | {"OMP_DISPLAY_ENV": "VERBOSE"},
-    )
-    said = subprocess.run(command, capture_output=True, text=True, env=told, check=True).stderr
-    if "GOMP_SPINCOUNT" not in said:
+def test_openmp_defaults_act_if_torch_is_imported_later(order, spins):
+    """Read the report that libgomp prints when it is loaded."""
+    command = [sys.executable, "-c", POLICY.format(order)]
+    environment = PLAIN | {"OMP_DISPLAY_ENV": "VERBOSE"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    if "GOMP_SPINCOUNT" not in done.stderr:
         pytest.skip("torch has another OpenMP here")
-    assert f"GOMP_SPINCOUNT = '{spins}'" in said
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
 
 
-def test_the_peak_counts_what_was_held():
-    before = measure_peak_memory_gib()
-    if before is None:
-        pytest.skip("no getrusage here")
-    block = bytearray(b"1" * (300 << 20))
-    assert measure_peak_memory_gib() > 0.25 and len(block)
+def test_peak_memory_includes_freed_blocks():
+    bytearray(b"1" * (300 << 20))
+    assert measure_peak_memory_gib() > 0.25
 
 
 PHASE = """
@@ -120,17 +107,17 @@ blocks = [torch.ones(5_000_000) for _ in range(10)]
 stays = torch.ones(1000)
 full = resident().rss
 del blocks
-kept = resident().rss
+freed = resident().rss
 release_freed_memory()
-print(full, kept, resident().rss)
+print(full, freed, resident().rss)
 """
 
 
 @pytest.mark.slow
-def test_a_phase_that_is_over_gives_its_memory_back():
-    """Kept until then; 10 blocks of 20 MB, below one that stays."""
-    full, kept, left = map(int, printed(PHASE))
-    assert full - kept < 20e6 and kept - left > 150e6
+def test_freed_memory_is_released_after_a_phase():
+    """Free 10 blocks of 20 MB, below one that stays."""
+    full, freed, released = map(int, run_python(PHASE))
+    assert full - freed < 20e6 and freed - released > 150e6
 
 
 CHILD = """
@@ -148,8 +135,8 @@ sys.stdin.read()
 """
 
 
-def test_a_process_hears_that_its_parent_was_killed_though_nobody_has_asked_how_that_ended():
-    """A zombie is no parent."""
+def test_the_end_of_a_parent_is_noticed():
+    """Count a zombie as an ended parent."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", PARENT], **pipes) as parent:
         assert parent.stdout.readline() == "has a parent\n"

@@ -1,5 +1,4 @@
-"""The run folder, its lock, a stop and the queue with Windows' answers
-(`tests/helpers/windows.py`)."""
+"""Run folder, lock, stop and queue with Windows' answers (`tests/helpers/windows.py`)."""
 
 import json
 import os
@@ -41,7 +40,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("is_killed", [False, True])
-def test_the_lock_of_a_run_folder_holds_and_ends_with_its_process(is_killed, tmp_path):
+def test_the_lock_ends_with_its_process(is_killed, tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -59,31 +58,29 @@ def test_the_lock_of_a_run_folder_holds_and_ends_with_its_process(is_killed, tmp
     assert LOCK_NAME not in os.listdir(tmp_path)
 
 
-def write(folder, text: str) -> None:
+def write_checkpoint(folder, text: str) -> None:
     with write_atomic_directory(folder) as new:
         (new / "weights").write_text(text)
 
 
 @pytest.mark.parametrize("closes", [True, False])
 @pytest.mark.parametrize("is_new", [True, False])
-def test_a_checkpoint_waits_for_a_program_that_has_its_file_open_and_is_whole_with_either_end(
-    is_new, closes, tmp_path, monkeypatch
-):
-    """A scanner has the new one's file open, or a viewer the old one's."""
-    folder, begin, opened = tmp_path / "checkpoint-1", rename_with_retry, []
-    write(folder, "old")
+def test_a_checkpoint_waits_for_open_files(is_new, closes, tmp_path, monkeypatch):
+    """Replace a checkpoint while a scanner has the new file open, or a viewer the old one."""
+    folder, opened = tmp_path / "checkpoint-1", []
+    write_checkpoint(folder, "old")
 
-    def looked_at(source, target) -> None:
+    def open_and_rename(source, target) -> None:
         if not opened and is_new == (source.suffix == ".new"):
             opened.append((source / "weights").open())
             if closes:
                 threading.Timer(0.3, opened[0].close).start()
-        begin(source, target)
+        rename_with_retry(source, target)
 
-    monkeypatch.setattr(atomic, "rename_with_retry", looked_at)
+    monkeypatch.setattr(atomic, "rename_with_retry", open_and_rename)
     monkeypatch.setattr(atomic, "RENAME_TIMEOUT_SEC", 20 if closes else 0.2)
     with nullcontext() if closes else pytest.raises(PermissionError):
-        write(folder, "new")
+        write_checkpoint(folder, "new")
     assert (folder / "weights").read_text() == ("new" if closes else "old")
     opened[0].close()
     clean_temporaries(tmp_path)
@@ -95,22 +92,22 @@ def test_a_file_that_stays_open_is_one_line(tmp_path, monkeypatch, capsys):
     (sheet := tmp_path / "contact_sheet.png").write_text("old")
     with sheet.open():
         assert run_to_exit_code(lambda: write_atomic(sheet, "new")) == 2
-    said = f"error: The process cannot access the file: {sheet}.\n"
-    assert capsys.readouterr().err == said
+    message = f"error: The process cannot access the file: {sheet}.\n"
+    assert capsys.readouterr().err == message
     assert os.listdir(tmp_path) == [sheet.name]
 
 
 @pytest.mark.parametrize("is_same", [True, False])
-def test_a_process_is_known_by_its_start_and_gets_no_signal(is_same, tmp_path):
+def test_a_process_is_recognised_by_its_start(is_same, tmp_path):
     token = compute_process_token(os.getppid()) if is_same else "0123abcd"
-    (left := tmp_path / f".checkpoint-7.{os.getppid()}-{token}.new").mkdir()
+    (temporary := tmp_path / f".checkpoint-7.{os.getppid()}-{token}.new").mkdir()
     clean_temporaries(tmp_path)
-    assert left.exists() == is_same
+    assert temporary.exists() == is_same
 
 
-def test_a_run_of_the_queue_is_asked_by_a_file_which_stops_no_later_one(tmp_path):
+def test_a_stop_request_ends_one_run_of_the_queue(tmp_path):
     (script := tmp_path / "trainer.py").write_text(TRAINER)
-    turns = QueueRunner(jobs := Jobs(tmp_path / "runs", script))
+    runner = QueueRunner(jobs := Jobs(tmp_path / "runs", script))
     for name in ("dog", "cat"):
         (folder := tmp_path / "runs" / name).mkdir(parents=True)
         settings = {
@@ -118,47 +115,43 @@ def test_a_run_of_the_queue_is_asked_by_a_file_which_stops_no_later_one(tmp_path
             "steps": 1000 if name == "dog" else 2,
             "output_dir": str(folder),
         }
-        turns.queue.add(QueuedRun(name, settings=settings, queued=time.time()))
-    turns.run_next()
+        runner.queue.add(QueuedRun(name, settings=settings, queued=time.time()))
+    runner.run_next()
     wait_for(lambda: (job := jobs.find_active_job()) and jobs.get_state(job).step)
     jobs.stop("dog")
     processes.send_stop_request(tmp_path / "runs" / "cat")  # left there by an earlier run
-    wait_for(lambda: turns.run_next() or turns.is_empty)
-    assert {event["name"]: event["state"] for event in turns.queue.list_ended()} == {
+    wait_for(lambda: runner.run_next() or runner.is_empty)
+    assert {event["name"]: event["state"] for event in runner.queue.list_ended()} == {
         "dog": "interrupted",
         "cat": "done",
     }
 
 
-def test_what_is_started_has_a_console_of_its_own_which_no_closed_one_ends(tmp_path, monkeypatch):
+def test_a_training_has_a_console_of_its_own(tmp_path, monkeypatch):
     options = {}
     monkeypatch.setattr(subprocess, "CREATE_NO_WINDOW", 0x08000000, raising=False)
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **given: options.update(given))
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **kwargs: options.update(kwargs))
     processes.start_process(tmp_path, ["-c", ""])
     assert options["creationflags"] == 0x08000000 and "start_new_session" not in options
 
 
-def config_of(base, folder, **changes) -> dict:
-    sizes = {
-        "max_train_steps": 100_000,
-        "checkpointing_steps": 1,
-        "checkpoints_total_limit": 2,
-    } | changes
-    return tiny_config(
-        base, paint_photos(folder / "photos"), folder / "runs" / "dog", **sizes
-    ).to_dict()
-
-
-def told(settings: dict) -> dict:
-    return {name: value for name, value in settings.items() if value is not None}
+def build_settings(base, folder) -> dict:
+    """Return the settings of a long run, those that are set."""
+    config = tiny_config(
+        base,
+        paint_photos(folder / "photos"),
+        folder / "runs" / "dog",
+        max_train_steps=100_000,
+        checkpointing_steps=1,
+        checkpoints_total_limit=2,
+    )
+    return {name: value for name, value in config.to_dict().items() if value is not None}
 
 
 @pytest.mark.slow
-def test_a_training_that_is_stopped_leaves_a_checkpoint_and_goes_on_to_the_same_bytes(
-    tiny_base, tmp_path
-):
+def test_a_stopped_training_resumes_to_the_same_bytes(tiny_base, tmp_path):
     jobs = Jobs(tmp_path / "runs")
-    job = jobs.start("dog", told(config_of(tiny_base, tmp_path)))
+    job = jobs.start("dog", build_settings(tiny_base, tmp_path))
     wait_for(lambda: jobs.get_state(job).step or not job.is_alive, 120)
     jobs.stop("dog")
     wait_for(lambda: not job.is_alive, 120)
@@ -169,10 +162,8 @@ def test_a_training_that_is_stopped_leaves_a_checkpoint_and_goes_on_to_the_same_
         and run.find_latest_checkpoint()
         and not (run.path / processes.STOP_FILE_NAME).exists()
     )
-    steps = state.step + 2
-    settings = json.loads((run.path / processes.JOB_CONFIG_NAME).read_text()) | {
-        "max_train_steps": steps
-    }
+    settings = json.loads((run.path / processes.JOB_CONFIG_NAME).read_text())
+    settings["max_train_steps"] = state.step + 2
     processes.write_settings(run.path, settings)
     job = jobs.resume("dog")
     wait_for(lambda: not job.is_alive, 120)
@@ -186,10 +177,10 @@ def test_a_training_that_is_stopped_leaves_a_checkpoint_and_goes_on_to_the_same_
 
 @pytest.mark.slow
 def test_a_fleets_stop_leaves_a_checkpoint(tiny_base, tmp_path):
-    out, found = tmp_path / "runs", []
-    settings = told(config_of(tiny_base, tmp_path))
+    out, results = tmp_path / "runs", []
+    settings = build_settings(tiny_base, tmp_path)
     work = threading.Thread(
-        target=lambda: found.append(train_subject(Work(str(out / "dog"), settings, "mark")))
+        target=lambda: results.append(train_subject(Work(str(out / "dog"), settings, "mark")))
     )
     work.start()
     wait_for(
@@ -198,4 +189,4 @@ def test_a_fleets_stop_leaves_a_checkpoint(tiny_base, tmp_path):
     )
     get_stop_path(out).touch()
     work.join(timeout=120)
-    assert found[0].state == "interrupted" and RunDir(out / "dog").adapter_path.is_file()
+    assert results[0].state == "interrupted" and RunDir(out / "dog").adapter_path.is_file()
