@@ -33,7 +33,7 @@ def build_floor_step(size: str, resolution_px: int, rank: int) -> Step:
     materials = build_random_inputs(size, resolution_px)
     unet, batch = (
         materials.pipeline.unet.requires_grad_(False).train(),
-        materials.collate_batch([0]),
+        materials.dataloader.load_batch([0]),
     )
     latents, words = (
         batch.latents.to(materials.dtype),
@@ -43,7 +43,7 @@ def build_floor_step(size: str, resolution_px: int, rank: int) -> Step:
     def step() -> tuple[float, float]:
         noisy = torch.randn_like(latents).requires_grad_()
         output = materials.family.predict(
-            unet, noisy, torch.randint(0, 1000, (1,)), batch.time_ids, **words
+            unet, noisy, torch.randint(0, 1000, (1,)), **batch.photo_inputs, **words
         )
         loss = output.float().square().mean()
         loss.backward()

@@ -1,17 +1,20 @@
-"""From photos to batches: the endless, shuffled, seeded stream of encoded crops with captions, of
-all subjects.
+"""Datasets of encoded photos, and the data loader that makes batches of them.
 
-    sample at position p  ->  (photo, repeat, crop)  ->  EncodedView  ->  TrainBatch
+    photos  ->  PhotoDataset[index]  ->  (EncodedCrop, caption)  ->  collate  ->  TrainBatch
 
-Each epoch shuffles photos × repeats. The crop number is epoch mod `crops_per_photo`; without a
-cache every epoch has fresh crops. Each of several subjects is shown equally often, whatever its
-number of photos:
+As in PyTorch, a dataset is map-style: the index alone determines the sample, and an index may be
+asked for in any order. So a resumed run, or one of several processes, gets the samples that an
+unbroken run of one process gets. Indices do not end: each epoch shuffles photos × repeats anew, and
+has the next of a photo's `crops_per_photo` crops, or fresh crops where nothing is cached.
 
-position p  ->  round p div k, subject (order drawn anew each round)  ->  that subject's stream at
-the round
+With several subjects, `SubjectsDataset` takes turns between one dataset per subject, so that each
+is shown equally often, whatever its number of photos:
 
-The position alone determines the sample: resumed or distributed runs show what an unbroken run of
-one process shows.
+    index i  ->  round i div k, subject (in an order shuffled each round)  ->  its dataset[round]
+
+To give the denoiser another input for each photo, add it to `photo_inputs` in
+`PhotoEncoder.encode`, and take it by its name in the `predict` of the families that have it
+(`base/families.py`). Batches are collated, moved, joined and split by the names alone.
 """
 
 import math
@@ -23,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.data import Dataset
 
 from dreambooth_moslora.base import families, load
 from dreambooth_moslora.disk.contents import hash_file, hash_values
@@ -32,37 +36,37 @@ from dreambooth_moslora.seeds import seed_rng, shuffle_index
 from dreambooth_moslora.settings import subjects, train_config
 from dreambooth_moslora.training.encoding_cache import EncodingCache, Tensors, digest_tensors
 
-LatentBucket = tuple[int, int]
-"""(h, w) in px."""
-CropKey = tuple[int, int, LatentBucket]
-"""(slot, crop number, crop size); the slot numbers photos times repeats."""
+BucketSize = tuple[int, int]
+"""(h, w) of crops in px."""
+CropKey = tuple[int, int, BucketSize]
+"""(item, crop index, crop size); items number photos × repeats."""
 
 
 @dataclass(frozen=True)
 class EncodedCrop:
-    """One crop of a photo, encoded.
+    """Encoded crop of a photo.
 
     latents: (C, h, w)
-    time_ids: (6,) sizes and crop in px
-    mask: (1, h, w) the loss weights in [0, 1]; None without a mask
+    photo_inputs: further inputs of the denoiser by name: "time_ids" (6,), sizes and crop in px
+    mask: (1, h, w) loss weights in [0, 1]; None without a mask
     """
 
     latents: torch.Tensor
-    time_ids: torch.Tensor
+    photo_inputs: dict[str, torch.Tensor]
     mask: torch.Tensor | None
 
 
 @dataclass(eq=False)
 class PhotoEncoder:
-    """Crops and encodes photos. The VAE computes only what the cache does not hold.
+    """Crop photos and encode the crops. The VAE computes only what the cache does not hold.
 
     vae: the encoder; None once it has left memory
-    cache: what it gave; None to encode at each draw
+    cache: latents by a digest of all that they depend on; None to encode each sample anew
     rule: how photos are cropped
-    unmasked_weight: the loss weight around the subject, in [0, 1]
-    family: how its kind of latents is scaled
-    synthetic_weight: the loss weight of photos that a model made, in [0, 1]
-    vae_digest: of the VAE's files (`base.digests`); "" for that of its weights in memory
+    unmasked_weight: loss weight around the subject, in [0, 1]
+    family: scales the latents
+    synthetic_weight: loss weight of photos that a model made, in [0, 1]
+    vae_digest: digest of the VAE's files (`base.digests`); "" to digest its weights in memory
     """
 
     vae: torch.nn.Module
@@ -86,8 +90,11 @@ class PhotoEncoder:
         self._digest = lru_cache(maxsize=None)(hash_file)
 
     def encode(self, photo: photo_file.Photo, plan: augment.CropPlan) -> EncodedCrop:
-        """Loss weights are 1 on the subject, `unmasked_weight` around it, 0 where a photo is
-        transparent; all times `synthetic_weight` of a photo that a model made."""
+        """Return the encoded crop, from the cache or else computed.
+
+        Loss weights are 1 on the subject, `unmasked_weight` around it, and 0 where a photo is
+        transparent. Those of a photo that a model made are multiplied by `synthetic_weight`.
+        """
         if self.cache is None:
             tensors = self._encode_crop(photo, plan)
         else:
@@ -103,17 +110,14 @@ class PhotoEncoder:
         if photo.made_by:
             whole = torch.ones_like(tensors["latents"][:1])
             weights = self.synthetic_weight * (whole if weights is None else weights)
-        return EncodedCrop(
-            latents=tensors["latents"],
-            time_ids=torch.tensor(plan.time_ids, dtype=torch.float32),
-            mask=weights,
-        )
+        time_ids = torch.tensor(plan.time_ids, dtype=torch.float32)
+        return EncodedCrop(tensors["latents"], {"time_ids": time_ids}, mask=weights)
 
     def build_crop_entry(
         self, photo: photo_file.Photo, plan: augment.CropPlan
     ) -> tuple[str, Callable[[], Tensors]]:
-        """The crop's key in the cache, and the function that encodes it. That raises UserError if
-        the cache was changed after the VAE had left memory."""
+        """Return the crop's key in the cache, and the function that encodes it. That function
+        raises UserError where the cache was changed after the VAE had left memory."""
         # All that the encoding depends on: pixels, mask, crop and VAE.
         key = hash_values(
             photo=self._digest(photo.path),
@@ -122,7 +126,7 @@ class PhotoEncoder:
             vae=self.vae_identity,
         )
 
-        def compute() -> Tensors:
+        def encode_again() -> Tensors:
             if self.vae is None:
                 raise UserError(
                     f"{self.cache.folder}: the encoding of {photo.path} cannot be read any more, "
@@ -130,58 +134,57 @@ class PhotoEncoder:
                 )
             return self._encode_crop(photo, plan)
 
-        return key, compute
+        return key, encode_again
 
     def _encode_crop(self, photo: photo_file.Photo, plan: augment.CropPlan) -> Tensors:
-        """Latents (C, h, w), and "subject" and "opaque" (1, h, w) in [0, 1], if the photo has
-        them."""
-        image, weights = self.load_crop(photo, plan)
+        """Return latents (C, h, w), and "subject" and "opaque" (1, h, w) in [0, 1] where the photo
+        has them."""
+        image, masks = self.load_crop(photo, plan)
         latents = load.encode_image(self.vae, convert_to_tensor(image)[None], self.family)[0].cpu()
 
-        # A weight of a latent is the mean of its pixels'.
+        # The weight of a latent is the mean of its pixels' weights.
         tensors = {"latents": latents}
-        for name, part in weights.items():
-            grey = torch.from_numpy(np.array(part, dtype=np.float32))[None, None] / 255
+        for name, mask in masks.items():
+            grey = torch.from_numpy(np.array(mask, dtype=np.float32))[None, None] / 255
             tensors[name] = F.adaptive_avg_pool2d(grey, latents.shape[-2:])[0]
         return tensors
 
     def load_crop(
         self, photo: photo_file.Photo, plan: augment.CropPlan
     ) -> tuple[Image.Image, dict[str, Image.Image]]:
-        """The crop as RGB, and as L the mask ("subject") and what is opaque beside a mask file
-        ("opaque")."""
+        """Return the crop as an RGB image, and its masks as grey ones: "subject", and "opaque"
+        where a mask file lies beside a photo with transparency."""
         image = photo_file.require_image(photo.path)
-        parts = {"subject": photo_file.open_mask(photo)}
+        masks = {"subject": photo_file.open_mask(photo)}
         if photo.has_mask_file:
-            parts["opaque"] = photo_file.get_alpha(image)
+            masks["opaque"] = photo_file.get_alpha(image)
 
-        # Every part has the photo's size, so one plan cuts them all.
-        cut = {}
-        for name, part in parts.items():
-            if part is not None:
-                cut[name] = augment.apply_crop(part, plan, Image.Resampling.BILINEAR)
-        picture = photo_file.to_rgb(image)
-        return augment.apply_crop(picture, plan), cut
+        # All have the photo's size, so one plan crops them all.
+        cropped_masks = {}
+        for name, mask in masks.items():
+            if mask is not None:
+                cropped_masks[name] = augment.apply_crop(mask, plan, Image.Resampling.BILINEAR)
+        return augment.apply_crop(photo_file.to_rgb(image), plan), cropped_masks
 
 
 def convert_to_tensor(image: Image.Image) -> torch.Tensor:
-    """RGB picture -> (3, H, W) in [-1, 1]."""
+    """Convert an RGB image to a tensor (3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
 @dataclass(eq=False)
-class PhotoDataset:
-    """The samples of one set of photos, by position.
+class PhotoDataset(Dataset):
+    """Map-style dataset of the encoded crops of some photos, each with a caption.
 
     photos: at least one
     encoder: crops and encodes them
-    seed: of all draws
-    name: by which two streams of one run differ
+    seed: of all random draws
+    name: tells the draws of two datasets of a run apart
     repeats: how often an epoch shows each photo
     caption_dropout: share of samples with an empty caption
-    batch_size: samples in a row that have crops of one size
-    size_source: a stream whose crop sizes this one has, at each position
-    bare_share: share of samples with the bare prompt, of photos that have one
+    batch_size: consecutive samples that have crops of one size
+    size_source: dataset whose crop size this one has at each index
+    bare_prompt_share: share of samples with the bare prompt, of photos that have one
     """
 
     photos: Sequence[photo_file.Photo]
@@ -192,112 +195,112 @@ class PhotoDataset:
     caption_dropout: float = 0.0
     batch_size: int = 1
     size_source: "PhotoDataset | None" = None
-    bare_share: float = 0.0
+    bare_prompt_share: float = 0.0
 
     def __post_init__(self) -> None:
-        # The slots of each crop size. Beside another stream there are only its sizes.
-        of_beside = self.size_source.buckets if self.size_source else {}
-        self.buckets: dict[LatentBucket, list[int]] = {size: [] for size in of_beside}
-        for slot in range(len(self)):
-            size_px = self.photos[slot // self.repeats].size_px
-            target = self.encoder.rule.get_target_size(size_px)
-            if of_beside:
-                target = augment.find_nearest_shape(size_px, of_beside)
-            self.buckets.setdefault(target, []).append(slot)
+        # The items of each crop size. With a size source only its sizes are used.
+        allowed_sizes = self.size_source.buckets if self.size_source else {}
+        self.buckets: dict[BucketSize, list[int]] = {size: [] for size in allowed_sizes}
+        for item in range(len(self)):
+            size_px = self.photos[item // self.repeats].size_px
+            crop_size = self.encoder.rule.get_target_size(size_px)
+            if allowed_sizes:
+                crop_size = augment.find_nearest_shape(size_px, allowed_sizes)
+            self.buckets.setdefault(crop_size, []).append(item)
 
     def __len__(self) -> int:
-        """Samples per epoch."""
+        """Return the samples of an epoch; indices go on beyond it."""
         return len(self.photos) * self.repeats
 
-    def get_sample(self, position: int) -> tuple[EncodedCrop, str]:
-        """The view at `position` >= 0, and a caption: empty by `caption_dropout`, bare by
-        `bare_prompt_share`, or random."""
-        photo, plan = self._plan_crop(position)
-        view = self.encoder.encode(photo, plan)
-        if self._is_selected(self.caption_dropout, "caption dropout", position):
-            return view, ""
-        if photo.bare_prompt and self._is_selected(self.bare_share, "bare prompt", position):
-            return view, photo.bare_prompt
-        return view, seed_rng(self.seed, self.name, "caption", position).choice(photo.captions)
+    def __getitem__(self, index: int) -> tuple[EncodedCrop, str]:
+        """Return a crop and its caption: empty by `caption_dropout`, the bare prompt by
+        `bare_prompt_share`, else one of the photo's."""
+        photo, plan = self._plan_crop(index)
+        crop = self.encoder.encode(photo, plan)
+        if self._is_selected(self.caption_dropout, "caption dropout", index):
+            return crop, ""
+        if photo.bare_prompt and self._is_selected(self.bare_prompt_share, "bare prompt", index):
+            return crop, photo.bare_prompt
+        return crop, seed_rng(self.seed, self.name, "caption", index).choice(photo.captions)
 
-    def _is_selected(self, share: float, what: str, position: int) -> bool:
-        return seed_rng(self.seed, self.name, what, position).random() < share
+    def _is_selected(self, share: float, draw_name: str, index: int) -> bool:
+        return seed_rng(self.seed, self.name, draw_name, index).random() < share
 
     @property
     def captions(self) -> set[str]:
-        """Every caption that `at` may return, but for the empty one."""
-        bare = {photo.bare_prompt for photo in self.photos if photo.bare_prompt and self.bare_share}
-        return bare.union(*(photo.captions for photo in self.photos))
+        """Every caption that a sample may have, but for the empty one."""
+        bare_prompts = {photo.bare_prompt for photo in self.photos if self.bare_prompt_share}
+        return (bare_prompts - {None}).union(*(photo.captions for photo in self.photos))
 
-    def _plan_crop(self, position: int) -> tuple[photo_file.Photo, augment.CropPlan]:
-        slot, crop, target = self._find_crop(position)
-        photo = self.photos[slot // self.repeats]
-        draws = seed_rng(self.seed, self.name, "crop", slot, crop)
-        return photo, self.encoder.rule.plan_crop(photo.size_px, draws, target, photo.face)
+    def _plan_crop(self, index: int) -> tuple[photo_file.Photo, augment.CropPlan]:
+        item, crop_index, crop_size = self._find_crop(index)
+        photo = self.photos[item // self.repeats]
+        draws = seed_rng(self.seed, self.name, "crop", item, crop_index)
+        return photo, self.encoder.rule.plan_crop(photo.size_px, draws, crop_size, photo.face)
 
-    def _find_crop(self, position: int) -> CropKey:
-        """What `position` shows. Where batches need one size, each group of slots has as many of a
-        round's batches as it has slots, so that all are shown equally often."""
-        target = None
+    def _find_crop(self, index: int) -> CropKey:
+        """Return which crop a sample shows."""
+        crop_size = None
 
-        # Beside another stream: its size, of one's own slots.
+        # With a size source: an item of the size that the source has at this index.
         if self.size_source is not None:
-            target = self.size_source._find_crop(position)[2]
-            epoch, slot = self._find_photo_index(target, position)
+            crop_size = self.size_source._find_crop(index)[2]
+            epoch, item = self._find_item(crop_size, index)
 
-        # Any samples fit together: the slots are shuffled in each epoch.
+        # Samples of any sizes can be collated: all items are shuffled together.
         elif len(self.buckets) == 1 or self.batch_size == 1:
-            epoch, slot = shuffle_index(position, len(self), self.seed, self.name)
+            epoch, item = shuffle_index(index, len(self), self.seed, self.name)
 
-        # A round is as many batches as there are slots, in an order of groups drawn for it. How
-        # many batches of this group came before gives the place among its slots.
+        # Each batch has one bucket. In a round a bucket has as many batches as it has items, so
+        # that every photo is shown equally often. The bucket's earlier batches tell its next item.
         else:
-            batch, place = divmod(position, self.batch_size)
-            turn, number = divmod(batch, len(self))
-            counts = tuple((key, len(slots)) for key, slots in self.buckets.items())
-            order = shuffle_batches(counts, self.seed, self.name, turn)
-            key = order[number]
-            batches_before = turn * len(self.buckets[key]) + order[:number].count(key)
-            epoch, slot = self._find_photo_index(key, batches_before * self.batch_size + place)
+            batch_index, offset = divmod(index, self.batch_size)
+            round_index, turn = divmod(batch_index, len(self))
+            item_counts = tuple((size, len(items)) for size, items in self.buckets.items())
+            order = shuffle_batches(item_counts, self.seed, self.name, round_index)
+            bucket = order[turn]
+            earlier_batches = round_index * len(self.buckets[bucket]) + order[:turn].count(bucket)
+            epoch, item = self._find_item(bucket, earlier_batches * self.batch_size + offset)
 
-        # Each epoch has the next crop of a photo.
-        crops = self.encoder.rule.crops_per_photo
-        crop = epoch if crops is None else epoch % crops
-        if target is None:
-            target = self.encoder.rule.get_target_size(self.photos[slot // self.repeats].size_px)
-        return slot, crop, target
+        # Each epoch shows the next crop of a photo.
+        crop_count = self.encoder.rule.crops_per_photo
+        crop_index = epoch if crop_count is None else epoch % crop_count
+        if crop_size is None:
+            photo = self.photos[item // self.repeats]
+            crop_size = self.encoder.rule.get_target_size(photo.size_px)
+        return item, crop_index, crop_size
 
-    def _find_photo_index(self, size: LatentBucket, position: int) -> tuple[int, int]:
-        """(epoch, slot) among the slots of this size, or among all if there are none."""
-        slots = self.buckets[size] or range(len(self))
-        epoch, found = shuffle_index(position, len(slots), self.seed, self.name, size)
-        return epoch, slots[found]
+    def _find_item(self, bucket: BucketSize, index: int) -> tuple[int, int]:
+        """Return (epoch, item) at an index into a bucket, or into all items if it has none."""
+        items = self.buckets[bucket] or range(len(self))
+        epoch, offset = shuffle_index(index, len(items), self.seed, self.name, bucket)
+        return epoch, items[offset]
 
     def list_crops(self, sample_count: int) -> list[tuple[photo_file.Photo, augment.CropPlan]]:
-        """The different views among the first `sample_count` samples; none when each epoch crops
-        anew."""
+        """Return the different crops of the first `sample_count` samples; none where each epoch
+        crops anew."""
         if not self.encoder.rule.crops_per_photo:
             return []
-        first: dict[CropKey, int] = {}
-        for position in range(sample_count):
-            first.setdefault(self._find_crop(position), position)
-        return [self._plan_crop(position) for position in first.values()]
+        first_index: dict[CropKey, int] = {}
+        for index in range(sample_count):
+            first_index.setdefault(self._find_crop(index), index)
+        return [self._plan_crop(index) for index in first_index.values()]
 
 
 @lru_cache(maxsize=64)
-def shuffle_batches(groups: tuple[tuple[object, int], ...], *names: object) -> tuple[object, ...]:
-    """The groups' keys, each as often as its count, shuffled."""
-    keys = [key for key, count in groups for _ in range(count)]
-    return tuple(seed_rng("batches", *names).sample(keys, len(keys)))
+def shuffle_batches(counts: tuple[tuple[object, int], ...], *seeds: object) -> tuple[object, ...]:
+    """Return each bucket as often as its count, shuffled by the seeds."""
+    buckets = [bucket for bucket, count in counts for _ in range(count)]
+    return tuple(seed_rng("batches", *seeds).sample(buckets, len(buckets)))
 
 
 @dataclass(frozen=True)
-class SubjectsDataset:
-    """Takes turns between one stream per subject.
+class SubjectsDataset(Dataset):
+    """Map-style dataset of several subjects, which takes turns between their datasets.
 
-    datasets: one of each subject
+    datasets: one for each subject
     seed: of the order
-    run_length: samples in a row that show the same subject
+    run_length: consecutive samples of the same subject
     """
 
     datasets: Sequence[PhotoDataset]
@@ -306,61 +309,61 @@ class SubjectsDataset:
 
     @property
     def captions(self) -> set[str]:
-        return set().union(*(stream.captions for stream in self.datasets))
+        return set().union(*(dataset.captions for dataset in self.datasets))
 
     @property
     def encoder(self) -> PhotoEncoder:
-        """The one that all streams share."""
+        """The encoder that all datasets share."""
         return self.datasets[0].encoder
 
-    def get_subject(self, position: int) -> int:
-        """The number of the subject that is shown there."""
-        return self._find_sample(position)[0]
+    def __getitem__(self, index: int) -> tuple[EncodedCrop, str]:
+        """Return a crop and its caption."""
+        subject, subject_index = self._find_sample(index)
+        return self.datasets[subject][subject_index]
 
-    def get_sample(self, position: int) -> tuple[EncodedCrop, str]:
-        """The view at `position` >= 0, and its caption."""
-        number, place = self._find_sample(position)
-        return self.datasets[number].get_sample(place)
+    def get_subject(self, index: int) -> int:
+        """Return the number of the subject that a sample shows."""
+        return self._find_sample(index)[0]
 
-    def _find_sample(self, position: int) -> tuple[int, int]:
-        """(number of the stream, position in it)."""
-        turn, offset = divmod(position, self.run_length)
-        round_, number = shuffle_index(turn, len(self.datasets), self.seed, "subjects")
-        return number, round_ * self.run_length + offset
+    def _find_sample(self, index: int) -> tuple[int, int]:
+        """Return (number of the subject, index into its dataset)."""
+        turn, offset = divmod(index, self.run_length)
+        round_index, subject = shuffle_index(turn, len(self.datasets), self.seed, "subjects")
+        return subject, round_index * self.run_length + offset
 
     def list_crops(self, sample_count: int) -> list[tuple[photo_file.Photo, augment.CropPlan]]:
-        """Like `PhotoDataset.list_crops`, of all subjects, in whole rounds."""
-        rounds = math.ceil(sample_count / (len(self.datasets) * self.run_length))
-        share = rounds * self.run_length
-        return [view for stream in self.datasets for view in stream.list_crops(share)]
+        """Return the different crops of the first `sample_count` samples, in whole rounds."""
+        round_count = math.ceil(sample_count / (len(self.datasets) * self.run_length))
+        subject_samples = round_count * self.run_length
+        return [crop for dataset in self.datasets for crop in dataset.list_crops(subject_samples)]
 
 
 def build_instance_dataset(
     config: train_config.TrainConfig, photos: list[photo_file.Photo], encoder: PhotoEncoder
 ) -> SubjectsDataset:
-    """The streams of the subjects' photos; with buckets a batch shows one subject."""
-    streams = []
+    """Build the dataset of the subjects' photos. With buckets a batch shows one subject."""
+    datasets = []
     for number, subject in enumerate(config.each_subject):
-        own = []
+        subject_photos = []
         for photo in photos:
             if photo.subject == number:
                 captions = caption_variants.shuffle_captions(subject, photo.captions)
-                own.append(replace(photo, captions=captions))
-        stream = PhotoDataset(
-            photos=own,
+                subject_photos.append(replace(photo, captions=captions))
+        dataset = PhotoDataset(
+            photos=subject_photos,
             encoder=encoder,
             seed=config.seed,
             name=subjects.get_seed_name("instance", number),
             repeats=config.repeats,
             caption_dropout=config.caption_dropout,
             batch_size=config.train_batch_size,
-            bare_share=subject.bare_prompt_share,
+            bare_prompt_share=subject.bare_prompt_share,
         )
-        streams.append(stream)
+        datasets.append(dataset)
 
     # With buckets, a batch has one size, and so one subject.
-    run = config.train_batch_size if config.enable_bucket else 1
-    return SubjectsDataset(streams, seed=config.seed, run_length=run)
+    run_length = config.train_batch_size if config.enable_bucket else 1
+    return SubjectsDataset(datasets, seed=config.seed, run_length=run_length)
 
 
 def build_prior_dataset(
@@ -369,68 +372,113 @@ def build_prior_dataset(
     encoder: PhotoEncoder,
     instance: SubjectsDataset,
 ) -> SubjectsDataset:
-    """The streams of class images: beside each sample one of its class; with buckets, of the same
-    size."""
-    streams = []
-    for number, (photos, own) in enumerate(zip(class_photos, instance.datasets, strict=True)):
-        stream = PhotoDataset(
+    """Build the dataset of class images, whose sample at an index belongs to the instance sample
+    there: it is of its class and, with buckets, of its size."""
+    datasets = []
+    for number, (photos, partner) in enumerate(zip(class_photos, instance.datasets, strict=True)):
+        dataset = PhotoDataset(
             photos=photos,
             encoder=encoder,
             seed=config.seed,
             name=subjects.get_seed_name("prior", number),
-            size_source=own if config.enable_bucket else None,
+            size_source=partner if config.enable_bucket else None,
         )
-        streams.append(stream)
-    return SubjectsDataset(streams, seed=config.seed, run_length=instance.run_length)
+        datasets.append(dataset)
+    return SubjectsDataset(datasets, seed=config.seed, run_length=instance.run_length)
 
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """B samples, on the CPU.
+    """Batch of B samples, on the CPU.
 
     latents: (B, C, h, w)
-    time_ids: (B, 6) sizes and crops in px
-    instance_count: how many are of the subject; they come first, then prior images
+    photo_inputs: further inputs of the denoiser by name, each (B, …)
+    instance_count: how many show the subject; these come first, then class images
     mask: (B, 1, h, w) loss weights in [0, 1]; None without masks
     prompts: (B)
     """
 
     latents: torch.Tensor
-    time_ids: torch.Tensor
+    photo_inputs: dict[str, torch.Tensor]
     instance_count: int
     mask: torch.Tensor | None
     prompts: list[str]
 
     def add_base_prior(self, prompts: list[str]) -> "TrainBatch":
-        """The batch twice (2B): the second half has these prompts (B), and the base's prediction as
-        its target."""
+        """Return the batch twice (2B): the second half has these prompts (B), and its target will
+        be the base's own prediction."""
         mask = None
         if self.mask is not None:
             mask = torch.cat([self.mask, torch.ones_like(self.mask)])
+        photo_inputs = {name: torch.cat([x, x]) for name, x in self.photo_inputs.items()}
         return TrainBatch(
-            latents=self.latents.repeat(2, 1, 1, 1),
-            time_ids=self.time_ids.repeat(2, 1),
+            latents=torch.cat([self.latents, self.latents]),
+            photo_inputs=photo_inputs,
             instance_count=len(self.prompts),
             mask=mask,
             prompts=[*self.prompts, *prompts],
         )
 
 
+@dataclass(frozen=True)
+class TrainDataLoader:
+    """Data loader of photos and class images. Batches can be loaded in any order.
+
+    instance: dataset of the subjects' photos
+    prior: dataset of class images; None without any
+    """
+
+    instance: SubjectsDataset
+    prior: SubjectsDataset | None = None
+
+    @property
+    def datasets(self) -> list[SubjectsDataset]:
+        return [self.instance] if self.prior is None else [self.instance, self.prior]
+
+    def load_batch(self, indices: Sequence[int]) -> TrainBatch:
+        """Load the instance samples at these indices, and the class images that belong to them."""
+        samples = [dataset[index] for dataset in self.datasets for index in indices]
+        return collate(samples, instance_count=len(indices))
+
+
+def build_dataloader(
+    config: train_config.TrainConfig,
+    photos: list[photo_file.Photo],
+    class_photos: list[list[photo_file.Photo]],
+    encoder: PhotoEncoder,
+) -> TrainDataLoader:
+    """Build the datasets of a run and their data loader.
+
+    config: the run's settings
+    photos: of all subjects
+    class_photos: class images of each subject; empty without class images
+    encoder: crops and encodes both alike
+    """
+    instance = build_instance_dataset(config, photos, encoder)
+    prior = None
+    if class_photos:
+        prior = build_prior_dataset(config, class_photos, encoder, instance)
+    return TrainDataLoader(instance, prior)
+
+
 def collate(samples: Sequence[tuple[EncodedCrop, str]], instance_count: int) -> TrainBatch:
-    """One batch, the subject's views first. If only some have a mask, the others get a mask of
-    ones."""
-    views = [view for view, _ in samples]
-    masks = None
-    if any(view.mask is not None for view in views):
-        filled = []
-        for view in views:
-            filled.append(torch.ones_like(view.latents[:1]) if view.mask is None else view.mask)
-        masks = torch.stack(filled)
+    """Collate samples, the instance samples first. Where only some have a mask, the others get a
+    mask of ones."""
+    crops = [crop for crop, _ in samples]
+    mask = None
+    if any(crop.mask is not None for crop in crops):
+        masks = []
+        for crop in crops:
+            masks.append(torch.ones_like(crop.latents[:1]) if crop.mask is None else crop.mask)
+        mask = torch.stack(masks)
+    photo_inputs = {}
+    for name in crops[0].photo_inputs:
+        photo_inputs[name] = torch.stack([crop.photo_inputs[name] for crop in crops])
     return TrainBatch(
-        latents=torch.stack([view.latents for view in views]),
-        time_ids=torch.stack([view.time_ids for view in views]),
+        latents=torch.stack([crop.latents for crop in crops]),
+        photo_inputs=photo_inputs,
         instance_count=instance_count,
-        mask=masks,
+        mask=mask,
         prompts=[caption for _, caption in samples],
     )
 
@@ -438,21 +486,22 @@ def collate(samples: Sequence[tuple[EncodedCrop, str]], instance_count: int) -> 
 def move_tensors(
     tensors: dict[str, torch.Tensor | None], device: torch.device
 ) -> dict[str, torch.Tensor | None]:
-    """The CPU tensors, or None, on `device`, by one transfer as fp32, asynchronous on CUDA (pinned
-    memory)."""
+    """Move CPU tensors to `device` by one transfer in fp32; it is asynchronous on CUDA (from pinned
+    memory). A None stays None."""
     if device.type == "cpu":
         return tensors
 
     # All in one buffer: many small transfers would each wait for the device.
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    buffer = torch.cat([tensor.reshape(-1).float() for tensor in given.values()])
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    buffer = torch.cat([tensor.reshape(-1).float() for tensor in present.values()])
     is_cuda = device.type == "cuda"
     if is_cuda:
         buffer = buffer.pin_memory()
-    moved = buffer.to(device, non_blocking=is_cuda)
+    buffer = buffer.to(device, non_blocking=is_cuda)
 
     # Each gets its part, in its own shape and dtype.
-    parts = moved.split([tensor.numel() for tensor in given.values()])
-    for part, (name, tensor) in zip(parts, given.items(), strict=True):
-        given[name] = part.view(tensor.shape).to(tensor.dtype)
-    return tensors | given
+    parts = buffer.split([tensor.numel() for tensor in present.values()])
+    moved = {}
+    for part, (name, tensor) in zip(parts, present.items(), strict=True):
+        moved[name] = part.view(tensor.shape).to(tensor.dtype)
+    return tensors | moved

@@ -1,12 +1,13 @@
-"""What one step learns from, ready for the denoiser: rows of pictures, and micro-batches of them.
+"""Inputs and targets of the denoiser: micro-batches, and how they share a forward pass.
 
-A micro-batch holds `train_batch_size` pictures of the subject and as many of its prior, if it has
-one. What passes through the denoiser together is decided by `--images_at_once`: whole micro-batches
-of one size, or parts of one.
+A micro-batch holds `train_batch_size` images of the subject and as many of its prior, if it has
+one. `--images_at_once` decides what passes through the denoiser together: whole micro-batches of
+one size, or chunks of one.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 import torch
 
@@ -14,66 +15,66 @@ from dreambooth_moslora.base import families
 from dreambooth_moslora.training import objective
 
 
+def concatenate(values: Sequence[Any]) -> Any:
+    """Concatenate values of one kind along the batch: tensors (B, …), tuples (B), and dicts and
+    dataclasses of these, by their keys and fields."""
+    first = values[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(list(values))
+    if isinstance(first, dict):
+        return {key: concatenate([value[key] for value in values]) for key in first}
+    if is_dataclass(first):
+        names = [field.name for field in fields(first)]
+        return type(first)(
+            **{name: concatenate([getattr(value, name) for value in values]) for name in names}
+        )
+    return tuple(item for value in values for item in value)
+
+
+def take_slice(value: Any, rows: slice) -> Any:
+    """Return the rows of a value that `concatenate` takes."""
+    if isinstance(value, dict):
+        return {key: item[rows] for key, item in value.items()}
+    if is_dataclass(value):
+        names = [field.name for field in fields(value)]
+        return type(value)(**{name: take_slice(getattr(value, name), rows) for name in names})
+    return value[rows]
+
+
 @dataclass(frozen=True)
 class DenoiserInputs:
-    """B pictures with all that the denoiser is told of them.
+    """Inputs of the denoiser for B images. A new field is concatenated and sliced as the others.
 
-    noisy_sample: noised latents and their noise levels
-    text_embeddings: (B) texts, each by the names of the pipeline's own arguments
-    time_ids: (B, 6) with sizes and crops in px
-    prompts: (B) the words of the texts
+    noisy_sample: noised latents and their timesteps
+    text_embeddings: (B) dicts by the names of the pipeline's own arguments
+    photo_inputs: further inputs by name, each (B, …): "time_ids" (B, 6), sizes and crops in px
+    prompts: (B) the prompts of the text embeddings
     """
 
     noisy_sample: objective.NoisySample
     text_embeddings: tuple[families.TextEmbedding, ...]
-    time_ids: torch.Tensor
+    photo_inputs: dict[str, torch.Tensor]
     prompts: tuple[str, ...]
 
-    @classmethod
-    def concat(cls, parts: Sequence["DenoiserInputs"]) -> "DenoiserInputs":
-        """The rows of all parts, one after the other. Their latents have one size."""
-        noisy = [part.noisy_sample for part in parts]
-        return cls(
-            noisy_sample=objective.NoisySample(
-                denoiser_input=torch.cat([one.denoiser_input for one in noisy]),
-                latents=torch.cat([one.latents for one in noisy]),
-                timesteps=torch.cat([one.timesteps for one in noisy]),
-                timestep_indices=torch.cat([one.timestep_indices for one in noisy]),
-            ),
-            text_embeddings=tuple(text for part in parts for text in part.text_embeddings),
-            time_ids=torch.cat([part.time_ids for part in parts]),
-            prompts=tuple(prompt for part in parts for prompt in part.prompts),
-        )
-
-    def __getitem__(self, some: slice) -> "DenoiserInputs":
-        return DenoiserInputs(
-            noisy_sample=objective.NoisySample(
-                denoiser_input=self.noisy_sample.denoiser_input[some],
-                latents=self.noisy_sample.latents[some],
-                timesteps=self.noisy_sample.timesteps[some],
-                timestep_indices=self.noisy_sample.timestep_indices[some],
-            ),
-            text_embeddings=self.text_embeddings[some],
-            time_ids=self.time_ids[some],
-            prompts=self.prompts[some],
-        )
+    def __getitem__(self, rows: slice) -> "DenoiserInputs":
+        return take_slice(self, rows)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     @property
-    def size(self) -> tuple[int, ...]:
+    def latent_size(self) -> tuple[int, ...]:
         """(h, w) of the latents."""
         return tuple(self.noisy_sample.latents.shape[-2:])
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """B pictures, the subject's first, and what the denoiser should answer.
+    """B images, the subject's first, and the target of the denoiser's prediction.
 
-    target: (B, C, h, w); with the base as prior, the base's answer replaces the prior's half
-    mask: (B, 1, h, w) weights of places in [0, 1], or None
-    instance_count: how many are the subject's
+    target: (B, C, h, w); with the base as prior, its prediction replaces the prior's half
+    mask: (B, 1, h, w) loss weights of positions in [0, 1], or None
+    instance_count: how many show the subject
     """
 
     inputs: DenoiserInputs
@@ -82,35 +83,35 @@ class MicroBatch:
     instance_count: int
 
     def split_chunks(self, max_images: int) -> Iterator[tuple["MicroBatch", float]]:
-        """Parts of at most `most` pictures. Each is the subject's alone or the prior's alone, and
-        comes with its share of those."""
+        """Yield chunks of at most `max_images` images. Each has images of the subject alone or of
+        the prior alone, and comes with its share of those."""
         instance = (0, self.instance_count)
         prior = (self.instance_count, len(self.inputs))
         for start, end in (instance, prior):
-            # The last part of a half may be smaller.
+            # The last chunk of a half may be smaller.
             for first in range(start, end, max_images):
-                some = slice(first, min(first + max_images, end))
-                size = some.stop - first
-                part = MicroBatch(
-                    inputs=self.inputs[some],
-                    target=self.target[some],
-                    mask=None if self.mask is None else self.mask[some],
+                rows = slice(first, min(first + max_images, end))
+                size = rows.stop - first
+                chunk = MicroBatch(
+                    inputs=self.inputs[rows],
+                    target=self.target[rows],
+                    mask=None if self.mask is None else self.mask[rows],
                     instance_count=size if start == 0 else 0,
                 )
-                yield part, size / (end - start)
+                yield chunk, size / (end - start)
 
 
 def collect_same_size(
     micro_batches: Iterable[MicroBatch], max_count: int
 ) -> Iterator[list[MicroBatch]]:
-    """Neighbours of one size, at most so many together. None is drawn before the full group is
-    used."""
+    """Yield groups of at most `max_count` consecutive micro-batches of one latent size. The next
+    micro-batch is built only after a full group was used, so that few are in memory."""
     group: list[MicroBatch] = []
-    for micro in micro_batches:
-        if group and group[0].inputs.size != micro.inputs.size:
+    for micro_batch in micro_batches:
+        if group and group[0].inputs.latent_size != micro_batch.inputs.latent_size:
             yield group
             group = []
-        group.append(micro)
+        group.append(micro_batch)
         if len(group) == max_count:
             yield group
             group = []
@@ -121,13 +122,14 @@ def collect_same_size(
 def forward_together(
     predict: Callable[[DenoiserInputs], torch.Tensor], parts: Sequence[DenoiserInputs]
 ) -> list[torch.Tensor | None]:
-    """The prediction (B, C, h, w) of each part, computed in one pass; None for a part without
-    rows."""
-    some = [part for part in parts if len(part)]
+    """Return the prediction (B, C, h, w) of each part, computed in one forward pass; None for a
+    part without images."""
+    present = [part for part in parts if len(part)]
 
-    # A part alone needs no copy of its rows.
-    if len(some) > 1:
-        answers = iter(predict(DenoiserInputs.concat(some)).split([len(part) for part in some]))
+    # A single part is not copied.
+    if len(present) > 1:
+        joined = predict(concatenate(present))
+        predictions = iter(joined.split([len(part) for part in present]))
     else:
-        answers = map(predict, some)
-    return [next(answers) if len(part) else None for part in parts]
+        predictions = map(predict, present)
+    return [next(predictions) if len(part) else None for part in parts]

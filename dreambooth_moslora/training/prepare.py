@@ -1,12 +1,12 @@
-"""Prepares all inputs of the training loop: the base, and encoded photos and prompts.
+"""Prepare the inputs of the training loop: the base, and encoded photos and prompts.
 
     photos -> base -> class images -> latents and text embeddings -> encoders leave memory
 
-A flow model's encoders have to go before its denoiser comes:
+The encoders of a flow model leave memory before its denoiser is loaded:
 
     photos -> encoders -> latents and text embeddings -> encoders leave memory -> denoiser
 
-The processes share the encoding, after which each finds every encoding in its memory or on its
+Several processes share the encoding. Afterwards each has every encoding, in its memory or on its
 machine's disk.
 """
 
@@ -42,33 +42,31 @@ from dreambooth_moslora.settings.family_facts import FamilyFacts, get_facts, get
 from dreambooth_moslora.training import class_images, dataset, encoding_cache, objective, reporter
 
 CacheEntries = dict[str, Callable[[], encoding_cache.Tensors]]
-"""Keys in a cache, each with the function that computes its value."""
+"""Keys of a cache, each with the function that computes its value."""
 COMPANION = "companion"
-"""Among the digests of a base's parts: that of what lies under the adapter."""
+"""Name of the companion's digest among those of the base's parts."""
 
 
 @dataclass
 class TrainInputs:
-    """What a run trains on.
+    """Base, data loader and text embeddings of a run.
 
     pipeline: the base, without the parts that have left memory
-    family: how its kind of pipeline is called
-    schedule: its noise levels
+    family: encodes prompts and calls the denoiser
+    schedule: the base's noise levels
     photos: of all subjects
-    instance_dataset: the photos as they are drawn
-    prior_dataset: the class images as they are drawn; None without any
-    text_cache: texts of frozen text encoders
+    dataloader: batches of photos and class images
+    text_cache: text embeddings of frozen text encoders
     dtype: of the frozen base
-    initial_weights: what a fresh adapter begins with, if a file gives it
-    base_identity: digests of its parts (`identify_base`)
+    initial_weights: of a fresh adapter, if a file gives them
+    base_identity: digests of the base's parts (`identify_base`)
     """
 
     pipeline: DiffusionPipeline
     family: families.Family
     schedule: objective.NoiseSchedule
     photos: list[Photo]
-    instance_dataset: dataset.SubjectsDataset
-    prior_dataset: dataset.SubjectsDataset | None
+    dataloader: dataset.TrainDataLoader
     text_cache: encoding_cache.TextEmbeddingCache
     dtype: torch.dtype
     initial_weights: reader.AdapterWeights | None = None
@@ -77,14 +75,6 @@ class TrainInputs:
     @property
     def denoiser(self) -> torch.nn.Module:
         return families.get_denoiser(self.pipeline)
-
-    def collate_batch(self, positions: Iterable[int]) -> dataset.TrainBatch:
-        """The instance images at these positions, and as many class images if there are any."""
-        instance = [self.instance_dataset.get_sample(position) for position in positions]
-        prior = []
-        if self.prior_dataset is not None:
-            prior = [self.prior_dataset.get_sample(position) for position in positions]
-        return dataset.collate([*instance, *prior], instance_count=len(instance))
 
 
 def prepare_inputs(
@@ -99,11 +89,11 @@ def prepare_inputs(
     """Load the base, generate class images, and encode photos and prompts.
 
     config: the run's settings
-    base: what to load
+    base: which base to load
     context: the run's folder, processes and reporter
     photos: of all subjects
-    sample_count: how many photos the run draws; their crops are encoded
-    prompts: what later samples and scores will ask for
+    sample_count: samples of the whole run; their crops are encoded
+    prompts: of later samples and scores
     is_fresh: whether no adapter is resumed
 
     Raises UserError and StopRequestedError.
@@ -111,13 +101,13 @@ def prepare_inputs(
     device = context.accelerator.device
     dtype = distributed.PRECISION_DTYPES[context.accelerator.mixed_precision]
 
-    # The base. A flow model's denoiser waits where it can: with the encoders it would be too large.
+    # The base. A flow model's denoiser is loaded after its encoders have left memory, if possible.
     context.report.report_phase("loading")
     needs_both = config.train_text_encoder or config.uses_class_images
     is_late = base.is_flow and not needs_both
     pipeline = encoding_cache.load_base(config, base, dtype, device, has_denoiser=not is_late)
 
-    # Whether it can be trained so: before the long work, with all that its files have told.
+    # Checks, before the long work. A base that is refused costs no encoding.
     schedule = build_noise_schedule(pipeline.scheduler, config.do_edm_style_training)
     options = families.build_encoding_options(get_text_options(config))
     family = families.build_family(
@@ -125,31 +115,31 @@ def prepare_inputs(
     )
     validation.check_family(config, family.facts)
     if not is_late:
-        start = check_target_layers(config, context, pipeline, is_fresh)
+        check_denoiser(config, context, pipeline)
     parts = [*family.facts.encoders, "vae"]
     if not is_late:
         parts.append(family.facts.denoiser)
     digests = identify_base(config, base, family.facts, parts)
     context.raise_if_stop_requested()
 
-    # Latents and texts. What encoded them leaves memory.
-    streams = build_datasets(config, context, pipeline, family, photos, digests)
-    encode_photos(context, streams, sample_count)
-    release_vae(config, context, pipeline, streams[0].encoder)
-    prompt_embeds = build_text_cache(config, pipeline, family, digests)
+    # Latents and text embeddings. The VAE and the encoders then leave memory.
+    dataloader = load_photos(config, context, pipeline, family, photos, digests)
+    encode_photos(context, dataloader, sample_count)
+    release_vae(config, context, pipeline, dataloader.instance.encoder)
+    text_cache = build_text_cache(config, pipeline, family, digests)
     move_encoders(pipeline, family, device)
-    encode_prompts(config, context, streams, prompt_embeds, prompts)
-    release_encoders(config, context, pipeline, family, prompt_embeds)
+    encode_prompts(config, context, dataloader, text_cache, prompts)
+    release_encoders(config, context, pipeline, family, text_cache)
 
-    # The denoiser has the memory for itself.
+    # The denoiser has the memory to itself.
     if is_late:
         load.load_denoiser(pipeline, base, dtype)
         encoding_cache.finish_denoiser(config, pipeline, dtype, device)
-        start = check_target_layers(config, context, pipeline, is_fresh)
+        check_denoiser(config, context, pipeline)
         digests |= identify_base(config, base, family.facts, [family.facts.denoiser])
     denoiser = families.get_denoiser(pipeline)
     if config.stream_blocks:
-        # By the name that its weights have: `to` copies those on "cpu" to "cpu:0", each by itself.
+        # The device as its weights name it: `to` would copy each weight from "cpu" to "cpu:0".
         device = StreamedBlocks(denoiser, device).places[0].device
     denoiser.to(device)
     return TrainInputs(
@@ -157,31 +147,27 @@ def prepare_inputs(
         family=family,
         schedule=schedule,
         photos=photos,
-        instance_dataset=streams[0],
-        prior_dataset=streams[1] if len(streams) > 1 else None,
-        text_cache=prompt_embeds,
+        dataloader=dataloader,
+        text_cache=text_cache,
         dtype=dtype,
-        initial_weights=start,
+        initial_weights=read_initial_weights(config, pipeline) if is_fresh else None,
         base_identity=digests,
     )
 
 
-def build_datasets(
+def load_photos(
     config: train_config.TrainConfig,
     context: reporter.RunContext,
     pipeline: DiffusionPipeline,
     family: families.Family,
     photos: list[Photo],
     digests: Mapping[str, str],
-) -> list[dataset.SubjectsDataset]:
-    """The photos as they are drawn, and then the class images, if there are any. Raises UserError
-    and StopRequestedError."""
-    # Class images, drawn by the whole base.
+) -> dataset.TrainDataLoader:
+    """Build the data loader of the photos, and of class images, which are generated where they are
+    missing. Raises UserError and StopRequestedError."""
     class_photos = []
     if config.uses_class_images:
         class_photos = class_images.make_class_photos(config, context, pipeline, photos, digests)
-
-    # Both are cropped and encoded alike.
     encoder = dataset.PhotoEncoder(
         vae=pipeline.vae.to(context.accelerator.device),
         cache=open_cache(config),
@@ -191,10 +177,7 @@ def build_datasets(
         synthetic_weight=config.synthetic_weight,
         vae_digest=digests.get("vae", ""),
     )
-    instance = dataset.build_instance_dataset(config, photos, encoder)
-    if not class_photos:
-        return [instance]
-    return [instance, dataset.build_prior_dataset(config, class_photos, encoder, instance)]
+    return dataset.build_dataloader(config, photos, class_photos, encoder)
 
 
 def identify_base(
@@ -209,23 +192,26 @@ def identify_base(
     return digests
 
 
-def check_target_layers(
-    config: train_config.TrainConfig,
-    context: reporter.RunContext,
-    pipeline: DiffusionPipeline,
-    is_fresh: bool,
-) -> reader.AdapterWeights | None:
-    """What a fresh adapter starts with. Raises UserError for layers that the denoiser lacks."""
+def check_denoiser(
+    config: train_config.TrainConfig, context: reporter.RunContext, pipeline: DiffusionPipeline
+) -> None:
+    """Check that the denoiser has the layers that the settings name, and warn where its precision
+    is slow. Raises UserError."""
     if context.accelerator.is_main_process:
         encoding_cache.warn_of_slow_precision(pipeline, context.accelerator.device)
-    found = moslora.get_matrix_layers(families.get_denoiser(pipeline))
-    layers = {path: layer.weight.ndim for path, layer in found.items()}
+    matrix_layers = moslora.get_matrix_layers(families.get_denoiser(pipeline))
+    dimensions = {path: layer.weight.ndim for path, layer in matrix_layers.items()}
     facts = get_facts(type(pipeline).__name__)
-    validation.check_layers(config.target_modules, layers, config.use_dora, facts)
-    validation.check_patterns(config, layers)
+    validation.check_layers(config.target_modules, dimensions, config.use_dora, facts)
+    validation.check_patterns(config, dimensions)
 
-    # A resumed run has its start in the checkpoint.
-    if not is_fresh or config.init_adapter is None:
+
+def read_initial_weights(
+    config: train_config.TrainConfig, pipeline: DiffusionPipeline
+) -> reader.AdapterWeights | None:
+    """Read the weights that a fresh adapter begins with; None without `--init_adapter`. Raises
+    UserError."""
+    if config.init_adapter is None:
         return None
     return reader.read_start(config.init_adapter, pipeline, config.use_dora)
 
@@ -233,9 +219,9 @@ def check_target_layers(
 def build_noise_schedule(
     scheduler: SchedulerMixin, edm_style: bool = False
 ) -> objective.NoiseSchedule:
-    """A base's noise levels by its scheduler's configuration. Raises UserError for an unknown
-    prediction."""
-    # A solver that draws flows, such as Sana's, has the levels of the plain flow scheduler.
+    """Build a base's noise schedule from its scheduler's configuration. Raises UserError for an
+    unknown prediction type."""
+    # A solver for flows, such as Sana's, has the levels of the plain flow scheduler.
     if scheduler.config.get("use_flow_sigmas"):
         scheduler = FlowMatchEulerDiscreteScheduler(
             num_train_timesteps=scheduler.config.num_train_timesteps,
@@ -246,15 +232,15 @@ def build_noise_schedule(
     if "FlowMatch" in type(scheduler).__name__:
         fresh = type(scheduler).from_config(scheduler.config)
         share = fresh.sigmas[: len(fresh.timesteps)].double()
-        line = (
-            compute_shift_line(scheduler.config) if scheduler.config.use_dynamic_shifting else None
-        )
+        shift_line = None
+        if scheduler.config.use_dynamic_shifting:
+            shift_line = compute_shift_line(scheduler.config)
         return objective.NoiseSchedule(
             sigmas=(share / (1 - share)).float(),
             timesteps=fresh.timesteps,
             prediction_type="flow",
             style="flow",
-            shift_line=line,
+            shift_line=shift_line,
         )
 
     kind = scheduler.config.get("prediction_type", "epsilon")
@@ -263,7 +249,7 @@ def build_noise_schedule(
             f"the base predicts `{kind}`: only epsilon and v_prediction bases can be trained."
         )
 
-    # A base made in EDM style tells its sigmas itself.
+    # The scheduler of a base trained in EDM style has its sigmas.
     if "EDM" in type(scheduler).__name__:
         fresh = type(scheduler).from_config(scheduler.config)
         return objective.NoiseSchedule(
@@ -274,7 +260,7 @@ def build_noise_schedule(
             sigma_data=scheduler.config.sigma_data,
         )
 
-    # Any other has the levels of DDPM, whatever solver draws with it. EDM needs a finite sigma
+    # Any other has the levels of DDPM, whatever solver samples with it. EDM needs a finite sigma
     # where the base has zero terminal SNR; the bound is diffusers'.
     alphas = DDPMScheduler.from_config(scheduler.config).alphas_cumprod
     if edm_style:
@@ -283,15 +269,16 @@ def build_noise_schedule(
 
 
 def compute_shift_line(config: Mapping[str, float]) -> tuple[float, float]:
-    """Slope and intercept through a scheduler's two points, as its pipelines compute the shift."""
-    least, most = config["base_image_seq_len"], config["max_image_seq_len"]
+    """Compute slope and intercept of the line through a scheduler's two points, as its pipelines
+    compute the shift."""
+    min_tokens, max_tokens = config["base_image_seq_len"], config["max_image_seq_len"]
     low, high = config["base_shift"], config["max_shift"]
-    slope = (high - low) / (most - least)
-    return slope, low - slope * least
+    slope = (high - low) / (max_tokens - min_tokens)
+    return slope, low - slope * min_tokens
 
 
 def open_cache(config: train_config.TrainConfig) -> encoding_cache.EncodingCache | None:
-    """Where encodings are kept, by `--caching`: nowhere, in memory or on disk."""
+    """Open the cache of encodings by `--caching`: None, in memory or on disk."""
     if config.caching == "off":
         return None
     if config.caching == "memory":
@@ -305,12 +292,14 @@ def build_text_cache(
     family: families.Family,
     digests: Mapping[str, str],
 ) -> encoding_cache.TextEmbeddingCache:
-    """Prompts encoded without the text encoders' adapters: a file that cannot be read is encoded
-    anew in training. `digests` are of the base's parts; one that lacks an encoder's is answered by
-    its weights in memory."""
+    """Build the cache of text embeddings of the frozen text encoders, whose adapters are off for
+    it.
+
+    digests: of the base's parts; an encoder without one is recognised by its weights in memory
+    """
     encoders = [getattr(pipeline, name) for name in family.facts.encoders]
 
-    # All that decides an encoding; `force_zeros_for_empty_prompt` decides that of "".
+    # All that an embedding depends on; `force_zeros_for_empty_prompt` decides that of "".
     identity = family.facts.name
     for name, encoder in zip(family.facts.encoders, encoders):
         digest = digests.get(name) or encoding_cache.digest_tensors(encoder.state_dict())
@@ -338,100 +327,98 @@ def move_encoders(
 ) -> None:
     """Move the text encoders to `device` if they fit there."""
     encoders = [getattr(pipeline, name) for name in family.facts.encoders]
-    place = choose_device(encoders, device)
+    encoder_device = choose_device(encoders, device)
     for encoder in encoders:
-        encoder.to(place)
+        encoder.to(encoder_device)
 
 
 def choose_device(models: Sequence[torch.nn.Module], device: torch.device) -> torch.device:
-    """`device`, or the CPU where a GPU lacks the memory for these models."""
+    """Return `device`, or the CPU where a GPU lacks the memory for these models."""
     free_gib = devices.measure_free_gib(device)
-    needed = 0
+    needed_bytes = 0
     for model in models:
-        needed += sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    fits = free_gib is None or needed <= USABLE_RATIO * free_gib * devices.GIB
+        needed_bytes += sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    fits = free_gib is None or needed_bytes <= USABLE_RATIO * free_gib * devices.GIB
     return device if fits else torch.device("cpu")
 
 
 def encode_photos(
-    context: reporter.RunContext, streams: list[dataset.SubjectsDataset], sample_count: int
+    context: reporter.RunContext, dataloader: dataset.TrainDataLoader, sample_count: int
 ) -> None:
-    """Fill the cache, if there is one, with every crop of the first `sample_count` samples. Raises
-    UserError and StopRequestedError."""
-    encoder = streams[0].encoder
+    """Fill the latents cache, if there is one, with every crop of the first `sample_count` samples.
+    Raises UserError and StopRequestedError."""
+    encoder = dataloader.instance.encoder
     if encoder.cache is None:
         return
 
     def collect_crops() -> CacheEntries:
-        found = {}
-        for stream in streams:
-            found |= dict(
-                encoder.build_crop_entry(*view) for view in stream.list_crops(sample_count)
-            )
-        return found
+        entries = {}
+        for source in dataloader.datasets:
+            crops = source.list_crops(sample_count)
+            entries |= dict(encoder.build_crop_entry(photo, plan) for photo, plan in crops)
+        return entries
 
     entries = require_same_entries(context, collect_crops, "crops")
-    for _ in context.report.report_counts(
-        "caching", fill_cache(encoder.cache, context, entries), len(entries)
-    ):
+    counts = fill_cache(encoder.cache, context, entries)
+    for _ in context.report.report_counts("caching", counts, len(entries)):
         pass
 
 
 def encode_prompts(
     config: train_config.TrainConfig,
     context: reporter.RunContext,
-    streams: list[dataset.SubjectsDataset],
-    prompt_embeds: encoding_cache.TextEmbeddingCache,
+    dataloader: dataset.TrainDataLoader,
+    text_cache: encoding_cache.TextEmbeddingCache,
     prompts: Iterable[str],
 ) -> None:
-    """Fill the cache with every caption and prompt that the run will use. Raises UserError and
-    StopRequestedError."""
-    # All that the run will say: "" is for dropped captions and for guidance.
-    captions = {*prompts, ""}.union(*(stream.captions for stream in streams))
+    """Fill the cache of text embeddings with every caption and prompt that the run will use. Raises
+    UserError and StopRequestedError."""
+    # "" is for dropped captions and for guidance.
+    captions = {*prompts, ""}.union(*(source.captions for source in dataloader.datasets))
     for subject in config.each_subject:
         if subject.class_prompt:
             captions |= {subject.class_prompt, *config.prior_prompts}
 
     def collect_prompts() -> CacheEntries:
-        return dict(prompt_embeds.build_entry(caption) for caption in sorted(captions))
+        return dict(text_cache.build_entry(caption) for caption in sorted(captions))
 
     entries = require_same_entries(context, collect_prompts, "prompts")
-    for _ in fill_cache(prompt_embeds.cache, context, entries):
+    for _ in fill_cache(text_cache.cache, context, entries):
         pass
 
 
 def require_same_entries(
-    context: reporter.RunContext, find: Callable[[], CacheEntries], kind: str
+    context: reporter.RunContext, collect: Callable[[], CacheEntries], kind: str
 ) -> CacheEntries:
-    """What this process finds to encode. Raises UserError when processes find different keys."""
+    """Return what this process collects to encode. Raises UserError where processes collect
+    different keys."""
     return distributed.require_agreement(
         context.accelerator,
-        find,
-        lambda found: f"{len(found)} {kind} ({hash_values(keys=[*found])[:8]})",
+        collect,
+        lambda entries: f"{len(entries)} {kind} ({hash_values(keys=[*entries])[:8]})",
     )
 
 
 def fill_cache(
     cache: encoding_cache.EncodingCache, context: reporter.RunContext, entries: CacheEntries
 ) -> Iterator[int]:
-    """Compute what the cache lacks of `entries`, which all processes have alike; yields how many
+    """Compute the missing values of `entries`, which are the same in all processes. Yields how many
     are done."""
     accelerator = context.accelerator
 
     # Each process has its own memory, and each machine its own disk.
-    keeps = cache.folder is None or accelerator.is_local_main_process
+    keeps_values = cache.folder is None or accelerator.is_local_main_process
 
     def compute_values(keys: Sequence[str]) -> Generator[encoding_cache.Tensors, None, None]:
         for key in keys:
             context.raise_if_local_stop()
             yield cache.get(key, entries[key])
 
-    found = distributed.share_work(accelerator, list(entries), compute_values)
-    for number, (key, tensors) in enumerate(zip(entries, found, strict=True), start=1):
+    values = distributed.share_work(accelerator, list(entries), compute_values)
+    for number, (key, tensors) in enumerate(zip(entries, values, strict=True), start=1):
         if accelerator.num_processes > 1:
-            distributed.run_on_each(
-                accelerator, partial(cache.put, key, tensors) if keeps else bool
-            )
+            keep_value = partial(cache.put, key, tensors) if keeps_values else bool
+            distributed.run_on_each(accelerator, keep_value)
         yield number
 
 
@@ -441,7 +428,8 @@ def release_vae(
     pipeline: DiffusionPipeline,
     encoder: dataset.PhotoEncoder,
 ) -> None:
-    """Free the VAE unless a step, sample or score needs it; the last two find it on the CPU."""
+    """Free the VAE, or move it to the CPU where samples or scores need it later; with `--caching
+    off` it stays."""
     if config.caching != "off" and (config.sample_count or config.is_scored):
         pipeline.vae.to("cpu")
     elif config.caching != "off":
@@ -455,11 +443,11 @@ def release_encoders(
     context: reporter.RunContext,
     pipeline: DiffusionPipeline,
     family: families.Family,
-    prompt_embeds: encoding_cache.TextEmbeddingCache,
+    text_cache: encoding_cache.TextEmbeddingCache,
 ) -> None:
-    """Free the text encoders, unless the steps need them."""
+    """Free the text encoders, unless they are trained."""
     if not config.train_text_encoder:
-        prompt_embeds.release_encoders()
+        text_cache.release_encoders()
         pipeline.register_modules(**dict.fromkeys(family.facts.encoders))
     reporter.free_unused_memory(context.accelerator.device)
     release_freed_memory()

@@ -1,6 +1,6 @@
-"""One optimizer step: gradients from micro-batches, then an update of the adapter.
+"""Optimizer step: gradients of micro-batches, then an update of the adapter.
 
-Every random draw has the name (seed, what, micro-batch number). Micro-batches are counted over
+Random draws are seeded by name: (seed, name, micro-batch number). Micro-batches are numbered over
 steps, accumulation and processes, so one process with accumulation 2 draws what two processes draw.
 One all-reduce per step averages the adapters' gradients over processes. No module is wrapped, so
 any part of the base can be trained. Adapters are fp32; the frozen base computes in its own dtype,
@@ -47,14 +47,15 @@ from dreambooth_moslora.training.optimizer import (
 logger = logging.getLogger(__name__)
 
 FALLBACK_NOTE = "the run goes on without"
+"""End of the warning about compilation that failed."""
 PX_PER_TOKEN = 16 * 16
-"""Of a picture, in the transformers whose scheduler shifts levels by the number of tokens."""
+"""Pixels of an image token in transformers whose scheduler shifts timesteps by the token count."""
 
 
 @dataclass(frozen=True)
 class StepLosses:
-    """Losses, as means over a step's micro-batches and processes, and the gradient's norm before
-    clipping. `prior` is None for a step without one."""
+    """Mean losses of a step over its micro-batches and processes, and the gradient norm before
+    clipping. `prior` is None for a run without prior preservation."""
 
     total: float
     instance: float
@@ -63,14 +64,14 @@ class StepLosses:
 
 
 class TrainStep:
-    """The adapter, its optimizer, and the steps done.
+    """Adapter, optimizer and the count of steps done.
 
     config: the run's settings
-    inputs: the base, the photos and the texts; the adapter is added to the base in place
-    accelerator: the processes, and the precision
+    inputs: base, data loader and text embeddings; the adapter is added to the base in place
+    accelerator: processes and precision
     max_train_steps: optimizer steps of the whole run
-    checkpoint: a folder to go on from; None for a fresh adapter
-    step: the optimizer steps that are done
+    checkpoint: folder to resume from; None for a fresh adapter
+    step: optimizer steps done
 
     Raises UserError for a checkpoint of other layers, and for an optimizer whose package is
     missing.
@@ -93,12 +94,12 @@ class TrainStep:
         self.schedule = inputs.schedule.to(self.device)
         self.class_prompts = [subject.class_prompt for subject in config.each_subject]
 
-        # What repays its preparation in the steps that are left.
+        # Compilation and cuDNN's search, if the remaining steps repay them.
         speed = choose_speed(config, self.device.type, max_train_steps - step)
         if speed.has_cudnn_search:
             torch.backends.cudnn.benchmark = True
 
-        # The adapter, in the layers of the base. Its start is freed, as the layers hold copies.
+        # The adapter, in the layers of the base. Its initial weights are freed: layers hold copies.
         self.components = adapters.get_trained_modules(config, inputs.family.facts, inputs.pipeline)
         adapters.add_adapters(config, self.components, checkpoint, start=inputs.initial_weights)
         inputs.initial_weights = None
@@ -108,7 +109,7 @@ class TrainStep:
             if accelerator.is_main_process:
                 logger.warning("%s", speed.describe())
 
-        # Its weights. The steps compute with copies in the base's dtype.
+        # Trained parameters. Steps compute with copies of them in the base's dtype.
         self.parameters: list[torch.nn.Parameter] = []
         self.lora_layers: list[torch.nn.Module] = []
         for module in self.components.values():
@@ -116,7 +117,7 @@ class TrainStep:
             self.lora_layers += moslora.list_lora_layers(module)
         self.working_copies = fast_linear.WorkingCopies(*self.components.values())
 
-        # What updates them, where the checkpoint left it.
+        # Optimizer and schedule, as the checkpoint left them.
         groups = build_parameter_groups(config, self.components, accelerator.num_processes)
         optimizer = make_optimizer(config, groups)
         self.lr_schedule = make_lr_schedule(config, optimizer, max_train_steps)
@@ -129,17 +130,19 @@ class TrainStep:
                 scaler=accelerator.scaler,
             )
 
-        # The checkpoint's adapter is the average, if there is one. So the average is copied before
-        # the weights that go on are put back.
+        # A checkpoint's adapter file holds the average, if there is one. The average is copied from
+        # it before the unaveraged weights are restored.
         self.average = build_average(config, self.parameters, optimizer)
         if checkpoint is not None and self.average is not None:
             restore_weights(checkpoint, self.parameters)
         self.optimizer = accelerator.prepare(optimizer)
 
     def accumulate_gradients(self) -> torch.Tensor:
-        """Draw, predict, compare and differentiate this process's micro-batches; again without
-        compilation if that fails. Returns total, instance and prior loss (3,) of the step, on the
-        device: reading them would wait for it."""
+        """Compute the gradients of a step; again without compilation where that fails.
+
+        Returns total, instance and prior loss (3,) of the step, on the device: reading them would
+        wait for it.
+        """
         try:
             return self.run_micro_batches()
         except (UserError, StopRequestedError):
@@ -149,111 +152,118 @@ class TrainStep:
                 raise
             self.stop_compiling(format_error(f"{type(error).__name__} {error}", 200))
 
-        # The draws have names, so the second attempt sees the same.
+        # Random draws are seeded by name, so the second attempt has the same.
         return self.run_micro_batches()
 
     def run_micro_batches(self) -> torch.Tensor:
-        """The same, once."""
+        """Run every micro-batch of the step forward and backward, without a fallback. Returns as
+        `accumulate_gradients`."""
         self.begin_step()
-        found = []
+        losses = []
         turns = range(self.config.gradient_accumulation_steps)
         with self.working_copies.attach_copies() as copies:
-            # Draw: what passes through the denoiser together.
-            for micros, share in self.iterate_chunks(map(self.compute_micro_batch_number, turns)):
-                # Predict, compare, differentiate.
-                found += self.backward_chunk(micros, share)
+            # Load what passes through the denoiser together.
+            for chunk, share in self.iterate_chunks(map(self.compute_micro_batch_number, turns)):
+                # Predict, compare with the targets, differentiate.
+                losses += self.backward_chunk(chunk, share)
                 copies.collect()
-        return self.reduce_losses(found)
+        return self.reduce_losses(losses)
 
     def backward_chunk(
-        self, micros: Sequence[MicroBatch], share: float | None
+        self, chunk: Sequence[MicroBatch], share: float | None
     ) -> list[torch.Tensor]:
-        """One pass forward and backward. Returns total, instance and prior loss (3,) of each
-        micro-batch; gradients are added to the copies'."""
-        losses = self.compute_losses(micros, share)
+        """Run one forward and backward pass, which adds to the gradients of the copies. Returns
+        total, instance and prior loss (3,) of each micro-batch."""
+        losses = self.compute_losses(chunk, share)
         total = sum((parts.total for parts in losses[1:]), losses[0].total)
         self.accelerator.backward(total / self.config.gradient_accumulation_steps)
-        found = []
+        loss_rows = []
         for parts in losses:
-            found.append(torch.stack([parts.total.detach(), parts.instance, parts.prior]))
-        return found
+            loss_rows.append(torch.stack([parts.total.detach(), parts.instance, parts.prior]))
+        return loss_rows
 
     def compute_losses(
-        self, micros: Sequence[MicroBatch], share: float | None = None
+        self, chunk: Sequence[MicroBatch], share: float | None = None
     ) -> list[objective.LossParts]:
-        """The loss of each of these, which pass through the denoiser together. `share` is that of a
-        part of a micro-batch, whose parts sum to its loss."""
-        # Predict. The frozen base's answer is the target of the prior's pictures.
-        answers: list[torch.Tensor | None] = [None] * len(micros)
+        """Compute the loss of each micro-batch of a chunk, which passes through the denoiser
+        together. `share` is that of a part of a micro-batch, whose parts sum to its loss."""
+        # The frozen base's prediction is the target of the prior's images.
+        base_predictions: list[torch.Tensor | None] = [None] * len(chunk)
         if self.is_base_prior:
-            prior = [self.build_prior_inputs(micro) for micro in micros]
-            answers = forward_together(self.forward_base, prior)
-        predictions = forward_together(self.predict, [micro.inputs for micro in micros])
+            prior_inputs = [self.build_prior_inputs(micro_batch) for micro_batch in chunk]
+            base_predictions = forward_together(self.forward_base, prior_inputs)
+        predictions = forward_together(self.predict, [micro_batch.inputs for micro_batch in chunk])
 
-        # Compare.
-        found = []
-        for micro, prediction, answer in zip(micros, predictions, answers, strict=True):
-            parts = self.compute_loss(micro, prediction, answer)
-            found.append(parts if share is None else parts.share(share))
-        return found
+        # Compare with the targets.
+        losses = []
+        for micro_batch, prediction, base_prediction in zip(
+            chunk, predictions, base_predictions, strict=True
+        ):
+            parts = self.compute_loss(micro_batch, prediction, base_prediction)
+            losses.append(parts if share is None else parts.share(share))
+        return losses
 
     def compute_loss(
-        self, micro: MicroBatch, prediction: torch.Tensor, answer: torch.Tensor | None
+        self,
+        micro_batch: MicroBatch,
+        prediction: torch.Tensor,
+        base_prediction: torch.Tensor | None,
     ) -> objective.LossParts:
-        """The loss of `prediction` (B, C, h, w). `answer` (B/2, C, h, w) is the base's, the target
-        of the prior's half."""
+        """Compute the loss of a micro-batch.
+
+        prediction: (B, C, h, w)
+        base_prediction: (B/2, C, h, w) the target of the prior's half, if the base is the prior
+        """
         config, schedule = self.config, self.schedule
-        index = micro.inputs.noisy_sample.timestep_indices
+        target = micro_batch.target
+        if base_prediction is not None:
+            target = torch.cat([target[: micro_batch.instance_count], base_prediction])
 
-        # The target of the prior's half is the base's answer, if the base is the prior.
-        target = micro.target
-        if answer is not None:
-            target = torch.cat([target[: micro.instance_count], answer])
-
-        # What an error weighs at its noise level.
+        # Weights of the images' errors by their timesteps.
         weights = objective.compute_weights(
             config,
             schedule,
-            index,
-            instance_count=micro.instance_count,
+            micro_batch.inputs.noisy_sample.timestep_indices,
+            instance_count=micro_batch.instance_count,
         )
-
         return objective.compute_loss(
             prediction,
             target,
             weights,
-            instance_count=micro.instance_count,
+            instance_count=micro_batch.instance_count,
             prior_loss_weight=config.prior_loss_weight,
-            mask=micro.mask,
+            mask=micro_batch.mask,
         )
 
     def iterate_chunks(
         self, numbers: Iterable[int]
     ) -> Iterator[tuple[list[MicroBatch], float | None]]:
-        """What passes together through the denoiser of the micro-batches of these numbers, one
-        after the other: whole micro-batches, or a part of one with its share."""
-        most, whole = self.config.images_per_pass, self.config.images_per_micro_batch
-        micros = map(self.build_micro_batch, numbers)
-        if most >= whole:
-            for together in collect_same_size(micros, most // whole):
-                yield together, None
+        """Yield what passes through the denoiser together: whole micro-batches of these numbers, or
+        a part of one with its share."""
+        images_per_pass = self.config.images_per_pass
+        images_per_micro_batch = self.config.images_per_micro_batch
+        micro_batches = map(self.build_micro_batch, numbers)
+        if images_per_pass >= images_per_micro_batch:
+            max_count = images_per_pass // images_per_micro_batch
+            for chunk in collect_same_size(micro_batches, max_count):
+                yield chunk, None
         else:
-            for micro in micros:
-                for part, share in micro.split_chunks(most):
+            for micro_batch in micro_batches:
+                for part, share in micro_batch.split_chunks(images_per_pass):
                     yield [part], share
 
     def stop_compiling(self, reason: str) -> None:
-        """Go on with the blocks as they were, and say why."""
+        """Continue with uncompiled blocks, and log the reason."""
         for block in self.compiled_blocks:
             block._compiled_call_impl = None
         self.compiled_blocks = []
         logger.warning("--compile: %s: %s", FALLBACK_NOTE, reason)
 
     def apply_settings(self, config: TrainConfig) -> None:
-        """Take settings that differ from the present ones in what `memory_plans.leaner` changes."""
+        """Switch to settings that differ only in what saves memory (`plan.memory_plans`)."""
         inputs = self.inputs
 
-        # The base, and what the layers keep for the backward pass.
+        # How the base is quantized, and what its layers keep for the backward pass.
         if config.base_quantization != self.config.base_quantization:
             quantize(inputs.denoiser, config.base_quantization, inputs.dtype, self.device)
         for module in self.components.values():
@@ -262,26 +272,29 @@ class TrainStep:
         if config.stream_blocks and not self.config.stream_blocks:
             StreamedBlocks(inputs.denoiser, self.device)
 
-        # The copies know the layers' weights, and what a step that broke off has left.
+        # New copies: the old ones hold the old weights, and what an interrupted step left.
         self.config = config
         self.working_copies = fast_linear.WorkingCopies(*self.components.values())
 
     def begin_step(self) -> None:
-        """Before a step: dropout is on, and no gradients are left."""
+        """Turn dropout on, and clear the gradients."""
         for module in self.components.values():
             if not module.training:  # as `train()` walks over thousands of modules
                 module.train()
         self.optimizer.zero_grad(set_to_none=True)
 
     def compute_micro_batch_number(self, turn: int) -> int:
-        """The number of this process's micro-batch within the run; `turn` counts the
+        """Return the number of this process's micro-batch within the run. `turn` counts the
         accumulation."""
         count, world = self.config.gradient_accumulation_steps, self.accelerator.num_processes
         return (self.step * count + turn) * world + self.accelerator.process_index
 
     def update_adapter(self, losses: torch.Tensor) -> StepLosses:
-        """Average and clip gradients, and take a step. `losses` (3,) are those of
-        `accumulate_gradients`. If the norm is not finite, fp16 has skipped the step."""
+        """Average and clip the gradients, and take an optimizer step. If the norm that is returned
+        is not finite, fp16 has skipped the step.
+
+        losses: (3,) of `accumulate_gradients`
+        """
         self._average_gradients()
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self.optimizer.step()
@@ -302,52 +315,49 @@ class TrainStep:
 
     @contextmanager
     def apply_average(self) -> Iterator[None]:
-        """The adapter holds its average, as it is published, scored and sampled, for the length of
-        the block."""
-        # Pictures would need graphs of their own.
+        """Swap the adapter's averaged weights in for the duration of the block, as they are
+        published, scored and sampled."""
+        # Sampling would need compiled graphs of its own.
         pause = torch.compiler.set_stance("force_eager") if self.compiled_blocks else nullcontext()
         with pause, use_averaged_weights(self.average, self.parameters):
             yield
 
     def build_micro_batch(self, number: int) -> MicroBatch:
-        """The run's micro-batch of this number: drawn on the CPU with noise and noise levels, then
-        moved to the device."""
+        """Load a micro-batch of the run, add noise, and move it to the device."""
         config = self.config
-        batch = self.build_train_batch(number)
+        batch = self.load_batch(number)
         names = (config.seed, "micro", number)
         torch.manual_seed(compute_seed(*names, "dropout"))
 
-        # Noise and noise levels, the same whatever the device.
+        # Noise and timesteps are drawn on the CPU: the same on every device.
         noise = torch.randn(batch.latents.shape, generator=seed_generator(*names, "noise"))
-        offset = seed_generator(*names, "noise offset")
-        drawn = {
+        offset_generator = seed_generator(*names, "noise offset")
+        tensors = {
             "latents": batch.latents,
-            "time_ids": batch.time_ids,
             "mask": batch.mask,
-            "noise": objective.add_noise_offset(noise, config.noise_offset, offset),
+            "noise": objective.add_noise_offset(noise, config.noise_offset, offset_generator),
             "index": self.sample_timesteps(batch, seed_generator(*names, "level")),
         }
+        tensors |= {("photo", name): tensor for name, tensor in batch.photo_inputs.items()}
 
-        # Texts of frozen encoders move with the rest; others are computed on the device.
+        # Cached text embeddings move with the rest; trained encoders compute theirs on the device.
+        cached = [] if config.train_text_encoder else self.inputs.text_cache(batch.prompts)
+        for row, embedding in enumerate(cached):
+            tensors |= {(row, name): tensor for name, tensor in embedding.items()}
+        moved = dataset.move_tensors(tensors, self.device)
+        embeddings = [
+            {name: moved[row, name] for name in cached[row]} for row in range(len(cached))
+        ]
         if config.train_text_encoder:
-            moved = dataset.move_tensors(drawn, self.device)
-            texts = self.encode_prompts(batch.prompts)
-        else:
-            cached = self.inputs.text_cache(batch.prompts)
-            for place, text in enumerate(cached):
-                drawn |= {(place, name): tensor for name, tensor in text.items()}
-            moved = dataset.move_tensors(drawn, self.device)
-            texts = []
-            for place, text in enumerate(cached):
-                texts.append({name: moved[place, name] for name in text})
+            embeddings = self.encode_prompts(batch.prompts)
 
-        # The noised latents, and what the denoiser should answer.
+        # Noised latents, and the target of the prediction.
         latents, noise, index = moved["latents"], moved["noise"], moved["index"]
         return MicroBatch(
             inputs=DenoiserInputs(
                 noisy_sample=objective.add_noise(self.schedule, latents, noise, index),
-                text_embeddings=tuple(texts),
-                time_ids=moved["time_ids"],
+                text_embeddings=tuple(embeddings),
+                photo_inputs={name: moved["photo", name] for name in batch.photo_inputs},
                 prompts=tuple(batch.prompts),
             ),
             target=objective.compute_target(self.schedule, latents, noise, index),
@@ -355,78 +365,85 @@ class TrainStep:
             instance_count=batch.instance_count,
         )
 
-    def sample_timesteps(self, batch: dataset.TrainBatch, draws: torch.Generator) -> torch.Tensor:
-        """Indices (B,) into the schedule, as the settings draw them."""
+    def sample_timesteps(
+        self, batch: dataset.TrainBatch, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Sample indices (B,) into the noise schedule, as the settings say."""
         config, schedule = self.config, self.inputs.schedule
         count = len(batch.latents)
         if schedule.style != "flow":
-            return torch.randint(len(schedule), (count,), generator=draws)
+            return torch.randint(len(schedule), (count,), generator=generator)
 
-        # A larger picture has more tokens, so its levels shift towards noise.
-        tokens = None
+        # A larger image has more tokens, which shifts its timesteps towards noise.
+        token_counts = None
         if config.shift_timesteps:
-            tokens = batch.time_ids[:, 4:].prod(1) / PX_PER_TOKEN
+            target_sizes = batch.photo_inputs["time_ids"][:, 4:]
+            token_counts = target_sizes.prod(1) / PX_PER_TOKEN
         return objective.sample_flow_timesteps(
             schedule,
             count,
-            draws,
+            generator,
             scheme=config.weighting_scheme or "none",
             mean=config.logit_mean,
             std=config.logit_std,
             mode=config.mode_scale,
-            tokens=tokens,
+            tokens=token_counts,
         )
 
-    def build_train_batch(self, micro_batch: int) -> dataset.TrainBatch:
-        """Micro-batch number `build_micro_batch` of the run, with its prior half if the run has
-        one."""
-        size = self.config.train_batch_size
-        positions = range(micro_batch * size, (micro_batch + 1) * size)
-        batch = self.inputs.collate_batch(positions)
+    def load_batch(self, number: int) -> dataset.TrainBatch:
+        """Load a micro-batch of the run, with its prior half if the run has one."""
+        dataloader, batch_size = self.inputs.dataloader, self.config.train_batch_size
+        indices = range(number * batch_size, (number + 1) * batch_size)
+        batch = dataloader.load_batch(indices)
         if not self.is_base_prior:
             return batch
 
-        # The base's own answer is the prior: the same pictures, with prompts of their class.
-        subjects = map(self.inputs.instance_dataset.get_subject, positions)
-        classes = [self.class_prompts[subject] for subject in subjects]
-        return batch.add_base_prior(sample_prior_prompts(self.config, classes, micro_batch))
+        # The base's own prediction is the prior: the same images, with prompts of their class.
+        subjects = map(dataloader.instance.get_subject, indices)
+        class_prompts = [self.class_prompts[subject] for subject in subjects]
+        return batch.add_base_prior(sample_prior_prompts(self.config, class_prompts, number))
 
-    def predict(self, rows: DenoiserInputs) -> torch.Tensor:
-        """The denoiser's prediction (B, C, h, w) in fp32. `time_ids` stay fp32: bf16 makes 1365 px
-        1368."""
-        inputs, noisy = self.inputs, rows.noisy_sample
-        to = {"device": self.device, "dtype": inputs.dtype}
-        words = inputs.family.collate(
-            [families.cast_embedding(text, **to) for text in rows.text_embeddings]
-        )
-        output = inputs.family.predict(
-            inputs.denoiser, noisy.denoiser_input.to(**to), noisy.timesteps, rows.time_ids, **words
+    def predict(self, inputs: DenoiserInputs) -> torch.Tensor:
+        """Return the denoiser's prediction (B, C, h, w) in fp32.
+
+        `photo_inputs` stay fp32: bf16 would round a time id of 1365 px to 1368.
+        """
+        noisy, family = inputs.noisy_sample, self.inputs.family
+        to = {"device": self.device, "dtype": self.inputs.dtype}
+        embeddings = [families.cast_embedding(text, **to) for text in inputs.text_embeddings]
+        output = family.predict(
+            self.inputs.denoiser,
+            noisy.denoiser_input.to(**to),
+            noisy.timesteps,
+            **inputs.photo_inputs,
+            **family.collate(embeddings),
         )
         return objective.convert_prediction(self.schedule, output.float(), noisy)
 
-    def build_prior_inputs(self, micro: MicroBatch) -> DenoiserInputs:
-        """The rows of the prior half, with text embeddings of the untrained encoders."""
-        rows = micro.inputs[micro.instance_count :]
+    def build_prior_inputs(self, micro_batch: MicroBatch) -> DenoiserInputs:
+        """Return the inputs of the prior half, with text embeddings of the untrained encoders."""
+        inputs = micro_batch.inputs[micro_batch.instance_count :]
         if self.config.train_text_encoder:
-            return replace(rows, text_embeddings=tuple(self.inputs.text_cache(list(rows.prompts))))
-        return rows
+            embeddings = self.inputs.text_cache(list(inputs.prompts))
+            return replace(inputs, text_embeddings=tuple(embeddings))
+        return inputs
 
     @torch.no_grad()
-    def forward_base(self, rows: DenoiserInputs) -> torch.Tensor:
-        """The frozen base's prediction (B/2, C, h, w) for the prior half, which is that half's
-        target."""
+    def forward_base(self, inputs: DenoiserInputs) -> torch.Tensor:
+        """Return the frozen base's prediction (B/2, C, h, w) for the prior half: its target."""
         with moslora.disable_layers(self.lora_layers):
-            return self.predict(rows)
+            return self.predict(inputs)
 
     def encode_prompts(self, prompts: list[str]) -> list[families.TextEmbedding]:
-        """Cached texts, or live ones with gradients when the text encoders are trained."""
+        """Return cached text embeddings, or live ones with gradients where the text encoders are
+        trained."""
         if self.config.train_text_encoder:
             return self.inputs.family.encode_prompts(self.inputs.pipeline, prompts)
         return self.inputs.text_cache(prompts)
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of the denoiser's A and B in the next step, with Prodigy's own estimate."""
+        """Learning rate of the denoiser's A and B in the next step, times Prodigy's estimate."""
         group = self.optimizer.param_groups[0]
         return group["lr"] * group.get("d", 1.0)
 
@@ -435,7 +452,7 @@ class TrainStep:
         return self.config.with_prior_preservation and self.config.prior == "adapter_off"
 
     def _average_gradients(self) -> None:
-        """Over the processes, in one all-reduce."""
+        """Average the gradients over the processes, in one all-reduce."""
         if self.accelerator.num_processes == 1:
             return
         grads = [p.grad for p in self.parameters if p.grad is not None]
@@ -443,19 +460,21 @@ class TrainStep:
         vector_to_parameters(mean, grads)
 
     def reduce_losses(self, losses: list[torch.Tensor]) -> torch.Tensor:
-        """Means (3,) over the step's micro-batches and all processes. `found` are the losses (3,)
-        of each, or of its parts, which sum to them."""
+        """Average losses (3,) of micro-batches, or of their parts, which sum to them, over the step
+        and all processes."""
         count = self.config.gradient_accumulation_steps
-        of_all = torch.stack(losses).sum(0) / count
-        return distributed.reduce_mean(self.accelerator, of_all)
+        mean = torch.stack(losses).sum(0) / count
+        return distributed.reduce_mean(self.accelerator, mean)
 
 
-def sample_prior_prompts(config: TrainConfig, classes: list[str], micro_batch: int) -> list[str]:
-    """For each photo the prompt of its class, or with equal chance a random one of
-    `sample_prior_prompts`."""
-    draws = seed_rng(config.seed, "micro", micro_batch, "prior prompts")
-    found = []
-    for of_class in classes:
-        other = draws.choice(config.prior_prompts or (of_class,))
-        found.append(draws.choice((of_class, other)))
-    return found
+def sample_prior_prompts(
+    config: TrainConfig, class_prompts: list[str], micro_batch: int
+) -> list[str]:
+    """Return for each class prompt itself or, with equal chance, a random one of the setting
+    `prior_prompts`."""
+    rng = seed_rng(config.seed, "micro", micro_batch, "prior prompts")
+    prompts = []
+    for class_prompt in class_prompts:
+        alternative = rng.choice(config.prior_prompts or (class_prompt,))
+        prompts.append(rng.choice((class_prompt, alternative)))
+    return prompts

@@ -60,9 +60,10 @@ class Watched(TrainStep):
         self.shown: list[tuple[int, list[str], str]] = []
         self.found.append(self)
 
-    def build_train_batch(self, micro_batch: int):
-        batch = super().build_train_batch(micro_batch)
-        self.shown.append((micro_batch, batch.prompts, digest_of([batch.latents, batch.time_ids])))
+    def load_batch(self, number: int):
+        batch = super().load_batch(number)
+        tensors = [batch.latents, batch.photo_inputs["time_ids"]]
+        self.shown.append((number, batch.prompts, digest_of(tensors)))
         return batch
 
 

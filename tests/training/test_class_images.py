@@ -346,7 +346,7 @@ def test_class_images_of_another_base_or_seed_stay_and_are_not_taken(
     def take(base: Path, **changes) -> list[str]:
         prior = {"with_prior_preservation": True, "class_data_dir": str(folder)}
         inputs = prepare_base(base, num_class_images=2, **prior, **changes)
-        return [photo.path.name for photo in inputs.prior_dataset.datasets[0].photos]
+        return [photo.path.name for photo in inputs.dataloader.prior.datasets[0].photos]
 
     first = take(tiny_base)
     drawn = pictures_in(folder)

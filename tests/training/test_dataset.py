@@ -68,7 +68,7 @@ def ahead_of(stream, count):
 
 
 def views(stream, count):
-    return [stream.get_sample(position)[0] for position in range(count)]
+    return [stream[position][0] for position in range(count)]
 
 
 @pytest.mark.parametrize(("kind", "is_pinned"), [("cuda", True), ("mps", False)])
@@ -116,7 +116,7 @@ def test_a_batch_has_one_size_and_each_photo_is_shown_as_often(batch_size, repea
     )
     for half in (found[:count], found[count:]):
         assert set(Counter(photo for photo, _ in half).values()) == {batch_size * repeats}
-    assert [shown.get_sample(position)[0] for position in reversed(range(2 * count))] == found[::-1]
+    assert [shown[position][0] for position in reversed(range(2 * count))] == found[::-1]
     assert found[:count] != found[count:]
 
 
@@ -142,7 +142,7 @@ def test_the_order_is_the_one_that_it_always_was_of_squares_and_of_one_subject(b
     )
     before = PhotoDataset(photos, Numbers(SQUARES), 3, "instance", 1, 0.2, 2)
     now = build_instance_dataset(config, photos, Numbers(SQUARES))
-    assert [now.get_sample(n) for n in range(50)] == [before.get_sample(n) for n in range(50)]
+    assert [now[n] for n in range(50)] == [before[n] for n in range(50)]
 
 
 def test_a_run_without_a_photo_is_that_of_a_folder_without_it():
@@ -198,9 +198,9 @@ def test_class_images_have_the_size_of_what_they_stand_beside(rule, batch_size):
 @pytest.fixture
 def seen(monkeypatch):
     """The batches that the steps get."""
-    found, batch_at = [], TrainStep.build_train_batch
+    found, batch_at = [], TrainStep.load_batch
     monkeypatch.setattr(
-        TrainStep, "build_train_batch", lambda *words: found.append(batch_at(*words)) or found[-1]
+        TrainStep, "load_batch", lambda *words: found.append(batch_at(*words)) or found[-1]
     )
     return found
 
@@ -215,13 +215,15 @@ def worded(captions, dropout=0.0, bare_prompt=None, share=0.0):
     photos = [
         Photo(name, (64, 64), captions, bare_prompt=bare_prompt) for name in ("a.png", "b.png")
     ]
-    return PhotoDataset(photos, Numbers(SQUARES), 3, "instance", 1, dropout, bare_share=share)
+    return PhotoDataset(
+        photos, Numbers(SQUARES), 3, "instance", 1, dropout, bare_prompt_share=share
+    )
 
 
 def said(shown, count=200):
     """The captions of these positions, which are the same in any order."""
-    texts = [shown.get_sample(position)[1] for position in range(count)]
-    assert [shown.get_sample(position)[1] for position in reversed(range(count))] == texts[::-1]
+    texts = [shown[position][1] for position in range(count)]
+    assert [shown[position][1] for position in reversed(range(count))] == texts[::-1]
     return texts
 
 

@@ -74,7 +74,7 @@ def test_latents_are_those_of_the_crop_and_every_photo_keeps_its_own_size_and_ca
     pipeline, read
 ):
     """Whatever the shuffle. The base as prior doubles the batch, with its own prompts."""
-    view, _ = stream_of(read[2:], pipeline.vae, EncodingCache()).get_sample(0)
+    view, _ = stream_of(read[2:], pipeline.vae, EncodingCache())[0]
     pixels = torch.tensor(
         list(Image.open(read[2].path).resize((64, 64), Image.Resampling.LANCZOS).tobytes())
     )
@@ -86,8 +86,8 @@ def test_latents_are_those_of_the_crop_and_every_photo_keeps_its_own_size_and_ca
         (80, 64): "a photo of sks dog asleep",
         (72, 72): "a photo of sks dog",
     }
-    batch = collate([stream.get_sample(position) for position in range(12)], 12)
-    for ids, prompt, latents in zip(batch.time_ids, batch.prompts, batch.latents):
+    batch = collate([stream[position] for position in range(12)], 12)
+    for ids, prompt, latents in zip(batch.photo_inputs["time_ids"], batch.prompts, batch.latents):
         size = tuple(int(x) for x in ids[:2])
         assert facts[size] == prompt and ids[4:].tolist() == [64, 64]
         photo = next(p for p in read if p.size_px == size)
@@ -96,12 +96,10 @@ def test_latents_are_those_of_the_crop_and_every_photo_keeps_its_own_size_and_ca
         )
         alone = PhotoEncoder(pipeline.vae, None, RULE).encode(photo, plan)
         assert torch.equal(alone.latents, latents)
-    assert sorted(map(tuple, batch.time_ids[:6, :2].tolist())) == sorted(
+    assert sorted(map(tuple, batch.photo_inputs["time_ids"][:6, :2].tolist())) == sorted(
         [(64, 96), (80, 64), (72, 72)] * 2
     )
-    both = collate([stream.get_sample(0), stream.get_sample(1)], 2).add_base_prior(
-        ["a dog", "a cat"]
-    )
+    both = collate([stream[0], stream[1]], 2).add_base_prior(["a dog", "a cat"])
     assert both.instance_count == 2 and len(both.latents) == 4
     assert both.prompts[2:] == ["a dog", "a cat"] and torch.equal(
         both.latents[:2], both.latents[2:]
@@ -112,16 +110,13 @@ def test_a_view_is_encoded_once_and_several_crops_differ(pipeline, read):
     cache = EncodingCache()
     stream = stream_of(read, pipeline.vae, cache, CropRule(64, center_crop=True), repeats=3)
     assert encode_ahead(stream, 100) == 9 and cache.computed_count == 3
-    assert (
-        len([stream.get_sample(position) for position in range(30)]) == 30
-        and cache.computed_count == 3
-    )
+    assert len([stream[position] for position in range(30)]) == 30 and cache.computed_count == 3
     for crops, count, differing in ((3, 3, 3), (None, 12, 4)):
         stream = stream_of(
             read[:1], pipeline.vae, EncodingCache(), CropRule(64, crops_per_photo=crops)
         )
         found = {
-            tuple(stream.get_sample(position)[0].time_ids[2:4].tolist())
+            tuple(stream[position][0].photo_inputs["time_ids"][2:4].tolist())
             for position in range(count)
         }
         assert len(found) >= differing
@@ -164,26 +159,26 @@ def test_a_changed_entry_of_the_disk_cache_and_one_of_another_vae_are_made_anew(
     assert digest_tensors({"weight": first}) != digest_tensors({"weight": second})
     cache = EncodingCache(tmp_path / "cache")
     stream = stream_of(read[:1], pipeline.vae, cache)
-    expected = stream.get_sample(0)[0].latents
+    expected = stream[0][0].latents
     (path,) = tmp_path.rglob("*.safetensors")
     path.write_bytes(DAMAGES[name](path.read_bytes()))
     for _ in range(2):
-        assert torch.equal(stream.get_sample(0)[0].latents, expected) and cache.computed_count == 2
+        assert torch.equal(stream[0][0].latents, expected) and cache.computed_count == 2
     stream.encoder.vae_identity = "another"
-    assert stream.get_sample(0) and cache.computed_count == 3
+    assert stream[0] and cache.computed_count == 3
 
 
 def test_latents_in_another_scale_from_the_same_weights_are_not_taken_from_the_cache(
     tiny_base, read, tmp_path
 ):
     vae, cache = load.load_pipeline(tiny_base).vae, EncodingCache(tmp_path / "cache")
-    usual = stream_of(read[:1], vae, cache).get_sample(0)[0].latents
+    usual = stream_of(read[:1], vae, cache)[0][0].latents
     for constants in ({"scaling_factor": 2.0}, {"latents_mean": [1] * 4, "latents_std": [2] * 4}):
         vae.register_to_config(**constants)
-        other = stream_of(read[:1], vae, cache).get_sample(0)[0].latents
-        assert torch.equal(
-            other, stream_of(read[:1], vae, None).get_sample(0)[0].latents
-        ) and not torch.equal(other, usual)
+        other = stream_of(read[:1], vae, cache)[0][0].latents
+        assert torch.equal(other, stream_of(read[:1], vae, None)[0][0].latents) and not torch.equal(
+            other, usual
+        )
     assert cache.computed_count == 3
 
 
@@ -197,9 +192,9 @@ def test_a_mask_comes_along_at_the_latents_size_around_it_weighs_as_told(pipelin
         half.save(photo.with_suffix(".mask.png"))
     photos = find_photos(folder, "a photo of sks dog", 64).photos
     stream = stream_of(photos[1:], pipeline.vae, EncodingCache())
-    batch = collate([stream.get_sample(position) for position in range(2)], 2)
+    batch = collate([stream[position] for position in range(2)], 2)
     assert batch.mask.shape == (2, 1, 8, 8)
-    is_masked = batch.time_ids[:, 0] == 72
+    is_masked = batch.photo_inputs["time_ids"][:, 0] == 72
     (half,), whole = batch.mask[is_masked], batch.mask[~is_masked]
     assert half[0, :, :4].min() > 0.99 and half[0, :, 4:].max() < 0.1 and whole.min() == 1
     clear = Image.open(second).convert("RGBA")
@@ -277,7 +272,7 @@ def test_encodings_of_another_base_are_not_taken_from_the_disk(
     change(base)
     second = prepare_base(base)
     for inputs, computed in ((first, (3, 1)), (second, (texts, views))):
-        caches = inputs.text_cache.cache, inputs.instance_dataset.encoder.cache
+        caches = inputs.text_cache.cache, inputs.dataloader.instance.encoder.cache
         assert tuple(cache.computed_count for cache in caches) == computed
 
     # What it trains on is what it encodes itself.
@@ -307,7 +302,7 @@ def test_words_are_asked_once_and_what_the_disk_withholds_after_the_encoders_lef
     stream = stream_of(read[:1], pipeline.vae, EncodingCache(tmp_path / "cache"))
     encode_ahead(stream, 1)
     stream.encoder.vae = None
-    assert stream.get_sample(0)[0].latents.shape == (4, 8, 8)
+    assert stream[0][0].latents.shape == (4, 8, 8)
     for path in tmp_path.rglob("*.safetensors"):
         path.unlink()
     # The last texts are in memory: no step reads the disk for them again.
@@ -316,7 +311,7 @@ def test_words_are_asked_once_and_what_the_disk_withholds_after_the_encoders_lef
     with pytest.raises(UserError, match=r"'a dog' cannot be read any more.*resume the run"):
         on_disk(["a dog"])
     with pytest.raises(UserError, match=r"photo.*0\.png cannot be read any more.*resume the run"):
-        stream.get_sample(0)
+        stream[0]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -138,6 +138,19 @@ def build_random_inputs(
     )
 
 
+@dataclass(frozen=True)
+class RepeatedSample:
+    """Dataset that has one sample at every index."""
+
+    sample: tuple[dataset.EncodedCrop, str]
+
+    def __getitem__(self, index: int) -> tuple[dataset.EncodedCrop, str]:
+        return self.sample
+
+    def get_subject(self, index: int) -> int:
+        return 0
+
+
 def build_inputs(
     pipeline: DiffusionPipeline,
     family: families.Family,
@@ -158,18 +171,14 @@ def build_inputs(
     # the one photo at each position, without a crop
     sizes = [resolution_px, resolution_px, 0, 0, resolution_px, resolution_px]
     ids = torch.tensor(sizes, dtype=torch.float32)
-    shown = dataset.EncodedCrop(latents, ids, None), "a photo of sks dog"
-    stream = SimpleNamespace(
-        get_sample=lambda index: shown,
-        get_subject=lambda index: 0,
-    )
+    crop = dataset.EncodedCrop(latents, {"time_ids": ids}, None)
+    samples = RepeatedSample((crop, "a photo of sks dog"))
     return prepare.TrainInputs(
         pipeline=pipeline,
         family=family,
         schedule=prepare.build_noise_schedule(pipeline.scheduler),
         photos=[],
-        instance_dataset=stream,
-        prior_dataset=None,
+        dataloader=dataset.TrainDataLoader(samples),
         text_cache=lambda prompts: [text] * len(prompts),
         dtype=dtype,
     )
@@ -211,20 +220,20 @@ def build_floor_step(
     """One forward pass of the frozen UNet in training mode and its input's gradient: the lower
     bound of a step."""
     unet = inputs.pipeline.unet.train()
-    batch = inputs.collate_batch(range(config.train_batch_size))
+    batch = inputs.dataloader.load_batch(range(config.train_batch_size))
 
     # what the UNet is told, on the device
     texts = []
     for text in inputs.text_cache(batch.prompts):
         texts.append(families.cast_embedding(text, device, inputs.dtype))
     words = inputs.family.collate(texts)
-    sizes = batch.time_ids.to(device)
+    photo_inputs = {name: tensor.to(device) for name, tensor in batch.photo_inputs.items()}
     times = torch.tensor([500], device=device)
 
     def run_step() -> None:
         noisy = torch.randn_like(batch.latents, device=device, dtype=inputs.dtype)
         noisy.requires_grad_()
-        prediction = inputs.family.predict(unet, noisy, times, sizes, **words)
+        prediction = inputs.family.predict(unet, noisy, times, **photo_inputs, **words)
         prediction.float().square().mean().backward()
 
     return run_step
