@@ -1,14 +1,13 @@
-"""What differs between families of models: how they encode a prompt and a picture, and how their
-denoiser is called.
+"""Families of models: how each encodes prompts and images, and how its denoiser is called.
 
-    texts(pipe, prompts)                       one `TextEmbedding` a prompt
-    arguments(texts)                           these as a batch: arguments of the pipeline's call
-                                               and of `predict`
-    latents(vae, pixels)                       (B, C, h, w), normalised as the denoiser expects
-    predict(denoiser, z, t, crops, **words)    (B, C, h, w): noise or velocity, or n - x of a flow
+    encode_prompts(pipe, prompts)             list of B `TextEmbedding`
+    collate(texts)                            the batch as keyword arguments (B, …), for the
+                                              pipeline's call and for `predict`
+    encode_latents(vae, pixels)               z (B, C, h, w), normalised as the denoiser expects
+    predict(denoiser, z, t, time_ids, **text) (B, C, h, w): noise, velocity, or n - x of a flow
 
-A prompt's encoding is a dict by the names of the pipeline's own arguments. It is cached, batched,
-given to the denoiser and to the pipeline alike, so nothing else needs to know what is in it.
+A prompt's encoding is a dict by the names of the pipeline's arguments. It is cached, batched, and
+passed to the denoiser and the pipeline alike, so no other module needs to know what is in it.
 `tests/base/test_families.py` compares each family with its own pipeline.
 """
 
@@ -25,27 +24,27 @@ from dreambooth_moslora.base.devices import get_device
 from dreambooth_moslora.settings.family_facts import FamilyFacts, get_facts
 
 TextEmbedding = dict[str, torch.Tensor]
-"""One prompt, by the names of the pipeline's arguments: prompt_embeds (T, D), pooled_prompt_embeds
-(P), …"""
+"""Encoding of one prompt, by the names of the pipeline's arguments: prompt_embeds (T, D),
+pooled_prompt_embeds (P), …"""
 UNGUIDED_OPTIONS = {"do_classifier_free_guidance": False}
-"""For an `encode_prompt` that would encode an empty prompt too."""
+"""Options of an `encode_prompt` that would otherwise encode the empty prompt as well."""
 
 
 class Family:
-    """What most flow families share.
+    """Defaults that most flow families share.
 
-    facts: of the family
-    embedded_guidance: what a model with embedded guidance is told in training
+    facts: the family's row
+    embedded_guidance: guidance scale that a model with embedded guidance gets in training
     options: further arguments of the pipeline's `encode_prompt`, such as `max_sequence_length`
     """
 
     names: tuple[str, ...] = ("prompt_embeds",)
-    """The results of `encode_prompt`, in their order; "" is not used."""
+    """Names of the results of `encode_prompt`, in their order; "" for an unused one."""
     encoding: Mapping[str, Any] = {}
-    """Arguments that this pipeline's `encode_prompt` wants besides."""
+    """Arguments that this pipeline's `encode_prompt` always gets."""
     layout: str = ""
-    """How its texts are kept. Another way needs another word: what older caches hold is then
-    encoded anew."""
+    """Version of the text embeddings' layout in caches. After a change of layout it must change
+    too, so that cached embeddings are encoded again."""
 
     def __init__(
         self,
@@ -60,38 +59,37 @@ class Family:
     def encode_prompts(
         self, pipe: DiffusionPipeline, prompts: Sequence[str]
     ) -> list[TextEmbedding]:
-        """Each prompt by itself, so that no encoding depends on the length of the others. Gradients
-        reach the encoders if they are enabled."""
+        """Encode each prompt by itself, so that no encoding depends on the length of another one.
+        Gradients reach the encoders if they are enabled."""
         return [self.encode_prompt(pipe, prompt) for prompt in prompts]
 
     def encode_prompt(self, pipe: DiffusionPipeline, prompt: str) -> TextEmbedding:
-        """One prompt, encoded by its pipeline."""
-        found = pipe.encode_prompt(
+        """Encode one prompt by the pipeline's `encode_prompt`."""
+        values = pipe.encode_prompt(
             prompt, device=self.get_encoder_device(pipe), **self.encoding, **self.options
         )
         text = {}
-        for name, value in zip(self.names, found):
+        for name, value in zip(self.names, values):
             if name and value is not None:
                 text[name] = value[0]
         return text
 
     def encode_negative(self, pipe: DiffusionPipeline, prompt: str) -> TextEmbedding:
-        """What pictures are drawn against. Where it is encoded by other rules, an empty prompt is,
-        too."""
+        """Encode the negative prompt, which may be empty."""
         return self.encode_prompts(pipe, [prompt])[0]
 
     def get_encoder_device(self, pipe: DiffusionPipeline) -> torch.device:
-        """Where the text encoders compute."""
+        """Return the device on which the text encoders compute."""
         return get_device(getattr(pipe, self.facts.encoders[-1]))
 
     def collate(self, texts: Sequence[TextEmbedding]) -> dict[str, Any]:
-        """A batch of texts, by the names of the pipeline's arguments."""
+        """Stack B text embeddings into tensors (B, …), by the names of the pipeline's arguments."""
         return {name: torch.stack([text[name] for text in texts]) for name in texts[0]}
 
     def add_negative(
         self, text_embeddings: dict[str, Any], negative_embeddings: dict[str, Any]
     ) -> dict[str, Any]:
-        """The pipeline's arguments for pictures of `words`, drawn against `empty`."""
+        """Return the pipeline's arguments for a batch of prompts and their negative prompts."""
         if not self.facts.has_negative:
             return text_embeddings
         return text_embeddings | {
@@ -105,12 +103,15 @@ class Family:
         references: Sequence[Image.Image],
         side_px: int,
     ) -> dict[str, Any]:
-        """The pipeline's arguments for pictures of `words`, which are those of the prompts, with
-        pictures that show the subject. `side_px` is that of the pictures to draw."""
+        """Return the pipeline's arguments with reference images of the subject.
+
+        text_embeddings: batch of the prompts' embeddings
+        side_px: side of the images to generate
+        """
         return text_embeddings | {"image": list(references)}
 
     def encode_latents(self, vae: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1], encoded to the mean of the posterior, fp32."""
+        """Encode pixels (B, 3, H, W) in [-1, 1] to the posterior's mean (B, C, h, w), fp32."""
         z = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
         return (z - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
@@ -122,27 +123,28 @@ class Family:
         time_ids: torch.Tensor | None,
         **text_embeddings: Any,
     ) -> torch.Tensor:
-        """What the denoiser answers, (B, C, h, w).
+        """Return the denoiser's prediction (B, C, h, w): noise, velocity, or n - x of a flow.
 
         denoiser: the pipeline's UNet or transformer
         z: noisy latents (B, C, h, w)
-        t: (B,), as in the scheduler
-        time_ids: (B, 6), original size, corner and size in pixels; None for a family without them
-        text_embeddings: of `arguments`
+        t: timesteps (B,) in the scheduler's unit, 0 to 1000
+        time_ids: original size, top left corner and target size in px (B, 6); unused except by SDXL
+        text_embeddings: result of `collate`
         """
         raise NotImplementedError
 
     def get_guidance(
         self, denoiser: torch.nn.Module, count: int, device: torch.device
     ) -> torch.Tensor | None:
-        """What a model with embedded guidance is told, (count,); None for another model."""
+        """Return the guidance scale (count,) of a model with embedded guidance, None for a model
+        without."""
         if not denoiser.config.guidance_embeds:
             return None
         return torch.full((count,), self.embedded_guidance, device=device)
 
 
 class UNetFamily(Family):
-    """Denoisers that are UNets: scale·z, or scale·(z - mean)/std of a VAE with its latents'
+    """UNets. Their latents are scale·z, or scale·(z - mean)/std for a VAE that states its latents'
     statistics (Playground)."""
 
     def encode_latents(self, vae, pixels):
@@ -154,7 +156,7 @@ class UNetFamily(Family):
 
 
 class SDXL(UNetFamily):
-    """SDXL uses zeros for the empty prompt where its pipeline says so."""
+    """SDXL, which encodes the empty prompt as zeros where its pipeline's configuration says so."""
 
     def encode_prompts(self, pipe, prompts):
         device = self.get_encoder_device(pipe)
@@ -162,9 +164,9 @@ class SDXL(UNetFamily):
             list(prompts), device=device, do_classifier_free_guidance=False
         )
         if pipe.config.force_zeros_for_empty_prompt:
-            said = torch.tensor([bool(prompt) for prompt in prompts], device=device)
-            embeds = torch.where(said[:, None, None], embeds, 0)
-            pooled = torch.where(said[:, None], pooled, 0)
+            has_text = torch.tensor([bool(prompt) for prompt in prompts], device=device)
+            embeds = torch.where(has_text[:, None, None], embeds, 0)
+            pooled = torch.where(has_text[:, None], pooled, 0)
         return [{"prompt_embeds": e, "pooled_prompt_embeds": p} for e, p in zip(embeds, pooled)]
 
     def predict(self, denoiser, z, t, time_ids, prompt_embeds, pooled_prompt_embeds):
@@ -173,16 +175,18 @@ class SDXL(UNetFamily):
 
 
 class SD1(UNetFamily):
-    """SD 1.5 and 2.1: no sizes and no pooled text."""
+    """SD 1.5 and 2.1, without time ids and pooled text."""
 
     encoding = {"num_images_per_prompt": 1} | UNGUIDED_OPTIONS
 
     def encode_prompt(self, pipe, prompt):
-        """With `clip_skip` by another layer than the last, which diffusers cannot read with
+        """Encode one prompt, with `clip_skip` by an earlier layer, which diffusers cannot read with
         transformers 5."""
         skipped = self.options.get("clip_skip")
         if skipped is None:
             return super().encode_prompt(pipe, prompt)
+
+        # As diffusers does: the earlier layer's states, and then the encoder's last norm.
         tokens = pipe.tokenizer(
             prompt,
             padding="max_length",
@@ -191,18 +195,18 @@ class SD1(UNetFamily):
             return_tensors="pt",
         )
         encoder = pipe.text_encoder
-        found = encoder(
+        output = encoder(
             tokens.input_ids.to(self.get_encoder_device(pipe)), output_hidden_states=True
         )
         norm = getattr(encoder, "text_model", encoder).final_layer_norm
-        return {"prompt_embeds": norm(found.hidden_states[-1 - skipped])[0]}
+        return {"prompt_embeds": norm(output.hidden_states[-1 - skipped])[0]}
 
     def predict(self, denoiser, z, t, time_ids, prompt_embeds):
         return denoiser(z, t, prompt_embeds).sample
 
 
 class SD3(Family):
-    """One prompt for all three encoders."""
+    """SD 3, with one prompt for all three encoders."""
 
     names = ("prompt_embeds", "", "pooled_prompt_embeds")
     encoding = {"prompt_2": None, "prompt_3": None} | UNGUIDED_OPTIONS
@@ -212,13 +216,13 @@ class SD3(Family):
 
 
 class Flux(Family):
-    """Latents are packed into tokens of 2 x 2. Tokens of a text have no place: theirs is zero."""
+    """FLUX.1. Latents are packed into tokens of 2 x 2; the position ids of text tokens are zero."""
 
     names = ("prompt_embeds", "pooled_prompt_embeds")
 
     def predict(self, denoiser, z, t, time_ids, prompt_embeds, pooled_prompt_embeds):
         height, width = z.shape[-2:]
-        found = denoiser(
+        tokens = denoiser(
             pack_latents(z),
             prompt_embeds,
             pooled_prompt_embeds,
@@ -228,12 +232,12 @@ class Flux(Family):
             guidance=self.get_guidance(denoiser, len(z), z.device),
             return_dict=False,
         )[0]
-        return unpack_latents(found, z)
+        return unpack_latents(tokens, z)
 
 
 class Flux2(Family):
-    """The VAE's latents are packed 2 x 2 into channels, and normalised by the statistics of a batch
-    norm. A text is several layers of its encoder side by side, three by default."""
+    """FLUX.2. The VAE's latents are packed 2 x 2 into channels, and normalised by the statistics of
+    a batch norm. A text embedding is several encoder layers side by side, three by default."""
 
     def encode_latents(self, vae, pixels):
         z = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
@@ -248,26 +252,27 @@ class Flux2(Family):
         return (z - mean) * (variance + vae.config.batch_norm_eps).rsqrt()
 
     def predict(self, denoiser, z, t, time_ids, prompt_embeds):
-        # A token of the text has its number as its place, on an axis of its own.
-        words = torch.zeros(prompt_embeds.shape[1], 4, device=z.device)
-        words[:, 3] = torch.arange(len(words), device=z.device)
+        # The position ids of text tokens count along an axis of their own.
+        text_ids = torch.zeros(prompt_embeds.shape[1], 4, device=z.device)
+        text_ids[:, 3] = torch.arange(len(text_ids), device=z.device)
 
         height, width = z.shape[-2:]
-        places = build_position_ids(height, width, axes=4, device=z.device)
-        found = denoiser(
+        image_ids = build_position_ids(height, width, axes=4, device=z.device)
+        tokens = denoiser(
             z.flatten(2).mT,
             prompt_embeds,
             t / 1000,
-            img_ids=places.expand(len(z), -1, -1),
-            txt_ids=words.expand(len(z), -1, -1),
+            img_ids=image_ids.expand(len(z), -1, -1),
+            txt_ids=text_ids.expand(len(z), -1, -1),
             guidance=self.get_guidance(denoiser, len(z), z.device),
             return_dict=False,
         )[0]
-        return found[:, : len(places)].mT.reshape(z.shape)
+        return tokens[:, : len(image_ids)].mT.reshape(z.shape)
 
 
 class ZImage(Family):
-    """Texts of unequal length stay a list. Time runs backwards, and the answer is negated."""
+    """Z-Image. Texts of unequal length stay a list. Time runs backwards, so that the prediction is
+    negated."""
 
     encoding = UNGUIDED_OPTIONS
 
@@ -275,14 +280,14 @@ class ZImage(Family):
         return {"prompt_embeds": [text["prompt_embeds"] for text in texts]}
 
     def predict(self, denoiser, z, t, time_ids, prompt_embeds):
-        # A list of pictures, each with an axis for frames.
-        pictures = list(z[:, :, None])
-        found = denoiser(pictures, (1000 - t) / 1000, prompt_embeds, return_dict=False)[0]
-        return -torch.stack(found)[:, :, 0]
+        images = list(z[:, :, None])  # each with an axis for frames
+        output = denoiser(images, (1000 - t) / 1000, prompt_embeds, return_dict=False)[0]
+        return -torch.stack(output)[:, :, 0]
 
 
 class QwenImage(Family):
-    """A mask tells the texts of a batch from what fills them up. The VAE has an axis for frames."""
+    """Qwen-Image. A mask marks the tokens of each text among its padding. The VAE has an axis for
+    frames."""
 
     def collate(self, texts):
         embeds = [text["prompt_embeds"] for text in texts]
@@ -295,8 +300,8 @@ class QwenImage(Family):
         return {"prompt_embeds": pad_sequence(embeds, batch_first=True), "prompt_embeds_mask": mask}
 
     def add_negative(self, text_embeddings, negative_embeddings):
-        """With masks for all: without one the pipeline warns, though it drops a mask that hides
-        nothing."""
+        """Return the pipeline's arguments, with a mask for each prompt: without one the pipeline
+        warns, though it drops a mask that hides nothing."""
         return super().add_negative(
             pad_text_embeddings(text_embeddings), pad_text_embeddings(negative_embeddings)
         )
@@ -309,7 +314,7 @@ class QwenImage(Family):
 
     def predict(self, denoiser, z, t, time_ids, prompt_embeds, prompt_embeds_mask):
         shape = (1, z.shape[-2] // 2, z.shape[-1] // 2)
-        found = denoiser(
+        tokens = denoiser(
             pack_latents(z),
             prompt_embeds,
             prompt_embeds_mask,
@@ -317,53 +322,55 @@ class QwenImage(Family):
             [shape] * len(z),
             return_dict=False,
         )[0]
-        return unpack_latents(found, z)
+        return unpack_latents(tokens, z)
 
 
 class Krea2(QwenImage):
-    """Its pipeline fills each text up to 512 tokens, in the middle of the text. All tokens of a
-    text have one place and none reads what is masked. So a text without padding is the same to the
-    denoiser, at less work."""
+    """Krea 2. Its pipeline pads each text to 512 tokens, in the middle of the text. All text tokens
+    have the same position id and masked ones are ignored, so the denoiser's prediction is the same
+    without padding, for less computation."""
 
     names = ("prompt_embeds", "prompt_embeds_mask")
     layout = "without padding"
 
     def encode_prompt(self, pipe, prompt):
-        found = super().encode_prompt(pipe, prompt)
-        return {"prompt_embeds": found["prompt_embeds"][found["prompt_embeds_mask"]]}
+        text = super().encode_prompt(pipe, prompt)
+        return {"prompt_embeds": text["prompt_embeds"][text["prompt_embeds_mask"]]}
 
     def add_negative(self, text_embeddings, negative_embeddings):
-        """Both of one length: the pipeline gives them the places of the first."""
-        longest = max(
-            one["prompt_embeds"].shape[1] for one in (text_embeddings, negative_embeddings)
+        """Return the pipeline's arguments, with prompts and negative prompts padded to equal
+        length: the pipeline takes the position ids of the prompts for both."""
+        length = max(
+            text_embeddings["prompt_embeds"].shape[1], negative_embeddings["prompt_embeds"].shape[1]
         )
         return super().add_negative(
-            pad_text_embeddings(text_embeddings, longest),
-            pad_text_embeddings(negative_embeddings, longest),
+            pad_text_embeddings(text_embeddings, length),
+            pad_text_embeddings(negative_embeddings, length),
         )
 
     def predict(self, denoiser, z, t, time_ids, prompt_embeds, prompt_embeds_mask):
         height, width = z.shape[-2:]
-        words = torch.zeros(prompt_embeds.shape[1], 3, device=z.device)
-        picture = build_position_ids(height // 2, width // 2, axes=3, device=z.device)
-        found = denoiser(
+        text_ids = torch.zeros(prompt_embeds.shape[1], 3, device=z.device)
+        image_ids = build_position_ids(height // 2, width // 2, axes=3, device=z.device)
+        tokens = denoiser(
             pack_latents(z),
             prompt_embeds,
             t / 1000,
-            torch.cat([words, picture]),
+            torch.cat([text_ids, image_ids]),
             encoder_attention_mask=prompt_embeds_mask,
             return_dict=False,
         )[0]
-        return unpack_latents(found, z)
+        return unpack_latents(tokens, z)
 
 
 class QwenImage21(QwenImage):
-    """One sequence of text and then picture, whose tokens lie after the longest text of a batch. So
-    that a picture lies where it does alone, texts of one length are predicted together. The VAE has
-    opacity as its fourth channel."""
+    """Qwen-Image 2.1. The image's tokens follow the longest text of a batch in one sequence. So
+    that their positions are those without a batch, texts of equal length are predicted together.
+    The VAE's fourth channel is opacity."""
 
     def add_references(self, text_embeddings, prompts, references, side_px):
-        """Its encoder sees them too, so that the pipeline encodes all prompts."""
+        """Return the pipeline's arguments with the prompts themselves, as its text encoder reads
+        the reference images too."""
         return {
             "prompt": list(prompts),
             "negative_prompt": [""] * len(prompts),
@@ -378,13 +385,14 @@ class QwenImage21(QwenImage):
     def predict(self, denoiser, z, t, time_ids, prompt_embeds, prompt_embeds_mask):
         if prompt_embeds_mask is None:
             return self.predict_equal_lengths(denoiser, z, t, prompt_embeds)
-        lengths = prompt_embeds_mask.sum(1).tolist()
-        found = torch.empty_like(z)
-        for length in sorted(set(lengths)):
-            rows = [row for row, other in enumerate(lengths) if other == length]
-            said = prompt_embeds[rows, :length]
-            found[rows] = self.predict_equal_lengths(denoiser, z[rows], t[rows], said)
-        return found
+        lengths = prompt_embeds_mask.sum(1)
+        prediction = torch.empty_like(z)
+        for length in lengths.unique().tolist():
+            rows = lengths == length
+            prediction[rows] = self.predict_equal_lengths(
+                denoiser, z[rows], t[rows], prompt_embeds[rows, :length]
+            )
+        return prediction
 
     def predict_equal_lengths(
         self,
@@ -393,26 +401,26 @@ class QwenImage21(QwenImage):
         t: torch.Tensor,
         prompt_embeds: torch.Tensor,
     ) -> torch.Tensor:
-        """As `predict`, of texts (B, T, D) without padding."""
+        """Predict (B, C, h, w) for texts (B, T, D) without padding."""
         height, width = z.shape[-2:]
 
-        # A place of the sequence is a token of the text or four of the picture.
-        in_text = torch.zeros(prompt_embeds.shape[:2], dtype=torch.bool, device=z.device)
-        in_picture = in_text.new_ones(len(z), height * width // 4)
-        found = denoiser(
+        # Each position of the sequence is one text token or four image tokens.
+        text_mask = torch.zeros(prompt_embeds.shape[:2], dtype=torch.bool, device=z.device)
+        image_mask = text_mask.new_ones(len(z), height * width // 4)
+        tokens = denoiser(
             z.flatten(2).mT,
             prompt_embeds,
             t / 1000,
             [[(1, height, width)]] * len(z),
-            torch.cat([in_text, in_picture], dim=1),
+            torch.cat([text_mask, image_mask], dim=1),
             return_dict=False,
         )[0]
-        return found[:, -height * width :].mT.reshape(z.shape)
+        return tokens[:, -height * width :].mT.reshape(z.shape)
 
 
 class Lumina2(Family):
-    """Time runs backwards, and the answer is negated. Its encoder is not instructed before a
-    negative prompt."""
+    """Lumina 2. Time runs backwards, so that the prediction is negated. A negative prompt, and an
+    empty one, is encoded without the system prompt."""
 
     names = ("prompt_embeds", "prompt_attention_mask")
     encoding = UNGUIDED_OPTIONS
@@ -421,25 +429,25 @@ class Lumina2(Family):
         return super().encode_prompt(pipe, prompt) if prompt else self.encode_negative(pipe, "")
 
     def encode_negative(self, pipe, prompt):
-        # The results are those of the prompt, and then those of the negative one.
-        found = pipe.encode_prompt(
+        # The results are the prompt's two, and then the negative prompt's.
+        values = pipe.encode_prompt(
             "", negative_prompt=prompt, device=self.get_encoder_device(pipe), **self.options
         )[2:]
-        return {name: value[0] for name, value in zip(self.names, found)}
+        return {name: value[0] for name, value in zip(self.names, values)}
 
     def predict(self, denoiser, z, t, time_ids, prompt_embeds, prompt_attention_mask):
-        found = denoiser(z, 1 - t / 1000, prompt_embeds, prompt_attention_mask, return_dict=False)
-        return -found[0]
+        output = denoiser(z, 1 - t / 1000, prompt_embeds, prompt_attention_mask, return_dict=False)
+        return -output[0]
 
 
 class Sana(Lumina2):
-    """Encodes as Lumina 2 does. Its VAE gives one latent, not a distribution."""
+    """Sana, which encodes prompts as Lumina 2 does. Its VAE returns latents, not a distribution."""
 
     def add_negative(self, text_embeddings, negative_embeddings):
-        """At the size that is asked for: by itself the pipeline draws at a usual size and scales
-        the picture."""
-        found = super().add_negative(text_embeddings, negative_embeddings)
-        return found | {"negative_prompt": None, "use_resolution_binning": False}
+        """Return the pipeline's arguments, without its resolution binning: the pipeline would
+        otherwise generate at the nearest usual size and rescale the image."""
+        arguments = super().add_negative(text_embeddings, negative_embeddings)
+        return arguments | {"negative_prompt": None, "use_resolution_binning": False}
 
     def encode_latents(self, vae, pixels):
         z = vae.encode(pixels.to(vae.device, vae.dtype)).latent.float()
@@ -453,7 +461,7 @@ class Sana(Lumina2):
 def drop_unused_negative(
     facts: FamilyFacts, arguments: dict[str, Any], guidance: float
 ) -> dict[str, Any]:
-    """The arguments of a call with this guidance: those of the negative prompt only where it uses
+    """Drop the negative prompt's arguments from a pipeline's call whose guidance scale ignores
     them."""
     if guidance > facts.no_guidance:
         return arguments
@@ -461,37 +469,37 @@ def drop_unused_negative(
 
 
 def pad_text_embeddings(text_embeddings: dict[str, Any], length: int = 0) -> dict[str, Any]:
-    """Texts with a mask, also where it hides nothing, and of at least `length` tokens."""
+    """Pad a batch of texts to at least `length` tokens, with a mask also if it hides nothing."""
     embeds, mask = text_embeddings["prompt_embeds"], text_embeddings["prompt_embeds_mask"]
     if mask is None:
         mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-    lacking = max(0, length - embeds.shape[1])
-    behind_tokens = (0, 0) * (embeds.ndim - 2) + (0, lacking)
+    padding = (0, max(0, length - embeds.shape[1]))
     return {
-        "prompt_embeds": torch.nn.functional.pad(embeds, behind_tokens),
-        "prompt_embeds_mask": torch.nn.functional.pad(mask, (0, lacking)),
+        # `pad` counts axes from the last: those behind the tokens get no padding.
+        "prompt_embeds": torch.nn.functional.pad(embeds, (0, 0) * (embeds.ndim - 2) + padding),
+        "prompt_embeds_mask": torch.nn.functional.pad(mask, padding),
     }
 
 
 def pack_latents(z: torch.Tensor) -> torch.Tensor:
-    """(B, C, h, w) -> (B, h/2·w/2, 4C): each patch of 2 x 2 becomes a token."""
+    """Pack each patch of 2 x 2 into a token: (B, C, h, w) -> (B, h/2·w/2, 4C)."""
     b, c, h, w = z.shape
     patches = z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return patches.reshape(b, h * w // 4, 4 * c)
 
 
 def unpack_latents(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`packed` backwards, to the shape of `like`."""
+    """Invert `pack_latents`, to the shape of `like`."""
     b, c, h, w = like.shape
     return tokens.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
 
 
 def build_position_ids(h: int, w: int, axes: int, device: torch.device) -> torch.Tensor:
-    """(h·w, axes): row and column of each token in axes 1 and 2."""
-    places = torch.zeros(h, w, axes, device=device)
-    places[..., 1] = torch.arange(h, device=device)[:, None]
-    places[..., 2] = torch.arange(w, device=device)
-    return places.view(h * w, axes)
+    """Return the position ids (h·w, axes): row and column of each token in axes 1 and 2."""
+    position_ids = torch.zeros(h, w, axes, device=device)
+    position_ids[..., 1] = torch.arange(h, device=device)[:, None]
+    position_ids[..., 2] = torch.arange(w, device=device)
+    return position_ids.view(h * w, axes)
 
 
 FAMILY_CLASSES: dict[str, type[Family]] = {
@@ -507,49 +515,46 @@ FAMILY_CLASSES: dict[str, type[Family]] = {
     "lumina2": Lumina2,
     "sana": Sana,
 }
-"""The facts' name -> the family's class."""
+"""`FamilyFacts.name` -> class of the family."""
 ARGUMENT_CONVERTERS: dict[str, Callable[[Any], Any]] = {
     "text_encoder_out_layers": lambda layers: tuple(map(int, layers)),
     "clip_skip": lambda layer: layer - 1,  # diffusers counts those that are left out
 }
-"""Setting -> what turns its value into the argument, where the two differ."""
+"""Setting -> function from its value to the argument of `encode_prompt`, where they differ."""
 
 
 def build_encoding_options(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `encode_prompt` that settings of `TEXT_OPTIONS` mean. An empty one is the
-    base's own."""
-    options = {}
-    for name, value in settings.items():
-        if value:
-            options[name] = (
-                ARGUMENT_CONVERTERS[name](value) if name in ARGUMENT_CONVERTERS else value
-            )
-    return options
+    """Return the arguments of `encode_prompt` for the settings of `TEXT_OPTIONS`. An empty setting
+    means the base's default."""
+    return {
+        name: ARGUMENT_CONVERTERS.get(name, lambda same: same)(value)
+        for name, value in settings.items()
+        if value
+    }
 
 
 def build_family(pipe: DiffusionPipeline, **options: Any) -> Family:
-    """The family of a loaded base; `about` are arguments of `Family`. Raises UserError for an
-    unknown one."""
+    """Build the family of a loaded base. `options` are arguments of `Family`. Raises UserError for
+    an unknown pipeline."""
     facts = get_facts(type(pipe).__name__)
     return FAMILY_CLASSES[facts.name](facts, **options)
 
 
 def cast_embedding(text: TextEmbedding, device: torch.device, dtype: torch.dtype) -> TextEmbedding:
-    """The text on the device; masks keep their type."""
-    found = {}
-    for name, one in text.items():
-        found[name] = one.to(device, dtype if one.is_floating_point() else one.dtype)
-    return found
+    """Move a text embedding to the device and dtype. Masks keep their dtype."""
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+        for name, value in text.items()
+    }
 
 
 def get_denoiser(pipe: DiffusionPipeline) -> torch.nn.Module:
-    """The pipeline's UNet or transformer."""
+    """Return the pipeline's UNet or transformer."""
     return getattr(pipe, get_facts(type(pipe).__name__).denoiser)
 
 
 def list_block_classes(model: torch.nn.Module) -> tuple[str, ...]:
-    """Class names of the blocks that are repeated, as diffusers or transformers lists them: they
-    hold nearly all weights."""
+    """List the class names of the repeated blocks, which hold nearly all weights, by the attributes
+    of diffusers or transformers."""
     repeated = getattr(model, "_repeated_blocks", None)
-    whole = getattr(model, "_no_split_modules", None)
-    return tuple(repeated or whole or ())
+    return tuple(repeated or getattr(model, "_no_split_modules", None) or ())
