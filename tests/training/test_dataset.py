@@ -1,5 +1,4 @@
-"""Which photo, crop and caption each exposure shows: buckets, captions that vary, several
-subjects."""
+"""Photo, crop and caption of each sample: buckets, varied captions, several subjects."""
 
 import random
 import shutil
@@ -43,8 +42,8 @@ DOG = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a do
 CAT = {"instance_prompt": "a photo of zwx cat", "class_prompt": "a photo of a cat"}
 
 
-class Numbers:
-    """An encoder that gives the photo and the plan."""
+class PlanEncoder:
+    """Encoder that returns the photo and the crop plan."""
 
     def __init__(self, rule):
         self.rule = rule
@@ -53,28 +52,26 @@ class Numbers:
         return photo.path, plan
 
 
-def photos_of(sizes):
+def build_photos(sizes):
     return [Photo(number, size, ("x",)) for number, size in enumerate(sizes)]
 
 
-def stream(batch_size, rule=BUCKETS, repeats=1):
+def build_dataset(batch_size, rule=BUCKETS, repeats=1):
     return PhotoDataset(
-        photos_of(SIZES), Numbers(rule), 3, "instance", repeats, batch_size=batch_size
+        build_photos(SIZES), PlanEncoder(rule), 3, "instance", repeats, batch_size=batch_size
     )
 
 
-def ahead_of(stream, count):
-    return [(photo.path, plan) for photo, plan in stream.list_crops(count)]
+def list_planned_crops(build_dataset, count):
+    return [(photo.path, plan) for photo, plan in build_dataset.list_crops(count)]
 
 
-def views(stream, count):
-    return [stream[position][0] for position in range(count)]
+def list_samples(build_dataset, count):
+    return [build_dataset[position][0] for position in range(count)]
 
 
 @pytest.mark.parametrize(("kind", "is_pinned"), [("cuda", True), ("mps", False)])
-def test_a_batch_moves_in_one_copy_which_is_asynchronous_only_from_pinned_memory(
-    kind, is_pinned, monkeypatch
-):
+def test_batch_moves_in_one_copy_asynchronous_only_when_pinned(kind, is_pinned, monkeypatch):
     cuda = FakeCuda(monkeypatch)
     batch = {"latents": torch.rand(2, 3), "mask": None, "steps": torch.tensor([7, 9])}
     moved = move_tensors(batch, torch.device(kind))
@@ -83,7 +80,7 @@ def test_a_batch_moves_in_one_copy_which_is_asynchronous_only_from_pinned_memory
     assert moved["steps"].tolist() == [7, 9] and moved["steps"].dtype == torch.int64
 
 
-def test_the_bucket_is_the_nearest_shape_of_sdxls_own_and_crops_cover_it_within_the_photo():
+def test_bucket_is_the_nearest_shape_and_crops_cover_it():
     """These sizes are among those that SDXL was trained on (Podell et al. 2023, appendix I)."""
     sizes = [(1024, 1024), (1500, 1000), (1000, 1500), (1080, 1920), (3000, 4000), (3000, 300)]
     buckets = [(1024, 1024), (1216, 832), (832, 1216), (768, 1344), (896, 1152), (2048, 512)]
@@ -104,20 +101,20 @@ def test_the_bucket_is_the_nearest_shape_of_sdxls_own_and_crops_cover_it_within_
 
 @pytest.mark.parametrize("batch_size", [2, 3, 8])
 @pytest.mark.parametrize("repeats", [1, 2])
-def test_a_batch_has_one_size_and_each_photo_is_shown_as_often(batch_size, repeats):
-    shown = stream(batch_size, repeats=repeats)
-    count = len(shown) * batch_size
-    found = views(shown, 2 * count)
-    sizes = [plan.target_size for _, plan in found]
+def test_batch_has_one_size_and_photos_are_shown_equally_often(batch_size, repeats):
+    dataset = build_dataset(batch_size, repeats=repeats)
+    count = len(dataset) * batch_size
+    crops = list_samples(dataset, 2 * count)
+    sizes = [plan.target_size for _, plan in crops]
     assert len(set(sizes)) > 2
     assert all(
         len(set(sizes[start : start + batch_size])) == 1
         for start in range(0, len(sizes), batch_size)
     )
-    for half in (found[:count], found[count:]):
+    for half in (crops[:count], crops[count:]):
         assert set(Counter(photo for photo, _ in half).values()) == {batch_size * repeats}
-    assert [shown[position][0] for position in reversed(range(2 * count))] == found[::-1]
-    assert found[:count] != found[count:]
+    assert [dataset[position][0] for position in reversed(range(2 * count))] == crops[::-1]
+    assert crops[:count] != crops[count:]
 
 
 @pytest.mark.parametrize(
@@ -125,52 +122,54 @@ def test_a_batch_has_one_size_and_each_photo_is_shown_as_often(batch_size, repea
 )
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 @pytest.mark.parametrize("count", [1, 5, 20, 200])
-def test_what_is_encoded_ahead_is_what_is_shown(rule, batch_size, count):
-    shown = stream(batch_size, rule)
-    ahead = ahead_of(shown, count)
-    assert set(ahead) == set(views(shown, count)) and len(ahead) <= count
+def test_planned_crops_are_the_crops_of_the_samples(rule, batch_size, count):
+    dataset = build_dataset(batch_size, rule)
+    ahead = list_planned_crops(dataset, count)
+    assert set(ahead) == set(list_samples(dataset, count)) and len(ahead) <= count
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_the_order_is_the_one_that_it_always_was_of_squares_and_of_one_subject(batch_size):
-    shown = stream(batch_size, SQUARES)
+def test_order_of_squares_of_one_subject_is_a_shuffled_epoch(batch_size):
+    dataset = build_dataset(batch_size, SQUARES)
     places = [shuffle_index(position, len(SIZES), 3, "instance")[1] for position in range(50)]
-    assert [photo for photo, _ in views(shown, 50)] == places
+    assert [photo for photo, _ in list_samples(dataset, 50)] == places
     photos = [Photo(n, size, ("x", "y")) for n, size in enumerate(SIZES)]
     config = train_config.TrainConfig(
         resolution=64, seed=3, train_batch_size=2, caption_dropout=0.2
     )
-    before = PhotoDataset(photos, Numbers(SQUARES), 3, "instance", 1, 0.2, 2)
-    now = build_instance_dataset(config, photos, Numbers(SQUARES))
+    before = PhotoDataset(photos, PlanEncoder(SQUARES), 3, "instance", 1, 0.2, 2)
+    now = build_instance_dataset(config, photos, PlanEncoder(SQUARES))
     assert [now[n] for n in range(50)] == [before[n] for n in range(50)]
 
 
-def test_a_run_without_a_photo_is_that_of_a_folder_without_it():
+def test_leave_out_equals_a_folder_without_the_photo():
     photos = [Photo(Path(f"{number}.png"), (64, 64), ("x",)) for number in (0, 1, 3)]
 
     def stream_of(**changes) -> SubjectsDataset:
         return build_instance_dataset(
-            train_config.TrainConfig(seed=3, **changes), photos, Numbers(SQUARES)
+            train_config.TrainConfig(seed=3, **changes), photos, PlanEncoder(SQUARES)
         )
 
-    assert views(stream_of(leave_out=("2.png",)), 50) == views(stream_of(), 50)
+    assert list_samples(stream_of(leave_out=("2.png",)), 50) == list_samples(stream_of(), 50)
     assert len(stream_of(leave_out=("2.png",)).list_crops(50)) == 3, "one crop of each photo"
 
 
-def test_the_crop_picture_shows_the_crops_of_the_run_of_each_subject(several):
+def test_check_shows_the_crops_that_training_takes(several):
     config = train_config.TrainConfig(resolution=64, seed=3, enable_bucket=True, crops_per_photo=2)
-    shown = {
+    planned_crops = {
         plan
-        for number, photo in enumerate(photos_of(SIZES))
+        for number, photo in enumerate(build_photos(SIZES))
         for plan in plan_crops(photo, number, config)
     }
-    assert build_crop_rule(config) == BUCKETS and shown == {
-        plan for _, plan in views(stream(2), 100)
+    assert build_crop_rule(config) == BUCKETS and planned_crops == {
+        plan for _, plan in list_samples(build_dataset(2), 100)
     }
     config = several(seed=5, crops_per_photo=2, crop_zoom=1.5, random_flip=True, repeats=2)
     photos = build_photo_report(config).photos
     trained = set(
-        views(build_instance_dataset(config, photos, Numbers(build_crop_rule(config))), 120)
+        list_samples(
+            build_instance_dataset(config, photos, PlanEncoder(build_crop_rule(config))), 120
+        )
     )
     numbered = ((0, photos[0]), (1, photos[1]), (2, photos[2]), (0, photos[3]))
     assert trained == {
@@ -182,27 +181,31 @@ def test_the_crop_picture_shows_the_crops_of_the_run_of_each_subject(several):
 
 @pytest.mark.parametrize("rule", [BUCKETS, CropRule(64, crops_per_photo=None, bucket_step_px=8)])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_class_images_have_the_size_of_what_they_stand_beside(rule, batch_size):
-    shown = stream(batch_size, rule)
+def test_class_images_have_the_size_of_their_instance_sample(rule, batch_size):
+    instance = build_dataset(batch_size, rule)
     shapes = [(64, 64), (48, 80), (80, 48), (80, 48), (50, 50)]  # none like that of (64, 80)
-    prior = PhotoDataset(photos_of(shapes), Numbers(rule), 3, "prior", size_source=shown)
-    pairs = list(zip(views(shown, 300), views(prior, 300), strict=True))
-    assert all(plan.target_size == other.target_size for (_, plan), (_, other) in pairs)
+    prior = PhotoDataset(build_photos(shapes), PlanEncoder(rule), 3, "prior", size_source=instance)
+    pairs = list(zip(list_samples(instance, 300), list_samples(prior, 300), strict=True))
+    assert all(plan.target_size == prior_plan.target_size for (_, plan), (_, prior_plan) in pairs)
     assert {photo for _, (photo, _) in pairs} == set(range(5))
     for height, width in ((48, 80), (80, 48)):
         whole = {photo for _, (photo, plan) in pairs if plan.target_size == (height, width)}
         assert whole <= {number for number, shape in enumerate(shapes) if shape == (height, width)}
-    assert set(ahead_of(prior, 300)) == (set(views(prior, 300)) if rule.crops_per_photo else set())
+    assert set(list_planned_crops(prior, 300)) == (
+        set(list_samples(prior, 300)) if rule.crops_per_photo else set()
+    )
 
 
 @pytest.fixture
-def seen(monkeypatch):
-    """The batches that the steps get."""
-    found, batch_at = [], TrainStep.load_batch
+def batches(monkeypatch):
+    """Return the batches that the steps load."""
+    batches, load_batch = [], TrainStep.load_batch
     monkeypatch.setattr(
-        TrainStep, "load_batch", lambda *words: found.append(batch_at(*words)) or found[-1]
+        TrainStep,
+        "load_batch",
+        lambda *arguments: batches.append(load_batch(*arguments)) or batches[-1],
     )
-    return found
+    return batches
 
 
 def config(**changes):
@@ -211,24 +214,24 @@ def config(**changes):
     )
 
 
-def worded(captions, dropout=0.0, bare_prompt=None, share=0.0):
+def build_captioned_dataset(captions, dropout=0.0, bare_prompt=None, share=0.0):
     photos = [
         Photo(name, (64, 64), captions, bare_prompt=bare_prompt) for name in ("a.png", "b.png")
     ]
     return PhotoDataset(
-        photos, Numbers(SQUARES), 3, "instance", 1, dropout, bare_prompt_share=share
+        photos, PlanEncoder(SQUARES), 3, "instance", 1, dropout, bare_prompt_share=share
     )
 
 
-def said(shown, count=200):
-    """The captions of these positions, which are the same in any order."""
-    texts = [shown[position][1] for position in range(count)]
-    assert [shown[position][1] for position in reversed(range(count))] == texts[::-1]
+def list_captions(dataset, count=200):
+    """Return the captions of the first samples, which are the same in any order."""
+    texts = [dataset[position][1] for position in range(count)]
+    assert [dataset[position][1] for position in reversed(range(count))] == texts[::-1]
     return texts
 
 
-def photos_with(folder, *captions, **changes):
-    """Painted photos, each with one of these texts beside it, as a run reads them."""
+def write_captioned_photos(folder, *captions, **changes):
+    """Return painted photos, each with one of these texts beside it, as a run reads them."""
     photos = paint_photos(folder, count=len(captions))
     for number, text in enumerate(captions):
         (photos / f"{number}.txt").write_text(text)
@@ -237,12 +240,11 @@ def photos_with(folder, *captions, **changes):
     ).photos
 
 
-def test_tags_change_places_by_the_seed_and_the_kept_ones_stay():
-    """Each caption is drawn as often as without shuffling."""
-    found = shuffle_captions(config(shuffle_caption=True, keep_tokens=1), (TAGS,))
-    assert len(found) == TAG_ORDERS and found[0] == TAGS and len(set(found)) > 3
-    assert all(caption.startswith("sks dog, ") for caption in found)
-    assert {tuple(sorted(caption.split(", "))) for caption in found} == {
+def test_tags_are_shuffled_by_the_seed_and_kept_tokens_stay():
+    captions = shuffle_captions(config(shuffle_caption=True, keep_tokens=1), (TAGS,))
+    assert len(captions) == TAG_ORDERS and captions[0] == TAGS and len(set(captions)) > 3
+    assert all(caption.startswith("sks dog, ") for caption in captions)
+    assert {tuple(sorted(caption.split(", "))) for caption in captions} == {
         tuple(sorted(TAGS.split(", ")))
     }
     moved = shuffle_captions(config(shuffle_caption=True), (TAGS,))
@@ -253,56 +255,70 @@ def test_tags_change_places_by_the_seed_and_the_kept_ones_stay():
     ]
     assert orders[0] == orders[1] != orders[2]
     many = shuffle_captions(config(shuffle_caption=True), (TAGS, "sks dog"))
-    assert Counter(said(worded(many)))["sks dog"] == pytest.approx(100, abs=40)
+    assert Counter(list_captions(build_captioned_dataset(many)))["sks dog"] == pytest.approx(
+        100, abs=40
+    )
 
 
-def test_a_prefix_stands_before_a_photos_own_captions_and_stays_whatever_is_shuffled(tmp_path):
-    one, two = photos_with(tmp_path, "on grass\nin snow\n", "", caption_prefix="sks dog,")
-    assert one.captions == ("sks dog, on grass", "sks dog, in snow")
-    assert two.captions == ("a photo of sks dog",)
+def test_caption_prefix_comes_first_and_is_not_shuffled(tmp_path):
+    first, second = write_captioned_photos(
+        tmp_path, "on grass\nin snow\n", "", caption_prefix="sks dog,"
+    )
+    assert first.captions == ("sks dog, on grass", "sks dog, in snow")
+    assert second.captions == ("a photo of sks dog",)
     framed = "sks dog, red, blue, green, in snow"
     prefixed = config(shuffle_caption=True, caption_prefix="sks dog,")
-    found = shuffle_captions(prefixed, (framed, "sks dog,"))
+    captions = shuffle_captions(prefixed, (framed, "sks dog,"))
     assert (
-        found[0] == framed
-        and len(set(found[:TAG_ORDERS])) > 3
-        and set(found[TAG_ORDERS:]) == {"sks dog,"}
+        captions[0] == framed
+        and len(set(captions[:TAG_ORDERS])) > 3
+        and set(captions[TAG_ORDERS:]) == {"sks dog,"}
     )
-    assert all(caption.startswith("sks dog, ") for caption in found[:TAG_ORDERS])
+    assert all(caption.startswith("sks dog, ") for caption in captions[:TAG_ORDERS])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1 / 3, 1.0])
-def test_a_share_of_exposures_has_no_caption_or_the_bare_prompt_and_a_caption_keeps_its_draw(share):
-    """`said` finds the same places each time."""
-    for shown, bare in (
-        (worded((TAGS,), share), ""),
-        (worded(PLACED, bare_prompt=BARE, share=share), BARE),
+def test_shares_of_empty_captions_and_of_bare_prompts(share):
+    for dataset, bare in (
+        (build_captioned_dataset((TAGS,), share), ""),
+        (build_captioned_dataset(PLACED, bare_prompt=BARE, share=share), BARE),
     ):
-        texts = said(shown, 600)
+        texts = list_captions(dataset, 600)
         assert texts.count(bare) == pytest.approx(600 * share, abs=45 if 0 < share < 1 else 0)
-    assert said(worded((TAGS,), share), 600) == said(worded((TAGS,), share), 600)
-    others = [pair for pair in zip(texts, said(worded(PLACED), 600)) if pair[0] != BARE]
-    assert all(with_share == without for with_share, without in others)
-    assert shown.captions == ({*PLACED, BARE} if share else {*PLACED})
-    texts = said(worded(PLACED, dropout=0.5, bare_prompt=BARE, share=0.5), 600)
+    assert list_captions(build_captioned_dataset((TAGS,), share), 600) == list_captions(
+        build_captioned_dataset((TAGS,), share), 600
+    )
+    pairs = [
+        pair
+        for pair in zip(texts, list_captions(build_captioned_dataset(PLACED), 600))
+        if pair[0] != BARE
+    ]
+    assert all(with_share == without for with_share, without in pairs)
+    assert dataset.captions == ({*PLACED, BARE} if share else {*PLACED})
+    texts = list_captions(
+        build_captioned_dataset(PLACED, dropout=0.5, bare_prompt=BARE, share=0.5), 600
+    )
     assert (
-        texts.count("") == said(worded(PLACED, dropout=0.5), 600).count("")
+        texts.count("")
+        == list_captions(build_captioned_dataset(PLACED, dropout=0.5), 600).count("")
         and texts.count(BARE) < 200
     )
-    assert said(worded((*PLACED, BARE), share=1.0)) == said(worded((*PLACED, BARE)))
+    assert list_captions(build_captioned_dataset((*PLACED, BARE), share=1.0)) == list_captions(
+        build_captioned_dataset((*PLACED, BARE))
+    )
 
 
-def test_the_bare_prompt_is_of_photos_whose_captions_lack_it_as_one_line_says(tmp_path):
-    """A share is a quarter, or what is given."""
+def test_bare_prompt_is_for_photos_whose_captions_lack_it(tmp_path):
+    """The share is a quarter unless it is set."""
     texts = (PLACED[0], f"{PLACED[0]}\n{BARE}", "A photo  of SKS dog.", "")
-    found = photos_with(tmp_path, *texts, caption_prefix="look:")
+    photos_read = write_captioned_photos(tmp_path, *texts, caption_prefix="look:")
     # a prefix makes it another prompt
-    assert [photo.bare_prompt for photo in found] == [BARE, None, BARE, None]
-    assert photos_with(tmp_path, *texts)[2].bare_prompt is None
+    assert [photo.bare_prompt for photo in photos_read] == [BARE, None, BARE, None]
+    assert write_captioned_photos(tmp_path, *texts)[2].bare_prompt is None
     shares = {None: 0.25, 0.2: 0.2, 0: 0}
-    for given, share in shares.items():
-        assert config(instance_prompt_share=given).bare_prompt_share == share
-    photos = photos_with(tmp_path / "two", PLACED[0], BARE)
+    for setting, share in shares.items():
+        assert config(instance_prompt_share=setting).bare_prompt_share == share
+    photos = write_captioned_photos(tmp_path / "two", PLACED[0], BARE)
     line = "captions: 1 of 2 photos have none that is the instance prompt itself; "
     assert (
         describe_bare_prompts(config(), photos)
@@ -315,7 +331,7 @@ def test_the_bare_prompt_is_of_photos_whose_captions_lack_it_as_one_line_says(tm
 
 @pytest.fixture
 def tables(tmp_path):
-    """Three photos of a dog and one of a cat."""
+    """Return the tables of three photos of a dog and one of a cat."""
     dog, cat = paint_photos(tmp_path / "dog"), paint_photos(tmp_path / "cat", 1)
     return [{"instance_data_dir": str(dog), **DOG}, {"instance_data_dir": str(cat), **CAT}]
 
@@ -328,42 +344,43 @@ def several(tiny_base, tables, tmp_path):
     )
 
 
-def streams(rule=SQUARES, batch_size=1, counts=(5, 1, 3)):
-    found = []
+def build_subjects_dataset(rule=SQUARES, batch_size=1, counts=(5, 1, 3)):
+    datasets = []
     for number, count in enumerate(counts):
         photos = [Photo((number, n), SIZES[n], ("x",), subject=number) for n in range(count)]
-        found.append(PhotoDataset(photos, Numbers(rule), 3, str(number), batch_size=batch_size))
-    return SubjectsDataset(found, 3, batch_size)
+        datasets.append(
+            PhotoDataset(photos, PlanEncoder(rule), 3, str(number), batch_size=batch_size)
+        )
+    return SubjectsDataset(datasets, 3, batch_size)
 
 
 @pytest.mark.parametrize("count", [1, 7, 40])
-def test_each_subject_is_shown_equally_often_whatever_its_number_of_photos(count):
-    """What is encoded ahead covers what is shown."""
-    shown = streams()
-    subjects = [path[0] for path, _ in views(shown, 90)]
-    assert subjects == [shown.get_subject(position) for position in range(90)]
+def test_subjects_are_shown_equally_often(count):
+    dataset = build_subjects_dataset()
+    subjects = [path[0] for path, _ in list_samples(dataset, 90)]
+    assert subjects == [dataset.get_subject(position) for position in range(90)]
     assert all(sorted(subjects[start : start + 3]) == [0, 1, 2] for start in range(0, 90, 3))
     assert len({tuple(subjects[start : start + 3]) for start in range(0, 90, 3)}) > 3
-    photos = Counter(path for path, _ in views(shown, 90))
+    photos = Counter(path for path, _ in list_samples(dataset, 90))
     assert [photos[0, n] for n in range(5)] == [6] * 5 and photos[1, 0] == 30 and photos[2, 1] == 10
-    shown = streams(CropRule(64, crops_per_photo=2))
-    ahead = ahead_of(shown, count)
-    assert set(views(shown, count)) <= set(ahead) and len(ahead) <= count + 2
+    dataset = build_subjects_dataset(CropRule(64, crops_per_photo=2))
+    ahead = list_planned_crops(dataset, count)
+    assert set(list_samples(dataset, count)) <= set(ahead) and len(ahead) <= count + 2
 
 
 @pytest.mark.parametrize("batch_size", [2, 4])
-def test_a_batch_of_one_size_is_of_one_subject(batch_size):
-    shown = streams(BUCKETS, batch_size)
-    found = views(shown, 60 * batch_size)
-    for start in range(0, len(found), batch_size):
-        batch = found[start : start + batch_size]
+def test_bucketed_batch_has_one_subject(batch_size):
+    dataset = build_subjects_dataset(BUCKETS, batch_size)
+    crops = list_samples(dataset, 60 * batch_size)
+    for start in range(0, len(crops), batch_size):
+        batch = crops[start : start + batch_size]
         assert (
             len({path[0] for path, _ in batch}) == len({plan.target_size for _, plan in batch}) == 1
         )
-    assert set(Counter(path[0] for path, _ in found).values()) == {20 * batch_size}
+    assert set(Counter(path[0] for path, _ in crops).values()) == {20 * batch_size}
 
 
-def test_photos_know_their_subject_and_the_masks_and_captions_made_for_each_do_not_meet(several):
+def test_masks_and_captions_are_kept_for_each_subject(several):
     config = several(masks="auto", mask_prompt="animal", captions="auto")
     photos, run = build_photo_report(config).photos, RunDir(config.output_dir)
     assert [photo.subject for photo in photos] == [0, 0, 0, 1] and photos[3].captions == (
@@ -377,20 +394,23 @@ def test_photos_know_their_subject_and_the_masks_and_captions_made_for_each_do_n
         save_caption(
             run.captions_path, GeneratedCaption(photo, f"caption of {photo.subject}", key="key"), ""
         )
-    found = build_photo_report(config).photos
-    assert [photo.mask_path is not None for photo in found] == [True, False, False, True]
-    own = ("a photo of sks dog",)
-    assert [photo.captions for photo in found] == [("caption of 0",), own, own, ("caption of 1",)]
+    reread = build_photo_report(config).photos
+    assert [photo.mask_path is not None for photo in reread] == [True, False, False, True]
+    instance_prompt = ("a photo of sks dog",)
+    assert [photo.captions for photo in reread] == [
+        ("caption of 0",),
+        instance_prompt,
+        instance_prompt,
+        ("caption of 1",),
+    ]
 
 
 @pytest.mark.slow
-def test_a_run_of_two_names_both_and_the_answer_that_is_preserved_is_of_each_samples_own_class(
-    several, seen, tmp_path
-):
+def test_two_subjects_keep_their_own_class_and_both_are_named(several, batches, tmp_path):
     prior = {"with_prior_preservation": True, "train_batch_size": 2}
     train(several("off", prior="adapter_off", max_train_steps=2, **prior))
-    classes = {one["instance_prompt"]: one["class_prompt"] for one in (DOG, CAT)}
-    for batch in seen:
+    classes = {subject["instance_prompt"]: subject["class_prompt"] for subject in (DOG, CAT)}
+    for batch in batches:
         assert [classes[prompt] for prompt in batch.prompts[:2]] == batch.prompts[2:]
         assert set(batch.prompts[:2]) == set(classes)
     train(several(num_validation_images=1, max_train_steps=1, **prior))
@@ -404,7 +424,7 @@ def test_a_run_of_two_names_both_and_the_answer_that_is_preserved_is_of_each_sam
 
 
 @pytest.mark.slow
-def test_one_table_trains_the_very_file_that_flags_train(tiny_base, several, tables, tmp_path):
+def test_one_subject_table_trains_the_file_that_flags_train(tiny_base, several, tables, tmp_path):
     flags = {"with_prior_preservation": True, "max_train_steps": 2}
     train(several("one/dog", subjects=tables[:1], **flags))
     train(tiny_config(tiny_base, tmp_path / "dog", tmp_path / "two" / "dog", **DOG, **flags))

@@ -1,9 +1,9 @@
-"""One step of the trainer, and what only makes it cheaper: working copies, cached text, compiled
-blocks, fp16."""
+"""Optimizer step, and what makes it cheaper: working copies, cached text, compiled blocks, fp16."""
 
 import os
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch._inductor import config as inductor
 
+from dreambooth_moslora.base import families
 from dreambooth_moslora.disk.events import StepDone
 from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
 from dreambooth_moslora.errors import StopRequestedError, UserError
@@ -20,6 +21,7 @@ from dreambooth_moslora.plan.distributed import set_deterministic
 from dreambooth_moslora.plan.speed import choose_speed
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import compilation, loop
+from dreambooth_moslora.training.dataset import PhotoEncoder
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.step import TrainStep
 from tests.helpers.tiny_families import tiny_pipeline
@@ -35,13 +37,14 @@ KINDS = {
 
 @pytest.fixture
 def first_gradients(tiny_base, photos, tmp_path, monkeypatch):
-    """Those of the first step, with None for a parameter without one, and its losses (3,)."""
+    """Return the gradients of a run's first step, None for a parameter without one, and its losses
+    (3,)."""
 
     def first_gradients(**changes) -> tuple[list[torch.Tensor | None], torch.Tensor]:
-        found, seen, accumulate = [], [], TrainStep.accumulate_gradients
+        gradients, losses, accumulate = [], [], TrainStep.accumulate_gradients
 
         def note(step: TrainStep, losses: torch.Tensor) -> float:
-            found.extend(None if p.grad is None else p.grad.clone() for p in step.parameters)
+            gradients.extend(None if p.grad is None else p.grad.clone() for p in step.parameters)
             raise StopRequestedError
 
         with monkeypatch.context() as patch:
@@ -49,22 +52,20 @@ def first_gradients(tiny_base, photos, tmp_path, monkeypatch):
             patch.setattr(
                 TrainStep,
                 "accumulate_gradients",
-                lambda self: seen.append(accumulate(self)) or seen[-1],
+                lambda self: losses.append(accumulate(self)) or losses[-1],
             )
             train(
                 tiny_config(
                     tiny_base, photos, tmp_path / f"run{len(list(tmp_path.iterdir()))}", **changes
                 )
             )
-        return found, seen[-1]
+        return gradients, losses[-1]
 
     return first_gradients
 
 
 @pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
-def test_the_optimizer_sees_the_gradients_of_a_step_without_copies(
-    first_gradients, monkeypatch, changes
-):
+def test_working_copies_give_the_gradients_of_peft_layers(first_gradients, monkeypatch, changes):
     changes = {"target_modules": ("to_q", "to_k", "to_v", "to_out.0", "conv1"), **changes}
     with_copies, _ = first_gradients(**changes)
     nothing = SimpleNamespace(collect=lambda: None)
@@ -72,15 +73,15 @@ def test_the_optimizer_sees_the_gradients_of_a_step_without_copies(
     without, _ = first_gradients(**changes)
     tolerance = 0.05 if "mixed_precision" in changes else 1e-3
     assert [g is None for g in with_copies] == [g is None for g in without]
-    for seen, wanted in zip(with_copies, without, strict=True):
-        if wanted is not None:
+    for gradient, expected in zip(with_copies, without, strict=True):
+        if expected is not None:
             assert (
-                seen - wanted
-            ).norm() <= tolerance * wanted.norm() and seen.dtype == torch.float32
+                gradient - expected
+            ).norm() <= tolerance * expected.norm() and gradient.dtype == torch.float32
     assert any(g is not None and g.norm() > 0 for g in with_copies)
 
 
-def test_feed_forward_blocks_that_are_recomputed_give_the_same_bytes(first_gradients):
+def test_recomputed_feed_forward_gives_the_same_bytes(first_gradients):
     changes = PRIOR | {"target_modules": ("to_q", "attn2.to_v", "ff.net.2")}
     plain, losses = first_gradients(**changes)
     recomputed, same = first_gradients(**changes, recompute_feed_forward=True)
@@ -92,20 +93,19 @@ def test_feed_forward_blocks_that_are_recomputed_give_the_same_bytes(first_gradi
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_the_state_of_the_generator_is_kept_for_recomputed_blocks_where_dropout_draws_alone(
+def test_rng_state_is_read_for_recomputation_with_dropout_alone(
     first_gradients, monkeypatch, dropout
 ):
-    asked, state = [], torch.get_rng_state
+    state_reads, state = [], torch.get_rng_state
     module = sys.modules["torch.utils.checkpoint"]
-    monkeypatch.setattr(module.torch, "get_rng_state", lambda: asked.append(1) or state())
+    monkeypatch.setattr(module.torch, "get_rng_state", lambda: state_reads.append(1) or state())
     first_gradients(gradient_checkpointing=True, lora_dropout=dropout)
-    inside = [call for call in asked]
-    assert bool(inside) == bool(dropout)
+    assert bool(state_reads) == bool(dropout)
 
 
-def assert_near(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
-    for one, other in zip(found, wanted, strict=True):
-        assert (one - other).norm() <= 1e-4 * other.norm()
+def assert_near(gradients: list[torch.Tensor], expected_gradients: list[torch.Tensor]) -> None:
+    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+        assert (gradient - expected).norm() <= 1e-4 * expected.norm()
 
 
 OF_CLASS = {
@@ -123,21 +123,18 @@ PASSES = [
 
 
 @pytest.mark.parametrize(("changes", "passes"), PASSES)
-def test_one_pass_and_many_have_the_gradients_of_a_micro_batch_each(
-    first_gradients, changes, passes
-):
-    """Of 2 photos with their prior, three times: 4 images a micro-batch. 6 at once would be one and
-    a half."""
+def test_images_at_once_does_not_change_the_gradients(first_gradients, changes, passes):
+    """A micro-batch has 2 photos with their prior, 4 images, and a step three of them."""
     usual = changes | {
         "train_batch_size": 2,
         "gradient_accumulation_steps": 3,
         "mixed_precision": "no",
     }
-    wanted, losses = first_gradients(**usual)
+    expected, losses = first_gradients(**usual)
     for images in passes:
-        found, same = first_gradients(**usual, images_at_once=images)
+        gradients, same = first_gradients(**usual, images_at_once=images)
         assert torch.allclose(same, losses, rtol=1e-5, atol=1e-6)
-        assert_near(found, wanted)
+        assert_near(gradients, expected)
 
 
 CHOSEN = [
@@ -160,14 +157,16 @@ CHOSEN += [({"compile": "on"}, "cpu", 1, True, False)]
 
 
 @pytest.mark.parametrize(("changes", "device", "steps", "compiled", "searches"), CHOSEN)
-def test_only_a_long_run_on_a_gpu_is_compiled_by_itself(changes, device, steps, compiled, searches):
+def test_only_long_runs_on_a_gpu_are_compiled_by_default(
+    changes, device, steps, compiled, searches
+):
     speed = choose_speed(
         TrainConfig(**{"resolution": 1024, "train_batch_size": 1, **changes}), device, steps
     )
     assert (speed.is_compiled, speed.has_cudnn_search) == (compiled, searches)
 
 
-def test_deterministic_is_asked_of_pytorch_before_the_gpu_and_costs_the_search(monkeypatch):
+def test_deterministic_sets_pytorch_and_disables_cudnn_search(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     try:
         set_deterministic(True)
@@ -201,10 +200,8 @@ def losses_of(tiny_base, photos, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_losses_are_those_without_and_so_is_what_is_saved(
-    losses_of, tmp_path, monkeypatch
-):
-    """Traced, differentiated ahead of time, and run operation by operation: inductor would take
+def test_compilation_changes_neither_losses_nor_weights(losses_of, tmp_path, monkeypatch):
+    """Trace, differentiate ahead of time, and run operation by operation: inductor would take
     minutes here."""
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     settings = PRIOR | {"gradient_checkpointing": True, "enable_bucket": True}
@@ -214,12 +211,16 @@ def test_compiled_losses_are_those_without_and_so_is_what_is_saved(
         losses_of("compiled", compile="on", **settings),
     )
     assert compiled == pytest.approx(plain, rel=1e-5)
-    one, other = (load_file(tmp_path / run / "last" / RAW_NAME) for run in ("plain", "compiled"))
-    assert one.keys() == other.keys() and not any("_orig_mod" in name for name in other)
+    plain_weights, compiled_weights = (
+        load_file(tmp_path / run / "last" / RAW_NAME) for run in ("plain", "compiled")
+    )
+    assert plain_weights.keys() == compiled_weights.keys() and not any(
+        "_orig_mod" in name for name in compiled_weights
+    )
 
 
 @pytest.mark.slow
-def test_no_step_after_the_first_compiles_again(tiny_base, photos, tmp_path, monkeypatch):
+def test_only_the_first_step_compiles(tiny_base, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     torch._dynamo.reset()
     counters, graphs = torch._dynamo.utils.counters, []
@@ -232,9 +233,8 @@ def test_no_step_after_the_first_compiles_again(tiny_base, photos, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_a_compiler_that_is_missing_costs_nothing(losses_of, tmp_path, caplog):
-    """PyTorch's own patch gives its settings back; after pytest's, a setting "does not exist" any
-    more."""
+def test_missing_compiler_falls_back_to_uncompiled_blocks(losses_of, tmp_path, caplog):
+    """PyTorch's own patch restores its settings; pytest's would delete one."""
     with inductor.patch({"cpp.cxx": ("/nowhere/g++",), "force_disable_caches": True}):
         plain, failed = losses_of("plain"), losses_of("failed", compile="on")
     assert failed == plain and adapter_sha256(tmp_path / "failed") == adapter_sha256(
@@ -248,8 +248,7 @@ def test_a_compiler_that_is_missing_costs_nothing(losses_of, tmp_path, caplog):
 
 @pytest.fixture
 def scaled(monkeypatch):
-    """Make the run what `--mixed_precision fp16` makes it on a GPU: accelerate refuses that on a
-    CPU."""
+    """Set up a run as `--mixed_precision fp16` does on a GPU; accelerate refuses that on a CPU."""
     make_accelerator = distributed.make_accelerator
 
     def use(init_scale: float, backoff: float) -> None:
@@ -268,18 +267,15 @@ def scaled(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_step_that_overflows_is_done_again_and_neither_counts_nor_moves_the_schedule(
-    tiny_base, photos, tmp_path, scaled
-):
-    """A run whose steps all overflow ends in one line."""
+def test_overflowing_fp16_step_is_repeated_and_not_counted(tiny_base, photos, tmp_path, scaled):
     settings = {"max_train_steps": 3, "lr_scheduler": "linear", "adam_epsilon": 1e-5}
     config = lambda name: tiny_config(tiny_base, photos, tmp_path / name, **settings)  # noqa: E731
     scaled(init_scale=2.0**10, backoff=0.5)
     loop.train(config("plain"))
     scaled(init_scale=2.0**30, backoff=0.25)
     result = loop.train(config("scaled"))
-    found, plain = logged(tmp_path / "scaled"), logged(tmp_path / "plain")
-    skipped, done = ([step for step in found if step["skipped"] is kind] for kind in (True, False))
+    steps, plain = logged(tmp_path / "scaled"), logged(tmp_path / "plain")
+    skipped, done = ([step for step in steps if step["skipped"] is kind] for kind in (True, False))
     assert result.step == 3 and len(skipped) > 1
     assert all(step["step"] == 1 and step["grad_norm"] is None for step in skipped)
     assert [(step["step"], step["lr"]) for step in done] == [
@@ -299,10 +295,38 @@ def test_a_step_that_overflows_is_done_again_and_neither_counts_nor_moves_the_sc
 
 
 @pytest.mark.slow
-def test_trained_text_encoders_read_as_many_tokens_as_the_run_says(photos, tmp_path, monkeypatch):
+def test_trained_text_encoders_obey_max_sequence_length(photos, tmp_path, monkeypatch):
     tiny_pipeline("flux", tmp_path / "files").save_pretrained(tmp_path / "base")
     options = {"train_text_encoder": True, "max_sequence_length": 8}
     read = lambda run: run.train_step.encode_prompts(["a photo of sks dog"])  # noqa: E731
     monkeypatch.setattr(loop, "run_training_loop", read)
     (text,) = loop.train(tiny_config(tmp_path / "base", photos, tmp_path / "run", **options))
     assert len(text["prompt_embeds"]) == 8
+
+
+def test_another_input_of_a_photo_reaches_the_denoiser_by_its_name(
+    tiny_base, photos, tmp_path, monkeypatch
+):
+    """The input is added where a photo is encoded and taken where the denoiser is called: two
+    places. On the way it is collated, moved, joined and split."""
+    encode, predict, received = PhotoEncoder.encode, families.SDXL.predict, []
+
+    def encode_with_brightness(encoder, photo, plan):
+        crop = encode(encoder, photo, plan)
+        inputs = crop.photo_inputs | {"brightness": crop.latents.mean().reshape(1)}
+        return replace(crop, photo_inputs=inputs)
+
+    def predict_with_brightness(family, denoiser, z, t, *, brightness, **text_embeddings):
+        received.append(brightness)
+        return predict(family, denoiser, z, t, **text_embeddings)
+
+    monkeypatch.setattr(PhotoEncoder, "encode", encode_with_brightness)
+    monkeypatch.setattr(families.SDXL, "predict", predict_with_brightness)
+    settings = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 1}
+
+    # Two micro-batches of two photos with their prior: one pass of the base and one of the adapter.
+    train(tiny_config(tiny_base, photos, tmp_path / "run", images_at_once=8, **PRIOR, **settings))
+    base_rows, rows = received[:2]
+    assert [tuple(shape.shape) for shape in (base_rows, rows)] == [(4, 1), (8, 1)]
+    assert torch.equal(base_rows[:2], rows[:2]) and torch.equal(base_rows[2:], rows[4:6])
+    assert len(set(rows.flatten().tolist())) > 1
