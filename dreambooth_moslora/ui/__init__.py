@@ -1,1 +1,1 @@
-"""The page: a Gradio app that generates with adapters and trains them."""
+"""Web page: a Gradio app that generates with adapters and trains them."""

@@ -1,4 +1,4 @@
-"""What the header of an adapter says of it, for the lists of the page."""
+"""Summary that an adapter's file header gives, for the lists of the page."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from dreambooth_moslora.lora.metadata import parse_metadata
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """What a file's header says of the adapter; a value is empty if it does not say it."""
+    """Facts from a file's header; a value is empty where the header has none."""
 
     trigger: str = ""
     class_word: str = ""
@@ -18,18 +18,18 @@ class AdapterSummary:
 
     @property
     def subject(self) -> str:
-        """The words that call the subject, such as "sks dog"."""
+        """Return the trigger and class word, such as "sks dog"."""
         if self.class_word in self.trigger:
             return self.trigger
         return f"{self.trigger} {self.class_word}".strip()
 
     @property
     def prompt(self) -> str:
-        """The prompt with which a page begins for this adapter."""
+        """Return the first prompt that the page offers for this adapter."""
         return f"a photo of a {self.subject}" if self.subject else ""
 
     def format_sentence(self) -> str:
-        """What one has to know to use it, in one line."""
+        """Return in one line how the adapter is used."""
         parts = []
         if self.subject:
             parts.append(f"say “{self.subject}”")
@@ -39,9 +39,9 @@ class AdapterSummary:
 
 
 def read_summary(file: Path) -> AdapterSummary:
-    """The summary; an empty one of a file that another program wrote, or that cannot be read.
+    """Read the summary; it is empty for a file of another program, or an unreadable one.
 
-    Loading is the check, and the header only a hint.
+    The header is only a hint: the file is checked when it is loaded.
     """
     try:
         facts = parse_metadata(run_folder.read_header(file))

@@ -1,6 +1,6 @@
-"""From the command line of `app.py` to a running page, which loads its base while it is already up.
+"""Command line of `app.py`: parse the flags, find the bases and serve the page.
 
-Which bases it offers by name, and what each is and needs, follows from their files alone.
+Loads no weights: the title, description and needs of each base follow from its files.
 """
 
 import argparse
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
     from dreambooth_moslora.ui.state import AppContext, PageBase
 
 BYTES_A_PARAMETER = 2
-"""Of weights that are fetched, in half precision."""
+"""Bytes of a parameter in weights that are fetched, in half precision."""
 START_HINT = "start the page with `python app.py --base FOLDER_OR_FILE`"
-"""What helps on the page where nobody has a base: it takes none itself."""
+"""Advice for a base that cannot be reached: the page itself has no field for a base."""
 LOGIN_WARNING = (
     "whoever finds this address could train here: ask for a login with --auth NAME:PASSWORD, "
     "or start a page that only draws with --public"
 )
-"""Why a page is not served to others as it is."""
+"""Error for a page that other machines could use without a login."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `app.py`, each with underscores and with dashes."""
+    """Add the flags of `app.py`, each with underscores and with dashes."""
 
     def add(name: str, **options) -> None:
         names = list_flags("pretrained_model_name_or_path") if name == "base" else [f"--{name}"]
-        spellings = dict.fromkeys([*names, *(f"--{one[2:].replace('_', '-')}" for one in names)])
+        spellings = dict.fromkeys([*names, *(f"--{flag[2:].replace('_', '-')}" for flag in names)])
         parser.add_argument(*spellings, dest=name, **options)
 
-    # What it draws with, and where it finds and keeps what it shows.
+    # The base, and the folders of adapters and runs.
     add(
         "base",
         default="toy",
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of .safetensors adapters to offer",
     )
     add("runs_dir", default="runs", help="folder of training runs (default runs)")
-    # Where it listens, and who may come.
+    # The address, and who may use it.
     add(
         "server_name",
         default="127.0.0.1",
@@ -80,17 +80,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
-    """The program: 0 when the page was stopped, 2 for a mistake in its arguments."""
+    """Run the program: 0 when the page was stopped, 2 for a mistake in the arguments."""
     # Before any library allocates memory.
     enable_expandable_segments()
-    about = "A web page to generate with adapters and train them."
+    description = "A web page to generate with adapters and train them."
     parser = argparse.ArgumentParser(
-        prog=prog, usage="%(prog)s [--FLAG VALUE …]", description=about
+        prog=prog, usage="%(prog)s [--FLAG VALUE …]", description=description
     )
     add_arguments(parser)
     args = parser.parse_args(argv)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")  # kept in memory, with their names
+    os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")  # held in memory, with user names
     try:
         return serve(args)
     except UserError as error:
@@ -103,7 +103,7 @@ def serve(args: argparse.Namespace) -> int:
 
     Raises UserError for arguments that cannot be served.
     """
-    # Mistakes are told before gradio is imported, which takes seconds.
+    # Report mistakes before gradio is imported, which takes seconds.
     Base.find(args.base)
     make_runs_folder(args.runs_dir)
     if not expand_user_path(args.adapters_dir).is_dir():
@@ -113,13 +113,13 @@ def serve(args: argparse.Namespace) -> int:
     from dreambooth_moslora.ui import guard, page
     from dreambooth_moslora.ui.workspace import GRADIO_FOLDER
 
-    # Who may reach the page: others need a login, or a page that only draws.
+    # Other machines need a login, or a page that only generates.
     allowed = set().union(*map(guard.parse_origins, args.allowed_host))
     logins = [parse_login(text) for text in args.auth or ()]
     is_exposed = args.share or args.server_name not in guard.LOOPBACK
     if (is_exposed or allowed) and not (logins or args.public):
         raise UserError(LOGIN_WARNING)
-    # The base begins to load here. What gradio keeps is deleted with the workspace.
+    # The base begins to load here. Gradio's files are deleted with the workspace.
     context = build_context(args)
     os.environ["GRADIO_TEMP_DIR"] = str(context.workspace.root / GRADIO_FOLDER)
 
@@ -142,7 +142,7 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def parse_login(text: str) -> tuple[str, str]:
-    """The name and the password. Raises UserError."""
+    """Return the name and the password. Raises UserError."""
     name, colon, password = text.partition(":")
     if not (name and colon and password):
         raise UserError("--auth needs NAME:PASSWORD")
@@ -150,9 +150,9 @@ def parse_login(text: str) -> tuple[str, str]:
 
 
 def build_context(args: argparse.Namespace) -> "AppContext":
-    """The state of the page, which starts to load its first base.
+    """Build the state of the page, and begin to load its first base.
 
-    `args` are the program's. Raises UserError.
+    `args` are those of `add_arguments`. Raises UserError.
     """
     runs_dir = make_runs_folder(args.runs_dir)
     from dreambooth_moslora.ui import state
@@ -160,9 +160,9 @@ def build_context(args: argparse.Namespace) -> "AppContext":
 
     first = Base.find(args.base)
     # A public page has one base.
-    found = {first.public_name: first} if args.public else list_bases(first)
-    bases = [build_page_base(title, base) for title, base in found.items()]
-    # Only the base that was asked for is looked for on the hub, which takes seconds.
+    bases_by_title = {first.public_name: first} if args.public else list_bases(first)
+    bases = [build_page_base(title, base) for title, base in bases_by_title.items()]
+    # Only the first base is looked up on the hub, which takes seconds.
     bases[0] = replace(bases[0], problem=describe_problem(first))
     adapters_dir = expand_user_path(args.adapters_dir).resolve()
     return state.AppContext(
@@ -175,24 +175,24 @@ def build_context(args: argparse.Namespace) -> "AppContext":
 
 
 def describe_problem(base: Base) -> str:
-    """Why nobody has it, and what helps on the page; "" where one has it."""
+    """Return why the base cannot be reached and what helps; "" if it can be."""
     return (base.unreachable or "").replace(OTHER_BASE_ADVICE, START_HINT)
 
 
 def build_page_base(title: str, base: Base) -> "PageBase":
-    """A base as the page offers it, by its files alone."""
+    """Describe a base as the page offers it, without loading its weights."""
     from dreambooth_moslora.ui import state
 
     def load_pipeline():
         state.import_libraries()
         from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
-        # Found anew: its files, or a connection, may have come since.
+        # Look it up again: its files, or a connection, may have come since.
         fetch_index.cache_clear()
-        now = Base.find(base.name)
-        if now.unreachable:
-            raise UserError(describe_problem(now))
-        return SubjectPipeline.from_base(choose_variant(now), resting=True)
+        current_base = Base.find(base.name)
+        if current_base.unreachable:
+            raise UserError(describe_problem(current_base))
+        return SubjectPipeline.from_base(choose_variant(current_base), resting=True)
 
     is_named = base.path is None or base.name in toy_bases.TOY_FOLDERS
     return state.PageBase(
@@ -207,7 +207,7 @@ def build_page_base(title: str, base: Base) -> "PageBase":
 
 
 def make_runs_folder(text: str) -> Path:
-    """The folder, made if needed. Raises UserError when that fails."""
+    """Create the folder and return it. Raises UserError if that fails."""
     try:
         folder = expand_user_path(text).resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -217,32 +217,31 @@ def make_runs_folder(text: str) -> Path:
 
 
 def list_bases(default_base: Base) -> dict[str, Base]:
-    """Title -> each base: the operator's `first`, the toys, and SDXL."""
+    """Map titles to bases: `default_base`, the toys, and SDXL."""
     sdxl = Base.find(SDXL_HUB_ID)
     # The same files are offered once, under the first of their names.
-    places: dict[str, Base] = {}
+    bases_by_path: dict[str, Base] = {}
     for base in (default_base, *map(Base.find, toy_bases.TOY_FOLDERS), sdxl):
-        places.setdefault(os.path.realpath(base.place), base)
-    # Two bases of the same name are told apart by a number.
+        bases_by_path.setdefault(os.path.realpath(base.place), base)
+    # A second base of the same name gets a number.
     from dreambooth_moslora.ui.state import SDXL_TITLE
 
-    found: dict[str, Base] = {}
-    for base in places.values():
+    bases_by_title: dict[str, Base] = {}
+    for base in bases_by_path.values():
         name = SDXL_TITLE if base is sdxl else clean_name(base.public_name)
-        title = find_free_name(name, found.__contains__, " ")
-        found[title] = base
-    return found
+        title = find_free_name(name, bases_by_title.__contains__, " ")
+        bases_by_title[title] = base
+    return bases_by_title
 
 
 def choose_variant(base: Base) -> Base:
-    """The base with the files that are fetched for it: half as many bytes, where the hub has
-    them."""
+    """Return the base with fp16 files where the hub has them, half as many bytes."""
     is_stock = base.name == SDXL_HUB_ID and base.folder is None
     return replace(base, variant="fp16") if is_stock else base
 
 
 def format_note(base: Base) -> str:
-    """What stands beside its title in the list; "" if nothing has to be known."""
+    """Return the note beside the base's title in the list; "" if there is none."""
     if base.is_toy:
         return "practice only"
     if base.folder or base.file:
@@ -255,7 +254,7 @@ def format_note(base: Base) -> str:
 
 
 def describe_base(base: Base) -> str:
-    """What the base is and needs; its files are not loaded."""
+    """Describe the base and its needs, without loading its weights."""
     if base.is_toy:
         return toy_bases.TOY_SUMMARY.format(base.facts.title)
     if not (base.folder or base.file):
@@ -263,7 +262,9 @@ def describe_base(base: Base) -> str:
     is_small = base.resolution_px <= model_files.MAX_SMALL_BASE_PX
     needs = "it needs no GPU" if is_small else "it wants a GPU; without one a picture takes minutes"
     try:
-        has = f"{base.facts.title}, {base.resolution_px} px, {base.weights_gib:.1f} GiB of weights"
+        facts = (
+            f"{base.facts.title}, {base.resolution_px} px, {base.weights_gib:.1f} GiB of weights"
+        )
     except (UserError, OSError) as error:  # such as a link of the hub's cache whose file is gone
         return f"it cannot be used: {format_error(error)}"
-    return f"{has}: {needs}"
+    return f"{facts}: {needs}"

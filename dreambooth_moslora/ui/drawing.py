@@ -1,5 +1,6 @@
-"""The actions of the Generate tab: pictures, a comparison. They stream `Frame`s."""
+"""Actions of the Generate tab: generate images, and compare. They stream `Frame`s."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
     from dreambooth_moslora.generation.image_params import Image, Step
 
 FRAME_SEC = 0.12
-"""Least seconds between two updates of the page; finished pictures are always shown."""
+"""Minimum seconds between two previews; finished images are always shown."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One state of the result area. `pictures` is None when they have not changed."""
+    """State of the result area. `pictures` is None when the images have not changed."""
 
     status: str
     pictures: tuple[SavedImage, ...] | None = None
@@ -39,12 +40,12 @@ class Frame:
 def make_pictures(
     ctx: state.AppContext, form: GenerateForm, request: gr.Request
 ) -> Iterator[Frame]:
-    """Draw 1 to 8 pictures with consecutive seeds. Raises UserError."""
+    """Generate 1 to 8 images with consecutive seeds. Raises UserError."""
     yield from _stream_drawing(ctx, form.to_params(), request)
 
 
 def compare(ctx: state.AppContext, form: GenerateForm, request: gr.Request) -> Iterator[Frame]:
-    """Draw the same seed without and with the adapters: two pictures, in this order.
+    """Generate the same seed without and with the adapters: two images, in this order.
 
     Raises UserError without an adapter.
     """
@@ -57,11 +58,11 @@ def compare(ctx: state.AppContext, form: GenerateForm, request: gr.Request) -> I
         (with_adapters, "With the adapter, "),
     )
     for number, (params, word) in enumerate(halves):
-        # A half's frames have its own picture alone: the first half's stays before it.
+        # A frame has the image of its own half alone: the first half's image stays before it.
         for frame in _stream_drawing(ctx, params, request, word=word):
             pictures = (*pictures[:number], *(frame.pictures or ()))
             yield replace(frame, pictures=pictures if frame.pictures else None)
-        # It was stopped.
+        # The user has stopped it.
         if len(pictures) <= number:
             return
     line = "Without and with the adapter, at the same seed"
@@ -74,7 +75,11 @@ def _stream_drawing(
     request: gr.Request,
     word: str = "",
 ) -> Iterator[Frame]:
-    """Draw, and stream the state; an error is told on the card, too.
+    """Generate, and stream the state; an error also appears on the card.
+
+    - `params` are those of the images.
+    - `request` names the page, which can stop its own work.
+    - `word` begins the status line.
 
     - `params` are those of the pictures.
     - `request` names the page, which can stop its own work.
@@ -86,12 +91,12 @@ def _stream_drawing(
         if ctx.get_loaded_pipeline() is None:
             line = "Loading the base …"
             yield Frame(html.render_progress(line, "the next pictures need not wait for it"))
-        # Prepare the stream of events; nothing is drawn yet.
+        # Prepare the stream of events; the first `next` starts it.
         with ctx.turns.reserve_for_images(), ctx.track_work(request) as should_stop:
             pipeline = ctx.wait_for_pipeline()
             params = ctx.load_adapters(params)
             events = pipeline.generate(params, should_stop)
-            # Draw. A single picture grows in its place in the gallery.
+            # Generate. A single image grows in its place in the gallery.
             yield Frame(html.render_progress("Starting …", fraction=0.0), (), params)
             width_px = params.width_px or ctx.resolution_px
             height_px = params.height_px or ctx.resolution_px
@@ -103,11 +108,11 @@ def _stream_drawing(
                 size_px=None if word else (width_px, height_px),
             )
     except Exception as error:
-        told = convert_to_user_error(error)
-        yield Frame(render_mistake(told))
-        raise told from error
+        user_error = convert_to_user_error(error)
+        yield Frame(render_mistake(user_error))
+        raise user_error from error
     finally:
-        # What a picture leaves of memory goes back to the system.
+        # Return to the system the memory that generating has freed.
         processes.release_freed_memory()
 
 
@@ -118,7 +123,13 @@ def _stream_frames(
     word: str,
     size_px: tuple[int, int] | None,
 ) -> Iterator[Frame]:
-    """The state after each event.
+    """Yield the state after each event.
+
+    - `events` are a pipeline's.
+    - `workspace` stores the images.
+    - `params` go into the last frame.
+    - `word` begins the status line.
+    - `size_px` (width, height) makes the previews large.
 
     - `events` are a pipeline's.
     - `workspace` keeps the pictures.
@@ -135,7 +146,7 @@ def _stream_frames(
     pictures = []
     images = []
     for event in events:
-        # A step is told with the preview that follows it.
+        # A step is shown with the preview that follows it.
         if isinstance(event, Step):
             step = event
             total = event.num_images
@@ -148,11 +159,11 @@ def _stream_frames(
             shown_at = time.perf_counter()
             preview = html.encode_thumbnail(event.pixels)
             yield Frame(_render_status(step, word, preview, size_px))
-    # The end: how many, how long, and whether something is wrong with them.
+    # The end: count, duration, and a warning if images are black.
     status = _render_summary(pictures, total, time.perf_counter() - started)
-    said = describe_black_images(images)
-    if said:
-        status = html.render_notice(f"The pictures are done, but {said}.", "bad")
+    black_note = describe_black_images(images)
+    if black_note:
+        status = html.render_notice(f"The pictures are done, but {black_note}.", "bad")
     yield Frame(status, tuple(pictures), params)
 
 
@@ -170,23 +181,23 @@ def _save_image(image: "Image", workspace: Workspace) -> SavedImage:
 def _render_status(
     step: "Step", word: str, picture: str = "", size_px: tuple[int, int] | None = None
 ) -> str:
-    """The card of a step: which picture, how far, how long still, and a preview (a data URL)."""
+    """Render the card of a step: image number, progress, time left and preview (a data URL)."""
     which = f"picture {step.index + 1} of {step.num_images}, " if step.num_images > 1 else ""
     line = f"{word}{which}step {step.step} of {step.steps}"
-    # NaN: not known yet.
-    is_known = step.eta_sec == step.eta_sec
-    done = step.index + step.step / step.steps
+    # NaN: there is no estimate yet.
+    has_eta = not math.isnan(step.eta_sec)
+    images_done = step.index + step.step / step.steps
     return html.render_progress(
         line[:1].upper() + line[1:],
-        detail=f"about {format_seconds(step.eta_sec)} left" if is_known else "",
-        fraction=done / step.num_images,
+        detail=f"about {format_seconds(step.eta_sec)} left" if has_eta else "",
+        fraction=images_done / step.num_images,
         picture=picture,
         size_px=size_px,
     )
 
 
 def _render_summary(pictures: list[SavedImage], total: int, seconds: float) -> str:
-    """The card at the end; fewer pictures than `total` mean that it was stopped."""
+    """Render the card at the end; fewer pictures than `total` mean that it was stopped."""
     if len(pictures) < total:
         return html.render_progress(
             "Stopped.", f"{len(pictures)} of {total} pictures were finished and are kept"

@@ -1,8 +1,6 @@
-"""How the page's events are connected: which wait, what is shown meanwhile, how errors are told.
+"""Connecting of the page's events: queueing, progress and error messages.
 
-@on(button.click, TELLING, inputs=…, outputs=…)
-def handler(…): …
-
+@on(button.click, MESSAGE_EVENT, inputs=…, outputs=…)\n    def handler(…): …
 """
 
 import errno
@@ -23,38 +21,36 @@ from dreambooth_moslora.ui.html import render_notice
 logger = logging.getLogger(__name__)
 
 GPU_EVENT = {"concurrency_id": "gpu", "concurrency_limit": 1}
-"""Options of every event that computes: one at a time, the others wait in one queue."""
+"""Options of every event that needs the GPU: one at a time, the others wait in one queue."""
 UNQUEUED_EVENT = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-"""Options of small events outside the queue, whose errors and remarks the page does not show: they
-must not raise."""
+"""Options of small events outside the queue. They must not raise: the page shows neither errors nor
+remarks of them."""
 MESSAGE_EVENT = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-"""Options of small events with a message: errors and remarks reach the page only through the queue.
-"""
-
+"""Options of small events with a message: only through the queue do errors reach the page."""
 MAX_MESSAGE_CHARACTERS = 300
 """Characters of a message on the page."""
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors of the system when nothing more can be written."""
+"""Error numbers of the system when nothing more can be written."""
 
 
 @contextmanager
 def _show_errors() -> Iterator[None]:
-    """Raises gr.Error, which gradio shows on the page, for any error inside."""
+    """Raise any error inside the block as gr.Error, which gradio shows on the page."""
     try:
         yield
     except gr.Error:
         raise
     except Exception as error:
-        words = html.escape(format_message(convert_to_user_error(error)), quote=False)
-        raise gr.Error(words, duration=12, print_exception=False) from error
+        message = html.escape(format_message(convert_to_user_error(error)), quote=False)
+        raise gr.Error(message, duration=12, print_exception=False) from error
 
 
 def on(
     trigger: Callable | list[Callable], kind: Mapping[str, Any] | None = None, **options: Any
 ) -> Callable:
-    """A decorator: connects a handler to an event of the page, or to several.
+    """Return a decorator that connects a handler to an event of the page, or to several.
 
-    - `trigger` is gradio's, such as `button.click`; of several any may begin it.
+    - `trigger` is gradio's, such as `button.click`; with several, any of them starts the handler.
     - `kind` is one of the options above.
     - `options` are further options of gradio's, such as `inputs` and `outputs`.
 
@@ -69,8 +65,7 @@ def on(
 
 
 def wrap_errors(handler: Callable) -> Callable:
-    """A decorator: a handler's error becomes a message on the page (`convert_to_user_error`),
-    escaped."""
+    """Decorate a handler so that its error becomes an escaped message on the page."""
     if not inspect.isgeneratorfunction(handler):
         return _show_errors()(handler)
 
@@ -83,16 +78,17 @@ def wrap_errors(handler: Callable) -> Callable:
 
 
 def render_mistake(error: Exception, translate: Callable[[str], str] = str) -> str:
-    """The message of a handler's error as HTML, for a handler that shows it among its values.
-    `in_words` says it in the words of a form."""
+    """Return an error's message as HTML, for a handler that shows it among its values. `translate`
+    rewrites it in the words of a form.
+    """
     return render_notice(translate(format_message(convert_to_user_error(error))), "bad")
 
 
 def convert_to_user_error(error: Exception) -> UserError:
-    """What the user is told of an error.
+    """Return the error that the user is shown.
 
-    A UserError is told unchanged, and a full disk by name. Any other error is a bug: it goes to the
-    log, and the message refers to that.
+    A UserError is returned unchanged, and a full disk is named. Any other error is a bug: it goes
+    to the log, to which the message refers.
     """
     if isinstance(error, UserError):
         return error

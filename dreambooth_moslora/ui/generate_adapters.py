@@ -1,4 +1,4 @@
-"""The adapter of the Generate tab: the list, what the chosen one says of itself, and uploads."""
+"""Adapter of the Generate tab: its list, its summary, and uploads."""
 
 import shutil
 from dataclasses import asdict
@@ -14,7 +14,7 @@ from dreambooth_moslora.ui.html import render_faint
 
 
 def find_fitting_adapter(ctx: state.AppContext) -> str:
-    """The first adapter that may be for the page's base: a toy's is for toys alone."""
+    """Return the first adapter that may fit the page's base: a toy's fits toys alone."""
     for name, file in ctx.catalog.list_files().items():
         if is_toy(read_summary(file).base) == is_toy(ctx.base_name):
             return name
@@ -22,17 +22,17 @@ def find_fitting_adapter(ctx: state.AppContext) -> str:
 
 
 def connect_adapters(ctx: state.AppContext, page: gr.Blocks, fields: dict, buttons: dict) -> None:
-    """The list is read anew, and what the chosen one says of itself is shown and filled in."""
+    """Refresh the list, and show the summary and prompt of the selected adapter."""
     adapter = fields["adapter"]
     prompt = fields["prompt"]
 
     @on(gr.api, api_name="adapters", queue=False)
     def list_adapters() -> list[dict]:
-        """Name and summary of every adapter."""
-        found = ctx.catalog.list_files()
-        return [{"name": name, **asdict(read_summary(file))} for name, file in found.items()]
+        """Return the name and summary of every adapter."""
+        files = ctx.catalog.list_files()
+        return [{"name": name, **asdict(read_summary(file))} for name, file in files.items()]
 
-    # Runs may have written new ones.
+    # Runs may have written new adapters.
     @on([buttons["refresh"].click, page.load], UNQUEUED_EVENT, inputs=None, outputs=adapter)
     def update_choices() -> gr.Dropdown:
         return gr.Dropdown(choices=[NO_ADAPTER, *ctx.catalog.list_files()])
@@ -45,16 +45,16 @@ def connect_adapters(ctx: state.AppContext, page: gr.Blocks, fields: dict, butto
         if name not in files:
             return gr.HTML(render_faint(""), visible=False), gr.skip()
         summary = read_summary(files[name])
-        words = summary.format_sentence()
-        # The adapter's own words replace those that another one had filled in, not the user's.
-        untouched = {"", *(read_summary(file).prompt for file in files.values())}
-        is_untouched = (old_prompt or "").strip() in untouched
-        renewed = summary.prompt if is_untouched else ""
-        return gr.HTML(render_faint(words), visible=bool(words)), renewed or old_prompt
+        sentence = summary.format_sentence()
+        # Replace the prompt of another adapter, but none that the user has written.
+        first_prompts = {"", *(read_summary(file).prompt for file in files.values())}
+        is_untouched = (old_prompt or "").strip() in first_prompts
+        new_prompt = (summary.prompt if is_untouched else "") or old_prompt
+        return gr.HTML(render_faint(sentence), visible=bool(sentence)), new_prompt
 
 
 def connect_upload(ctx: state.AppContext, fields: dict, button: gr.UploadButton) -> None:
-    """An uploaded adapter is loaded at once, to say now if it does not fit the base."""
+    """Load an uploaded adapter at once, to report now if it does not fit the base."""
     adapter = fields["adapter"]
 
     @on(button.upload, GPU_EVENT, inputs=button, outputs=adapter, api_visibility="private")
@@ -63,7 +63,7 @@ def connect_upload(ctx: state.AppContext, fields: dict, button: gr.UploadButton)
         try:
             ctx.wait_for_pipeline().load_adapter(ctx.workspace.uploads[name], name)
         except Exception:
-            # It is not offered, and its file goes.
+            # An adapter that does not fit is not offered, and its file is deleted.
             shutil.rmtree(ctx.workspace.uploads.pop(name).parent, ignore_errors=True)
             raise
         return gr.Dropdown(choices=[NO_ADAPTER, *ctx.catalog.list_files()], value=name)

@@ -1,4 +1,4 @@
-"""The Generate tab: its layout, and the events that draw pictures and use their settings again."""
+"""Layout and events of the Generate tab: generating images, and reusing their settings."""
 
 import html
 from collections.abc import Callable, Iterator
@@ -29,21 +29,21 @@ from dreambooth_moslora.ui.html import LARGE_PREVIEW
 from dreambooth_moslora.ui.workspace import SavedImage
 
 IMAGE_SUFFIXES = [".png"]
-"""Files that may carry a recipe."""
+"""Suffixes of files that may carry a recipe."""
 
 
 @dataclass
 class GenerateTab:
-    """The widgets that other tabs use."""
+    """Widgets that other tabs use."""
 
     fields: dict[str, gr.components.Component]
-    """In the order of GenerateForm."""
+    """All fields in the order of GenerateForm."""
     base_fields: dict[str, gr.components.Component]
-    """Those that show other values for another base."""
+    """Fields that have other values for another base."""
 
 
 def build_generate_tab(ctx: state.AppContext, page: gr.Blocks) -> GenerateTab:
-    """Make the tab's widgets, then connect their events."""
+    """Build the tab's widgets, then connect their events."""
     # The widgets, in three columns of the page.
     with gr.Row(elem_id="generate", equal_height=False):
         with gr.Column(elem_id="ask", min_width=280):
@@ -52,11 +52,13 @@ def build_generate_tab(ctx: state.AppContext, page: gr.Blocks) -> GenerateTab:
             results = build_result_widgets(ctx)
         with gr.Column(elem_id="settings", min_width=280):
             widgets |= build_settings_widgets(ctx)
-    # What the API and the other tabs see of them.
+    # Those that the API and the other tabs use.
     ordered = {field.name: widgets[field.name] for field in fields(GenerateForm)}
-    named = ("adapter", "size", "guidance_scale", "negative_prompt", "scheduler")
-    tab = GenerateTab(fields=ordered, base_fields={name: widgets[name] for name in named})
-    # The events. A public page only draws.
+    base_field_names = ("adapter", "size", "guidance_scale", "negative_prompt", "scheduler")
+    tab = GenerateTab(
+        fields=ordered, base_fields={name: widgets[name] for name in base_field_names}
+    )
+    # The events. A public page only generates.
     _connect_generate(ctx, tab, buttons["run"], results)
     _connect_compare(ctx, tab, results)
     _connect_stop(ctx, buttons["stop"])
@@ -70,14 +72,14 @@ def build_generate_tab(ctx: state.AppContext, page: gr.Blocks) -> GenerateTab:
 
 
 def _format_gallery_item(picture: SavedImage) -> tuple[str, str]:
-    """(File, caption), as a gallery takes it."""
+    """Return (file, caption), as a gallery takes it."""
     return str(picture.path), picture.caption
 
 
 def _connect_generate(
     ctx: state.AppContext, tab: GenerateTab, button: gr.Button, results: dict
 ) -> None:
-    """Generate, and Enter in the prompt, draw pictures."""
+    """Generate images on a click on Generate, and on Enter in the prompt."""
     starts = [button.click, tab.fields["prompt"].submit]
 
     # The results come into view.
@@ -94,30 +96,30 @@ def _connect_generate(
         seed = frame.params.seed if frame.params else gr.skip()
         if frame.pictures is None:
             return gr.skip(), seed, frame.status, gr.skip()
-        # The gallery chooses its first when it is emptied, and keeps the choice as it fills.
+        # The gallery selects its first image when it is emptied, and keeps that as it fills.
         selected = gr.skip() if frame.pictures else 0
         return list(map(_format_gallery_item, frame.pictures)), seed, frame.status, selected
 
-    def generate(request: gr.Request, **given) -> Iterator[tuple]:
-        yield from map(list_outputs, drawing.make_pictures(ctx, GenerateForm(**given), request))
+    def generate(request: gr.Request, **values) -> Iterator[tuple]:
+        yield from map(list_outputs, drawing.make_pictures(ctx, GenerateForm(**values), request))
 
     outputs = [results[name] for name in ("gallery", "used_seed", "status", "selected_gallery")]
     _connect_drawing(ctx, tab, starts, generate, outputs, results["status"])
 
-    # The preview comes inside the card, and the browser takes it from there.
+    # The server sends the preview inside the card, from which the browser takes it.
     status = results["status"]
     status.change(None, status, results["preview"], js=LARGE_PREVIEW, **UNQUEUED_EVENT)
 
 
 def _connect_compare(ctx: state.AppContext, tab: GenerateTab, results: dict) -> None:
-    """The same seed is drawn without and with the adapter."""
+    """Generate the same seed without and with the adapter."""
 
     def compare(request: gr.Request, **values) -> Iterator[tuple]:
         for frame in drawing.compare(ctx, GenerateForm(**values), request):
-            shown = gr.skip()
+            slider_images = gr.skip()
             if frame.pictures and len(frame.pictures) == 2:
-                shown = tuple(str(picture.path) for picture in frame.pictures)
-            yield shown, frame.status
+                slider_images = tuple(str(picture.path) for picture in frame.pictures)
+            yield slider_images, frame.status
 
     outputs = [results["slider"], results["status"]]
     _connect_drawing(ctx, tab, [results["compare"].click], compare, outputs, results["status"])
@@ -131,10 +133,10 @@ def _connect_drawing(
     outputs: list,
     status: gr.HTML,
 ) -> None:
-    """Connect what draws, under the name of its handler, to the events that start it."""
-    # Gradio runs a trigger's events in order. A Stop counts from here on, before its turn has come.
+    """Connect a generating handler, whose name is its API name, to the events that start it."""
+    # Gradio runs a trigger's events in order: from here on a Stop counts, even before its turn.
     gr.on(starts, ctx.register_work, inputs=None, outputs=None, **UNQUEUED_EVENT)
-    draws = on(
+    connect = on(
         starts,
         GPU_EVENT,
         api_name=handler.__name__,
@@ -143,14 +145,13 @@ def _connect_drawing(
         show_progress="minimal",
         show_progress_on=status,
     )
-    draws(handler)
+    connect(handler)
 
 
 def _connect_stop(ctx: state.AppContext, button: gr.Button) -> None:
-    """Stop ends what this page draws, or what waits to be drawn."""
+    """Stop what this page generates, or what waits in its queue."""
 
-    # Each Stop must count: but for this mode the page drops a click while the last one is not
-    # answered.
+    # Without trigger_mode "multiple" the page drops a click while the last one is unanswered.
     @on(
         button.click,
         inputs=None,
@@ -164,7 +165,7 @@ def _connect_stop(ctx: state.AppContext, button: gr.Button) -> None:
 
 
 def _connect_reuse(ctx: state.AppContext, tab: GenerateTab, results: dict, name: str) -> None:
-    """The settings of the picture that is chosen in a gallery go into the form."""
+    """Put the settings of the image selected in a gallery into the form."""
     gallery, selected = results[name], results[f"selected_{name}"]
 
     @on(gallery.select, UNQUEUED_EVENT, inputs=None, outputs=selected)
@@ -179,14 +180,14 @@ def _connect_reuse(ctx: state.AppContext, tab: GenerateTab, results: dict, name:
             raise UserError("there is no picture yet")
         file, _ = pictures[min(index, len(pictures) - 1)]
         # A request may name any file of this machine.
-        places = (gallery.GRADIO_CACHE, ctx.workspace.root)
-        if not any(is_in_or_equal(file, place) for place in places):
+        folders = (gallery.GRADIO_CACHE, ctx.workspace.root)
+        if not any(is_in_or_equal(file, folder) for folder in folders):
             raise UserError("that picture is not one of this page")
         return to_widgets(ctx, read_recipe(file))
 
 
 def _connect_history(ctx: state.AppContext, results: dict) -> None:
-    """Pictures that were drawn before; later ones come when the tab is opened again."""
+    """List earlier images; later ones come when the tab is opened again."""
 
     @on(results["history_tab"].select, UNQUEUED_EVENT, inputs=None, outputs=results["history"])
     def list_history() -> list[tuple[str, str]]:
@@ -194,7 +195,7 @@ def _connect_history(ctx: state.AppContext, results: dict) -> None:
 
 
 def to_widgets(ctx: state.AppContext, recipe: Recipe) -> list:
-    """The values of all fields, in order, that give the recipe again.
+    """Return the values of all fields, in order, that reproduce the recipe.
 
     Differences are shown as remarks.
     """

@@ -1,6 +1,4 @@
-"""The Generate tab's values, under the API's names, and what fills them: sizes, and a picture's
-recipe, of which differences are remarks.
-"""
+"""Values of the Generate tab under the API's names, and where they come from: sizes and recipes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,21 +14,21 @@ from dreambooth_moslora.generation.image_params import (
 )
 
 MAX_IMAGES = 8
-"""Most pictures of one request."""
+"""Images of one request at most."""
 FIELD_RANGES = {
     "steps": (1, MAX_STEPS),
     "guidance_scale": (0, 30),
     "scale": (-2, 2),
     "num_images": (1, MAX_IMAGES),
 }
-"""Ranges of the sliders, narrower than a program's, so that usual values are easy to set."""
+"""Ranges of the sliders, narrower than the API's, so that usual values are easy to set."""
 ASPECT_RATIOS = {"Square": (1, 1), "Portrait": (7 / 8, 9 / 8), "Tall": (13 / 16, 19 / 16)}
 """Preset -> its width and height, as multiples of the base's own resolution."""
 
 
 @dataclass(frozen=True)
 class GenerateForm:
-    """The fields have the names and order of the API's arguments. `size` is "width x height" px."""
+    """Arguments of the API, in its names and order. `size` is "width x height" px."""
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -41,10 +39,11 @@ class GenerateForm:
     guidance_scale: float | None = None
     size: str = ""
     num_images: int = 1
-    scheduler: str = ""  # the base's own
+    scheduler: str = ""
+    """Name in SCHEDULERS; "" is the base's own."""
 
     def to_params(self) -> GenerationParams:
-        """The parameters. A negative or empty seed is drawn here.
+        """Return the parameters; a negative or empty seed is sampled here.
 
         Raises UserError for values that cannot be generated.
         """
@@ -65,7 +64,7 @@ class GenerateForm:
 
     @classmethod
     def from_params(cls, params: GenerationParams) -> "GenerateForm":
-        """The form that gives these parameters again.
+        """Return the form that gives these parameters again.
 
         Adapters beyond the first become tags in the prompt.
         """
@@ -86,12 +85,12 @@ class GenerateForm:
 
 
 def format_size(width: int | None, height: int | None) -> str:
-    """ "832 x 1216" for these sides in px; "" for the base's own size."""
+    """Return "832 x 1216" for these sides in px; "" for the base's own size."""
     return f"{width} x {height}" if width and height else ""
 
 
 def parse_size(text: str) -> tuple[int | None, int | None]:
-    """ "832 x 1216" -> (832, 1216); empty -> the base's own size. Raises UserError."""
+    """Parse "832 x 1216" to (832, 1216), empty text to the base's own size. Raises UserError."""
     if not (text or "").strip():
         return None, None
     try:
@@ -104,7 +103,7 @@ def parse_size(text: str) -> tuple[int | None, int | None]:
 
 
 def list_size_choices(resolution_px: int, multiple_px: int = 8) -> list[tuple[str, str]]:
-    """(Label, value) of the presets around a base's own resolution.
+    """Return (label, value) of the presets around a base's own resolution.
 
     All sides are multiples of `multiple_px`.
     """
@@ -116,7 +115,7 @@ def list_size_choices(resolution_px: int, multiple_px: int = 8) -> list[tuple[st
     for name, (across, down) in ASPECT_RATIOS.items():
         width, height = compute_side(across), compute_side(down)
         choices.append((f"{name} {width} × {height}", format_size(width, height)))
-        # The same lying on its side.
+        # The same size turned by 90 degrees.
         if width != height:
             wide = "Landscape" if name == "Portrait" else "Wide"
             choices.append((f"{wide} {height} × {width}", format_size(height, width)))
@@ -124,7 +123,7 @@ def list_size_choices(resolution_px: int, multiple_px: int = 8) -> list[tuple[st
 
 
 def list_remarks(recipe: Recipe, files: Mapping[str, Path], base: str) -> list[str]:
-    """How a recipe's adapters and base differ from this page's.
+    """List how a recipe's adapters and base differ from this page's.
 
     - `files` are this page's adapters, by name.
     - `base` is the name of this page's base.

@@ -1,4 +1,4 @@
-"""The widgets of the Generate tab: what is asked, further settings, and the results."""
+"""Widgets of the Generate tab: prompt and adapter, further settings, and results."""
 
 from typing import Any
 
@@ -12,16 +12,16 @@ from dreambooth_moslora.ui.generate_adapters import find_fitting_adapter
 from dreambooth_moslora.ui.html import IMAGE_OPTIONS, render_faint, render_progress
 
 IDLE_CARD = render_progress("Ready", "Enter starts, Esc stops")
-"""The state of a page that has drawn nothing yet."""
+"""Status of a page that has generated nothing yet."""
 
 
 def build_prompt_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is asked of each drawing: the fields by name, and the other widgets by name."""
-    # An adapter for the base is chosen at first, and its words are in the prompt.
+    """Build the prompt's fields and the widgets beside them, both by name."""
+    # An adapter for the base is selected at first, and its subject is in the prompt.
     files = ctx.catalog.list_files()
     first = find_fitting_adapter(ctx)
     summary = read_summary(files[first]) if first in files else AdapterSummary()
-    words = summary.format_sentence()
+    sentence = summary.format_sentence()
     fields: dict[str, Any] = {}
     parts: dict[str, Any] = {}
     fields["prompt"] = gr.Textbox(
@@ -33,7 +33,7 @@ def build_prompt_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[st
         autofocus=True,
         elem_id="prompt",
     )
-    # The adapter, and how it comes into the list. A public page takes no files.
+    # The adapter, with buttons to refresh the list and to upload. A public page takes no files.
     with gr.Row(elem_classes="tight"):
         fields["adapter"] = gr.Dropdown(
             [NO_ADAPTER, *files],
@@ -56,7 +56,10 @@ def build_prompt_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[st
                 size="md",
             )
     parts["about"] = gr.HTML(
-        render_faint(words), visible=bool(words), elem_id="about_adapter", label="About the adapter"
+        render_faint(sentence),
+        visible=bool(sentence),
+        elem_id="about_adapter",
+        label="About the adapter",
     )
     fields["scale"] = build_slider("scale", 1.0, "Adapter scale", elem_id="scale")
     fields["num_images"] = build_slider("num_images", 1, "Pictures", elem_id="num_images")
@@ -68,17 +71,17 @@ def build_prompt_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[st
 
 
 def build_slider(name: str, value: float, label: str, **look: Any) -> gr.Slider:
-    """A slider over the range of that name in `FIELD_RANGES`."""
+    """Build a slider over the range of that name in `FIELD_RANGES`."""
     low, high = generate_values.FIELD_RANGES[name]
     step = {"scale": 0.05, "guidance_scale": 0.1}.get(name, 1)
     return gr.Slider(low, high, value, step=step, label=label, buttons=[], **look)
 
 
 def build_settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
-    """The fields that rarely change, by name. Some bases have no use for some of them."""
+    """Build the fields that rarely change, by name; some bases do not use all of them."""
     fields: dict[str, Any] = {}
     with gr.Accordion("Settings", open=True, elem_id="settings_box"):
-        # What the picture shows, and how it is drawn.
+        # What the image shows, and how it is sampled.
         fields["negative_prompt"] = gr.Textbox(
             "",
             label="Negative prompt",
@@ -96,7 +99,7 @@ def build_settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
             look = {"precision": 0, "min_width": 160, "elem_id": "seed"}
             fields["seed"] = gr.Number(-1, label="Seed", info="−1 draws one", **look)
             schedulers = [("The base's own", "")]
-            schedulers += [(known.title, name) for name, known in SCHEDULERS.items()]
+            schedulers += [(scheduler.title, name) for name, scheduler in SCHEDULERS.items()]
             fields["scheduler"] = gr.Dropdown(
                 schedulers,
                 value="",
@@ -105,7 +108,7 @@ def build_settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
                 visible=ctx.facts.style == "ddpm",
                 min_width=160,
             )
-        # Its size, by the base's own.
+        # Sizes around the base's own.
         sizes = generate_values.list_size_choices(ctx.resolution_px, ctx.facts.multiple_px)
         look = {"info": "width × height", "allow_custom_value": True, "elem_id": "size"}
         fields["size"] = gr.Dropdown(sizes, value=sizes[0][1], label="Size", **look)
@@ -114,17 +117,17 @@ def build_settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
 
 
 def build_result_widgets(ctx: state.AppContext) -> dict[str, Any]:
-    """The widgets of the results, by name; a public page has no history, which is its owner's."""
+    """Build the widgets of the results, by name; a public page has no history."""
     parts: dict[str, Any] = {"status": gr.HTML(IDLE_CARD, elem_id="status", label="Status")}
     with gr.Tabs(elem_id="result_tabs", selected="pictures") as parts["tabs"]:
-        # What is being drawn, and what came of it.
+        # The image in progress, and the finished ones.
         with gr.Tab("Pictures", id="pictures"):
             parts["preview"] = gr.HTML("", elem_id="preview")
             parts |= _build_gallery("Pictures", "gallery")
             parts["used_seed"] = gr.Number(
                 label="Seed used", interactive=False, elem_id="used_seed", visible="hidden"
             )
-        # One picture with and without the adapter, from the same noise.
+        # One image with and without the adapter, from the same noise.
         with gr.Tab("Compare", id="compare"):
             parts["compare"] = gr.Button("Compare at the same seed", elem_id="compare")
             gr.HTML(render_faint("Left without, right with the adapter."))
@@ -141,7 +144,7 @@ def build_result_widgets(ctx: state.AppContext) -> dict[str, Any]:
 
 
 def _build_gallery(label: str, name: str) -> dict[str, Any]:
-    """A gallery, which of its pictures is chosen, and the button that takes its settings."""
+    """Build a gallery, the state of its selected image, and the button that reuses its settings."""
     return {
         name: gr.Gallery(
             label=label,

@@ -1,8 +1,7 @@
-"""What a request may be: its host, the site that it comes from, and on a public page its length.
+"""Limits on requests: host, origin, and on a public page the length.
 
-No page answers to another site's page, and one on the loopback only to its own names: otherwise any
-site could point a name of its own at 127.0.0.1 (DNS rebinding), or use the login that the browser
-holds.
+No page answers to another site's page, and a page on the loopback answers to its own names only:
+otherwise any site could point its name at 127.0.0.1 (DNS rebinding), or use the browser's login.
 """
 
 import json
@@ -25,40 +24,44 @@ from dreambooth_moslora.errors import UserError
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 """Names of this machine that only its own programs can reach."""
 DEFAULT_PORTS = {"http": 80, "https": 443}
-"""Scheme -> the port of an address that names none."""
+"""Scheme -> the port of an address without one."""
 Origin = tuple[str, str, int]
-"""Scheme, host name and port of a page: pages that differ in one of them are different sites."""
+"""Scheme, host name and port of a page: pages that differ in any of them are different sites."""
 FOREIGN_FETCH_SITES = ("cross-site", "same-site")
 """Values of Sec-Fetch-Site: "same-site" is another port or another name of the same domain."""
 FRAME_HEADER = (b"content-security-policy", b"frame-ancestors 'self'")
-"""No other site may show the page in a frame, where users could be tricked into clicks."""
+"""Header that forbids other sites to frame the page, where users could be tricked into clicks."""
 FOREIGN_URL_PATTERN = re.compile(r"/(file|proxy)[=/]\s*https?:", re.IGNORECASE)
-"""A path by which gradio would fetch an address for anybody who asks."""
+"""Path by which gradio would fetch any address for any client."""
 UNUSED_PATH_PATTERN = re.compile(r"/stream/|/custom_component/|/dev/reload|/cancel/?$|\n")
-"""Paths of gradio's that no page here asks for. By the first, a request changes what an event that
-is drawing was asked, and it never ends. By the third, each connection is looked after twenty times
-a second. By the fourth, one that is cancelled twice keeps its form for good, and the place of the
-only drawing. With a line's end a path is found as without it, and not known here."""
+"""Paths of gradio that this page never requests.
+
+- /stream/ changes the inputs of an event that is running, and the event never ends.
+- /dev/reload polls for each connection twenty times a second.
+- /cancel: an event that is cancelled twice holds its form, and the only place on the GPU, for good.
+- Gradio ignores a line break in a path, which would hide the path from these patterns.
+"""
 DROPPED_HEADERS = (b"x-gradio-server", b"range")
-"""Headers that gradio does not get: by the first it writes an address into what all users get."""
+"""Headers that gradio does not get. It writes an address from the first into answers to all users;
+an odd range is an error of the server."""
 UNKNOWN_HOST_MESSAGE = "unknown host; start the app with --allowed_host for this name"
-"""The answer to a host name that is not the page's."""
-TOLD_ALREADY = "response already started."
-"""How starlette's error ends where a stream has told the error that is raised, as of a session that
-is not known. Its traceback has thirty times the bytes of the request."""
+"""Answer to a host name that is not the page's."""
+RESPONSE_STARTED = "response already started."
+"""End of starlette's error for a stream that has already sent its error, as for an unknown session.
+It is not logged: its traceback has thirty times the bytes of the request."""
 FOREIGN_SITE_MESSAGE = (
     "another site may not ask here; behind a proxy, start the app with --allowed_host "
     "and the page's address"
 )
-"""The answer to another site's page."""
+"""Answer to another site's page."""
 
 
 class TrustedHosts:
     """ASGI middleware that answers only its own page's requests.
 
     A host name that is not among `hosts` (None: every name is) gets 421, and a request from another
-    site's page 403. A page of one of the `allowed` origins may ask, whatever Host the proxy passes
-    on.
+    site's page 403. Requests from pages of the `allowed` origins pass, whatever Host the proxy
+    sends.
     """
 
     def __init__(
@@ -86,62 +89,67 @@ class TrustedHosts:
                 message["headers"] = [*message.get("headers", ()), FRAME_HEADER]
             await send(message)
 
-        # gradio keeps for all what it told the first who asked, with the Host of that request;
-        # what it tells of one page, by the last "page" of a query, it makes for each
+        # Gradio caches its first answer for all users, with the Host of that request. It caches no
+        # answer about a single page, which the last "page" of a query names.
         if scope["path"].rstrip("/").endswith("/info"):
             scope = scope | {"query_string": scope["query_string"] + b"&page="}
 
-        # gradio writes X-Forwarded-Host into addresses that all users get, so only known names pass
-        asked = [
+        # Drop headers that gradio should not get.
+        headers = [
             (name, clean_cookies(value) if name == b"cookie" else value)
             for name, value in scope["headers"]
             if self.should_forward_header(scope["path"], name, value)
         ]
         try:
-            await self.app(scope | {"headers": asked}, receive, send_unframed)
+            await self.app(scope | {"headers": headers}, receive, send_unframed)
         except RuntimeError as error:
-            if not str(error).endswith(TOLD_ALREADY):
+            if not str(error).endswith(RESPONSE_STARTED):
                 raise
 
     def should_forward_header(self, path: str, name: bytes, value: bytes) -> bool:
-        """Whether gradio gets to see this header."""
+        """Return whether gradio gets this header."""
         if name in DROPPED_HEADERS:
             return False
-        # By the path's ending alone it compresses, also a stream, and keeps 250 KB for each.
+        # Gradio would compress streams, too, and hold 250 KB for each.
         if name == b"accept-encoding" and "/gradio_api/" in path:
             return False
         if name != b"x-forwarded-host":
             return True
+        # Gradio writes this name into addresses for all users, so it must be an allowed one.
         origin = parse_origin(f"https://{value.decode('latin1')}")
         return origin is not None and origin[1] in self.names
 
     def find_refusal(self, path: str, headers: dict[str, str]) -> PlainTextResponse | None:
-        """The answer to a request that is refused; None: it may pass.
+        """Return the answer to a request that is refused, or None if it may pass.
 
-        A browser lets no other site's page set Host, Origin or Sec-Fetch-Site.
+        No browser lets another site's page set Host, Origin or Sec-Fetch-Site.
         """
-        # What no page asks for.
+        # Paths that the page never requests.
         if FOREIGN_URL_PATTERN.search(path):
             return PlainTextResponse("the page fetches no address", 404)
         if UNUSED_PATH_PATTERN.search(path):
             return PlainTextResponse("not of this page", 404)
-        # The name by which the page is called.
+        # The name of the page in the request.
         host = headers.get("host", "")
-        known = parse_origin(f"http://{host}")
-        if self.hosts is not None and (known is None or known[1] not in self.hosts):
+        host_origin = parse_origin(f"http://{host}")
+        if self.hosts is not None and (host_origin is None or host_origin[1] not in self.hosts):
             return PlainTextResponse(UNKNOWN_HOST_MESSAGE, 421)
         # The page that sends the request: it must be this one, or an allowed one.
         origin = headers.get("origin")
         if origin is not None:
-            # Host tells no scheme: for a name that is not allowed, name and port must be the page's
-            asked = parse_origin(origin)
+            # Host has no scheme: for a name that is not allowed, name and port must be the page's.
+            page_origin = parse_origin(origin)
             scheme = origin.partition("://")[0]
             names = (host, headers.get("x-forwarded-host", host))
-            own = {parse_origin(f"{scheme}://{name}") for name in names}
-            is_own = asked in own and asked is not None and asked[1] not in self.names
-            if not (is_own or asked in self.allowed):
+            own_origins = {parse_origin(f"{scheme}://{name}") for name in names}
+            is_own = (
+                page_origin in own_origins
+                and page_origin is not None
+                and page_origin[1] not in self.names
+            )
+            if not (is_own or page_origin in self.allowed):
                 return PlainTextResponse(FOREIGN_SITE_MESSAGE, 403)
-        # A link to the page is followed; a picture or a form of another site gets nothing behind it
+        # Another site may link to the page, but its images and forms reach no other path.
         if path != "/" and headers.get("sec-fetch-site") in FOREIGN_FETCH_SITES:
             return PlainTextResponse(FOREIGN_SITE_MESSAGE, 403)
         return None
@@ -153,10 +161,10 @@ async def install_trusted_hosts(
     allowed: Collection[Origin],
     app: Any,
 ) -> AsyncIterator[None]:
-    """A lifespan that puts TrustedHosts around everything else, including gradio's own middleware.
+    """Put TrustedHosts around everything else, gradio's own middleware included: a lifespan.
 
-    Gradio adds its own outside of any given one, and would itself answer a foreign page's
-    preflight.
+    Gradio adds its own middleware outside of `app_kwargs`', and would itself answer a foreign
+    page's preflight.
     """
     # On a busy machine gradio starts the lifespan twice.
     if not isinstance(app.middleware_stack, TrustedHosts):
@@ -165,18 +173,21 @@ async def install_trusted_hosts(
 
 
 def parse_headers(scope: dict) -> dict[str, str]:
-    """Name -> value of a request's headers."""
+    """Map the names of a request's headers to their values."""
     return {name.decode("latin1"): value.decode("latin1") for name, value in scope["headers"]}
 
 
 def clean_cookies(value: bytes) -> bytes:
-    """A Cookie header without backslashes, of which no cookie of the page has one: Python before
-    3.11.10 reads 60 KB of them in half a minute, and the page answers nobody meanwhile."""
+    """Remove backslashes from a Cookie header; no cookie of the page has one.
+
+    Python before 3.11.10 reads 60 KB of them in half a minute, and the page answers nobody
+    meanwhile.
+    """
     return value.replace(b"\\", b"")
 
 
 def parse_origin(url: str) -> Origin | None:
-    """The origin of an address, by default with its scheme's port; None for an invalid one."""
+    """Return the origin of an address, by default with its scheme's port; None if it is invalid."""
     try:
         parts = urlsplit(url)
         port = parts.port or DEFAULT_PORTS[parts.scheme]
@@ -186,7 +197,7 @@ def parse_origin(url: str) -> Origin | None:
 
 
 def parse_origins(text: str) -> set[Origin]:
-    """The origins that a host name or address means.
+    """Return the origins that a host name or address means.
 
     Without a scheme these are http and https, and without a port the scheme's own. Raises UserError
     for what is no host name.
@@ -202,22 +213,23 @@ def parse_origins(text: str) -> set[Origin]:
 
 
 FILE_ENDPOINTS = ("upload", "upload_progress", "component_server", "deep_link", "process_recording")
-"""Last parts of the paths by which gradio takes something other than a form, or writes it down."""
+"""Last parts of the paths by which gradio takes something other than a form, or stores it."""
 MAX_SESSION_NAME = 64
+"""Characters of a session's name at most."""
 MAX_FORM_BYTES = 64 * 1024
-"""The longest form of a public page, and of whoever has not logged in."""
+"""Size of a form at most, on a public page and before the login."""
 MAX_CONNECTIONS = 2**16
-"""As many as one address has ports."""
+"""Open connections at most: the number of ports of one address."""
 STALL_SEC = 60
-"""How long a connection waits for its client to take what is sent."""
+"""Seconds that a connection waits for its client to read."""
 MAX_UNREAD_MESSAGES = 4096
 """Messages that wait for all sessions of a public page together; one with a preview has 30 KB."""
 MAX_FILES = 16
-"""The most files that a form of a public page names: twice as many as one request draws."""
+"""Files that a form of a public page may name: twice as many as one request generates."""
 URL_FIELD_PATTERN = re.compile(r'"path": "https?://', re.IGNORECASE)
-"""In a form: a file by its address."""
+"""File by its address, in a form."""
 API_INFO_PATTERN = re.compile(rb"(window\.gradio_api_info = ).*?(;</script>)", re.DOTALL)
-"""Where gradio writes the endpoints into the page, with the names of adapters and runs."""
+"""Script in which gradio lists the endpoints, with the names of adapters and runs."""
 
 
 class PublicPageGuard:
@@ -235,14 +247,14 @@ class PublicPageGuard:
         await (refusal or self.app)(scope, receive, send)
 
     def find_refusal(self, scope: dict) -> PlainTextResponse | None:
-        """The answer to a request that is refused; None: it may pass."""
+        """Return the answer to a request that is refused, or None if it may pass."""
         if scope["path"].rstrip("/").rpartition("/")[2] in FILE_ENDPOINTS:
             return PlainTextResponse("this page takes no files", 404)
         return refuse_long_body(scope)
 
 
 def refuse_long_body(scope: dict) -> PlainTextResponse | None:
-    """The answer to a body that is longer than a form, or in chunks, which promise no length."""
+    """Refuse a body that is longer than a form, or in chunks, which promise no length."""
     headers = parse_headers(scope)
     length = headers.get("content-length", "")
     is_form = length.isdigit() and int(length) <= MAX_FORM_BYTES
@@ -252,8 +264,11 @@ def refuse_long_body(scope: dict) -> PlainTextResponse | None:
 
 
 class LoginGuard:
-    """ASGI middleware of a page with a login. Who has not logged in sends no long body, which
-    gradio reads before it asks who it is, and is not told the endpoints."""
+    """ASGI middleware of a page with a login.
+
+    Until a visitor has logged in, long bodies are refused, which gradio would read before it asks
+    for the login, and the names of the endpoints are hidden.
+    """
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -269,7 +284,7 @@ class LoginGuard:
         started: list[dict] = []
 
         async def send_without_names(message: dict) -> None:
-            # The length of the page is known when its body is.
+            # Wait for the body of a page, whose length changes.
             if message["type"] == "http.response.start" and is_html(message):
                 started.append(message)
                 return
@@ -277,24 +292,24 @@ class LoginGuard:
                 start = started.pop()
                 message["body"] = API_INFO_PATTERN.sub(rb"\1{}\2", message["body"])
                 length = str(len(message["body"])).encode()
-                kept = [pair for pair in start["headers"] if pair[0] != b"content-length"]
-                await send(start | {"headers": [*kept, (b"content-length", length)]})
+                headers = [pair for pair in start["headers"] if pair[0] != b"content-length"]
+                await send(start | {"headers": [*headers, (b"content-length", length)]})
             await send(message)
 
-        # Nothing of it comes compressed.
-        asked = [pair for pair in scope["headers"] if pair[0] != b"accept-encoding"]
-        await self.app(scope | {"headers": asked}, receive, send_without_names)
+        # A compressed page could not be searched.
+        headers = [pair for pair in scope["headers"] if pair[0] != b"accept-encoding"]
+        await self.app(scope | {"headers": headers}, receive, send_without_names)
 
 
 def is_html(start: dict) -> bool:
-    """Whether an answer that begins so is a page."""
+    """Return whether an answer that begins so is a page."""
     return any(
         name == b"content-type" and b"text/html" in value for name, value in start["headers"]
     )
 
 
 def is_logged_in(scope: dict) -> bool:
-    """Whether gradio knows who asks, by the cookies that it gives; True where nobody is asked."""
+    """Return whether gradio knows the visitor's cookies; True for a page without a login."""
     app = scope["app"]
     if app.auth is None:
         return True
@@ -304,8 +319,11 @@ def is_logged_in(scope: dict) -> bool:
 
 
 class SessionMessages(LRUCache):
-    """Session -> messages that wait for it. One may be deleted twice: gradio does so when two
-    streams of a session end, and at an error the second's clock would tick for good."""
+    """Session -> messages that wait for it; deleting an unknown session is no error.
+
+    Gradio deletes a session twice when two of its streams end, and after an error the second's
+    timer would run for good.
+    """
 
     def __delitem__(self, session: str) -> None:
         if session in self:
@@ -313,78 +331,104 @@ class SessionMessages(LRUCache):
 
 
 def protect_queue(page: gr.Blocks) -> None:
-    """Let no session stop the queue of pictures, nor fill the memory by its name.
-
-    Gradio stops its queue for good when a waiting event's session has no place for messages: one
-    that was forgotten, or one without a name. The events of a forgotten one it remembers, and every
-    message of one that asks for pictures and never listens.
-    """
+    """Let no session stop the queue of a public page, nor fill the memory."""
     queue = page._queue
     queue.pending_messages_per_session = SessionMessages(
         queue.pending_messages_per_session.max_size
     )
-    push, send = queue.push, queue.send_message
+    validate_sessions(queue)
+    limit_unread_messages(queue)
 
-    # An event that comes in: its session has a name, and what forgotten ones left is dropped.
+
+def validate_sessions(queue: Any) -> None:
+    """Replace gradio's `queue.push` by one that refuses odd session names and drops dead sessions.
+
+    Gradio stops its queue for good at an event of a session without a name, and never deletes the
+    events of a session that it has dropped.
+    """
+    push = queue.push
+
     async def push_validated(body: Any, request: Any, username: str | None) -> tuple:
-        named = body.session_hash is None or 0 < len(body.session_hash) <= MAX_SESSION_NAME
-        if not named:
+        session = body.session_hash
+        if session is not None and not 0 < len(session) <= MAX_SESSION_NAME:
             return False, "a session's name has 1 to 64 characters", "error"
-        known = queue.pending_event_ids_session
-        for forgotten in known.keys() - queue.pending_messages_per_session.keys():
-            del known[forgotten]
+        event_ids = queue.pending_event_ids_session
+        for dead_session in event_ids.keys() - queue.pending_messages_per_session.keys():
+            del event_ids[dead_session]
         return await push(body=body, request=request, username=username)
 
-    # A message that goes out: to sessions that are still known alone. Whoever reads least is
-    # forgotten when too many wait, with their previews.
-    def send_to_listeners(event: Any, message: Any) -> None:
-        places = queue.pending_messages_per_session
-        if event.session_hash in places:
-            send(event, message)
-            unread = {name: messages.qsize() for name, messages in places.items()}
-            if sum(unread.values()) > MAX_UNREAD_MESSAGES:
-                del places[max(unread, key=unread.__getitem__)]
-
     queue.push = push_validated
+
+
+def limit_unread_messages(queue: Any) -> None:
+    """Replace gradio's `queue.send_message` by one that skips dropped sessions and limits the rest.
+
+    Gradio stops its queue for good at a message to a session that it has dropped, and stores every
+    message of a client that starts events and never reads. The session with most unread messages is
+    dropped when there are more than `MAX_UNREAD_MESSAGES`.
+    """
+    send_message = queue.send_message
+
+    def send_to_listeners(event: Any, message: Any) -> None:
+        messages = queue.pending_messages_per_session
+        if event.session_hash in messages:
+            send_message(event, message)
+            unread_counts = {name: waiting.qsize() for name, waiting in messages.items()}
+            if sum(unread_counts.values()) > MAX_UNREAD_MESSAGES:
+                del messages[max(unread_counts, key=unread_counts.__getitem__)]
+
     queue.send_message = send_to_listeners
 
 
 class StallLimitedProtocol(H11Protocol):
-    """uvicorn's connection by h11, which ends when what it sends is not taken for a minute: it
-    waits for a reader without a limit, and keeps 200 KB of a file meanwhile."""
+    """uvicorn's h11 connection that ends when its client takes nothing for a minute.
+
+    uvicorn would wait without a limit, and hold 200 KB of a file meanwhile.
+    """
 
     def pause_writing(self) -> None:
-        """More than 64 KiB wait to be sent."""
+        """Start the clock: more than 64 KiB wait to be sent."""
         super().pause_writing()
         self.stalled = self.loop.call_later(STALL_SEC, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Most of them have been."""
+        """Stop the clock: most of the bytes have been sent."""
         self.stalled.cancel()
         super().resume_writing()
 
 
 def install_stall_limit() -> None:
-    """Let uvicorn hold connections by `StallLimitedProtocol`. Its h11 ends one at 64 KiB of
-    headers; httptools, which it prefers where that is installed, reads on without a limit."""
+    """Register `StallLimitedProtocol` as uvicorn's protocol.
+
+    Its h11 ends a connection at 64 KiB of headers; httptools, which uvicorn prefers where it is
+    installed, reads on without a limit.
+    """
     HTTP_PROTOCOLS["auto"] = StallLimitedProtocol
 
 
 def raise_connection_limit() -> None:
-    """Let the process hold more connections than one small client can open: by the usual limit, a
-    thousand that say nothing kept everybody else out."""
+    """Raise the process's limit of open connections above what one small client can open.
+
+    By the usual limit, a thousand connections that send nothing keep everybody else out.
+    """
     if sys.platform == "win32":  # which has no such limit
         return
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, MAX_CONNECTIONS)
+    max_connections = (
+        MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, MAX_CONNECTIONS)
+    )
     with suppress(ValueError, OSError):  # the system has a lower limit of its own
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, max_connections), hard))
 
 
 def refuse_foreign_files(page: gr.Blocks) -> None:
-    """Refuse a form that names an address in place of a file, or more files than a gallery holds.
+    """Refuse a form that names an address instead of a file, or more files than a gallery holds.
+
+    Gradio would fetch the address, however long the answer is, and store it. It looks for the files
+    in all its folders, and answers nobody meanwhile. Gradio's `preprocess_data` is replaced, as a
+    session may bring its own components, which check nothing.
 
     Gradio would fetch the one, however long it is, and keep it. For the others it looks in all its
     folders, and answers nobody meanwhile. It makes a session components of its own: none is asked.

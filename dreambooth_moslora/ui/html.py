@@ -1,4 +1,4 @@
-"""How the page looks: HTML, CSS, theme, keys, and the grid of photos.
+"""Look of the page: HTML, CSS, theme, keys, and the grid of photos.
 
 What came from a user or a file is escaped. The browser fetches nothing from elsewhere.
 """
@@ -18,16 +18,16 @@ from dreambooth_moslora.photos.sidecars import MAX_CAPTION_BYTES
 THUMBNAIL_PX = 384
 """Longer side of a small preview."""
 STATIC_DIR = Path(__file__).parent / "static"
-"""CSS, scripts and markup, as files of their own that an editor checks."""
+"""Folder of the CSS, scripts and markup, in files that an editor can check."""
 
 
 def read_static(name: str) -> str:
-    """The text of a file in `STATIC_DIR`."""
+    """Read the text of a file in `STATIC_DIR`."""
     return (STATIC_DIR / name).read_text(encoding="utf-8")
 
 
 def escape(text: str) -> str:
-    """The text without markup, and without lone surrogates, which the server cannot send."""
+    """Escape markup, and replace lone surrogates, which the server cannot send."""
     return escape_html(text.encode("utf-8", "replace").decode())
 
 
@@ -38,17 +38,20 @@ def render_progress(
     picture: str = "",
     size_px: tuple[int, int] | None = None,
 ) -> str:
-    """A card that says how far some work is.
+    """Render a card with the progress of some work.
 
-    `line` is its state, and `detail` a fainter line below. `fraction` (0…1) draws a bar. `picture`
-    is the data URL of a small picture beside them. With `size_px` (width, height), the size that
-    the picture will have, the page shows it in the gallery instead (`LARGE_PREVIEW`).
+    - `line` is its state, and `detail` a fainter line below.
+    - `fraction` (0…1) draws a bar.
+    - `picture` is the data URL of a small image beside them.
+    - With `size_px` (width, height), the size of the final image, the page shows the preview in the
+      gallery instead (`LARGE_PREVIEW`).
     """
-    look = 'class="thumb"'
+    # The image, if there is one.
+    attributes = 'class="thumb"'
     if size_px:
-        look = 'class="large" style="--width:{};--height:{}"'.format(*size_px)
-    image = f'<img {look} alt="Preview" src="{escape(picture)}">' if picture else ""
-    # A screen reader hears the bar as a number of percent.
+        attributes = 'class="large" style="--width:{};--height:{}"'.format(*size_px)
+    image = f'<img {attributes} alt="Preview" src="{escape(picture)}">' if picture else ""
+    # The bar, which a screen reader reads out in percent.
     bar = ""
     if fraction is not None:
         percent = round(100 * min(max(fraction, 0.0), 1.0), 1)
@@ -63,41 +66,43 @@ def render_progress(
 
 
 def render_notice(text: str, kind: str = "info") -> str:
-    """A notice; `kind` is info, good or bad."""
+    """Render a notice; `kind` is info, good or bad."""
     return f'<div class="card notice {escape(kind)}">{escape(text)}</div>'
 
 
 def render_faint(text: str) -> str:
-    """A small grey line."""
+    """Render a small grey line."""
     return f'<div class="faint">{escape(text)}</div>'
 
 
 def render_log(text: str) -> str:
-    """Lines of a log. The page opens it at its newest line: `#log` is scrolled from its end."""
+    """Render lines of a log. CSS scrolls `#log` from its end, so it opens at the newest line."""
     return f"<pre>{escape(text)}</pre>"
 
 
 def render_remarks(lines: list[str], title: str = "") -> str:
-    """A list under a title; "" for an empty list."""
+    """Render a list under a title; "" if both are empty."""
     heading = f"<b>{escape(title)}</b>" if title else ""
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    listed = f'<ul class="remarks">{items}</ul>' if items else ""
-    return f'<div class="card">{heading}{listed}</div>' if title or lines else ""
+    return f'<div class="card">{heading}{_render_items(lines)}</div>' if title or lines else ""
 
 
 def render_folded(title: str, lines: list[str]) -> str:
-    """A title, and a list that is folded below it."""
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    folded = (
-        "<details><summary>Why, and what else is known</summary>"
-        f'<ul class="remarks">{items}</ul></details>'
-    )
+    """Render a title with a folded list below it."""
+    summary = "<summary>Why, and what else is known</summary>"
+    folded = f"<details>{summary}{_render_items(lines)}</details>"
     return f'<div class="card"><b>{escape(title)}</b>{folded}</div>'
 
 
+def _render_items(lines: list[str]) -> str:
+    """Render an unordered list; "" if it is empty."""
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f'<ul class="remarks">{items}</ul>' if items else ""
+
+
 def render_facts(facts: list[tuple[str, str]]) -> str:
-    """Return a table of names and values, without those that have no value. A file's values may
-    hold characters that turn a line's direction, so these are spelled out."""
+    """Render a table of names and values, without empty values. Characters that turn a line's
+    direction, which a file's values may hold, are spelled out.
+    """
     rows = "".join(
         f"<tr><th>{escape(name)}</th><td>{escape(escape_control_characters(value))}</td></tr>"
         for name, value in facts
@@ -107,8 +112,7 @@ def render_facts(facts: list[tuple[str, str]]) -> str:
 
 
 def encode_thumbnail(pixels: PIL.Image.Image, side_px: int = THUMBNAIL_PX) -> str:
-    """A JPEG data URL whose longer side is at most `side_px`, so that no preview is written to the
-    disk."""
+    """Return a JPEG data URL with sides of at most `side_px`; no preview is written to disk."""
     small = pixels.copy()
     small.thumbnail((side_px, side_px))
     buffer = io.BytesIO()
@@ -117,7 +121,7 @@ def encode_thumbnail(pixels: PIL.Image.Image, side_px: int = THUMBNAIL_PX) -> st
 
 
 def format_seconds(seconds: float) -> str:
-    """4.2 s, 1 min 05 s, 2 h 10 min."""
+    """Format seconds as 4.2 s, 1 min 05 s or 2 h 10 min."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     if seconds < 3600:
@@ -126,9 +130,7 @@ def format_seconds(seconds: float) -> str:
 
 
 CSS = "\n" + read_static("page.css")
-"""The looks of everything that the theme does not decide."""
-
-
+"""Styles of everything that the theme does not decide."""
 FONTS = [
     "ui-sans-serif",
     "system-ui",
@@ -139,7 +141,7 @@ FONTS = [
     "Arial",
     "sans-serif",
 ]
-"""The fonts of the machine: none is fetched."""
+"""Fonts of the user's machine: none is fetched."""
 THEME = gr.themes.Base(
     primary_hue=gr.themes.colors.teal,
     neutral_hue=gr.themes.colors.zinc,
@@ -171,67 +173,66 @@ THEME = gr.themes.Base(
     slider_color_dark="*primary_500",
 )
 """Colours and shapes, in light and dark."""
-
-
 HEAD = f"\n<script>\n{read_static('page.js')}</script>\n"
-"""Keys, the sides of shown pictures, and `bringIntoView`, which events call."""
-
-
+"""Keys, the sizes of images, and `bringIntoView`, which events call."""
 LARGE_PREVIEW = read_static("large_preview.js").rstrip("\n")
-"""From a `render_progress` to its large preview, or to ""."""
+"""JavaScript function from a card of `render_progress` to its large preview, or to ""."""
 IMAGE_OPTIONS = {
     "show_label": False,
     "format": "png",
     "interactive": False,
     "buttons": ["download", "fullscreen"],
 }
-"""Options of pictures that are only looked at."""
-
-
+"""Options of images that the user only looks at."""
 CAPTION_PLACEHOLDER = "What this photo shows. Empty: the words of step 2."
-"""What an empty caption shows in grey."""
+"""Grey text in an empty caption."""
 PHOTO_ROWS_TEMPLATE = (
     ("\n" + read_static("photo_rows.html"))
     .replace("MOST_BYTES", str(MAX_CAPTION_BYTES))
     .replace("EMPTY_CAPTION", escape(CAPTION_PLACEHOLDER))
 )
-"""The photos of a subject as a grid, each as it is cropped. A click opens the caption to edit.
+"""Grid of a subject's photos as they are cropped. A click opens a photo's caption to edit.
 
-One component holds all. The server sends `cards`: {photo, picture, remark, caption}, where `photo`
-is the digest of the clean copy, `picture` a data URL, and `caption` what was kept for it. The
-browser sends back its value, [[photo, caption], …] in the cards' order. What was typed stays with
-its photo whatever cards come.
+The server sends `cards`: {photo, picture, remark, caption}, where `photo` is the digest of the
+clean copy, `picture` a data URL, and `caption` the saved one. The browser sends back its value,
+[[photo, caption], …] in the cards' order. The text that was typed stays with its photo when other
+cards come.
 
-Events: `keep` (a caption is finished), `drop` (of `event.photo`), `masks` (masks are to be shown).
+Events: `keep` (a caption is finished), `drop` (remove `event.photo`), `masks` (show the masks).
 """
 PHOTO_ROWS_SCRIPT = "\n" + read_static("photo_rows.js")
-"""What moves in the grid; `element`, `props`, `trigger` and `watch` are gradio's."""
+"""Behaviour of the grid; `element`, `props`, `trigger` and `watch` are gradio's."""
 
 
 def build_photo_rows(elem_id: str) -> gr.HTML:
-    """The grid; hidden until there are photos."""
-    script = {
-        "html_template": PHOTO_ROWS_TEMPLATE,
-        "js_on_load": PHOTO_ROWS_SCRIPT,
-        "apply_default_css": False,
-    }
-    return gr.HTML(label="Photos", visible=False, elem_id=elem_id, cards=[], **script)
+    """Build the grid of photos; it is hidden until there are photos."""
+    return _build_card_list("Photos", elem_id, PHOTO_ROWS_TEMPLATE, PHOTO_ROWS_SCRIPT)
+
+
+def _build_card_list(label: str, elem_id: str, template: str, script: str, **props: Any) -> gr.HTML:
+    """Build a component without cards, which is hidden, from its template and script."""
+    return gr.HTML(
+        label=label,
+        visible=False,
+        elem_id=elem_id,
+        cards=[],
+        html_template=template,
+        js_on_load=script,
+        apply_default_css=False,
+        **props,
+    )
 
 
 def update_cards(cards: list[dict[str, Any]]) -> gr.HTML:
-    """The grid of these cards."""
+    """Return the grid with these cards."""
     return gr.HTML(visible=bool(cards), cards=cards)
 
 
 def build_run_list(elem_id: str) -> gr.HTML:
-    """The list of runs; hidden until there are some.
+    """Build the list of runs; it is hidden until there are some.
 
-    The server sends `cards`: {run, picture, state, date, kind}, and which is `chosen`. Its event is
-    `choose` (of `event.run`).
+    The server sends `cards`: {run, picture, state, date, kind}, and `chosen`, the name of the
+    selected run. Its event is `choose` (select `event.run`).
     """
-    script = {
-        "html_template": "\n" + read_static("runs.html"),
-        "js_on_load": "\n" + read_static("runs.js"),
-        "apply_default_css": False,
-    }
-    return gr.HTML(label="Runs", visible=False, elem_id=elem_id, cards=[], chosen="", **script)
+    template, script = ("\n" + read_static(name) for name in ("runs.html", "runs.js"))
+    return _build_card_list("Runs", elem_id, template, script, chosen="")

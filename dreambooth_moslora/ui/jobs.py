@@ -1,8 +1,8 @@
-"""Training runs as processes: they go on when the page is closed or the app is restarted.
+"""Training runs as processes, which go on when the page is closed or the app is restarted.
 
-`runs/<name>/job.json` names the process; `metrics.jsonl` has the progress. A file stops a run after
-its step, with a checkpoint (`processes.send_stop_request`). The queue's state is on the disk: any
-page trains its runs, one after the other.
+`runs/<name>/job.json` names the process; `metrics.jsonl` has the progress. A file requests a stop
+after the current step, with a checkpoint (`processes.send_stop_request`). The queue's state is on
+the disk: any server trains its runs, one after the other.
 """
 
 import json
@@ -32,9 +32,9 @@ logger = logging.getLogger(__name__)
 
 
 def find_phase(events: list[dict[str, Any]]) -> str:
-    """What the trainer does now; "" before it has said anything.
+    """Return what the trainer does now; "" before its first event.
 
-    It trains after a step, and after the last of the photos.
+    Training is the phase after a step, and after the last photo is encoded.
     """
     for event in reversed(events):
         if event["type"] in ("phase", "step"):
@@ -44,21 +44,21 @@ def find_phase(events: list[dict[str, Any]]) -> str:
 
 
 TERMINAL_RUN_MESSAGE = "this run was begun in a terminal: stop it there with Ctrl-C"
-"""Why the page does not stop a run."""
+"""Error for a run that the page cannot stop."""
 JOB_NAME = "job.json"
-"""The record of a run's process, in the run's folder."""
+"""File in the run's folder with the record of its process."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its folder and its process."""
+    """Run of this page or of a terminal: its folder and its process."""
 
     run_dir: Path
     pid: int
     birth: str
-    """What tells the process from others of its number."""
+    """Start time of the process, which tells it from others of its number."""
     began: float = 0.0
-    """The clock just before the process was made, s."""
+    """Time just before the process was started, s."""
 
     @property
     def name(self) -> str:
@@ -66,7 +66,7 @@ class Job:
 
     @property
     def changed_sec(self) -> float:
-        """When it was started, or in a terminal last told something, s."""
+        """Return when it was started, or when a terminal's run last wrote an event, s."""
         record = self.run_dir / JOB_NAME
         if not record.is_file():
             record = run_folder.RunDir(self.run_dir).metrics_path
@@ -81,36 +81,36 @@ class Job:
 
     @classmethod
     def load(cls, run_dir: Path) -> "Job | None":
-        """The run in the folder; None where there is none.
+        """Load the run in the folder; None if there is none.
 
-        A run that was begun in a terminal has no record here, and no process that is known.
+        A run that was begun in a terminal has no record here, so its process is not known.
         """
         if not (run_dir / JOB_NAME).is_file():
             is_run = run_folder.RunDir(run_dir).metrics_path.is_file()
             return cls(run_dir, pid=0, birth="") if is_run else None
         try:
             facts = read_json(run_dir / JOB_NAME)
-            known = facts.keys() & (cls.__dataclass_fields__.keys() - {"run_dir"})
-            return cls(run_dir, **{name: facts[name] for name in known})
+            known_fields = facts.keys() & (cls.__dataclass_fields__.keys() - {"run_dir"})
+            return cls(run_dir, **{name: facts[name] for name in known_fields})
         except (UserError, TypeError):
             return None
 
     @property
     def stop_requested_sec(self) -> float:
-        """When it was asked to stop, s; 0: it was not since its start."""
+        """Return when a stop was requested since its start, s; 0: none was."""
         request = self.run_dir / processes.STOP_FILE_NAME
         return request.stat().st_mtime if request.exists() else 0.0
 
     @property
     def is_alive(self) -> bool:
-        """Whether it trains: its process is there, or a terminal's holds the folder."""
+        """Return whether it trains: its process exists, or a terminal's holds the folder."""
         return self.has_process or is_run_active(run_folder.RunDir(self.run_dir))
 
     @property
     def has_process(self) -> bool:
-        """Whether the started process still exists (a zombie does not count)."""
+        """Return whether the started process still exists (a zombie does not count)."""
         try:
-            # Another process may have its number by now.
+            # Another process may have got its number.
             is_same = read_process_start(self.pid) == self.birth
             return is_same and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
@@ -118,13 +118,13 @@ class Job:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that it was started with. Raises UserError for a file that holds none."""
+        """Return the settings that it was started with. Raises UserError if the file holds none."""
         started = self.run_dir / processes.JOB_CONFIG_NAME
         if started.is_file():
             return read_json(started)
-        # A terminal's run may have been moved since.
-        told = read_json(run_folder.RunDir(self.run_dir).config_path)
-        return told | {"output_dir": str(self.run_dir)}
+        # A terminal's run may have been moved since: its folder is the one that was found.
+        settings = read_json(run_folder.RunDir(self.run_dir).config_path)
+        return settings | {"output_dir": str(self.run_dir)}
 
 
 KILL_AFTER_SEC = 30
@@ -132,23 +132,23 @@ KILL_AFTER_SEC = 30
 RUN_NAME_PATTERN = re.compile(r"[^\W_][\w +-]*(\.[\w +-]+)*")
 """Letters, digits, space and `+-_`, with single dots between: no separator, no leading dot."""
 MAX_RUN_NAME_CHARACTERS = 60
-"""Characters of a new run's name."""
+"""Characters of a new run's name at most."""
 MAX_NAME_BYTES = 255
-"""Bytes of any folder's name."""
+"""Bytes of any folder's name at most."""
 
 
 @dataclass(frozen=True)
 class JobState:
-    """How far a run is."""
+    """Progress of a run."""
 
     state: str
     """Starting, running, stopping, done, interrupted, or failed."""
     step: int
     max_train_steps: int
     phase: str
-    """What the trainer does now."""
+    """Phase of the trainer (`find_phase`)."""
     message: str = ""
-    """Why it ended."""
+    """Reason of its end."""
 
     @property
     def is_active(self) -> bool:
@@ -156,7 +156,7 @@ class JobState:
 
 
 class Jobs:
-    """The runs under `runs_dir`, one process at a time.
+    """Runs under `runs_dir`, one process at a time.
 
     - `runs_dir` has a folder for each run.
     - `script` trains in place of this package's `train`.
@@ -172,13 +172,13 @@ class Jobs:
         self.runs_dir = runs_dir
         self.script = script
         self._make_room = make_room
-        # The last process of this server.
+        # The process that this server started last.
         self._child: subprocess.Popen | None = None
         self._metrics: dict[Path, EventLog] = {}
         self._lock = threading.Lock()
 
     def start(self, name: str, config: dict[str, Any]) -> Job:
-        """Start training into `runs_dir`/`name`. Raises UserError while another run is going on."""
+        """Start training into `runs_dir`/`name`. Raises UserError while another run trains."""
         run_dir = self.run_dir(name)
         run_dir.mkdir(parents=True, exist_ok=True)
         processes.write_settings(run_dir, config)
@@ -197,7 +197,7 @@ class Jobs:
         return self._launch(job.run_dir)
 
     def stop(self, name: str) -> Job:
-        """Ask the trainer to end with a checkpoint; when asked again after 30 s, kill it.
+        """Ask the trainer to end with a checkpoint; kill it at a second request after 30 s.
 
         Raises UserError for a run that has ended.
         """
@@ -206,60 +206,60 @@ class Jobs:
             raise UserError(f"the run {job.name} has already ended")
         if not job.has_process:
             raise UserError(TERMINAL_RUN_MESSAGE)
-        asked = job.stop_requested_sec
-        if asked and time.time() - asked > KILL_AFTER_SEC:
+        stop_requested_sec = job.stop_requested_sec
+        if stop_requested_sec and time.time() - stop_requested_sec > KILL_AFTER_SEC:
             processes.kill_process(job.pid)
-        if not asked:
+        if not stop_requested_sec:
             processes.send_stop_request(job.run_dir)
-            # A run that has not begun has nothing to save.
+            # A run without events has nothing to save.
             if not self._list_events(job):
                 processes.kill_process(job.pid)
         return job
 
     def load_job(self, name: str) -> Job:
-        """The run of that name. Raises UserError where there is none."""
+        """Load the run of that name. Raises UserError if there is none."""
         job = Job.load(self.run_dir(name))
         if job is None:
             raise UserError(f"there is no run called {name!r:.60}")
         return job
 
     def run_dir(self, name: str) -> Path:
-        """The run's folder. Raises UserError for a name that would leave `runs_dir`."""
+        """Return the run's folder. Raises UserError for a name that would leave `runs_dir`."""
         is_name = isinstance(name, str) and RUN_NAME_PATTERN.fullmatch(name)
         if not is_name or len(name.encode()) > MAX_NAME_BYTES:
             raise UserError(f"{name!r:.60} cannot be the name of a run")
         return self.runs_dir / name
 
     def list_jobs(self) -> list[Job]:
-        """All runs of the folder, the newest first, however they were begun."""
-        found = list(filter(None, map(Job.load, self.runs_dir.glob("*/"))))
-        return sorted(found, key=lambda job: job.changed_sec, reverse=True)
+        """List all runs of the folder, newest first, started by the page or in a terminal."""
+        jobs = list(filter(None, map(Job.load, self.runs_dir.glob("*/"))))
+        return sorted(jobs, key=lambda job: job.changed_sec, reverse=True)
 
     def find_active_job(self) -> Job | None:
-        """The run in progress."""
-        # One that has ended leaves the system's list only when its parent asks.
+        """Return the run in progress, or None."""
+        # An ended process leaves the system's list only when its parent polls it.
         if self._child is not None:
             self._child.poll()
         return next((job for job in self.list_jobs() if job.is_alive), None)
 
     def load_metrics(self, job: Job) -> EventLog:
-        """The run's events as they are now."""
+        """Read the run's events up to now."""
         with self._lock:
             path = run_folder.RunDir(job.run_dir).metrics_path
             return self._metrics.setdefault(path, EventLog(path)).refresh()
 
     def get_state(self, job: Job) -> JobState:
-        """How far the run is, from its process and its events."""
-        # The process is asked first: once it has ended, its metrics are complete.
+        """Return the run's progress, from its process and its events."""
+        # Check the process first: once it has ended, its metrics are complete.
         alive = job.is_alive
         metrics = self.load_metrics(job)
         events = self._list_events(job)
         was_stopped_early = bool(job.stop_requested_sec) and not (alive or events)
 
-        # The state: what the trainer recorded at its end, or what its process tells.
+        # The state: from the record of the trainer's end, or from its process.
         by_kind = {event.get("type"): event for event in events}
         end = by_kind.get("end", {})
-        # A process that was stopped takes its request away before it ends.
+        # A process that was stopped deletes the request before it ends.
         has_stopped = job.has_process and end.get("state") == "interrupted"
         if alive and (job.stop_requested_sec or has_stopped):
             state = "stopping"
@@ -272,18 +272,18 @@ class Jobs:
 
         # The step. While a run starts, the file still belongs to an earlier start.
         is_starting = alive and not events
-        done = [] if is_starting else [*metrics.list_events("step")[-1:], *events]
-        step = max((int(event.get("step") or 0) for event in done), default=0)
+        past_events = [] if is_starting else [*metrics.list_events("step")[-1:], *events]
+        step = max((int(event.get("step") or 0) for event in past_events), default=0)
         total = int(metrics.get_last("start").get("max_train_steps") or 0)
 
-        # Why it ended: a process that was killed has not said so.
+        # The reason of its end: a process that was killed has recorded none.
         message = str(end.get("message") or metrics.problem)
         if was_stopped_early:
             message = processes.STOPPED_EARLY_MESSAGE
         elif not (message or end or alive):
-            asked = bool(job.stop_requested_sec)
+            stop_requested = bool(job.stop_requested_sec)
             message = processes.explain_ending(
-                None, processes.read_log_tail(job.run_dir), is_stop_requested=asked
+                None, processes.read_log_tail(job.run_dir), is_stop_requested=stop_requested
             )
         return JobState(
             state=state,
@@ -294,9 +294,9 @@ class Jobs:
         )
 
     def is_cut_off(self, job: Job) -> bool:
-        """Whether the run was killed, or its machine went down.
+        """Return whether the run was killed, or its machine went down.
 
-        It neither ended itself, nor was it stopped by anybody.
+        False if it ended itself, or was stopped by a user.
         """
         if job.is_alive or job.stop_requested_sec:
             return False
@@ -308,7 +308,7 @@ class Jobs:
         return processes.has_been_killed(None, processes.read_log_tail(job.run_dir))
 
     def _list_events(self, job: Job) -> list[dict[str, Any]]:
-        """Events since the first that is not older than the run's process.
+        """List events from the first that is not older than the run's process.
 
         Later ones may be older: the clock may be put back.
         """
@@ -324,30 +324,30 @@ class Jobs:
             running = self.find_active_job()
             if running:
                 raise UserError(f"the run {running.name} is going on; one run at a time")
-            # Start it.
+            # Start the process and record it.
             command = processes.TRAIN_ARGUMENTS if self.script is None else [str(self.script)]
-            words = (*command, "--config", str(run_dir / processes.JOB_CONFIG_NAME))
+            argv = (*command, "--config", str(run_dir / processes.JOB_CONFIG_NAME))
             began = time.time()
-            child = self._child = processes.start_process(run_dir, words)
+            child = self._child = processes.start_process(run_dir, argv)
             job = Job(run_dir, child.pid, birth=read_process_start(child.pid), began=began)
             job.save()
             return job
 
 
 MAX_KILLS = 3
-"""A run that is killed this many times without a new checkpoint counts as failed."""
+"""Kills without a new checkpoint between them after which a run counts as failed."""
 KILLED_MESSAGE = f"it was killed {MAX_KILLS} times, perhaps for want of memory"
-"""What is said of it."""
+"""Message of such a run."""
 TURN_SEC = 1.0
 """Seconds between two looks at the queue."""
 UNREADABLE_MESSAGE = "its file in the queue cannot be read; add it once more"
-"""What is said of a queued run whose settings are gone."""
+"""Message of a queued run whose settings are gone."""
 
 
 class QueueRunner:
-    """Trains the runs of the queue, one after the other: `take` does the next thing.
+    """Trainer of the queued runs, one after the other; `run_next` takes the next action.
 
-    That is to record the end of a run, to resume an interrupted one, or to start the next.
+    The action is to record the end of a run, to resume an interrupted one, or to start the next.
     """
 
     def __init__(self, jobs: Jobs) -> None:
@@ -355,12 +355,12 @@ class QueueRunner:
         self.queue = queue.RunQueue(jobs.runs_dir)
 
     def run_next(self) -> None:
-        """Do the next thing, if there is one.
+        """Take the next action, if there is one.
 
         Does nothing while any run is in progress, or while another process holds the turn.
         """
         with self.queue.claim_turn() as is_mine:
-            # Whose turn is it?
+            # Find the run whose turn it is.
             if not is_mine or self.jobs.find_active_job():
                 return
             run = self.find_started_run() or self.queue.claim()
@@ -370,19 +370,19 @@ class QueueRunner:
                 self.queue.end(run, "failed", UNREADABLE_MESSAGE)
                 return
 
-            # A run that has not begun, or whose folder still has an earlier process's record.
+            # Start a run that has not begun, or whose folder has an earlier process's record.
             job = Job.load(self.jobs.runs_dir / run.name)
             if not run.started or job is None or job.began < run.started:
                 self._start(run)
                 return
 
-            # A run that has ended, or was stopped.
+            # Record the end of a run that has ended, or was stopped.
             state = self.jobs.get_state(job)
             if not self.jobs.is_cut_off(job):
                 self.queue.end(run, state.state, state.message)
                 return
 
-            # A run that was cut off goes on, unless it is killed again and again at one place.
+            # Resume a run that was cut off, unless it is killed repeatedly without progress.
             is_killed = state.state != "interrupted"
             newest = run_folder.RunDir(job.run_dir).find_latest_checkpoint()
             has_progress = newest is not None and newest.stat().st_mtime >= run.started
@@ -393,7 +393,7 @@ class QueueRunner:
                 self._start(replace(run, killed=killed))
 
     def find_started_run(self) -> queue.QueuedRun | None:
-        """The run whose turn it is; None between two."""
+        """Return the run whose turn it is; None between two."""
         return next(iter(self.queue.list_started()), None)
 
     @property
@@ -401,7 +401,7 @@ class QueueRunner:
         return not (self.queue.list_started() or self.queue.list_waiting())
 
     def run_forever(self) -> None:
-        """Call `take` every second while this process lives."""
+        """Call `run_next` every second while this process lives."""
         while True:
             try:
                 self.run_next()
@@ -412,12 +412,11 @@ class QueueRunner:
 
     def _start(self, run: queue.QueuedRun) -> None:
         """Start the run, from the newest checkpoint if it has been started before."""
-        # Does it go on? A checkpoint in its folder, which was made for it, is its own.
-        goes_on = bool(run.started) and (
-            run_folder.RunDir(self.jobs.runs_dir / run.name).find_latest_checkpoint() is not None
-        )
-        settings = run.settings | ({"resume_from_checkpoint": "latest"} if goes_on else {})
-        # Start it. What fails here fails for good, but for another run that was faster.
+        # A checkpoint in its folder, which was made for this run, is its own.
+        folder = run_folder.RunDir(self.jobs.runs_dir / run.name)
+        can_resume = bool(run.started) and folder.find_latest_checkpoint() is not None
+        settings = run.settings | ({"resume_from_checkpoint": "latest"} if can_resume else {})
+        # A start that fails is final, unless another run was faster.
         self.queue.note(replace(run, started=time.time()))
         try:
             self.jobs.start(run.name, settings)

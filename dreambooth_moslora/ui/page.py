@@ -1,4 +1,4 @@
-"""The whole page: a heading, the tabs, and how it is served.
+"""Page of the app: heading, tabs, and options by which it is served.
 
 The Inspect tab, for PNGs and adapters, is here.
 """
@@ -36,30 +36,30 @@ from dreambooth_moslora.ui.generate_tab import (
 from dreambooth_moslora.ui.train import screen, train_form
 
 MAX_SESSIONS = 256
-"""Of 250 KB each; by itself Gradio remembers 10,000. Whose session is forgotten begins a new one at
-the next click."""
+"""Sessions of 250 KB each; gradio's default is 10,000. A page whose session is dropped begins a new
+one at the next click."""
 MAX_WAITING = 64
-"""Pictures of a public page that may wait: whoever comes then is told that the queue is full."""
+"""Requests that may wait for a public page; after that, it answers that the queue is full."""
 URL_PROBES = 10
-"""How often gradio asks whether its page answers, each time for up to three seconds."""
+"""Probes with which gradio tests whether its page answers, each for up to three seconds."""
 FILE_CHECK_SEC = 600
-"""How often old files are looked for."""
+"""Seconds between two searches for old files."""
 FILE_AGE_SEC = 24 * 3600
-"""The age at which they are deleted."""
+"""Age at which they are deleted."""
 PUBLIC_FILE_AGE_SEC = 3600
-"""The same on a public page, whose visitors may draw without end."""
+"""Age on a public page, whose visitors may generate without end."""
 INSPECT_HINT = html.render_notice("Drop a PNG of this page, or a .safetensors adapter.")
-"""What Inspect shows before anything is dropped."""
+"""Text of the Inspect tab before a file is dropped."""
 
 
 def build_app(ctx: state.AppContext) -> gr.Blocks:
-    """The page with its queue. A public one only draws; any other trains the queued runs, too."""
+    """Build the page with its queue; unless it is public, a thread trains the queued runs."""
     with gr.Blocks(title="dreambooth_moslora", analytics_enabled=False) as page:
         with gr.Row(elem_id="top"):
             gr.HTML("<h1>dreambooth_moslora</h1>")
             chooser = build_base_chooser(ctx)
-        about = gr.HTML(render_base_line(ctx), elem_id="about_base")
-        # The tabs. A public page only draws.
+        base_line = gr.HTML(render_base_line(ctx), elem_id="about_base")
+        # The tabs. A public page only generates.
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Generate", id="generate"):
                 generate = build_generate_tab(ctx, page)
@@ -68,11 +68,11 @@ def build_app(ctx: state.AppContext) -> gr.Blocks:
                     trained = screen.build_train_tab(ctx, page, tabs, generate)
                 with gr.Tab("Inspect", id="inspect"):
                     build_inspect_tab(ctx, tabs, generate)
-        # What depends on the base changes with it, in every tab.
+        # Fields that depend on the base change with it, in every tab.
         if chooser is not None:
             widgets = generate.base_fields | trained
-            connect_bases(ctx, page, chooser, about, widgets)
-    # The files that were shown, the queue of pictures, and the thread that trains the queued runs.
+            connect_bases(ctx, page, chooser, base_line, widgets)
+    # The clean-up of files, the queue of requests, and the thread that trains the queued runs.
     threading.Thread(target=clean_old_files, args=(ctx,), name="old-files", daemon=True).start()
     guard.install_stall_limit()
     guard.raise_connection_limit()
@@ -87,14 +87,14 @@ def build_app(ctx: state.AppContext) -> gr.Blocks:
 
 
 def clean_old_files(ctx: state.AppContext) -> None:
-    """Keep on deleting what was shown long ago."""
+    """Delete files that were shown long ago, for ever."""
     while True:
         time.sleep(FILE_CHECK_SEC)
         ctx.workspace.delete_old(PUBLIC_FILE_AGE_SEC if ctx.public else FILE_AGE_SEC)
 
 
 def build_base_chooser(ctx: state.AppContext) -> gr.Dropdown | None:
-    """The list of bases; None where there is no choice."""
+    """Build the list of bases; None if there is only one."""
     if len(ctx.bases) == 1:
         return None
     look = {"show_label": False, "container": False, "min_width": 280, "elem_id": "base"}
@@ -103,12 +103,12 @@ def build_base_chooser(ctx: state.AppContext) -> gr.Dropdown | None:
 
 
 def render_base_line(ctx: state.AppContext, mistake: str = "") -> str:
-    """One sentence: what the base is and needs, after a mistake, if there was one."""
-    about = f": {ctx.current_base.description}" if ctx.current_base.description else ""
-    told = html.render_faint(f"{format_message(ctx.base)}{about}.")
+    """Describe the base in one sentence, after a mistake if there was one."""
+    description = f": {ctx.current_base.description}" if ctx.current_base.description else ""
+    line = html.render_faint(f"{format_message(ctx.base)}{description}.")
     if not mistake and ctx.get_loaded_pipeline() is None:
         mistake = ctx.current_base.problem
-    return html.render_notice(format_message(mistake), "bad") + told if mistake else told
+    return html.render_notice(format_message(mistake), "bad") + line if mistake else line
 
 
 def connect_bases(
@@ -118,7 +118,10 @@ def connect_bases(
     about_line: gr.HTML,
     widgets: dict,
 ) -> None:
-    """Load the base that is chosen; it becomes that of every page.
+    """Load the selected base; it becomes that of every page.
+
+    - `about_line` describes the base.
+    - `widgets`, by name, have other values for another base (`get_first_value`).
 
     - `about` is the line that says what the base is.
     - `widgets`, by name, show other values for another base (`get_first_value`).
@@ -138,7 +141,7 @@ def connect_bases(
                 line = f"Loading {title}: {base.description} … {html.format_seconds(seconds)}"
                 yield [gr.skip(), html.render_faint(line), *unchanged]
         except Exception as error:
-            # The base of before is still there, and chosen again.
+            # The former base is still loaded: select it again.
             mistake = f"{title!s:.60} is not loaded: {convert_to_user_error(error)}"
             yield [gr.Dropdown(value=ctx.base), render_base_line(ctx, mistake), *unchanged]
         else:
@@ -152,12 +155,12 @@ def connect_bases(
     }
     on(chooser.input, inputs=chooser, **loading)(choose)
 
-    # Another browser may have chosen since the page was built.
+    # Another browser may have selected another base since the page was built.
     page.load(list_values, None, outputs, **UNQUEUED_EVENT)
 
 
 def get_first_value(ctx: state.AppContext, name: str) -> Any:
-    """What the widget of that name shows at first, for the base of the page."""
+    """Return the first value of the widget of that name, for the base of the page."""
     if name == "size":
         sizes = generate_values.list_size_choices(ctx.resolution_px, ctx.facts.multiple_px)
         return gr.Dropdown(choices=sizes, value=sizes[0][1])
@@ -169,7 +172,7 @@ def get_first_value(ctx: state.AppContext, name: str) -> Any:
         return gr.update(visible=ctx.facts.has_negative)
     if name == "scheduler":
         return gr.update(visible=ctx.facts.style == "ddpm")
-    # Any other is a field of the Train tab.
+    # All other names are fields of the Train tab.
     row = train_form.list_form_fields()[name]
     is_shown = not (row.hides_for_toys and is_toy(ctx.base_name))
     return gr.update(value=row.get_first_value(ctx.base_name), visible=is_shown)
@@ -177,10 +180,11 @@ def get_first_value(ctx: state.AppContext, name: str) -> Any:
 
 @cache
 def patch_url_probe() -> None:
-    """Let gradio ask for its own page until it answers, up to half a minute: on a busy machine it
-    gives up after three seconds, and does not start."""
-    ask = networking.url_ok
-    networking.url_ok = lambda url: any(ask(url) for _ in range(URL_PROBES))
+    """Let gradio probe its own page for up to half a minute: on a busy machine it gives up after
+    three seconds, and does not start.
+    """
+    probe_url = networking.url_ok
+    networking.url_ok = lambda url: any(probe_url(url) for _ in range(URL_PROBES))
 
 
 def build_launch_options(
@@ -189,7 +193,7 @@ def build_launch_options(
     any_host: bool = False,
     public: bool = False,
 ) -> dict[str, Any]:
-    """The common options for `launch()`.
+    """Build the common options for `launch()`.
 
     - The page answers to the loopback's names and to those of the `allowed` origins.
     - With `any_host` it answers to every name.
@@ -197,13 +201,13 @@ def build_launch_options(
     """
     hosts = None if any_host else guard.LOOPBACK | {name for _, name, _ in allowed}
     return {
-        # How it looks, and what gradio adds at the foot.
+        # The look, and gradio's links at the foot.
         "theme": html.THEME,
         "css": html.CSS,
         "head": html.HEAD,
         "footer_links": ["api"],
         "run_history": False,
-        # Who may ask what, and for how many it keeps something.
+        # Limits of requests and sessions.
         "state_session_capacity": MAX_SESSIONS,
         "app_kwargs": {
             "middleware": [Middleware(guard.PublicPageGuard if public else guard.LoginGuard)],
@@ -216,7 +220,7 @@ def build_launch_options(
 
 
 def build_inspect_tab(ctx: state.AppContext, tabs: gr.Tabs, generate: GenerateTab) -> None:
-    """A file is dropped, and what it says of itself is shown."""
+    """Build the Inspect tab, which shows the facts in a dropped file."""
     with gr.Row(elem_id="inspect", equal_height=False):
         with gr.Column(min_width=280, scale=2):
             file = gr.File(
@@ -232,7 +236,7 @@ def build_inspect_tab(ctx: state.AppContext, tabs: gr.Tabs, generate: GenerateTa
             facts = gr.HTML(INSPECT_HINT, elem_id="inspect_facts", label="Facts")
     fields = list(generate.fields.values())
 
-    # A picture tells its recipe, an adapter its header.
+    # Show the recipe of an image, or the header of an adapter.
     @on(
         [file.upload, file.clear],
         inputs=file,
@@ -243,11 +247,11 @@ def build_inspect_tab(ctx: state.AppContext, tabs: gr.Tabs, generate: GenerateTa
     def inspect_file(file: str | None) -> tuple:
         if not file:
             return INSPECT_HINT, gr.Button(visible=False)
-        is_picture = Path(file).suffix.lower() != ".safetensors"
-        found = list_recipe_facts(read_recipe(file)) if is_picture else list_adapter_facts(file)
-        return html.render_facts(found), gr.Button(visible=is_picture)
+        is_image = Path(file).suffix.lower() != ".safetensors"
+        facts_rows = list_recipe_facts(read_recipe(file)) if is_image else list_adapter_facts(file)
+        return html.render_facts(facts_rows), gr.Button(visible=is_image)
 
-    # A picture's recipe goes into the Generate tab.
+    # Put an image's recipe into the Generate tab.
     @on(use.click, MESSAGE_EVENT, inputs=file, outputs=[tabs, *fields], show_progress_on=fields)
     def apply_recipe(file: str | None) -> list:
         if not file:
@@ -256,12 +260,12 @@ def build_inspect_tab(ctx: state.AppContext, tabs: gr.Tabs, generate: GenerateTa
 
 
 def list_recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
-    """(Name, value) of each part of a recipe; a value is empty if the recipe does not say it."""
+    """Return (name, value) of each part of a recipe; a value is empty if the recipe has none."""
     params = recipe.params
     origin = recipe.provenance
     hashes = dict(origin.adapter_sha256)
 
-    # Each adapter with the digest by which its file is known.
+    # Each adapter with the digest of its file.
     adapters = []
     for name, scale in params.adapters:
         line = f"{name}, scale {scale:g}"
@@ -269,7 +273,7 @@ def list_recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
             line += f"\nsha256 {hashes[name]}"
         adapters.append(("Adapter", line))
 
-    # What an older recipe may leave out.
+    # Values that an older recipe may leave out.
     size = f"{params.width_px} × {params.height_px} px" if params.width_px else ""
     guidance = "" if params.guidance_scale is None else f"{params.guidance_scale:g}"
     scheduler = SCHEDULERS[params.scheduler].title if params.scheduler else ""
@@ -288,7 +292,7 @@ def list_recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def list_adapter_facts(file: str) -> list[tuple[str, str]]:
-    """The lines of `info` for any LoRA file."""
+    """List the lines of `info` for any LoRA file."""
     state.import_libraries()
     from dreambooth_moslora.lora.describe import describe, format_label, format_value
 

@@ -1,7 +1,7 @@
-"""Photos that were dropped on the page become clean copies.
+"""Clean copies of the photos that were dropped on the page.
 
-A copy is upright, has no metadata, and at most 4096 px a side.
-The copies are photo_01.png …, and their masks photo_01.mask.png …
+A copy is upright, has no metadata, and at most 4096 px a side. The copies are photo_01.png …, and
+their masks photo_01.mask.png …
 """
 
 import shutil
@@ -17,47 +17,47 @@ from dreambooth_moslora.photos import photo_file as images
 from dreambooth_moslora.photos.photo_file import to_grey_mask
 from dreambooth_moslora.photos.sidecars import MASK_SUFFIX, find_sidecars, parse_sidecar_name
 
-# What the page's field for photos takes.
 PHOTO_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".avif", ".bmp", ".tif", ".tiff"]
+"""Suffixes that the page's field for photos accepts."""
 MAX_PHOTOS = 50
-"""Most photos of one subject."""
+"""Photos of one subject at most."""
 MAX_SIDE_PX = 4096
 """Longer side of a copy; a larger photo is made smaller."""
 
 
 def copy_photos(files: list[str], folder: Path) -> list[str]:
-    """Copy photos and their masks into `folder`, after those that are there. It is replaced whole.
+    """Copy photos and their masks into `folder`, after its photos; the folder is replaced whole.
 
     Returns remarks. Raises UserError for too many photos, and when no file is usable.
     """
-    # Tell masks from photos, by their names.
-    given = list(map(Path, files))
+    # Separate masks from photos, by their names.
+    paths = list(map(Path, files))
     named_masks = []
-    for file in given:
+    for file in paths:
         sidecar = parse_sidecar_name(file)
         if sidecar is not None and sidecar[1] == MASK_SUFFIX:
             named_masks.append(file)
     masks = {stem: file for (stem, _), file in find_sidecars(named_masks).items()}
-    photos = [file for file in given if file not in named_masks]
+    photos = [file for file in paths if file not in named_masks]
     if not photos:
         raise UserError("add some photos of your subject first")
-    kept = len(list_photo_copies(folder))
-    count = kept + len(photos)
+    old_count = len(list_photo_copies(folder))
+    count = old_count + len(photos)
     if count > MAX_PHOTOS:
         raise UserError(
             f"{count} photos are too many; {MAX_PHOTOS} at most, and 3 to 10 good ones are enough"
         )
-    # Fill a folder beside it, and put that in its place when all copies are written.
+    # Fill a folder beside it, and replace the old one when all copies are written.
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
         new = Path(scratch) / folder.name
-        if kept:
+        if old_count:
             shutil.copytree(folder, new)
         else:
             new.mkdir()
-        remarks = copy_all(photos, masks, new, kept)
-        is_empty = len(list_photo_copies(new)) == kept
-        if not (kept and is_empty):
+        remarks = copy_all(photos, masks, new, old_count)
+        is_empty = len(list_photo_copies(new)) == old_count
+        if not (old_count and is_empty):
             shutil.rmtree(folder, ignore_errors=True)
             rename_with_retry(new, folder)
     if is_empty:
@@ -66,23 +66,27 @@ def copy_photos(files: list[str], folder: Path) -> list[str]:
 
 
 def list_photo_copies(folder: Path) -> list[Path]:
-    """The clean copies in their order, without the masks."""
+    """List the clean copies in their order, without the masks."""
     return sorted(path for path in folder.glob("photo_*.png") if "." not in path.stem)
 
 
 def remove_photos(folder: Path, removed: Collection[Path]) -> None:
-    """Delete these photos with their masks, and number the others anew."""
+    """Delete these photos with their masks, and renumber the remaining ones."""
     for photo in removed:
         for file in folder.glob(f"{photo.stem}.*"):
             file.unlink()
-    # The numbers have no gaps, as the form counts photos by them.
+    # Close the gaps in the numbers, by which the form counts photos.
     for number, photo in enumerate(list_photo_copies(folder), 1):
         for file in folder.glob(f"{photo.stem}.*"):
             file.rename(folder / f"photo_{number:02d}{file.name.removeprefix(photo.stem)}")
 
 
 def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path, count: int = 0) -> list[str]:
-    """Write clean copies and their masks; returns the remarks.
+    """Write clean copies and their masks; return the remarks.
+
+    - `photos` become the copies, in this order.
+    - `masks` (stem of the photo -> file) are written in plain grey.
+    - `folder` has `count` photos already, after which these are numbered.
 
     - `photos` become the copies, in this order.
     - `masks` (stem of the photo -> file) are written in plain grey.
@@ -97,7 +101,7 @@ def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path, count: in
             continue
         count += 1
         clean.save(folder / f"photo_{count:02d}.png")
-        # A bad mask does not cost the photo.
+        # An unreadable mask does not exclude its photo.
         if mask := masks.get(photo.stem):
             try:
                 grey = to_grey_mask(images.open_image(mask))
@@ -113,14 +117,14 @@ def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path, count: in
 
 
 def clean_copy(file: Path) -> PIL.Image.Image:
-    """The upright pixels without metadata. Raises UnreadableImageError."""
+    """Return the upright pixels without metadata. Raises UnreadableImageError."""
     opened = images.open_image(file)
     clean = images.to_rgb(opened)
     alpha = images.get_alpha(opened)
     if alpha is not None:
         clean.putalpha(alpha)
     clean.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX), PIL.Image.Resampling.LANCZOS)
-    # A new picture takes over the pixels and nothing else.
+    # A new image has the pixels and nothing else.
     bare = PIL.Image.new(clean.mode, clean.size)
     bare.paste(clean)
     return bare

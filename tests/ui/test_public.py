@@ -25,7 +25,7 @@ from tests.ui.conftest import refusal, wait_for
 
 DRAW = {"steps": 1, "api_name": "/generate"}
 EVERYTHING = {"generate", "compare", "stop", "adapters"}
-NOT_THERE = ("train", "on_page", "stop_training", "look", "inspect")
+NOT_THERE = ("train", "submit", "stop_training", "look", "inspect")
 FILES = {"file", "uploadbutton", "imageeditor", "downloadbutton", "timer"}
 
 

@@ -1,4 +1,4 @@
 card => {
-  const found = new DOMParser().parseFromString(card, "text/html").querySelector(".large");
-  return found ? found.outerHTML : "";
+  const image = new DOMParser().parseFromString(card, "text/html").querySelector(".large");
+  return image ? image.outerHTML : "";
 }

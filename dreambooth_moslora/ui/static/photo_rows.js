@@ -8,11 +8,11 @@ let open = "";
 const cards = () => props.cards || [];
 const inOneLine = (text) => text.replace(/[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+/g, " ");
 
-function say() {
+function sendCaptions() {
   props.value = cards().map(({photo}) => [photo, typed.get(photo) || ""]);
 }
 
-function tileOf(photo) {
+function getTile(photo) {
   if (!tiles.has(photo)) {
     const tile = template.content.firstElementChild.cloneNode(true);
     tile.querySelector(".photo-pick").addEventListener("click", () => {
@@ -31,44 +31,44 @@ function tileOf(photo) {
 
 function draw() {
   const typing = document.activeElement;
-  const drawn = cards().map(({photo, picture, remark}, place) => {
-    const tile = tileOf(photo), name = `photo ${place + 1}`, isGood = remark === "good";
+  const current = cards().map(({photo, picture, remark}, index) => {
+    const tile = getTile(photo), name = `photo ${index + 1}`, isGood = remark === "good";
     tile.classList.remove("photo-leaves");
     tile.classList.toggle("photo-chosen", photo === open);
     tile.classList.toggle("photo-bad", !isGood);
     tile.title = isGood ? typed.get(photo) || "no caption yet" : remark;
     Object.assign(tile.querySelector("img"), {src: picture, alt: `${name}, as it is cropped`});
-    tile.querySelector(".photo-number").textContent = place + 1 + (typed.get(photo) ? " ✎" : "") + (isGood ? "" : " !");
+    tile.querySelector(".photo-number").textContent = index + 1 + (typed.get(photo) ? " ✎" : "") + (isGood ? "" : " !");
     tile.querySelector(".photo-pick").setAttribute("aria-label", `Open ${name}`);
     tile.querySelector(".photo-drop").setAttribute("aria-label", `Remove: ${name}`);
     return tile;
   });
-  // A tile that is put in again while the mouse is down on it gets no click.
-  const isInPlace = (tile, place) => tile === grid.children[place];
-  if (drawn.length !== grid.children.length || !drawn.every(isInPlace)) {
-    grid.replaceChildren(...drawn);
+  // A tile that is inserted again while the mouse is down on it gets no click.
+  const isInPlace = (tile, index) => tile === grid.children[index];
+  if (current.length !== grid.children.length || !current.every(isInPlace)) {
+    grid.replaceChildren(...current);
     if (grid.contains(typing)) typing.focus();
   }
-  // The chosen photo's caption, below all photos.
-  const place = cards().findIndex(({photo}) => photo === open);
-  panel.hidden = place < 0;
-  hint.hidden = place >= 0;
-  if (place < 0) return;
-  const words = typed.get(open) || "";
-  if (box.value !== words) box.value = words;
-  box.setAttribute("aria-label", `Caption of photo ${place + 1}`);
-  remarkLine.textContent = `Photo ${place + 1}: ${cards()[place].remark}`;
+  // The selected photo's caption, below all photos.
+  const openIndex = cards().findIndex(({photo}) => photo === open);
+  panel.hidden = openIndex < 0;
+  hint.hidden = openIndex >= 0;
+  if (openIndex < 0) return;
+  const caption = typed.get(open) || "";
+  if (box.value !== caption) box.value = caption;
+  box.setAttribute("aria-label", `Caption of photo ${openIndex + 1}`);
+  remarkLine.textContent = `Photo ${openIndex + 1}: ${cards()[openIndex].remark}`;
 }
 
-function take() {
+function takeCards() {
   for (const {photo, caption} of cards()) if (!typed.has(photo)) typed.set(photo, caption);
-  say();
+  sendCaptions();
   if (cards().length) trigger("keep");
   draw();
 }
 
-box.addEventListener("input", () => { typed.set(open, inOneLine(box.value)); say(); });
+box.addEventListener("input", () => { typed.set(open, inOneLine(box.value)); sendCaptions(); });
 box.addEventListener("change", () => { trigger("keep"); draw(); });
 element.querySelector("[data-event=masks]").addEventListener("click", () => trigger("masks"));
-watch(["cards"], take);
-take();
+watch(["cards"], takeCards);
+takeCards();

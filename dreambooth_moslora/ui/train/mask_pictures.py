@@ -1,4 +1,4 @@
-"""Masks as pictures: as a run uses them, and as they are shown."""
+"""Masks as a run uses them, and their outlines as the page shows them."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,34 +19,37 @@ from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.ui.workspace import Workspace
 
 OUTLINE_RGB = (45, 240, 200)
-"""Colour of the line around the part that a mask teaches most."""
+"""Colour of the line around the part that has most weight in the loss."""
 SIDE_TO_LINE_RATIO = 120
-"""Widths of that line in a photo's longer side."""
+"""Ratio of a photo's longer side to the width of that line."""
 NO_MASK_REMARK = "no mask: all of it is learned"
-"""What is told of a photo without one."""
+"""Remark on a photo without a mask."""
 
 
 def collect_masks(config: TrainConfig, workspace: Workspace) -> Iterator[GeneratedMask]:
-    """The masks as a run with these settings uses them; missing ones are made, and kept.
+    """Yield the masks as a run with these settings uses them; missing ones are generated and
+    stored.
+
+    Raises UserError if a mask cannot be generated.
 
     Raises UserError where a mask is to be made and cannot be.
     """
     segmenter = load_segmenter(config) if config.masks != "given" else None
     for photo in build_photo_report(config).photos:
-        # One that was made says itself what is to be said of it.
+        # A generated mask may bring its own remark.
         if photo.mask_path is None and segmenter is not None:
-            made = make_run_mask(photo, segmenter, workspace.folder / "made_masks")
-            if made.remark:
-                yield made
+            generated_mask = make_run_mask(photo, segmenter, workspace.folder / "made_masks")
+            if generated_mask.remark:
+                yield generated_mask
                 continue
-            photo = replace(photo, mask_path=made.path)
+            photo = replace(photo, mask_path=generated_mask.path)
         mask = open_mask(photo)
         remark = NO_MASK_REMARK if mask is None else describe_mask_quality(mask)
         yield GeneratedMask(photo, photo.mask_path, remark)
 
 
 def draw_outline(photo: PIL.Image.Image, mask: PIL.Image.Image | None) -> PIL.Image.Image:
-    """The photo with a line around the white part of its mask; the photo itself without one."""
+    """Draw a line around the white part of the mask, if there is one, and return the photo."""
     if mask is None:
         return photo
     # A line of the same width in every preview, inside and outside the edge.

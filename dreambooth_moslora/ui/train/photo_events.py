@@ -1,4 +1,4 @@
-"""The photos in the Train tab: the field to drop them, their grid, and the events of both."""
+"""Photos in the Train tab: the field to drop them, their grid, and the events of both."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,17 +22,17 @@ from dreambooth_moslora.ui.train.train_form import TrainForm
 from dreambooth_moslora.ui.train.train_start import build_config
 
 PHOTO_EVENT = {"concurrency_limit": 4}
-"""Options of events that process photos: an estimate need not wait for a start."""
+"""Options of events that process photos: four at once, so an estimate need not wait for a start."""
 PHOTOS_HINT = (
     "Several places, sides and light. If you have masks, add them too: dog.mask.png for dog.jpg."
 )
-"""Told while there are no photos."""
+"""Hint while there are no photos."""
 MASKS_REMARK = "What is inside the line is learned most."
-"""Told above the grid while it shows masks."""
+"""Remark above the grid while it shows masks."""
 
 
 def build_photo_widgets() -> dict[str, Any]:
-    """The widgets in which photos are dropped and shown, by name."""
+    """Build the widgets in which photos are dropped and shown, by name."""
     widgets: dict[str, Any] = {}
     widgets["added"] = gr.File(
         file_count="multiple",
@@ -41,14 +41,14 @@ def build_photo_widgets() -> dict[str, Any]:
         height=84,
         elem_id="photos",
     )
-    # What is said of the photos, and the grid itself.
+    # The remarks on the photos, and the grid itself.
     widgets["remarks"] = gr.HTML(html.render_faint(PHOTOS_HINT), elem_id="remarks")
     widgets["crops"] = build_photo_rows("crops")
     return widgets
 
 
 def connect_photos(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts: dict) -> None:
-    """Photos are added and removed, masks shown, captions written, and the prompts told."""
+    """Connect adding and removing photos, masks, captions, and the prompts' preview."""
     _connect_adding(ctx, page, fields, parts)
     _connect_masks(ctx, fields, parts)
     _connect_captions(ctx, parts)
@@ -56,9 +56,9 @@ def connect_photos(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts: 
 
 
 def _connect_adding(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts: dict) -> None:
-    """The photos that are dropped, removed, or there after a reload are shown as cropped."""
+    """Show photos as cropped when they are dropped or removed, or the page is loaded."""
     added, remarks, rows = parts["added"], parts["remarks"], parts["crops"]
-    shown = [remarks, rows]
+    review_outputs = [remarks, rows]
     changing = {
         "api_visibility": "private",
         "show_progress_on": remarks,
@@ -69,37 +69,38 @@ def _connect_adding(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts:
     @on(
         added.upload,
         inputs_kwargs={"files": added, **fields},
-        outputs=[added, *shown],
+        outputs=[added, *review_outputs],
         show_progress="minimal",
         **changing,
     )
     def add(files: list[str] | None, **values) -> tuple:
-        """The dropped files leave their field in any case: whatever is dropped next comes beside
-        those in the rows."""
+        """Add the dropped files, and empty their field in any case: what is dropped next comes
+        beside those in the rows.
+        """
         try:
-            told = train_photos.add_photos(files or [], ctx.workspace)
-            return None, *render_review(ctx, values, remarks=told)
+            add_remarks = train_photos.add_photos(files or [], ctx.workspace)
+            return None, *render_review(ctx, values, remarks=add_remarks)
         except Exception as error:
             return None, gr.HTML(render_mistake(error), visible=True), gr.skip()
 
-    @on(rows.drop, inputs_kwargs=fields, outputs=shown, show_progress="hidden", **changing)
+    @on(rows.drop, inputs_kwargs=fields, outputs=review_outputs, show_progress="hidden", **changing)
     def drop(event: gr.EventData, **values) -> tuple:
         train_photos.remove_photo(ctx.workspace, get_photo_digest(event))
         return render_review(ctx, values)
 
-    # What decides the crops may have changed.
+    # Update the grid when the page is loaded, or a field has changed that decides the crops.
     changes = [page.load]
     for name, row in train_form.list_form_fields().items():
         if row.moves_crops:
             changes.append(fields[name].blur if row.is_number else fields[name].input)
 
-    @on(changes, MESSAGE_EVENT, inputs_kwargs=fields, outputs=shown)
+    @on(changes, MESSAGE_EVENT, inputs_kwargs=fields, outputs=review_outputs)
     def update_review(**values) -> tuple:
         return render_review(ctx, values)
 
 
 def _connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
-    """“Show masks” draws those that a run would use into the grid."""
+    """Draw the masks that a run would use into the grid on “Show masks”."""
     remarks, rows = parts["remarks"], parts["crops"]
 
     @on(
@@ -112,7 +113,7 @@ def _connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
         api_visibility="private",
     )
     def show(**values) -> tuple:
-        # Each mask lies over its photo in the grid; what is remarkable is told beside it.
+        # Each mask lies over its photo in the grid; the remarks on masks stand above.
         lines = [MASKS_REMARK]
         masks = {}
         config = build_config(ctx, TrainForm(**values))
@@ -125,7 +126,7 @@ def _connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
 
 
 def _connect_captions(ctx: state.AppContext, parts: dict) -> None:
-    """Captions are kept as they are finished."""
+    """Save each caption when it is finished."""
     rows = parts["crops"]
 
     @on(rows.keep, UNQUEUED_EVENT, inputs=rows, outputs=None, trigger_mode="always_last")
@@ -134,23 +135,23 @@ def _connect_captions(ctx: state.AppContext, parts: dict) -> None:
 
 
 def _connect_prompts(ctx: state.AppContext, fields: dict, parts: dict) -> None:
-    """What the words make of the prompts is told as they are typed."""
+    """Show the prompts that follow from the form as it is filled."""
     names = ("token", "class_word", "subject", "prior_preservation")
-    words = {name: fields[name] for name in names}
-    changes = [word.change for word in words.values()]
+    prompt_fields = {name: fields[name] for name in names}
+    changes = [widget.change for widget in prompt_fields.values()]
 
-    @on(changes, UNQUEUED_EVENT, inputs_kwargs=words, outputs=parts["prompts"])
+    @on(changes, UNQUEUED_EVENT, inputs_kwargs=prompt_fields, outputs=parts["prompts"])
     def describe_prompts(**values) -> gr.HTML:
         try:
             instance, class_prompt = TrainForm(**values).build_prompts(ctx.base_name)
         except UserError:
             return gr.HTML(visible=False)
-        kept = f" and tells it from “{class_prompt}”" if class_prompt else ""
-        return gr.HTML(html.render_faint(f"Learns “{instance}”{kept}."), visible=True)
+        class_note = f" and tells it from “{class_prompt}”" if class_prompt else ""
+        return gr.HTML(html.render_faint(f"Learns “{instance}”{class_note}."), visible=True)
 
 
 def get_photo_digest(event: gr.EventData) -> str:
-    """The digest that a row's button sends; "" of a script that sends none."""
+    """Return the digest that a row's button sends; "" if a script sends none."""
     return str(event._data.get("photo")) if isinstance(event._data, dict) else ""
 
 
@@ -160,14 +161,14 @@ def render_review(
     remarks: Sequence[str] = (),
     masks: Mapping[Path, Path | None] | None = None,
 ) -> tuple:
-    """Values of the remarks and rows; hidden without photos.
+    """Return values of the remarks and rows; the rows are hidden without photos.
 
     - `values` are the form's, which decide the crops.
     - `remarks` come before those on the photos.
-    - `masks` are those that a run would use, by photo, if not those beside the photos.
+    - `masks` maps photos to the masks of a run (default: those beside the photos).
     """
     if not list_photo_copies(ctx.workspace.photos_dir):
         return html.render_faint(PHOTOS_HINT), update_cards([])
-    found = train_photos.build_review(ctx, TrainForm(**values), remarks=remarks, masks=masks)
-    cards = train_photos.build_cards(found)
-    return gr.HTML(found.remarks, visible=True), update_cards(cards)
+    review = train_photos.build_review(ctx, TrainForm(**values), remarks=remarks, masks=masks)
+    cards = train_photos.build_cards(review)
+    return gr.HTML(review.remarks, visible=True), update_cards(cards)

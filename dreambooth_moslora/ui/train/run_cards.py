@@ -1,4 +1,4 @@
-"""A run in words: how far it is, and what became of it."""
+"""Cards of a run: its progress, and the verdict at its end."""
 
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,14 @@ LEARNED_SENTENCE = "It learned your subject: likeness to the photos rose from {:
 NOT_LEARNED_SENTENCE = (
     "It hardly learned your subject: likeness to the photos was {:.0%}, and is {:.0%}."
 )
+"""Verdict on a finished run with the likeness before and now, like the two above."""
 UNSCORED_SENTENCE = "Nothing was measured. Are the new pictures like your photos?"
-"""Verdicts on a finished run; the first three with likeness before and now."""
+"""Verdict on a finished run without scores."""
 COMFYUI_HINT = (
     "For ComfyUI: put the file into its folder models/loras, choose it in a LoRA loader, "
     "and write {} in the prompt."
 )
-"""Where the downloaded file goes, with the words of the subject."""
+"""Use of the downloaded file, with the subject's trigger words."""
 PHASE_TITLES = {
     "loading": "Loading the base",
     "captions": "Writing captions",
@@ -48,59 +49,63 @@ PHASE_TITLES = {
     "evaluating": "Measuring fidelity",
     "exporting": "Writing the adapter and checking it",
 }
-"""Phase of the trainer -> what the page says of it."""
+"""Phase of the trainer -> the page's text."""
 ENDING_SENTENCES = {
     "done": "Done.",
     "interrupted": "Stopped; a checkpoint is written.",
     "failed": "The run failed.",
 }
-"""State of a run that has ended -> what the page says of it."""
+"""State of a run that has ended -> the page's text."""
 
 
 def render_verdict(metrics: events.EventLog, run_dir: Path, has_best: bool) -> str:
-    """What became of a finished run, in words, and what to do next.
+    """Render a finished run's result and what to do next.
+
+    The folder `run_dir` has the page's copies of its photos. With `has_best` its best step was
+    stored. Flags in advice are replaced by the form's labels.
 
     In `run_dir` are the page's copies of its photos. With `has_best` its best step was kept. Advice
     for the command line is said in the form's words.
     """
     config = parse_known_config(metrics.get_last("start").get("config") or {})
     photos = list_photo_copies(RunDir(run_dir).photos_dir)
-    figures = build_run_metrics(metrics.events, config, {"count": len(photos)})
-    # Did it learn the subject?
-    before, now = (figures.scores.get(name) for name in ("dino_base", "dino"))
-    name = "“{}”"
-    if get_subject_kind(config).is_style:  # of which the base has none
-        before, now = 0.0, figures.scores.get("style")
-        now = None if now is None else min(now, 1.0)  # above 1 it is as like as 1
-        name = "“in {} style”"
+    run_metrics = build_run_metrics(metrics.events, config, {"count": len(photos)})
+    # The verdict: likeness before and now. For a style the base has 0, and more than 1 is full.
+    before, now = (run_metrics.scores.get(name) for name in ("dino_base", "dino"))
+    prompt_template = "“{}”"
+    if get_subject_kind(config).is_style:
+        before, now = 0.0, run_metrics.scores.get("style")
+        now = None if now is None else min(now, 1.0)
+        prompt_template = "“in {} style”"
     if now is None or before is None:
         verdict = UNSCORED_SENTENCE
     else:
-        learned = BEGUN_SENTENCE if is_too_short(figures) else LEARNED_SENTENCE
-        said = learned if now - before >= MIN_LIKENESS_GAIN else NOT_LEARNED_SENTENCE
-        verdict = said.format(max(before, 0), max(now, 0))
+        learned = BEGUN_SENTENCE if is_too_short(run_metrics) else LEARNED_SENTENCE
+        template = learned if now - before >= MIN_LIKENESS_GAIN else NOT_LEARNED_SENTENCE
+        verdict = template.format(max(before, 0), max(now, 0))
     lines = [verdict]
     best = metrics.get_last("evaluation").get("best")
     if has_best and isinstance(best, dict):
         lines.append(
             f"Step {best.get('step')} was the best: it is what you draw with and download."
         )
-    # What next? That nothing was scored is said already.
-    known = (NO_ADVICE, NOT_SCORED_NOTE)
-    advice = [line for line in list_closing_advice(figures) if not line.startswith(known)]
+    # The next action. The verdict has already said that nothing was scored.
+    omitted_advice = (NO_ADVICE, NOT_SCORED_NOTE)
+    advice = list_closing_advice(run_metrics)
+    advice = [line for line in advice if not line.startswith(omitted_advice)]
     for line in advice:
         lines.append(f"Next: {train_form.replace_flags(line)}.")
     if not advice:
         lines.append("Next: “Draw with it”, in places that the photos do not show.")
-    words = " and ".join(map(name.format, list_trigger_words(config)))
-    if words:
-        lines.append(COMFYUI_HINT.format(words))
+    trigger_words = " and ".join(map(prompt_template.format, list_trigger_words(config)))
+    if trigger_words:
+        lines.append(COMFYUI_HINT.format(trigger_words))
     return html.render_remarks(lines)
 
 
 def render_status(state: JobState, metrics: events.EventLog) -> str:
-    """One line of state and one of numbers."""
-    # It has ended.
+    """Render a line of state and a line of numbers."""
+    # A run that has ended.
     if state.state in ENDING_SENTENCES:
         detail = state.message or f"Step {state.step} of {state.max_train_steps}."
         # Stopped before the first step: there is no checkpoint.
@@ -108,7 +113,7 @@ def render_status(state: JobState, metrics: events.EventLog) -> str:
             return html.render_notice(f"{format_message(state.message)}.", "good")
         kind = "bad" if state.state == "failed" else "good"
         return html.render_notice(f"{ENDING_SENTENCES[state.state]} {detail}", kind)
-    # It begins, or is about to end.
+    # A run that begins, or is about to end.
     if state.state == "starting":
         return html.render_progress("Starting …", "loading the libraries", 0.0)
     last = metrics.get_last("step")
@@ -117,14 +122,14 @@ def render_status(state: JobState, metrics: events.EventLog) -> str:
     if state.state == "stopping":
         detail = "the step is finished and a checkpoint written"
         return html.render_progress("Stopping …", detail, fraction)
-    # It trains.
+    # A run that trains.
     if state.phase in ("", "training") and last:
         line = f"Step {state.step} of {total}"
         return html.render_progress(line, format_numbers(last, has_time=True), fraction)
     if state.phase == "training":
         line = f"Step {state.step + 1} of {total} …"
         return html.render_progress(line, "the first takes longest", fraction)
-    # It does something else, which may be counted: the time that is left is of the steps alone.
+    # Another phase, which may be counted. The time left is not shown: it is that of the steps.
     line = PHASE_TITLES.get(state.phase, state.phase or "Preparing")
     phase = metrics.get_last("phase")
     if int(phase.get("total") or 1) > 1:
@@ -133,8 +138,9 @@ def render_status(state: JobState, metrics: events.EventLog) -> str:
 
 
 def format_numbers(step: dict[str, Any], *, has_time: bool = False) -> str:
-    """The numbers of a step's event, in one line; those that it has, with `has_time` the time that
-    is left as well."""
+    """Format the numbers of a step's event that exist, in one line; with `has_time` the time left
+    too.
+    """
     parts = []
     if has_time and step.get("eta_sec") is not None:
         parts.append(f"about {html.format_seconds(step['eta_sec'])} left")

@@ -1,4 +1,4 @@
-"""The list of runs: which are in it, and the card of each."""
+"""List of runs, and the card of each."""
 
 import time
 from contextlib import suppress
@@ -13,37 +13,37 @@ from dreambooth_moslora.ui.jobs import Job, Jobs, JobState
 from dreambooth_moslora.ui.photo_copies import list_photo_copies
 
 MAX_LISTED_RUNS = 30
-"""Runs in the list; the oldest are left out."""
+"""Runs in the list; older runs are left out."""
 LIST_THUMBNAIL_PX = 96
-"""Longer side of a run's picture in the list."""
+"""Longer side of a run's image in the list."""
 STATE_WORDS = {"running": "training", "interrupted": "stopped"}
-"""State of a run -> its word in the list, if that is another."""
+"""State of a run -> its word in the list, where that differs."""
 
 
 def list_runs(jobs: Jobs) -> list[tuple[Job, JobState]]:
-    """The newest runs, however they were begun, but those that have ended and saved nothing."""
-    found = []
+    """List the newest runs, also a terminal's, without those that ended and saved nothing."""
+    runs = []
     for job in jobs.list_jobs():
         state = jobs.get_state(job)
         folder = run_folder.RunDir(job.run_dir)
         if state.is_active or folder.adapter_path.is_file() or folder.find_latest_checkpoint():
-            found.append((job, state))
-        if len(found) == MAX_LISTED_RUNS:
+            runs.append((job, state))
+        if len(runs) == MAX_LISTED_RUNS:
             break
-    return found
+    return runs
 
 
 def build_run_cards(jobs: Jobs) -> list[dict[str, str]]:
-    """The cards of `html.build_run_list`."""
+    """Build the cards of `html.build_run_list`."""
     cards = []
     for job, state in list_runs(jobs):
         word = STATE_WORDS.get(state.state, state.state)
-        at = f" · step {state.step}" if state.step else ""
+        progress = f" · step {state.step}" if state.step else ""
         cards.append(
             {
                 "run": job.name,
                 "picture": find_picture(job.run_dir),
-                "state": f"{word}{at}",
+                "state": f"{word}{progress}",
                 "kind": state.state,
                 "date": time.strftime("%d %b, %H:%M", time.localtime(job.changed_sec)).lstrip("0"),
             }
@@ -52,11 +52,11 @@ def build_run_cards(jobs: Jobs) -> list[dict[str, str]]:
 
 
 def find_picture(run_dir: Path) -> str:
-    """A small picture for the list: the newest sample, or a photo; "" without both."""
-    known = run_folder.RunDir(run_dir)
-    samples = known.samples_dir.glob("*.png")
+    """Find a small image for the list: the newest sample, or a photo; "" without both."""
+    folder = run_folder.RunDir(run_dir)
+    samples = folder.samples_dir.glob("*.png")
     newest = sorted(samples, key=lambda file: file.stat().st_mtime)[-1:]
-    for file in newest + list_photo_copies(known.photos_dir)[:1]:
+    for file in newest + list_photo_copies(folder.photos_dir)[:1]:
         with suppress(OSError):
             return encode_picture(file, file.stat().st_mtime_ns)
     return ""
@@ -64,6 +64,6 @@ def find_picture(run_dir: Path) -> str:
 
 @lru_cache(maxsize=4 * MAX_LISTED_RUNS)
 def encode_picture(file: Path, changed_ns: int) -> str:
-    """The file as a small data URL, made once while it is unchanged. Raises OSError."""
+    """Encode the file as a small data URL, cached while it is unchanged. Raises OSError."""
     with PIL.Image.open(file) as image:
         return html.encode_thumbnail(image.convert("RGB"), LIST_THUMBNAIL_PX)

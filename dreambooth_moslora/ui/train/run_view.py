@@ -1,4 +1,4 @@
-"""What the page shows of the chosen run: its state, buttons, pictures and files."""
+"""View of the selected run: its state, buttons, images and files."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ from dreambooth_moslora.ui.train.watch_widgets import DOWNLOADS
 from dreambooth_moslora.ui.workspace import Workspace
 
 GONE_MESSAGE = "This run is not there any more."
-"""Told of a run whose folder was deleted."""
+"""Notice for a run whose folder was deleted."""
 WATCHED_WIDGETS = (
     "run",
     "seen",
@@ -34,9 +34,9 @@ WATCHED_WIDGETS = (
     "plot",
     "log",
 )
-"""Widgets that show the run."""
+"""Names of the widgets that show the run."""
 MAX_SAMPLES_SHOWN = 24
-"""Sample pictures that are shown at most."""
+"""Sample images that are shown at most."""
 
 
 def list_changes(
@@ -45,7 +45,11 @@ def list_changes(
     last_state: tuple | None,
     workspace: Workspace,
 ) -> dict[str, Any]:
-    """New values for the widgets in WATCHED, by name; empty while nothing is new.
+    """Return new values for the `WATCHED_WIDGETS`, by name; empty if nothing is new.
+
+    - `run` is the name of the selected run.
+    - `last_state` is what the page has shown last.
+    - `workspace` holds links to the run's images, from where gradio serves them.
 
     - `run` is the name of the chosen run.
     - `seen` is what the page has shown last.
@@ -66,27 +70,27 @@ def list_changes(
 
 
 def _list_values(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) -> dict[str, Any]:
-    """Values of the widgets for a run as it is now."""
+    """Return values of the widgets for a run as it is now."""
     run_dir = RunDir(job.run_dir)
     metrics = jobs.load_metrics(job)
     is_over = not state.is_active
     ready = run_dir.adapter_path.is_file() and is_over
 
     def get_link(file: Path, is_ready: bool = True) -> str | None:
-        """The file from where gradio serves it; None before it is there and whole."""
-        is_there = is_ready and file.is_file()
-        return str(copy_into_workspace(workspace, file, job.name)) if is_there else None
+        """Link the file to where gradio serves it; None before it exists and is whole."""
+        is_whole = is_ready and file.is_file()
+        return str(copy_into_workspace(workspace, file, job.name)) if is_whole else None
 
-    # The contact sheet has the photos, and pictures before and after: it takes the samples' place.
+    # The contact sheet, with the photos and images before and after, replaces the samples.
     sheet = get_link(run_dir.contact_sheet_path, ready)
     samples = [] if sheet else list_samples(job, metrics, workspace)
     plot = get_link(run_dir.loss_plot_path, is_over)
-    # The best step's files, where one was kept.
+    # The best step's files, if there is one.
     best = find_best_folder(run_dir) if ready else run_dir.path
     adapter = get_link(best / PUBLISHED_NAME, ready)
     kohya = get_link(best / run_dir.kohya_path.name, ready)
     label = "Download for diffusers" if kohya else DOWNLOADS["download"][0]
-    # The state, and what to make of it.
+    # The state, and the verdict on a finished run.
     status = render_status(state, metrics)
     if state.state == "done":
         status += render_verdict(metrics, job.run_dir, has_best=best != run_dir.path)
@@ -109,32 +113,32 @@ def _list_values(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) ->
 
 
 def find_best_folder(run_dir: RunDir) -> Path:
-    """Where the run's best adapter lies: of its best step, if scores have kept one."""
-    is_kept = (run_dir.best_dir / PUBLISHED_NAME).is_file()
-    return run_dir.best_dir if is_kept else run_dir.path
+    """Return the folder of the run's best adapter: of its best step, if one was stored."""
+    has_best = (run_dir.best_dir / PUBLISHED_NAME).is_file()
+    return run_dir.best_dir if has_best else run_dir.path
 
 
 def list_samples(job: Job, metrics: events.EventLog, workspace: Workspace) -> list[tuple[str, str]]:
-    """(Link in the workspace, caption) of the newest sample pictures."""
-    # A resumed run draws some anew: the last count.
-    found: dict[Path, str] = {}
+    """List (link in the workspace, caption) of the newest sample images."""
+    # A resumed run generates some samples again: the last ones count.
+    captions: dict[Path, str] = {}
     samples_dir = RunDir(job.run_dir).samples_dir
     for event in reversed(metrics.list_events("sample")):
         step = event.get("step")
         for name in event.get("files") or ():
             file = samples_dir / Path(str(name)).name
             if file.is_file():
-                found.setdefault(file, f"step {step}" if step else "before")
-    newest = list(found.items())[:MAX_SAMPLES_SHOWN]
+                captions.setdefault(file, f"step {step}" if step else "before")
+    newest = list(captions.items())[:MAX_SAMPLES_SHOWN]
     return [
         (str(copy_into_workspace(workspace, file, job.name)), caption) for file, caption in newest
     ]
 
 
 def copy_into_workspace(workspace: Workspace, file: Path, run: str) -> Path:
-    """The file inside the workspace (a hard link if possible), from where gradio may serve it."""
+    """Hard-link or copy the file into the workspace, from where gradio may serve it."""
     target = workspace.folder / "runs" / run / file.name
-    # It is there already.
+    # An unchanged file need not be linked again.
     if target.exists() and target.stat().st_mtime_ns == file.stat().st_mtime_ns:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +146,7 @@ def copy_into_workspace(workspace: Workspace, file: Path, run: str) -> Path:
     try:
         os.link(file, target)
     except FileExistsError:
-        pass  # another look at the run has linked it meanwhile
+        pass  # another view of the run has linked it meanwhile
     except OSError:
         shutil.copy2(file, target)
     return target

@@ -1,4 +1,4 @@
-"""The Train tab: photos, a word, a button, and a view of the run, which the server owns.
+"""Train tab: photos, a word, a button, and a view of the run, which the server owns.
 
 Further fields are folded.
 """
@@ -27,35 +27,34 @@ from dreambooth_moslora.ui.train.train_watch import SHOW_STATUS_SCRIPT, connect_
 from dreambooth_moslora.ui.train.watch_widgets import build_watch_widgets
 
 HUB_NOTE = "; {} from the hub once"
-"""Told beside a tick that fetches something."""
+"""Note beside a tick box that fetches something."""
 
 
 def build_train_widgets(base: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields of the form, and the other widgets, by name."""
-    # What every run needs: photos, and a word for what they show.
+    """Build the fields of the form, and the other widgets, by name."""
+    # Every run needs photos, and a word for their subject.
     gr.Markdown("### 1 · Photos", elem_classes="step")
-    others = photo_events.build_photo_widgets()
+    parts = photo_events.build_photo_widgets()
     gr.Markdown("### 2 · What they show", elem_classes="step")
     fields = {"class_word": build_field_widget("class_word", base)}
     prompts = gr.HTML(visible=False, elem_id="prompts")
-    # What can be done with the form.
+    # The buttons.
     with gr.Row(elem_classes="tight"):
         start = gr.Button("Start training", variant="primary", elem_id="start", min_width=150)
         queue = gr.Button("Add to queue", min_width=136, scale=0, elem_id="add_to_queue")
         estimate = gr.Button("Estimate cost", min_width=136, scale=0, elem_id="estimate")
     cost = gr.HTML("", label="Cost", elem_id="cost")
-    others |= {
+    parts |= {
         "prompts": prompts,
         "start": start,
         "queue": queue,
         "estimate": estimate,
         "cost": cost,
     }
-    # The further fields, line by line as the table has them; what few people change is folded once
-    # more.
+    # The further fields, line by line as the table has them; rarely used ones are folded again.
     lines = sorted({row.line for row in list_form_fields().values()} - {0})
     with gr.Accordion("More settings", open=False, elem_id="more_training") as more:
-        others["more"] = more
+        parts["more"] = more
         for line in lines:
             if line < train_form.FIRST_EXPERT_LINE:
                 build_line_widgets(line, fields, base)
@@ -63,11 +62,14 @@ def build_train_widgets(base: str) -> tuple[dict[str, Any], dict[str, Any]]:
             for line in lines:
                 if line >= train_form.FIRST_EXPERT_LINE:
                     build_line_widgets(line, fields, base)
-    return {name: fields[name] for name in list_form_fields()}, others
+    return {name: fields[name] for name in list_form_fields()}, parts
 
 
 def build_line_widgets(line: int, fields: dict[str, Any], base: str) -> None:
-    """Make the widgets of one line of the table.
+    """Build the widgets of one line of the table.
+
+    - The widgets of its fields go into `fields`.
+    - `base` is the name of the page's base.
 
     - The widgets of its fields go into `fields`.
     - `base` is the name of the page's base.
@@ -79,14 +81,17 @@ def build_line_widgets(line: int, fields: dict[str, Any], base: str) -> None:
 
 
 def build_field_widget(name: str, base: str) -> gr.components.Component:
-    """The widget of a field, by its values and the kind that the table names.
+    """Build the widget of a field, by its values and the kind in the table.
+
+    - `name` is the field's in `TrainForm`.
+    - `base` is the name of the page's base, which may decide the first value.
 
     - `name` is the field's in `TrainForm`.
     - `base` is the name of the page's base, on which the first value may depend.
     """
     row = list_form_fields()[name]
     first = row.get_first_value(base)
-    # How it looks, whatever it is.
+    # Options of any widget.
     look = {
         "label": row.label,
         "info": row.info or row.setting_facts.get("help"),
@@ -94,10 +99,10 @@ def build_field_widget(name: str, base: str) -> gr.components.Component:
         "min_width": 110,
         **row.look,
     }
-    # What it is.
+    # The widget for its kind.
     if row.is_tick:
-        is_here = first if row.at_first else is_toy(base)
-        if row.fetched and not is_here:
+        needs_no_fetch = first if row.at_first else is_toy(base)
+        if row.fetched and not needs_no_fetch:
             look["info"] += HUB_NOTE.format(row.fetched)
         return gr.Checkbox(first, **look)
     if row.is_number:
@@ -114,7 +119,10 @@ def build_field_widget(name: str, base: str) -> gr.components.Component:
 def build_train_tab(
     ctx: state.AppContext, page: gr.Blocks, tabs: gr.Tabs, generate: GenerateTab
 ) -> dict[str, Any]:
-    """Make the tab's widgets, then connect their events.
+    """Build the tab's widgets, then connect their events.
+
+    - `page` and `tabs` are the whole page, and its tabs.
+    - `generate` is the tab in which a run's adapter is used.
 
     - `page` and `tabs` are the whole page, and its tabs.
     - `generate` is the tab in which a run's adapter is used.
@@ -127,7 +135,7 @@ def build_train_tab(
             fields, parts = build_train_widgets(ctx.base_name)
         with gr.Column(elem_id="train_watch", min_width=280):
             parts |= build_watch_widgets()
-    # The form's events. What means nothing for a kind of subject is hidden.
+    # The form's events. Fields that a kind of subject does not use are hidden.
     by_kind = {name: row.unused_for for name, row in list_form_fields().items() if row.unused_for}
     fields["subject"].change(
         lambda subject: [gr.update(visible=subject not in idle) for idle in by_kind.values()],
@@ -140,25 +148,25 @@ def build_train_tab(
     # The run's events.
     connect_watch(ctx, page, parts)
     _connect_use(ctx, parts, tabs, generate)
-    of_base = {}
-    for name, row in list_form_fields().items():
-        if row.at_first or row.hides_for_toys:
-            of_base[name] = fields[name]
-    return of_base
+    return {
+        name: fields[name]
+        for name, row in list_form_fields().items()
+        if row.at_first or row.hides_for_toys
+    }
 
 
 def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
-    """The three buttons that take the whole form: start, queue, and estimate."""
-    # What was chosen for a run is shown on the card, and the run comes into view.
-    chosen = gr.State("")
-    chosen.change(lambda card: card, chosen, parts["cost"], **UNQUEUED_EVENT).then(
+    """Connect the three buttons that take the whole form: start, queue, and estimate."""
+    # The settings chosen for a run appear on the card, and the run comes into view.
+    choices_card = gr.State("")
+    choices_card.change(lambda card: card, choices_card, parts["cost"], **UNQUEUED_EVENT).then(
         None, js=SHOW_STATUS_SCRIPT, **UNQUEUED_EVENT
     )
 
     def train(form: TrainForm) -> dict:
-        job, said = train_start.start_run(ctx, form)
-        told = html.render_notice(f"The run {job.name} is starting.")
-        return {parts["run"]: job.name, parts["status"]: told, chosen: said}
+        job, choices_html = train_start.start_run(ctx, form)
+        notice = html.render_notice(f"The run {job.name} is starting.")
+        return {parts["run"]: job.name, parts["status"]: notice, choices_card: choices_html}
 
     def queue(form: TrainForm) -> dict:
         return {parts["cost"]: train_start.add_to_queue(ctx, form)[1]}
@@ -166,7 +174,7 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
     def estimate(form: TrainForm) -> dict:
         return {parts["cost"]: train_start.estimate_cost(ctx, form)}
 
-    outputs = [parts["run"], parts["status"], chosen, parts["cost"]]
+    outputs = [parts["run"], parts["status"], choices_card, parts["cost"]]
     for name, act in (("start", train), ("queue", queue), ("estimate", estimate)):
         _connect_form(ctx, act, fields, parts, button=parts[name], outputs=outputs)
 
@@ -179,23 +187,26 @@ def _connect_form(
     button: gr.Button,
     outputs: list,
 ) -> None:
-    """A button of the page, whose mistakes are told on the card below it.
+    """Connect a button whose errors appear on the card below it.
+
+    - `act` does its work with the form, and returns values of `outputs`.
+    - `fields` and `parts` are the tab's widgets.
 
     - `act` does it with the form, and gives values of `outputs`.
     - `fields` and `parts` are the tab's widgets.
     """
 
-    def on_page(card: list | None, **values) -> dict:
+    def submit(captions: list | None, **values) -> dict:
         try:
-            # What was typed last may still be on its way.
-            train_photos.write_captions(ctx.workspace, card or [])
+            # The event that saves the caption typed last may not have come yet.
+            train_photos.write_captions(ctx.workspace, captions or [])
             return act(TrainForm(**values))
         except Exception as error:
             return {parts["cost"]: render_mistake(error, replace_flags)}
 
     button.click(
-        on_page,
-        inputs_kwargs={"said": parts["crops"], **fields},
+        submit,
+        inputs_kwargs={"captions": parts["crops"], **fields},
         outputs=outputs,
         api_visibility="private",
         **photo_events.PHOTO_EVENT,
@@ -203,15 +214,15 @@ def _connect_form(
 
 
 def _connect_use(ctx: state.AppContext, parts: dict, tabs: gr.Tabs, generate: GenerateTab) -> None:
-    """The adapter of a run that has ended goes into the other tab (`tabs`, `generate`)."""
+    """Put the adapter of a finished run into the Generate tab (`tabs`, `generate`)."""
     prompt = generate.fields["prompt"]
-    shown = [tabs, generate.fields["adapter"], prompt]
+    outputs = [tabs, generate.fields["adapter"], prompt]
 
     @on(
         parts["use"].click,
         MESSAGE_EVENT,
         inputs=parts["run"],
-        outputs=shown,
+        outputs=outputs,
         show_progress_on=prompt,
     )
     def select_adapter(run: str | None) -> tuple:
@@ -222,7 +233,7 @@ def _connect_use(ctx: state.AppContext, parts: dict, tabs: gr.Tabs, generate: Ge
         if not listed:
             raise UserError("there is no adapter yet")
         name = listed[0]
-        # It is chosen there, with the words that call its subject.
+        # Select it there, with the prompt of its subject.
         summary = read_summary(files[name])
-        chosen = gr.Dropdown(choices=[NO_ADAPTER, *files], value=name)
-        return gr.Tabs(selected="generate"), chosen, summary.prompt
+        dropdown = gr.Dropdown(choices=[NO_ADAPTER, *files], value=name)
+        return gr.Tabs(selected="generate"), dropdown, summary.prompt

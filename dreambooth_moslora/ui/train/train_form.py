@@ -1,8 +1,8 @@
-"""The training form as a value: the table of its fields, and the settings that follow from them.
+"""Training form as a value: the table of its fields, and the settings that follow from them.
 
-A field is one row of `TrainForm`. Widgets, settings, the form of an earlier run and the form's
-words in advice are made from the rows. What a row leaves out is as the table of settings has it.
-What the form leaves open is chosen as `train FOLDER WORD` does.
+A field is one row of `TrainForm`. Widgets, settings and the labels in advice are made from the
+rows. Facts that a row leaves out come from the table of settings. Settings that the form leaves
+open are chosen as `train FOLDER WORD` does.
 """
 
 import re
@@ -25,52 +25,52 @@ from dreambooth_moslora.settings.train_config import SETTINGS
 from dreambooth_moslora.values import is_number
 
 PRESET_FACTORS = {"quick": 0.5, "standard": 1.0, "thorough": 2.0}
-"""Name -> how often each photo is shown, as a multiple of what the recipe says."""
+"""Name -> how often each photo is shown, as a multiple of the recipe's number."""
 FIRST_EXPERT_LINE = 20
 """Lines of the table from this one on are folded below “For experts”."""
 
 
 @dataclass(frozen=True)
 class FormField:
-    """What the table says of a field beside its name and type."""
+    """Row of the table: facts of a field beside its name and type."""
 
     default: Any
     label: str
     info: str = ""
     """Help beside it (default: that of its setting)."""
     line: int = 0
-    """Its line below “More settings”, from the top; several fields may share one. 0: elsewhere."""
+    """Line below “More settings”, from the top; fields may share a line. 0: elsewhere."""
     setting: str = ""
-    """The setting that it fills; "" if the form does more with it."""
+    """Setting that it fills; "" if the form does more with it."""
     choices: Mapping[str, str] = field(default_factory=dict)
-    """Value -> label, if it is a choice of a few (default: the values of its setting)."""
+    """Value -> label of radio buttons (default: the values of its setting)."""
     always: bool = False
-    """Whether the run is given its value even where that is as at first; else 0 is “by recipe”."""
+    """Whether the run gets its value even if unchanged; otherwise 0 means “by recipe”."""
     switch_values: tuple[str, str] | None = None
-    """Values of the setting for a tick that is off, and on."""
+    """Values of the setting for a tick box that is off, and on."""
     hides_for_toys: bool = False
-    """Whether the embedded base has no use for it."""
+    """Whether it is hidden for the embedded base, which does not use it."""
     moves_crops: bool = False
-    """Whether the grid of photos, each as the run will crop it, is drawn anew after it."""
+    """Whether it decides the crops, so that the grid of photos is updated after it."""
     at_first: Callable[[str], Any] | None = None
-    """From the base's name to the first value, if the base decides it."""
+    """Function from the base's name to the first value, if the base decides it."""
     unused_for: tuple[str, ...] = ()
-    """Kinds of subject for which it means nothing, and is hidden."""
+    """Kinds of subject for which it is hidden, as they do not use it."""
     fetched: str = ""
-    """What is told where a tick is off at first, as it takes something from the hub."""
+    """Note beside a tick box that is off at first, as it downloads something from the hub."""
     elem_id: str = ""
-    """Its id on the page (default: its name)."""
+    """Id on the page (default: its name)."""
     look: Mapping[str, Any] = field(default_factory=dict)
     """Further options of the widget."""
 
     @property
     def setting_facts(self) -> Mapping[str, Any]:
-        """What the table of settings says of its setting."""
+        """Return the facts of its setting in the table of settings."""
         return SETTINGS[self.setting].metadata if self.setting else {}
 
     @property
     def values(self) -> tuple[str, ...]:
-        """The values that can be chosen; none where any can be written."""
+        """Return the values to select from; none if any can be written."""
         if self.choices:
             return tuple(self.choices)
         if self.is_tick:
@@ -79,7 +79,7 @@ class FormField:
 
     @property
     def is_tick(self) -> bool:
-        """Whether it is on or off; None as default: the base decides."""
+        """Return whether it is a tick box; None as default: the base decides."""
         return self.default is None or isinstance(self.default, bool)
 
     @property
@@ -87,24 +87,24 @@ class FormField:
         return is_number(self.default) and not self.is_tick
 
     def get_first_value(self, base: str) -> Any:
-        """Its first value on a page of that base."""
+        """Return its first value on a page of that base."""
         return self.at_first(base) if self.at_first else self.default
 
 
 def make_field(default: Any, label: str, info: str = "", **facts: Any) -> Any:
-    """A field of the form with the facts of a `FormField`."""
+    """Make a field of the form with the facts of a `FormField`."""
     row = FormField(default=default, label=label, info=info, **facts)
     return field(default=default, metadata={"row": row})
 
 
 def list_form_fields() -> dict[str, FormField]:
-    """The fields of the form by name, in the table's order."""
+    """Map names to the fields of the form, in the table's order."""
     return {item.name: item.metadata["row"] for item in fields(TrainForm)}
 
 
 @dataclass(frozen=True)
 class TrainForm:
-    """All that the form asks. 0 in a number, and None, mean what the recipe says."""
+    """Values of the training form. 0 in a number, and None, mean the recipe's value."""
 
     token: str = make_field(
         plan.DEFAULT_TOKEN,
@@ -255,12 +255,12 @@ class TrainForm:
     )
 
     def check_words(self) -> None:
-        """Raises UserError for missing or too long words."""
-        wanted = {
+        """Raise UserError if the token or class word is missing or too long."""
+        labels = {
             "token": "the token (a rare word, such as sks)",
             "class_word": "the word for what the photos show (such as dog)",
         }
-        for key, name in wanted.items():
+        for key, name in labels.items():
             if self.subject in list_form_fields()[key].unused_for:
                 continue
             word = str(getattr(self, key) or "").strip()
@@ -271,9 +271,10 @@ class TrainForm:
             check_characters(word, name)
 
     def build_prompts(self, base: str) -> tuple[str, str | None]:
-        """The subject's prompt, and that of the class which is kept: None where none is.
+        """Return the subject's prompt and the class prompt, None if no class is preserved.
 
-        `base` is the name of the page's base. Raises UserError for words that no run can use.
+        `base` is the name of the page's base. Raises UserError for a token or class word that no
+        run can use.
         """
         self.check_words()
         choices = plan.Choices(
@@ -292,7 +293,13 @@ class TrainForm:
         photos: Sequence[Photo] = (),
         is_queued: bool = False,
     ) -> plan.Choices:
-        """What the command would choose for these photos and words.
+        """Choose settings as the command does for these photos and words.
+
+        - `base` is the name of the page's base, and `resolution_px` its side.
+        - `photos_dir` has the photos.
+        - `run_dir` is the run's folder, which need not exist.
+        - `photos` are those of `photos_dir` that can be used, if they were read already.
+        - With `is_queued` the run begins when all others have ended, and has their memory.
 
         - `base` is the name of the page's base, and `resolution_px` its side.
         - `photos_dir` has the photos.
@@ -302,31 +309,33 @@ class TrainForm:
 
         Raises UserError for a form or photos that no run can use.
         """
-        # The form's own values come first, and the base's recipe gives the others.
+        # The form's own values come first, then those of the base's recipe.
         choices = plan.Choices(self.collect_settings(base, resolution_px, photos_dir, run_dir))
-        wants_scores = self.scores
+        scores_choice = self.scores
         exposures = plan.choose_recipe(choices, measure_recipe_gib(base, is_later=is_queued))
-        # What follows from the words, from the photos, and from what is on this machine.
+        # The settings that follow from the words, the photos, and the files on this machine.
         plan.choose_prompts(choices, clean_whitespace(self.class_word))
         photos = list(photos) or find_usable_photos(photos_dir, resolution_px)
         plan.choose_steps(choices, round(PRESET_FACTORS[self.preset] * exposures), photos)
-        if wants_scores == plan.has_encoders(base):
-            wants_scores = None
-        plan.choose_scores(choices, photos, wants_scores)
+        if scores_choice == plan.has_encoders(base):
+            scores_choice = None
+        plan.choose_scores(choices, photos, scores_choice)
         return choices
 
     def collect_settings(
         self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path
     ) -> dict[str, Any]:
-        """The form's own values, under the names of TrainConfig.
+        """Return the form's own values, under the names of TrainConfig.
+
+        Arguments are those of `choose_settings`. Raises UserError.
 
         The arguments are those of `defaults`. Raises UserError.
         """
         self.check_words()
         check_characters(str(self.describe or ""), "what may change")
-        given = {
+        settings = {
             "pretrained_model_name_or_path": base,
-            # The files that the page itself has loaded.
+            # The variant of the files that the page itself has loaded.
             "variant": Base.find(base).variant_here,
             "output_dir": str(run_dir),
             "resolution": resolution_px,
@@ -335,73 +344,76 @@ class TrainForm:
         }
         looks = str(self.describe or "").replace(",", " ").split()
         if looks and self.subject == "person":
-            given["describe"] = looks
-        return given
+            settings["describe"] = looks
+        return settings
 
     def collect_changed_settings(self, base: str) -> dict[str, Any]:
-        """What the fields say of settings that differ from the first."""
-        given = {}
+        """Return the settings that differ from the first values of their fields."""
+        settings = {}
         for name, row in list_form_fields().items():
-            # A field that fills no setting here, or is left to the recipe.
+            # Skip a field that fills no setting, or is left to the recipe.
             value = getattr(self, name)
             value = clean_whitespace(value) if isinstance(value, str) else value
-            is_unsaid = value is None or (row.is_number and not row.always and not value)
-            is_idle = self.subject in row.unused_for or (
+            is_by_recipe = value is None or (row.is_number and not row.always and not value)
+            is_hidden = self.subject in row.unused_for or (
                 row.hides_for_toys and toy_bases.is_toy(base)
             )
-            if not row.setting or is_unsaid or is_idle:
+            if not row.setting or is_by_recipe or is_hidden:
                 continue
             if row.always or value != row.get_first_value(base):
-                given[row.setting] = row.switch_values[bool(value)] if row.switch_values else value
-        return given
+                settings[row.setting] = (
+                    row.switch_values[bool(value)] if row.switch_values else value
+                )
+        return settings
 
 
 PRIOR_FLAGS_PATTERN = r"--with_prior_preservation --prior adapter_off --class_prompt \"[^\"]*\""
-"""How advice for the command line keeps the class."""
+"""Pattern of the flags with which advice preserves the class."""
 
 
 def replace_flags(advice: str) -> str:
-    """Advice, or a mistake, with flags of the command line as the form calls them; those that it
-    has not stay."""
-    # Pattern of a flag -> what is said in its place.
-    words = {
+    """Replace flags in advice, or in an error, by the form's labels; other flags stay."""
+    # Pattern of a flag -> the label that replaces it.
+    labels = {
         r"--exposures_per_photo \d+": "a greater “Length”, or more “Steps”",
         PRIOR_FLAGS_PATTERN: f"“{list_form_fields()['prior_preservation'].label}”",
     }
     for row in list_form_fields().values():
         if row.setting and row.switch_values:
-            words[f"--{row.setting} {row.switch_values[1]}"] = f"“{row.label}”"
+            labels[f"--{row.setting} {row.switch_values[1]}"] = f"“{row.label}”"
         elif row.setting and row.is_number:
-            words[rf"--{row.setting} ([\d.e-]+)"] = rf"“{row.label}” \1"
-    # A flag that is named without its value, as in mistakes
+            labels[rf"--{row.setting} ([\d.e-]+)"] = rf"“{row.label}” \1"
+    # A flag without its value, as in errors.
     for row in list_form_fields().values():
         if row.setting:
-            words[rf"--{row.setting}\b"] = f"“{row.label}”"
-    for flag, said in words.items():
-        advice = re.sub(flag, said, advice)
+            labels[rf"--{row.setting}\b"] = f"“{row.label}”"
+    for flag, label in labels.items():
+        advice = re.sub(flag, label, advice)
     return advice
 
 
 def measure_free_gib(*, is_later: bool = False) -> float | None:
-    """GPU memory for a run, GiB; None without a GPU.
+    """Measure GPU memory for a run, GiB; None without a GPU.
+
+    With `is_later` the run begins when all others have ended.
 
     With `is_later` the run begins when all others have ended.
     """
     import torch
 
-    # Apple's memory is the CPU's, too.
+    # On Apple machines the CPU and the GPU share the memory.
     if get_best_device().type == "mps":
-        most, used = measure_apple_memory()
-        return most if is_later else most - used
+        limit_gib, used_gib = measure_apple_memory()
+        return limit_gib if is_later else limit_gib - used_gib
     if not torch.cuda.is_available():
         return None
-    # What this process has reserved is given back before the run begins.
-    free, whole = torch.cuda.mem_get_info()
-    return (whole if is_later else free + torch.cuda.memory_reserved()) / GIB
+    # The memory that this process has reserved is released before the run begins.
+    free_gib, total_gib = torch.cuda.mem_get_info()
+    return (total_gib if is_later else free_gib + torch.cuda.memory_reserved()) / GIB
 
 
 def measure_recipe_gib(base: str, *, is_later: bool = False) -> float | None:
-    """Free GPU memory for the choice of recipe, GiB.
+    """Measure free GPU memory for the choice of recipe, GiB.
 
     None without a GPU, and for the embedded base, which needs none.
     """
@@ -409,7 +421,7 @@ def measure_recipe_gib(base: str, *, is_later: bool = False) -> float | None:
 
 
 def find_usable_photos(photos_dir: Path, resolution_px: int) -> list[Photo]:
-    """The usable photos. Raises UserError where there is none."""
+    """Find the usable photos. Raises UserError if there is none."""
     photos = find_photos(photos_dir, "", resolution_px).photos
     if not photos:
         raise UserError("none of the photos can be used; the reasons are shown below them")

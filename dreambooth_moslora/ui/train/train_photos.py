@@ -1,7 +1,7 @@
-"""The photos in the form: they are taken, captioned, and shown as the run will crop them.
+"""Photos in the form: adding and captioning them, and their crops as the run will see them.
 
-A caption and a mask lie beside their photo, where a training reads them. The page knows a photo by
-the digest of its clean copy, whatever its number.
+A caption and a mask lie beside their photo, where training reads them. The page identifies a photo
+by the digest of its clean copy, whatever its number.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,24 +26,24 @@ from dreambooth_moslora.ui.train.train_start import build_config
 from dreambooth_moslora.ui.workspace import Workspace
 
 TILE_PX = 256
-"""Longer side of a picture in the grid."""
+"""Longer side of a photo in the grid."""
 
 
 def add_photos(files: list[str], workspace: Workspace) -> list[str]:
-    """Take photos after the others; of equal ones the first stays. Returns remarks.
+    """Add photos after the present ones; of equal ones the first stays. Returns remarks.
 
     Raises UserError.
     """
     with workspace.changing:
         remarks = copy_photos(files, workspace.photos_dir)
-        known = set()
-        again = []
+        digests = set()
+        duplicates = []
         for photo in list_photo_copies(workspace.photos_dir):
             digest = hash_file(photo)
-            if digest in known:
-                again.append(photo)
-            known.add(digest)
-        remove_photos(workspace.photos_dir, again)
+            if digest in digests:
+                duplicates.append(photo)
+            digests.add(digest)
+        remove_photos(workspace.photos_dir, duplicates)
     return remarks
 
 
@@ -51,12 +51,12 @@ def remove_photo(workspace: Workspace, digest: str) -> None:
     """Remove a photo with its caption and mask."""
     folder = workspace.photos_dir
     with workspace.changing:
-        gone = [photo for photo in list_photo_copies(folder) if hash_file(photo) == digest]
-        remove_photos(folder, gone)
+        removed = [photo for photo in list_photo_copies(folder) if hash_file(photo) == digest]
+        remove_photos(folder, removed)
 
 
 def read_caption(photo: Path) -> str:
-    """The caption beside a photo; "" for none."""
+    """Read the caption beside a photo; "" for none."""
     file = photo.with_suffix(".txt")
     return file.read_text(encoding="utf-8") if file.is_file() else ""
 
@@ -69,25 +69,25 @@ def write_captions(workspace: Workspace, rows: Sequence[Sequence[str]]) -> None:
             caption = clean_whitespace(captions.get(hash_file(photo), read_caption(photo)))
             file = photo.with_suffix(".txt")
             file.write_text(caption, encoding="utf-8")
-            # An empty caption is the instance prompt, as none is.
+            # An empty caption means the instance prompt, as a missing file does.
             if not caption:
                 file.unlink()
 
 
 def parse_number(photo: Path) -> int:
-    """3 for photo_03.png."""
+    """Return 3 for photo_03.png."""
     return int(photo.stem.partition("_")[2])
 
 
 @dataclass(frozen=True)
 class PhotoReview:
-    """What a run would make of the kept photos."""
+    """Crops of the stored photos as a run would use them, with remarks."""
 
     photos: list[Path]
     crops: list[tuple[PIL.Image.Image, str]]
-    """Each photo as it will be cropped, and what is to be said of it."""
+    """Each photo as it will be cropped, with a remark."""
     remarks: str
-    """On all of them, as HTML."""
+    """Remarks on all of them, as HTML."""
 
 
 def build_review(
@@ -96,31 +96,34 @@ def build_review(
     remarks: Sequence[str] = (),
     masks: Mapping[Path, Path | None] | None = None,
 ) -> PhotoReview:
-    """Judge the clean copies, each by its first crop in a run of this form.
+    """Review the clean copies, each by its first crop in a run of this form.
 
     - `remarks` come before those on all photos together, and those before those on single ones.
-    - `masks` are those that a run would use, by photo, if not those beside the photos.
+    - `masks` maps photos to the masks of a run (default: those beside the photos).
+
+    - `remarks` come before those on all photos together, and those before those on single ones.
+    - `masks` maps photos to the masks of a run (default: those beside the photos).
     """
     folder = ctx.workspace.photos_dir
     with ctx.workspace.changing:
         report = find_photo_faults(find_photos(folder, "", ctx.resolution_px), ctx.resolution_px)
         lines = [*remarks, *report.remarks]
         crops = {}
-        # Photos that no run uses are shown whole.
+        # Show photos that no run uses whole.
         for skipped in report.skipped:
             if skipped.is_photo:
                 lines.append(f"photo {parse_number(Path(skipped.path))}: {skipped.reason}")
                 whole = to_rgb(require_image(skipped.path))
                 crops[Path(skipped.path)] = whole, f"not used: {skipped.reason}"
-        # The others are cropped, with a line around what their masks teach most. The crops do not
-        # depend on the words, which may be missing yet.
+        # Crop the others, with the outlines of their masks. The crops do not depend on the token
+        # and class word, which may still be missing.
         photos = report.photos
         if photos:
-            worded = replace(form, token=DEFAULT_TOKEN, class_word="subject")
-            config = build_config(ctx, worded, photos)
+            form_with_words = replace(form, token=DEFAULT_TOKEN, class_word="subject")
+            config = build_config(ctx, form_with_words, photos)
             photos = add_faces(config, photos)
-        for place, photo in enumerate(photos):
-            plan = next(plan_crops(photo, place, config))
+        for photo_index, photo in enumerate(photos):
+            plan = next(plan_crops(photo, photo_index, config))
             masked = replace(photo, mask_path=(masks or {}).get(photo.path, photo.mask_path))
             pixels = draw_outline(open_rgb(photo), open_mask(masked))
             crop = apply_crop(pixels, plan)
@@ -128,16 +131,16 @@ def build_review(
             crops[photo.path] = crop, reasons or "good"
             if reasons:
                 lines.append(f"photo {parse_number(photo.path)}: {reasons}")
-    shown = sorted(crops)
+    photo_paths = sorted(crops)
     return PhotoReview(
-        photos=shown,
-        crops=[crops[photo] for photo in shown],
+        photos=photo_paths,
+        crops=[crops[photo] for photo in photo_paths],
         remarks=render_photo_remarks(len(report.photos), lines),
     )
 
 
 def render_photo_remarks(count: int, faults: list[str]) -> str:
-    """What is said of all photos, as HTML: `count` are usable, and `faults` are a line each."""
+    """Render the remarks on all photos: `count` are usable, and `faults` are a line each."""
     plural = "" if count == 1 else "s"
     title = f"{count} photo{plural}, each as the run will crop it"
     if not faults:
@@ -146,7 +149,7 @@ def render_photo_remarks(count: int, faults: list[str]) -> str:
 
 
 def build_cards(review: PhotoReview) -> list[dict[str, str]]:
-    """The cards of `build_photo_rows`."""
+    """Build the cards of `build_photo_rows`."""
     cards = []
     for photo, (picture, remark) in zip(review.photos, review.crops):
         card = {

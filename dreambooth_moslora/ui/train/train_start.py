@@ -1,4 +1,6 @@
-"""From a filled form to a run.
+"""Start of a run from a filled form.
+
+The run is started, queued, or its cost is estimated, as `--dry_run` does it.
 
 A run is started, queued, or told what it will cost, as `--dry_run` estimates it.
 """
@@ -30,14 +32,14 @@ from dreambooth_moslora.ui.train import train_form
 from dreambooth_moslora.ui.train.train_form import TrainForm
 
 BUSY_MESSAGE = "another run is going on or waits; “Add to queue” lets this one wait for its turn"
-"""Why a run is not started."""
+"""Error for a run that cannot start yet."""
 CHOICES_TITLE = "“More settings” changes this:"
-"""Told above what was chosen for a run."""
+"""Heading above the choices for a run."""
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A new run folder with the photos in it, its settings, and what was chosen for them."""
+    """New run folder with the photos in it, its settings, and lines about them."""
 
     run_dir: Path
     settings: dict[str, Any]
@@ -45,7 +47,7 @@ class PreparedRun:
 
 
 def start_run(ctx: state.AppContext, form: TrainForm) -> tuple[Job, str]:
-    """The started run, and what was chosen for it as HTML. Raises UserError."""
+    """Start the run; return it, and the choices for it as HTML. Raises UserError."""
     if ctx.jobs.find_active_job() or not ctx.queue.is_empty:
         raise UserError(BUSY_MESSAGE)
     with prepare_run(ctx, form) as run:
@@ -54,7 +56,7 @@ def start_run(ctx: state.AppContext, form: TrainForm) -> tuple[Job, str]:
 
 
 def add_to_queue(ctx: state.AppContext, form: TrainForm) -> tuple[str, str]:
-    """The name of the run, which waits until those before it have ended, and HTML.
+    """Queue the run, which waits for those before it; return its name, and HTML.
 
     Raises UserError.
     """
@@ -74,14 +76,13 @@ def prepare_run(
     *,
     is_queued: bool = False,
 ) -> Iterator[PreparedRun]:
-    """Prepare the run folder.
+    """Prepare the run folder, and delete it if the block fails, which frees its name.
 
-    It is deleted when the block fails, which frees its name. With `is_queued` the run begins when
-    all others have ended. Raises UserError.
+    With `is_queued` the run begins when all others have ended. Raises UserError.
     """
     from dreambooth_moslora.plan.validation import get_family_settings, validate_settings
 
-    # The settings, as the page's photos give them.
+    # The settings for the page's photos.
     photos = ctx.workspace.required_photos_dir
     form.check_words()
     run_dir = free_run_dir(ctx.jobs, form)
@@ -102,7 +103,7 @@ def prepare_run(
     try:
         with ctx.workspace.changing:
             shutil.copytree(photos, copies)
-        # What training would refuse is refused here, where the form can still be changed.
+        # Validate the settings as training will: here the form can still be changed.
         base = Base.of(config)
         validate_settings(replace(config, **get_family_settings(config, base)), base)
         yield PreparedRun(run_dir=run_dir, settings=config.to_dict(), lines=format_choices(config))
@@ -114,7 +115,7 @@ def prepare_run(
 def build_config(
     ctx: state.AppContext, form: TrainForm, photos: Sequence[Photo] = ()
 ) -> train_config.TrainConfig:
-    """The settings of a run of this form, whose folder is not made.
+    """Build the settings of a run of this form, without its folder.
 
     `photos` are the page's usable ones, if they were read already. Raises UserError.
     """
@@ -130,7 +131,7 @@ def build_config(
 
 
 def format_choices(config: train_config.TrainConfig) -> list[str]:
-    """What a run of the page does, in a sentence each."""
+    """Describe in sentences what a run of the page does."""
     count = len(list_photo_copies(Path(config.instance_data_dir)))
     total = plan_steps(config, [max(1, count)]).total_steps
     lines = [f"{total} steps at {config.resolution} px, from {count} photo{'s' * (count != 1)}."]
@@ -150,18 +151,20 @@ def format_choices(config: train_config.TrainConfig) -> list[str]:
 
 
 def free_run_dir(jobs: Jobs, form: TrainForm) -> Path:
-    """The wanted name, or one from the class words; a number is added when it is taken."""
-    wanted = str(form.run_name or form.class_word)
-    # What a RUN_NAME may have, and dashes for the rest.
-    wanted = re.sub(r"[^\w.+-]+", "-", wanted)
-    wanted = re.sub(r"\.{2,}", ".", wanted)
-    wanted = re.sub(r"^[\W_]+", "", wanted)
-    wanted = wanted[:MAX_RUN_NAME_CHARACTERS].rstrip(".-") or "run"
-    return jobs.run_dir(find_free_name(wanted, lambda name: jobs.run_dir(name).exists(), "-"))
+    """Return a free folder by the form's name or class word; a number is added if it is in use."""
+    name = str(form.run_name or form.class_word)
+    # Replace characters that `RUN_NAME_PATTERN` does not allow by dashes.
+    name = re.sub(r"[^\w.+-]+", "-", name)
+    name = re.sub(r"\.{2,}", ".", name)
+    name = re.sub(r"^[\W_]+", "", name)
+    name = name[:MAX_RUN_NAME_CHARACTERS].rstrip(".-") or "run"
+    return jobs.run_dir(
+        find_free_name(name, lambda candidate: jobs.run_dir(candidate).exists(), "-")
+    )
 
 
 def estimate_cost(ctx: state.AppContext, form: TrainForm) -> str:
-    """Memory and disk as HTML, and folded below them what they follow from.
+    """Estimate memory and disk, as HTML with the reasons folded below them.
 
     Raises UserError for whatever training would refuse.
     """
@@ -172,17 +175,17 @@ def estimate_cost(ctx: state.AppContext, form: TrainForm) -> str:
         list_plan_advice,
     )
 
-    # The run's plan. Its folder is not made.
+    # The run's plan, without its folder.
     plan = make_plan(build_config(ctx, form), free_gib=train_form.measure_free_gib(), is_later=True)
-    # Line by line: what it does, the memory, and what could be better.
+    # The details: the choices, the memory plans, and advice.
     lines = [*describe_disk_lack(plan), *format_choices(plan.config)]
-    told = [
+    details = [
         *format_costs(plan),
         *format_plans(plan.config, plan.cost.size),
         *list_plan_advice(plan),
     ]
-    lines += map(train_form.replace_flags, told)
-    # The two numbers that decide.
+    lines += map(train_form.replace_flags, details)
+    # The title: the two numbers that decide.
     memory = f"{plan.cost.peak_gib:.1f} GiB of memory"
     disk = f"{plan.cost.disk_gib:.2f} GiB on the disk"
     return html.render_folded(f"{memory} · {disk}", lines)

@@ -1,5 +1,4 @@
-"""The events of the right half of the Train tab: the page looks at the runs and the queue, and its
-buttons change them."""
+"""Events of the right half of the Train tab: polling the runs and the queue, and the buttons."""
 
 from typing import Any
 
@@ -13,11 +12,11 @@ from dreambooth_moslora.ui.train.run_list import list_runs
 from dreambooth_moslora.ui.train.run_view import WATCHED_WIDGETS, list_changes
 
 SHOW_STATUS_SCRIPT = "() => setTimeout(() => bringIntoView('train_watch', 'train_status'), 200)"
-"""Once it is on the page: on a phone it stands below the form."""
+"""Script that scrolls to the status, once it is on the page: on a phone it is below the form."""
 
 
 def connect_watch(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
-    """Connect all events of the `parts`, which are `build_watch_widgets`."""
+    """Connect all events of the `parts`, which are those of `build_watch_widgets`."""
     _connect_look(ctx, page, parts)
     _connect_list(parts)
     _connect_controls(ctx, parts)
@@ -29,21 +28,21 @@ def _list_outputs(parts: dict) -> list:
 
 
 def _map_outputs(parts: dict, changes: dict[str, Any]) -> dict:
-    """Gradio wants some value even where nothing changes."""
+    """Map widgets to their changes; gradio requires a value even if nothing changes."""
     changes = changes or {"seen": gr.skip()}
     return {parts[name]: value for name, value in changes.items()}
 
 
 def _connect_look(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
-    """Look when the page is loaded, from time to time, and when another run is chosen."""
+    """Poll the run when the page is loaded, from time to time, and when another is selected."""
 
     def attach() -> str:
-        """The newest run is shown: that which trains, if there is one."""
+        """Return the name of the newest run, which is the one in progress if there is one."""
         listed = list_runs(ctx.jobs)
         return listed[0][0].name if listed else ""
 
-    def look(run: str | None, seen: tuple | None, queue_seen: tuple | None) -> dict:
-        changes = list_changes(ctx.jobs, run, seen, ctx.workspace)
+    def look(run: str | None, last_state: tuple | None, queue_seen: tuple | None) -> dict:
+        changes = list_changes(ctx.jobs, run, last_state, ctx.workspace)
         return _map_outputs(parts, changes | list_queue_changes(ctx, run, queue_seen))
 
     inputs = [parts["run"], parts["seen"], parts["queue_seen"]]
@@ -56,7 +55,7 @@ def _connect_look(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
 
 
 def _connect_list(parts: dict) -> None:
-    """A click in the list chooses the run."""
+    """Select the run that is clicked in the list."""
 
     @on(parts["runs"].choose, UNQUEUED_EVENT, inputs=None, outputs=parts["run"])
     def choose(event: gr.EventData) -> str:
@@ -66,23 +65,23 @@ def _connect_list(parts: dict) -> None:
 
 
 def _connect_controls(ctx: AppContext, parts: dict) -> None:
-    """Stop and Resume."""
-    shown = {"inputs": parts["run"], "outputs": parts["status"]}
+    """Connect Stop and Resume."""
+    options = {"inputs": parts["run"], "outputs": parts["status"]}
 
-    @on(parts["stop"].click, MESSAGE_EVENT, **shown)
+    @on(parts["stop"].click, MESSAGE_EVENT, **options)
     def stop(run: str | None) -> str:
         return html.render_notice(f"Stopping {ctx.jobs.stop(run or '').name} …")
 
-    @on(parts["resume"].click, MESSAGE_EVENT, **shown)
+    @on(parts["resume"].click, MESSAGE_EVENT, **options)
     def resume(run: str | None) -> str:
         return html.render_notice(f"Going on with {ctx.jobs.resume(run or '').name} …")
 
 
 def _connect_queue(ctx: AppContext, parts: dict) -> None:
-    """The chosen run is removed from the queue."""
+    """Remove the selected run from the queue."""
     inputs = [parts["queued"], parts["run"], parts["queue_seen"]]
 
     @on(parts["queue_remove"].click, MESSAGE_EVENT, inputs=inputs, outputs=_list_outputs(parts))
-    def remove(chosen: str | None, run: str | None, last_state: tuple | None) -> dict:
-        ctx.queue.queue.remove(chosen or "")
+    def remove(queued_run: str | None, run: str | None, last_state: tuple | None) -> dict:
+        ctx.queue.queue.remove(queued_run or "")
         return _map_outputs(parts, list_queue_changes(ctx, run, last_state))

@@ -1,4 +1,4 @@
-"""The widgets of the right half of the Train tab: the runs, the chosen one, and the queue."""
+"""Widgets of the right half of the Train tab: the runs, the selected one, and the queue."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import gradio as gr
 from dreambooth_moslora.ui import html
 
 POLL_SEC = 2.0
-"""How often the page looks at the run, s."""
+"""Seconds between two polls of the run."""
 NO_RUN_CARD = html.render_remarks(
     [
         "Add 3 to 10 photos of one subject, in several places.",
@@ -16,28 +16,28 @@ NO_RUN_CARD = html.render_remarks(
     ],
     "No run yet. Here you will watch it learn.",
 )
-"""The state of a page without a run."""
+"""Status of a page without a run."""
 DOWNLOADS = {
     "download_kohya": ("Download for ComfyUI", "download_kohya"),
     "download": ("Download the LoRA", "download_adapter"),
 }
-"""Name -> label and id of a button."""
+"""Name of a download button -> its label and id."""
 
 
 def build_watch_widgets() -> dict[str, Any]:
-    """All of them, by name."""
-    # What the page has shown last, of the run and of the queue.
+    """Build all of them, by name."""
+    # The states of the run and of the queue that the page has shown last.
     parts: dict[str, Any] = {
         "timer": gr.Timer(POLL_SEC),
         "seen": gr.State(None),
         "queue_seen": gr.State(None),
     }
-    # All runs, and how far the chosen one is. Programs and events know it by its name.
+    # All runs, and the status of the selected one. Programs and events use its name.
     parts["runs"] = html.build_run_list("runs")
     parts["run"] = gr.Textbox("", label="Run", visible=False)
     parts["status"] = gr.HTML(NO_RUN_CARD, elem_id="train_status", label="Status")
     parts |= _build_buttons() | _build_galleries() | _build_queue()
-    # For whoever wants to know more.
+    # Further details.
     look = {"open": False, "visible": False, "elem_id": "log_box"}
     with gr.Accordion("Curves and log", **look) as parts["details"]:
         parts["plot"] = _build_image("Loss and scores", "plot")
@@ -46,7 +46,7 @@ def build_watch_widgets() -> dict[str, Any]:
 
 
 def _build_buttons() -> dict[str, Any]:
-    """What can be done with the run, as it trains and when it has ended."""
+    """Build the buttons of the run, while it trains and when it has ended."""
     parts = {}
     look = {"visible": False, "min_width": 76}
     with gr.Row(elem_classes="tight ended"):
@@ -59,7 +59,7 @@ def _build_buttons() -> dict[str, Any]:
 
 
 def _build_galleries() -> dict[str, Any]:
-    """The run's pictures: the newest while it trains, and before and after when it has ended."""
+    """Build the images of the run: newest samples while it trains, before and after at its end."""
     samples = gr.Gallery(
         label="Samples",
         columns=4,
@@ -78,7 +78,7 @@ def _build_image(label: str, elem_id: str) -> gr.Image:
 
 
 def _build_queue() -> dict[str, Any]:
-    """The runs that wait; hidden while there are none."""
+    """Build the list of waiting runs; it is hidden while there are none."""
     parts = {}
     with gr.Column(visible=False, elem_id="queue_box") as parts["queue_box"]:
         parts["queued"] = gr.Radio(
