@@ -9,7 +9,6 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-# Name -> the module that has it.
 _PUBLIC_MODULES = {
     "UserError": "errors",
     "Base": "base.base",
@@ -23,25 +22,24 @@ _PUBLIC_MODULES = {
     "train_subject": "cli.command_train",
     "evaluate_adapter": "evaluation.scoring",
 }
+"""Public name -> its module."""
 
 __all__ = ["__version__", *_PUBLIC_MODULES]
 
 
 def set_openmp_waiting() -> None:
-    """Let OpenMP's idle threads spin for a moment and then sleep, unless the environment chooses
-    already.
+    """Let OpenMP's idle threads spin for a moment, then sleep, unless the environment decides.
 
     If they sleep at once, a small UNet's step takes nearly twice as long on two free cores; if they
     spin for long while other programs use the cores, ten times as long.
     """
-    # libgomp reads both variables when torch is imported; after that, only processes that are
-    # started from here obey.
+    # libgomp reads both variables when torch is imported; later they only act on child processes.
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 
 
 set_openmp_waiting()
-# It warns of kernels and of a missing GPU as soon as PEFT imports it, even if nothing uses it.
+# bitsandbytes warns of a missing GPU as soon as PEFT imports it, even if nothing uses it.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 

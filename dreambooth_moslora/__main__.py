@@ -1,10 +1,10 @@
-"""`python -m dreambooth_moslora COMMAND …`, and the installed `dreambooth-moslora COMMAND …`."""
+"""Entry point of `python -m dreambooth_moslora COMMAND …` and of `dreambooth-moslora COMMAND …`."""
 
 import sys
 
 
 def main() -> int:
-    """Run the command line. Returns the exit code.
+    """Run the command line, and return the exit code.
 
     A Ctrl-C during the import ends the program like one during a command.
     """

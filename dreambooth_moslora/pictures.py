@@ -1,8 +1,7 @@
-"""Pictures as files: PNGs, contact sheets, and HTML pages of the templates in
-`dreambooth_moslora/templates`.
+"""Image files: PNGs, contact sheets, and HTML pages of `dreambooth_moslora/templates`.
 
 The contact sheet of a run holds the user's photos, so it stays in the run folder. A page is one
-file: styles and pictures are embedded, and opening it fetches nothing.
+file: styles and images are embedded, and opening it fetches nothing.
 """
 
 import base64
@@ -26,37 +25,39 @@ def write_png(path: Path, image: Image.Image) -> None:
 
 
 def encode_png(image: Image.Image) -> bytes:
-    """The picture as the content of a PNG file."""
+    """Return the image as the content of a PNG file."""
     buffer = BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-# Colours of a contact sheet: titles, captions, the sheet.
 TITLE_COLOUR = "#1b1b1f"
 CAPTION_COLOUR = "#6a6a72"
 SHEET_COLOUR = "#ffffff"
-GAP_PX = 8  # Between its pictures.
-MARGIN_PX = 20  # Around them.
-SPACING_PX = 8  # Between two lines of a text.
-MAX_COLUMNS = 6  # Most pictures on a line.
+GAP_PX = 8
+"""Distance of a contact sheet's images."""
+MARGIN_PX = 20
+"""Border around a contact sheet."""
+SPACING_PX = 8
+"""Distance of two lines of text."""
+MAX_COLUMNS = 6
 
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One row of a contact sheet: pictures under a title."""
+    """Row of a contact sheet: images under a title."""
 
     title: str
     images: list[Image.Image]
-    captions: tuple[str, ...] = ()  # drawn under the pictures, one each, if any
+    captions: tuple[str, ...] = ()  # one below each image, or none
 
 
 def draw_contact_sheet(rows: list[SheetRow], path: Path, tile_px: int = 192) -> None:
-    """Write the rows that have pictures, at most MAX_COLUMNS of them on a line, as one PNG."""
+    """Write the rows that have images, at most MAX_COLUMNS of them in a line, as one PNG."""
     rows = [row for row in rows if row.images]
     columns = min(MAX_COLUMNS, max(len(row.images) for row in rows))
     strips = [draw_row(row, columns, tile_px) for row in rows]
-    # One below the other, on a sheet as large as they need.
+    # Paste the rows below each other.
     width = 2 * MARGIN_PX + strips[0].width
     height = 2 * MARGIN_PX + sum(strip.height for strip in strips)
     sheet = Image.new("RGB", (width, height), SHEET_COLOUR)
@@ -68,66 +69,67 @@ def draw_contact_sheet(rows: list[SheetRow], path: Path, tile_px: int = 192) -> 
 
 
 def draw_row(row: SheetRow, columns: int, tile_px: int) -> Image.Image:
-    """The row with its title, its captions, and a gap below it."""
+    """Draw a row with its title, its captions, and a gap below it."""
     font = ImageFont.load_default(max(11, tile_px // 14))
     line_px = font.size + SPACING_PX
     width = columns * (tile_px + GAP_PX) - GAP_PX
-    # The title, in one line or two.
+    # Draw the title, in one line or two.
     title = wrap_text(row.title, font, width)
-    first = (title.count("\n") + 1) * line_px
+    title_px = (title.count("\n") + 1) * line_px
     step = tile_px + GAP_PX + (2 * line_px if row.captions else 0)
     lines = -(-len(row.images) // columns)
-    strip = Image.new("RGB", (width, first + lines * step + GAP_PX), SHEET_COLOUR)
+    strip = Image.new("RGB", (width, title_px + lines * step + GAP_PX), SHEET_COLOUR)
     draw = ImageDraw.Draw(strip)
     draw.text((0, 0), title, fill=TITLE_COLOUR, font=font, spacing=SPACING_PX)
-    # The pictures, each whole in a square, with its caption below.
+    # Draw each image, whole in a square, with its caption below.
     for number, image in enumerate(row.images):
         line, column = divmod(number, columns)
-        left = column * (tile_px + GAP_PX)
-        top = first + line * step
+        x = column * (tile_px + GAP_PX)
+        y = title_px + line * step
         tile = ImageOps.pad(image.convert("RGB"), (tile_px, tile_px), color=SHEET_COLOUR)
-        strip.paste(tile, (left, top))
+        strip.paste(tile, (x, y))
         if row.captions:
             caption = wrap_text(row.captions[number], font, tile_px)
-            place = (left, top + tile_px + 2)
-            draw.text(place, caption, fill=CAPTION_COLOUR, font=font, spacing=SPACING_PX)
+            draw.text((x, y + tile_px + 2), caption, CAPTION_COLOUR, font=font, spacing=SPACING_PX)
     return strip
 
 
 def wrap_text(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
-    """The text in at most two lines of about `width_px`; an ellipsis ends it if cut."""
+    """Return the text in at most two lines of about `width_px`; an ellipsis ends it if cut."""
     character_px = font.getlength(text) / max(1, len(text))
-    most = int(width_px / max(1, character_px))
-    return textwrap.fill(text, most, max_lines=2, placeholder=" …", break_long_words=False)
+    max_characters = int(width_px / max(1, character_px))
+    return textwrap.fill(
+        text, max_characters, max_lines=2, placeholder=" …", break_long_words=False
+    )
 
 
-# A cell of a table that is set like a number: one, or several with their signs.
 NUMERIC_CELL = re.compile(r"[-+\d., /%()\[\]e]+")
+"""Cell of a table that is aligned like a number."""
 
 
 def render(template: str, **values: object) -> str:
-    """The page that a template makes of the values. Their text is escaped, but not for Markdown."""
+    """Return the page of a template and its values. Their text is escaped, except in Markdown."""
     return build_environment().get_template(template).render(values)
 
 
 @cache
 def build_environment() -> Environment:
-    """The templates, with `image | jpeg(side_px)` and `figure | png` for pictures, and `text is
-    numeric`."""
-    found = Environment(
+    """Load the templates; `image | jpeg(side_px)`, `figure | png` and `text is numeric` extend
+    Jinja."""
+    environment = Environment(
         loader=PackageLoader("dreambooth_moslora", "templates"),
         autoescape=lambda name: not name.endswith(".md"),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    found.filters |= {"jpeg": encode_image_url, "png": encode_figure_url}
-    found.tests["numeric"] = NUMERIC_CELL.fullmatch
-    return found
+    environment.filters |= {"jpeg": encode_image_url, "png": encode_figure_url}
+    environment.tests["numeric"] = NUMERIC_CELL.fullmatch
+    return environment
 
 
 def encode_image_url(image: Image.Image, side_px: int) -> str:
-    """The picture, at most `side_px` large, as the address of an <img>."""
+    """Return the image, at most `side_px` large, as the address of an <img>."""
     small = image.convert("RGB")
     small.thumbnail((side_px, side_px))
     buffer = BytesIO()
@@ -136,7 +138,7 @@ def encode_image_url(image: Image.Image, side_px: int) -> str:
 
 
 def encode_figure_url(plot: Figure) -> str:
-    """The plot as the address of an <img>."""
+    """Return the plot as the address of an <img>."""
     buffer = BytesIO()
     plot.savefig(buffer, format="png", dpi=110)
     return format_data_url("png", buffer)

@@ -1,8 +1,7 @@
-"""Where settings come from: TOML and JSON files; and where they go: the recipe in the header of a
-published file.
+"""Settings from TOML and JSON files, and the recipe in the header of a published file.
 
-The recipe of a run is what a published adapter file tells of its settings: numbers, switches,
-choices and names of layers, never paths, prompts or words.
+The recipe holds the settings of a run that a published adapter file may reveal: numbers, switches,
+choices and names of layers, never paths, prompts or text.
 """
 
 import re
@@ -26,12 +25,15 @@ from dreambooth_moslora.settings.train_config import (
 )
 
 RUN_SETTINGS_NAMES = (SETTINGS_NAME, JOB_CONFIG_NAME)
-"""Files of settings that runs keep."""
+"""Files in which a run stores its settings."""
 
 
 def load_settings(path: Path | str) -> dict[str, Any]:
-    """The file's settings by name. Tables are flattened: `[training] seed = 1` becomes `seed = 1`.
-    Raises UserError."""
+    """Return the settings of a file by name, its tables flattened: `[training] seed = 1` -> `seed =
+    1`.
+
+    Raises UserError.
+    """
     path = Path(path)
     try:
         settings = flatten(read_tables(path), path)
@@ -41,12 +43,12 @@ def load_settings(path: Path | str) -> dict[str, Any]:
 
 
 def drop_removed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run, which may be of an earlier version, without those that are gone."""
+    """Return a run's settings without those that only an earlier version had."""
     return {name: value for name, value in settings.items() if name in SETTINGS}
 
 
 def read_tables(path: Path | str) -> dict[str, Any]:
-    """The content of a --config file, with its tables. Raises UserError."""
+    """Return the content of a --config file, with its tables. Raises UserError."""
     path = Path(find_asset(str(path)))
     try:
         if path.suffix.lower() == ".json":
@@ -61,8 +63,10 @@ def read_tables(path: Path | str) -> dict[str, Any]:
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the names and values of a JSON object as a table. Raises ValueError for a name that is
-    there twice, as TOML does."""
+    """Return the names and values of a JSON object as a dict.
+
+    Raises ValueError for a repeated name, as TOML does.
+    """
     name, count = Counter(name for name, _ in pairs).most_common(1)[0] if pairs else ("", 1)
     if count > 1:
         raise ValueError(f"{name} is given twice")
@@ -70,30 +74,31 @@ def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def flatten(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Nested tables as one table. Raises UserError for a setting that is given twice."""
+    """Return nested tables as one table. Raises UserError for a repeated setting."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
+        setting = name.replace("-", "_")
         is_table = isinstance(value, dict)
-        plain = name.replace("-", "_")
-        inner = flatten(value, path) if is_table else {ALIASES.get(plain, plain): value}
-        twice = flat.keys() & inner.keys()
-        if twice:
-            raise UserError(f"--config {path}: {', '.join(sorted(twice))} is given twice.")
+        inner = flatten(value, path) if is_table else {ALIASES.get(setting, setting): value}
+        repeated = flat.keys() & inner.keys()
+        if repeated:
+            raise UserError(f"--config {path}: {', '.join(sorted(repeated))} is given twice.")
         flat |= inner
     return flat
 
 
-# The settings that every recipe tells, and those that it tells if they differ from the default.
 RECIPE_SETTINGS = list_settings("publish", "always")
+"""Settings that every recipe contains."""
 CHANGED_RECIPE_SETTINGS = list_settings("publish", "if_changed")
+"""Settings that a recipe contains if they differ from the default."""
 LAYER_SETTINGS = tuple(name for name in RECIPE_SETTINGS if FIELD_TYPES[name][0] is tuple)
 DEFAULTS = TrainConfig().to_dict()
-# A name of layers, with a value if it is a pattern. It cannot hold text of the user's.
 LAYER_NAME = re.compile(r"[A-Za-z0-9_.*\[\]?!-]{1,100}(\s*[=:]\s*[0-9.eE+-]{1,20})?")
+"""Name of layers, with a value if it is a pattern. It is too short for the user's text."""
 
 
 def build_recipe(config: TrainConfig) -> dict[str, Any]:
-    """JSON-ready values of the settings in RECIPE that are set."""
+    """Return the settings of the recipe that are set, as JSON-ready values."""
     settings = config.to_dict()
     for name in LAYER_SETTINGS:
         settings[name] = [text for text in settings[name] if LAYER_NAME.fullmatch(text)]

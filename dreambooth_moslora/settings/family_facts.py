@@ -1,8 +1,7 @@
-"""What is known of each family of models without loading one: the parts of its pipeline, and its
-usual settings.
+"""Facts of each family of models without loading one: its pipeline's parts and usual settings.
 
-The base says which family it is, by the class of its pipeline (`model_index.json`). How a family
-encodes and predicts is in `base.families`. Nothing else asks for a family by name.
+A base names its family by the class of its pipeline (`model_index.json`). How a family encodes and
+predicts is in `base.families`. No other code asks for a family by name.
 
 Sources: diffusers 0.42, its pipelines' defaults and its `examples/dreambooth` scripts.
 """
@@ -18,10 +17,12 @@ from dreambooth_moslora.errors import UserError
 
 @dataclass(frozen=True)
 class ActivationMemory:
-    """GiB of one image of 1024 px in bf16, without weights and gradients, counted on a model of so
-    many `parameters` with the targets below at rank 16 (`benchmarks.family_memory`). Drawing goes
-    by PEFT's own layers; it is both passes, with and without the prompt, where the family's
-    pipeline makes them as one."""
+    """GiB of one image of 1024 px in bf16, without weights and gradients.
+
+    Counted on a model of so many `parameters`, with the targets below at rank 16
+    (`benchmarks.family_memory`). `sampling_gib` is with PEFT's own layers, and of both passes, with
+    and without the prompt, where the family's pipeline makes them as one.
+    """
 
     full_gib: float
     recomputed_gib: float
@@ -32,9 +33,13 @@ class ActivationMemory:
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A published model: its parameters, those in linear layers of its blocks and of the largest
-    block, the number of its layers that get an adapter by default and the sum of their inputs and
-    outputs, and the parameters of its text encoders and VAE."""
+    """Published model.
+
+    parameters: of its denoiser
+    block_parameters, largest_block: those in linear layers of its blocks, and of the largest block
+    adapted_layers, adapted_widths: default targets, and the sum of their inputs and outputs
+    encoders, vae: parameters of its text encoders and VAE
+    """
 
     hub_id: str
     parameters: int
@@ -45,49 +50,50 @@ class PublishedModel:
     encoders: int
     vae: int = 83_653_863
     streamed: int | None = None
-    """Of `block_parameters`, those that `--stream_blocks` streams: all, but for blocks that
-    refine."""
+    """Part of `block_parameters` that `--stream_blocks` streams: all, except refiner blocks."""
 
 
-# Parameters of text encoders that several models have.
 CLIP_L_PARAMETERS = 123_060_480
 CLIP_G_PARAMETERS = 694_659_840
 T5_XXL_PARAMETERS = 4_762_310_656
 QWEN3_4B_PARAMETERS = 4_022_468_096
 QWEN3_8B_PARAMETERS = 8_190_735_360
 GEMMA2_2B_PARAMETERS = 2_614_341_888
+"""Parameters of text encoders that several models share."""
 CLIP_LAYERS = {"text_encoder": (48, 73_728), "text_encoder_2": (128, 327_680)}
-"""Of CLIP-L and CLIP-G, by the pipelines' names: the layers that `--train_text_encoder` adapts, and
-their in + out."""
+"""Component -> the layers of CLIP-L and CLIP-G that `--train_text_encoder` adapts, and the sum of
+their inputs and outputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyFacts:
-    """One family. `name` is that of its recipe in `assets/configs`; `title` is for sentences, cards
-    and the page."""
+    """Facts of one family.
+
+    name: of its recipe in `assets/configs`
+    title: for sentences, cards and the page
+    """
 
     name: str
     title: str
     pipeline: str  # Class of the pipeline.
     model: str  # Class of the model that denoises.
-    memory: ActivationMemory | None  # None for UNets alone, which are counted by SDXL's.
+    memory: ActivationMemory | None  # None for UNets, which scale with SDXL's.
     recomputed_gib: float = 0.51
-    """Of a UNet as large as SDXL's: GiB of a recomputed step of one image of 1024 px."""
+    """GiB of a recomputed step of one image of 1024 px, for a UNet as large as SDXL's."""
     denoiser: str = "transformer"
     """The pipeline's attribute of that model; it begins the keys of adapter files."""
     encoders: tuple[str, ...] = ("text_encoder",)
-    tokenizer: str = "tokenizer"  # The pipeline's name for what reads a prompt for its encoder.
+    tokenizer: str = "tokenizer"  # The pipeline's component that reads prompts.
     adapted_encoders: tuple[str, ...] = ()
-    """Those whose LoRA diffusers loads: what `--train_text_encoder` trains."""
+    """Text encoders whose LoRA diffusers loads, and which `--train_text_encoder` adapts."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     style: str = "flow"
-    """What the denoiser predicts: `flow`, n - x of z = (1 - σ)x + σn, or `ddpm`, noise or velocity.
+    """Prediction of the denoiser: `flow`, n - x of z = (1 - σ)x + σn, or `ddpm`, noise or velocity.
     """
-    weighting_scheme: str = "none"  # As the next, a default of diffusers' script.
+    weighting_scheme: str = "none"  # This and the next: defaults of diffusers' script.
     precondition_outputs: bool = False
     has_level_shift: bool = False
-    """Whether its scheduler has a line by which larger pictures get noisier levels; else all get
-    the same."""
+    """Whether its scheduler makes the noise levels of larger images noisier."""
     text_options: tuple[str, ...] = ("max_sequence_length",)
     """Settings that are arguments of the pipeline's `encode_prompt`."""
     guidance: float = 4.0
@@ -95,34 +101,34 @@ class FamilyFacts:
     """The pipeline's argument for the weight of the prompt against the empty one."""
     no_guidance: float = 1.0  # Its value that uses the prompt alone.
     has_negative: bool = True
-    """Whether pictures are drawn against a negative prompt; else the model is told the guidance."""
+    """Whether it samples with a negative prompt; else the guidance is an input of the model."""
     resolution_px: int = 1024
-    multiple_px: int = 16  # Sides of pictures are multiples of this.
-    needs_sizes: bool = False  # Whether the denoiser is told the photo's size and crop.
-    takes_references: bool = False  # Whether its pipeline also takes pictures of the subject.
+    multiple_px: int = 16  # Sides of images are multiples of this.
+    needs_sizes: bool = False  # Whether the photo's size and crop condition the denoiser.
+    takes_references: bool = False  # Whether its pipeline also takes images of the subject.
     modelspec: str = ""
-    """Name of the architecture in the header of a file in kohya's form, and kohya's own word for
-    it."""
+    """Name of the architecture in the header of a file in kohya's form."""
     kohya_version: str = ""
     article: str = "a"
     hub_tag: str = ""
     licence: str = ""
     decoder_bytes_per_pixel: int = 4300
-    """Peak of its VAE's decoder in fp32 beside the weights, for a pixel of the picture: at most so
-    much, and half of it in half precision. SDXL's counts 3,072; the rest is room for cuDNN."""
+    """Upper bound of the VAE decoder's peak in fp32, without weights, for a pixel of the image.
+
+    Half precision needs half. SDXL's counts 3,072; the remainder is workspace of cuDNN."""
     tile_px: int = 256  # Side of the smallest tiles in which its VAE works.
     marker_tensor: str = ""
-    """A tensor that this family's single files have, in the layout of its authors."""
+    """Tensor by which this family's single files are recognised, in the layout of its authors."""
     models: tuple[PublishedModel, ...] = ()
-    """Those that are known before they are fetched (`benchmarks.family_memory`)."""
+    """Models whose sizes are known before a download (`benchmarks.family_memory`)."""
     not_in_comfyui: str = ""
     """Why ComfyUI, "it", does not read the published file; "" where it does."""
-    # What the pipeline's call needs beside a prompt, in the snippet of a model card.
     call: str = ""
+    """Further arguments of the pipeline's call in the snippet of a model card."""
 
     @property
     def denoiser_name(self) -> str:
-        """For sentences about its layers."""
+        """Name of the denoiser for sentences about its layers."""
         return "the UNet" if self.denoiser == "unet" else f"{self.title}'s transformer"
 
 
@@ -139,11 +145,10 @@ JOINT_ATTENTION_LAYERS = tuple(
         "to_add_out",
     )
 )
-"""Attention's layers of pictures and texts side by side, as diffusers' scripts for SD 3 and FLUX.1
-name them."""
-# The layers of the feed-forward blocks beside it, which diffusers' script for FLUX.1 adapts too.
+"""Layers of the joint attention of images and texts, as diffusers' scripts for SD 3 and FLUX.1 name
+them."""
 FEED_FORWARD_LAYERS = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
-# What SDXL and Stable Diffusion 1.5 share.
+"""Layers of the feed-forward blocks, which diffusers' script for FLUX.1 adapts too."""
 UNET_FACTS = {
     "model": "UNet2DConditionModel",
     "denoiser": "unet",
@@ -153,7 +158,6 @@ UNET_FACTS = {
     "memory": None,
 }
 
-# One row for each family. The base's own files say which of them it is.
 FAMILIES = (
     FamilyFacts(
         name="sdxl",
@@ -492,7 +496,7 @@ FAMILIES = (
         multiple_px=32,
         licence="NSCL",
         not_in_comfyui="it has no Sana",
-        decoder_bytes_per_pixel=3_340,  # In fp32 2,312: attention always is.
+        decoder_bytes_per_pixel=3_340,  # 2,312 in fp32, in which attention always computes
         tile_px=512,
         memory=ActivationMemory(
             full_gib=3.245,
@@ -517,7 +521,7 @@ FAMILIES = (
     ),
 )
 SDXL = FAMILIES[0]
-"""What a base is taken for that does not say its family, and the base where none is named."""
+"""Family of a base that does not name one, and of the default base."""
 SDXL_HUB_ID = SDXL.models[0].hub_id
 UNET_SETTINGS = (
     "do_edm_style_training",
@@ -529,66 +533,68 @@ UNET_SETTINGS = (
 """Settings that only UNets obey."""
 FLOW_SETTINGS = ("weighting_scheme", "precondition_outputs", "shift_timesteps", "lora_blocks")
 """Settings that only transformers obey."""
-# Settings that some pipeline's `encode_prompt` takes.
 TEXT_OPTIONS = tuple(dict.fromkeys(name for facts in FAMILIES for name in facts.text_options))
-# The same facts by another key: a hub id in lower case, a pipeline's class.
+"""Settings that are arguments of some pipeline's `encode_prompt`."""
 MODELS_BY_HUB_ID = {
     model.hub_id.lower(): (facts, model) for facts in FAMILIES for model in facts.models
 }
+"""Hub id in lower case -> family and model."""
 FACTS_BY_PIPELINE = {facts.pipeline: facts for facts in FAMILIES}
 DENOISERS = tuple(dict.fromkeys(facts.denoiser for facts in FAMILIES))
-"""`unet`, `transformer`: the components of adapter files that are no text encoder."""
+"""Components of adapter files that are no text encoder: `unet` and `transformer`."""
 
 
 def get_text_options(settings: object) -> dict[str, Any]:
-    """Those of `TEXT_OPTIONS` that a run's settings, or a command's arguments, give; "" is the
-    base's own."""
+    """Return the values of `TEXT_OPTIONS` that are set in a run's settings or a command's
+    arguments."""
     values = {name: getattr(settings, name) for name in TEXT_OPTIONS}
     return {name: value for name, value in values.items() if value not in (None, ())}
 
 
 def get_facts(pipeline: str) -> FamilyFacts:
-    """The family of a pipeline's class. Raises UserError for a class that is not one of these."""
+    """Return the family of a pipeline's class. Raises UserError for an unknown class."""
     if pipeline not in FACTS_BY_PIPELINE:
-        known = ", ".join(facts.title for facts in FAMILIES)
+        titles = ", ".join(facts.title for facts in FAMILIES)
         raise UserError(
-            f"a base of the class {pipeline} cannot be trained here: take one of {known}."
+            f"a base of the class {pipeline} cannot be trained here: take one of {titles}."
         )
     return FACTS_BY_PIPELINE[pipeline]
 
 
-FEW_STEP_WORDS = ("turbo", "schnell", "lightning", "hyper-sd")
-"""Words in the names of models that draw in a few steps."""
+DISTILLED_NAME = re.compile(r"turbo|schnell|lightning|hyper-sd")
+"""Names of models that sample in a few steps."""
 UNDISTILLED_NAME = re.compile(r"(?<![a-z])de[-_ ]?(turbo|distill)")
-"""In the names of models that were trained back to many steps, which are bases: Z-Image-De-Turbo.
+"""Names of models that were trained back to many steps, such as Z-Image-De-Turbo: they are bases.
 """
 
 
 def explain_distilled(index: Mapping[str, Any], name: str, facts: FamilyFacts) -> str:
-    """Why a base is not one to train, by its index and name; "" if it is. An adapter undoes what
-    few-step models have learnt, or learns a subject that is anybody's."""
-    # Of a path, the base's own folder tells, and in the hub's cache the model's.
+    """Return why a base is not one to train, by its index and name; "" if it is.
+
+    An adapter undoes what few-step models have learnt, or learns a subject that is anybody's.
+    """
+    # Of a path, only the base's folder counts, and the model's folder in the hub's cache.
     parts = Path(name.lower()).parts
     cached = [part for part in parts if part.startswith("models--")]
-    named = " ".join([*parts[-1:], *cached])
+    model_name = " ".join([*parts[-1:], *cached])
 
-    # A name that says "de-distilled" has one of these words too, and is a base.
-    words = []
-    if not UNDISTILLED_NAME.search(named):
-        words = [word for word in FEW_STEP_WORDS if word in named]
-    if not (words or index.get("is_distilled")):
+    # "De-turbo" contains "turbo", but is a base.
+    match = DISTILLED_NAME.search(model_name)
+    if index.get("is_distilled"):
+        reason = "it is"
+    elif match and not UNDISTILLED_NAME.search(model_name):
+        reason = f"“{match[0]}” says that it is"
+    else:
         return ""
-    said = "it is" if index.get("is_distilled") else f"“{words[0]}” says that it is"
     bases = " or ".join(model.hub_id for model in facts.models)
-    return f"{said} distilled to a few steps: train the base model of its family, {bases}"
+    return f"{reason} distilled to a few steps: train the base model of its family, {bases}"
 
 
 def get_denoiser_facts(model: str, config: Mapping[str, Any]) -> FamilyFacts:
-    """The family of a denoiser's class and configuration: SDXL's UNet is conditioned on sizes.
-    Raises UserError."""
-    found = [facts for facts in FAMILIES if facts.model == model]
-    if not found:
+    """Return the family of a denoiser's class and configuration. Raises UserError."""
+    candidates = [facts for facts in FAMILIES if facts.model == model]
+    if not candidates:
         raise UserError(f"{model} is not a model of a family that can be trained here.")
-    # SDXL and Stable Diffusion 1.5 have UNets of one class.
-    is_first = len(found) == 1 or config.get("addition_embed_type") == "text_time"
-    return found[0] if is_first else found[1]
+    # SDXL and Stable Diffusion 1.5 have UNets of one class; SDXL's is conditioned on sizes.
+    is_first = len(candidates) == 1 or config.get("addition_embed_type") == "text_time"
+    return candidates[0] if is_first else candidates[1]

@@ -1,6 +1,6 @@
-"""What a row of the settings' table may say, and the names of layers in patterns.
+"""Facts that a row of the settings' table may have, and the names of layers in patterns.
 
-Layers in `--target_modules`, `--rank_pattern` and `--alpha_pattern` are named so:
+Names of layers in `--target_modules`, `--rank_pattern` and `--alpha_pattern`:
 
 to_q, attn1.to_q          layers whose path ends so: PEFT's own rule
 up_blocks.0.attentions.1  a block: its attention projections, as in B-LoRA and diffusers' scripts
@@ -20,21 +20,22 @@ from typing import Any, NewType
 
 from dreambooth_moslora.errors import UserError
 
-# The projections of attention, as diffusers' scripts name them: MoSLoRA's targets in SDXL.
 ATTENTION_LAYERS = ("to_k", "to_q", "to_v", "to_out.0")
-TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")  # Attention's in a CLIP text encoder
+"""Projections of attention, as diffusers' scripts name them: MoSLoRA's targets in SDXL."""
+TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""Projections of attention in a CLIP text encoder."""
 BLORA_BLOCKS = {
     "blora_content": "up_blocks.0.attentions.0",
     "blora_style": "up_blocks.0.attentions.1",
 }
 """B-LoRA (Frenkel et al. 2024, arXiv 2403.14572): the blocks of SDXL that hold content and style.
 """
-# `to_k=8` or `to_k:8`.
 LAYER_VALUE = re.compile(r"\s*(?P<name>[^=:\s]+)\s*[=:]\s*(?P<value>\S+)\s*")
+"""`to_k=8` or `to_k:8`."""
 
 
 def is_target(path: str, name: str) -> bool:
-    """Whether `name` in `--target_modules` gives the layer at `path` an adapter."""
+    """Return whether `name` in `--target_modules` gives the layer at `path` an adapter."""
     name = expand_layer_name(name)
     return is_path_match(path, name) or (
         path.startswith(f"{name}.") and any(is_path_match(path, end) for end in ATTENTION_LAYERS)
@@ -46,7 +47,7 @@ def is_adapted(path: str, names: Iterable[str]) -> bool:
 
 
 def is_pattern_match(path: str, name: str) -> bool:
-    """Whether `name` in a pattern matches the layer at `path`."""
+    """Return whether `name` in a pattern matches the layer at `path`."""
     name = expand_layer_name(name)
     return is_path_match(path, name) or path.startswith(f"{name}.")
 
@@ -56,26 +57,26 @@ def expand_layer_name(name: str) -> str:
 
 
 def is_path_match(path: str, name: str) -> bool:
-    """Whether the path, or its end after a dot, matches the name."""
+    """Return whether the path, or its end after a dot, matches the name."""
     if "*" in name:
         return fnmatchcase(path, name) or fnmatchcase(path, f"*.{name}")
     return f".{path}".endswith(f".{name}")
 
 
 def parse_pattern(flag: str, text: str) -> tuple[str, float]:
-    """`down_blocks.2.*=8`, or with a colon -> (name, value); a rank must be an integer. Raises
-    UserError."""
+    """Return (name, value) of `down_blocks.2.*=8`, or with a colon; a rank must be an integer.
+
+    Raises UserError.
+    """
     match = LAYER_VALUE.fullmatch(text)
     try:
         value = float(match["value"]) if match else math.nan
     except ValueError:
         value = math.nan
 
-    # Nothing compares with NaN, so that a text without a number is refused here too.
+    # Comparisons with NaN are false, so a text without a number is refused here too.
     is_rank = flag == "rank_pattern"
-    is_valid = 0 < value <= 1e6
-    if is_rank and not (value.is_integer() and value <= 4096):
-        is_valid = False
+    is_valid = 0 < value <= 4096 and value.is_integer() if is_rank else 0 < value <= 1e6
     if not is_valid:
         kind = "a whole number from 1 to 4096" if is_rank else "a number above 0"
         raise UserError(
@@ -85,24 +86,24 @@ def parse_pattern(flag: str, text: str) -> tuple[str, float]:
 
 
 def find_pattern_value(patterns: Iterable[str], flag: str, path: str) -> float | None:
-    """The value of the first pattern that matches the layer; None when none does."""
+    """Return the value of the first pattern that matches the layer; None if none does."""
     values = (parse_pattern(flag, text) for text in patterns)
     return next((value for name, value in values if is_pattern_match(path, name)), None)
 
 
-Prompt = NewType("Prompt", str)  # Text that may hold commas: a list of prompts is not split at them
-# A `train_config.SubjectTable`; before conversion, a mapping of its settings
+Prompt = NewType("Prompt", str)
+"""Text that may hold commas: a list of prompts is not split at them."""
 Subject = NewType("Subject", Any)
-# In `FieldFacts.yields_to`: a folder and a word on the command line, `train photos/dog dog`
+"""A `train_config.SubjectTable`; before conversion, a mapping of its settings."""
 COMMAND_WORDS = "words"
-# (how "--flag has no effect …" goes on, when), …
+"""In `FieldFacts.yields_to`: a folder and a word on the command line, `train photos/dog dog`."""
 IgnoredCases = tuple[tuple[str, Callable[[Any], object]], ...]
+"""Ends of the sentence "--flag has no effect …", each with the condition."""
 
 
 @dataclass(frozen=True)
 class FieldFacts:
-    """What the table says of a setting beside its name, type and default; it becomes the field's
-    metadata."""
+    """Facts of a setting beside its name, type and default; they become the field's metadata."""
 
     help: str
     group: str
@@ -121,60 +122,59 @@ class FieldFacts:
     per_process: bool = False  # may differ between the processes of one run
     same_on_resume: bool = False  # a resumed run must have the checkpoint's value
     per_subject: bool = False  # each of several subjects may have its own
-    # dropped from --config if one is given (`per_subject`: subjects, WORDS)
+    # dropped from --config if one is given (`per_subject`: subjects, COMMAND_WORDS)
     yields_to: tuple[str, ...] = ()
     replaces: tuple[str, ...] = ()  # the settings that it decides
+    # whether a published file contains it: "always", or "if_changed" (only if it differs from the
+    # default, so that other files keep their bytes). Not for settings that can hold the user's text
     publish: str | None = None
-    """whether a published file tells it: "always", or "if_changed" (only if it differs from the
-    default, so that other files keep their bytes). Only for what cannot hold text of the user's."""
     idle: IgnoredCases = ()  # when it has no effect
     packages: Mapping[object, str] = field(default_factory=dict)  # value -> package that it needs
     elsewhere: str = ""  # flags of other trainers that mean the same
-    flag: str = ""  # the name of its flag that is shown, if another than its own is
-    also: str = ""  # further names of its own flag, as diffusers' scripts of other models call it
+    flag: str = ""  # preferred name of its flag, if not its own
+    also: str = ""  # further names of its flag, by diffusers' scripts of other models
 
 
 def build_field_maker(group: str) -> Callable[..., Any]:
-    """What makes a row of the group of the help: a dataclass field with the facts of a
-    `FieldFacts`."""
+    """Return the function that makes the rows of one group: dataclass fields with `FieldFacts`."""
 
-    def option(default: Any, help: str, **facts: Any) -> Any:
-        # The tables of several subjects say it instead, and so do a folder and a word.
+    def make_field(default: Any, help: str, **facts: Any) -> Any:
+        # Tables of several subjects replace it, and so do a folder and a word.
         if facts.get("per_subject"):
             facts = {"yields_to": ("subjects", COMMAND_WORDS)} | facts
         row = FieldFacts(help=help, group=group, **facts)
         return field(default=default, metadata=vars(row))
 
-    return option
+    return make_field
 
 
 def ignore_when(condition: str, applies: Callable[[Any], object]) -> IgnoredCases:
-    """No effect for runs to which it applies; `words` go on "--flag has no effect"."""
+    """Make a setting idle where `applies(run)`; `condition` completes "--flag has no effect …"."""
     return ((condition, applies),)
 
 
 def ignore_unless(**required: Any) -> IgnoredCases:
-    """No effect without these settings: `unless(captions="auto")` is "without --captions auto"."""
+    """Make a setting idle without these: `captions="auto"` means "without --captions auto"."""
     flags = []
     for name, value in required.items():
         flags.append(f"--{name}" if value is True else f"--{name} {value}")
 
-    def lacks_one(run: Any) -> bool:
+    def is_missing(run: Any) -> bool:
         return any(getattr(run, name) != value for name, value in required.items())
 
-    return ignore_when(f"without {' '.join(flags)}", lacks_one)
+    return ignore_when(f"without {' '.join(flags)}", is_missing)
 
 
 def find_nearest_name(name: str, names: Iterable[str]) -> str | None:
-    """The known name that the user probably meant."""
+    """Return the name that the user probably meant; None if none is similar."""
     names = list(names)
 
-    # The beginning of a name, if it is long enough to mean one.
+    # Prefer a name that begins so, unless the text is very short.
     if len(name) > 3:
-        longer = sorted((one for one in names if one.startswith(name)), key=len)
-        if longer:
-            return longer[0]
+        longer_names = [candidate for candidate in names if candidate.startswith(name)]
+        if longer_names:
+            return min(longer_names, key=len)
 
-    # Else a name with a typing error.
+    # Else look for a name with a typing error.
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return close[0] if close else None

@@ -1,10 +1,10 @@
-"""The schedules of the learning rate, named as `diffusers.optimization.get_scheduler` does, and the
-settings that each takes.
-"""
+"""Schedules of the learning rate, as in `diffusers.optimization.get_scheduler`, and their
+settings."""
 
 from typing import Any
 
-Config = Any  # Stands for `settings.train_config.TrainConfig`, which imports this file.
+Config = Any
+"""Stands for `settings.train_config.TrainConfig`, which imports this file."""
 
 LR_SCHEDULES = {
     "linear": ("lr_warmup_steps",),
@@ -14,14 +14,15 @@ LR_SCHEDULES = {
     "constant": (),
     "constant_with_warmup": ("lr_warmup_steps",),
 }
-CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")  # After the warm-up the rate stays.
+CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
+"""Schedules whose rate is constant after the warm-up."""
 
 
 def is_schedule_setting(config: Config, setting: str) -> bool:
-    """Whether the run's schedule reads the setting."""
+    """Return whether the run's schedule reads the setting."""
     return setting in LR_SCHEDULES[config.lr_scheduler]
 
 
 def format_schedules(setting: str) -> str:
-    """The words of the schedules that take a setting, as a sentence names them."""
+    """Return the names of the schedules that read a setting, for a sentence."""
     return " or ".join(name for name, settings in LR_SCHEDULES.items() if setting in settings)

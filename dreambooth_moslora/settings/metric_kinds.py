@@ -1,53 +1,50 @@
-"""The measures of an adapter: one row each, from which reports, logs, plots, cards and studies
-follow.
+"""Metrics of an adapter: one row each, for reports, logs, plots, cards and studies.
 
-The formulas are in `evaluation/metrics.py`, and `evaluation/scoring.py` computes a table of
-each measure by its name. Rows stand in the order in which people see them.
+The formulas are in `evaluation/metrics.py`, and `evaluation/scoring.py` computes a table of each
+metric by its name. Rows stand in the order in which people see them.
 """
 
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-# The encoders that score pictures of all bases but the embedded ones.
 CLIP_REPO = "openai/clip-vit-large-patch14"
 DINO_REPO = "facebook/dinov2-base"
+"""Encoders that score images of all bases but the embedded ones."""
 MIN_LIKENESS = 0.42
-"""DINO's cosine to a photo below which a picture does not show its subject (`enlarge`). It makes
-the fewest errors on renders of sixteen toys, by the toys' own DINO: 1 of 320 of their own views is
-below it, and 5 of 192 of other toys are above. No photographs were looked at."""
-# The repositories and files of the models that find and compare faces
+"""DINO's cosine to a photo below which an image does not show its subject (`enlarge`).
+
+It makes the fewest errors on renders of sixteen toys, by the toys' own DINO: 1 of 320 of their own
+views is below it, and 5 of 192 of other toys are above. It was not measured on photographs."""
 YUNET = ("opencv/face_detection_yunet", "face_detection_yunet_2023mar.onnx")
 SFACE = ("opencv/face_recognition_sface", "face_recognition_sface_2021dec.onnx")
+"""Repositories and files of the models that find and compare faces."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One measure, and in which tables and plots it stands. All but the names are "" or
-    False where it does not."""
+    """Metric, with the tables and plots that show it; "" or False where they do not."""
 
     title: str = ""  # its name in reports; a row without one is in no table of a report
-    # scores, shares of a scale
     kind: Literal["score", "share"] = "score"
-    base: str = ""  # the measure of the base's own pictures that stands beside it
+    base: str = ""  # the metric of the base's own images, shown beside it
     photos: str = ""  # that of the photos among themselves
-    help: str = ""  # what it means
+    help: str = ""  # meaning
     better: str = ""  # higher, lower, or near which value
-    share: tuple[str, str] | None = None  # (measure, whole): it is the ratio of these two means
+    share: tuple[str, str] | None = None  # two metrics: it is the ratio of their means
     summary: bool = False  # whether `evaluate` prints it
     # whether evaluations during training write it into the run's events, and so into the card
     logged: bool = False
     curve: str = ""  # its label on plots of a run, short enough for a phone
-    # what a study does with it: compares the values, shows the score of each arm, or also shows
-    # the differences
+    # a study compares the values, shows the score of each arm, or also shows the differences
     study: Literal["", "values", "scores", "differences"] = ""
     column: str = ""  # its title in a study's tables, if not `title`
-    panel: str = ""  # its title on a study's plots, if it is drawn there
-    pictures: bool = False  # whether a study also compares single pictures by it
+    panel: str = ""  # its title on a study's plots, if it is on them
+    pictures: bool = False  # whether a study also compares single images by it
 
 
 METRICS = {
-    # What the encoders say of the pictures, beside what they say of the base's own.
+    # Scores of the encoders, beside those of the base's own images.
     "dino": Metric(
         title="DINO",
         base="dino_base",
@@ -72,7 +69,7 @@ METRICS = {
         study="differences",
         panel="bare prompt (DINO)",
     ),
-    # Of a style: how much of it is there, and what came along with it.
+    # Style: how strong it is, and which content leaks with it.
     "style": Metric(
         title="Style",
         help="how far other content went to the photos' style; 0: the base's, 1: theirs",
@@ -92,7 +89,7 @@ METRICS = {
         study="differences",
     ),
     "leak_base": Metric(logged=True),
-    # Of a person: whose face it is, where one is found.
+    # Person: likeness of the face, where one is found.
     "identity": Metric(
         title="Identity",
         base="identity_base",
@@ -193,7 +190,7 @@ METRICS = {
         logged=True,
     ),
     "confusion_base": Metric(summary=True),
-    # What only the embedded base has: likeness to true renders in the place.
+    # Only for the embedded base: likeness to true renders in the same place.
     "truth": Metric(logged=True, study="values"),
     # Ratios of these, by which runs on different subjects compare.
     "dino_of_ceiling": Metric(
@@ -243,7 +240,7 @@ METRICS = {
         curve="copies",
         study="values",
     ),
-    # What becomes of them: the one number that a run is judged by.
+    # Result of the others: the single number by which a run is judged.
     "score": Metric(
         title="Score",
         logged=True,
@@ -256,12 +253,13 @@ METRICS = {
 
 
 def get_curve_labels() -> dict[str, str]:
-    """Measure -> its label, for those that are drawn on the plots of a run."""
+    """Return metric -> label, for those on the plots of a run."""
     return {name: row.curve for name, row in METRICS.items() if row.curve}
 
 
 def describe_likeness(names: Collection[str]) -> str:
-    """What the score takes for likeness (`scoring.compute_fidelity`), by the measures there are."""
+    """Return a description of likeness in the score (`scoring.compute_fidelity`), by the metrics'
+    names."""
     if "style" in names:
         return "style × (1 − the content leak above the base's)"
     return "the mean of DINO and the face's likeness" if "no_face" in names else "DINO"

@@ -1,4 +1,4 @@
-"""The optimizers, one row each. Settings, estimate, checkpoint and training read the same table.
+"""Optimizers, one row each, for settings, estimate, checkpoint and training.
 
 Optimizers that only save memory are left out: Adam's states take a third of a GiB for SDXL at rank
 16.
@@ -8,51 +8,51 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-Config = Any  # Stands for `settings.train_config.TrainConfig`, which imports this file.
-SCHEDULE_FREE = "AdamWScheduleFree"  # The one that needs no schedule of the learning rate.
+Config = Any
+"""Stands for `settings.train_config.TrainConfig`, which imports this file."""
+SCHEDULE_FREE = "AdamWScheduleFree"
+"""Optimizer that needs no schedule of the learning rate."""
 
 
 def to_tuple(settings: str | tuple[str, ...]) -> tuple[str, ...]:
-    """The settings of an argument, which has one or a tuple of them."""
+    """Return the settings of an argument, which has one or a tuple of them."""
     return (settings,) if isinstance(settings, str) else settings
 
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """One optimizer: where it is, its arguments, and what its state costs."""
+    """Optimizer: its class, its arguments, and the cost of its state."""
 
     import_path: str  # `module:name`, imported when a run begins
-    summary: str  # how the help goes on after its name
-    # its argument -> the setting that gives it, or the settings of a pair. The others that belong
-    # to an optimizer have no effect with it.
+    summary: str  # in the help, after its name
+    # its argument -> the setting with its value, or the settings of a pair. Other optimizers'
+    # settings have no effect with it.
     arguments: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     # further arguments, the same in each run; not those of the class in 8 bit
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    package: str | None = None  # what pip installs for it
+    package: str | None = None  # for pip
     in_8_bit: str | None = None
     # the values of a group that its steps change, which a checkpoint keeps
     learns: tuple[str, ...] = ()
     bytes_each: int = 16  # of one parameter: the fp32 weight, the gradient and the states
     one_rate: bool = False  # all groups share one learning rate
     averages: bool = False  # it publishes the average of its steps; the rate needs no schedule
-    finds_rate: bool = False  # the given rate multiplies the one that it finds
+    finds_rate: bool = False  # the learning rate multiplies the one that it finds
 
     def build_options(self, config: Config) -> dict[str, Any]:
-        """Its arguments besides the groups and the rate."""
-        found: dict[str, Any] = {}
-        for argument, given in self.arguments.items():
-            is_one = isinstance(given, str)
-            values = tuple(getattr(config, name) for name in to_tuple(given))
-            found[argument] = values[0] if is_one else values
+        """Return its arguments besides the groups and the rate."""
+        options: dict[str, Any] = {}
+        for argument, settings in self.arguments.items():
+            values = tuple(getattr(config, name) for name in to_tuple(settings))
+            options[argument] = values[0] if isinstance(settings, str) else values
         is_8_bit = config.use_8bit_adam and self.in_8_bit
-        return found if is_8_bit else found | self.fixed
+        return options if is_8_bit else options | self.fixed
 
     def has_setting(self, setting: str) -> bool:
-        return any(setting in to_tuple(given) for given in self.arguments.values())
+        return any(setting in to_tuple(settings) for settings in self.arguments.values())
 
 
 ADAM_ARGUMENTS = {"betas": ("adam_beta1", "adam_beta2"), "eps": "adam_epsilon"}
-# By the name that `--optimizer` takes.
 OPTIMIZERS = {
     "AdamW": OptimizerKind(
         import_path="torch.optim:AdamW",
@@ -88,14 +88,16 @@ OPTIMIZERS = {
         averages=True,
         learns=("k", "weight_sum", "lr_max", "scheduled_lr"),
     ),
-    # Shazeer and Stern 2018; as kohya writes it: the given rate for weights of any size
+    # Shazeer and Stern 2018; as in kohya, the learning rate does not depend on the weights' size
     "Adafactor": OptimizerKind(
         import_path="transformers.optimization:Adafactor",
         summary="is without momentum",
         fixed={"scale_parameter": False, "relative_step": False},
     ),
 }
-BYTES_IN_8_BIT = 10  # `bytes_each` with --use_8bit_adam.
+"""By the name that `--optimizer` takes."""
+BYTES_IN_8_BIT = 10
+"""`bytes_each` with --use_8bit_adam."""
 
 
 def get_optimizer_kind(config: Config) -> OptimizerKind:
@@ -103,5 +105,5 @@ def get_optimizer_kind(config: Config) -> OptimizerKind:
 
 
 def format_optimizers(setting: str) -> str:
-    """The names of the optimizers that take a setting, as a help text lists them."""
+    """Return the names of the optimizers that take a setting, for a help text."""
     return ", ".join(name for name, kind in OPTIMIZERS.items() if kind.has_setting(setting))

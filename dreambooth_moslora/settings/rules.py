@@ -1,8 +1,6 @@
-"""Rules between settings, each a sentence that names the flags: what is refused, and what is
-remarked before a run; and whether the packages that they need are installed.
+"""Rules between settings: contradictions, remarks before a run, and missing packages.
 
-What one row of the table says of its own setting, such as when it has no effect, is not repeated
-here.
+Rules of one setting, such as when it has no effect, are in its row of the table.
 """
 
 from collections.abc import Callable
@@ -18,7 +16,8 @@ from dreambooth_moslora.settings import (
     subjects,
 )
 
-Config = Any  # Stands for `settings.train_config.TrainConfig`, which imports this file.
+Config = Any
+"""Stands for `settings.train_config.TrainConfig`, which imports this file."""
 
 
 def has_double_schedule(run: Config) -> bool:
@@ -45,10 +44,7 @@ REMARKS: dict[str, Callable[[Config], object]] = {
         "memory and is used"
     ): lambda run: run.enable_xformers_memory_efficient_attention,
 }
-"""Sentence, with the run's values in braces -> whether it is said of a run."""
-
-
-# The reasons of EXCLUDED.
+"""Sentence, with the run's values in braces -> whether it applies to a run."""
 EDM_REASON = "EDM weighs noise levels itself"
 ONE_PASS_REASON = "a text's gradient comes from one pass"
 EXCLUSIONS: dict[str, dict[str, str]] = {
@@ -61,27 +57,27 @@ EXCLUSIONS: dict[str, dict[str, str]] = {
     "stream_blocks": {"use_dora": "DoRA reads the weights"},
     "images_at_once": {"train_text_encoder": ONE_PASS_REASON},
 }
-"""Setting -> settings that a run cannot change beside it, and why."""
+"""Setting -> settings that cannot be combined with it, and why."""
 
 
 def list_remarks(config: Config) -> list[str]:
-    """A line for each setting that the others make ineffective, and for settings that go badly
+    """Return a line for each setting without effect, and for settings that do not work well
     together."""
-    found = []
+    remarks = []
     for item in fields(config):
         if not format_flag(config, item.name):
             continue
-        for words, applies in item.metadata["idle"]:
+        for condition, applies in item.metadata["idle"]:
             if applies(config):
-                found.append(f"--{item.name} has no effect {words.format_map(vars(config))}")
+                remarks.append(f"--{item.name} has no effect {condition.format_map(vars(config))}")
     for line, applies in REMARKS.items():
         if applies(config):
-            found.append(line.format_map(vars(config)))
-    return found
+            remarks.append(line.format_map(vars(config)))
+    return remarks
 
 
 def format_flag(config: Config, name: str) -> str:
-    """The flag that gives a setting the value that it has; empty for its default."""
+    """Return the flag that gives a setting its current value; "" for its default."""
     value = getattr(config, name)
     row = config.__dataclass_fields__[name]
     if value in (row.default, ""):
@@ -92,14 +88,14 @@ def format_flag(config: Config, name: str) -> str:
 
 
 def list_exclusions(name: str, config: Config) -> list[tuple[str, str]]:
-    """The given flags that a setting cannot stand beside, each with the reason."""
-    flags = [(format_flag(config, other), why) for other, why in EXCLUSIONS[name].items()]
+    """Return the active flags that exclude a setting, each with the reason."""
+    flags = [(format_flag(config, excluded), why) for excluded, why in EXCLUSIONS[name].items()]
     return [(flag, why) for flag, why in flags if flag]
 
 
 def check_combinations(config: Config) -> None:
-    """Raises UserError for the first settings that contradict each other."""
-    # The sides of crops, which the autoencoder makes eight times smaller.
+    """Raise UserError for the first settings that contradict each other."""
+    # Sides of crops: the autoencoder makes them eight times smaller.
     if config.resolution % 8:
         lower = config.resolution // 8 * 8
         raise UserError(
@@ -111,7 +107,7 @@ def check_combinations(config: Config) -> None:
             f"--bucket_reso_steps {step}: must be a multiple of 8, and at most the resolution."
         )
 
-    # Several subjects, and the words of a class that is preserved.
+    # Several subjects, and the prompt of a class that is preserved.
     if config.subjects:
         subjects.check_subjects(config)
     elif config.with_prior_preservation and not config.class_prompt:
@@ -119,19 +115,19 @@ def check_combinations(config: Config) -> None:
             '--with_prior_preservation needs --class_prompt, such as "a photo of a dog".'
         )
 
-    # Settings of which a run can have one.
+    # Settings that exclude each other.
     for name in EXCLUSIONS:
         flag = format_flag(config, name)
         if not flag:
             continue
-        for other, why in list_exclusions(name, config):
-            raise UserError(f"{flag} and {other}: {why}; give one of them.")
+        for excluded_flag, why in list_exclusions(name, config):
+            raise UserError(f"{flag} and {excluded_flag}: {why}; give one of them.")
 
-    # A block is brought again when it is recomputed.
+    # A streamed block is fetched again when it is recomputed.
     if config.stream_blocks and not config.gradient_checkpointing:
         raise UserError("--stream_blocks needs --gradient_checkpointing.")
 
-    # What the optimizer cannot do.
+    # Some optimizers have one learning rate for all parameters.
     kind = optimizers.get_optimizer_kind(config)
     learns_mixer = config.mixer != "none" and config.train_mixer
     if kind.one_rate and learns_mixer and config.mixer_lr_scale != 1.0:
@@ -140,7 +136,7 @@ def check_combinations(config: Config) -> None:
             "--mixer_lr_scale at 1."
         )
 
-    # An adapter to begin with is brought into this run's form, which not every mixer has.
+    # An adapter to begin with is converted by the inverse of the mixer.
     if config.init_adapter and config.mixer == "butterfly":
         raise UserError("--init_adapter: the butterfly mixer has no inverse; give another --mixer.")
 
@@ -153,7 +149,7 @@ def check_combinations(config: Config) -> None:
 
 
 def find_package_version(name: str) -> str | None:
-    """The version of an installed package; None without it."""
+    """Return the version of an installed package; None without it."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -161,8 +157,8 @@ def find_package_version(name: str) -> str | None:
 
 
 def require_packages(config: Config) -> None:
-    """Raises UserError for the first flag whose package is missing, as a run would fail late, or
-    not log."""
+    """Raise UserError for the first flag whose package is missing: a run would fail late, or not
+    log."""
     for item in fields(config):
         value = getattr(config, item.name)
         facts = item.metadata

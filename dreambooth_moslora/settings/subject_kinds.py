@@ -1,20 +1,20 @@
-"""What a subject may be: one row for each word of `--subject`, from which captions, crops, prompts
-and scores follow.
+"""Kinds of subjects: one row for each value of `--subject`, for captions, crops, prompts, scores.
 
-A person is known by the face. DINO and CLIP also see the jacket and the room, so that likeness by
-them alone is often that of a costume.
+A person is recognised by the face. DINO and CLIP also see the jacket and the room, so that likeness
+by them alone is often that of a costume.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-Config = Any  # Stands for `settings.train_config.TrainConfig`, which imports this file.
+Config = Any
+"""Stands for `settings.train_config.TrainConfig`, which imports this file."""
 
-# What a person may wear or change from day to day. A caption that says it keeps it out of the word.
 TRAITS = ("hair", "beard", "glasses", "make-up", "clothes")
+"""Traits that a person may change from day to day. The word does not learn a trait that captions
+describe."""
 
-# Prompts that change a person's clothes, the light and the distance.
 CLOTHES = (
     "wearing a red rain jacket",
     "wearing a black suit and a tie",
@@ -39,15 +39,13 @@ PERSON_TEMPLATES = (
     "a full-body photo of a {} on a city street",
     "a photo of a {} far away in a field of snow",
 )
+"""Prompts that change a person's clothes, the light and the distance."""
 PERSON_CONTEXTS = (
     "a close-up portrait of a {} in the light of a candle",
     "a photo of a {} wearing a red rain jacket",
     "a full-body photo of a {} on a city street",
     "a photo of a {} wearing a black suit on the beach",
 )
-
-
-# Prompts of a style: content that is hardly in its pictures, then the style's name.
 STYLE_SUFFIX = " in {} style"
 STYLE_CONTENTS = (
     "a photo of a sailing ship on the sea",
@@ -60,18 +58,19 @@ STYLE_CONTENTS = (
     "a photo of a lighthouse in a storm",
 )
 STYLE_TEMPLATES = tuple(content + STYLE_SUFFIX for content in STYLE_CONTENTS)
+"""Prompts of a style: content that is hardly in its photos, then the style's name."""
 
 
 @dataclass(frozen=True)
 class SubjectKind:
-    """One word of `--subject`.
+    """Kind of subject, a value of `--subject`.
 
-    summary: how the help goes on after the word
-    is_style: whether it is a look of any content: it has a name and no class, and captions say
+    summary: in the help, after the word
+    is_style: whether it is a look of any content: it has a name and no class, and captions describe
         the content
-    has_face: whether faces are found in photos and pictures, and compared
-    class_word: what is preserved; "" is the word that names the subject
-    traits: what captions leave out unless `--describe` names it
+    has_face: whether faces are found in photos and images, and compared
+    class_word: is preserved; "" is the word that names the subject
+    traits: captions leave them out unless `--describe` names them
     contexts: of a run's samples; () for the usual ones
     """
 
@@ -83,7 +82,6 @@ class SubjectKind:
     contexts: tuple[str, ...] = ()
 
 
-# By the word that `--subject` takes.
 SUBJECT_KINDS = {
     "thing": SubjectKind(summary="is known by its whole look"),
     "person": SubjectKind(
@@ -102,18 +100,19 @@ SUBJECT_KINDS = {
         contexts=STYLE_TEMPLATES[:4],
     ),
 }
+"""By the value of `--subject`."""
 
 
 def get_subject_kind(config: Config) -> SubjectKind:
-    """The row of a run's one subject."""
+    """Return the row of a run's one subject."""
     return SUBJECT_KINDS[config.subject]
 
 
 def has_face_subject(subjects: Iterable[Config]) -> bool:
-    """Whether one of the runs with a single subject is of a person."""
+    """Return whether one of the runs with a single subject is of a person."""
     return any(get_subject_kind(subject).has_face for subject in subjects)
 
 
 def list_omitted_traits(config: Config) -> tuple[str, ...]:
-    """The traits of its subject that captions leave out, so that its word learns them."""
+    """Return the traits of the subject that captions leave out, so that its word learns them."""
     return tuple(trait for trait in get_subject_kind(config).traits if trait not in config.describe)

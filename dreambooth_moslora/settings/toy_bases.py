@@ -1,8 +1,7 @@
-"""The embedded bases, and what belongs to their world: its places, and the networks that read its
-pictures.
+"""Embedded bases, the places of their world, and the networks that read their images.
 
-They are small models, each of one family, that train in minutes without a GPU. What they draw are
-toys in sixteen places, and they know no other words (`toybox` renders the world and trains them).
+They are small models, each of one family, that train in minutes without a GPU. They generate toys
+in sixteen places, and know no other prompts (`toybox` renders the world and trains them).
 """
 
 from pathlib import Path
@@ -12,21 +11,22 @@ from dreambooth_moslora.settings.family_facts import FamilyFacts
 
 ASSETS = get_assets_folder()
 TOY_FOLDERS = {"toy": ASSETS / "toy-sdxl", "toy-zimage": ASSETS / "toy-zimage"}
-"""Their names and folders."""
-# For the lists of bases; the name of the family goes in.
+"""Name -> folder of each embedded base."""
 TOY_SUMMARY = (
     "a 128 px practice model of {}'s architecture: it trains in minutes without a GPU, and knows "
     "only its own toys"
 )
-RESOLUTION_PX = 128  # Side of their pictures.
-# Above the value that uses the prompt alone: with the family's, their colours saturate.
+"""Description in lists of bases; `{}` is the family."""
+RESOLUTION_PX = 128
+"""Side of their images."""
 TOY_GUIDANCE = 1.5
+"""Guidance above the value that uses the prompt alone: their family's saturates the colours."""
 CLIP_FOLDER = TOY_FOLDERS["toy"]
-"""The CLIP that scores pictures and reads the surroundings in photos: the optional parts of that
-pipeline."""
+"""CLIP that scores images and recognises surroundings, in the optional parts of that pipeline."""
 DINO_FOLDER = ASSETS / "toy-dino"
+"""DINO that scores likeness."""
 SEGMENTER_FOLDER = ASSETS / "toy-segmenter"
-"""What scores likeness, and what finds the toy in a photo."""
+"""Network that finds the toy in a photo."""
 
 PLACES = (
     "on grass",
@@ -46,13 +46,14 @@ PLACES = (
     "on autumn leaves",
     "on lava",
 )
-"""The places of the toy world, in the words of its prompts."""
-# Prompts for evaluation, one in each place, and those of a run's samples.
+"""Places of the toy world, as prompts name them."""
 PLACE_TEMPLATES = tuple(f"a photo of a {{}} {place}" for place in PLACES)
+"""Prompts of the evaluation."""
 CONTEXT_TEMPLATES = tuple(
     f"a photo of a {{}} {place}"
     for place in ("on the beach", "in the snow", "on lava", "on the moon")
 )
+"""Prompts of a run's samples."""
 UNRELATED_PROMPTS = (
     ("a photo of a yellow {} on the beach", "duck"),
     ("a photo of a blue {} on a city street", "car"),
@@ -61,15 +62,15 @@ UNRELATED_PROMPTS = (
     ("a photo of a white {} in a kitchen", "teapot"),
     ("a photo of a purple {} in the desert", "robot"),
 )
-"""(prompt, class word), to see what an adapter does to other toys."""
+"""(prompt, class word), to measure an adapter's effect on other toys."""
 
 
 def is_toy(base: str | Path) -> bool:
-    """Whether it is the name of an embedded base, or of such a folder."""
+    """Return whether it is the name of an embedded base, or of its folder."""
     folders = {folder.name for folder in TOY_FOLDERS.values()}
     return str(base) in TOY_FOLDERS or Path(base).name in folders
 
 
 def get_base_guidance(base: str | Path, facts: FamilyFacts) -> float:
-    """A base's default guidance: its family's, unless it is embedded."""
+    """Return a base's default guidance: its family's, unless it is embedded."""
     return facts.no_guidance + TOY_GUIDANCE if is_toy(base) else facts.guidance

@@ -1,11 +1,10 @@
-"""The table of all settings of a training run: each is one row of `TrainConfig`, with all that is
-known of it.
+"""Table of all settings of a training run: each is one row of `TrainConfig`.
 
-A row has the setting's name, type, default and help, and what `field_facts.FieldFacts` lists:
-bounds, choices, whether a published file tells it, when it has no effect, its names elsewhere. The
-command line, the configuration files, the header of a published file, the remarks before a run and
-the list in `docs/settings.md` are made from the rows. A rule between several settings is a sentence
-in `rules`.
+A row has the setting's name, type, default and help, and the facts of `field_facts.FieldFacts`:
+bounds, choices, whether a published file contains it, when it has no effect, its names elsewhere.
+The command line, the configuration files, the header of a published file, the remarks before a run
+and the list in `docs/settings.md` are made from the rows. A rule between several settings is a
+sentence in `rules`.
 """
 
 import math
@@ -32,9 +31,9 @@ from dreambooth_moslora.settings import (
 from dreambooth_moslora.values import is_number
 
 MIXERS = ["orthogonal", "identity", "kaiming", "butterfly", "none"]
-"""How the r x r matrix between A and B starts; `none` is a plain LoRA."""
-# Files that a training begins with: another content is another run.
+"""Initial values of the r x r matrix between A and B; `none` is a plain LoRA."""
 START_FILE_SETTINGS = ("init_adapter", "companion", "pretrained_vae_model_name_or_path")
+"""Files that a training begins with: other content makes another run."""
 MEMORY_PLANS: dict[str, dict[str, object]] = {
     "full": {},
     "recompute_ff": {"recompute_feed_forward": True},
@@ -53,16 +52,16 @@ MEMORY_PLANS: dict[str, dict[str, object]] = {
         "stream_blocks": True,
     },
 }
-"""The words of `--memory`, from the fastest to the leanest; the last is taken when none fits."""
+"""Plans of `--memory`, from the fastest to the leanest; the last is the fallback when none fits."""
 MEMORY_PLAN_SETTINGS = (
     *dict.fromkeys(name for plan in MEMORY_PLANS.values() for name in plan),
     "images_at_once",
 )
-"""What a word of `--memory` decides beside the precision."""
+"""Settings that a plan of `--memory` decides, besides the precision."""
 
 
 def ignore_unless_optimizer_uses(setting: str) -> field_facts.IgnoredCases:
-    """No effect with optimizers that do not take the setting."""
+    """Make a setting idle with optimizers that do not take it."""
     return field_facts.ignore_when(
         "with --optimizer {optimizer}",
         lambda run: not optimizers.get_optimizer_kind(run).has_setting(setting),
@@ -70,15 +69,15 @@ def ignore_unless_optimizer_uses(setting: str) -> field_facts.IgnoredCases:
 
 
 def ignore_unless_schedule_uses(setting: str) -> field_facts.IgnoredCases:
-    """No effect with schedules of the learning rate that do not take the setting."""
+    """Make a setting idle with schedules of the learning rate that do not read it."""
     return field_facts.ignore_when(
         f"without --lr_scheduler {lr_schedules.format_schedules(setting)}",
         lambda run: not lr_schedules.is_schedule_setting(run, setting),
     )
 
 
-NO_GAIN_NOTE = "no gain was shown on three sample subjects"  # `docs/studies.md` has the figures.
-# What `--report_to` takes; each but tensorboard is a package of its own name.
+NO_GAIN_NOTE = "no gain was shown on three sample subjects"
+"""Result of the studies in `docs/studies.md`."""
 TRACKERS = (
     "tensorboard",
     "wandb",
@@ -90,8 +89,9 @@ TRACKERS = (
     "dvclive",
     "swanlab",
 )
+"""Choices of `--report_to`; each but tensorboard is a package of its own name."""
 
-# What makes a row of each group. The help and `docs/settings.md` have the groups in this order.
+# Makers of each group's rows. The help and `docs/settings.md` list the groups in this order.
 base_field = field_facts.build_field_maker("base model")
 photos_field = field_facts.build_field_maker("photos")
 prior_field = field_facts.build_field_maker("prior preservation")
@@ -106,11 +106,13 @@ hub_field = field_facts.build_field_maker("hub")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Values are converted and checked on construction; UserError names the wrong setting and the
-    reason. None means "not set" where it is allowed. Lengths ending in `_steps` count optimizer
-    steps; sizes are px."""
+    """Settings of a run. Values are converted and checked on construction.
 
-    # The base model: what is adapted, and where its files are found.
+    UserError names the wrong setting and the reason. None means "not set" where it is allowed.
+    Lengths ending in `_steps` count optimizer steps; sizes are px.
+    """
+
+    # The base model, and where its files are.
     pretrained_model_name_or_path: str = base_field(
         default="toy",
         help=(
@@ -144,7 +146,7 @@ class TrainConfig:
         per_process=True,
     )
 
-    # The photos of the subject: where they are, what is said of them, and how they are cropped.
+    # The photos of the subject: their files, captions, crops and masks.
     instance_data_dir: str | None = photos_field(
         default=None,
         help="folder with the photos of the subject",
@@ -356,7 +358,7 @@ class TrainConfig:
         idle=field_facts.ignore_unless(masks="auto"),
     )
 
-    # Prior preservation: what keeps the base's idea of the class beside the subject.
+    # Prior preservation, which keeps the base's idea of the class beside the subject.
     with_prior_preservation: bool = prior_field(
         default=False,
         help="preserve what the base knows of the class",
@@ -941,7 +943,7 @@ class TrainConfig:
         help="accepted: PyTorch's own attention is used",
     )
 
-    # Samples and scores during the run, by which a person judges it.
+    # Samples and scores during the run.
     validation_prompt: str | None = samples_field(
         default=None,
         help="prompt of the sample images (default: the instance prompt)",
@@ -971,7 +973,7 @@ class TrainConfig:
         low=0,
     )
 
-    # The run folder: what is written there, and how often.
+    # The run folder: its files, and how often they are written.
     output_dir: str = run_field(
         default="lora-dreambooth-model",
         help="the run folder",
@@ -1010,7 +1012,7 @@ class TrainConfig:
         help="print the plan and its cost, and exit",
     )
 
-    # The upload, which happens only when it is asked for.
+    # The upload, which is off by default.
     push_to_hub: bool = hub_field(
         default=False,
         help="upload the adapter and its card when done; never the photos",
@@ -1033,15 +1035,15 @@ class TrainConfig:
 
     @cached_property
     def each_subject(self) -> tuple["TrainConfig", ...]:
-        """The run's 1 to n subjects, each as the settings of a run with this subject alone."""
+        """Settings of 1 to n runs, each with one of the run's subjects alone."""
         if not self.subjects:
             return (self,)
         return tuple(replace(self, subjects=(), **table.to_dict()) for table in self.subjects)
 
     @property
     def cache_folder(self) -> Path:
-        """Where encodings are kept for all runs: `--cache_dir`, else
-        `dreambooth_moslora` in `$XDG_CACHE_HOME` or `~/.cache`."""
+        """Folder of encodings for all runs: `--cache_dir`, else in `$XDG_CACHE_HOME` or
+        `~/.cache`."""
         if self.cache_dir:
             return Path(self.cache_dir)
         caches = Path(os.environ.get("XDG_CACHE_HOME") or expanduser("~/.cache"))
@@ -1049,12 +1051,11 @@ class TrainConfig:
 
     @property
     def output_folders(self) -> dict[str, Path]:
-        """The folders that the run writes to, but for class images, by the settings that name
-        them."""
-        found = {"output_dir": Path(self.output_dir)}
+        """Folders that the run writes to, except class images, by the settings that name them."""
+        folders = {"output_dir": Path(self.output_dir)}
         if self.caching == "disk":
-            found["cache_dir"] = self.cache_folder
-        return found
+            folders["cache_dir"] = self.cache_folder
+        return folders
 
     @property
     def uses_class_images(self) -> bool:
@@ -1071,111 +1072,108 @@ class TrainConfig:
 
     @property
     def images_per_pass(self) -> int:
-        """The most images that pass through the denoiser together: whole micro-batches, or a part
-        of one, which has photos alone or prior images alone."""
-        whole = self.images_per_micro_batch
-        wanted = self.images_at_once or whole
-        if wanted < whole:
-            return min(wanted, self.train_batch_size)
-        return min(wanted // whole, self.gradient_accumulation_steps) * whole
+        """Most images that pass through the denoiser together.
+
+        They are whole micro-batches, or a part of one, which has photos alone or prior images
+        alone.
+        """
+        per_micro_batch = self.images_per_micro_batch
+        limit = self.images_at_once or per_micro_batch
+        if limit < per_micro_batch:
+            return min(limit, self.train_batch_size)
+        return min(limit // per_micro_batch, self.gradient_accumulation_steps) * per_micro_batch
 
     @property
     def bare_prompt_share(self) -> float:
-        """The share of exposures with the instance prompt, of photos whose captions lack it."""
+        """Share of exposures with the instance prompt, of photos whose captions lack it."""
         return 1 / 4 if self.instance_prompt_share is None else self.instance_prompt_share
 
     @property
     def sample_count(self) -> int:
-        """Sample images each time."""
+        """Number of sample images each time."""
         return 4 if self.num_validation_images is None else self.num_validation_images
 
     def __new__(cls, *_: Any, **values: Any) -> "TrainConfig":
-        """Raises UserError for a name that is no setting, with the one that was meant."""
+        """Raise UserError for an unknown name, with the most similar setting."""
         check_setting_names(values)
         return super().__new__(cls)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
-        """Settings by name, as from a file. Raises UserError for an unknown name and suggests the
-        nearest known one."""
+        """Build the settings from a file's values.
+
+        Raises UserError for an unknown name, with the most similar setting.
+        """
         return cls(**check_values(values))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values of all settings but the secret ones, for `from_dict`."""
-        shown = {
-            name: getattr(self, name)
-            for name, item in SETTINGS.items()
-            if not item.metadata["secret"]
-        }
+        """Return JSON-ready values of all settings but the secret ones, for `from_dict`."""
+        values = {name: getattr(self, name) for name in list_settings("secret", False)}
         # JSON has lists and tables in place of tuples and subjects.
-        lists = {name: list(value) for name, value in shown.items() if isinstance(value, tuple)}
+        lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
         subject_tables = [subject.to_dict() for subject in self.subjects]
-        return shown | lists | {"subjects": subject_tables}
+        return values | lists | {"subjects": subject_tables}
 
 
 FieldType = tuple[Any, bool]
-"""(bool, int, float, str, tuple for names, Prompt or Subject for several of them; whether None is
-allowed)."""
+"""(type, whether None is allowed): tuple for names, Prompt or Subject for a tuple of them."""
 
 
 def get_field_types(owner: type) -> dict[str, FieldType]:
-    """The type of each setting, by its annotation."""
+    """Return the type of each setting, by its annotation."""
     types = {}
     for name, hint in get_type_hints(owner).items():
         # `int | None` may be None; `int` may not.
         kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
         kind = next(k for k in kinds if k is not type(None))
-        # A tuple is told apart by what it holds: `tuple[Prompt, ...]` is not split at commas.
+        # The items of a tuple decide: text for a `tuple[Prompt, ...]` is not split at commas.
         if kind not in (bool, int, float, str):
-            items = get_args(kind)
-            kind = tuple
-            for special in (field_facts.Prompt, field_facts.Subject):
-                if special in items:
-                    kind = special
+            item = get_args(kind)[0]
+            kind = tuple if item is str else item
         types[name] = kind, type(None) in kinds
     return types
 
 
-SETTINGS: dict[str, Field] = {item.name: item for item in fields(TrainConfig)}  # Name -> row.
-FIELD_TYPES = get_field_types(TrainConfig)  # Name -> type.
+SETTINGS: dict[str, Field] = {item.name: item for item in fields(TrainConfig)}
+FIELD_TYPES = get_field_types(TrainConfig)
 GROUPS = tuple(dict.fromkeys(item.metadata["group"] for item in SETTINGS.values()))
 """The groups of the help, in their order."""
 
 
 def list_settings(fact: str, value: Any = True) -> tuple[str, ...]:
-    """The settings whose row has this value of a fact of `field_facts.FieldFacts`."""
+    """Return the settings whose row has this value of a fact of `field_facts.FieldFacts`."""
     return tuple(name for name, item in SETTINGS.items() if item.metadata[fact] == value)
 
 
 def map_aliases(*facts: str) -> dict[str, str]:
-    """Each name that a row has in these facts -> its setting."""
-    found = {}
+    """Return each name that a row has in these facts -> its setting."""
+    aliases = {}
     for name, item in SETTINGS.items():
         for fact in facts:
-            found |= dict.fromkeys(item.metadata[fact].split(), name)
-    return found
+            aliases |= dict.fromkeys(item.metadata[fact].split(), name)
+    return aliases
 
 
 ALIASES = map_aliases("flag", "also")
 """Further names of a setting, as a flag and in a file -> its name."""
 ALL_ALIASES = ALIASES | map_aliases("elsewhere")
-"""The same with what other trainers call it."""
+"""The same with the names in other trainers."""
 
 
 def list_flags(name: str) -> list[str]:
-    """The flags that mean the setting; the first one is shown."""
+    """Return the flags of a setting, the preferred one first."""
     facts = SETTINGS[name].metadata
     names = [*facts["flag"].split(), name, *facts["also"].split()]
-    return [f"--{one}" for one in names]
+    return [f"--{alias}" for alias in names]
 
 
 def get_flag_name(name: str) -> str:
-    """The setting's flag as a person is told it, without its hyphens; other words stay."""
+    """Return a setting's preferred flag without hyphens; any other name is returned unchanged."""
     return SETTINGS[name].metadata["flag"] or name if name in SETTINGS else name
 
 
 def get_set_values(table: Any) -> dict[str, str]:
-    """The settings that a subject's table names."""
+    """Return the settings that a subject's table sets."""
     return {name: value for name, value in vars(table).items() if value is not None}
 
 
@@ -1184,7 +1182,7 @@ SubjectTable = make_dataclass(
     [(name, str | None, None) for name in list_settings("per_subject")],
     frozen=True,
     namespace={
-        "__doc__": "The settings in which a subject differs from the run; None for the others.",
+        "__doc__": "Settings in which a subject differs from the run; None for the others.",
         "__module__": __name__,
         "to_dict": get_set_values,
     },
@@ -1192,20 +1190,20 @@ SubjectTable = make_dataclass(
 
 
 def build_subject_table(values: Any) -> Any:
-    """A `SubjectTable` of the given settings. Raises UserError for an unknown one."""
+    """Return a `SubjectTable` of the settings. Raises UserError for an unknown one."""
     if isinstance(values, SubjectTable):
         return values
-    known = list_settings("per_subject")
-    unknown = sorted(map(str, values.keys() - set(known)))
+    names = list_settings("per_subject")
+    unknown = sorted(map(str, values.keys() - set(names)))
     if unknown:
         raise UserError(
-            f"--subjects: a subject has no setting `{unknown[0]}`; it may have {', '.join(known)}."
+            f"--subjects: a subject has no setting `{unknown[0]}`; it may have {', '.join(names)}."
         )
     return SubjectTable(**values)
 
 
 def parse_setting(name: str, value: Any) -> Any:
-    """The value of any source, converted to the setting's type and within its limits. Raises
+    """Convert a value of any source to the setting's type and check its limits. Raises
     UserError."""
     item = SETTINGS[name]
     facts = item.metadata
@@ -1213,29 +1211,27 @@ def parse_setting(name: str, value: Any) -> Any:
     if value is None and is_optional:
         return None
 
-    # The type first, whatever the source: a flag is text, JSON and TOML have numbers.
-    found = convert_value(base, value)
-    if found is None:
+    # Convert the type: a flag is text, JSON and TOML have numbers.
+    parsed = convert_value(base, value)
+    if parsed is None:
         raise UserError(f"--{name} {value!r:.60}: expected {TYPE_DESCRIPTIONS[base]}.")
-    found = facts["spellings"].get(str(found).lower(), found)
+    parsed = facts["spellings"].get(str(parsed).lower(), parsed)
 
-    # Then the limits, unless it is the default, which needs no check.
-    if found != item.default:
-        if facts["choices"] and found not in facts["choices"]:
-            raise UserError(f"--{name} {found}: choose one of {', '.join(facts['choices'])}.")
-        if is_number(found):
-            check_number(name, found, facts)
+    # Check the limits, unless it is the default.
+    if parsed != item.default:
+        if facts["choices"] and parsed not in facts["choices"]:
+            raise UserError(f"--{name} {parsed}: choose one of {', '.join(facts['choices'])}.")
+        if is_number(parsed):
+            check_number(name, parsed, facts)
 
-    # Last, what it stands for: the tables of subjects, or a path.
+    # Resolve the tables of subjects, or a path.
     if base is field_facts.Subject:
-        return tuple(map(build_subject_table, found))
-    return facts["path"](found) if found and facts["path"] else found
+        return tuple(map(build_subject_table, parsed))
+    return facts["path"](parsed) if parsed and facts["path"] else parsed
 
 
-MAX_INTEGER = (
-    10**9
-)  # Upper bound of integers without a bound of their own: larger ones are typing errors.
-# The words for a switch in a file or in another program's header, in lower case.
+MAX_INTEGER = 10**9
+"""Upper bound of integers without a bound of their own: larger ones are typing errors."""
 BOOLEAN_WORDS = {
     "true": True,
     "1": True,
@@ -1246,7 +1242,7 @@ BOOLEAN_WORDS = {
     "no": False,
     "off": False,
 }
-# Type -> how a message names it.
+"""Values of a switch in a file or in another program's header, in lower case."""
 TYPE_DESCRIPTIONS = {
     bool: "true or false",
     int: "a whole number",
@@ -1256,12 +1252,15 @@ TYPE_DESCRIPTIONS = {
     field_facts.Prompt: "a list of prompts",
     field_facts.Subject: "a folder of folders, or [[subjects]] tables",
 }
+"""Type -> its name in a message."""
 
 
 def convert_value(base: Any, value: Any) -> Any:
-    """The value as one of the type; None if it is none. Raises UserError for tables of subjects
-    that cannot be read."""
-    # Tables, switches and texts
+    """Return the value in the type; None if it cannot be converted.
+
+    Raises UserError for tables of subjects that cannot be read.
+    """
+    # Tables, switches and texts.
     if base is field_facts.Subject:
         return subjects.to_tables(value)
     if base is bool:
@@ -1270,7 +1269,7 @@ def convert_value(base: Any, value: Any) -> Any:
         return BOOLEAN_WORDS.get(value.lower()) if isinstance(value, str) else None
     if base is str:
         return str(value) if isinstance(value, (str, Path)) else None
-    # Numbers
+    # Numbers.
     if base in (int, float):
         try:
             number = None if isinstance(value, bool) else float(value)
@@ -1281,19 +1280,18 @@ def convert_value(base: Any, value: Any) -> Any:
         if base is float or number is None:
             return number
         return parse_integer(value, number)
-    # What is left are lists of texts; one text is a list of one.
+    # Lists of texts; a single text is a list too.
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or any(
         convert_value(str, text) is None for text in texts
     ):
         return None
-    words = ",".join(texts).split(",") if base is tuple else texts
-    return tuple(word.strip() for word in words if word.strip())
+    items = ",".join(texts).split(",") if base is tuple else texts
+    return tuple(item.strip() for item in items if item.strip())
 
 
 def parse_integer(value: Any, number: float) -> int | None:
-    """The value, which is near `number`, as a whole number, with all digits of a text; None if it
-    is none."""
+    """Return a value near `number` as an integer, with all digits of a text; None for fractions."""
     if not number.is_integer():
         return None
     try:
@@ -1308,23 +1306,25 @@ BOUNDS = {
     "high": (operator.le, "at most"),
     "below": (operator.lt, "less than"),
 }
-"""A row's bound -> how a value relates to it."""
+"""A row's bound -> comparison of a value with it, and its name in a message."""
 
 
 def check_number(name: str, value: float, facts: Mapping[str, Any]) -> None:
-    """Raises UserError, which begins with `--name`, for a number that is not finite or breaks one
-    of BOUNDS in the `facts` of its row."""
-    if value != value or value in (float("inf"), float("-inf")):
+    """Raise UserError for a number that is not finite or breaks a bound in the `facts` of its
+    row."""
+    if not math.isfinite(value):
         raise UserError(f"--{name} {value}: must be a finite number.")
-    most = {"high": MAX_INTEGER} if facts["high"] is None and isinstance(value, int) else {}
-    for kind, (holds, words) in BOUNDS.items():
-        bound = most.get(kind, facts[kind])
-        if bound is not None and not holds(value, bound):
-            raise UserError(f"--{name} {value:g}: must be {words} {bound:g}.")
+    bounds = {kind: facts[kind] for kind in BOUNDS}
+    if bounds["high"] is None and isinstance(value, int):
+        bounds["high"] = MAX_INTEGER
+    for kind, (is_within, description) in BOUNDS.items():
+        bound = bounds[kind]
+        if bound is not None and not is_within(value, bound):
+            raise UserError(f"--{name} {value:g}: must be {description} {bound:g}.")
 
 
 def check_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The given settings, each checked. Raises UserError."""
+    """Return the values after checking each. Raises UserError."""
     check_setting_names(values)
     for name, value in values.items():
         parse_setting(name, value)
@@ -1332,18 +1332,20 @@ def check_values(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_setting_names(names: Iterable[str]) -> None:
-    """Raises UserError for a name that is no setting, with the one that was meant."""
+    """Raise UserError for an unknown name, with the most similar setting."""
     for name in names:
         if name not in SETTINGS:
-            plain = name.replace("-", "_")
-            close = ALL_ALIASES.get(plain) or field_facts.find_nearest_name(plain, SETTINGS)
-            advice = f": did you mean `{close}`?" if close else "; see --help."
+            alias = name.replace("-", "_")
+            nearest = ALL_ALIASES.get(alias) or field_facts.find_nearest_name(alias, SETTINGS)
+            advice = f": did you mean `{nearest}`?" if nearest else "; see --help."
             raise UserError(f"unknown setting `{name}`{advice}")
 
 
 def get_rank_and_alpha(config: TrainConfig, component: str, path: str) -> tuple[int, float]:
-    """Rank and alpha of one layer. Patterns are not for text encoders; without an alpha, it equals
-    the layer's rank."""
+    """Return rank and alpha of one layer; without an alpha, it equals the layer's rank.
+
+    Patterns do not apply to text encoders.
+    """
     rank = alpha = None
     if not component.startswith("text_encoder"):
         rank = field_facts.find_pattern_value(config.rank_pattern, "rank_pattern", path)
@@ -1354,12 +1356,13 @@ def get_rank_and_alpha(config: TrainConfig, component: str, path: str) -> tuple[
 
 
 def count_layer_parameters(config: TrainConfig, rank: int, width: int) -> int:
-    """How many numbers of A, B and M one layer learns; `width` sums its inputs and outputs."""
+    """Return how many numbers of A, B and M one layer learns; `width` sums its inputs and
+    outputs."""
     has_mixer = config.mixer != "none" and config.train_mixer
     return rank * width + (rank**2 if has_mixer else 0)
 
 
 def check_rank(mixer: str, rank: int) -> None:
-    """Raises UserError for a rank that the mixer's M cannot have."""
+    """Raise UserError for a rank that the mixer's M cannot have."""
     if mixer == "butterfly" and rank % 2:
         raise UserError(f"mixer butterfly needs an even rank, not {rank}")
