@@ -73,14 +73,14 @@ def run_export(args: argparse.Namespace) -> int:
     name = args.name or out.resolve().name or "adapter"
     check_name(name)
     print_loading()
-    from dreambooth_moslora.lora import raw_file, writer
+    from dreambooth_moslora.lora import empty_models, raw_file, writer
 
     _, facts = raw_file.read_raw(source)
 
     # Models that have the adapter's layers but not the base's weights, which the files do not need
     components = {}
     for part, structure in facts.structures.items():
-        components[part] = raw_file.build_empty_model(structure)
+        components[part] = empty_models.build_empty_model(structure)
     raw_file.load_raw(source, components)
 
     proof = writer.publish(

@@ -1,6 +1,6 @@
-"""Scores during training: every `--evaluate_steps` for the same few prompts and seeds.
+"""Scores during training: every `--evaluate_steps`, for the same few prompts and seeds.
 
-Scores are the means over several subjects. The run's best step has the highest
+The scores of several subjects are averaged. The run's best step has the highest
 `metrics.compute_checkpoint_score`.
 """
 
@@ -18,17 +18,17 @@ from dreambooth_moslora.settings.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-# Other seeds than those of `evaluate`: these choose the best step
 TRAINING_SEEDS = (100, 101)
+"""Seeds that choose the best step, other than those of `evaluate`."""
 
 
 class TrainingEvaluator:
-    """The trainer calls it with its sampler and step.
+    """Callable that scores a step; the trainer calls it with its sampler and step.
 
     config: of the run
     photos: of all subjects
     encoders: CLIP and DINO; None loads those that suit the base
-    scores: False for a process that only has to know the prompts
+    scores: False for a process that needs only the prompts
 
     `prompts` must be encoded before the text encoders are freed. Raises UserError for an encoder
     that cannot be loaded.
@@ -44,12 +44,10 @@ class TrainingEvaluator:
         self.config = config
         self.photos = photos
         self.subjects = config.each_subject
-        of_each = report.split_photos(photos, len(self.subjects))
-        self.plans = [
-            build_small_plan(subject, own) for subject, own in zip(self.subjects, of_each)
-        ]
+        subject_photos = report.split_photos(photos, len(self.subjects))
+        self.plans = list(map(build_small_plan, self.subjects, subject_photos))
 
-        # Loaded now, so that a missing one fails before the first step
+        # Load the encoders now, so that a missing one fails before the first step.
         if encoders is None and scores:
             encoders = metrics.load_encoders(
                 config.pretrained_model_name_or_path,
@@ -59,18 +57,20 @@ class TrainingEvaluator:
 
     @property
     def prompts(self) -> list[str]:
-        """The prompts of all subjects, each once."""
+        """Prompts of all subjects, each once."""
         return sorted({prompt for plan in self.plans for prompt in plan.prompts})
 
     @cached_property
     def trained_photos(self) -> list[photo_file.Photo]:
-        """With the masks and captions that the run has made by now."""
+        """Photos with the masks and captions that the run has made by now."""
         return folder.add_saved_sidecars(self.config, self.photos)
 
     @cached_property
     def evaluators(self) -> list[scoring.Evaluator]:
-        """One for each subject. Encoders stay on the CPU: a dozen pictures take seconds there, and
-        no GPU memory."""
+        """Evaluator of each subject.
+
+        Encoders stay on the CPU: a dozen images take seconds there, and no GPU memory.
+        """
         return report.build_evaluators(
             subjects=self.subjects,
             photos=self.trained_photos,
@@ -81,40 +81,40 @@ class TrainingEvaluator:
 
     def __call__(self, sampler: Sampler, step: int) -> StepEvaluated:
         """Return the scores of a step, and what they cost."""
-        draw = self._build_generator(sampler)
-        of_each = [evaluator(draw) for evaluator in self.evaluators]
-        found = report.merge_evaluations(of_each)
-        if found.no_score:
-            logger.warning("step %d has no score: %s.", step, found.no_score)
+        generate = self._build_generator(sampler)
+        evaluations = [evaluator(generate) for evaluator in self.evaluators]
+        merged = report.merge_evaluations(evaluations)
+        if merged.no_score:
+            logger.warning("step %d has no score: %s.", step, merged.no_score)
 
-        # Subjects are numbered, as trackers must not get the user's words.
-        numbered = {}
-        if len(of_each) > 1:
-            for number, one in enumerate(of_each, start=1):
-                numbered[f"dino_subject_{number}"] = round(one.mean("dino"), 4)
+        # Subjects are numbered, as trackers must not get the user's prompts.
+        subject_scores = {}
+        if len(evaluations) > 1:
+            for number, evaluation in enumerate(evaluations, start=1):
+                subject_scores[f"dino_subject_{number}"] = round(evaluation.mean("dino"), 4)
         return StepEvaluated(
             step,
-            scores=found.list_logged_scores() | numbered,
-            copy_alarm=found.alarm.raised,
+            scores=merged.list_logged_scores() | subject_scores,
+            copy_alarm=merged.alarm.raised,
             photos=self._summarize_photos(),
             cost={
-                "seconds": round(found.seconds, 2),
-                "pictures": sum(map(len, found.pictures.values())),
+                "seconds": round(merged.seconds, 2),
+                "pictures": sum(map(len, merged.pictures.values())),
             },
         )
 
     def _summarize_photos(self) -> dict[str, int]:
-        """What `explain` must know of the photos to judge the scores."""
+        """Return the facts about the photos that `advice` needs to judge the scores."""
         facts = {"count": len(self.trained_photos)}
         counts = photo_file.count_photos(self.trained_photos)
         if len(counts) > 1:
             facts["largest"] = max(counts)
-        bare = [photo.bare_prompt for photo in self.trained_photos]
-        facts["without_bare_prompt"] = len(bare) - bare.count(None)
+        bare_prompts = [photo.bare_prompt for photo in self.trained_photos]
+        facts["without_bare_prompt"] = len(bare_prompts) - bare_prompts.count(None)
         return facts
 
     def _build_generator(self, sampler: Sampler) -> scoring.ImageGenerator:
-        """Draws with fewer denoising steps than samples have."""
+        """Return a generator with fewer denoising steps than samples have."""
         steps = self.plans[0].inference_steps
         return scoring.build_generator(replace(sampler, inference_steps=steps))
 
@@ -122,6 +122,6 @@ class TrainingEvaluator:
 def build_small_plan(
     subject: TrainConfig, photos: list[photo_file.Photo]
 ) -> protocol.EvaluationPlan:
-    """A plan of a dozen pictures."""
+    """Return a plan of a dozen images."""
     full = protocol.build_subject_plan(subject, photos, seeds=TRAINING_SEEDS)
     return full.reduce_plan(templates=3, seeds=2, class_images=2, unrelated=1, inference_steps=20)

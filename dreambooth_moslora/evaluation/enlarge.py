@@ -1,10 +1,10 @@
-"""From one photo to many: what an editing model is asked for, and which of its pictures are kept.
+"""From one photo to many: prompts for an editing model, and the choice among its images.
 
-    shots --the model, beside the photo--> pictures --Sorter--> the folder, or REJECTED in it
+    shots --the model, with the photo--> images --ShotSorter--> the folder, or REJECTED in it
 
-A picture is rejected for one of three reasons: it is broken, a near copy, or does not show the
-subject. The record (`photos.synthetic`) tells which, and how each picture was made, so that a run
-that goes on draws only what is missing.
+An image is rejected for one of three reasons: it is broken, a near copy, or does not show the
+subject. The record (`photos.synthetic`) says which, and how each image was made, so that a resumed
+run generates only what is missing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +25,6 @@ from dreambooth_moslora.photos.photo_file import open_rgb, require_image, to_rgb
 from dreambooth_moslora.pictures import SheetRow, draw_contact_sheet, write_png
 from dreambooth_moslora.settings.metric_kinds import MIN_LIKENESS
 
-# Name of a shot -> how its prompt goes on after the subject. Each has a side, a distance, a place
-# and a light of its own, so that none of them is learnt with the subject.
 SHOTS = {
     "from_the_side": "seen from the side, on grass in the morning sun",
     "from_behind": "seen from behind, on a city street on a cloudy day",
@@ -49,20 +47,23 @@ SHOTS = {
     "before_bricks": "seen from the other side, before a brick wall",
     "in_fog": "in a meadow in fog",
 }
+"""Name of a shot -> end of its prompt, after the subject.
 
-# Noise is sharper than this by `quality.sharpness`, 3.8 to 4.6; real photos have up to 3.2
+Each has its own side, distance, place and light, so that none of them is learnt with the subject.
+"""
 MAX_SHARPNESS = 3.5
-# Deviation of the brightness, of 0 to 255, below which a picture shows nothing
+"""Limit of `quality.measure_sharpness`: noise has 3.8 to 4.6, real photos at most 3.2."""
 MIN_CONTRAST = 3.0
-
-# Picture of all that was made, in REJECTED, and the side of its tiles
+"""Deviation of the brightness, of 0 to 255, below which an image shows nothing."""
 SHEET_NAME = "sheet.png"
+"""Contact sheet of all generated images, in REJECTED."""
 TILE_PX = 192
+"""Side of its tiles."""
 
 
 @dataclass(frozen=True)
 class ShotRequest:
-    """A picture to draw. `key` changes with all that decides its pixels."""
+    """Image to generate. `key` changes with everything that decides its pixels."""
 
     name: str  # of its file
     request: SampleRequest
@@ -70,51 +71,53 @@ class ShotRequest:
 
 
 def build_shots(class_word: str, count: int, seed: int, **made_from: object) -> list[ShotRequest]:
-    """`count` shots of what the word says, in turn, of consecutive seeds. `made_from` is what else
-    decides the pixels."""
-    found = []
+    """Return `count` shots of the subject, in turn, of consecutive seeds.
+
+    made_from: what else decides the pixels
+    """
+    shots = []
     kinds = list(SHOTS.items())
     for number in range(count):
-        kind, words = kinds[number % len(kinds)]
-        prompt = f"a photo of a {class_word} {words}{SAME_SUBJECT_SUFFIX.format(class_word)}"
+        name, prompt_end = kinds[number % len(kinds)]
+        prompt = f"a photo of a {class_word} {prompt_end}{SAME_SUBJECT_SUFFIX.format(class_word)}"
         request = SampleRequest(prompt, seed + number)
         key = hash_values(prompt=prompt, seed=request.seed, **made_from)
-        # What is made from something else, as another photo, lies beside it.
-        found.append(ShotRequest(f"{kind}_{request.seed}_{key[:6]}.png", request, key))
-    return found
+        # Shots of another photo have other names.
+        shots.append(ShotRequest(f"{name}_{request.seed}_{key[:6]}.png", request, key))
+    return shots
 
 
 def find_fault(image: Image.Image) -> str:
-    """What is wrong with the pixels of an RGB picture; "" if nothing is."""
-    sharp = quality.measure_sharpness(image)
-    if sharp > MAX_SHARPNESS:
-        return f"noise, sharpness {sharp:.2f}"
+    """Return the fault in the pixels of an RGB image; "" if there is none."""
+    sharpness = quality.measure_sharpness(image)
+    if sharpness > MAX_SHARPNESS:
+        return f"noise, sharpness {sharpness:.2f}"
     if np.std(quality.resize_square(image.convert("L"), quality.THUMBNAIL_PX)) < MIN_CONTRAST:
         return "one colour"
-    if sharp < quality.MIN_SHARPNESS:
-        return f"blurred, sharpness {sharp:.2f}"
+    if sharpness < quality.MIN_SHARPNESS:
+        return f"blurred, sharpness {sharpness:.2f}"
     return ""
 
 
 @dataclass(frozen=True)
 class ShotVerdict:
-    """Why a picture is rejected, "" if it is kept, and its cosine to the photo."""
+    """Reason why an image is rejected, "" if it is accepted, and its DINO cosine to the photo."""
 
     reason: str
     likeness: float
 
     @property
     def reason_kind(self) -> str:
-        """The reason without what was measured."""
+        """Reason without the measured value."""
         return self.reason.partition(":")[0]
 
 
 class ShotSorter:
-    """Judges pictures beside a photo and those that are kept already.
+    """Judge of generated images, beside a photo and the images that are already accepted.
 
     encoder: compares subjects
     photo: RGB, shows the subject
-    min_likeness: DINO cosine to the photo that is asked for
+    min_likeness: required DINO cosine to the photo
     """
 
     def __init__(
@@ -127,11 +130,11 @@ class ShotSorter:
         self.add_reference("the photo", photo)
 
     def add_reference(self, name: str, picture: Image.Image) -> None:
-        """No later picture may be a copy of this one."""
+        """Reject later images that are copies of this one."""
         self.thumbnails[name] = quality.compute_thumbnail(picture)
 
     def evaluate_image(self, picture: Image.Image) -> ShotVerdict:
-        """Whether to keep an RGB picture."""
+        """Return whether to accept an RGB image, and why not."""
         likeness = float(self.encoder.embed_dino_images([picture])[0] @ self.photo_embedding)
         if fault := find_fault(picture):
             reason = f"broken: {fault}"
@@ -144,24 +147,22 @@ class ShotSorter:
         return ShotVerdict(reason, round(likeness, 4))
 
     def find_copied(self, picture: Image.Image) -> str:
-        """Which of the kept pictures this one is nearly equal to, also mirrored; "" if none."""
-        own = [
-            quality.compute_thumbnail(picture),
-            quality.compute_thumbnail(ImageOps.mirror(picture)),
-        ]
-        for name, other in self.thumbnails.items():
-            if max(float(one @ other) for one in own) > quality.MAX_LIKENESS:
+        """Return the name of an accepted image that this one is nearly equal to, also mirrored; ""
+        if none."""
+        sides = [quality.compute_thumbnail(side) for side in (picture, ImageOps.mirror(picture))]
+        for name, reference in self.thumbnails.items():
+            if max(float(side @ reference) for side in sides) > quality.MAX_LIKENESS:
                 return name
         return ""
 
 
 @dataclass
 class Enlargement:
-    """A folder that gets photos.
+    """Folder that gets generated photos.
 
     folder: with the photo, and perhaps others
-    sorter: decides which are kept
-    base, licence: of the model that draws, for the record
+    sorter: decides which are accepted
+    base, licence: of the model that generates, for the record
     """
 
     folder: Path
@@ -174,47 +175,51 @@ class Enlargement:
         self.record = synthetic.read_record(self.folder)
 
     def find_path(self, name: str) -> Path | None:
-        """Where a picture lies: in the folder or in REJECTED; None if in neither."""
-        places = (self.folder / name, self.folder / synthetic.REJECTED_NAME / name)
-        return next((path for path in places if path.is_file()), None)
+        """Return the path of an image, in the folder or in REJECTED; None if in neither."""
+        paths = (self.folder / name, self.folder / synthetic.REJECTED_NAME / name)
+        return next((path for path in paths if path.is_file()), None)
 
     def is_up_to_date(self, shot: ShotRequest) -> bool:
-        """Whether the picture is there, and was made from the same."""
-        known = self.record.get(shot.name)
-        return (
-            known is not None and known["made_from"] == shot.key and bool(self.find_path(shot.name))
-        )
+        """Return whether the image exists, and was made from the same inputs."""
+        entry = self.record.get(shot.name)
+        is_same = entry is not None and entry["made_from"] == shot.key
+        return is_same and self.find_path(shot.name) is not None
 
     def generate_missing(
         self,
         shots: Sequence[ShotRequest],
         draw: Callable[[Sequence[ShotRequest]], Iterator[Image.Image]],
     ) -> Iterator[ShotRequest]:
-        """Draw what is missing, and sort all. Yields each shot when its picture lies in its place.
-        `draw` gives the pictures of shots, in their order."""
-        # Photos that are no shots are no candidates, but may be copied.
+        """Generate the missing images and sort all; yield each shot when its image is sorted.
+
+        draw: generates the images of shots, in their order
+        """
+        # Other photos of the folder are not candidates, but must not be copied.
         names = {shot.name for shot in shots}
         for photo in find_photos(self.folder, "", quality.MIN_SHARPNESS_PX).photos:
             if photo.path.name not in names:
                 self.sorter.add_reference(photo.path.name, open_rgb(photo))
 
         missing = [shot for shot in shots if not self.is_up_to_date(shot)]
-        drawn = draw(missing) if missing else iter(())
+        images = draw(missing) if missing else iter(())
         for shot in shots:
             if shot in missing:
-                self.sort_image(shot, next(drawn).convert("RGB"), is_new=True)
+                self.sort_image(shot, next(images).convert("RGB"), is_new=True)
             else:
-                self.sort_image(
-                    shot, to_rgb(require_image(self.find_path(shot.name))), is_new=False
-                )
+                image = to_rgb(require_image(self.find_path(shot.name)))
+                self.sort_image(shot, image, is_new=False)
             yield shot
 
     def sort_image(self, shot: ShotRequest, picture: Image.Image, *, is_new: bool) -> None:
-        """Judge a picture, note it, and put it into its place. One that a person has moved stays
-        there."""
-        home = self.folder / shot.name
-        other = self.folder / synthetic.REJECTED_NAME / shot.name
-        is_moved = not is_new and home.is_file() == bool(self.record[shot.name]["rejected"])
+        """Judge an image, record the verdict, and move the image to its folder.
+
+        An image that a person has moved stays where it is.
+        """
+        accepted_path = self.folder / shot.name
+        rejected_path = self.folder / synthetic.REJECTED_NAME / shot.name
+        is_moved = not is_new and accepted_path.is_file() == bool(
+            self.record[shot.name]["rejected"]
+        )
         if not is_moved:
             verdict = self.sorter.evaluate_image(picture)
             self.record[shot.name] = synthetic.SyntheticRecord(
@@ -226,37 +231,39 @@ class Enlargement:
                 likeness=verdict.likeness,
                 rejected=verdict.reason,
             )
-            # The record comes first: no picture lies among the photos without it.
+            # Write the record first: no image may lie among the photos without it.
             synthetic.write_record(self.folder, self.record)
-            target, before = (other, home) if verdict.reason else (home, other)
+            target, old_path = (
+                (rejected_path, accepted_path) if verdict.reason else (accepted_path, rejected_path)
+            )
             if is_new:
                 write_png(target, picture)
             elif not target.is_file():
-                rename_with_retry(before, target)
-            before.unlink(missing_ok=True)
-        if home.is_file():
+                rename_with_retry(old_path, target)
+            old_path.unlink(missing_ok=True)
+        if accepted_path.is_file():
             self.sorter.add_reference(shot.name, picture)
 
     def collect_outcomes(self, shots: Sequence[ShotRequest]) -> dict[str, list[ShotRequest]]:
-        """The shots by what became of them: "kept" first, then each reason."""
-        found: dict[str, list[ShotRequest]] = {"kept": []}
+        """Return the shots by outcome: "kept" first, then each reason."""
+        outcomes: dict[str, list[ShotRequest]] = {"kept": []}
         for shot in shots:
             kind = ShotVerdict(self.record[shot.name]["rejected"], 0).reason_kind or "moved"
             if (self.folder / shot.name).is_file():
                 kind = "kept"
-            found.setdefault(kind, []).append(shot)
-        return found
+            outcomes.setdefault(kind, []).append(shot)
+        return outcomes
 
     def draw_sheet(self, shots: Sequence[ShotRequest]) -> Path:
-        """A picture of all shots, by what became of them. Returns its path."""
+        """Draw a contact sheet of all shots by outcome, and return its path."""
         rows = []
-        for kind, some in self.collect_outcomes(shots).items():
+        for kind, kind_shots in self.collect_outcomes(shots).items():
             pictures = []
-            for shot in some:
+            for shot in kind_shots:
                 picture = require_image(self.find_path(shot.name))
                 picture.thumbnail((TILE_PX, TILE_PX))
                 pictures.append(picture)
-            rows.append(SheetRow(kind, pictures, tuple(shot.name for shot in some)))
+            rows.append(SheetRow(kind, pictures, tuple(shot.name for shot in kind_shots)))
         path = self.folder / synthetic.REJECTED_NAME / SHEET_NAME
         draw_contact_sheet(rows, path, TILE_PX)
         return path

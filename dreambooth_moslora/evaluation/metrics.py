@@ -1,7 +1,7 @@
-"""What a DreamBooth user cares about, as functions of unit vectors, with 95 % intervals of their
-means.
+"""Measures of what a DreamBooth user cares about, as functions of unit vectors, with 95 % intervals
+of their means.
 
-CLIP and DINOv2 give the vectors, in fp32, so that a picture gets the same vector in any batch: by
+CLIP and DINOv2 give the vectors, in fp32, so that an image gets the same vector in any batch: by
 default openai/clip-vit-large-patch14 and facebook/dinov2-base, for the embedded base the toy
 world's own.
 
@@ -11,10 +11,10 @@ With u·v the cosine:
     CLIP-I  mean over generated g and photos p of  clip(g)·clip(p)
     DINO    the same with DINO's vectors, which tell two subjects of one class apart
     CLIP-T  mean over generated g and its prompt t of  clip(g)·clip(t)
-    PRES    mean over pictures c of the class (no token) and photos p of  dino(c)·dino(p):
+    PRES    mean over images c of the class (no token) and photos p of  dino(c)·dino(p):
             lower is better, a high value means that every member of the class has become the
             subject
-    DIV     mean over pairs of pictures of one prompt of 1 - dino·dino
+    DIV     mean over pairs of images of one prompt of 1 - dino·dino
 
 Intervals are by the bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch.
 13). A score is a table with one axis per random factor: prompts × seeds, or subjects × seeds. All
@@ -44,14 +44,14 @@ from dreambooth_moslora.photos.pretrained import load_frozen, load_pretrained
 from dreambooth_moslora.settings import toy_bases
 from dreambooth_moslora.settings.metric_kinds import CLIP_REPO, DINO_REPO
 
-# Pictures or texts that are encoded at once
 ENCODER_BATCH_SIZE = 16
-# How errors call a model of this module
+"""Images or texts that are encoded at once."""
 ENCODER_LABEL = "the encoder"
-# Of DINO, whose patches tell style
+"""Name of a model of this module in errors."""
 STYLE_LAYER = 2
-# Most tokens of a text that CLIP reads
+"""Layer of DINO whose patches tell style."""
 MAX_TEXT_TOKENS = 77
+"""Tokens of a text that CLIP reads."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,17 @@ class Clip:
 
 @dataclass(kw_only=True)
 class DinoEncoder:
-    """DINO, which looks at pictures, and its preprocessing."""
+    """DINO, which encodes images, and its preprocessing."""
 
     dino: torch.nn.Module
     dino_processor: Any
     batch_size: int = ENCODER_BATCH_SIZE
 
     def embed_dino_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """N pictures of any size -> unit vectors (N, D) of the class token after the last layer
-        norm, on the CPU."""
+        """Return unit vectors (N, D) of N images of any size, on the CPU.
+
+        They are the class token after the last layer norm.
+        """
 
         def embed(pixels: torch.Tensor) -> torch.Tensor:
             return self.dino(pixel_values=pixels).last_hidden_state[:, 0]
@@ -82,9 +84,11 @@ class DinoEncoder:
         return self._embed_images(images, self.dino_processor, embed)
 
     def embed_styles(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """N pictures of any size -> unit vectors (N, 2 D) of their style, on the CPU: mean and
-        deviation of the patches' values in an early layer of DINO, which knows strokes and
-        colours and not yet things."""
+        """Return unit vectors (N, 2 D) of the style of N images of any size, on the CPU.
+
+        They are mean and deviation of the patches' values in an early layer of DINO, which knows
+        strokes and colours and not yet things.
+        """
 
         def embed(pixels: torch.Tensor) -> torch.Tensor:
             layers = self.dino(pixel_values=pixels, output_hidden_states=True).hidden_states
@@ -96,8 +100,8 @@ class DinoEncoder:
     def _embed_images(
         self, images: Sequence[Image.Image], processor: Any, embed: Callable
     ) -> torch.Tensor:
-        def preprocess_images(some: list[Image.Image]) -> torch.Tensor:
-            rgb = [image.convert("RGB") for image in some]
+        def preprocess_images(batch: list[Image.Image]) -> torch.Tensor:
+            rgb = [image.convert("RGB") for image in batch]
             return processor(rgb, return_tensors="pt").pixel_values
 
         return self._embed_batches(images, preprocess_images, embed)
@@ -106,33 +110,34 @@ class DinoEncoder:
     def _embed_batches(
         self, items: Sequence, read: Callable[[list], Any], embed: Callable[[Any], torch.Tensor]
     ) -> torch.Tensor:
-        """Unit vectors (N, P) on the CPU.
+        """Return unit vectors (N, P) on the CPU.
 
-        items: N pictures or texts
+        items: N images or texts
         read: prepares a batch of them
-        embed: a batch to vectors
+        embed: turns a batch into vectors
         """
-        found = []
+        vectors = []
         for start in range(0, len(items), self.batch_size):
             values = read(list(items[start : start + self.batch_size])).to(self.dino.device)
-            found.append(normalize(embed(values).float(), dim=-1).cpu())
-        return torch.cat(found)
+            vectors.append(normalize(embed(values).float(), dim=-1).cpu())
+        return torch.cat(vectors)
 
 
 @dataclass(kw_only=True)
 class Encoders(DinoEncoder):
-    """The models that look at pictures, and their preprocessing."""
+    """Models that encode images and texts, and their preprocessing."""
 
     clip: Clip
     names: tuple[str, str] = ("clip", "dino")  # public ones, never paths
-    faces: FaceReader | None = None  # for pictures of people
+    faces: FaceReader | None = None  # for images of people
 
     def embed_clip_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """N pictures of any size -> unit vectors (N, P), on the CPU."""
+        """Return unit vectors (N, P) of N images of any size, on the CPU."""
         return self._embed_images(images, self.clip.processor, self.clip.embed_images)
 
     def embed_clip_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """N texts -> unit vectors (N, P), on the CPU. Texts are cut at the model's 77 tokens."""
+        """Return unit vectors (N, P) of N texts, on the CPU. Texts are cut at the model's 77
+        tokens."""
         read = partial(
             self.clip.tokenizer,
             padding=True,
@@ -150,21 +155,21 @@ def load_encoders(
     device: str | torch.device = "cpu",
     faces: bool = False,
 ) -> Encoders:
-    """The toy world's encoders for the embedded base, else CLIP and DINOv2, or those named.
+    """Load CLIP and DINO, by default the toy world's for the embedded base.
 
     base: its name
     clip, dino: a folder or an id of the hub; "" for the usual one
     device: of the models
     faces: whether faces are compared too
 
-    Raises UserError for one that cannot be loaded.
+    Raises UserError for a model that cannot be loaded.
     """
     is_toy = toy_bases.is_toy(base)
     reader = load_face_reader() if faces else None
     if reader:
         reader.load()
 
-    # CLIP: the toy world's own is part of its base.
+    # CLIP: the toy world's CLIP is part of its base.
     if is_toy and not clip:
         towers = load_pipeline_clip(toy_bases.CLIP_FOLDER, device)
         clip_name = f"{toy_bases.CLIP_FOLDER.name} CLIP"
@@ -184,7 +189,7 @@ def load_encoders(
 
 
 def load_dino(name: str | Path = DINO_REPO, device: str | torch.device = "cpu") -> DinoEncoder:
-    """DINO alone. Raises UserError."""
+    """Load DINO alone. Raises UserError if it cannot be loaded."""
     return DinoEncoder(
         dino=load_frozen(transformers.AutoModel, name, ENCODER_LABEL, device, dtype=torch.float32),
         dino_processor=load_pretrained(transformers.AutoImageProcessor, name, ENCODER_LABEL),
@@ -192,16 +197,16 @@ def load_dino(name: str | Path = DINO_REPO, device: str | torch.device = "cpu") 
 
 
 def load_clip(name: str | Path, device: str | torch.device) -> Clip:
-    """A CLIP model with both halves. Raises UserError."""
-    # Its output of either half is not projected yet.
+    """Load a CLIP model with both halves. Raises UserError if it cannot be loaded."""
     model = load_frozen(transformers.CLIPModel, name, ENCODER_LABEL, device, dtype=torch.float32)
 
+    # The output of either half is not projected yet.
     def embed_images(pixels: torch.Tensor) -> torch.Tensor:
         return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
 
     def embed_texts(texts: Any) -> torch.Tensor:
-        read = model.text_model(texts.input_ids, texts.attention_mask)
-        return model.text_projection(read.pooler_output)
+        output = model.text_model(texts.input_ids, texts.attention_mask)
+        return model.text_projection(output.pooler_output)
 
     return Clip(
         embed_images=embed_images,
@@ -212,22 +217,10 @@ def load_clip(name: str | Path, device: str | torch.device) -> Clip:
 
 
 def load_pipeline_clip(folder: Path, device: str | torch.device) -> Clip:
-    """The CLIP of a pipeline's folder: its image encoder, and its second text encoder."""
-    # Its two halves lie in folders of their own, as parts of the pipeline.
-    vision = load_frozen(
-        transformers.CLIPVisionModelWithProjection,
-        folder / "image_encoder",
-        ENCODER_LABEL,
-        device,
-        dtype=torch.float32,
-    )
-    text = load_frozen(
-        transformers.CLIPTextModelWithProjection,
-        folder / "text_encoder_2",
-        ENCODER_LABEL,
-        device,
-        dtype=torch.float32,
-    )
+    """Load the CLIP of a pipeline's folder: its image encoder and second text encoder."""
+    load = partial(load_frozen, flag=ENCODER_LABEL, device=device, dtype=torch.float32)
+    vision = load(transformers.CLIPVisionModelWithProjection, folder / "image_encoder")
+    text = load(transformers.CLIPTextModelWithProjection, folder / "text_encoder_2")
 
     def embed_images(pixels: torch.Tensor) -> torch.Tensor:
         return vision(pixel_values=pixels).image_embeds
@@ -247,19 +240,19 @@ def load_pipeline_clip(folder: Path, device: str | torch.device) -> Clip:
     )
 
 
-# Of the bootstrap
 BOOTSTRAP_RESAMPLES = 4000
-# The 97.5 % points of the normal distribution, and of Student's t with so many degrees of freedom
 NORMAL_QUANTILE = 1.960
+"""97.5 % point of the normal distribution."""
 T_DEGREES = np.array([1, 2, 3, 4, 5, 6, 8, 10, 15, 30, np.inf])
 T_QUANTILES = np.array(
     [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.306, 2.228, 2.131, 2.042, NORMAL_QUANTILE]
 )
+"""97.5 % points of Student's t at `T_DEGREES` degrees of freedom."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % interval; a single value has none."""
+    """Mean and its 95 % interval; a single value has no interval."""
 
     mean: float
     low: float | None
@@ -267,14 +260,15 @@ class Interval:
 
     @property
     def error_lengths(self) -> tuple[float, float]:
-        """How far the interval goes below the mean and above it."""
+        """Distance of the interval's ends below and above the mean."""
         if self.low is None:
             return 0.0, 0.0
-        # Of equal values the ends are the mean but for rounding.
+        # Rounding may put an end of equal values on the wrong side of the mean.
         return max(self.mean - self.low, 0.0), max(self.high - self.mean, 0.0)
 
     def __format__(self, sign: str) -> str:
-        """`0.512 [0.480, 0.544]` or `0.512, no interval`; with "+", each number has its sign."""
+        """Return `0.512 [0.480, 0.544]` or `0.512, no interval`; with "+", each number has its
+        sign."""
         if self.low is None:
             return f"{self.mean:{sign}.3f}, no interval"
         return f"{self.mean:{sign}.3f} [{self.low:{sign}.3f}, {self.high:{sign}.3f}]"
@@ -283,18 +277,19 @@ class Interval:
         return format(self)
 
     def to_dict(self) -> dict[str, float | None]:
-        """The three numbers, rounded to four places."""
-        found = {}
-        for name, value in asdict(self).items():
-            found[name] = None if value is None else round(value, 4)
-        return found
+        """Return the three numbers, rounded to four places."""
+        return {
+            name: None if value is None else round(value, 4) for name, value in asdict(self).items()
+        }
 
 
 def bootstrap_mean(
     values: np.ndarray, resamples: int = BOOTSTRAP_RESAMPLES, seed: int = 0
 ) -> Interval:
-    """The mean of a table of any number of axes and its interval. Raises ValueError when empty or
-    not finite."""
+    """Return the mean of a table of any number of axes and its interval.
+
+    Raises ValueError for a table that is empty or not finite.
+    """
     values = np.asarray(values, dtype=np.float64)
     if values.size == 0 or not np.isfinite(values).all():
         raise ValueError(
@@ -303,7 +298,7 @@ def bootstrap_mean(
     if values.size == 1:
         return Interval(float(values.mean()), None, None)
 
-    # How often each item of an axis is drawn, as its weight: (resamples, n) of each axis
+    # Frequency of each item of an axis in each resample, as its weight: (resamples, n) of each axis
     rng = np.random.default_rng(seed)
     weights = [rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n for n in values.shape]
 
@@ -318,16 +313,18 @@ def bootstrap_mean(
 
 
 def compute_widening(values: np.ndarray) -> float:
-    """The factor that a percentile interval lacks for few items along each axis: at least 1, 1.44
-    for six subjects."""
+    """Return the factor that a percentile interval lacks for few items along each axis.
+
+    It is at least 1, and 1.44 for six subjects.
+    """
     # The variance of the mean by each axis, from the means of its items
     variances = []
     counts = []
     for axis, count in enumerate(values.shape):
         if count < 2:
             continue
-        others = tuple(other for other in range(values.ndim) if other != axis)
-        variances.append(values.mean(axis=others).var(ddof=1) / count)
+        other_axes = tuple(number for number in range(values.ndim) if number != axis)
+        variances.append(values.mean(axis=other_axes).var(ddof=1) / count)
         counts.append(count)
     variances = np.array(variances)
     counts = np.array(counts)
@@ -336,73 +333,89 @@ def compute_widening(values: np.ndarray) -> float:
 
     # Satterthwaite's degrees of freedom, and the variance that resampling shows: (n - 1) / n of it
     degrees = variances.sum() ** 2 / (variances**2 / (counts - 1)).sum()
-    shown = (variances * (counts - 1) / counts).sum()
-    return compute_t_quantile(degrees) / NORMAL_QUANTILE * float(np.sqrt(variances.sum() / shown))
+    resampled_variance = (variances * (counts - 1) / counts).sum()
+    bias = float(np.sqrt(variances.sum() / resampled_variance))
+    return compute_t_quantile(degrees) / NORMAL_QUANTILE * bias
 
 
 def compute_t_quantile(degrees: float) -> float:
-    """The 97.5 % point of Student's t. Between tabulated degrees it errs to the wide side."""
+    """Return the 97.5 % point of Student's t; between tabulated degrees the larger side."""
     return float(np.interp(-1 / degrees, -1 / T_DEGREES, T_QUANTILES))
 
 
 Vectors = TypeVar("Vectors", torch.Tensor, np.ndarray)
-# A copy is more than this fraction of the way from another photo to one photo itself
 MIN_COPY_INDEX = 0.5
-# The alarm is raised when more than this fraction of the pictures are copies
+"""Fraction of the way from another photo to a photo itself, beyond which an image is a copy."""
 MIN_ALARM_SHARE = 0.1
-# Nearness assumed for a single photo, which has nothing to be compared with, and of its face
+"""Fraction of copies among the images, beyond which the alarm is raised."""
 SINGLE_PHOTO_SIMILARITY = 0.8
+"""Cosine between photos that is assumed for a single one, which has no other to compare with."""
 SINGLE_FACE_SIMILARITY = 0.6
+"""Cosine between faces that is assumed for a single one."""
 
 
 def subject_fidelity(generated: torch.Tensor, photos: torch.Tensor) -> torch.Tensor:
-    """CLIP-I, DINO or (of the bare class) PRES: (N, D), photos (P, D) -> (N,), mean cosine to all
-    photos."""
+    """Return CLIP-I, DINO or, for the bare class, PRES: the mean cosine to all photos.
+
+    generated (N, D), photos (P, D) -> (N,)
+    """
     return (generated @ photos.T).mean(1)
 
 
 def photo_fidelity(photos: torch.Tensor) -> float:
-    """Mean cosine between different photos (P, D): the paper's row "Real Images". NaN for a single
-    photo."""
+    """Return the mean cosine between different photos (P, D): the paper's row "Real Images".
+
+    NaN for a single photo.
+    """
     return float(compute_mutual_similarity(photos).mean())
 
 
 def compute_mutual_similarity(photos: Vectors) -> Vectors:
-    """The mean cosine of each photo, or of its face, to the others, (P, D) -> (P,). NaN for a
-    single photo."""
+    """Return the mean cosine of each photo, or of its face, to all others, (P, D) -> (P,).
+
+    NaN for a single photo.
+    """
     similarities = photos @ photos.T
     return (similarities.sum(1) - similarities.diagonal()) / (len(photos) - 1)
 
 
 def prompt_fidelity(generated: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-    """CLIP-T: generated (N, D) and the text of each without the token, (N, D) -> (N,)."""
+    """Return CLIP-T: generated (N, D) and the text of each without the token, (N, D) -> (N,)."""
     return (generated * texts).sum(1)
 
 
 def diversity(vectors: torch.Tensor, count: int) -> np.ndarray:
-    """DIV of each prompt: the mean of 1 - cosine over the pairs of its pictures. (N, D), `count`
-    (two or more) pictures of a prompt after each other -> (N / count, 1)."""
+    """Return DIV of each prompt: the mean of 1 - cosine over the pairs of its images.
+
+    vectors (N, D), `count` (two or more) images of a prompt after each other -> (N / count, 1)
+    """
     groups = vectors.double().reshape(-1, count, vectors.shape[-1])
     cosines = groups @ groups.mT
-    one, other = torch.triu_indices(count, count, offset=1)
-    return (1 - cosines[:, one, other]).mean(1, keepdim=True).numpy()
+    rows, columns = torch.triu_indices(count, count, offset=1)
+    return (1 - cosines[:, rows, columns]).mean(1, keepdim=True).numpy()
 
 
 def drift(adapted: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """1 - cosine of the adapter's and base's `join_embeddings` (N, D) -> (N,); the base's
-    `diversity` is its scale."""
+    """Return 1 - cosine of the adapter's and base's `join_embeddings`, (N, D) -> (N,).
+
+    Its scale is the base's `diversity`.
+    """
     return 1 - (adapted * base).sum(1)
 
 
 def join_embeddings(clip: torch.Tensor, dino: torch.Tensor) -> torch.Tensor:
-    """CLIP (N, C) and DINO (N, D) as unit vectors (N, C + D): a copy is near in both, subject and
-    place."""
+    """Return CLIP (N, C) and DINO (N, D) as unit vectors (N, C + D).
+
+    A copy is near in both, in subject and place.
+    """
     return torch.cat([clip, dino], dim=1) / 2**0.5
 
 
 def compute_photo_similarity(photos: torch.Tensor) -> float:
-    """The mean over photos (P, D) of their largest cosine to another; a picture this near is no
-    copy yet."""
+    """Return the mean over photos (P, D) of their largest cosine to another.
+
+    An image as near as this is no copy yet.
+    """
     if len(photos) < 2:
         return SINGLE_PHOTO_SIMILARITY
     similarities = (photos @ photos.T).fill_diagonal_(-1)
@@ -410,16 +423,22 @@ def compute_photo_similarity(photos: torch.Tensor) -> float:
 
 
 def compute_copy_index(generated: torch.Tensor, photos: torch.Tensor) -> torch.Tensor:
-    """(m - r)/(1 - r) of each picture (N, D) -> (N,): m its largest cosine to a photo (P, D), r
-    `compute_photo_similarity`."""
+    """Return (m - r)/(1 - r) of each image, (N, D) -> (N,).
+
+    m is its largest cosine to a photo (P, D), r is `compute_photo_similarity`.
+    """
     nearness = min(compute_photo_similarity(photos), 0.99)  # equal frames would divide by zero
     return ((generated @ photos.T).amax(1) - nearness) / (1 - nearness)
 
 
 @dataclass(frozen=True)
 class CopyAlarm:
-    """`share` of pictures that are copies, the `largest` index, which picture and which photo, and
-    the verdict."""
+    """Verdict on copies among generated images.
+
+    share: fraction of images that are copies
+    largest: largest copy index, of image number `picture` near photo number `photo`
+    raised: whether `share` exceeds MIN_ALARM_SHARE
+    """
 
     share: float
     largest: float
@@ -429,7 +448,7 @@ class CopyAlarm:
 
 
 def detect_copies(generated: torch.Tensor, photos: torch.Tensor) -> CopyAlarm:
-    """Judge joint vectors of the generated pictures (N, D) against those of the photos (P, D)."""
+    """Compare joint vectors of the generated images (N, D) with those of the photos (P, D)."""
     index = compute_copy_index(generated, photos)
     worst = int(index.argmax())
     share = float((index > MIN_COPY_INDEX).float().mean())
@@ -446,26 +465,30 @@ def detect_copies(generated: torch.Tensor, photos: torch.Tensor) -> CopyAlarm:
 def compute_background_leak(
     generated: torch.Tensor, base: torch.Tensor, backgrounds: torch.Tensor
 ) -> torch.Tensor:
-    """How much nearer to the photos' backgrounds (P, D) in CLIP pictures (N, D) are than the base's
-    (N, D): (N,)."""
+    """Return how much nearer to the photos' backgrounds images are than the base's, by CLIP's
+    cosine.
+
+    generated (N, D), base (N, D), backgrounds (P, D) -> (N,)
+    """
     return subject_fidelity(generated, backgrounds) - subject_fidelity(base, backgrounds)
 
 
 def confusion(
     generated: torch.Tensor, photos: torch.Tensor, other_photos: torch.Tensor
 ) -> torch.Tensor:
-    """How far pictures of a subject went from its own photos to another subject's: (N, D), (P, D),
-    (Q, D) -> (N,).
+    """Return how far images of a subject went from its photos to another subject's.
+
+    (N, D), (P, D), (Q, D) -> (N,)
 
         confusion(g) = (m_own - m(g)) / (m_own - m_other)
-        m(g) = mean cos(g, own) - mean cos(g, other)
+        m(g) = mean cos(g, own photos) - mean cos(g, other photos)
 
     m_own and m_other are m of the own photos and of the other's, each mean without the photo
     itself. 0: told apart as well as the photos; 1: like the other subject; 1/2: equally near to
     both, or to neither; below 0: told apart better than the photos. A single photo is assumed to be
-    LONE_PHOTO_NEARNESS near to itself.
+    SINGLE_PHOTO_SIMILARITY near to itself.
     """
-    # m of the own photos is within_own - alike, that of the other's alike - within_other.
+    # m_own = within_own - alike, m_other = alike - within_other
     alike = float((photos @ other_photos.T).mean())
     within_own = SINGLE_PHOTO_SIMILARITY if len(photos) < 2 else photo_fidelity(photos)
     within_other = (
@@ -478,21 +501,21 @@ def confusion(
 
 
 NO_STYLE_SCORE = (
-    "the base's pictures are about as like the photos' style as the photos are to each other, "
-    "so that noise would decide how far the pictures went"
+    "the base's images are about as like the photos' style as the photos are to each other, "
+    "so that noise would decide how far the images went"
 )
-"""Why a style has no score."""
+"""Reason why a style has no score."""
 
 
 def compute_style_share(
     generated: torch.Tensor, base: torch.Tensor, photos: torch.Tensor
 ) -> torch.Tensor | None:
-    """Return how far pictures went from the base's style to the photos': 0: as the base's; 1: as
-    like the photos as these are to each other.
+    """Return how far images went from the base's style to the photos', (N,).
 
     generated, base, photos: style vectors (N, D), (M, D) and (P, D)
 
-    Returns (N,); None where the two ends differ by no more than they vary from picture to picture.
+    0: as the base's images; 1: as like the photos as these are to each other. Returns None where
+    the two ends differ by no more than they vary from image to image.
     """
     start = subject_fidelity(base, photos)
     end = compute_mutual_similarity(photos) if len(photos) > 1 else torch.ones(1)
@@ -506,48 +529,63 @@ def compute_style_share(
 def find_leaked_things(
     generated: torch.Tensor, requested: torch.Tensor, things: torch.Tensor
 ) -> torch.Tensor:
-    """Which thing a picture shows in place of what was asked for: CLIP's vectors of pictures (N,
-    D), of what each was asked for (N, D) and of the things (T, D) -> (N,), the number of the
-    nearest thing; -1 where what was asked for is nearer."""
-    to_things, nearest = (generated @ things.T).max(1)
-    own = (generated * requested).sum(1)
-    return torch.where(to_things > own, nearest, -1)
+    """Return the number of the thing that an image shows in place of what was prompted, (N,).
+
+    generated: CLIP's vectors of images (N, D)
+    requested: of the thing that each prompt names (N, D)
+    things: of the things that may leak (T, D)
+
+    -1 where the prompted thing is nearer than any other.
+    """
+    to_nearest, nearest = (generated @ things.T).max(1)
+    to_requested = (generated * requested).sum(1)
+    return torch.where(to_nearest > to_requested, nearest, -1)
 
 
 def compute_identity(
     vectors: Sequence[np.ndarray | None], photos: np.ndarray, images_per_prompt: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The mean cosine of each picture's face to the photos' faces, and where none was found.
+    """Return the mean cosine of each image's face to the photos' faces, and which images have no
+    face.
 
-    vectors: unit vectors (D,) of N pictures' faces, None without one; `of_each` of a prompt after
-        each other
-    photos: those of the photos' faces (P, D)
+    vectors: unit vectors (D,) of N images' faces, None without one; images of a prompt after each
+        other
+    photos: unit vectors of the photos' faces (P, D)
+    images_per_prompt: number of images of each prompt, S
 
-    Returns the mean of each prompt that shows a face, (prompts with one, 1), and 1 for each picture
-    without one, (N / of_each, of_each). A picture without a face says nothing of whose it is.
+    Returns the mean of each prompt with a face, (prompts with one, 1), and 1 for each image without
+    a face, (N / S, S). An image without a face does not count in the mean.
     """
-    likeness = [np.nan if one is None else float((photos @ one).mean()) for one in vectors]
+    likeness = [np.nan if face is None else float((photos @ face).mean()) for face in vectors]
     table = np.array(likeness).reshape(-1, images_per_prompt)
     missing = np.isnan(table)
-    seen = table[~missing.all(1)]
-    means = np.nanmean(seen, axis=1, keepdims=True) if len(seen) else seen[:, :1]
+    with_face = table[~missing.all(1)]
+    means = np.nanmean(with_face, axis=1, keepdims=True) if len(with_face) else with_face[:, :1]
     return means, missing.astype(float)
 
 
 def compute_face_likeness(
     identity: float, photo_identity: float, face_share: float, base_face_share: float
 ) -> float:
-    """How much of a person's face the pictures show, in [0, 1]: `identity` as a share of the
-    photos' own, × the share of pictures with a face, as a share of the base's at the same
-    prompts."""
-    kept = min(face_share / base_face_share, 1.0) if base_face_share > 0 else 1.0
-    return min(max(identity, 0.0) / max(photo_identity, 0.01), 1.0) * kept
+    """Return how much of a person's face the images show, in [0, 1].
+
+    identity, photo_identity: mean cosine of images and of photos to the photos' faces
+    face_share, base_face_share: share of images with a face, by adapter and base
+
+    It is identity as a share of the photos' × face share as a share of the base's.
+    """
+    face_ratio = min(face_share / base_face_share, 1.0) if base_face_share > 0 else 1.0
+    return min(max(identity, 0.0) / max(photo_identity, 0.01), 1.0) * face_ratio
 
 
 def compute_checkpoint_score(
     fidelity: float, prompt: float, base_prompt: float, copied_share: float
 ) -> float:
-    """fidelity (DINO; of a person its mean with `compute_face_likeness`) × prompt (CLIP-T to the
-    base's, at most 1) × (1 - fraction `copied`), in [0, 1]."""
-    kept = min(prompt / base_prompt, 1.0) if base_prompt > 0 else 1.0
-    return max(fidelity, 0.0) * max(kept, 0.0) * (1 - copied_share)
+    """Return fidelity × prompt / base_prompt (at most 1) × (1 - copied_share), in [0, 1].
+
+    fidelity: DINO; for a person its mean with `compute_face_likeness`
+    prompt, base_prompt: CLIP-T of adapter and base
+    copied_share: fraction of images that are copies
+    """
+    prompt_ratio = min(prompt / base_prompt, 1.0) if base_prompt > 0 else 1.0
+    return max(fidelity, 0.0) * max(prompt_ratio, 0.0) * (1 - copied_share)

@@ -1,9 +1,8 @@
-"""What is drawn to judge an adapter: fixed prompts from fixed seeds, by the adapter and by the base
-alone.
+"""Plan of an evaluation: fixed prompts from fixed seeds, by the adapter and by the base alone.
 
 subject    template with "token class"    adapter  fidelity, diversity, copies
 base       template with the class alone  base     what the prompt gives without the subject
-bare       the instance prompt            adapter  does it draw the subject without a place?
+bare       the instance prompt            adapter  does it show the subject without a place?
 class      "a photo of a class"           both     PRES: has the class become the subject?
 unrelated  other things                   both     drift
 """
@@ -17,7 +16,6 @@ from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.settings import prompts, subject_kinds, toy_bases, train_config
 from dreambooth_moslora.settings.prompts import SubjectWords
 
-# Names of `--prompts` -> prompts with `{}` for the subject's words
 TEMPLATE_SETS = {
     "object": prompts.DREAMBOOTH_OBJECT_TEMPLATES,
     "live": prompts.DREAMBOOTH_LIVE_TEMPLATES,
@@ -26,11 +24,11 @@ TEMPLATE_SETS = {
     "style": subject_kinds.STYLE_TEMPLATES,
     "toy_style": prompts.TOY_STYLE_TEMPLATES,
 }
-# Words of a class that is alive, and words that make an object of it all the same
+"""Value of `--prompts` -> prompts with `{}` for the subject's trigger words."""
 LIVING_WORDS = {"dog", "puppy", "cat", "kitten", "animal", "pet", "horse", "bird"}
 LIVING_WORDS |= {"person", "man", "woman", "boy", "girl"}
 LIFELESS_WORDS = {"stuffed", "plush", "toy", "statue", "figurine", "figure", "sculpture", "doll"}
-# What has nothing to do with any subject
+"""A class with one of LIVING_WORDS is alive, unless it also has one of LIFELESS_WORDS."""
 UNRELATED_PROMPTS = (
     "a bowl of fruit on a kitchen table",
     "a city street at night in the rain",
@@ -39,22 +37,24 @@ UNRELATED_PROMPTS = (
     "a field of sunflowers under a blue sky",
     "a steam locomotive crossing a bridge",
 )
+"""Prompts that have nothing to do with any subject."""
 
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What is drawn for one subject. Raises UserError without seeds or usable templates."""
+    """Prompts, seeds and steps for one subject. Raises UserError without seeds or usable
+    templates."""
 
     subject: SubjectWords
-    templates: tuple[str, ...]  # with `{}` for the subject's words
+    templates: tuple[str, ...]  # with `{}` for the trigger words
     unrelated: tuple[str, ...]
     seeds: tuple[int, ...] = (0, 1, 2, 3)  # of each prompt
     class_images: int = 16
     inference_steps: int = 25
     bare_prompt: str = ""
     is_style: bool = False
-    things: tuple[str, ...] = ()  # that a style's pictures show, as their captions say
-    ending: str = ""  # of the subject's prompts alone, not of the base's
+    things: tuple[str, ...] = ()  # in a style's images, as their captions say
+    ending: str = ""  # of the subject's prompts, not of the base's
 
     def __post_init__(self) -> None:
         has_gaps = bool(self.templates) and all("{}" in template for template in self.templates)
@@ -69,15 +69,17 @@ class EvaluationPlan:
 
     @property
     def texts(self) -> list[str]:
-        """The prompts without the token: CLIP-T's texts, and the base's prompts."""
-        bare = [template.replace(subject_kinds.STYLE_SUFFIX, "") for template in self.templates]
-        return [template.replace("{}", self.class_word) for template in bare]
+        """Prompts without the token: CLIP-T's texts, and the base's prompts."""
+        templates = [
+            template.replace(subject_kinds.STYLE_SUFFIX, "") for template in self.templates
+        ]
+        return [template.replace("{}", self.class_word) for template in templates]
 
     @property
     def subject_requests(self) -> list[SampleRequest]:
-        words = self.subject.trigger_words
-        texts = [template.replace("{}", words) + self.ending for template in self.templates]
-        return self._build_requests(texts)
+        trigger_words = self.subject.trigger_words
+        texts = [template.replace("{}", trigger_words) for template in self.templates]
+        return self._build_requests([text + self.ending for text in texts])
 
     @property
     def base_requests(self) -> list[SampleRequest]:
@@ -89,7 +91,7 @@ class EvaluationPlan:
 
     @property
     def class_requests(self) -> list[SampleRequest]:
-        # Other seeds than the templates'
+        # Seeds that the templates do not have
         prompt = f"a photo of a {self.class_word}"
         return [SampleRequest(prompt, 1000 + number) for number in range(self.class_images)]
 
@@ -99,7 +101,7 @@ class EvaluationPlan:
 
     @property
     def prompts(self) -> list[str]:
-        """All prompts, each once."""
+        """Prompts of all requests, each once."""
         requests = [
             *self.subject_requests,
             *self.base_requests,
@@ -120,12 +122,12 @@ class EvaluationPlan:
         unrelated: int,
         inference_steps: int | None = None,
     ) -> "EvaluationPlan":
-        """A plan with fewer pictures, for scores during training.
+        """Return a plan with fewer images, for scores during training.
 
-        templates, unrelated: how many prompts, spread evenly
-        seeds: how many, the first ones
+        templates, unrelated: number of prompts, spread evenly
+        seeds: number of seeds, the first ones
         class_images: at most
-        inference_steps: of each picture; None keeps them
+        inference_steps: of each image; None keeps the plan's
         """
         return replace(
             self,
@@ -138,7 +140,7 @@ class EvaluationPlan:
 
 
 def pick_evenly(items: Sequence[str], count: int) -> tuple[str, ...]:
-    """`count` of the items at even distances, including the first."""
+    """Return `count` of the items at even distances, including the first."""
     count = min(count, len(items))
     return tuple(items[number * len(items) // count] for number in range(count))
 
@@ -150,42 +152,40 @@ def build_plan(
     captions: Collection[str] = (),
     **changes,
 ) -> EvaluationPlan:
-    """The full protocol for a subject: the toy world's places for `toy`, DreamBooth's 25 templates
-    otherwise.
+    """Return the full plan for a subject.
 
     base: its name
-    subject: its words
-    templates: a name of TEMPLATE_SETS, or "auto", which distinguishes living things and objects
-        (a stuffed animal is an object)
+    subject: its token and class
+    templates: a name of TEMPLATE_SETS, or "auto": the toy world's places for `toy`, else one of
+        DreamBooth's sets of 25, for living things or objects (a stuffed animal is an object)
     captions: of the photos. Templates whose place is in them are left out, as a copy would score
         best there, unless no other is left
     changes: other fields of the plan
 
-    Raises UserError.
+    Raises UserError for unknown templates.
     """
     if templates == "auto":
         templates = choose_templates(base, subject)
     if templates not in TEMPLATE_SETS:
-        known = ", ".join(TEMPLATE_SETS)
-        raise UserError(f"prompts {templates!r}: choose one of auto, {known}, or a text file")
+        names = ", ".join(TEMPLATE_SETS)
+        raise UserError(f"prompts {templates!r}: choose one of auto, {names}, or a text file")
 
-    # Places that the photos do not show
-    seen = " | ".join(captions).lower()
+    # Templates of places that the photos do not show
+    all_captions = " | ".join(captions).lower()
     unseen = []
     for template in TEMPLATE_SETS[templates]:
-        place = template.partition("{}")[2].strip().lower()
-        if not place or place not in seen:
+        setting = template.partition("{}")[2].strip().lower()
+        if not setting or setting not in all_captions:
             unseen.append(template)
 
-    # Other things; the toy world has other toys
+    # Unrelated things; in the toy world these are other toys.
     unrelated = UNRELATED_PROMPTS
     if toy_bases.is_toy(base):
-        others = [
-            text.format(kind)
-            for text, kind in toy_bases.UNRELATED_PROMPTS
-            if kind != subject.class_word
-        ]
-        unrelated = tuple(others)
+        unrelated = tuple(
+            text.format(toy)
+            for text, toy in toy_bases.UNRELATED_PROMPTS
+            if toy != subject.class_word
+        )
     return EvaluationPlan(
         subject=subject,
         templates=tuple(unseen) or TEMPLATE_SETS[templates],
@@ -195,32 +195,32 @@ def build_plan(
 
 
 def choose_templates(base: str, subject: SubjectWords) -> str:
-    """The name of the templates that suit the subject."""
+    """Return the name of the templates that suit the subject."""
     if toy_bases.is_toy(base):
         return "toy"
-    words = set(subject.class_word.lower().split())
-    return "live" if words & LIVING_WORDS and not words & LIFELESS_WORDS else "object"
+    class_words = set(subject.class_word.lower().split())
+    return "live" if class_words & LIVING_WORDS and not class_words & LIFELESS_WORDS else "object"
 
 
 def build_subject_plan(
     subject: train_config.TrainConfig, photos: Iterable[Photo], templates: str = "auto", **changes
 ) -> EvaluationPlan:
-    """`build_plan` a subject's settings and photos, with its instance prompt as the bare one.
-    Raises UserError."""
+    """Return the plan of a subject's settings and photos, with its instance prompt as the bare one.
+
+    Raises UserError for unknown templates.
+    """
     base = subject.pretrained_model_name_or_path
     captions = [caption for photo in photos for caption in photo.captions]
 
-    # A style is drawn on other content, and has no class.
+    # A style is shown on other content, and has no class.
     kind = subject_kinds.get_subject_kind(subject)
     if kind.is_style:
-        changes["is_style"] = True
-        changes["class_images"] = 0
-        changes["things"] = collect_nouns(captions)
+        changes |= {"is_style": True, "class_images": 0, "things": collect_nouns(captions)}
         captions = []
         if templates == "auto":
             templates = "toy_style" if toy_bases.is_toy(base) else "style"
 
-    # A kind of subject may have templates of its own; the toy world knows no others than its.
+    # Some kinds of subjects have their own templates, but not in the toy world.
     if templates == "auto" and subject.subject in TEMPLATE_SETS and not toy_bases.is_toy(base):
         templates = subject.subject
     return build_plan(
@@ -234,7 +234,7 @@ def build_subject_plan(
 
 
 def collect_nouns(captions: Iterable[str]) -> tuple[str, ...]:
-    """What captions say that the pictures show, each once: `a red duck on grass in ink style` ->
-    `red duck`."""
+    """Return the things that captions name, each once: `a red duck on grass in ink style` -> `red
+    duck`."""
     nouns = map(prompts.parse_noun, captions)
     return tuple(dict.fromkeys(noun for noun in nouns if noun and noun != "picture"))

@@ -1,14 +1,14 @@
-"""Should one train at all? Some bases draw a subject from its photos, without any training: their
-pipelines take reference pictures beside the prompt.
+"""Comparison of the adapter with the base that is shown reference images: is training worth it?
 
-The same prompts and seeds are drawn in three ways:
+Some bases generate a subject from its photos, without any training: their pipelines have reference
+images beside the prompt. The same prompts and seeds are generated in three ways:
 
     adapter      by the adapter, as in every evaluation
     references   by the base, with photos as references
     both         by the adapter, with photos as references
 
-The verdict comes from differences that are paired by prompt and seed. It says no more than "not
-known" while an interval holds 0.
+The verdict comes from differences that are paired by prompt and seed. It is "not known" while an
+interval holds 0.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +22,10 @@ from dreambooth_moslora.evaluation.protocol import pick_evenly
 from dreambooth_moslora.evaluation.scoring import Evaluation, Evaluator
 from dreambooth_moslora.settings.prompts import SubjectWords
 
-# Photos that are shown at once: each makes every step slower
 MAX_REFERENCES = 4
-# What is added to a prompt of the base, which does not know the token
+"""Photos that are shown at once: each makes every step slower."""
 SAME_SUBJECT_SUFFIX = ", the same {} as in the reference pictures"
+"""End of a prompt for the base, which does not know the token."""
 
 VERDICT_TRAIN = "train: the adapter is more like your photos than references are"
 VERDICT_DO_NOT_TRAIN = "do not train: references are more like your photos than the adapter is"
@@ -35,7 +35,7 @@ VERDICT_MIXED = "not known: one is more like your photos, the other follows the 
 
 @dataclass(frozen=True)
 class TrainingVerdict:
-    """Whether to train, and the adapter's means less those of the references."""
+    """Advice to train or not, and the adapter's means minus those of the references."""
 
     conclusion: str
     likeness: metrics.Interval
@@ -48,7 +48,7 @@ class TrainingVerdict:
 
 @dataclass(frozen=True)
 class ReferenceComparison:
-    """The three ways by their names, as evaluations of the same prompts and seeds."""
+    """Evaluations of the same prompts and seeds, by arm, and the verdict."""
 
     arms: dict[str, Evaluation]
     verdict: TrainingVerdict
@@ -60,7 +60,7 @@ def evaluate_arms(
     evaluate: Callable[..., Evaluation],
     scale: float,
 ) -> ReferenceComparison:
-    """Draw by references, without the adapter and with it.
+    """Evaluate the references without the adapter and with it.
 
     evaluator: of the subject, with the photos
     adapter_evaluation: its evaluation of the adapter
@@ -77,72 +77,73 @@ def evaluate_arms(
 
 
 def evaluate_references(evaluator: Evaluator, evaluate: Callable[..., Evaluation]) -> Evaluation:
-    """The subject's pictures by the base that is shown photos, without an adapter."""
+    """Evaluate the base that is shown photos, without an adapter."""
     return evaluate(
         build_reference_evaluator(evaluator), scale=0.0, references=pick_references(evaluator)
     )
 
 
 def pick_references(evaluator: Evaluator) -> Sequence[Image.Image]:
-    """The photos that are shown."""
+    """Return the photos that are shown."""
     return pick_evenly(evaluator.photos.pictures, MAX_REFERENCES)
 
 
 def build_reference_evaluator(evaluator: Evaluator) -> Evaluator:
-    """The evaluator with prompts that ask for the subject of the reference pictures. CLIP-T and the
-    base's pictures have the prompts as they were."""
-    found = evaluator.copy_subject_only()
-    word = evaluator.plan.class_word
-    found.plan = replace(
-        found.plan,
-        subject=SubjectWords(token="", class_word=word),
-        ending=SAME_SUBJECT_SUFFIX.format(word),
+    """Return the evaluator with prompts that ask for the subject of the reference images.
+
+    CLIP-T's texts and the base's prompts stay as they are.
+    """
+    reference_evaluator = evaluator.copy_subject_only()
+    class_word = evaluator.plan.class_word
+    reference_evaluator.plan = replace(
+        reference_evaluator.plan,
+        subject=SubjectWords(token="", class_word=class_word),
+        ending=SAME_SUBJECT_SUFFIX.format(class_word),
     )
-    return found
+    return reference_evaluator
 
 
 def compare_tables(
     adapter: Mapping[str, np.ndarray], references: Mapping[str, np.ndarray]
 ) -> TrainingVerdict:
-    """Whether the adapter is worth its training, by tables of DINO and CLIP-T of equal prompts and
-    seeds."""
+    """Return the verdict from the tables of DINO and CLIP-T, at equal prompts and seeds."""
 
     def compute_difference(name: str) -> metrics.Interval:
         return metrics.bootstrap_mean(adapter[name] - references[name])
 
     likeness = compute_difference("dino")
     prompt = compute_difference("clip_t")
-    better, follows = get_sign(likeness), get_sign(prompt)
-    if better * follows < 0:
-        words = VERDICT_MIXED
-    elif better:
-        words = VERDICT_TRAIN if better > 0 else VERDICT_DO_NOT_TRAIN
+    likeness_sign, prompt_sign = get_sign(likeness), get_sign(prompt)
+    if likeness_sign * prompt_sign < 0:
+        conclusion = VERDICT_MIXED
+    elif likeness_sign:
+        conclusion = VERDICT_TRAIN if likeness_sign > 0 else VERDICT_DO_NOT_TRAIN
     else:
-        words = VERDICT_UNKNOWN
-    return TrainingVerdict(conclusion=words, likeness=likeness, prompt=prompt)
+        conclusion = VERDICT_UNKNOWN
+    return TrainingVerdict(conclusion=conclusion, likeness=likeness, prompt=prompt)
 
 
 def get_sign(interval: metrics.Interval) -> int:
-    """1 or -1 if all of the interval is above or below 0, else 0."""
+    """Return 1 or -1 if the whole interval is above or below 0, else 0."""
     if interval.low is None:
         return 0
     return (interval.low > 0) - (interval.high < 0)
 
 
 def build_rows(comparison: ReferenceComparison) -> Sequence[tuple]:
-    """Way, DINO, CLIP-T, share of copies and score of each, for a report."""
+    """Return arm, DINO, CLIP-T, share of copies and score of each, for a report."""
     rows = []
-    for name, one in comparison.arms.items():
-        score = "none" if one.score is None else one.score
-        rows.append((name, one.interval("dino"), one.interval("clip_t"), one.alarm.share, score))
+    for name, arm in comparison.arms.items():
+        score = "none" if arm.score is None else arm.score
+        rows.append((name, arm.interval("dino"), arm.interval("clip_t"), arm.alarm.share, score))
     return rows
 
 
 def to_dict(comparison: ReferenceComparison) -> dict:
-    """For scores.json."""
+    """Return the comparison for scores.json."""
     return {
         "verdict": str(comparison.verdict),
         "dino": comparison.verdict.likeness.to_dict(),
         "clip_t": comparison.verdict.prompt.to_dict(),
-        "arms": {name: one.summarize_scores() for name, one in comparison.arms.items()},
+        "arms": {name: arm.summarize_scores() for name, arm in comparison.arms.items()},
     }

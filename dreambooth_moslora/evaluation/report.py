@@ -1,10 +1,10 @@
-"""An evaluation as files: `scores.json` for programs, `report.html` for people.
+"""Files of an evaluation: `scores.json` for programs, `report.html` for people.
 
 Several subjects of one adapter are judged separately, against each other and together:
 
-evaluators_of(subjects) -> an Evaluator each, which knows the photos of its rivals
-                           (`metrics.confusion`)
-pooled(evaluations)     -> one Evaluation over the prompts of all
+build_evaluators(subjects)      -> an Evaluator each, with the photos of its rivals
+                                  (`metrics.confusion`)
+merge_evaluations(evaluations)  -> one Evaluation over the prompts of all
 
 Their files are scores.json of all, and subject_1/, subject_2/ … with the scores and the report of
 each.
@@ -34,7 +34,7 @@ from dreambooth_moslora.settings.train_config import TrainConfig
 
 @dataclass(frozen=True)
 class ReportContext:
-    """What the files say beside the scores."""
+    """Facts for the files beside the scores."""
 
     adapter: str
     base: str
@@ -45,17 +45,17 @@ class ReportContext:
 
 
 def build_scores_json(evaluation: scoring.Evaluation, context: ReportContext) -> dict:
-    """All measurements, JSON-ready: means with 95 % intervals."""
+    """Return all measurements, JSON-ready: means with 95 % intervals."""
     plan = evaluation.plan
     clip, dino = context.encoders
-    of_photos = evaluation.photo_fidelity  # NaN, which JSON does not know, for a single photo
+    photo_fidelity = evaluation.photo_fidelity  # NaN, which JSON does not know, for a single photo
     return {
         "format": 1,
         "version": __version__,
         "adapter": context.adapter,
         "base": context.base,
         "encoders": {"clip": clip, "dino": dino},
-        # What was drawn, and how.
+        # Prompts, seeds and settings of the images
         "subject": asdict(plan.subject),
         "protocol": {
             "prompts": len(plan.templates),
@@ -67,9 +67,9 @@ def build_scores_json(evaluation: scoring.Evaluation, context: ReportContext) ->
             "adapter_scale": context.adapter_scale,
             "interval": "95 %, crossed bootstrap over prompts and seeds",
         },
-        # What was measured in it.
+        # Measurements
         "scores": {name: evaluation.interval(name).to_dict() for name in evaluation.tables},
-        "dino_of_photos": None if math.isnan(of_photos) else round(of_photos, 4),
+        "dino_of_photos": None if math.isnan(photo_fidelity) else round(photo_fidelity, 4),
         "dino_of_each_photo": {
             name: round(value, 4) for name, value in evaluation.photo_likeness.items()
         },
@@ -86,20 +86,18 @@ def build_scores_json(evaluation: scoring.Evaluation, context: ReportContext) ->
 def render_report(
     evaluation: scoring.Evaluation, context: ReportContext, photos: list[Image.Image]
 ) -> str:
-    """The page: verdict, scores, photos, every prompt by adapter and base, the picture nearest to a
-    copy."""
-    # Shares, such as of the base's diversity
+    """Return the page: verdict, scores, photos, images of every prompt by adapter and base, the
+    image nearest to a photo."""
+    # Relative scores, such as the share of the base's diversity
     relative = {**evaluation.compute_relative_scores(), "copied": evaluation.alarm.share}
-    shares = []
-    for name, row in METRICS.items():
-        if name in relative:
-            shares.append((row.title, f"{relative[name]:.3f}"))
-
+    shares = [
+        (row.title, f"{relative[name]:.3f}") for name, row in METRICS.items() if name in relative
+    ]
     return render(
         "evaluation.html",
         title=f"Fidelity of {context.adapter}",
-        found=evaluation,
-        about=context,
+        evaluation=evaluation,
+        context=context,
         photos=photos,
         scores=build_score_rows(evaluation),
         arms=reference_arms.build_rows(evaluation.beside) if evaluation.beside else (),
@@ -111,24 +109,27 @@ def render_report(
 
 
 def build_score_rows(evaluation: scoring.Evaluation) -> list[tuple]:
-    """Title, the adapter's mean, the base's, the photos' own, the meaning of each measure, and
-    what is better; "" where there is none."""
+    """Return the rows of the table of scores; "" for a missing cell.
+
+    Title, the adapter's mean, the base's, the photos', the meaning of the measure, and which is
+    better.
+    """
     rows = []
     for name, row in METRICS.items():
         if not row.title or row.kind != "score" or name not in evaluation.tables:
             continue
         base = evaluation.interval(row.base) if row.base in evaluation.tables else ""
-        own = ""
+        photos = ""
         if name == "dino" and not math.isnan(evaluation.photo_fidelity):
-            own = evaluation.photo_fidelity
+            photos = evaluation.photo_fidelity
         if row.photos in evaluation.tables:
-            own = evaluation.interval(row.photos)
-        rows.append((row.title, evaluation.interval(name), base, own, row.help, row.better))
+            photos = evaluation.interval(row.photos)
+        rows.append((row.title, evaluation.interval(name), base, photos, row.help, row.better))
     return rows
 
 
 def split_photos(photos: Sequence[Photo], count: int) -> list[list[Photo]]:
-    """The photos of each of `count` subjects."""
+    """Return the photos of each of `count` subjects."""
     return [[photo for photo in photos if photo.subject == number] for number in range(count)]
 
 
@@ -139,18 +140,18 @@ def build_evaluators(
     encoders: metrics.Encoders,
     size_px: int,
 ) -> list[scoring.Evaluator]:
-    """An evaluator for each subject, which knows the photos of the others.
+    """Return an evaluator for each subject, with the photos of all others as its rivals.
 
     subjects: their settings
     photos: of all subjects, with the subject's number
     plans: of each subject
-    encoders: what looks at the pictures
-    size_px: side of the pictures
+    encoders: CLIP and DINO, which score the images
+    size_px: side of the images
     """
-    found = []
-    of_each = split_photos(photos, len(subjects))
-    for subject, photos_of_it, plan in zip(subjects, of_each, plans, strict=True):
-        own = filter_real_photos(photos_of_it)
+    evaluators = []
+    all_photos = split_photos(photos, len(subjects))
+    for subject, subject_photos, plan in zip(subjects, all_photos, plans, strict=True):
+        real_photos = filter_real_photos(subject_photos)
         truth = scoring.load_truth(
             base=subject.pretrained_model_name_or_path,
             photos_dir=subject.instance_data_dir,
@@ -161,52 +162,52 @@ def build_evaluators(
         evaluator = scoring.Evaluator(
             plan=plan,
             encoders=encoders,
-            photos=[open_rgb(photo) for photo in own],
-            masks=[open_mask(photo) for photo in own],
+            photos=[open_rgb(photo) for photo in real_photos],
+            masks=[open_mask(photo) for photo in real_photos],
             truth=truth,
             faces=encoders.faces if subject_kinds.get_subject_kind(subject).has_face else None,
-            names=[photo.path.name for photo in own],
+            names=[photo.path.name for photo in real_photos],
         )
-        found.append(evaluator)
+        evaluators.append(evaluator)
 
-    # Each gets the vectors of the others' photos.
-    for one in found:
-        one.rivals = [other.photos.dino for other in found if other is not one]
-    return found
+    # Each evaluator gets the vectors of the rivals' photos.
+    for evaluator in evaluators:
+        rivals = [rival for rival in evaluators if rival is not evaluator]
+        evaluator.rivals = [rival.photos.dino for rival in rivals]
+    return evaluators
 
 
 def merge_evaluations(evaluations: Sequence[scoring.Evaluation]) -> scoring.Evaluation:
-    """One evaluation of all: the tables of all subjects over all their prompts, the mean of the
-    scores there are, the worst copy."""
+    """Return one evaluation of all: tables over the prompts of all subjects, the mean of the
+    scores, the worst copy."""
     if len(evaluations) == 1:
         return evaluations[0]
-    # The prompts of all subjects below each other
+    # Tables and images of all subjects, one subject after the other
     tables = {}
     for name in evaluations[0].tables:
-        if all(name in one.tables for one in evaluations):
-            tables[name] = np.concatenate([one.tables[name] for one in evaluations])
-
+        if all(name in evaluation.tables for evaluation in evaluations):
+            tables[name] = np.concatenate([evaluation.tables[name] for evaluation in evaluations])
     pictures = {}
     for name in evaluations[0].pictures:
         pictures[name] = []
-        for one in evaluations:
-            pictures[name].extend(one.pictures.get(name, []))
+        for evaluation in evaluations:
+            pictures[name] += evaluation.pictures.get(name, [])
 
-    # The alarm of the worst copy, raised if any is
-    alarms = [one.alarm for one in evaluations]
+    # The alarm of the worst copy, raised if any alarm is
+    alarms = [evaluation.alarm for evaluation in evaluations]
     alarm = replace(
         max(alarms, key=lambda alarm: alarm.largest),
         share=float(np.mean([alarm.share for alarm in alarms])),
         raised=any(alarm.raised for alarm in alarms),
     )
-    scores = [one.score for one in evaluations if one.score is not None]
+    scores = [each.score for each in evaluations if each.score is not None]
     return scoring.Evaluation(
         plan=evaluations[0].plan,
         tables=tables,
         alarm=alarm,
         score=float(np.mean(scores)) if scores else None,
-        no_score=next(filter(None, (one.no_score for one in evaluations)), ""),
-        seconds=sum(one.seconds for one in evaluations),
+        no_score=next((each.no_score for each in evaluations if each.no_score), ""),
+        seconds=sum(evaluation.seconds for evaluation in evaluations),
         pictures=pictures,
     )
 
@@ -217,19 +218,21 @@ def write_reports(
     evaluations: Sequence[scoring.Evaluation],
     context: ReportContext,
 ) -> list[Path]:
-    """Write scores.json and report.html; of several subjects those of each in subject_1 …, and
-    the scores of all. Returns the files.
+    """Write scores.json and report.html; for several subjects those of each in subject_1 …, and the
+    scores of all.
 
-    folder: where they go
+    folder: of the files
     evaluators, evaluations: of each subject, in the same order
     context: what was evaluated
+
+    Returns the paths of the files.
     """
     files = []
-    for number, (evaluator, one) in enumerate(zip(evaluators, evaluations), start=1):
-        own = folder / f"subject_{number}" if len(evaluations) > 1 else folder
-        scores = write_scores(own, build_scores_json(one, context))
-        page = own / "report.html"
-        write_atomic(page, render_report(one, context, evaluator.photos.pictures))
+    for number, (evaluator, evaluation) in enumerate(zip(evaluators, evaluations), start=1):
+        subject_folder = folder / f"subject_{number}" if len(evaluations) > 1 else folder
+        scores = write_scores(subject_folder, build_scores_json(evaluation, context))
+        page = subject_folder / "report.html"
+        write_atomic(page, render_report(evaluation, context, evaluator.photos.pictures))
         files += [page, scores]
     if len(evaluations) > 1:
         files.append(write_scores(folder, build_subjects_json(evaluations, context)))
@@ -237,17 +240,19 @@ def write_reports(
 
 
 def write_scores(folder: Path, scores: dict) -> Path:
-    """Write scores.json into the folder, which is made."""
+    """Write scores.json into the folder, which is created."""
     folder.mkdir(parents=True, exist_ok=True)
-    scores["time"] = time.time()  # a copy of the folder has dates of its own
+    scores["time"] = time.time()  # a copy of the folder has other dates
     file = folder / SCORES_NAME
     write_atomic(file, json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
     return file
 
 
 def build_subjects_json(evaluations: Sequence[scoring.Evaluation], context: ReportContext) -> dict:
-    """`build_scores_json` over all subjects, with that of each in `subjects`."""
-    # Of all subjects there is no one subject.
-    whole = build_scores_json(merge_evaluations(evaluations), context)
-    del whole["subject"]
-    return {**whole, "subjects": [build_scores_json(one, context) for one in evaluations]}
+    """Return `build_scores_json` over all subjects, with that of each in `subjects`."""
+    merged = build_scores_json(merge_evaluations(evaluations), context)
+    del merged["subject"]
+    return {
+        **merged,
+        "subjects": [build_scores_json(evaluation, context) for evaluation in evaluations],
+    }

@@ -1,10 +1,11 @@
-"""Scores an adapter: compares pictures by the adapter and by the base at equal prompts and seeds.
+"""Scores of an adapter: comparison of images by the adapter and by the base, at equal prompts and
+seeds.
 
-    draw(requests, with_adapter) -> pictures
-    pictures --Encoders--> vectors --metrics--> tables (prompts, seeds) -> scores
+    generate(requests, with_adapter) -> images
+    images --Encoders--> vectors --metrics--> tables (prompts, seeds) -> scores
 
-`Evaluator` belongs to one subject: it draws the base's pictures once and then judges any number of
-adapters.
+`Evaluator` belongs to one subject: it generates the base's images once and then judges any number
+of adapters.
 """
 
 import time
@@ -31,36 +32,34 @@ from dreambooth_moslora.settings.metric_kinds import METRICS
 from dreambooth_moslora.settings.prompts import parse_noun
 from dreambooth_moslora.settings.toy_bases import is_toy
 
-# Name of a measure -> its table
 Tables = dict[str, np.ndarray]
-# (requests, with the adapter?) -> pictures
+"""Name of a measure -> its table."""
 ImageGenerator = Callable[[list[SampleRequest], bool], list[Image.Image]]
-# Pictures drawn at once
+"""(requests, with the adapter?) -> images."""
 IMAGE_BATCH_SIZE = 4
-# What covers the subject where only the background counts
+"""Images that are generated at once."""
 MASK_FILL_RGB = (128, 128, 128)
+"""Colour that covers the subject where only the background counts."""
 
 
 @dataclass
 class Evaluation:
-    """What was measured of an adapter for one subject."""
+    """Measurements of an adapter for one subject."""
 
     plan: protocol.EvaluationPlan
     tables: Tables  # of scores, (prompts, seeds), (prompts, 1) or (pictures,)
     alarm: metrics.CopyAlarm
-    score: float | None  # None for a style of which `no_score` says why
+    score: float | None  # None for a style, for the reason `no_score`
     seconds: float
     pictures: dict[str, list[Image.Image]] = field(repr=False, default_factory=dict)
     photo_fidelity: float = float("nan")  # of the photos among themselves
-    photo_likeness: Mapping[str, float] = field(default_factory=dict)  # of each to the others, DINO
+    photo_likeness: Mapping[str, float] = field(
+        default_factory=dict
+    )  # file name -> DINO to all others
     no_score: str = ""
-    leaked: str = ""  # the thing of a style's pictures that appears most often unasked
-    # a `reference_arms.ReferenceComparison`, if the prompts were drawn by reference pictures too
+    leaked: str = ""  # the thing of a style's images that appears most often unprompted
+    # a `reference_arms.ReferenceComparison`, if reference images were compared too
     beside: Any = field(repr=False, default=None)
-
-    @property
-    def words(self) -> str:
-        return self.plan.subject.trigger_words
 
     def mean(self, name: str) -> float:
         return float(self.tables[name].mean())
@@ -69,34 +68,34 @@ class Evaluation:
         return metrics.bootstrap_mean(self.tables[name])
 
     def summarize_scores(self) -> dict[str, float]:
-        """All means, relative scores, copies and the score if there is one, rounded."""
-        found = {name: round(float(table.mean()), 4) for name, table in self.tables.items()}
+        """Return all means, relative scores, copies and the score if there is one, rounded."""
+        means = {name: round(float(table.mean()), 4) for name, table in self.tables.items()}
         copies = {"copied": round(self.alarm.share, 4), "copy_alarm": self.alarm.raised}
         score = {} if self.score is None else {"score": round(self.score, 4)}
-        return {**found, **self.compute_relative_scores(), **copies, **score}
+        return {**means, **self.compute_relative_scores(), **copies, **score}
 
     def list_logged_scores(self) -> dict[str, float]:
-        """The means that a training run writes into its events."""
+        """Return the means that a training run writes into its events."""
         means = self.summarize_scores()
-        found = {}
-        for name, row in METRICS.items():
-            if row.logged and name in means:
-                found[name] = float(means[name])
-        return found
+        return {
+            name: float(means[name])
+            for name, row in METRICS.items()
+            if row.logged and name in means
+        }
 
     def compute_relative_scores(self) -> dict[str, float]:
-        """Scores relative to the base's, the toy's ceiling, or the base's spread, where these were
-        measured."""
-        found = {}
+        """Return scores relative to the base's, to the toy's ceiling, or to the base's spread,
+        where these were measured."""
+        relative = {}
         for name, row in METRICS.items():
             measure, whole = row.share or ("", "")
             if whole in self.tables and measure in self.tables and self.mean(whole):
-                found[name] = round(self.mean(measure) / self.mean(whole), 4)
-        return found
+                relative[name] = round(self.mean(measure) / self.mean(whole), 4)
+        return relative
 
 
 class Truth(Protocol):
-    """A world that knows the subject's true appearance (`toybox.truth.ToyTruth`)."""
+    """World that knows the subject's true appearance (`toybox.truth.ToyTruth`)."""
 
     def compute_tables(
         self,
@@ -109,7 +108,7 @@ class Truth(Protocol):
 
 @dataclass(frozen=True)
 class EmbeddedImages:
-    """N pictures with their vectors."""
+    """N images with their vectors."""
 
     pictures: list[Image.Image]
     clip: torch.Tensor  # (N, C)
@@ -117,19 +116,19 @@ class EmbeddedImages:
 
     @property
     def joint(self) -> torch.Tensor:
-        """(N, C + D)."""
+        """(N, C + D) vectors of `metrics.join_embeddings`."""
         return metrics.join_embeddings(self.clip, self.dino)
 
 
 class Evaluator:
-    """Judges adapters of one subject.
+    """Judge of the adapters of one subject.
 
-    plan: what is drawn
-    encoders: what looks at the pictures
+    plan: prompts, seeds and steps
+    encoders: CLIP and DINO, which score the images
     photos: of the subject
     masks: of each photo, white on the subject; None without one
     truth: of a subject whose true appearance is known
-    faces: what compares faces, of a person. Without a face in a photo there is no identity
+    faces: compares faces, for a person. If no photo shows a face, identity is not scored
     names: of the photos' files
 
     `rivals`, DINO vectors of the photos of each other subject, may be set later.
@@ -156,48 +155,46 @@ class Evaluator:
 
         # The photos' faces, (P, D)
         self.faces = faces
-        seen = faces.embed_faces(self.photos.pictures) if faces else []
-        found = [vector for vector in seen if vector is not None]
-        self.photo_faces = np.stack(found) if found else None
+        vectors = faces.embed_faces(self.photos.pictures) if faces else []
+        vectors = [vector for vector in vectors if vector is not None]
+        self.photo_faces = np.stack(vectors) if vectors else None
 
-        # What the photos show beside the subject
-        backgrounds = []
-        for photo, mask in zip(photos, masks):
-            if mask is not None:
-                backgrounds.append(mask_subject(photo, mask))
+        # The photos' backgrounds
+        pairs = zip(photos, masks)
+        backgrounds = [mask_subject(photo, mask) for photo, mask in pairs if mask is not None]
         self.backgrounds = encoders.embed_clip_images(backgrounds) if backgrounds else None
 
-    def __call__(self, draw: ImageGenerator) -> Evaluation:
-        """Draw, look and measure."""
+    def __call__(self, generate: ImageGenerator) -> Evaluation:
+        """Generate the images, embed them and return the scores."""
         started = time.perf_counter()
         plan = self.plan
 
-        # The base's pictures, once for any number of adapters
-        by_base = {
+        # The base's images, once for any number of adapters
+        base_requests = {
             "subject": plan.base_requests,
             "class": plan.class_requests,
             "unrelated": plan.unrelated_requests,
         }
-        for name, requests in by_base.items():
+        for name, requests in base_requests.items():
             if requests and name not in self._base:
-                self._base[name] = self._embed_images(draw(requests, False))
+                self._base[name] = self._embed_images(generate(requests, False))
 
-        # The adapter's
-        by_adapter = {
+        # The adapter's images
+        adapter_requests = {
             "subject": plan.subject_requests,
             "bare": plan.bare_requests,
             "class": plan.class_requests,
             "unrelated": plan.unrelated_requests,
         }
-        drawn = {}
-        for name, requests in by_adapter.items():
+        embedded = {}
+        for name, requests in adapter_requests.items():
             if requests:
-                drawn[name] = self._embed_images(draw(requests, True))
+                embedded[name] = self._embed_images(generate(requests, True))
 
         # The tables, and from them the score
-        tables = self._compute_subject_tables(drawn["subject"], self._base["subject"])
-        tables |= self._compute_other_tables(drawn)
-        alarm = metrics.detect_copies(drawn["subject"].joint, self.photos.joint)
+        tables = self._compute_subject_tables(embedded["subject"], self._base["subject"])
+        tables |= self._compute_other_tables(embedded)
+        alarm = metrics.detect_copies(embedded["subject"].joint, self.photos.joint)
         score, no_score = None, metrics.NO_STYLE_SCORE
         if "style" in tables or not plan.is_style:
             no_score = ""
@@ -207,7 +204,7 @@ class Evaluator:
                 base_prompt=float(tables["clip_t_base"].mean()),
                 copied_share=alarm.share,
             )
-        pictures = {name: views.pictures for name, views in drawn.items()}
+        pictures = {name: views.pictures for name, views in embedded.items()}
         pictures |= {f"{name}_base": views.pictures for name, views in self._base.items()}
         likeness = metrics.compute_mutual_similarity(self.photos.dino).tolist()
         return Evaluation(
@@ -224,7 +221,7 @@ class Evaluator:
         )
 
     def copy_subject_only(self) -> "Evaluator":
-        """A copy that draws only the subject's pictures, which suffice for the score."""
+        """Return a copy for only the subject's images, which suffice for the score."""
         smaller = copy(self)
         smaller.plan = replace(self.plan, class_images=0, unrelated=(), bare_prompt="")
         return smaller
@@ -238,7 +235,8 @@ class Evaluator:
 
     @cached_property
     def requested_things(self) -> torch.Tensor:
-        """CLIP vectors of what each prompt asks for, without its place: (prompts × seeds, P)."""
+        """CLIP vectors of the thing that each prompt names, without its place: (prompts × seeds,
+        P)."""
         nouns = [f"a photo of a {parse_noun(text)}" for text in self.plan.texts]
         return self.encoders.embed_clip_texts(nouns).repeat_interleave(len(self.plan.seeds), 0)
 
@@ -248,10 +246,11 @@ class Evaluator:
         return EmbeddedImages(pictures=pictures, clip=clip, dino=dino)
 
     def _compute_subject_tables(self, subject: EmbeddedImages, base: EmbeddedImages) -> Tables:
-        """Of the subject's prompts, (prompts, seeds), by the adapter and by the base."""
+        """Return the tables (prompts, seeds) of the subject's prompts, by the adapter and by the
+        base."""
         photos = self.photos
 
-        # One number for each picture, (prompts × seeds,)
+        # A value for each image, (prompts × seeds,)
         columns = {
             "dino": metrics.subject_fidelity(subject.dino, photos.dino),
             "clip_i": metrics.subject_fidelity(subject.clip, photos.clip),
@@ -265,16 +264,18 @@ class Evaluator:
             columns["background_leak"] = metrics.compute_background_leak(
                 subject.clip, base.clip, self.backgrounds
             )
-        # With several rivals: the mean over them
+        # The mean over the rivals
         if self.rivals:
-            for end, views in (("", subject), ("_base", base)):
-                of_each = [metrics.confusion(views.dino, photos.dino, one) for one in self.rivals]
-                columns[f"confusion{end}"] = torch.stack(of_each).mean(0)
+            for end, images in (("", subject), ("_base", base)):
+                confusions = [
+                    metrics.confusion(images.dino, photos.dino, rival) for rival in self.rivals
+                ]
+                columns[f"confusion{end}"] = torch.stack(confusions).mean(0)
 
         shape = (len(self.plan.templates), len(self.plan.seeds))
         tables = {name: values.numpy().reshape(shape) for name, values in columns.items()}
 
-        # Pictures of one prompt, (prompts, 1), need two seeds.
+        # Diversity among the images of a prompt, (prompts, 1), needs two seeds.
         seeds = len(self.plan.seeds)
         if seeds > 1:
             tables["diversity"] = metrics.diversity(subject.dino, seeds)
@@ -284,39 +285,49 @@ class Evaluator:
         if self.photo_faces is not None:
             tables |= self._compute_face_tables(subject.pictures, base.pictures)
         if self.truth is not None:
-            known = self.truth.compute_tables(
+            true_tables = self.truth.compute_tables(
                 self.plan, subject.pictures, subject.dino, photos.dino
             )
-            if twice := known.keys() & tables.keys():
-                raise ValueError(f"the truth has tables of the same name: {sorted(twice)}")
-            tables |= known
+            if common_names := true_tables.keys() & tables.keys():
+                raise ValueError(f"the truth has tables of the same name: {sorted(common_names)}")
+            tables |= true_tables
         return tables
 
     def _compute_style_tables(self, subject: EmbeddedImages, base: EmbeddedImages) -> Tables:
-        """How much of the style the pictures have, if that can be scored, and in which a thing of
-        the style's pictures appears unasked, (prompts, seeds)."""
+        """Return the style share, if it can be scored, and the images with a leaked thing,
+        (prompts, seeds).
+
+        A leaked thing is one of the photos' that the prompt did not ask for.
+        """
         shape = (len(self.plan.templates), len(self.plan.seeds))
-        look = self.encoders.embed_styles
-        of_base, of_photos = look(base.pictures), look(self.photos.pictures)
-        style = metrics.compute_style_share(look(subject.pictures), of_base, of_photos)
+        embed_styles = self.encoders.embed_styles
+        base_styles, photo_styles = embed_styles(base.pictures), embed_styles(self.photos.pictures)
+        style = metrics.compute_style_share(
+            embed_styles(subject.pictures), base_styles, photo_styles
+        )
         tables = {} if style is None else {"style": style.numpy().reshape(shape)}
 
-        # What was asked for, and the things, in the same words around them
+        # Prompted and leaked things have the same text around them.
         things = self.plan.things
         if things:
             vectors = self.encoders.embed_clip_texts([f"a photo of a {thing}" for thing in things])
-            for end, views in (("_base", base), ("", subject)):
-                found = metrics.find_leaked_things(views.clip, self.requested_things, vectors)
-                tables[f"leak{end}"] = (found >= 0).float().numpy().reshape(shape)
-            counts = torch.bincount(found[found >= 0], minlength=len(things))
+            for end, images in (("_base", base), ("", subject)):
+                leaked_things = metrics.find_leaked_things(
+                    images.clip, self.requested_things, vectors
+                )
+                tables[f"leak{end}"] = (leaked_things >= 0).float().numpy().reshape(shape)
+            counts = torch.bincount(leaked_things[leaked_things >= 0], minlength=len(things))
             self.leaked = things[int(counts.argmax())] if counts.any() else ""
         return tables
 
-    def _compute_face_tables(self, drawn: list[Image.Image], base: list[Image.Image]) -> Tables:
-        """Whose face the pictures show, (prompts that show one, 1), and which show none, (prompts,
-        seeds). Without a face in any picture there is no identity."""
+    def _compute_face_tables(self, images: list[Image.Image], base: list[Image.Image]) -> Tables:
+        """Return the likeness of faces, (prompts with a face, 1), and the images without, (prompts,
+        seeds).
+
+        Identity is left out if no image shows a face.
+        """
         tables = {}
-        for end, pictures in (("", drawn), ("_base", base)):
+        for end, pictures in (("", images), ("_base", base)):
             likeness, missing = metrics.compute_identity(
                 self.faces.embed_faces(pictures), self.photo_faces, len(self.plan.seeds)
             )
@@ -327,26 +338,27 @@ class Evaluator:
             tables["identity_of_photos"] = metrics.compute_mutual_similarity(self.photo_faces)
         return tables
 
-    def _compute_other_tables(self, drawn: dict[str, EmbeddedImages]) -> Tables:
-        """Of the bare prompt, of the bare class and of unrelated things, where they were drawn."""
+    def _compute_other_tables(self, embedded: dict[str, EmbeddedImages]) -> Tables:
+        """Return the tables of the bare prompt, the bare class and unrelated things, where these
+        were generated."""
         tables = {}
         photos = self.photos.dino
-        if "bare" in drawn:
-            fidelity = metrics.subject_fidelity(drawn["bare"].dino, photos)
+        if "bare" in embedded:
+            fidelity = metrics.subject_fidelity(embedded["bare"].dino, photos)
             tables["dino_bare"] = fidelity.numpy()[None]
 
         # PRES
-        if "class" in drawn:
-            for end, views in (("", drawn["class"]), ("_base", self._base["class"])):
-                tables[f"pres{end}"] = metrics.subject_fidelity(views.dino, photos).numpy()
+        if "class" in embedded:
+            for end, images in (("", embedded["class"]), ("_base", self._base["class"])):
+                tables[f"pres{end}"] = metrics.subject_fidelity(images.dino, photos).numpy()
 
         # Drift, with the base's own spread between seeds as its scale. In CLIP and DINO together:
         # DINO does not see a duck on the beach become one in a kitchen.
-        if "unrelated" in drawn:
+        if "unrelated" in embedded:
             base = self._base["unrelated"]
             seeds = len(self.plan.seeds)
             shape = (len(self.plan.unrelated), seeds)
-            drift = metrics.drift(drawn["unrelated"].joint, base.joint)
+            drift = metrics.drift(embedded["unrelated"].joint, base.joint)
             tables["drift"] = drift.numpy().reshape(shape)
             if seeds > 1:
                 tables["drift_base_spread"] = metrics.diversity(base.joint, seeds)
@@ -354,31 +366,35 @@ class Evaluator:
 
 
 def compute_fidelity(tables: Tables) -> float:
-    """The likeness that the score is made of: DINO, of a person the mean with the face's, of a
-    style its own."""
+    """Return the likeness in the score: DINO; for a person the mean with the face's, for a style
+    its own."""
     dino = float(tables["dino"].mean())
 
-    # A style: how much of it is there, and how often nothing came along with it.
+    # A style: its share, × the share of images in which nothing leaked beyond the base's leaks
     if "style" in tables:
         leaks = (float(tables.get(f"leak{end}", np.zeros(1)).mean()) for end in ("", "_base"))
-        more = max(next(leaks) - next(leaks), 0.0)
-        return min(max(float(tables["style"].mean()), 0.0), 1.0) * (1 - more)
+        leak = max(next(leaks) - next(leaks), 0.0)
+        return min(max(float(tables["style"].mean()), 0.0), 1.0) * (1 - leak)
     if "no_face" not in tables:
         return dino
-    shown, base_shown = (1 - float(tables[name].mean()) for name in ("no_face", "no_face_base"))
 
-    # Where neither the base nor the adapter shows a face, nobody can say whose it is.
-    if not (shown or base_shown):
+    # A person: if neither the base nor the adapter shows a face, only DINO can be scored.
+    face_share = 1 - float(tables["no_face"].mean())
+    base_face_share = 1 - float(tables["no_face_base"].mean())
+    if not (face_share or base_face_share):
         return dino
     likeness = tables.get("identity", np.zeros(1)).mean()
-    of_photos = tables.get("identity_of_photos", np.full(1, metrics.SINGLE_FACE_SIMILARITY)).mean()
-    face = metrics.compute_face_likeness(float(likeness), float(of_photos), shown, base_shown)
+    photo_likeness = tables.get(
+        "identity_of_photos", np.full(1, metrics.SINGLE_FACE_SIMILARITY)
+    ).mean()
+    face = metrics.compute_face_likeness(
+        float(likeness), float(photo_likeness), face_share, base_face_share
+    )
     return (max(dino, 0.0) + face) / 2
 
 
 def mask_subject(photo: Image.Image, mask: Image.Image) -> Image.Image:
-    """The photo with the subject (white in the mask) painted grey, so that only its background is
-    left."""
+    """Return the photo with the subject (white in the mask) covered in grey."""
     grey = Image.new("RGB", photo.size, MASK_FILL_RGB)
     return Image.composite(grey, photo.convert("RGB"), mask.convert("L").resize(photo.size))
 
@@ -390,14 +406,15 @@ def load_truth(
     encoders: metrics.Encoders,
     size_px: int,
 ) -> Truth | None:
-    """The truth about a toy in the toy world's places; None for anything else, and without the toy
-    world, which an installed package lacks.
+    """Return the truth about a toy in the toy world's places; None for anything else.
+
+    Also None without the toy world, which an installed package lacks.
 
     base: its name
-    photos_dir: where the toy's photos lie
-    plan: what is drawn of it
-    encoders: what looks at the true pictures
-    size_px: side of the pictures
+    photos_dir: folder of the toy's photos
+    plan: of the evaluation
+    encoders: embed the true images
+    size_px: side of the images
     """
     if not (is_toy(base) and photos_dir and find_spec("toybox")):
         return None
@@ -411,13 +428,17 @@ def load_truth(
 def build_generator(
     sampler: Sampler, batch_size: int = IMAGE_BATCH_SIZE, on_picture: Callable[[], object] = bool
 ) -> ImageGenerator:
-    """Draw through a Sampler; for the base alone the adapters are switched off, and it is shown no
-    references. `on_picture` hears of each picture."""
-    alone = replace(sampler, references=())
+    """Return a function that generates images with a Sampler, with the adapter or without it.
+
+    sampler: for the base alone its adapters are disabled, and it gets no references
+    batch_size: images that are generated at once
+    on_picture: called after each image
+    """
+    base_sampler = replace(sampler, references=())
 
     def generate_requests(requests: list[SampleRequest], with_adapter: bool) -> list[Image.Image]:
         with ExitStack() as stack:
-            # All that an adapter may change; not every family has each
+            # Disable every model that an adapter may change; no family has all of them.
             if not with_adapter:
                 for name in (*DENOISERS, "text_encoder", "text_encoder_2"):
                     model = getattr(sampler.pipeline, name, None)
@@ -425,7 +446,7 @@ def build_generator(
                         stack.enter_context(disable_adapters(model))
 
             pictures = []
-            for picture in (sampler if with_adapter else alone)(requests, batch_size):
+            for picture in (sampler if with_adapter else base_sampler)(requests, batch_size):
                 pictures.append(picture)
                 on_picture()
             return pictures
@@ -444,20 +465,19 @@ def evaluate_adapter(
     text_options: Mapping[str, Any] | None = None,
     references: Sequence[Image.Image] = (),
 ) -> Evaluation:
-    """Score a loaded adapter, or none. It draws on the pipeline's home, where models take turns if
-    memory is short.
+    """Score a loaded adapter, or none, on the pipeline's device.
 
     pipeline: the base with the adapter
-    adapter: its name there; None for the base by itself
+    adapter: its name there; None for the base alone
     evaluator: of the subject
-    batch_size: pictures drawn at once
+    batch_size: images that are generated at once
     scale: of the adapter
     guidance_scale: None is the base's own
-    on_picture: called after each picture
+    on_picture: called after each image
     text_options: of encoding; None are those of the adapter's run
-    references: pictures that are shown beside each prompt, if the base's family takes any
+    references: images that are shown beside each prompt, if the base's family supports them
     """
-    # Text is encoded anew for each side, as an adapter may change the text encoders.
+    # An adapter may change the text encoders, so texts are encoded again for each one.
     names = [adapter] if adapter else []
     family = pipeline.family_for([(name, 1.0) for name in names], text_options)
     pipeline.activate(tuple((name, scale) for name in names))
@@ -475,5 +495,5 @@ def evaluate_adapter(
         with torch.no_grad():
             return evaluator(build_generator(sampler, batch_size, on_picture))
     finally:
-        if pipeline.home.is_resting:  # the models took turns
+        if pipeline.home.is_resting:  # models were offloaded in turns
             pipeline.home.leave()

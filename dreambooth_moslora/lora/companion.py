@@ -1,10 +1,10 @@
-"""A companion: a LoRA that lies under the adapter while it is trained, such as one that undoes the
+"""Companion: a frozen LoRA under the adapter that is trained, such as one that undoes the
 distillation of a base.
 
     y = (W0 + C)·x + s·B·M·A·x        C = the companion's ΔW, frozen
 
-It is added to the base's weights before these are quantised. So a step costs what it costs without
-one, and nothing of it can get into the adapter.
+It is added to the base's weights before these are quantised. A step therefore costs as much as
+without a companion, and the companion is not part of the exported adapter.
 """
 
 from pathlib import Path
@@ -20,17 +20,20 @@ from dreambooth_moslora.method.mixer import LowRank
 from dreambooth_moslora.settings.family_facts import get_facts
 
 Layers = dict[str, LowRank]
-"""Module path of the denoiser -> the companion's matrices there, with its scale in `up`."""
+"""Module path of the denoiser -> the companion's matrices, with the scale in `up`."""
 
 
 def read_companion(path: str | Path, pipeline: DiffusionPipeline) -> Layers:
-    """The companion in a LoRA file. Raises UserError for another base's, and for more than a plain
-    LoRA of the denoiser."""
+    """Return the companion's layers from a LoRA file.
+
+    Raises UserError if the file does not fit the base, or is more than a plain LoRA of the
+    denoiser.
+    """
     weights = reader.read_fitting("--companion", path, pipeline)
 
-    # Of the denoiser alone, as nothing is trained or drawn with other parts changed.
+    # Only the denoiser may be changed: training and sampling leave the other models as they are.
     facts = get_facts(type(pipeline).__name__)
-    found = {}
+    companion = {}
     for component, (layers, scales) in weights.parts.items():
         for name, layer in layers.items():
             is_plain = layer.bias is None and layer.magnitude is None
@@ -39,13 +42,15 @@ def read_companion(path: str | Path, pipeline: DiffusionPipeline) -> Layers:
                     f"--companion {weights.file_name}: give a plain LoRA of {facts.denoiser_name} "
                     f"alone, without DoRA and biases; it has {component}.{name:.100}."
                 )
-            found[name] = LowRank(layer.down, scales.get_scale(name, layer.rank) * layer.up.float())
-    return found
+            companion[name] = LowRank(
+                layer.down, scales.get_scale(name, layer.rank) * layer.up.float()
+            )
+    return companion
 
 
 @torch.no_grad()
 def add_companion(companion: Layers, denoiser: nn.Module) -> None:
-    """Add it to the weights of a dense denoiser, in place. The sums are rounded once."""
+    """Add the companion to the weights of a dense denoiser in place, rounding each sum once."""
     layers = moslora.get_matrix_layers(denoiser)
     for path, matrices in companion.items():
         weight = layers[path].weight

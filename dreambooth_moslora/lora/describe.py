@@ -1,4 +1,4 @@
-"""Describes any LoRA file, of this or another program."""
+"""Facts about any LoRA file, of this or another program, for `info` and the web page."""
 
 from collections import Counter
 from pathlib import Path
@@ -7,16 +7,18 @@ from torch import Tensor
 
 from dreambooth_moslora.disk.paths import expand_user_path
 from dreambooth_moslora.errors import UserError, format_error, format_escape
-from dreambooth_moslora.lora import key_names, lora_settings, raw_file
+from dreambooth_moslora.lora import key_names, lora_settings, raw_file, safetensors_file
 from dreambooth_moslora.lora.key_names import PAIRED_TOOLS
 from dreambooth_moslora.lora.metadata import METADATA_KEY, AdapterMetadata, parse_metadata
 
 
 def describe(path: str | Path) -> dict[str, object]:
-    """What a LoRA file is and contains, JSON-able. Raises UserError for a broken file, and for one
-    without a LoRA."""
+    """Return what a LoRA file is and contains, JSON-able.
+
+    Raises UserError for a broken file, and for a file without a LoRA.
+    """
     path = expand_user_path(path)
-    tensors, header = raw_file.read_tensors(path)
+    tensors, header = safetensors_file.read_tensors(path)
     facts = {"file": path.name, "size_mib": round(path.stat().st_size / 2**20, 3)}
     facts["dtypes"] = sorted(
         {str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()}
@@ -24,18 +26,18 @@ def describe(path: str | Path) -> dict[str, object]:
     if raw_file.RAW_KEY in tensors:
         return facts | describe_raw(path)
     try:
-        raw_file.check_finite(tensors, path.name)
+        safetensors_file.check_finite(tensors, path.name)
         facts |= describe_layers(path, tensors, header)
     except UserError:
         raise
-    # torch lacks the operation for this dtype, or an alpha is no number
+    # PyTorch lacks the operation for this dtype, or an alpha is not a number.
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path.name} is broken: {format_error(error)}") from error
     return facts | describe_header(header)
 
 
 def describe_raw(path: Path) -> dict[str, object]:
-    """The content of a raw file. Raises UserError."""
+    """Return the facts of a raw file. Raises UserError for a broken one."""
     _, metadata = raw_file.read_raw(path)
     kind = "raw MoSLoRA weights (for resuming; export it to use it elsewhere)"
     settings = ("rank", "alpha", "use_rslora", "use_dora", "mixer")
@@ -46,8 +48,11 @@ def describe_raw(path: Path) -> dict[str, object]:
 def describe_layers(
     path: Path, tensors: dict[str, Tensor], header: dict[str, str]
 ) -> dict[str, object]:
-    """The layers of a LoRA file; of other kinds of adapters only the kind. Raises UserError."""
-    # The layers with a down matrix are those of a plain LoRA; of the others the tool is told.
+    """Return the kind of a LoRA file, and the number, ranks and alphas of its layers.
+
+    Other kinds of adapters get only their kind. Raises UserError for a file without an adapter.
+    """
+    # A plain LoRA's layers have a down matrix; any other kind is described by its tool alone.
     keys = [key for key in map(key_names.parse_key, tensors) if key]
     modules, _ = key_names.parse_keys(tensors)
     pairs = {}
@@ -61,11 +66,11 @@ def describe_layers(
             f"its first tensor is {next(iter(tensors), 'absent')!r:.80}"
         )
 
-    # The kind: whose keys they are, and whether it is DoRA.
-    sizes = [tensor for key, tensor in tensors.items() if key.endswith(".dora_scale")]
-    use_dora = bool(sizes) or any("lora_magnitude_vector" in key for key in tensors)
+    # The kind: the tool that spells its keys so, and whether it is DoRA.
+    dora_scales = [tensor for key, tensor in tensors.items() if key.endswith(".dora_scale")]
+    use_dora = bool(dora_scales) or any("lora_magnitude_vector" in key for key in tensors)
     if use_dora:
-        is_read = all(map(key_names.is_row_magnitude, sizes))
+        is_read = all(map(key_names.is_row_magnitude, dora_scales))
         kinds.append("DoRA" if is_read else "DoRA by columns, which is not read here")
     kinds += sorted({key.tool for key in keys if key.part == "down" and key.module in pairs})
     kind = ("published by dreambooth_moslora, " if METADATA_KEY in header else "") + ", ".join(
@@ -74,7 +79,7 @@ def describe_layers(
     if not pairs:
         return {"kind": kind, "use_dora": use_dora}
 
-    # How many layers there are, and of which ranks and alphas.
+    # The number of layers, their ranks and alphas.
     settings = lora_settings.read_sidecar_settings(
         path, tensors
     ) or lora_settings.read_header_settings(header, path.name)
@@ -91,18 +96,18 @@ def describe_layers(
 
 
 def list_alphas(settings: dict[str, object]) -> set[float]:
-    """The alphas in PEFT's settings, of any component."""
-    found = set()
+    """Return the alphas in PEFT's settings, of any component."""
+    alphas = set()
     for name, value in settings.items():
         if name.endswith("lora_alpha"):
-            found.add(value)
+            alphas.add(value)
         if name.endswith("alpha_pattern"):
-            found |= {*(value or {}).values()}
-    return found
+            alphas |= {*(value or {}).values()}
+    return alphas
 
 
 def describe_header(header: dict[str, str]) -> dict[str, object]:
-    """What the header says about the adapter, in keys of this program, ModelSpec or kohya."""
+    """Return the facts in the header, in keys of this program, ModelSpec or kohya."""
     if metadata := parse_metadata(header):
         return {"mixer": f"{metadata.mixer}, folded"} | describe_metadata(metadata)
     if METADATA_KEY in header:
@@ -117,14 +122,15 @@ def describe_header(header: dict[str, str]) -> dict[str, object]:
 
 
 def describe_metadata(metadata: AdapterMetadata) -> dict[str, object]:
-    said = {
+    """Return the facts in this program's metadata, without empty ones."""
+    facts = {
         "base": metadata.base_id,
         "trigger_words": ", ".join(metadata.trigger_words),
         "class_word": metadata.class_word,
         "resolution_px": metadata.resolution_px,
         "versions": ", ".join(f"{name} {number}" for name, number in metadata.versions.items()),
     }
-    return {key: value for key, value in said.items() if value}
+    return {key: value for key, value in facts.items() if value}
 
 
 LABELS = {
@@ -133,14 +139,16 @@ LABELS = {
     "use_rslora": "rsLoRA",
     "resolution_px": "Resolution (px)",
 }
+"""Facts whose label is not their key in words."""
 
 
 def format_label(key: str) -> str:
-    """How `info` and the page call a fact of `describe`."""
+    """Return the label of a fact of `describe`, for `info` and the page."""
     return LABELS.get(key) or key.replace("_", " ").capitalize()
 
 
 def format_lines(facts: dict[str, object]) -> list[str]:
+    """Return the facts as lines of text: label, then value."""
     return [
         f"{format_label(key) + ':':<24} {escape_nonprintable(format_value(key, value))}"
         for key, value in facts.items()
@@ -148,13 +156,15 @@ def format_lines(facts: dict[str, object]) -> list[str]:
 
 
 def escape_nonprintable(text: str) -> str:
-    """Return the text with what is no printable character escaped, as `\\x1b`: a file's header may
-    hold some that affect the terminal, or turn a line's direction."""
+    """Return the text with each nonprintable character escaped, as `\\x1b`.
+
+    A file's header may hold characters that control the terminal or reverse a line.
+    """
     return "".join(c if c.isprintable() else format_escape(ord(c)) for c in text)
 
 
 def format_value(key: str, value: object) -> str:
-    """A fact of `describe` in one line, for `info` and the page."""
+    """Return a fact of `describe` as one line, for `info` and the page."""
     if key == "ranks":
         return format_ranks(value)
     if isinstance(value, dict):
@@ -167,7 +177,8 @@ def format_value(key: str, value: object) -> str:
 
 
 def format_ranks(counts: dict[str, int]) -> str:
-    """ "rank 16 in 146 layers", or of more than three ranks "ranks 1 to 12 in 146 layers"."""
+    """Return "rank 16 in 146 layers", or for more than three ranks "ranks 1 to 12 in 146
+    layers"."""
     if len(counts) > 3:
         lowest, *_, highest = counts
         return f"ranks {lowest} to {highest} in {sum(counts.values())} layers"

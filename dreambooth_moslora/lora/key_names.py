@@ -1,4 +1,4 @@
-"""How the tools that people have spell the keys of a LoRA: what a key begins with, and its end.
+"""Spellings of the keys of a LoRA by the tools that people use: prefixes and endings.
 
     prefix         path                                    ending
     unet.          mid_block.attentions.0.….attn1.to_q     .lora_A.weight      diffusers and PEFT
@@ -6,20 +6,20 @@
     lora_unet_     double_blocks_0_img_attn_qkv            .lokr_w1            in an original layout
 
 Any prefix may go with any ending. Another tool costs a row here and a row of the test's table. The
-first prefix that fits is taken, so none may stand behind one that begins it.
-Which layer of a base a path means is in `layer_mapping`.
+first prefix that fits is used, so a longer prefix stands before a shorter one that begins it.
+`layer_mapping` finds the layer of the base that a path means.
 
 A file in kohya's form, for ComfyUI, Forge, AUTOMATIC1111 and InvokeAI:
 
     lora_unet_<path with _>.lora_down.weight (r, in)   .lora_up.weight (out, r)   .alpha = r
                           [.dora_scale (out, 1)]
 
-ΔW = alpha/r · up·down. If the ranks differ, every module has the alpha of the most common rank,
-and `up` of the others is multiplied by r/alpha: diffusers loses the alphas of attention projections
-when a file has several. DoRA's W' = dora_scale · (W + ΔW) / ‖W + ΔW‖, with the norm of each row of
-W, as in PEFT and LyCORIS. diffusers drops `dora_scale`, so kohya files with DoRA are evaluated by
-this definition. Header keys: github.com/Stability-AI/ModelSpec, and `ss_*` of kohya's sd-scripts,
-without its folder names, captions and tag counts.
+ΔW = alpha/r · up·down. If the ranks differ, every module has the alpha of the most common rank, and
+`up` of all other modules is multiplied by r/alpha: diffusers loses the alphas of attention
+projections when a file has several. DoRA's W' = dora_scale · (W + ΔW) / ‖W + ΔW‖, with the norm of
+each row of W, as in PEFT and LyCORIS. diffusers drops `dora_scale`, so kohya files with DoRA are
+evaluated by this definition. Header keys: github.com/Stability-AI/ModelSpec, and `ss_*` of kohya's
+sd-scripts, without its folder names, captions and tag counts.
 """
 
 import re
@@ -35,11 +35,11 @@ from dreambooth_moslora.settings.family_facts import DENOISERS, get_denoiser_fac
 
 
 class Prefix(NamedTuple):
-    """What a key begins with: in whose layers its path is."""
+    """Beginning of a key: the tool that writes it, and the models that its path may be in."""
 
     text: str
     tool: str
-    components: tuple[str, ...]  # one of these, the likeliest first
+    components: tuple[str, ...]  # the likeliest first
 
 
 DIFFUSERS, KOHYA = "diffusers", "kohya"
@@ -56,18 +56,18 @@ PREFIXES = (
     Prefix(PEFT_PREFIX, "PEFT", COMPONENTS),
     Prefix("", DIFFUSERS, COMPONENTS),  # its `save_lora_adapter`
 )
-# What is written, whatever the order of the rows that are read.
 WRITTEN_PREFIXES = {
     "unet": "lora_unet_",
     "text_encoder": "lora_te1_",
     "text_encoder_2": "lora_te2_",
 }
+"""Prefixes of the files that are written; they do not depend on the order of PREFIXES."""
 WRITTEN_SINGLE_PREFIX = "lora_te_"
-"""For a text encoder that is the only one."""
+"""Prefix of a text encoder that is the only one."""
 
 
 class Ending(NamedTuple):
-    """What a key ends in: what the tensor is."""
+    """End of a key, which names the part of a layer that the tensor is."""
 
     text: str
     part: str
@@ -110,13 +110,13 @@ ENDINGS_BY_TEXT = {row.text: row for row in ENDINGS}
 WRITTEN_ENDINGS = {(row.tool, row.part): row.text for row in ENDINGS if row.is_written}
 KEY_PATTERN = re.compile(f"(.+?)({'|'.join(re.escape(text) for text in ENDINGS_BY_TEXT)})")
 PAIRED_TOOLS = {row.tool for row in ENDINGS if row.part == "down"}
-"""Tools whose files hold an up and a down matrix a layer; of the others `info` tells the kind."""
+"""Tools whose files hold an up and a down matrix per layer; `info` names the kind of any other."""
 LYCORIS_PARTS = {row.part for row in ENDINGS if row.tool in (LOHA, LOKR)}
 READ_PARTS = {row.part for row in ENDINGS if row.tool in PAIRED_TOOLS} | LYCORIS_PARTS
 
 
 class FileModule(NamedTuple):
-    """A layer as a file names it."""
+    """Layer, as a file names it."""
 
     prefix: Prefix
     path: str  # with dots, or with _ after a prefix that ends so
@@ -127,7 +127,7 @@ class FileModule(NamedTuple):
 
     @property
     def component(self) -> str:
-        """The likeliest part of a pipeline; "" for a name that fits any."""
+        """Likeliest part of a pipeline; "" for a name that fits any."""
         return "" if self.prefix.components == COMPONENTS else self.prefix.components[0]
 
 
@@ -137,11 +137,12 @@ class ParsedKey(NamedTuple):
     tool: str
 
 
-Modules = dict[FileModule, Tensors]  # and the parts of each
+Modules = dict[FileModule, Tensors]
+"""Layer of a file -> its parts."""
 
 
 def parse_key(key: str) -> ParsedKey | None:
-    """Whose layer and which part of it the key names; None for a key of no known spelling."""
+    """Return the layer and the part of it that a key names; None for an unknown spelling."""
     match = KEY_PATTERN.fullmatch(key.replace(".processor.", "."))
     if match is None:
         return None
@@ -157,20 +158,21 @@ def parse_key(key: str) -> ParsedKey | None:
 
 OLD_NAMES = {"to_out": "to_out.0"}
 OLD_ENCODER_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+"""Projections in old diffusers files -> their names in the model; the second in text encoders."""
 
 
 def parse_keys(tensors: Tensors) -> tuple[Modules, list[str]]:
-    """A file's tensors by module and part, and the keys of no known spelling."""
+    """Return a file's tensors by module and part, and the keys of an unknown spelling."""
     modules, unknown = {}, []
-    for text, tensor in tensors.items():
-        if key := parse_key(text):
+    for name, tensor in tensors.items():
+        if key := parse_key(name):
             modules.setdefault(key.module, {})[key.part] = tensor
         else:
-            unknown.append(text)
+            unknown.append(name)
     return modules, unknown
 
 
-LAYOUT_SEGMENTS = (  # of original layouts, each one segment of a path
+LAYOUT_SEGMENTS = (
     *("joint_blocks", "x_block", "context_block"),  # SD 3
     *("double_blocks", "single_blocks", "img_attn", "txt_attn", "img_mlp", "txt_mlp"),  # FLUX
     *("img_mod", "txt_mod", "img_in", "txt_in", "time_in", "vector_in", "guidance_in"),
@@ -181,47 +183,56 @@ LAYOUT_SEGMENTS = (  # of original layouts, each one segment of a path
     *("adaLN_modulation", "final_layer", "x_embedder", "t_embedder", "y_embedder"),
     "context_embedder",
 )
+"""Segments of paths in original layouts that have a `_` inside."""
 SEGMENT_SEPARATOR = re.compile(rf"(?<![^_])({'|'.join(LAYOUT_SEGMENTS)})(?![^_])|_")
 
 
 def to_dotted_path(module: FileModule) -> str:
-    """The path, `joint_blocks_0_x_block_attn_qkv` as `joint_blocks.0.x_block.attn.qkv`."""
+    """Return the path with dots: `joint_blocks_0_x_block_attn_qkv` as
+    `joint_blocks.0.x_block.attn.qkv`."""
     if not module.prefix.text.endswith("_"):
         return module.path
     return SEGMENT_SEPARATOR.sub(lambda match: match[1] or ".", module.path)
 
 
 def format_key(tool: str, name: str, part: str) -> str:
-    """The key of a part of the layer that a file calls `name`, as the tool writes it."""
+    """Return the key of one part of the layer `name`, as the tool writes it."""
     return name + WRITTEN_ENDINGS[tool, part]
 
 
 def get_published_path(component: str, path: str) -> str:
-    """The path that other programs know: they keep CLIPTextModel's `text_model.`, which
-    transformers 5 dropped."""
+    """Return the path that other programs know.
+
+    They keep CLIPTextModel's `text_model.`, which transformers 5 dropped.
+    """
     is_bare = component not in DENOISERS and not path.startswith(("text_model.", "text_projection"))
     return f"text_model.{path}" if is_bare else path
 
 
 def format_kohya_name(component: str, path: str, components: Collection[str] = COMPONENTS) -> str:
-    """`unet`, `mid_block.attentions.0` -> `lora_unet_mid_block_attentions_0`, in a file with these
-    components."""
+    """Return kohya's name of a layer in a file with these components.
+
+    `unet`, `mid_block.attentions.0` -> `lora_unet_mid_block_attentions_0`
+    """
     is_alone = component == "text_encoder" and "text_encoder_2" not in components
     prefix = WRITTEN_SINGLE_PREFIX if is_alone else WRITTEN_PREFIXES[component]
     return prefix + path.replace(".", "_")
 
 
-TEXT_WIDTHS = (2048, 768)  # of the text in SDXL and in Stable Diffusion 1.5
+TEXT_WIDTHS = (2048, 768)
+"""Widths of the text embeddings of SDXL and Stable Diffusion 1.5."""
 
 
 def is_row_magnitude(dora_scale: torch.Tensor) -> bool:
-    """Whether DoRA's magnitudes are of W's rows: (out, 1) or (out, 1, 1, 1). Some programs write
-    (1, in)."""
+    """Return whether DoRA's magnitudes are those of W's rows: (out, 1) or (out, 1, 1, 1).
+
+    Some programs write those of its columns, (1, in).
+    """
     return dora_scale.ndim > 1 and dora_scale.shape[1:].numel() == 1
 
 
 def build_kohya_tensors(components: Folded, dtype: torch.dtype = torch.float32) -> Tensors:
-    """All tensors of the file, with the shapes above; the scale is already in `up`."""
+    """Return all tensors of kohya's file in the shapes above; the scale is already in `up`."""
     alpha = get_common_rank(components)
     tensors = {}
     for component, layers in components.items():
@@ -241,28 +252,29 @@ def build_kohya_tensors(components: Folded, dtype: torch.dtype = torch.float32) 
 
 
 def get_common_rank(components: Folded) -> int:
+    """Return the most common rank of all layers."""
     return get_most_common(
         layer.rank for layers in components.values() for layer in layers.values()
     )
 
 
 def build_kohya_header(title: str, metadata: AdapterMetadata, components: Folded) -> dict[str, str]:
-    """Title, trigger phrase, architecture and rank. Every value is a string, as safetensors
-    requires."""
+    """Return title, trigger phrase, architecture and rank for the header of kohya's file.
+
+    All values are strings, as safetensors requires.
+    """
     ranks = {layer.rank for layers in components.values() for layer in layers.values()}
-    # sd-scripts' word for a file of several ranks
+    # sd-scripts writes "Dynamic" for a file of several ranks.
     rank = str(*ranks) if len(ranks) == 1 else "Dynamic"
     config = metadata.structures.get("unet", {}).get("config", {"addition_embed_type": "text_time"})
-    facts, cross = (
-        get_denoiser_facts("UNet2DConditionModel", config),
-        config.get("cross_attention_dim", TEXT_WIDTHS[0]),
-    )
-    is_usual = cross in TEXT_WIDTHS
+    facts = get_denoiser_facts("UNet2DConditionModel", config)
+    text_width = config.get("cross_attention_dim", TEXT_WIDTHS[0])
+    is_usual = text_width in TEXT_WIDTHS
     header = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{facts.modelspec}/lora"
         if is_usual
-        else f"{facts.name}-like-{cross}/lora",
+        else f"{facts.name}-like-{text_width}/lora",
         "modelspec.implementation": "https://github.com/huggingface/diffusers",
         "modelspec.title": title,
         "modelspec.trigger_phrase": ", ".join(metadata.trigger_words),

@@ -1,5 +1,7 @@
-"""PEFT's settings of a LoRA, as diffusers writes them into a file's header and PEFT beside its
-weights: which alpha and scale a layer has."""
+"""PEFT's settings of a LoRA: the alpha and the scale of each layer.
+
+diffusers writes them into a file's header, and PEFT beside its weights.
+"""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -27,18 +29,18 @@ MODULE_NAME_PATTERN = re.compile(r"\^?\w[\w.-]*")
 
 @dataclass(frozen=True)
 class Scales:
-    """What decides the scale of each module."""
+    """Alphas of the modules, and the rule that turns them into scales."""
 
     alphas: dict[str, float]  # module path -> alpha
     use_rslora: bool = False  # s is alpha/√r, not alpha/r
 
     def get_scale(self, path: str, rank: int) -> float:
-        """s of the module with that path."""
+        """Return the scale s of the module with that path."""
         return compute_scale(self.alphas[path], rank, self.use_rslora)
 
 
 def parse_scales(component: str, paths: Iterable[str], settings: dict, file_name: str) -> Scales:
-    """The alphas of one component's modules. Raises UserError for settings that are broken.
+    """Return the alphas of one component's modules. Raises UserError for broken settings.
 
     component: such as `unet`
     paths: of its modules
@@ -53,15 +55,17 @@ def parse_scales(component: str, paths: Iterable[str], settings: dict, file_name
 
 
 def check_alphas(alphas: Mapping[str, object], file_name: str) -> None:
-    """Raises UserError for an alpha that is no number, or too large."""
+    """Raise UserError for an alpha that is not a number, or too large."""
     for value in alphas.values():
         if not is_number(value) or not abs(value) <= MAX_ALPHA:
             raise make_broken_error(file_name, f"it has an alpha of {value!r:.40}")
 
 
 def read_header_settings(header: Mapping[str, str], file_name: str) -> dict[str, object]:
-    """The header's settings, named `component.name`, or `name` of one model; {} without any. Raises
-    UserError for broken ones."""
+    """Return the header's settings, named `component.name`, or `name` for one model; {} if absent.
+
+    Raises UserError for broken ones.
+    """
     try:
         return parse_json(header.get(PEFT_SETTINGS_KEY, "{}"), dict[str, Any] | None) or {}
     except UserError as error:
@@ -69,11 +73,13 @@ def read_header_settings(header: Mapping[str, str], file_name: str) -> dict[str,
 
 
 def read_sidecar_settings(file: Path, keys: Iterable[str]) -> dict[str, Any]:
-    """The settings that PEFT keeps beside a LoRA with its own keys; {} for any other file. Raises
-    UserError for broken ones, and for another kind of adapter."""
+    """Return the settings that PEFT keeps beside a LoRA with its own keys; {} for any other file.
+
+    Raises UserError for broken ones, and for another kind of adapter.
+    """
     config = file.parent / PEFT_CONFIG_NAME
-    is_pefts = any(key.startswith(key_names.PEFT_PREFIX) for key in keys) and config.is_file()
-    if not is_pefts:
+    has_settings = any(key.startswith(key_names.PEFT_PREFIX) for key in keys) and config.is_file()
+    if not has_settings:
         return {}
     settings = read_json(config)
     kind = settings.get("peft_type", "LORA")
@@ -85,42 +91,41 @@ def read_sidecar_settings(file: Path, keys: Iterable[str]) -> dict[str, Any]:
 def match_pattern(
     component: str, paths: Iterable[str], pattern: object, file_name: str
 ) -> dict[str, float]:
-    """The values of a pattern of PEFT.
+    """Return module path -> value of the first entry of a PEFT pattern that fits it.
 
     component: such as `unet`
     paths: of its modules
-    pattern: module's name, or the end of one, or after `^` a whole name -> value
+    pattern: the end of a module's name, or `^` and a whole name -> value
     file_name: for the message
 
-    Returns module's path -> value of the first entry that fits, without the modules that none
-    fits. Raises UserError for entries that name no module.
+    Modules that no entry fits are left out. Raises UserError for entries that name no module.
     """
     if not isinstance(pattern, dict):
         raise make_broken_error(file_name, "its alpha_pattern is no object")
-    plain = {str(name).replace(r"\.", "."): value for name, value in pattern.items()}
-    for name in plain:
+    entries = {str(name).replace(r"\.", "."): value for name, value in pattern.items()}
+    for name in entries:
         if not MODULE_NAME_PATTERN.fullmatch(name):
             raise make_broken_error(file_name, f"its alpha_pattern {name!r:.60} names no module")
 
-    found = {}
+    values = {}
     for path in paths:
         # Versions of transformers differ in the prefix `text_model.` of a text encoder.
-        bare = path if component in DENOISERS else path.removeprefix("text_model.")
-        names = (bare, key_names.get_published_path(component, path))
-        fitting = (value for entry, value in plain.items() if is_name_match(entry, names))
+        bare_path = path if component in DENOISERS else path.removeprefix("text_model.")
+        names = (bare_path, key_names.get_published_path(component, path))
+        fitting = (value for entry, value in entries.items() if is_name_match(entry, names))
         value = next(fitting, None)
         if value is not None:
-            found[path] = value
-    return found
+            values[path] = value
+    return values
 
 
 def is_name_match(entry: str, names: Iterable[str]) -> bool:
-    """Whether the entry of a pattern is one of the names, or the end of one."""
+    """Return whether the entry of a pattern is one of the names, or the end of one."""
     if entry.startswith("^"):
         return entry[1:] in names
     return any(f".{name}".endswith(f".{entry}") for name in names)
 
 
 def make_broken_error(file_name: str, problem: str) -> UserError:
-    """The error for a file that no program writes so."""
+    """Return the error for a file that no program writes in this form."""
     return UserError(f"{file_name} is broken: {problem}")

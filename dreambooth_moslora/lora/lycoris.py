@@ -1,9 +1,9 @@
-"""LoHa and LoKr as the plain LoRA that they are, exactly: products of products are products again.
+"""Exact conversion of LoHa and LoKr to a plain LoRA: products of products are products again.
 
     LoHa    ΔW = s (a·b) ∘ (c·d)     its rank is at most the product of the two ranks
     LoKr    ΔW = s W1 ⊗ W2           each of them whole, or a product; the ranks multiply
 
-A layer whose shorter side is below that rank gets the whole ΔW, and a unit matrix beside it. A
+A layer whose shorter side is below that rank gets the whole ΔW and an identity matrix instead. A
 Tucker core t is multiplied out first. n stands for in, or in·h·w of a convolution.
 """
 
@@ -14,14 +14,20 @@ from torch import Tensor
 
 from dreambooth_moslora.method.mixer import Tensors
 
-Factors = tuple[Tensor, Tensor]  # (out, r) and (r, n), for their product
+Factors = tuple[Tensor, Tensor]
+"""Matrices (out, r) and (r, n), which stand for their product."""
 
 LOHA_PARTS = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 
 
 def convert_to_lora(parts: Tensors, size: tuple[int, ...]) -> Factors:
-    """up (out, r) with the scale, and down (r, n), in fp32, of the parts of a layer (out, in, …).
-    Raises ValueError, KeyError or RuntimeError for parts that make no such layer."""
+    """Return up (out, r) with the scale, and down (r, n), in fp32, of a LoHa or LoKr layer.
+
+    parts: the layer's tensors in the file
+    size: of the layer's weight, (out, in, …)
+
+    Raises ValueError, KeyError or RuntimeError for parts that make no such layer.
+    """
     outputs, inputs = size[0], prod(size[1:])
     matrices = {
         name: tensor.double()
@@ -41,7 +47,7 @@ def convert_to_lora(parts: Tensors, size: tuple[int, ...]) -> Factors:
 
 
 def hadamard(parts: Tensors, outputs: int, inputs: int) -> tuple[Tensor, Tensor, int]:
-    """LoHa's factors and its own rank. Raises ValueError."""
+    """Return LoHa's factors and its rank. Raises ValueError for another size."""
     rank = len(parts["hada_w1_b"])
     up, down = get_factors(parts, "hada_w1", "hada_t1", outputs * inputs)
     other_up, other_down = get_factors(parts, "hada_w2", "hada_t2", outputs * inputs)
@@ -57,7 +63,10 @@ def hadamard(parts: Tensors, outputs: int, inputs: int) -> tuple[Tensor, Tensor,
 
 
 def kronecker(parts: Tensors, outputs: int, inputs: int) -> tuple[Tensor, Tensor, int | None]:
-    """LoKr's factors and its own rank, None if it has two whole matrices. Raises ValueError."""
+    """Return LoKr's factors and its rank, None for two whole matrices.
+
+    Raises ValueError for another size.
+    """
     up, down = get_factors(parts, "lokr_w1", "lokr_t1", outputs * inputs)
     other_up, other_down = get_factors(parts, "lokr_w2", "lokr_t2", outputs * inputs)
     if (len(up) * len(other_up), down.shape[1] * other_down.shape[1]) != (outputs, inputs):
@@ -69,8 +78,11 @@ def kronecker(parts: Tensors, outputs: int, inputs: int) -> tuple[Tensor, Tensor
 
 
 def get_factors(parts: Tensors, name: str, core: str, max_numbers: int) -> Factors:
-    """The product that one matrix of LoHa or LoKr is. Raises ValueError for a core that makes more
-    than `most` numbers, which could be more than the memory holds."""
+    """Return the two factors of one matrix of LoHa or LoKr.
+
+    Raises ValueError for a core that would make more than `max_numbers` numbers, which could be
+    more than the memory holds.
+    """
     if name in parts:
         return split_matrix(parts[name].flatten(1))
     up, down = parts[f"{name}_a"], parts[f"{name}_b"]
@@ -82,6 +94,6 @@ def get_factors(parts: Tensors, name: str, core: str, max_numbers: int) -> Facto
 
 
 def split_matrix(change: Tensor) -> Factors:
-    """A matrix (out, n) as a product of the rank of its shorter side."""
+    """Return a matrix (out, n) as a product of the rank of its shorter side."""
     unit = torch.eye(min(change.shape), dtype=change.dtype)
     return (unit, change) if len(change) <= change.shape[1] else (change, unit)

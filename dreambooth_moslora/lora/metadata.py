@@ -1,8 +1,8 @@
-"""The metadata of an adapter, as JSON in its file's header, and which values are valid.
+"""Metadata of an adapter, as JSON in its file's header, and the values that are valid.
 
-Also here: what other programs compute from DoRA in kohya's form. The file names no norm, and they
-take different ones. As the shapes (out, 1) and (1, in) both broadcast, none of them raises an
-error.
+This module also says what other programs compute from DoRA in kohya's form. The file does not say
+which norm it means, and programs take different ones. As the shapes (out, 1) and (1, in) both
+broadcast, none of them raises an error.
 
     W' = dora_scale · (W + ΔW) / ‖W + ΔW‖       what was trained
 
@@ -34,47 +34,50 @@ DORA_READERS = {
 """Programs -> what they compute from DoRA in kohya's form."""
 DORA_NOTE = (
     "--use_dora: the kohya file is not the same adapter in all programs ("
-    + "; ".join(f"{programs}: {what}" for programs, what in DORA_READERS.items())
+    + "; ".join(f"{programs}: {computed}" for programs, computed in DORA_READERS.items())
     + "); pytorch_lora_weights.safetensors is exact in diffusers"
 )
-"""What a run with DoRA says of a UNet's two files."""
+"""Note of a run with DoRA on a UNet's two files."""
 TRANSFORMER_DORA_NOTE = (
     "--use_dora: pytorch_lora_weights.safetensors is exact in diffusers; "
     "ComfyUI, where it reads the file, drops the magnitudes, which is another adapter"
 )
-"""What it says of a transformer's one file."""
+"""Note of a run with DoRA on a transformer's one file."""
 
 
 def get_dora_note(*, has_kohya_file: bool) -> str:
-    """What a run with DoRA says of its files."""
+    """Return the note of a run with DoRA on its files."""
     return DORA_NOTE if has_kohya_file else TRANSFORMER_DORA_NOTE
 
 
 def format_dora_table() -> str:
-    """`DORA_READERS` in Markdown, for the model card."""
-    rows = [f"| {programs} | {what} |" for programs, what in DORA_READERS.items()]
+    """Return `DORA_READERS` in Markdown, for the model card."""
+    rows = [f"| {programs} | {computed} |" for programs, computed in DORA_READERS.items()]
     return "\n".join(["| DoRA in the kohya file, read by | computes |", "|---|---|", *rows])
 
 
 METADATA_KEY = "moslora"
 """Key of the metadata in a safetensors header."""
 
-
 Rank = Annotated[int, Field(gt=0)]
 """A rank, or another count that begins at 1."""
 
-
 STRICT_CONFIG = ConfigDict(strict=True, allow_inf_nan=False)
-"""No number is read from text, and none is infinite."""
+"""Numbers are not read from text, and must be finite."""
 
 
 @dataclass(frozen=True, config=STRICT_CONFIG)
 class AdapterMetadata:
-    """What a file says about its adapter. Nothing in it is a path, or describes photos or the
-    machine. Anyone may have written the file, so each value is checked.
+    """Metadata of an adapter. No value is a path, or describes photos or the machine.
 
-    `ranks` and `alphas` list the modules (`component.path`) that differ from `rank` and `alpha`.
-    `recipe` holds numbers, switches and choices, never prompts or paths.
+    Anyone may have written the file, so each value is checked.
+
+    ranks, alphas: modules (`component.path`) whose value differs from `rank` and `alpha`
+    recipe: numbers, switches and choices of the run, never prompts or paths
+        (`settings.config_files.build_recipe`)
+    subject_prompts: of a run with several subjects
+    step: of the checkpoint that was exported, if it was not the last
+    processes: number of processes that trained it, if more than one
 
     Raises ValueError, pydantic's ValidationError, for a value of another kind.
     """
@@ -96,23 +99,21 @@ class AdapterMetadata:
     class_word: str = ""
     resolution_px: Rank | None = None
     versions: dict[str, str] = field(default_factory=dict)
-    # `settings.config_files.build_recipe`.
     recipe: dict[str, Any] = field(default_factory=dict)
-    # Of several subjects.
     subject_prompts: tuple[str, ...] = ()
-    # Where the adapter was taken, if the run did not end there.
     step: Rank | None = None
-    # How many trained it, if there were several.
     processes: Rank | None = None
 
     @property
     def header(self) -> dict[str, str]:
-        """The metadata as strings of a safetensors header."""
+        """Metadata as strings of a safetensors header."""
         return {METADATA_KEY: self.to_json()}
 
     def to_json(self) -> str:
-        """The metadata as a file holds it. Entries that later versions added are left out when
-        they are empty: files keep their bytes."""
+        """Return the metadata as JSON.
+
+        Empty entries of later versions are left out, so that files keep their bytes.
+        """
         facts = asdict(self)
         for name in LATER_ENTRIES:
             if not facts[name]:
@@ -121,7 +122,8 @@ class AdapterMetadata:
 
     @classmethod
     def from_json(cls, text: str) -> "AdapterMetadata":
-        """Ignores unknown keys. Raises ValueError for text that `to_json` does not write."""
+        """Parse text that `to_json` wrote, ignoring unknown keys. Raises ValueError for other
+        text."""
         try:
             return TypeAdapter(cls).validate_json(text)
         except ValidationError as error:
@@ -133,7 +135,7 @@ LATER_ENTRIES = ("recipe", "subject_prompts", "step", "processes")
 
 
 def parse_metadata(header: Mapping[str, str]) -> AdapterMetadata | None:
-    """The metadata in a file's header; None unless this program wrote it."""
+    """Return the metadata in a file's header; None unless this program wrote it."""
     try:
         return AdapterMetadata.from_json(header[METADATA_KEY])
     except (KeyError, ValueError):
@@ -141,39 +143,37 @@ def parse_metadata(header: Mapping[str, str]) -> AdapterMetadata | None:
 
 
 def parse_text_options(header: Mapping[str, str]) -> dict[str, Any]:
-    """Settings of `TEXT_OPTIONS` -> the run's values, as far as the header of an adapter tells
-    them."""
-    facts = parse_metadata(header)
-    told = {}
-    if facts is None:
-        return told
+    """Return the run's values of the settings `TEXT_OPTIONS`, as far as the header has them."""
+    metadata = parse_metadata(header)
+    options = {}
+    if metadata is None:
+        return options
     for name in TEXT_OPTIONS:
-        # A value that is none is left out: anyone may have written the header.
-        if name in facts.recipe:
+        # An invalid value is left out: anyone may have written the header.
+        if name in metadata.recipe:
             with suppress(UserError):
-                told[name] = train_config.parse_setting(name, facts.recipe[name])
-    return told
+                options[name] = train_config.parse_setting(name, metadata.recipe[name])
+    return options
 
 
 def get_most_common(values: Iterable[float]) -> float:
-    """The value that occurs most often, the first if several do. A file states it once for all its
-    modules."""
+    """Return the most common value, the first of several: a file states it once for all modules."""
     return Counter(values).most_common(1)[0][0]
 
 
 def get_versions() -> dict[str, str]:
-    """Name -> version of this package and the libraries that an adapter depends on."""
-    found = {"dreambooth_moslora": __version__}
+    """Return name -> version of this package and of the libraries that an adapter depends on."""
+    versions = {"dreambooth_moslora": __version__}
     for name in ("torch", "diffusers", "transformers", "peft"):
         version = rules.find_package_version(name)
         if version:
-            found[name] = version
-    return found
+            versions[name] = version
+    return versions
 
 
 def add_recipe(config: train_config.TrainConfig, metadata: AdapterMetadata) -> AdapterMetadata:
-    """The `facts` with what a file tells of the run's settings."""
-    # A single table of subjects trains the very file that flags train.
+    """Return the metadata with the run's settings added."""
+    # One subject in a table gives the same file as the same settings given by flags.
     if len(config.subjects) == 1:
         (config,) = config.each_subject
     return replace(metadata, recipe=config_files.build_recipe(config))

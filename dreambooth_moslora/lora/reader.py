@@ -1,12 +1,12 @@
-"""Any LoRA file, of this program, diffusers or kohya: its matrices under common names, and into a
-pipeline.
+"""Reader of any LoRA file, of this program, diffusers or kohya: its matrices under common names,
+and into a pipeline.
 
 file --read_adapter--> AdapterWeights --check_fits--> --install--> a PEFT adapter
-     --read_start-->   AdapterWeights --begin_with--> a fresh one: A := down, B := up·M⁻¹ / s
+     --read_start-->   AdapterWeights --copy_into_adapter--> a fresh one: A := down, B := up·M⁻¹ / s
 
-A file may come from anyone. Only the matrices of a LoRA and their scales are taken from it; other
-keys are refused. As a start, a file of lower rank fills the first rows of A, and one of higher rank
-is reduced by SVD.
+A file may come from anyone. Only the matrices of a LoRA and their scales are read from it; keys of
+anything else are refused. As a start, a file of lower rank fills the first rows of A, and one of
+higher rank is reduced by SVD.
 
 <component>.<module path>.<part>  ->  component -> module path -> LowRank
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.disk.contents import hash_file
 from dreambooth_moslora.errors import UserError, format_error
-from dreambooth_moslora.lora import key_names, raw_file
+from dreambooth_moslora.lora import key_names, raw_file, safetensors_file
 from dreambooth_moslora.lora.key_names import ENCODER_KEYS, PEFT_KEYS, format_key
 from dreambooth_moslora.lora.layer_mapping import (
     Parts,
@@ -48,34 +48,40 @@ from dreambooth_moslora.settings.family_facts import DENOISERS, get_facts
 
 logger = logging.getLogger(__name__)
 
-Layers = dict[str, LowRank]  # by module path
+Layers = dict[str, LowRank]
+"""Module path -> matrices."""
 
 
 def build_projections(parts: Parts, file_name: str) -> Folded:
-    """Component -> module path -> matrices down (r, in, …) and up (out, r, …). Raises UserError for
-    values that are not finite, and TypeError for a layer that is half there."""
+    """Return component -> module path -> matrices down (r, in, …) and up (out, r, …).
+
+    Raises UserError for values that are not finite, and TypeError for an incomplete layer.
+    """
     if not parts:
         raise UserError(f"{file_name} holds no LoRA projection")
-    result: Folded = {}
-    for (component, path), own in parts.items():
-        for field, tensor in own.items():
+    folded: Folded = {}
+    for (component, path), matrices in parts.items():
+        for field, tensor in matrices.items():
             if not tensor.float().isfinite().all():
                 name = f"{component}.{path}.{field}"
-                said = "has values that are NaN, infinite or beyond single precision"
-                raise make_broken_error(file_name, f"{name!r:.100} {said}")
-        result.setdefault(component, {})[path] = LowRank(**own)
-    # DoRA is in all layers of a component, or in none.
-    for component, layers in result.items():
+                problem = "has values that are NaN, infinite or beyond single precision"
+                raise make_broken_error(file_name, f"{name!r:.100} {problem}")
+        folded.setdefault(component, {})[path] = LowRank(**matrices)
+    # PEFT has DoRA in all layers of a component, or in none.
+    for component, layers in folded.items():
         if len({projection.magnitude is None for projection in layers.values()}) > 1:
             raise UserError(
                 f"{file_name} holds DoRA for some layers of its {component} alone, "
                 "which PEFT cannot load"
             )
-    return result
+    return folded
 
 
 def parse_state_dict(state_dict: Tensors | tuple[Tensors, object], file_name: str) -> Parts:
-    """The layers in what diffusers' `lora_state_dict` gives. Raises UserError for a key of none."""
+    """Return the layers in a result of diffusers' `lora_state_dict`.
+
+    Raises UserError for a key that belongs to no layer.
+    """
     modules, unknown = key_names.parse_keys(
         state_dict if isinstance(state_dict, dict) else state_dict[0]
     )
@@ -89,15 +95,25 @@ def parse_state_dict(state_dict: Tensors | tuple[Tensors, object], file_name: st
     return {(module.component, module.path): parts for module, parts in modules.items()}
 
 
-PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # they leave the base unchanged
+PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""PEFT's initialisations that leave the base unchanged."""
 
 
 def build_scales(
     component: str, layers: Layers, alphas: dict[str, float], peft_settings: dict, file_name: str
 ) -> Scales:
-    """The alphas of one component, the file's by path or PEFT's. Raises UserError for invalid or
-    contradicting settings, and for a file that goes with a changed base."""
-    # diffusers refuses both, too: one of them would be ignored.
+    """Return the alphas of one component, from the file's layers or from PEFT's settings.
+
+    component: such as `unet`
+    layers: its layers
+    alphas: module path -> alpha, as the file's layers have them
+    peft_settings: as `component.name` -> value
+    file_name: for the message
+
+    Raises UserError for invalid or contradicting settings, and for a file that needs a changed
+    base.
+    """
+    # diffusers refuses this too: one of the two would be ignored.
     if peft_settings and alphas:
         raise make_broken_error(file_name, "it has both alphas and LoRA settings")
     prefix = f"{component}."
@@ -109,24 +125,24 @@ def build_scales(
                 f"{file_name} goes with a changed base (init_lora_weights {start!r:.40}); "
                 "export a plain LoRA"
             )
-        result = parse_scales(component, layers, settings, file_name)
-    # a layer without an alpha gets the most common one, as in diffusers; without any, alpha is the
-    # rank
+        scales = parse_scales(component, layers, settings, file_name)
     else:
+        # A layer without an alpha gets the most common one, as in diffusers. If no layer has one,
+        # alpha is the rank.
         common = get_most_common(alphas.values()) if alphas else None
-        result = Scales(
+        scales = Scales(
             {
                 path: alphas.get(path, p.rank if common is None else common)
                 for path, p in layers.items()
             }
         )
-    check_alphas(result.alphas, file_name)
-    return result
+    check_alphas(scales.alphas, file_name)
+    return scales
 
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """A LoRA file's content: component -> projections by the base's module paths, and their
+    """Content of a LoRA file: component -> projections by the base's module paths, and their
     scales."""
 
     file_name: str
@@ -136,35 +152,40 @@ class AdapterWeights:
 
     @property
     def key(self) -> str:
-        """The name inside PEFT, from the content: a file under two names is loaded once."""
+        """Name inside PEFT, from the content: a file under two names is loaded once."""
         return f"sha_{self.sha256[:16]}"
 
 
 def get_adapter_name(path: str | Path) -> str:
-    """The name of an adapter's file, or of a run: see `choose_run_folder.format_adapter_name`."""
+    """Return the name of an adapter's file, or of a run: see `run_folder.format_adapter_name`."""
     return run_folder.format_adapter_name(run_folder.find_weights(path).absolute(), folders=())
 
 
 def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeights:
-    """The file's content. Raises UserError when it is missing, is not a safetensors file, or holds
-    no known LoRA."""
-    file = run_folder.find_weights(path)
-    tensors, header = raw_file.read_tensors(file)
-    own = read_sidecar_settings(file, tensors)
+    """Return the file's content.
 
-    # A checkpoint's own file, or one of any tool.
+    Raises UserError if it is missing, is not a safetensors file, or holds no known LoRA.
+    """
+    file = run_folder.find_weights(path)
+    tensors, header = safetensors_file.read_tensors(file)
+    sidecar_settings = read_sidecar_settings(file, tensors)
+
+    # A checkpoint's raw file, or a LoRA file of any tool
     if raw_file.RAW_KEY in tensors:
         layers, alphas, settings = fold_raw(file), {}, {}
     else:
-        layers, alphas, settings = _read_published(file, tensors, header, own, pipeline)
+        layers, alphas, settings = _read_published(
+            file, tensors, header, sidecar_settings, pipeline
+        )
 
-    # By the base's own paths, each projection with the scale that the file means.
+    # The projections by the base's module paths, each with its scale
     parts = {}
-    for component, of_component in layers.items():
-        paths = {path: _get_base_path(component, path, pipeline) for path in of_component}
-        found = {paths[path]: projection for path, projection in of_component.items()}
-        own = {paths[path]: alpha for path, alpha in alphas.get(component, {}).items()}
-        parts[component] = found, build_scales(component, found, own, settings, file.name)
+    for component, file_layers in layers.items():
+        paths = {path: _get_base_path(component, path, pipeline) for path in file_layers}
+        base_layers = {paths[path]: projection for path, projection in file_layers.items()}
+        base_alphas = {paths[path]: alpha for path, alpha in alphas.get(component, {}).items()}
+        scales = build_scales(component, base_layers, base_alphas, settings, file.name)
+        parts[component] = base_layers, scales
     return AdapterWeights(
         file_name=file.name,
         sha256=hash_file(file),
@@ -174,15 +195,17 @@ def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeight
 
 
 def _get_base_path(component: str, path: str, pipeline: DiffusionPipeline) -> str:
-    """The module's path in the base; transformers 5 has no `text_model.` in CLIPTextModel, files
-    have it or not."""
+    """Return the module's path in the base.
+
+    transformers 5 has no `text_model.` in CLIPTextModel; files may have it or not.
+    """
     path = key_names.get_published_path(component, path)
     has_prefix = component in DENOISERS or hasattr(getattr(pipeline, component, None), "text_model")
     return path if has_prefix else path.removeprefix("text_model.")
 
 
 def fold_raw(file: Path) -> Folded:
-    """A checkpoint, folded, in fp32. Raises UserError."""
+    """Return a checkpoint's adapter, folded, in fp32. Raises UserError for a broken file."""
     tensors, metadata = raw_file.read_raw(file)
     folded: Folded = {}
     for component, modules in raw_file.split_by_module(tensors).items():
@@ -199,28 +222,35 @@ def _read_published(
     sidecar_settings: dict,
     pipeline: DiffusionPipeline,
 ) -> tuple[Folded, dict[str, dict], dict]:
-    """Matrices, alphas by component and path, and PEFT's settings. `own`: those beside the file.
-    Raises UserError."""
+    """Return matrices, alphas by component and path, and PEFT's settings.
+
+    file: its path
+    tensors, header: its content
+    sidecar_settings: PEFT's settings beside the file
+    pipeline: with the base's models
+
+    Raises UserError for a file that is not a LoRA of this base.
+    """
     try:
-        # Eight-bit floats have no arithmetic.
+        # 8-bit floats have no arithmetic.
         tensors = {
             k: t.float() if t.is_floating_point() and t.element_size() == 1 else t
             for k, t in tensors.items()
         }
         parts = map_to_lora(tensors, pipeline, file.name)
         if not parts:
-            # The names are none of this base's layers, until diffusers gives them others. If it
-            # does not, `check_fits` refuses the file, so that the alphas that diffusers keeps apart
-            # are not missed.
+            # Let diffusers rename keys that are no layers of this base. `check_fits` refuses what
+            # is still unknown, so the alphas that diffusers returns separately are not needed.
             is_unet = get_facts(type(pipeline).__name__).denoiser == "unet"
             options = {"unet_config": pipeline.unet.config} if is_unet else {}
             parts = parse_state_dict(pipeline.lora_state_dict(tensors, **options), file.name)
         alphas: dict[str, dict[str, float]] = {}
-        for (component, path), of_layer in parts.items():
-            if "alpha" in of_layer:
-                alphas.setdefault(component, {})[path] = float(of_layer.pop("alpha"))
+        for (component, path), matrices in parts.items():
+            if "alpha" in matrices:
+                alphas.setdefault(component, {})[path] = float(matrices.pop("alpha"))
         settings = sidecar_settings or read_header_settings(header, file.name)
-        if sidecar_settings or "lora_alpha" in settings:  # of one model, whatever its name
+        if sidecar_settings or "lora_alpha" in settings:
+            # Settings of one model apply to whatever component the file has.
             settings = {
                 f"{component}.{name}": value
                 for component, _ in parts
@@ -236,24 +266,26 @@ def _read_published(
 
 
 def check_fits(weights: AdapterWeights, pipeline: DiffusionPipeline) -> None:
-    """Raises UserError unless each layer of the file is one of the base, in its size."""
-    for component, (found, _) in weights.parts.items():
+    """Raise UserError unless each layer of the file is one of the base, in its size."""
+    for component, (projections, _) in weights.parts.items():
         model = getattr(pipeline, component, None)
         layers = {} if model is None else moslora.get_matrix_layers(model)
-        for path, projection in found.items():
-            here = moslora.get_weight_size(layers.get(path))
+        for path, projection in projections.items():
+            base_size = moslora.get_weight_size(layers.get(path))
             size = (len(projection.up), *projection.down.shape[1:])
-            if size != here:
+            if size != base_size:
                 name = f"{component}.{path}"
-                raise raw_file.make_other_base_error(weights.file_name, name, size, here)
+                raise raw_file.make_other_base_error(weights.file_name, name, size, base_size)
 
 
 def install(weights: AdapterWeights, pipeline: DiffusionPipeline) -> None:
-    """Add the adapter under `weights.key`. Raises UserError when that fails; the components are
-    then as before."""
+    """Add the adapter under `weights.key`.
+
+    Raises UserError if that fails; the components are then as before.
+    """
     try:
-        for component, (found, scales) in weights.parts.items():
-            _load(component, found, scales, weights.key, pipeline)
+        for component, (layers, scales) in weights.parts.items():
+            _load(component, layers, scales, weights.key, pipeline)
     except Exception as error:
         pipeline.delete_adapters(weights.key)
         raise UserError(
@@ -262,9 +294,11 @@ def install(weights: AdapterWeights, pipeline: DiffusionPipeline) -> None:
 
 
 def _load(component: str, layers: Layers, scales: Scales, key: str, pipeline) -> None:
-    """The tensors get names for diffusers' loader: PEFT's for a UNet, its own older ones for a text
-    encoder."""
-    # The tensors
+    """Load one component through diffusers' loader.
+
+    The tensors get PEFT's names for a denoiser, and diffusers' older names for a text encoder.
+    """
+    # The tensors under the loader's keys
     is_denoiser = component in DENOISERS
     tool = PEFT_KEYS if is_denoiser else ENCODER_KEYS
     tensors = {}
@@ -276,7 +310,8 @@ def _load(component: str, layers: Layers, scales: Scales, key: str, pipeline) ->
         }
         parts[format_key(PEFT_KEYS, name, "magnitude") + ".weight"] = projection.magnitude
         tensors |= {key: part for key, part in parts.items() if part is not None}
-    # What every loader takes, then what each kind of model's takes
+
+    # Options of every loader, then those of the loader of each kind of model
     config = {
         f"{component}.{name}": value for name, value in build_lora_config(layers, scales).items()
     }
@@ -294,6 +329,7 @@ def _load(component: str, layers: Layers, scales: Scales, key: str, pipeline) ->
 
 
 def build_lora_config(layers: Layers, scales: Scales) -> dict[str, Any]:
+    """Return the arguments of PEFT's LoraConfig for these layers and scales."""
     ranks, alphas = {path: p.rank for path, p in layers.items()}, scales.alphas
     rank, alpha = get_most_common(ranks.values()), get_most_common(alphas.values())
     return {
@@ -309,8 +345,10 @@ def build_lora_config(layers: Layers, scales: Scales) -> dict[str, Any]:
 
 
 def read_fitting(flag: str, path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeights:
-    """The content of a file that fits the pipeline. Raises UserError, which begins with the flag
-    that named it."""
+    """Return the content of a file that fits the pipeline.
+
+    Raises UserError that begins with `flag`, which named the file.
+    """
     try:
         weights = read_adapter(path, pipeline)
         check_fits(weights, pipeline)
@@ -320,27 +358,29 @@ def read_fitting(flag: str, path: str | Path, pipeline: DiffusionPipeline) -> Ad
 
 
 def read_start(path: str | Path, pipeline: DiffusionPipeline, use_dora: bool) -> AdapterWeights:
-    """The file's content. Raises UserError for another base's, and for what no adapter of the run
-    can hold."""
+    """Return the content of the file that a run starts from.
+
+    Raises UserError for another base's, and for a file with parts that the run's adapter lacks.
+    """
     weights = read_fitting("--init_adapter", path, pipeline)
     name = f"--init_adapter {weights.file_name}"
 
-    # An adapter of this run has no biases, and magnitudes only where it is a DoRA.
-    found = [
-        projection
-        for projections, _ in weights.parts.values()
-        for projection in projections.values()
+    # This run's adapter has no biases, and magnitudes only if it is a DoRA.
+    layers = [
+        layer
+        for component_layers, _ in weights.parts.values()
+        for layer in component_layers.values()
     ]
-    if any(projection.bias is not None for projection in found):
+    if any(layer.bias is not None for layer in layers):
         raise UserError(f"{name}: its layers have biases, which this adapter has not.")
-    has_dora = any(projection.magnitude is not None for projection in found)
+    has_dora = any(layer.magnitude is not None for layer in layers)
     if has_dora != use_dora:
-        what = (
+        advice = (
             "it holds DoRA: give --use_dora"
             if has_dora
             else "it holds no DoRA: leave --use_dora out"
         )
-        raise UserError(f"{name}: {what}.")
+        raise UserError(f"{name}: {advice}.")
     return weights
 
 
@@ -348,16 +388,18 @@ def read_start(path: str | Path, pipeline: DiffusionPipeline, use_dora: bool) ->
 def copy_into_adapter(
     weights: AdapterWeights, components: Components, adapter_name: str = "default"
 ) -> str:
-    """Copy the file's update into a fresh adapter; returns a line about it. Raises UserError
-    without a common layer."""
+    """Copy the file's update into a fresh adapter; return a line about it.
+
+    Raises UserError if file and adapter have no common layer.
+    """
     live = raw_file.get_all_layers(components, adapter_name)
     update = {
         f"{component}.{path}": (projection, scales.get_scale(path, projection.rank))
-        for component, (found, scales) in weights.parts.items()
-        for path, projection in found.items()
+        for component, (layers, scales) in weights.parts.items()
+        for path, projection in layers.items()
     }
 
-    # The layers that both have go on, the others begin anew.
+    # Only layers that both have are copied; the adapter's other layers stay fresh.
     common = [path for path in live if path in update]
     if not common:
         first = f"it holds {min(update)}, the run trains {min(live)}"
@@ -374,24 +416,33 @@ def copy_into_adapter(
 
 
 def copy_into_layer(layer: LoraLayer, adapter_name: str, projection: LowRank, scale: float) -> None:
-    """Give a fresh layer the update of a file, in the layer's rank, scale and mixer."""
-    own = moslora.get_matrices(layer, adapter_name)
-    wanted = resize_rank(projection, scale, own.down)
-    up = wanted.up / own.scale
-    if own.mixer is not None:
-        up = torch.linalg.solve(own.mixer.cpu().double(), up, left=False)
-    parts = {"lora_A": wanted.down.view(own.down.shape), "lora_B": up, "mixer": own.mixer}
+    """Copy the file's update into a fresh layer, in the layer's rank, scale and mixer.
+
+    projection, scale: the update ΔW = scale · up·down
+    """
+    matrices = moslora.get_matrices(layer, adapter_name)
+    resized = resize_rank(projection, scale, matrices.down)
+
+    # ΔW = s·B·M·A, so B := up·M⁻¹ / s
+    lora_b = resized.up / matrices.scale
+    if matrices.mixer is not None:
+        lora_b = torch.linalg.solve(matrices.mixer.cpu().double(), lora_b, left=False)
+    lora_a = resized.down.view(matrices.down.shape)
+    parts = {"lora_A": lora_a, "lora_B": lora_b, "mixer": matrices.mixer}
     if projection.magnitude is not None:
         parts["magnitude"] = projection.magnitude.flatten()
     raw_file.fill_layer(layer, adapter_name, parts)
 
 
 def resize_rank(projection: LowRank, scale: float, layer_down: Tensor) -> LowRank:
-    """The update in the rank of the layer's `own` A (r, …), flattened, in fp64."""
+    """Return the update in the rank of the layer's A (r, …), flattened, in fp64.
+
+    Unused rows keep the layer's A, beside zeros in B.
+    """
     down, up = projection.down.double().flatten(1), scale * projection.up.double().flatten(1)
-    # rows that are zero on both sides would never learn
-    used = (down != 0).any(1) | (up != 0).any(0)
-    down, up, rank = down[used], up[:, used], len(layer_down)
+    # Rows that are zero on both sides would never learn.
+    is_used = (down != 0).any(1) | (up != 0).any(0)
+    down, up, rank = down[is_used], up[:, is_used], len(layer_down)
     if len(down) > rank:
         up, down = build_leading_factors(*compute_product_svd(up, down), rank)
     layer_down = layer_down.detach().cpu().double().flatten(1)
@@ -400,18 +451,23 @@ def resize_rank(projection: LowRank, scale: float, layer_down: Tensor) -> LowRan
 
 
 def compute_product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of up (out, r) · down (r, in) in fp64, without forming the (out, in) product: U
-    (out, r), S (r,), Vh."""
+    """Return the thin SVD of up (out, r) · down (r, in) in fp64: U (out, r), S (r,), Vh (r, in).
+
+    The (out, in) product is not formed.
+    """
     q_up, r_up = torch.linalg.qr(up.double())
     q_down, r_down = torch.linalg.qr(down.double().T)
-    left, sizes, right = torch.linalg.svd(r_up @ r_down.T)
-    return q_up @ left[:, : len(sizes)], sizes, right[: len(sizes)] @ q_down.T
+    left_vectors, sizes, right_vectors = torch.linalg.svd(r_up @ r_down.T)
+    return q_up @ left_vectors[:, : len(sizes)], sizes, right_vectors[: len(sizes)] @ q_down.T
 
 
 def build_leading_factors(
     left_vectors: Tensor, sizes: Tensor, right_vectors: Tensor, rank: int
 ) -> tuple[Tensor, Tensor]:
-    """U (out, n), S (n,), Vh (n, in) -> up (out, rank), down (rank, in) of equal norms: the best
-    approximation."""
+    """Return up (out, rank) and down (rank, in) of equal norms: the best approximation of that
+    rank.
+
+    left_vectors, sizes, right_vectors: U (out, n), S (n,), Vh (n, in)
+    """
     root = sizes[:rank].sqrt()
     return left_vectors[:, :rank] * root, root[:, None] * right_vectors[:rank]

@@ -1,9 +1,9 @@
-"""Verifies an export: a stock loader reads the file back, in diffusers' or kohya's names, and must
+"""Check of an export: a stock loader reads the file back, in diffusers' or kohya's names, and must
 compute the same.
 
 diffusers' own `load_lora_weights` loads the file into an empty copy of the adapted models, so that
-memory never holds a second UNet. Compared are, relative (‖file − live‖ / ‖live‖), in fp32: ΔW of
-every projection, as PEFT computes it on both sides, and DoRA's magnitudes.
+memory never holds a second UNet. ΔW of every projection, as PEFT computes it on both sides, and
+DoRA's magnitudes are compared in fp32 by the relative difference ‖file − live‖ / ‖live‖.
 """
 
 import logging
@@ -19,21 +19,21 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.lora import key_names, raw_file
+from dreambooth_moslora.lora import empty_models, key_names, raw_file, safetensors_file
 from dreambooth_moslora.lora.key_names import KOHYA_KEYS
 from dreambooth_moslora.method.mixer import Components, Tensors
 from dreambooth_moslora.settings.family_facts import DENOISERS, get_denoiser_facts
 
-# Of ΔW, by rounding up and down
 MAX_DIFFERENCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Relative difference of ΔW that rounding `up` and `down` to a dtype explains."""
 STOCK_ADAPTER = "proof"
-# Of the loader's text: its cause stands at its end, behind a dump of the pipeline.
 MAX_ERROR_CHARACTERS = 200
+"""Characters that are shown of the end of a loader's error: the start is a dump of the pipeline."""
 
 
 @dataclass(frozen=True)
 class FileProof:
-    """The comparison of one file."""
+    """Comparison of one file with the live adapter."""
 
     file: str
     largest: float  # relative difference, at `worst`
@@ -43,10 +43,12 @@ class FileProof:
 
 @dataclass(frozen=True)
 class Proof:
+    """Comparison of all files that `publish` wrote."""
+
     dtype: str
     bound: float
     projections: int
-    file_proofs: tuple[FileProof, ...]  # of the files that `publish` wrote
+    file_proofs: tuple[FileProof, ...]
     notes: tuple[str, ...] = ()
 
     @property
@@ -73,8 +75,10 @@ class Proof:
 
 
 def compute_relative_difference(actual: Tensor, expected: Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖; 0 if both are zero, infinite if only `expected` is, or for
-    NaN."""
+    """Return ‖actual − expected‖ / ‖expected‖.
+
+    It is 0 if both are zero, and infinite if only `expected` is zero, or for NaN.
+    """
     size, difference = float(expected.norm()), float((actual - expected).norm())
     if difference == 0:
         return 0.0
@@ -99,10 +103,13 @@ def disable_tf32() -> Iterator[None]:
 @torch.no_grad()
 @disable_tf32()
 def verify_file(path: Path, components: Components, adapter_name: str) -> FileProof:
-    """Reload `path` and compare it with the live adapter. Raises UserError."""
+    """Reload a published file and compare it with the live adapter.
+
+    Raises UserError if the stock loader refuses it or adapts other modules.
+    """
     # The layers on both sides
     live = raw_file.get_all_layers(components, adapter_name)
-    tensors, _ = raw_file.read_tensors(path)
+    tensors, _ = safetensors_file.read_tensors(path)
     if any(key.endswith(".dora_scale") for key in tensors):
         return verify_kohya_dora(path, tensors, live, adapter_name)
     stock = load_stock_layers(path, components)
@@ -115,24 +122,37 @@ def verify_file(path: Path, components: Components, adapter_name: str) -> FilePr
     # ΔW of each layer, and DoRA's magnitudes
     differences = {}
     for name, layer in live.items():
-        other = stock[name]
-        wanted = get_delta(layer, adapter_name)
-        differences[name] = compute_relative_difference(get_delta(other, STOCK_ADAPTER), wanted)
+        reloaded = stock[name]
+        expected = get_delta(layer, adapter_name)
+        differences[name] = compute_relative_difference(
+            get_delta(reloaded, STOCK_ADAPTER), expected
+        )
         if adapter_name in layer.lora_magnitude_vector:
-            found = other.lora_magnitude_vector[STOCK_ADAPTER].weight.float().cpu()
-            trained = layer.lora_magnitude_vector[adapter_name].weight.float().cpu()
-            differences[name] = max(differences[name], compute_relative_difference(found, trained))
+            magnitude = reloaded.lora_magnitude_vector[STOCK_ADAPTER].weight.float().cpu()
+            expected_magnitude = layer.lora_magnitude_vector[adapter_name].weight.float().cpu()
+            differences[name] = max(
+                differences[name], compute_relative_difference(magnitude, expected_magnitude)
+            )
     return build_file_proof(differences, file=path.name, loader="diffusers load_lora_weights")
 
 
 def build_file_proof(differences: dict[str, float], file: str, loader: str) -> FileProof:
-    """The proof of a file whose layers, or tensors, differ so."""
+    """Return the proof of a file with the largest of its differences.
+
+    differences: layer or tensor -> relative difference
+    file: its name
+    loader: what read it back
+    """
     worst = max(differences, key=differences.__getitem__)
     return FileProof(file=file, largest=differences[worst], worst=worst, loader=loader)
 
 
 def load_stock_layers(path: Path, components: Components) -> dict[str, LoraLayer]:
-    """Layers of a stock diffusers pipeline that loaded the file. Raises UserError if it refuses."""
+    """Return the layers of a stock diffusers pipeline that loaded the file.
+
+    Raises UserError if it refuses the file.
+    """
+    # Empty copies of the models, in the pipeline of their family
     denoiser = next((components[name] for name in DENOISERS if name in components), None)
     if denoiser is None:
         raise UserError(
@@ -140,19 +160,21 @@ def load_stock_layers(path: Path, components: Components) -> dict[str, LoraLayer
             "give `unet` or `transformer` among the components"
         )
     twins = {
-        name: raw_file.build_empty_model(raw_file.get_model_config(model))
+        name: empty_models.build_empty_model(empty_models.get_model_config(model))
         for name, model in components.items()
     }
-    kind = getattr(diffusers, get_denoiser_facts(type(denoiser).__name__, denoiser.config).pipeline)
-    expected, _ = kind._get_signature_keys(kind)
-    parts = dict.fromkeys(expected)
-    # Some pipelines cannot be made without all their parts, none of which the loader needs. The
-    # loader says of each component that it got no adapter.
+    pipeline_class = getattr(
+        diffusers, get_denoiser_facts(type(denoiser).__name__, denoiser.config).pipeline
+    )
+    expected, _ = pipeline_class._get_signature_keys(pipeline_class)
+
+    # Some pipelines cannot be constructed without all their parts, which the loader does not need.
+    # The loader warns of each component that gets no adapter.
     with silence_libraries():
-        shell = kind.__new__(kind)
-        shell.register_modules(**parts | twins)
+        pipeline = pipeline_class.__new__(pipeline_class)
+        pipeline.register_modules(**dict.fromkeys(expected) | twins)
         try:
-            shell.load_lora_weights(
+            pipeline.load_lora_weights(
                 str(path.parent),
                 weight_name=path.name,
                 adapter_name=STOCK_ADAPTER,
@@ -170,50 +192,50 @@ def load_stock_layers(path: Path, components: Components) -> dict[str, LoraLayer
 
 
 def format_error_end(error: Exception) -> str:
-    """The last words of the loader's error, as one line."""
+    """Return the end of the loader's error, as one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= MAX_ERROR_CHARACTERS else "…" + text[1 - MAX_ERROR_CHARACTERS :]
 
 
 @contextmanager
 def silence_libraries() -> Iterator[None]:
-    """In this block no library warns or shows a bar."""
-    before = logging.root.manager.disable
+    """Hide warnings and progress bars of libraries within the block."""
+    disabled_level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with redirect_stderr(StringIO()):
             yield
     finally:
-        logging.disable(before)
+        logging.disable(disabled_level)
 
 
 def get_delta(layer: LoraLayer, adapter_name: str) -> Tensor:
-    """ΔW, in the shape of W, by PEFT, in fp32 on the CPU."""
+    """Return ΔW in the shape of W, as PEFT computes it, in fp32 on the CPU."""
     return layer.get_delta_weight(adapter_name).float().cpu()
 
 
 def verify_kohya_dora(
     path: Path, tensors: Tensors, live: dict[str, LoraLayer], adapter_name: str
 ) -> FileProof:
-    """Compare ΔW and DoRA's magnitudes as the file defines them."""
+    """Compare ΔW and DoRA's magnitudes as kohya's file defines them."""
     differences = {}
     components = {name.partition(".")[0] for name in live}
     for name, layer in live.items():
-        # What the file has of the layer, under kohya's name.
+        # The layer in the file, under kohya's name
         component, module = name.split(".", 1)
-        named = key_names.format_kohya_name(
+        kohya_name = key_names.format_kohya_name(
             component, key_names.get_published_path(component, module), components
         )
-        up, down, alpha, found_size = (
-            tensors[key_names.format_key(KOHYA_KEYS, named, part)].double()
+        up, down, alpha, dora_scale = (
+            tensors[key_names.format_key(KOHYA_KEYS, kohya_name, part)].double()
             for part in ("up", "down", "alpha", "dora_scale")
         )
 
-        # What the live layer computes with.
-        wanted = get_delta(layer, adapter_name)
-        size = layer.lora_magnitude_vector[adapter_name].weight.cpu()[:, None]
+        # The live layer
+        expected = get_delta(layer, adapter_name)
+        magnitude = layer.lora_magnitude_vector[adapter_name].weight.cpu()[:, None]
         differences[name] = max(
-            compute_relative_difference(float(alpha) / len(down) * up @ down, wanted.double()),
-            compute_relative_difference(found_size, size.double()),
+            compute_relative_difference(float(alpha) / len(down) * up @ down, expected.double()),
+            compute_relative_difference(dora_scale, magnitude.double()),
         )
     return build_file_proof(differences, file=path.name, loader="the definition of dora_scale")

@@ -1,4 +1,4 @@
-"""Publishes an adapter.
+"""Export of an adapter to files for diffusers and for other programs.
 
 A published adapter is always folded: ΔW = up·down with the scale included and alpha = rank. Such a
 file is correct without metadata, in any version of diffusers and in kohya's form.
@@ -6,11 +6,11 @@ file is correct without metadata, in any version of diffusers and in kohya's for
     live adapter --fold--> LowRank --publish-->
 
         pytorch_lora_weights.safetensors    for diffusers
-        <name>.kohya.safetensors            for others
+        <name>.kohya.safetensors            for other programs
 
     live adapter --save_raw--> moslora_weights.safetensors --load_raw--> the same, bit for bit
 
-A file is published only after a stock loader has read it back and computed the same (`proof`).
+A file is published only after a stock loader has read it back and computed the same (`verify`).
 """
 
 import json
@@ -23,7 +23,7 @@ import torch
 from dreambooth_moslora.disk.atomic import make_scratch_directory
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME, check_name
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.lora import key_names, raw_file
+from dreambooth_moslora.lora import key_names, safetensors_file
 from dreambooth_moslora.lora.key_names import PEFT_KEYS, format_key
 from dreambooth_moslora.lora.lora_settings import PEFT_SETTINGS_KEY
 from dreambooth_moslora.lora.metadata import AdapterMetadata, get_dora_note, get_most_common
@@ -33,7 +33,7 @@ from dreambooth_moslora.method.mixer import Components, Folded, LowRank, Tensors
 from dreambooth_moslora.settings.family_facts import DENOISERS
 
 FILE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""The name of a setting -> the dtype of a published file."""
+"""Value of the setting -> dtype of a published file."""
 
 
 def publish(
@@ -48,17 +48,17 @@ def publish(
     """Write both published files, or neither: each is verified first.
 
     components: the models that the live adapter is on
-    out_dir: where the files go
-    name: how the names of the files begin
+    out_dir: folder of the files
+    name: beginning of the files' names
     metadata: for their headers
     dtype: of the files
-    adapter_name: which one, if the models have several
+    adapter_name: of the adapter in the models
 
-    Raises UserError for a difference beyond the dtype's bound, and NaN.
+    Raises UserError for a difference beyond the dtype's bound, and for NaN.
     """
     check_name(name)
 
-    # Fold into a plain LoRA, under the names that other programs know.
+    # Fold into a plain LoRA, under the paths that other programs know.
     folded: Folded = {}
     for component, model in components.items():
         folded[component] = {}
@@ -68,17 +68,11 @@ def publish(
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     with make_scratch_directory(out_dir) as scratch:
-        # Write aside, and let a stock loader read each file.
-        written = write_published(
-            folded,
-            folder=scratch,
-            name=name,
-            metadata=metadata,
-            dtype=dtype,
-        )
+        # Write to a scratch folder, and let a stock loader read each file.
+        written = write_published(folded, folder=scratch, name=name, metadata=metadata, dtype=dtype)
         proofs = [verify_file(path, components, adapter_name) for path in written]
 
-        # NaN is no difference that is small enough, hence `not … <=`.
+        # `not … <=` also refuses NaN.
         for proof in proofs:
             if not proof.largest <= MAX_DIFFERENCES[dtype]:
                 raise UserError(
@@ -87,7 +81,7 @@ def publish(
                     f"{proof.worst}), and {dtype} explains at most {MAX_DIFFERENCES[dtype]:.0e}"
                 )
 
-        # All are right: now they get their places.
+        # All files are correct: move them to the output folder.
         for path in written:
             path.replace(out_dir / path.name)
     return build_proof(tuple(proofs), dtype, folded)
@@ -100,12 +94,12 @@ def write_published(
     metadata: AdapterMetadata,
     dtype: torch.dtype,
 ) -> list[Path]:
-    """Write diffusers' file, and a UNet's in kohya's names, which ComfyUI needs.
+    """Write diffusers' file, and for a UNet a file in kohya's names, which ComfyUI needs.
 
     folded: the plain LoRA
-    folder: where the files go
+    folder: of the files
     name: of the adapter, for kohya's file
-    metadata: of the adapter; ranks and alphas become those of the folded one
+    metadata: of the adapter; its ranks and alphas are replaced by those of the folded adapter
     dtype: of the files
 
     Returns the paths of the files. Raises UserError for NaN and infinity.
@@ -116,36 +110,34 @@ def write_published(
         for path, layer in layers.items():
             ranks[f"{component}.{path}"] = layer.rank
     rank = get_most_common(ranks.values())
-    others = {path: own for path, own in ranks.items() if own != rank}
-    metadata = replace(
-        metadata, rank=rank, alpha=rank, ranks=others, alphas=others, use_rslora=False
-    )
+    ranks = {path: layer_rank for path, layer_rank in ranks.items() if layer_rank != rank}
+    metadata = replace(metadata, rank=rank, alpha=rank, ranks=ranks, alphas=ranks, use_rslora=False)
 
     if dtype == torch.float16:
         folded = map_layers(folded, normalize_factors)
 
-    # diffusers' file. A transformer's loader needs PEFT's settings in the header too.
+    # diffusers' file. The loader of a transformer needs PEFT's settings in the header too.
     header = {"format": "pt"} | replace(metadata, structures={}).header
-    filled = pad_ranks(folded)
+    padded = pad_ranks(folded)
     head = dict(header)
     if "unet" not in folded:
-        head[PEFT_SETTINGS_KEY] = json.dumps(build_peft_settings(filled), indent=2, sort_keys=True)
-    files = [(folder / PUBLISHED_NAME, build_published_tensors(filled, dtype), head)]
+        head[PEFT_SETTINGS_KEY] = json.dumps(build_peft_settings(padded), indent=2, sort_keys=True)
+    files = [(folder / PUBLISHED_NAME, build_published_tensors(padded, dtype), head)]
 
-    # kohya's file, of a UNet alone.
+    # kohya's file, only for a UNet
     if "unet" in folded:
         path = folder / f"{name}{KOHYA_SUFFIX}"
         head = header | key_names.build_kohya_header(name, metadata, folded)
         files.append((path, key_names.build_kohya_tensors(folded, dtype), head))
 
     for path, tensors, head in files:
-        raw_file.check_finite(tensors, f"the adapter in {dtype}")
-        raw_file.write_safetensors(path, tensors, head)
+        safetensors_file.check_finite(tensors, f"the adapter in {dtype}")
+        safetensors_file.write_safetensors(path, tensors, head)
     return [path for path, _, _ in files]
 
 
 def map_layers(folded: Folded, change: Callable[[LowRank], LowRank]) -> Folded:
-    """The adapter with each layer changed."""
+    """Return the adapter with each layer changed."""
     result: Folded = {}
     for component, layers in folded.items():
         result[component] = {path: change(layer) for path, layer in layers.items()}
@@ -153,13 +145,15 @@ def map_layers(folded: Folded, change: Callable[[LowRank], LowRank]) -> Folded:
 
 
 def build_peft_settings(folded: Folded) -> dict[str, object]:
-    """`component.name` -> a setting of PEFT's LoraConfig, of layers of one rank. Alpha is the rank,
-    as the scale is in `up`. Paths are without `text_model.`, as new versions of transformers have
-    them."""
+    """Return `component.name` -> setting of PEFT's LoraConfig, for layers of one rank.
+
+    Alpha is the rank, as the scale is in `up`. Paths have no `text_model.`, as in new versions of
+    transformers.
+    """
     settings: dict[str, object] = {}
     for component, layers in folded.items():
         rank = next(iter(layers.values())).rank
-        of_component = {
+        component_settings = {
             "r": rank,
             "lora_alpha": rank,
             "rank_pattern": {},
@@ -169,13 +163,15 @@ def build_peft_settings(folded: Folded) -> dict[str, object]:
             "use_rslora": False,
             "lora_bias": False,
         }
-        settings |= {f"{component}.{name}": value for name, value in of_component.items()}
+        settings |= {f"{component}.{name}": value for name, value in component_settings.items()}
     return settings
 
 
 def build_published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) -> Tensors:
-    """The tensors under PEFT's keys, which diffusers reads since 0.22. DoRA's magnitudes stay in
-    fp32."""
+    """Return the tensors under PEFT's keys, which diffusers reads since 0.22.
+
+    DoRA's magnitudes stay in fp32.
+    """
     tensors = {}
     for component, layers in folded.items():
         for path, layer in layers.items():
@@ -183,16 +179,16 @@ def build_published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) 
             tensors[format_key(PEFT_KEYS, name, "down")] = layer.down.to(dtype)
             tensors[format_key(PEFT_KEYS, name, "up")] = layer.up.to(dtype)
             if layer.magnitude is not None:
-                # For a UNet every diffusers adds `.weight`, and old ones need that; transformers'
-                # loader does not.
+                # For a UNet every version of diffusers adds `.weight`, and old ones need that; the
+                # loader of transformers does not add it.
                 suffix = "" if component in DENOISERS else ".weight"
                 tensors[format_key(PEFT_KEYS, name, "magnitude") + suffix] = layer.magnitude
     return tensors
 
 
 def pad_ranks(folded: Folded) -> Folded:
-    """All projections at the file's largest rank, with zeros: old diffusers uses one alpha for all
-    ranks."""
+    """Pad all projections with zeros to the file's largest rank: old versions of diffusers use one
+    alpha for all ranks."""
     rank = max(layer.rank for layers in folded.values() for layer in layers.values())
 
     def pad(layer: LowRank) -> LowRank:
@@ -209,8 +205,10 @@ def pad_ranks(folded: Folded) -> Folded:
 
 
 def normalize_factors(layer: LowRank) -> LowRank:
-    """Move a power of two between up and down, which is exact: fp16 would round the small `up` of
-    early steps to 0."""
+    """Move a power of two between up and down, which is exact, to make them similar in size.
+
+    Otherwise fp16 would round the small `up` of early steps to 0.
+    """
     up, down = layer.up.abs().max(), layer.down.abs().max()
     if min(up, down) == 0:
         return layer
@@ -219,19 +217,17 @@ def normalize_factors(layer: LowRank) -> LowRank:
 
 
 def build_proof(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded) -> Proof:
-    """The proof of all files of that dtype, which hold the `folded` adapter, with notes for other
-    programs."""
+    """Return the proof of all files of one dtype, with notes for other programs."""
     layers = []
-    for of_component in folded.values():
-        layers += of_component.values()
+    for component_layers in folded.values():
+        layers += component_layers.values()
 
     notes = []
     if any(layer.magnitude is not None for layer in layers):
         notes.append(get_dora_note(has_kohya_file="unet" in folded))
 
-    names = {one: name for name, one in FILE_DTYPES.items()}
     return Proof(
-        dtype=names[dtype],
+        dtype=next(name for name, file_dtype in FILE_DTYPES.items() if file_dtype == dtype),
         bound=MAX_DIFFERENCES[dtype],
         projections=len(layers),
         file_proofs=proofs,

@@ -12,7 +12,8 @@ from torch import Tensor
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME
 from dreambooth_moslora.lora.key_names import format_kohya_name
 from dreambooth_moslora.lora.metadata import AdapterMetadata, parse_metadata
-from dreambooth_moslora.lora.raw_file import build_adapter_metadata, read_tensors
+from dreambooth_moslora.lora.raw_file import build_adapter_metadata
+from dreambooth_moslora.lora.safetensors_file import read_tensors
 from dreambooth_moslora.lora.writer import publish
 from dreambooth_moslora.method.moslora import (
     MoSLoraConfig,

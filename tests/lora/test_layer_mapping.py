@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.lora import raw_file, reader, verify
+from dreambooth_moslora.lora import empty_models, reader, verify
 from dreambooth_moslora.lora.describe import describe
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.settings import family_facts
@@ -223,7 +223,7 @@ def test_flux_s_single_blocks_are_cut_into_four(tmp_path):
     pipeline = tiny_pipeline("flux", tmp_path)
     sizes = {"num_attention_heads": 24, "attention_head_dim": 128, "axes_dims_rope": [16, 56, 56]}
     config = dict(pipeline.transformer.config) | sizes | {"num_layers": 1, "num_single_layers": 1}
-    wide = raw_file.build_empty_model({"class": "FluxTransformer2DModel", "config": config})
+    wide = empty_models.build_empty_model({"class": "FluxTransformer2DModel", "config": config})
     pipeline.transformer = wide
     block = "single_transformer_blocks.0"
     layers = {"single_blocks.0.linear1": (*three(f"{block}.attn"), f"{block}.proj_mlp")}

@@ -20,18 +20,15 @@ from dreambooth_moslora.lora import (
     metadata,
     raw_file,
     reader,
+    safetensors_file,
     verify,
     writer,
 )
 from dreambooth_moslora.lora.describe import describe
+from dreambooth_moslora.lora.empty_models import build_empty_model, get_model_config
 from dreambooth_moslora.lora.key_names import format_kohya_name
-from dreambooth_moslora.lora.raw_file import (
-    build_empty_model,
-    get_model_config,
-    load_raw,
-    read_tensors,
-    save_raw,
-)
+from dreambooth_moslora.lora.raw_file import load_raw, save_raw
+from dreambooth_moslora.lora.safetensors_file import read_tensors
 from dreambooth_moslora.lora.writer import publish
 from dreambooth_moslora.method import mixer, moslora
 from dreambooth_moslora.method.mixer import LowRank, MixedLowRank
@@ -406,7 +403,7 @@ def test_broken_files_get_one_clear_line(how, dog, tmp_path):
         file = dog[0] / PUBLISHED_NAME
     elif how in BROKEN:
         change, said = BROKEN[how]
-        file.write_bytes(change(raw.read_bytes(), *raw_file.read_tensors(raw)))
+        file.write_bytes(change(raw.read_bytes(), *safetensors_file.read_tensors(raw)))
     components = {"unet": tiny_unet()} | text_encoders()
     with pytest.raises(UserError, match=said) as caught:
         load_raw(file, components)
@@ -453,7 +450,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("change", HOSTILE)
 def test_a_header_that_is_not_ours_is_refused(change, raw, tmp_path):
-    tensors, header = raw_file.read_tensors(raw / RAW_NAME)
+    tensors, header = safetensors_file.read_tensors(raw / RAW_NAME)
     facts = json.loads(header["moslora"]) | change
     file = tmp_path / "x.safetensors"
     file.write_bytes(save(tensors, {"moslora": json.dumps(facts)}))
@@ -493,11 +490,11 @@ def test_a_structure_from_a_file_builds_parts_of_sdxl_only_and_does_not_choose_t
 def test_equal_files_have_equal_bytes_whatever_the_order_of_their_metadata(tmp_path):
     names = [f"name {number}" for number in range(8)]
     for path, order in ((tmp_path / "a", names), (tmp_path / "b", names[::-1])):
-        raw_file.write_safetensors(
+        safetensors_file.write_safetensors(
             path, {"x": torch.arange(3.0), "y": torch.ones(2, 2)}, {name: "ü\n" for name in order}
         )
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    tensors, header = raw_file.read_tensors(tmp_path / "a")
+    tensors, header = safetensors_file.read_tensors(tmp_path / "a")
     assert (
         tensors["x"].tolist() == [0, 1, 2]
         and list(tensors) == ["x", "y"]
