@@ -40,33 +40,36 @@ LONGEST = (
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """After `-m` has left tests out: the files of `LONGEST`, so that no worker is left alone with
-    one at the end, then those of most tests, as pytest-xdist does. A file's own order stays."""
+    """Put the files of `LONGEST` first, then those of most tests, as pytest-xdist does.
+
+    So no worker is left alone with a long file at the end. A file's own order stays.
+    """
     rank = {TESTS / name: number for number, name in enumerate(LONGEST)}
     counts = Counter(item.path for item in items)
     items.sort(key=lambda item: (rank.get(item.path, len(rank)), -counts[item.path]))
 
 
 def pytest_runtest_setup(item):
-    """Before its fixtures. A module of `extra` is found and not imported: Ray reads the environment
-    when it is."""
-    needed = {name for mark in item.iter_markers("extra") for name in mark.args}
-    if missing := sorted(name for name in needed if find_spec(name) is None):
+    """Skip a test whose extra is missing, before its fixtures.
+
+    The extra's modules are not imported: Ray reads the environment on import.
+    """
+    modules = {name for mark in item.iter_markers("extra") for name in mark.args}
+    if missing := sorted(name for name in modules if find_spec(name) is None):
         pytest.skip(f"not installed: {', '.join(missing)}")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def nothing_to_collect_twice():
-    """A worker holds a million objects of libraries, which each collection would look at: a quarter
-    of a training."""
+    """Freeze the million objects of libraries, which each collection would visit: a quarter of a
+    training."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def only_its_own_log():
-    """A program that ran in this process has left its handlers, with a terminal that is closed by
-    then."""
+    """Remove the log handlers that a program in this process has added."""
     root = logging.getLogger()
     before, level = set(root.handlers), root.level
     yield
@@ -77,11 +80,10 @@ def only_its_own_log():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Pretend that torch.cuda has one GPU with so much free, and so much in this process's
-    hands."""
+    """Pretend that torch.cuda has one GPU with so much free, and so much used by this process."""
     import torch
 
-    def put(
+    def install_gpu(
         major: int,
         free_gib: float = 80,
         own_gib: float = 0,
@@ -94,17 +96,16 @@ def gpu(monkeypatch):
             "current_device": 0,
             "device_count": 1,
             "get_device_name": name,
-        }
-        answers |= {"get_device_capability": (major, minor), "get_device_properties": facts}
-        answers |= {
+            "get_device_capability": (major, minor),
+            "get_device_properties": facts,
             "mem_get_info": (int(free_gib * 2**30), 80 * 2**30),
             "memory_reserved": int(own_gib * 2**30),
+            "_check_bf16_tensor_supported": True,  # by emulation
         }
-        answers["_check_bf16_tensor_supported"] = True  # by emulation
         for function, answer in answers.items():
             monkeypatch.setattr(torch.cuda, function, lambda *_, answer=answer, **__: answer)
 
-    return put
+    return install_gpu
 
 
 @pytest.fixture
@@ -123,8 +124,7 @@ def apple(monkeypatch):
 
 @pytest.fixture
 def windows(monkeypatch):
-    """This process and those that it starts get Windows' answers (see
-    `tests/helpers/windows.py`)."""
+    """Give this process and its children Windows' answers (see `tests/helpers/windows.py`)."""
     from tests.helpers.windows import CHILDREN, answer_as_windows
 
     for name, value in CHILDREN.items():
@@ -134,7 +134,8 @@ def windows(monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
-    """A diffusers folder with a random SDXL pipeline of 64 px (see `tests/helpers/tiny.py`)."""
+    """Return a diffusers folder with a random SDXL pipeline of 64 px (see
+    `tests/helpers/tiny.py`)."""
     from tests.helpers.tiny import save_tiny_sdxl
 
     return save_tiny_sdxl(tmp_path_factory.mktemp("tiny"))
@@ -142,7 +143,7 @@ def tiny_base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def few_steps():
-    """Pictures in two denoising steps."""
+    """Generate images in two denoising steps."""
     from tests.helpers.tiny import few_steps
 
     with few_steps():
@@ -151,7 +152,7 @@ def few_steps():
 
 @pytest.fixture
 def subject(tiny_base):
-    """The tiny base as a SubjectPipeline without adapters."""
+    """Return the tiny base as a SubjectPipeline without adapters."""
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
     return SubjectPipeline.from_base(tiny_base)
@@ -159,7 +160,7 @@ def subject(tiny_base):
 
 @pytest.fixture(scope="module")
 def state(tiny_base):
-    """A good LoRA for the tiny base in PEFT's naming."""
+    """Return a good LoRA for the tiny base in PEFT's naming."""
     from diffusers import UNet2DConditionModel
 
     from tests.helpers.tiny_adapters import random_lora
@@ -170,7 +171,7 @@ def state(tiny_base):
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
-    """Random encoders of fidelity (see `tests/helpers/tiny_encoders.py`)."""
+    """Return random encoders of fidelity (see `tests/helpers/tiny_encoders.py`)."""
     from tests.helpers.tiny_encoders import tiny_encoders
 
     return tiny_encoders(tmp_path_factory.mktemp("encoders"))
@@ -178,7 +179,7 @@ def encoders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dog(tmp_path_factory):
-    """One live adapter on all three components, its raw file and both published files."""
+    """Return one live adapter on all three components, its raw file and both published files."""
     from dreambooth_moslora.disk.run_folder import RAW_NAME
     from dreambooth_moslora.lora.raw_file import save_raw
     from dreambooth_moslora.lora.writer import publish
@@ -192,7 +193,7 @@ def dog(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(tiny_base, tmp_path_factory):
-    """The page on a port of the loopback, with an adapter named dog."""
+    """Serve the page on a port of the loopback, with an adapter named dog."""
     from tests.helpers.ui_server import serve
 
     with serve(tiny_base, tmp_path_factory.mktemp("app")) as server:
@@ -201,7 +202,7 @@ def served(tiny_base, tmp_path_factory):
 
 @pytest.fixture
 def client(served):
-    """A client of the page without a cookie."""
+    """Return a client of the page without a cookie."""
     from gradio_client import Client
 
     return Client(served.url, verbose=False)
@@ -209,7 +210,7 @@ def client(served):
 
 @pytest.fixture
 def free_port() -> int:
-    """A port of the loopback that nobody has now."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """Return an unused port of the loopback."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The files of deploy/: what can be known without the machines they are for."""
+"""Files of deploy/, as far as they can be checked without the machines they are for."""
 
 import re
 import shlex
@@ -24,19 +24,19 @@ def token(monkeypatch):
     monkeypatch.setenv("DREAMBOOTH_TOKEN", TOKEN)
 
 
-def settings_of(words: list[str]) -> ServeSettings:
-    """What `serve` would start with. Raises UserError."""
+def parse_serve_settings(arguments: list[str]) -> ServeSettings:
+    """Return the settings with which `serve` would start. Raises UserError."""
     parser = CommandParser(prog="serve")
     command_serve.serve_arguments(parser)
-    return command_serve.build_settings(parser.parse_args(normalize_flags(words)))
+    return command_serve.build_settings(parser.parse_args(normalize_flags(arguments)))
 
 
-def content(name: str) -> dict:
+def load_yaml(name: str) -> dict:
     return yaml.safe_load((ROOT / "deploy" / name).read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_each_file_says_first_what_was_run_and_what_was_not(path):
+def test_each_file_begins_with_what_was_run(path):
     lines = [
         line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#!")
     ]
@@ -44,10 +44,11 @@ def test_each_file_says_first_what_was_run_and_what_was_not(path):
 
 
 def test_compose_starts_the_service_for_this_machine_alone():
-    service = content("compose.yaml")["services"]["serve"]
-    command, first = service["command"], service["entrypoint"]
-    assert first == ["python3", "-m", "dreambooth_moslora"] and command[0] == "serve"
-    settings = settings_of(command[1:])
+    service = load_yaml("compose.yaml")["services"]["serve"]
+    command = service["command"]
+    assert service["entrypoint"] == ["python3", "-m", "dreambooth_moslora"]
+    assert command[0] == "serve"
+    settings = parse_serve_settings(command[1:])
     assert settings.tokens == (TOKEN,)
     assert service["ports"] == [f"127.0.0.1:{settings.port}:{settings.port}"]
     build = service["build"]["args"]
@@ -56,12 +57,12 @@ def test_compose_starts_the_service_for_this_machine_alone():
     # Triton builds its launcher with them
     assert re.search(r"apt-get install .* python3-dev gcc ", text)
     assert re.search(r"^USER [1-9]", text, re.MULTILINE) and "HEALTHCHECK" in text
-    kept_out = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
-    assert {".git", "runs", "photos", "tests"} <= set(kept_out)
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    assert {".git", "runs", "photos", "tests"} <= set(ignored)
 
 
-def test_the_manifest_of_kuberay_names_a_builder_and_settings_that_it_takes():
-    spec = content("rayservice.yaml")["spec"]
+def test_the_kuberay_manifest_names_a_builder_and_its_settings():
+    spec = load_yaml("rayservice.yaml")["spec"]
     config = yaml.safe_load(spec["serveConfigV2"])
     (application,) = config["applications"]
     module, _, name = application["import_path"].partition(":")
@@ -75,26 +76,26 @@ def test_the_manifest_of_kuberay_names_a_builder_and_settings_that_it_takes():
     assert application["name"] in text  # the front looks its replicas up under this name
 
 
-def test_skypilot_and_runpod_start_a_service_that_takes_their_command():
+def test_skypilot_and_runpod_start_the_service():
     scripts = {
-        "skypilot.yaml": content("skypilot.yaml")["run"],
+        "skypilot.yaml": load_yaml("skypilot.yaml")["run"],
         "runpod.sh": (ROOT / "deploy/runpod.sh").read_text(),
     }
     for name, script in scripts.items():
         lines = [
             shlex.split(line) for line in script.splitlines() if "dreambooth_moslora serve" in line
         ]
-        (words,) = [line for line in lines if line[:1] == ["python"]]
-        settings = settings_of(words[words.index("serve") + 1 :])
+        (arguments,) = [line for line in lines if line[:1] == ["python"]]
+        settings = parse_serve_settings(arguments[arguments.index("serve") + 1 :])
         assert settings.host == "0.0.0.0" and settings.tokens == (TOKEN,), name
-    assert content("skypilot.yaml")["resources"]["ports"] == settings.port
+    assert load_yaml("skypilot.yaml")["resources"]["ports"] == settings.port
     assert (
         subprocess.run(["bash", "-n", ROOT / "deploy" / "runpod.sh"], check=False).returncode == 0
     )
 
 
 @pytest.mark.parametrize("name, extra", [("page", None), ("serve", "serve")])
-def test_an_image_installs_exact_versions_by_their_digests_and_no_test_tool(name, extra):
+def test_an_image_installs_exact_versions_by_their_digests(name, extra):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     text = (ROOT / "deploy" / f"{name}.lock").read_text(encoding="utf-8")
@@ -111,11 +112,12 @@ def test_an_image_installs_exact_versions_by_their_digests_and_no_test_tool(name
     assert "--require-hashes" in dockerfile and "requirements.txt" not in dockerfile
 
 
-def test_each_requirement_has_an_upper_bound_and_none_admits_a_version_with_a_known_hole():
+def test_each_requirement_is_bounded_and_excludes_known_holes():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = sum(project["optional-dependencies"].values(), project["dependencies"])
-    asked = [Requirement(line) for line in lines]
-    for one in asked:
-        assert any(bound.operator == "<" for bound in one.specifier), one
-    for name, broken in (("starlette", "0.49.0"), ("ray", "2.53.0")):
-        assert not any(one.name == name and one.specifier.contains(broken) for one in asked)
+    vulnerable = {"starlette": "0.49.0", "ray": "2.53.0"}
+    for requirement in map(Requirement, lines):
+        assert any(bound.operator == "<" for bound in requirement.specifier), requirement
+        assert not requirement.specifier.contains(vulnerable.get(requirement.name, "0")), (
+            requirement
+        )

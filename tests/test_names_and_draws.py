@@ -1,4 +1,4 @@
-"""Names, numbers and errors, named randomness, and where the program's own files are found."""
+"""Public names, records, numbers, errors, seeds, and the program's own files."""
 
 import math
 from dataclasses import dataclass
@@ -24,14 +24,12 @@ ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
-class Shown:
-    words: tuple[str, ...]
+class Record:
+    tags: tuple[str, ...]
     share: float = 0.5
 
 
-def test_a_public_name_holds_no_path_and_a_folder_here_is_called_by_its_own_name(
-    tmp_path, monkeypatch
-):
+def test_a_public_name_has_no_folders(tmp_path, monkeypatch):
     for name in ("stabilityai/sdxl-base-1.0", "toy", ""):
         assert get_public_name(name) == name
     for path in ("/data/me/x", "./me/x", "~nobody/x", "C:\\Users\\me\\x", Path("/data/me/x")):
@@ -45,45 +43,43 @@ def test_a_public_name_holds_no_path_and_a_folder_here_is_called_by_its_own_name
 
 
 @pytest.mark.parametrize(
-    ("text", "kind", "found"),
+    ("text", "kind", "expected"),
     [
         ('{"a": 1}', dict, {"a": 1}),
-        ('{"words": ["a"], "share": 1, "new": 0}', Shown, Shown(("a",), 1.0)),
+        ('{"tags": ["a"], "share": 1, "new": 0}', Record, Record(("a",), 1.0)),
         ("[1]", dict, "x.json: expected names and values, found a list."),
         ("{", dict, "x.json: it is not valid JSON: "),
         ("[" * 100_000, dict, "x.json: it is not valid JSON: "),
-        ("[" * 100_000, Shown, "x.json: Invalid JSON: recursion limit"),
-        ('{"words": ["a", 3]}', Shown, "x.json: words.1: Input should be a valid string."),
-        ('{"words": [], "share": true}', Shown, "x.json: share: Input should be a valid number."),
-        ("{}", Shown, "x.json: words: Field required."),
+        ("[" * 100_000, Record, "x.json: Invalid JSON: recursion limit"),
+        ('{"tags": ["a", 3]}', Record, "x.json: tags.1: Input should be a valid string."),
+        ('{"tags": [], "share": true}', Record, "x.json: share: Input should be a valid number."),
+        ("{}", Record, "x.json: tags: Field required."),
         (b"\xff", dict, "x.json: it is not a text file."),
         (None, dict, "x.json: there is no such file."),
     ],
 )
-def test_a_record_is_read_by_its_types_or_its_first_wrong_value_is_named(
-    text, kind, found, tmp_path
-):
+def test_a_record_is_read_or_its_first_wrong_value_is_named(text, kind, expected, tmp_path):
     path = tmp_path / "x.json"
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    if not isinstance(found, str):
-        assert read_json(path, kind) == found
+    if not isinstance(expected, str):
+        assert read_json(path, kind) == expected
         return
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         read_json(path, kind)
-    assert found in str(told.value)
+    assert expected in str(caught.value)
 
 
 def test_the_first_free_name():
-    taken = {"dog", "dog_2", "dog_1"}
-    assert find_free_name("cat", taken.__contains__) == "cat"
-    assert find_free_name("dog", taken.__contains__) == "dog_3"
-    assert find_free_name("dog", taken.__contains__, "-") == "dog-2"
-    assert find_free_name("dog", taken.__contains__, is_numbered=True) == "dog_3"
-    assert find_free_name("cat", taken.__contains__, is_numbered=True) == "cat_1"
+    is_taken = {"dog", "dog_2", "dog_1"}.__contains__
+    assert find_free_name("cat", is_taken) == "cat"
+    assert find_free_name("dog", is_taken) == "dog_3"
+    assert find_free_name("dog", is_taken, "-") == "dog-2"
+    assert find_free_name("dog", is_taken, is_numbered=True) == "dog_3"
+    assert find_free_name("cat", is_taken, is_numbered=True) == "cat_1"
 
 
-def test_letters_that_turn_the_direction_of_a_line_are_spelled_out_and_those_of_every_script_stay():
+def test_characters_that_change_text_direction_are_escaped():
     """`gpj.exe` behind U+202E reads as `exe.jpg` on a terminal."""
     turned = "a\u202egpj.exe\u2069 \u200fa\x1b[0m\x85\r"
     assert escape_control_characters(turned) == r"a\u202egpj.exe\u2069 \u200fa\x1b[0m\x85\x0d"
@@ -91,14 +87,17 @@ def test_letters_that_turn_the_direction_of_a_line_are_spelled_out_and_those_of_
     assert escape_control_characters(text) == text
 
 
-def test_a_bool_is_no_number_and_what_no_float_can_hold_is_not_finite():
-    finite, other, none = (
-        (0, -3, 0.5, 1e308),
-        (math.nan, math.inf, -math.inf, 10**400),
-        (True, False, "1", None, [1]),
-    )
-    assert all(map(is_number, finite + other)) and not any(map(is_number, none))
-    assert all(map(is_finite_number, finite)) and not any(map(is_finite_number, other + none))
+@pytest.mark.parametrize(
+    ("values", "are_numbers", "are_finite"),
+    [
+        ((0, -3, 0.5, 1e308), True, True),
+        ((math.nan, math.inf, -math.inf, 10**400), True, False),
+        ((True, False, "1", None, [1]), False, False),
+    ],
+)
+def test_a_bool_is_no_number_and_infinity_is_not_finite(values, are_numbers, are_finite):
+    assert {is_number(value) for value in values} == {are_numbers}
+    assert {is_finite_number(value) for value in values} == {are_finite}
 
 
 def test_seeds_depend_on_every_name_and_on_nothing_else():
@@ -107,8 +106,8 @@ def test_seeds_depend_on_every_name_and_on_nothing_else():
         for names in ((0, "noise", 1), (0, "noise", 2), (1, "noise", 1), (0, "crop", 1))
     }
     assert len(seeds) == 4
-    one, other = (torch.randn(4, generator=seed_generator(7, "a")) for _ in range(2))
-    assert torch.equal(one, other)
+    first, second = (torch.randn(4, generator=seed_generator(7, "a")) for _ in range(2))
+    assert torch.equal(first, second)
     assert seed_rng(7, "a").random() == seed_rng(7, "a").random()
     assert (
         compute_seed("ab", "c") != compute_seed("a", "bc")
@@ -116,19 +115,17 @@ def test_seeds_depend_on_every_name_and_on_nothing_else():
     )
 
 
-def test_each_epoch_shows_every_slot_once_in_a_new_order():
-    places = [shuffle_index(position, 5, 0, "instance") for position in range(15)]
-    assert [epoch for epoch, _ in places] == [0] * 5 + [1] * 5 + [2] * 5
-    epochs = [tuple(slot for e, slot in places if e == epoch) for epoch in range(3)]
-    assert all(sorted(epoch) == list(range(5)) for epoch in epochs) and len(set(epochs)) > 1
-    assert [
-        shuffle_index(position, 5, 0, "instance") for position in reversed(range(15))
-    ] == places[::-1]
+def test_each_epoch_has_every_sample_once_in_a_new_order():
+    backwards = [shuffle_index(index, 5, 0, "instance") for index in reversed(range(15))]
+    samples = [shuffle_index(index, 5, 0, "instance") for index in range(15)]
+    assert samples == backwards[::-1]
+    orders = [tuple(samples[start : start + 5]) for start in (0, 5, 10)]
+    for epoch, order in enumerate(orders):
+        assert sorted(order) == [(epoch, position) for position in range(5)]
+    assert len({tuple(position for _, position in order) for order in orders}) > 1
 
 
-def test_a_recipe_and_its_photos_are_found_from_any_folder_and_what_is_here_goes_first(
-    tmp_path, monkeypatch
-):
+def test_assets_are_found_from_any_folder(tmp_path, monkeypatch):
     """In a clone, assets lie beside the package."""
     assert get_assets_folder() == ROOT / "assets"
     assert Base.find("toy").folder == ROOT / "assets" / "toy-sdxl"

@@ -1,5 +1,4 @@
-"""What README, CONTRIBUTING and the pages of `docs/` name is there: commands, flags, files,
-links."""
+"""README, CONTRIBUTING and docs/: commands, flags, files and links that they name exist."""
 
 import ast
 import json
@@ -41,63 +40,63 @@ OTHER_PROGRAMS = (
     "pre-commit",
     "docker",
 )
-OWN = ("photos/dog", "photos/anna", "photos/ink")
-"""A reader's own photos in the examples."""
+READER_FOLDERS = ("photos/dog", "photos/anna", "photos/ink")
+"""The reader's photos in the examples."""
 MAX_WORDS = 700
 PLACE = re.compile(r"^\| [^|]+ \| `([\w/]+)` \| (.*) \|$", re.MULTILINE)
-"""A row of the table "where to put what": its package and its files."""
+"""Row of the table "where to put what": its package and its files."""
 
 
-def read(path: Path) -> str:
+def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def prose(path: Path) -> str:
-    """The text without its fenced blocks."""
-    return FENCED.sub("", read(path))
+def strip_blocks(path: Path) -> str:
+    """Return the text of a document without its fenced blocks."""
+    return FENCED.sub("", read_text(path))
 
 
-def blocks(path: Path, language: str) -> list[str]:
-    return [text for kind, text in FENCED.findall(read(path)) if kind == language]
+def list_blocks(path: Path, language: str) -> list[str]:
+    return [text for kind, text in FENCED.findall(read_text(path)) if kind == language]
 
 
-def spans(path: Path) -> list[str]:
-    """Code within the text; one may go over the end of a line."""
-    return [" ".join(span.split()) for span in SPAN.findall(prose(path))]
+def list_spans(path: Path) -> list[str]:
+    """Return the code within the text; a span may continue on the next line."""
+    return [" ".join(span.split()) for span in SPAN.findall(strip_blocks(path))]
 
 
-def command_lines(path: Path) -> list[str]:
-    """Of the bash blocks, whole and without comments, and those within the text that are not
-    shortened."""
-    found = []
-    for line in "".join(blocks(path, "bash")).replace("\\\n", " ").splitlines():
-        found += shlex.join(shlex.split(line, comments=True)).split(" '&&' ")
-    rows = [f"python -m dreambooth_moslora {row}" for row in ROW.findall(read(path))]
+def list_commands(path: Path) -> list[str]:
+    """Return the commands of the bash blocks, and complete ones within the text."""
+    commands = []
+    for line in "".join(list_blocks(path, "bash")).replace("\\\n", " ").splitlines():
+        commands += shlex.join(shlex.split(line, comments=True)).split(" '&&' ")
+    rows = [f"python -m dreambooth_moslora {row}" for row in ROW.findall(read_text(path))]
     inline = [
-        s for s in spans(path) if s.startswith("python ") and "…" not in s and "COMMAND" not in s
+        s
+        for s in list_spans(path)
+        if s.startswith("python ") and "…" not in s and "COMMAND" not in s
     ]
-    return [*filter(None, found), *rows, *inline]
+    return [*filter(None, commands), *rows, *inline]
 
 
-ALL_LINES = sorted({line for path in DOCUMENTS for line in command_lines(path)})
+ALL_LINES = sorted({line for path in DOCUMENTS for line in list_commands(path)})
 
 
-def command_parser(name: str) -> CommandParser:
+def build_command_parser(name: str) -> CommandParser:
     parser = CommandParser(prog=name)
     add_arguments, _ = load_command(name)
     add_arguments(parser)
     return parser
 
 
-def app_parser() -> CommandParser:
+def build_app_parser() -> CommandParser:
     parser = CommandParser(prog="app.py")
     serve.add_arguments(parser)
     return parser
 
 
-def understand(line: str) -> None:
-    """Raises UserError for an unknown flag, LookupError for a command, module or file that is not
-    there."""
+def check_command(line: str) -> None:
+    """Raise UserError for an unknown flag, LookupError for an unknown command, module or file."""
     require(
         all((ROOT / word).exists() for word in line.split() if word.startswith("assets/")), line
     )
@@ -106,77 +105,79 @@ def understand(line: str) -> None:
             require((ROOT / file).is_file(), file)
         case ["pip", "install", "."]:
             require((ROOT / "pyproject.toml").is_file(), line)
-        case ["pip", "install", *words] if "torch" in words:
+        case ["pip", "install", *arguments] if "torch" in arguments:
             wheels = {f"{WHEELS_COMMAND}{build}" for build in (CUDA_BUILD, ROCM_BUILD)}
             require(
                 line in wheels | {wheel.replace("--force-reinstall ", "") for wheel in wheels}, line
             )
         case ["pip", "install", name] if name.startswith(".["):
-            extras = tomllib.loads(read(ROOT / "pyproject.toml"))["project"][
+            extras = tomllib.loads(read_text(ROOT / "pyproject.toml"))["project"][
                 "optional-dependencies"
             ]
             require(name.partition("[")[2].rstrip("]") in extras, line)
-        case ["python", "train_dreambooth.py", *words] | [
+        case ["python", "train_dreambooth.py", *arguments] | [
             "python",
             "-m",
             "dreambooth_moslora",
             "train",
-            *words,
+            *arguments,
         ]:
-            parse_train_config(["assets/subjects/robot" if word in OWN else word for word in words])
-        case ["python", "app.py", *words]:
-            app_parser().parse_args(words)
-        case ["python", "-m", "dreambooth_moslora", name, *words]:
+            parse_train_config(
+                ["assets/subjects/robot" if word in READER_FOLDERS else word for word in arguments]
+            )
+        case ["python", "app.py", *arguments]:
+            build_app_parser().parse_args(arguments)
+        case ["python", "-m", "dreambooth_moslora", name, *arguments]:
             require(name in COMMANDS, name)
-            command_parser(name).parse_args(normalize_flags(words))
-        case ["python", "-m", "pytest", *words]:
-            require(all((ROOT / word).exists() for word in words if word.startswith("tests")), line)
+            build_command_parser(name).parse_args(normalize_flags(arguments))
+        case ["python", "-m", "pytest", *arguments]:
+            require(
+                all((ROOT / word).exists() for word in arguments if word.startswith("tests")), line
+            )
         case ["mkdocs", "build", "--strict"] | ["mkdocs", "serve"]:
             require((ROOT / "mkdocs.yml").is_file(), line)
         case ["pip", "install", "pre-commit"] | ["pre-commit", "install"]:
             require((ROOT / ".pre-commit-config.yaml").is_file(), line)
-        case ["python", "-m", module, *words]:
-            found = find_spec(module)
-            require(found is not None, module)
-            flags = [word for word in words if word.startswith("-")]
-            text = read(Path(found.origin))
+        case ["python", "-m", module, *arguments]:
+            spec = find_spec(module)
+            require(spec is not None, module)
+            flags = [word for word in arguments if word.startswith("-")]
+            text = read_text(Path(spec.origin))
             require(all(f'"{flag}"' in text for flag in flags), line)
         case _:
             raise LookupError(line)
 
 
-def require(holds: bool, what: str) -> None:
-    if not holds:
-        raise LookupError(what)
+def require(is_valid: bool, text: str) -> None:
+    if not is_valid:
+        raise LookupError(text)
 
 
 @pytest.mark.parametrize("line", ALL_LINES)
-def test_every_command_line_is_understood(line, monkeypatch):
+def test_every_command_is_valid(line, monkeypatch):
     monkeypatch.chdir(ROOT)
-    understand(line)
+    check_command(line)
 
 
-WRONG = [
+WRONG_COMMANDS = [
     "python train_dreambooth.py --max_steps 4",
     "python train_dreambooth.py --config assets/configs/none.toml",
-]
-WRONG += [
     "python -m dreambooth_moslora chek photos",
     "python -m benchmarks.random_sdxl --output X",
     "python setup.py",
 ]
 
 
-def test_a_command_line_or_link_that_is_wrong_is_noticed(monkeypatch):
+def test_wrong_commands_and_links_are_noticed(monkeypatch):
     monkeypatch.chdir(ROOT)
-    for line in WRONG:
+    for line in WRONG_COMMANDS:
         with pytest.raises((UserError, LookupError)):
-            understand(line)
+            check_command(line)
     text = (
         "[a](docs/none.md) [b](docs/photos.md#none) [c](#none) [d](docs/photos.md#masks) "
         "![](none.png)"
     )
-    assert broken_links(README, text) == [
+    assert find_broken_links(README, text) == [
         "docs/none.md",
         "docs/photos.md#none",
         "#none",
@@ -185,23 +186,26 @@ def test_a_command_line_or_link_that_is_wrong_is_noticed(monkeypatch):
 
 
 def test_the_command_lines_and_files_were_found():
-    assert len(command_lines(README)) > 5 and len(ALL_LINES) > 25
-    assert len({name for path in DOCUMENTS for name in FILE.findall(read(path))}) > 15
+    assert len(list_commands(README)) > 5 and len(ALL_LINES) > 25
+    assert len({name for path in DOCUMENTS for name in FILE.findall(read_text(path))}) > 15
     assert set(COMMANDS) <= {word for line in ALL_LINES for word in line.split()[3:4]}
 
 
 def test_every_flag_in_the_text_is_one_of_ours():
-    parsers = [build_train_parser(), app_parser(), *map(command_parser, COMMANDS)]
-    known = {flag for parser in parsers for flag in parser._option_string_actions}
-    ours = [
-        span for path in DOCUMENTS for span in spans(path) if not span.startswith(OTHER_PROGRAMS)
+    parsers = [build_train_parser(), build_app_parser(), *map(build_command_parser, COMMANDS)]
+    flags = {flag for parser in parsers for flag in parser._option_string_actions}
+    own_spans = [
+        span
+        for path in DOCUMENTS
+        for span in list_spans(path)
+        if not span.startswith(OTHER_PROGRAMS)
     ]
-    named = {word for span in ours for word in span.split() if word.startswith("--")}
-    assert len(named) > 30 and named - known == set()
+    mentioned = {word for span in own_spans for word in span.split() if word.startswith("--")}
+    assert len(mentioned) > 30 and mentioned - flags == set()
 
 
-def missing_places(text: str) -> list[str]:
-    """Files of the table that its package does not have; what is in brackets may name others."""
+def find_missing_files(text: str) -> list[str]:
+    """Return the files of the table that do not exist; names in brackets are not checked."""
     missing = []
     for package, files in PLACE.findall(text):
         for name in SPAN.findall(re.sub(r"\(.*?\)", "", files)):
@@ -211,20 +215,20 @@ def missing_places(text: str) -> list[str]:
     return missing
 
 
-def test_where_to_put_what_names_files_that_are_there():
-    text = read(ROOT / "CONTRIBUTING.md")
-    assert len(PLACE.findall(text)) > 12 and missing_places(text) == []
-    assert missing_places("| masks | `photos` | `masks`, `none` (why) |") == ["photos/none"]
+def test_the_table_of_places_names_existing_files():
+    text = read_text(ROOT / "CONTRIBUTING.md")
+    assert len(PLACE.findall(text)) > 12 and find_missing_files(text) == []
+    assert find_missing_files("| masks | `photos` | `masks`, `none` (why) |") == ["photos/none"]
 
 
-def slug(heading: str) -> str:
-    """The anchor of a heading, as GitHub and mkdocs make it."""
+def format_anchor(heading: str) -> str:
+    """Return the anchor of a heading, as GitHub and mkdocs make it."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-def broken_links(path: Path, text: str) -> list[str]:
-    """Links of a document to files and anchors that are not there; those to the web are left
-    alone."""
+def find_broken_links(path: Path, text: str) -> list[str]:
+    """Return the links of a document to files and anchors that do not exist; web links are
+    skipped."""
     broken = []
     for link in LINK.findall(FENCED.sub("", text)):
         name, _, anchor = link.partition("#")
@@ -232,19 +236,17 @@ def broken_links(path: Path, text: str) -> list[str]:
         if link.startswith("https://"):
             continue
         if not target.is_file() or (
-            anchor and anchor not in map(slug, HEADING.findall(prose(target)))
+            anchor and anchor not in map(format_anchor, HEADING.findall(strip_blocks(target)))
         ):
             broken.append(link)
     return broken
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
-def test_every_file_in_the_text_is_there_every_link_leads_somewhere_and_every_program_is_python(
-    path,
-):
-    assert [name for name in FILE.findall(read(path)) if not (ROOT / name).exists()] == []
-    assert broken_links(path, read(path)) == []
-    for text in blocks(path, "python"):
+def test_files_and_links_exist_and_programs_are_python(path):
+    assert [name for name in FILE.findall(read_text(path)) if not (ROOT / name).exists()] == []
+    assert find_broken_links(path, read_text(path)) == []
+    for text in list_blocks(path, "python"):
         ast.parse(text)
 
 
@@ -255,34 +257,30 @@ ON_A_CPU = {
     "runs/dog": "assets/adapters/rocket.safetensors",
     ").images": ", num_inference_steps=1).images",
 }
-"""What a GPU and SDXL's own files need, and what stands in its place for the toy."""
+"""Parts of the snippet for a GPU and SDXL -> their replacement for the toy."""
 
 
 @pytest.mark.parametrize(
     "path", [README, ROOT / "docs" / "training.md"], ids=["README", "training"]
 )
-def test_the_snippet_for_diffusers_asks_for_a_gpu_and_fp16_and_draws_with_the_toy(
-    path, monkeypatch
-):
-    """As it stood, SDXL drew on the CPU in fp32."""
+def test_the_snippet_for_diffusers_uses_fp16_and_runs(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    (code,) = [text for text in blocks(path, "python") if "StableDiffusionXLPipeline" in text]
-    for words, instead in ON_A_CPU.items():
-        assert code.count(words) == 1, words
-        code = code.replace(words, instead)
-    drawn = {}
-    exec(code, drawn)
-    assert drawn["image"].size == (128, 128)
-    assert drawn["pipe"].get_active_adapters() == ["default_0"]
+    (code,) = [text for text in list_blocks(path, "python") if "StableDiffusionXLPipeline" in text]
+    for part, replacement in ON_A_CPU.items():
+        assert code.count(part) == 1, part
+        code = code.replace(part, replacement)
+    variables = {}
+    exec(code, variables)
+    assert variables["image"].size == (128, 128)
+    assert variables["pipe"].get_active_adapters() == ["default_0"]
 
 
-def test_the_readme_is_short_and_the_docs_say_by_program_what_dora_in_kohya_s_form_is():
-    assert len(read(README).split()) <= MAX_WORDS and format_dora_table() in read(
-        ROOT / "docs" / "training.md"
-    )
+def test_the_readme_is_short_and_the_docs_have_the_dora_table():
+    assert len(read_text(README).split()) <= MAX_WORDS
+    assert format_dora_table() in read_text(ROOT / "docs" / "training.md")
 
 
 def test_the_container_starts_the_page_with_flags_that_it_has(monkeypatch):
     monkeypatch.chdir(ROOT)
-    started = re.search(r"^ENTRYPOINT (\[.*\])$", read(ROOT / "Dockerfile"), re.MULTILINE)
-    understand(shlex.join(json.loads(started[1])).replace("python3", "python"))
+    entrypoint = re.search(r"^ENTRYPOINT (\[.*\])$", read_text(ROOT / "Dockerfile"), re.MULTILINE)
+    check_command(shlex.join(json.loads(entrypoint[1])).replace("python3", "python"))

@@ -1,6 +1,4 @@
-"""The wheel in a fresh environment: the quick start's first steps and the page from an empty
-folder. The quick start's recipe, cut short: the subject is learnt by an untouched pipeline's eye,
-and its class stays varied."""
+"""Wheel in a fresh environment: the quick start's first steps, and the page, in an empty folder."""
 
 import json
 import os
@@ -27,23 +25,13 @@ FOLDERS, FILES = ("dreambooth_moslora", "assets"), ("pyproject.toml", "README.md
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
     "OMP_NUM_THREADS": "1"
 }
-FEW = [
-    "--num_prompts",
-    "1",
-    "--images_per_prompt",
-    "1",
-    "--class_images",
-    "2",
-    "--inference_steps",
-    "2",
-]
+FEW_IMAGES = ["--num_prompts=1", "--images_per_prompt=1", "--class_images=2", "--inference_steps=2"]
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory) -> Path:
-    """The folder of a fresh environment's programs. The libraries are those of the present
-    environment."""
+    """Return the folder of a fresh environment's programs, with this environment's libraries."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     for name in FOLDERS:
@@ -77,13 +65,12 @@ def programs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(programs, tmp_path_factory):
-    """A function that runs a program of that environment in one empty folder and returns what it
-    printed."""
+    """Return a function that runs a program of that environment and returns its output."""
     folder = tmp_path_factory.mktemp("empty")
 
-    def call(*words: str) -> str:
+    def call(*arguments: str) -> str:
         done = subprocess.run(
-            [programs / words[0], *words[1:]],
+            [programs / arguments[0], *arguments[1:]],
             cwd=folder,
             env=ENVIRONMENT,
             capture_output=True,
@@ -96,9 +83,9 @@ def run(programs, tmp_path_factory):
     return call
 
 
-def test_the_installed_program_is_the_wheels_own_and_all_that_it_holds(run, programs):
-    found = run("python", "-c", "import dreambooth_moslora as d; print(d.__file__)")
-    assert Path(found.strip()).is_relative_to(programs.parent)
+def test_the_wheel_installs_the_program_and_nothing_else(run, programs):
+    path = run("python", "-c", "import dreambooth_moslora as d; print(d.__file__)")
+    assert Path(path.strip()).is_relative_to(programs.parent)
     (site,) = (programs.parent / "lib").glob("python*/site-packages")
     packages = {
         path.name for path in site.iterdir() if path.is_dir() and path.suffix != ".dist-info"
@@ -113,7 +100,7 @@ def test_help_names_the_command_as_it_was_typed(run):
     assert run(*module, "--help").startswith(f"usage: {' '.join(module)}")
 
 
-READ = """
+READ_PHOTO = """
 from PIL import Image
 from dreambooth_moslora.disk.paths import get_assets_folder
 from dreambooth_moslora.photos.captions import load_captioner
@@ -127,8 +114,8 @@ print(load_captioner(config).surroundings(photo), "|", mask.getextrema())
 """
 
 
-def test_the_quick_start_trains_evaluates_and_draws_and_photos_are_read_without_the_toy_world(run):
-    """In one process, which imports PyTorch once."""
+def test_the_quick_start_runs_from_the_wheel(run):
+    """Run all in one process, which imports PyTorch once."""
     commands = [
         [
             "train",
@@ -138,7 +125,7 @@ def test_the_quick_start_trains_evaluates_and_draws_and_photos_are_read_without_
             "--num_validation_images=0",
         ],
         ["info", "runs/rocket"],
-        ["evaluate", "runs/rocket", *FEW],
+        ["evaluate", "runs/rocket", *FEW_IMAGES],
         [
             "generate",
             "--adapter",
@@ -150,9 +137,9 @@ def test_the_quick_start_trains_evaluates_and_draws_and_photos_are_read_without_
     ]
     code = (
         "from dreambooth_moslora.cli.main import main\n"
-        f"print([main(words) for words in {commands}])"
+        f"print([main(arguments) for arguments in {commands}])"
     )
-    out = run("python", "-c", code + READ)
+    out = run("python", "-c", code + READ_PHOTO)
     assert "dreambooth_moslora 0.1.0" in out and ".png" in out
     assert out.splitlines()[-2:] == ["[0, 0, 0, 0]", "on grass on an overcast day | (0, 255)"]
     scores = json.loads(
@@ -184,13 +171,13 @@ def is_answered(url: str, page: subprocess.Popen) -> bool:
     return False
 
 
-def drawn(pipeline: StableDiffusionXLPipeline, prompt: str, count: int) -> torch.Tensor:
-    """DINO vectors of so many pictures from fixed seeds."""
+def embed_samples(pipeline: StableDiffusionXLPipeline, prompt: str, count: int) -> torch.Tensor:
+    """Return DINO vectors of `count` images from fixed seeds."""
     seeds = [torch.Generator().manual_seed(seed) for seed in range(count)]
-    pictures = pipeline(
+    images = pipeline(
         [prompt] * count, num_inference_steps=8, guidance_scale=2.5, generator=seeds
     ).images
-    return metrics.load_encoders("toy").embed_dino_images(pictures)
+    return metrics.load_encoders("toy").embed_dino_images(images)
 
 
 def test_the_subject_is_learnt_and_its_class_stays_varied(tmp_path):
@@ -199,16 +186,17 @@ def test_the_subject_is_learnt_and_its_class_stays_varied(tmp_path):
     places = {"instance_data_dir": str(rocket), "output_dir": str(tmp_path / "rocket")}
     run = train(replace(config, max_train_steps=40, num_validation_images=0, **places))
     photos = [Image.open(path).convert("RGB") for path in sorted(rocket.glob("*.jpg"))]
-    wanted = metrics.load_encoders("toy").embed_dino_images(photos)
+    photo_vectors = metrics.load_encoders("toy").embed_dino_images(photos)
     pipeline = StableDiffusionXLPipeline.from_pretrained(ROOT / "assets" / "toy-sdxl")
     pipeline.set_progress_bar_config(disable=True)
-    words = {"subject": "a photo of a sks rocket in a forest", "class": "a photo of a rocket"}
-    before = {name: drawn(pipeline, prompt, 5) for name, prompt in words.items()}
+    prompts = {"subject": "a photo of a sks rocket in a forest", "class": "a photo of a rocket"}
+    before = {name: embed_samples(pipeline, prompt, 5) for name, prompt in prompts.items()}
     pipeline.load_lora_weights(run.run_dir)
-    after = {name: drawn(pipeline, prompt, 5) for name, prompt in words.items()}
+    after = {name: embed_samples(pipeline, prompt, 5) for name, prompt in prompts.items()}
     likeness = [
-        float(metrics.subject_fidelity(some["subject"], wanted).mean()) for some in (before, after)
+        float(metrics.subject_fidelity(vectors["subject"], photo_vectors).mean())
+        for vectors in (before, after)
     ]
-    variety = [metrics.diversity(some["class"], 5).item() for some in (before, after)]
-    assert likeness[1] > likeness[0] + 0.08  # 0.19 was seen
+    variety = [metrics.diversity(vectors["class"], 5).item() for vectors in (before, after)]
+    assert likeness[1] > likeness[0] + 0.08  # measured: 0.19
     assert variety[1] > 0.75 * variety[0]

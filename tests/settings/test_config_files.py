@@ -1,4 +1,4 @@
-"""A published file tells the settings it was trained with, and nothing private."""
+"""Recipe of a published file: its settings, and nothing private."""
 
 import json
 import os
@@ -17,29 +17,29 @@ from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 
-def test_a_training_tells_its_settings(tiny_base, tmp_path):
+def test_a_training_publishes_its_recipe_and_nothing_private(tiny_base, tmp_path):
     photos = paint_photos(tmp_path / "alices_photos")
-    chosen = {
-        "rank_pattern": ("to_q=3",),
-        "target_modules": ("to_q", "to_k"),
-        "mixer": "kaiming",
-        "snr_gamma": 5.0,
-    }
-    own = {
-        "cache_dir": str(tmp_path / "secret"),
-        "validation_prompt": "a private prompt",
-        "lora_alpha": 2.5,
-    }
-    words = {"caption_prefix": "prefixed by alice", "mask_prompt": "masked by alice"}
     config = tiny_config(
-        tiny_base, photos, tmp_path / "first", max_train_steps=2, **chosen, **own, **words
+        tiny_base,
+        photos,
+        tmp_path / "first",
+        max_train_steps=2,
+        rank_pattern=("to_q=3",),
+        target_modules=("to_q", "to_k"),
+        mixer="kaiming",
+        snr_gamma=5.0,
+        lora_alpha=2.5,
+        cache_dir=str(tmp_path / "secret"),
+        validation_prompt="a private prompt",
+        caption_prefix="prefixed by alice",
+        mask_prompt="masked by alice",
     )
     train(config)
     for name in ("pytorch_lora_weights", "first.kohya", "last/moslora_weights"):
         with safe_open(tmp_path / "first" / f"{name}.safetensors", "np") as file:
             header = json.dumps(file.metadata())
-        told = json.loads(json.loads(header)["moslora"])["recipe"]
-        assert told == json.loads(json.dumps(build_recipe(config)))
+        recipe = json.loads(json.loads(header)["moslora"])["recipe"]
+        assert recipe == json.loads(json.dumps(build_recipe(config)))
         for private in (str(tmp_path), "alice", "private", "secret", os.sep + "tmp"):
             assert private not in header
 
@@ -52,7 +52,7 @@ def test_a_recipe_holds_numbers_switches_choices_and_layers():
     assert len({*RECIPE_SETTINGS, *CHANGED_RECIPE_SETTINGS}) == len(RECIPE_SETTINGS) + len(
         CHANGED_RECIPE_SETTINGS
     )
-    # as a file says that is older than the others
+    # A default changes no recipe.
     assert set(build_recipe(TrainConfig())) <= set(RECIPE_SETTINGS)
     assert build_recipe(TrainConfig(noise_offset=0.1)) == build_recipe(TrainConfig()) | {
         "noise_offset": 0.1

@@ -1,4 +1,4 @@
-"""What the table of families says of their models."""
+"""Table of families, compared with their models."""
 
 import diffusers
 import pytest
@@ -11,9 +11,11 @@ FLOWS = [facts for facts in FAMILIES if facts.style == "flow"]
 
 
 @pytest.mark.parametrize("facts", FLOWS, ids=lambda facts: facts.name)
-def test_most_of_a_transformer_lies_in_blocks_that_are_known_by_their_names(facts):
-    """Blocks by another name would count as none: `nf4` and `stream` would be estimated as `full`.
-    Sana has half of its weights in convolutions, the others have 0.94 and more in such blocks."""
+def test_most_weights_lie_in_blocks_of_known_names(facts):
+    """Blocks by another name would not count: `nf4` and `stream` would be estimated as `full`.
+
+    Sana has half of its weights in convolutions, the others have 0.94 and more in such blocks.
+    """
     for model in facts.models:
         assert 0.4 * model.parameters < model.block_parameters < model.parameters
     with torch.device("meta"):

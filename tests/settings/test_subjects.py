@@ -1,4 +1,4 @@
-"""What a run learns: one subject or several; its token, its class word and the templates."""
+"""Subjects of a run: one or several, their tokens, class words and templates."""
 
 import json
 
@@ -44,51 +44,49 @@ def recipe(tmp_path):
     return ["--config", str(tmp_path / "two.toml")]
 
 
-def test_tables_of_a_file_are_the_runs_settings_with_each_ones_own(recipe):
+def test_tables_of_a_file_override_the_runs_settings(recipe):
     config = parse_train_config([*BASE, *recipe])
     duck, dog = config.each_subject
-    of_both = {"pretrained_model_name_or_path": "toy", "resolution": 128, "rank": 3}
-    assert duck == TrainConfig(**of_both, caption_prefix="see,", **DUCK)
-    assert dog == TrainConfig(**of_both, caption_prefix="look,", **DOG)
+    shared = {"pretrained_model_name_or_path": "toy", "resolution": 128, "rank": 3}
+    assert duck == TrainConfig(**shared, caption_prefix="see,", **DUCK)
+    assert dog == TrainConfig(**shared, caption_prefix="look,", **DOG)
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert list_trigger_words(config) == ("sks duck", "zwx dog")
     assert list_validation_prompts(config) == (duck.instance_prompt, dog.instance_prompt)
     assert list_context_prompts(config)[-1] == "a photo of a sks duck and a zwx dog"
 
 
-def test_a_run_without_tables_is_its_own_one_subject():
+def test_a_run_without_tables_has_one_subject():
     config = TrainConfig(**DUCK)
     assert config.each_subject == (config,) == TrainConfig(subjects=[DUCK]).each_subject
     assert config.each_subject is config.each_subject, "they are made once"
 
 
-def test_a_flag_for_one_subject_displaces_the_files_several_and_the_other_way_round(
-    recipe, tmp_path, caplog
-):
-    one = parse_train_config(
+def test_flags_for_one_subject_replace_a_files_tables(recipe, tmp_path, caplog):
+    config = parse_train_config(
         [*BASE, *recipe, "--instance_data_dir", "c", "--instance_prompt", "a photo of x"]
     )
-    assert (one.subjects, one.instance_data_dir, one.rank) == ((), "c", 3)
+    assert (config.subjects, config.instance_data_dir, config.rank) == ((), "c", 3)
     assert "are left out, as others are given" in caplog.text
     (tmp_path / "one.toml").write_text(
         'instance_data_dir = "a"\ninstance_prompt = "a photo of x"\nrank = 5'
     )
     (tmp_path / "photos" / "sks dog").mkdir(parents=True)
-    words = ["--config", str(tmp_path / "one.toml"), "--subjects", str(tmp_path / "photos")]
-    assert parse_train_config([*BASE, *words]).rank == 5
+    flags = ["--config", str(tmp_path / "one.toml"), "--subjects", str(tmp_path / "photos")]
+    assert parse_train_config([*BASE, *flags]).rank == 5
 
 
 def test_a_folder_of_folders_names_its_subjects(tmp_path):
     for name in ("sks duck", "10_zwx_big_dog", "mylo", ".cache"):
         (tmp_path / name).mkdir()
     (tmp_path / "notes.txt").write_text("for myself")
-    found = parse_train_config([*BASE, "--subjects", str(tmp_path)]).each_subject
-    assert [(one.instance_prompt, one.class_prompt) for one in found] == [
+    subjects = parse_train_config([*BASE, "--subjects", str(tmp_path)]).each_subject
+    assert [(subject.instance_prompt, subject.class_prompt) for subject in subjects] == [
         ("a photo of a zwx big dog", "a photo of a big dog"),
         ("a photo of mylo", None),
         ("a photo of a sks duck", "a photo of a duck"),
     ]
-    assert found[2].instance_data_dir == str(tmp_path / "sks duck")
+    assert subjects[2].instance_data_dir == str(tmp_path / "sks duck")
 
 
 @pytest.mark.parametrize(
@@ -176,26 +174,28 @@ SKS_DOG = {"instance_prompt": "a photo of sks dog"}
     ],
 )
 def test_token_and_class_word_are_found(settings, token, word):
-    found = parse_subject(TrainConfig(**settings))
-    assert (found.token, found.class_word) == (token, word)
+    subject = parse_subject(TrainConfig(**settings))
+    assert (subject.token, subject.class_word) == (token, word)
     assert list_trigger_words(TrainConfig(**settings)) == (f"{token} {word}".strip(),)
 
 
-def test_the_templates_are_25_each_and_take_the_subject_once_and_the_toys_name_its_places():
+def test_templates_name_the_subject_once():
     objects, live = prompts.DREAMBOOTH_OBJECT_TEMPLATES, prompts.DREAMBOOTH_LIVE_TEMPLATES
     assert len(set(objects)) == len(set(live)) == 25
     assert all(template.count("{}") == 1 for template in (*objects, *live))
     assert tuple(f"a photo of a {{}} {place}" for place in PLACES) == toy_bases.PLACE_TEMPLATES
 
 
-def test_samples_are_of_the_validation_prompt_or_the_instance_prompt():
+def test_sample_prompts_default_to_the_instance_prompt():
     assert list_validation_prompts(TrainConfig(validation_prompt="v", **SKS_DOG)) == ("v",)
     assert all("sks dog" in prompt for prompt in list_context_prompts(TrainConfig(**SKS_DOG)))
 
 
-def test_a_style_is_drawn_on_other_things_by_the_toy_too():
-    """It drew “a photo of a ink on the beach”."""
+def test_context_prompts_of_a_style_end_with_its_name():
     style = {"instance_prompt": "a picture in ink style", "subject": "style"}
     for base in ("toy", "some/base"):
-        drawn = list_context_prompts(TrainConfig(pretrained_model_name_or_path=base, **style))
-        assert len(drawn) == 4 and all(prompt.endswith(" in ink style") for prompt in drawn)
+        context_prompts = list_context_prompts(
+            TrainConfig(pretrained_model_name_or_path=base, **style)
+        )
+        assert len(context_prompts) == 4
+        assert all(prompt.endswith(" in ink style") for prompt in context_prompts)

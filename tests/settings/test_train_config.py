@@ -1,5 +1,4 @@
-"""The settings: what each flag means, mistakes in one line, and that a row of the table is all a
-setting needs."""
+"""Settings: flags, mistakes in one line, and rows of the table that are all a setting needs."""
 
 import json
 import os
@@ -22,8 +21,10 @@ from dreambooth_moslora.settings.rules import list_remarks
 from dreambooth_moslora.settings.train_config import SETTINGS, TrainConfig
 from tests.helpers.command_line import parse_train_config
 
-NEEDED = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "x"]
-NEEDED += ["--instance_prompt", "a photo of sks dog"]
+NEEDED = [
+    *("--pretrained_model_name_or_path", "base", "--instance_data_dir", "x"),
+    *("--instance_prompt", "a photo of sks dog"),
+]
 UNSET = """
 pretrained_vae_model_name_or_path revision variant cache_dir class_data_dir class_prompt
 validation_prompt seed max_train_steps
@@ -35,85 +36,87 @@ do_edm_style_training with_prior_preservation center_crop random_flip
 train_text_encoder gradient_checkpointing scale_lr use_8bit_adam push_to_hub allow_tf32
 enable_xformers_memory_efficient_attention use_dora
 """
-ON = "prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup"
-COUNTS = {
+DIFFUSERS_DEFAULTS = {
+    **dict.fromkeys(UNSET.split()),
+    **dict.fromkeys(OFF.split(), False),
+    "prodigy_decouple": True,
+    "prodigy_use_bias_correction": True,
+    "prodigy_safeguard_warmup": True,
     "repeats": 1,
     "num_validation_images": 4,
     "validation_epochs": 50,
     "num_class_images": 100,
     "rank": 4,
-}
-COUNTS |= {"resolution": 1024, "train_batch_size": 4, "sample_batch_size": 4, "num_train_epochs": 1}
-COUNTS |= {
+    "resolution": 1024,
+    "train_batch_size": 4,
+    "sample_batch_size": 4,
+    "num_train_epochs": 1,
     "checkpointing_steps": 500,
     "gradient_accumulation_steps": 1,
     "lr_warmup_steps": 500,
     "lr_num_cycles": 1,
-}
-NUMBERS = {
     "prior_loss_weight": 1.0,
     "learning_rate": 1e-4,
     "text_encoder_lr": 5e-6,
     "lr_power": 1.0,
-}
-NUMBERS |= {
     "adam_beta1": 0.9,
     "adam_beta2": 0.999,
     "adam_weight_decay": 1e-4,
     "adam_weight_decay_text_encoder": 1e-3,
-}
-NUMBERS |= {"adam_epsilon": 1e-8, "max_grad_norm": 1.0, "lora_dropout": 0.0}
-WORDS_OF = {
+    "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0,
+    "lora_dropout": 0.0,
     "output_dir": "lora-dreambooth-model",
     "lr_scheduler": "constant",
+    "optimizer": "AdamW",
+    "logging_dir": "logs",
+    "report_to": "tensorboard",
 }
-WORDS_OF |= {"optimizer": "AdamW", "logging_dir": "logs", "report_to": "tensorboard"}
-DIFFUSERS_DEFAULTS = (
-    dict.fromkeys(UNSET.split())
-    | dict.fromkeys(OFF.split(), False)
-    | dict.fromkeys(ON.split(), True)
-)
-DIFFUSERS_DEFAULTS |= COUNTS | NUMBERS | WORDS_OF
-"""Optional flags of train_dreambooth_lora_sdxl.py that are taken, with their default there."""
+"""Optional flags of train_dreambooth_lora_sdxl.py that are accepted -> their default there."""
 
 EXAMPLES = {
-    "lr_scheduler": "cosine",
-    "optimizer": "prodigy",
-    "mixed_precision": "bf16",
-    "report_to": "wandb",
+    "lr_scheduler": ("cosine", "cosine"),
+    "optimizer": ("prodigy", "Prodigy"),
+    "mixed_precision": ("bf16", "bf16"),
+    "report_to": ("wandb", "wandb"),
+    "resolution": ("512", 512),
+    "snr_gamma": ("5.0", 5.0),
+    "prodigy_beta3": ("0.5", 0.5),
+    "lora_dropout": ("0.1", 0.1),
+    "seed": ("7", 7),
+    "max_train_steps": ("7", 7),
+    "checkpoints_total_limit": ("7", 7),
 }
-EXAMPLES |= {"resolution": "512", "snr_gamma": "5.0", "prodigy_beta3": "0.5", "lora_dropout": "0.1"}
-MEANINGS = {"optimizer": "Prodigy"}
+"""Flag -> text of a value, and the value."""
+EXAMPLES_BY_TYPE = {int: ("7", 7), float: ("0.5", 0.5), bool: ("False", False)}
 TO_Q_V = {"target_modules": ["to_q", "to_v"]}
 
 
-def answers_in(file: str) -> dict[str, str]:
-    """Flags, given beside NEEDED -> the whole line that answers them."""
+def read_answers(file: str) -> dict[str, str]:
+    """Return flags, given beside NEEDED -> the line that answers them."""
     lines = (Path(__file__).parent / file).read_text(encoding="utf-8").splitlines()
-    return {words: line.strip() for words, line in zip(lines[::2], lines[1::2], strict=True)}
+    return {flags: line.strip() for flags, line in zip(lines[::2], lines[1::2], strict=True)}
 
 
-REFUSALS = answers_in("refusals.txt")
+REFUSALS = read_answers("refusals.txt")
 
 
 @pytest.mark.parametrize("name", DIFFUSERS_DEFAULTS)
-def test_diffusers_flag_has_its_default_and_takes_a_value(name):
+def test_a_flag_of_diffusers_has_its_default_and_takes_a_value(name):
     default = DIFFUSERS_DEFAULTS[name]
     config = parse_train_config(NEEDED)
-    found = config.sample_count if name == "num_validation_images" else getattr(config, name)
-    assert found == default and type(found) is type(default)
+    value = config.sample_count if name == "num_validation_images" else getattr(config, name)
+    assert value == default and type(value) is type(default)
     if default is False:
         extra = ["--class_prompt", "a dog"] if name == "with_prior_preservation" else []
         assert getattr(parse_train_config([*NEEDED, f"--{name}", *extra]), name) is True
         return
-    kind = type(default) if default is not None else str
-    given = EXAMPLES.get(name, {int: "7", float: "0.5", bool: "False", str: "7"}[kind])
-    found = getattr(parse_train_config([*NEEDED, f"--{name}", given]), name)
-    expected = MEANINGS.get(name, False if kind is bool else type(found)(given))
-    assert found == expected != default
+    text, expected = EXAMPLES.get(name, EXAMPLES_BY_TYPE.get(type(default), ("7", "7")))
+    value = getattr(parse_train_config([*NEEDED, f"--{name}", text]), name)
+    assert value == expected != default
 
 
-def test_a_command_of_diffusers_readme_is_taken_as_it_is():
+def test_a_command_of_diffusers_readme_is_accepted():
     command = """--pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0
       --instance_data_dir=dog --pretrained_vae_model_name_or_path=madebyollin/sdxl-vae-fp16-fix
       --output_dir=lora-trained-xl
@@ -131,28 +134,26 @@ def test_a_command_of_diffusers_readme_is_taken_as_it_is():
 
 
 @pytest.mark.parametrize(
-    ("words", "taken"),
+    ("flags", "expected"),
     [
         (
             "--train-batch-size 2 --output-dir=my-run",
             {"train_batch_size": 2, "output_dir": "my-run"},
         ),
-        *((words, {"train_mixer": False}) for words in ("--no_train_mixer", "--no-train-mixer")),
-        *(
-            (words, {"train_mixer": False})
-            for words in ("--train_mixer false", "--train-mixer=False")
-        ),
-        *(
-            (f"--target_modules {names}", TO_Q_V)
-            for names in ("to_q to_v", "to_q,to_v", "to_q, to_v")
-        ),
+        ("--no_train_mixer", {"train_mixer": False}),
+        ("--no-train-mixer", {"train_mixer": False}),
+        ("--train_mixer false", {"train_mixer": False}),
+        ("--train-mixer=False", {"train_mixer": False}),
+        ("--target_modules to_q to_v", TO_Q_V),
+        ("--target_modules to_q,to_v", TO_Q_V),
+        ("--target_modules to_q, to_v", TO_Q_V),
     ],
 )
-def test_hyphens_switches_and_lists_are_taken_in_each_form(words, taken):
-    assert parse_train_config([*NEEDED, *words.split()]).to_dict().items() >= taken.items()
+def test_hyphens_switches_and_lists_are_accepted_in_each_form(flags, expected):
+    assert parse_train_config([*NEEDED, *flags.split()]).to_dict().items() >= expected.items()
 
 
-def test_prompts_keep_their_commas_on_the_command_line_and_in_files(tmp_path):
+def test_prompts_keep_their_commas(tmp_path):
     prompts = ("a red car, in the snow", "a cup")
     assert parse_train_config([*NEEDED, "--prior_prompts", *prompts]).prior_prompts == prompts
     (tmp_path / "a.toml").write_text(f"prior_prompts = {list(prompts)}")
@@ -162,51 +163,41 @@ def test_prompts_keep_their_commas_on_the_command_line_and_in_files(tmp_path):
     assert TrainConfig(prior_prompts=prompts[0]).prior_prompts == prompts[:1]
 
 
-@pytest.mark.parametrize("words", REFUSALS)
-def test_a_refusal_is_the_one_line_that_the_table_says(words):
+@pytest.mark.parametrize("flags", REFUSALS)
+def test_a_refusal_is_one_line(flags):
     with pytest.raises(UserError) as caught:
-        parse_train_config([*NEEDED, *shlex.split(words)])
-    assert str(caught.value) == REFUSALS[words]
+        parse_train_config([*NEEDED, *shlex.split(flags)])
+    assert str(caught.value) == REFUSALS[flags]
 
 
-def test_foreign_flags_are_none_of_ours():
+def test_flags_of_other_trainers_are_no_settings():
     ignored = {flag for flags in IGNORED for flag in flags.split()}
     assert not ignored & FOREIGN_FLAGS.keys()
     assert not (ignored | FOREIGN_FLAGS.keys()) & {item.name for item in fields(TrainConfig)}
 
 
-def test_a_tilde_is_the_persons_home_wherever_a_folder_is_named(tmp_path, monkeypatch):
+def test_a_tilde_is_the_home_folder_in_each_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
     (tmp_path / "r.toml").write_text(
         'instance_data_dir = "~/photos"\ncache_dir = "~/cache"\nlogging_dir = "~/logs"'
     )
-    words = [
-        "--pretrained_model_name_or_path=~/base",
-        "--instance_prompt",
-        "~",
-        "--config",
-        str(tmp_path / "r.toml"),
-    ]
-    config = parse_train_config(
-        [*words, "--output_dir=~/x", "--class_data_dir=~", "--resume_from_checkpoint=~/c"]
+    flags = (
+        "--pretrained_model_name_or_path=~/base --instance_prompt ~ --output_dir=~/x "
+        "--class_data_dir=~ --resume_from_checkpoint=~/c --config"
     )
-    places = {
-        "instance_data_dir": "/photos",
-        "output_dir": "/x",
-        "cache_dir": "/cache",
-        "class_data_dir": "",
+    config = parse_train_config([*flags.split(), str(tmp_path / "r.toml")])
+    expected = {
+        "instance_data_dir": "/home/ann/photos",
+        "output_dir": "/home/ann/x",
+        "cache_dir": "/home/ann/cache",
+        "class_data_dir": "/home/ann",
+        "logging_dir": "/home/ann/logs",
+        "pretrained_model_name_or_path": "/home/ann/base",
+        "resume_from_checkpoint": "/home/ann/c",
+        "instance_prompt": "~",
     }
-    places |= {
-        "logging_dir": "/logs",
-        "pretrained_model_name_or_path": "/base",
-        "resume_from_checkpoint": "/c",
-    }
-    assert {name: getattr(config, name) for name in places} == {
-        n: f"/home/ann{path}" for n, path in places.items()
-    }
-    assert config.instance_prompt == "~" and TrainConfig(output_dir=tmp_path).output_dir == str(
-        tmp_path
-    )
+    assert vars(config).items() >= expected.items()
+    assert TrainConfig(output_dir=tmp_path).output_dir == str(tmp_path)
     with pytest.raises(AttributeError):
         config.rank = 5
 
@@ -224,52 +215,50 @@ def test_a_tilde_is_the_persons_home_wherever_a_folder_is_named(tmp_path, monkey
         },
     ],
 )
-def test_settings_that_have_an_effect_or_switch_something_off_draw_no_remark(settings):
+def test_effective_settings_have_no_remark(settings):
     assert list_remarks(TrainConfig(**settings)) == []
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_row_says_only_words_that_are_known(name):
+def test_the_facts_of_a_row_are_valid(name):
     facts = SETTINGS[name].metadata
     assert facts["publish"] in (None, "always", "if_changed")
     assert {*facts["yields_to"], *facts["replaces"]} <= {*SETTINGS, COMMAND_WORDS}
     if facts["choices"]:
         assert {*facts["spellings"].values(), *facts["packages"]} <= {*facts["choices"]}
-    for words, applies in facts["idle"]:
-        assert words.format_map(vars(TrainConfig())) and isinstance(
-            bool(applies(TrainConfig())), bool
-        )
+    config = TrainConfig()
+    for condition, applies in facts["idle"]:
+        applies(config)
+        assert condition.format_map(vars(config))
 
 
-def test_a_mistyped_setting_of_a_program_is_an_error_with_the_one_that_was_meant():
-    """It was a bare TypeError, and `dir` listed `os` in place of the public names."""
+def test_an_unknown_setting_is_an_error_with_the_nearest_name():
     with pytest.raises(UserError, match="`rnak`: did you mean `rank`"):
         TrainConfig(rnak=3)
-    assert replace(TrainConfig(rank=3), seed=1) == pickle.loads(
-        pickle.dumps(TrainConfig(rank=3, seed=1))
-    )
+
+
+def test_settings_can_be_pickled_and_replaced():
+    config = TrainConfig(rank=3, seed=1)
+    assert pickle.loads(pickle.dumps(config)) == config == replace(TrainConfig(rank=3), seed=1)
+
+
+def test_dir_lists_the_public_names():
     assert dir(dreambooth_moslora) == sorted(dreambooth_moslora.__all__)
 
 
 @pytest.mark.parametrize("seed", [123456789012345678, 2**63 - 1])
 def test_a_whole_number_keeps_all_its_digits(seed):
-    assert (
-        parse_train_config([*NEEDED, f"--seed={seed}"]).seed
-        == TrainConfig(seed=str(seed)).seed
-        == seed
-    )
+    assert parse_train_config([*NEEDED, f"--seed={seed}"]).seed == seed
     assert TrainConfig(seed="1e9").seed == 10**9
 
 
-REMARKS = answers_in("remarks.txt")
+REMARKS = read_answers("remarks.txt")
 
 
-@pytest.mark.parametrize("words", REMARKS)
-def test_a_setting_that_goes_badly_with_the_others_is_named_once(words):
-    config = parse_train_config(
-        [*NEEDED, "--pretrained_model_name_or_path", "toy", *shlex.split(words)]
-    )
-    assert list_remarks(config) == [REMARKS[words]]
+@pytest.mark.parametrize("flags", REMARKS)
+def test_settings_that_do_not_fit_have_one_remark(flags):
+    config = parse_train_config([*NEEDED, "--base", "toy", *shlex.split(flags)])
+    assert list_remarks(config) == [REMARKS[flags]]
 
 
 ROOT = Path(__file__).parents[2]
@@ -289,42 +278,39 @@ from dreambooth_moslora.settings import config_files, rules
 from dreambooth_moslora.settings.train_config import SubjectTable, TrainConfig
 from tools.tables import render_settings
 
-NEEDED = ["--pretrained_model_name_or_path", "toy", "--instance_data_dir", "x"]
-NEEDED += ["--instance_prompt", "a sks dog"]
+NEEDED = ["--base", "toy", "--instance_data_dir", "x", "--instance_prompt", "a sks dog"]
 
-def taken(*words):
+def call(function):
     try:
-        return TrainConfig.from_dict(parse_training([*NEEDED, *words]).all_settings).haze
+        return function()
     except UserError as error:
         return str(error)
 
-def error_of(call):
-    try:
-        call()
-    except UserError as error:
-        return str(error)
+def parse_haze(*flags):
+    parsed = call(lambda: parse_training([*NEEDED, *flags]))
+    return parsed if isinstance(parsed, str) else TrainConfig.from_dict(parsed.all_settings).haze
 
 Path("a.toml").write_text("[photos]\\nhaze = 1.25")
-told = config_files.build_recipe(TrainConfig(haze=1.0))
+recipe = config_files.build_recipe(TrainConfig(haze=1.0))
 lines = build_train_parser().format_help().splitlines()
 json.dump({
-    "default": taken(),
-    "flag": taken("--haze", "1"),
-    "bound": taken("--haze", "3"),
-    "file": taken("--config", "a.toml"),
-    "near": taken("--hase", "1"),
+    "default": parse_haze(),
+    "flag": parse_haze("--haze", "1"),
+    "bound": parse_haze("--haze", "3"),
+    "file": parse_haze("--config", "a.toml"),
+    "near": parse_haze("--hase", "1"),
     "help": [line.split() for line in lines if line.startswith("  --haze")],
-    "told": [told["haze"], "haze" in config_files.build_recipe(TrainConfig())],
+    "recipe": [recipe["haze"], "haze" in config_files.build_recipe(TrainConfig())],
     "elsewhere": describe_unknown_flag("--fog=1"),
     "remarks": rules.list_remarks(TrainConfig(haze=1.0)),
-    "package": error_of(lambda: rules.require_packages(TrainConfig(haze=1.5, random_flip=True))),
+    "package": call(lambda: rules.require_packages(TrainConfig(haze=1.5, random_flip=True))),
     "subject": SubjectTable(haze=2).to_dict(),
     "docs": [line for line in render_settings().splitlines() if "haze" in line],
 }, sys.stdout)
 """
 
 
-def test_with_one_more_row_everything_knows_one_more_setting(tmp_path):
+def test_a_new_row_is_all_that_a_new_setting_needs(tmp_path):
     unneeded = shutil.ignore_patterns("__pycache__")
     for folder in ("dreambooth_moslora", "tools"):
         shutil.copytree(ROOT / folder, tmp_path / folder, copy_function=os.symlink, ignore=unneeded)
@@ -334,17 +320,15 @@ def test_with_one_more_row_everything_knows_one_more_setting(tmp_path):
     table.unlink()
     table.write_text(rows.replace(BEFORE, ROW + BEFORE), encoding="utf-8")
     command = [sys.executable, "-B", "-c", PROGRAM]
-    found = json.loads(
-        subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True).stdout
-    )
-    assert found == {
+    output = subprocess.check_output(command, cwd=tmp_path, text=True)
+    assert json.loads(output) == {
         "default": 0.5,
         "flag": 1.0,
         "bound": "--haze 3: must be at most 2.",
         "file": 1.25,
         "near": "unknown flag --hase: did you mean --haze?",
         "help": [["--haze", "X", "how", "much", "haze", "(default:", "0.5)"]],
-        "told": [1.0, False],
+        "recipe": [1.0, False],
         "elsewhere": "--fog: use --haze.",
         "remarks": ["--haze has no effect without --random_flip"],
         "package": "--haze 1.5 needs no_such_package: pip install no_such_package.",
