@@ -1,5 +1,4 @@
-"""What the page's tests begin with: its photos, runs of a stand-in, and the page without a
-server."""
+"""Fixtures of the page's tests: photos, runs of a stand-in trainer, a page without a server."""
 
 import json
 import os
@@ -60,27 +59,27 @@ def workspace(tmp_path) -> Workspace:
 
 @pytest.fixture
 def toys(workspace) -> Workspace:
-    """With five photos of a duck."""
+    """Return the workspace with five photos of a duck."""
     workspace.photos_dir.mkdir()
-    for number, photo in enumerate(toy_photos("duck", 5), 1):
+    for number, photo in enumerate(list_toy_photos("duck", 5), 1):
         shutil.copy(photo, workspace.photos_dir / f"photo_0{number}.png")
     return workspace
 
 
 @pytest.fixture(autouse=True)
-def _of_one_test(request):
-    """What a page that several tests share has taken in goes with the test."""
+def _clear_shared_pages(request):
+    """Empty the workspace of a page that several tests share, after each test."""
     yield
-    for name in {"served", "of_toys"} & set(request.fixturenames):
-        kept = request.getfixturevalue(name).ctx.workspace
-        kept.close()
-        for each in (kept.history, kept.uploads):
-            each.clear()
+    for name in {"served", "toy_page"} & set(request.fixturenames):
+        workspace = request.getfixturevalue(name).ctx.workspace
+        workspace.close()
+        for collection in (workspace.history, workspace.uploads):
+            collection.clear()
 
 
 @pytest.fixture
 def tab(tmp_path, workspace) -> SimpleNamespace:
-    """What the Train tab's actions know of a page on the embedded base."""
+    """Return what the Train tab's handlers use of a page on the embedded base."""
     jobs = Jobs(tmp_path / "runs")
     catalog = AdapterCatalog(tmp_path / "adapters", jobs.runs_dir, workspace)
     facts = {"base_name": "toy", "resolution_px": 128, "runs_dir": jobs.runs_dir, "jobs": jobs}
@@ -89,38 +88,40 @@ def tab(tmp_path, workspace) -> SimpleNamespace:
 
 @pytest.fixture
 def context(tmp_path, workspace):
-    """Makes a page without a server, on a base that `load` gives; `facts` win."""
+    """Return a function that builds a page's state without a server; `facts` win over defaults."""
 
-    def make(load=lambda: None, others=(), **facts) -> AppContext:
-        of_base = {"title": "x", "name": "toy", "resolution_px": 64, "public_name": ""}
-        of_base |= {name: facts.pop(name) for name in of_base if name in facts}
+    def make(load=lambda: None, more_bases=(), **facts) -> AppContext:
+        base_facts = {"title": "x", "name": "toy", "resolution_px": 64, "public_name": ""}
+        base_facts |= {name: facts.pop(name) for name in base_facts if name in facts}
         folders = {"adapters_dir": tmp_path / "adapters", "runs_dir": tmp_path / "runs"}
         return AppContext(
-            PageBase(load=load, **of_base), *others, **{"workspace": workspace} | folders | facts
+            PageBase(load=load, **base_facts),
+            *more_bases,
+            **{"workspace": workspace} | folders | facts,
         )
 
     return make
 
 
-def recorded(run: Path, *events: dict, **job) -> Job:
-    """A run with these events, whose process is gone; this one, where `job` has its birth."""
+def write_run(run: Path, *events: dict, **job) -> Job:
+    """Write a run with these events, whose process is gone unless `job` has this one's birth."""
     run.mkdir(parents=True, exist_ok=True)
-    found = Job(run, **{"pid": os.getpid(), "birth": "another boot", "began": 1.0} | job)
-    found.save()
+    job_record = Job(run, **{"pid": os.getpid(), "birth": "another boot", "began": 1.0} | job)
+    job_record.save()
     (run / "metrics.jsonl").write_text(
         "".join(json.dumps({"time": 1e12} | event) + "\n" for event in events)
     )
-    return found
+    return job_record
 
 
 @pytest.fixture
 def jobs(tmp_path):
-    """Runs of TRAINER."""
+    """Return runs of TRAINER."""
     (script := tmp_path / "trainer.py").write_text(TRAINER)
     (tmp_path / "runs").mkdir()
-    found = Jobs(tmp_path / "runs", script)
-    yield found
-    end_all(found)
+    runs = Jobs(tmp_path / "runs", script)
+    yield runs
+    end_all(runs)
 
 
 def end_all(jobs: Jobs) -> None:
@@ -130,28 +131,27 @@ def end_all(jobs: Jobs) -> None:
 
 
 @pytest.fixture(scope="module")
-def of_toys(tmp_path_factory):
-    """The page on the embedded base."""
+def toy_page(tmp_path_factory):
+    """Serve the page on the embedded base."""
     with serve("toy", tmp_path_factory.mktemp("toys")) as server:
-        with_one_picture(server.ctx.jobs)
+        limit_samples(server.ctx.jobs)
         yield server
         end_all(server.ctx.jobs)
 
 
-def with_one_picture(jobs: Jobs) -> None:
-    """Runs that are started draw one picture at a time, and not four, which take a
-    minute."""
+def limit_samples(jobs: Jobs) -> None:
+    """Generate one sample at a time, not four, which take a minute."""
     start = jobs.start
-    jobs.start = lambda name, config, *rest: start(
-        name, config | {"num_validation_images": 1}, *rest
+    jobs.start = lambda name, config, *args: start(
+        name, config | {"num_validation_images": 1}, *args
     )
 
 
-def toy_photos(name: str, count: int) -> list[Path]:
+def list_toy_photos(name: str, count: int) -> list[Path]:
     return [get_assets_folder() / "subjects" / name / f"0{number}.jpg" for number in range(count)]
 
 
-def noise_photos(folder: Path, count: int) -> list[Path]:
+def write_noise_photos(folder: Path, count: int) -> list[Path]:
     files = [folder / f"{number:02d}.png" for number in range(count)]
     for number, file in enumerate(files):
         PIL.Image.effect_noise((140 + number, 150), 80).convert("RGB").save(file)
@@ -160,33 +160,33 @@ def noise_photos(folder: Path, count: int) -> list[Path]:
 
 @pytest.fixture
 def started(served, monkeypatch):
-    """The settings of each run that is started; none is trained."""
-    found: list[dict] = []
+    """Return the settings of each run that is started; none is trained."""
+    configs: list[dict] = []
 
     def start(name: str, config: dict) -> Job:
-        found.append(config)
+        configs.append(config)
         return Job(served.ctx.runs_dir / name, 1, "")
 
     monkeypatch.setattr(served.ctx.jobs, "start", start)
-    return found
+    return configs
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with chromium() as found:
-        yield found
+    with chromium() as chromium_browser:
+        yield chromium_browser
 
 
 def wait_for(condition, seconds: float = 40.0):
     deadline = time.monotonic() + seconds
-    while not (found := condition()):
+    while not (result := condition()):
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)
-    return found
+    return result
 
 
-def handler(ctx: AppContext, name: str, elem_id: str = ""):
-    """What the page does at that event, or at that of the widget with this id."""
+def find_handler(ctx: AppContext, name: str, elem_id: str = ""):
+    """Return the handler of the event, or of that event of the widget with this id."""
     page = build_app(ctx)
     numbers = {number for number, block in page.blocks.items() if elem_id in ("", block.elem_id)}
     events = (event for event in page.fns.values() if event.name == name)
@@ -204,21 +204,21 @@ def write_adapter(file: Path, trigger: str = "sks", class_word: str = "dog", **f
 
 
 def save_header(file: Path, **header: str) -> Path:
-    """An adapter of one number."""
+    """Write an adapter of one number with this header."""
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({"x": np.zeros(1, np.float32)}, file, metadata=header)
     return file
 
 
-def refusal(client, *args, **kwargs) -> str:
-    """The words of the error that a request to the page ends in."""
+def get_refusal(client, *args, **kwargs) -> str:
+    """Return the message of the error in which a request to the page ends."""
     with pytest.raises(Exception) as error:
         client.predict(*args, **kwargs)
     return str(error.value)
 
 
-def event_of(served, elem_id: str, trigger: str) -> int:
-    """The number of the event that one widget's `trigger` starts."""
+def find_event(served, elem_id: str, trigger: str) -> int:
+    """Return the number of the event that one widget's `trigger` starts."""
     config = httpx.get(f"{served.url}config").json()
     widget = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == elem_id)
     return next(

@@ -1,5 +1,4 @@
-"""The page through gradio_client: names, arguments, streaming, stopping, several clients, and
-mistakes in words."""
+"""API of the page through gradio_client: names, streaming, stopping, several clients, mistakes."""
 
 import json
 import re
@@ -16,7 +15,7 @@ from dreambooth_moslora.generation.image_params import GenerationParams, Image, 
 
 FAST = {"steps": 3, "guidance_scale": 2.0}
 DRAW = FAST | {"api_name": "/generate"}
-OF_A_PICTURE = [
+IMAGE_ARGUMENTS = [
     "prompt",
     "negative_prompt",
     "adapter",
@@ -30,38 +29,38 @@ OF_A_PICTURE = [
 ]
 
 
-def files_of(gallery) -> list[str]:
+def list_files(gallery) -> list[str]:
     return [item["image"] for item in gallery]
 
 
-def test_endpoints_and_arguments_keep_their_names_and_are_told_in_the_docs(client):
+def test_api_names_and_arguments_match_the_docs(client):
     api = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
     arguments = {
         name.lstrip("/"): [p["parameter_name"] for p in facts["parameters"]]
         for name, facts in api.items()
     }
-    of_each = {
-        ("generate", "compare"): OF_A_PICTURE,
+    expected = {
+        ("generate", "compare"): IMAGE_ARGUMENTS,
         ("adapters", "stop"): [],
         ("inspect",): ["file"],
     }
-    assert arguments == {name: words for names, words in of_each.items() for name in names}
+    assert arguments == {
+        name: parameters_text for names, parameters_text in expected.items() for name in names
+    }
     parameters = [p for facts in api.values() for p in facts["parameters"]]
     needed = {p["parameter_name"] for p in parameters if not p["parameter_has_default"]}
     assert needed == {"file"}
     page = (Path(__file__).parents[2] / "docs" / "page.md").read_text(encoding="utf-8")
     lines = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| `/")]
-    told = {
-        name: re.findall("`([a-z_0-9]+)`", words)
-        for names, words in lines
+    documented = {
+        name: re.findall("`([a-z_0-9]+)`", parameters_text)
+        for names, parameters_text in lines
         for name in re.findall("/([a-z_]+)", names)
     }
-    assert told == arguments
+    assert documented == arguments
 
 
-def test_a_picture_of_two_adapters_is_the_pipelines_own_comes_with_previews_and_carries_its_recipe(
-    client, served
-):
+def test_two_adapters_generate_the_pipelines_image_and_recipe(client, served):
     assert [row["name"] for row in client.predict(api_name="/adapters")] == ["cat", "dog"]
     prompt, adapter = "a sks dog <lora:cat:0.2>", {"adapter": "dog", "scale": 0.5}
     job = client.submit(prompt, seed=7, num_images=2, **adapter, **DRAW | {"steps": 30})
@@ -72,7 +71,7 @@ def test_a_picture_of_two_adapters_is_the_pipelines_own_comes_with_previews_and_
     assert any(
         "data:image/jpeg" in state and " of 30" in state and " left" in state for state in states
     )
-    first, second = files_of(gallery)
+    first, second = list_files(gallery)
     assert seed == 7 and "2 pictures" in status
     recipe = read_recipe(second)
     assert (recipe.params.seed, recipe.params.adapters) == (8, (("dog", 0.5), ("cat", 0.2)))
@@ -81,18 +80,23 @@ def test_a_picture_of_two_adapters_is_the_pipelines_own_comes_with_previews_and_
     events = served.ctx.wait_for_pipeline().generate(params)
     expected = next(np.asarray(event.pixels) for event in events if isinstance(event, Image))
     assert np.array_equal(np.asarray(PIL.Image.open(first)), expected)
-    told = client.predict(handle_file(first), api_name="/inspect")
-    assert "a sks dog" in told and served.ctx.wait_for_pipeline().adapters["dog"].sha256 in told
-    told = client.predict(handle_file(served.ctx.catalog.find_file("cat")), api_name="/inspect")
-    assert "Rank" in told and "4" in told
+    facts_html = client.predict(handle_file(first), api_name="/inspect")
+    assert (
+        "a sks dog" in facts_html
+        and served.ctx.wait_for_pipeline().adapters["dog"].sha256 in facts_html
+    )
+    facts_html = client.predict(
+        handle_file(served.ctx.catalog.find_file("cat")), api_name="/inspect"
+    )
+    assert "Rank" in facts_html and "4" in facts_html
 
 
-def test_a_negative_or_emptied_seed_is_drawn_and_told(client):
+def test_negative_or_empty_seed_is_sampled(client):
     seeds = {client.predict("a dog", seed=seed, **DRAW)[1] for seed in (-1, None)}
     assert len(seeds) == 2 and min(seeds) >= 0
 
 
-def test_a_comparison_is_without_then_with_at_one_seed(client):
+def test_compare_generates_without_then_with_adapter_at_one_seed(client):
     (without, with_dog), _ = client.predict(
         "a dog", adapter="dog", seed=5, **FAST, api_name="/compare"
     )
@@ -115,23 +119,25 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("arguments, words", MISTAKES)
-def test_mistakes_are_told_in_words(served, arguments, words):
+@pytest.mark.parametrize("arguments, message", MISTAKES)
+def test_mistakes_are_reported_plainly(served, arguments, message):
     """The Python client itself would not send all of them."""
     content, headers = json.dumps({"prompt": "a"} | arguments), {"Content-Type": "application/json"}
-    asked = httpx.post(f"{served.url}gradio_api/call/v2/generate", content=content, headers=headers)
-    told = httpx.get(
-        f"{served.url}gradio_api/call/generate/{asked.json()['event_id']}", timeout=60
+    response = httpx.post(
+        f"{served.url}gradio_api/call/v2/generate", content=content, headers=headers
+    )
+    events = httpx.get(
+        f"{served.url}gradio_api/call/generate/{response.json()['event_id']}", timeout=60
     ).text
-    assert words in told and "event: error" in told
+    assert message in events and "event: error" in events
 
 
 @pytest.mark.slow
-def test_clients_share_a_queue_each_gets_its_own_and_the_history_is_of_all(served):
+def test_clients_share_queue_and_history_but_not_results(served):
     def ask(number: int) -> tuple[int, list]:
         client = Client(served.url, verbose=False)
         gallery, seed, _ = client.predict(f"dog {number}", seed=number, **DRAW)
-        return seed, [read_recipe(file).params.prompt for file in files_of(gallery)]
+        return seed, [read_recipe(file).params.prompt for file in list_files(gallery)]
 
     with ThreadPoolExecutor(5) as pool:
         assert list(pool.map(ask, range(5))) == [(n, [f"dog {n}"]) for n in range(5)]

@@ -1,5 +1,4 @@
-"""The program `app.py`: what it is told, the bases that it offers, its libraries, and the memory
-that it keeps."""
+"""Program `app.py`: its arguments, bases, imports, and memory."""
 
 import argparse
 import ctypes
@@ -47,20 +46,18 @@ from tests.ui.conftest import PAGE
         (["--allowed_host", "pictures.example.org", "--public"], False),
     ],
 )
-def test_beyond_this_machine_a_page_has_a_login_or_only_draws(
-    monkeypatch, capsys, options, is_refused
-):
+def test_exposed_page_needs_login_or_public(monkeypatch, capsys, options, is_refused):
     def stop_here(args):
         raise UserError("far enough")
 
     monkeypatch.setattr("dreambooth_moslora.ui.app.build_context", stop_here)
     assert app.main(options) == 2
-    said = capsys.readouterr().err
-    assert said == f"error: {app.LOGIN_WARNING if is_refused else 'far enough'}\n"
+    error = capsys.readouterr().err
+    assert error == f"error: {app.LOGIN_WARNING if is_refused else 'far enough'}\n"
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--auth", "nocolon"], "--auth needs NAME:PASSWORD\n"),
         (["--adapters_dir", "x"], "--adapters_dir x: there is no such folder\n"),
@@ -68,29 +65,27 @@ def test_beyond_this_machine_a_page_has_a_login_or_only_draws(
         (["--runs_dir", "/proc/none/below"], "--runs_dir"),
     ],
 )
-def test_what_it_is_told_wrongly_ends_in_one_line(tmp_path, capsys, options, told):
+def test_wrong_argument_prints_one_line(tmp_path, capsys, options, message):
     (tmp_path / "file").write_text("x")
     assert (
         app.main(["--runs_dir", str(tmp_path), *(option.format(tmp_path) for option in options)])
         == 2
     )
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {told}") and error.count("\n") == 1
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
 
 
-def test_the_usage_is_one_line_of_the_help(capsys):
+def test_usage_is_one_line(capsys):
     with pytest.raises(SystemExit):
         app.main(["--help"])
     assert capsys.readouterr().out.startswith("usage: app.py [--FLAG VALUE …]\n\nA web page")
 
 
-def test_a_password_may_have_a_colon():
+def test_password_may_have_colon():
     assert app.parse_login("ann:se:cret") == ("ann", "se:cret")
 
 
-def test_the_page_trains_each_base_at_its_own_side_which_is_known_without_its_weights(
-    tiny_base, tmp_path
-):
+def test_base_resolution_is_read_without_weights(tiny_base, tmp_path):
     """It trained Stable Diffusion 1.5 at 1024 px, where it was one file or on the hub. The other is
     one at 768 px."""
     configs = {
@@ -110,84 +105,91 @@ def test_the_page_trains_each_base_at_its_own_side_which_is_known_without_its_we
     } == sides
 
 
-def test_the_page_shows_what_applies_to_the_bases_family(tmp_path, context):
-    shown = {}
+def test_settings_follow_base_family(tmp_path, context):
+    settings = {}
     for name in ("sd1", "flux"):
         tiny_pipeline(name, tmp_path / name / "files").save_pretrained(tmp_path / name / "base")
         ctx = context(name=str(tmp_path / name / "base"))
         with gr.Blocks():
             fields = build_settings_widgets(ctx)
-        seen = {field for field in ("negative_prompt", "scheduler") if fields[field].visible}
-        shown[name] = seen, fields["guidance_scale"].value, Base.find(ctx.base_name).resolution_px
-    assert shown == {"sd1": ({"negative_prompt", "scheduler"}, 7.5, 32), "flux": (set(), 3.5, 1024)}
+        visible = {field for field in ("negative_prompt", "scheduler") if fields[field].visible}
+        settings[name] = (
+            visible,
+            fields["guidance_scale"].value,
+            Base.find(ctx.base_name).resolution_px,
+        )
+    assert settings == {
+        "sd1": ({"negative_prompt", "scheduler"}, 7.5, 32),
+        "flux": (set(), 3.5, 1024),
+    }
 
 
 TOY = get_assets_folder() / "toy-sdxl"
 
 
 @pytest.fixture
-def mine(tmp_path):
-    """The index of a base."""
+def base_index(tmp_path):
+    """Write the index of a base."""
     (folder := tmp_path / "mine").mkdir()
     shutil.copy(TOY / "model_index.json", folder)
     return folder
 
 
-def test_bases_are_offered_by_name_with_what_each_needs(mine, tiny_base):
+def test_bases_are_listed_with_their_needs(base_index, tiny_base):
     toy = Base.find("toy")
     assert list(app.list_bases(toy)) == ["toy", "toy-zimage", "SDXL"]
-    assert list(app.list_bases(Base.find(mine))) == ["mine", "toy", "toy-zimage", "SDXL"]
+    assert list(app.list_bases(Base.find(base_index))) == ["mine", "toy", "toy-zimage", "SDXL"]
     assert app.describe_base(toy) == toy_bases.TOY_SUMMARY.format(
         "SDXL"
     ) and "practice" in app.format_note(toy)
     assert app.format_note(Base.find(SDXL_HUB_ID)) == "a download of 6.9 GB"
     assert "64 px, 0.0 GiB of weights: it needs no GPU" in app.describe_base(Base.find(tiny_base))
-    assert "wants a GPU" in app.describe_base(Base.find(mine))
-    (link := mine.with_name("link")).symlink_to(mine)
-    found = app.build_page_base("a title", Base.find(link))
+    assert "wants a GPU" in app.describe_base(Base.find(base_index))
+    (link := base_index.with_name("link")).symlink_to(base_index)
+    page_base = app.build_page_base("a title", Base.find(link))
     # as `from_base` names it in pictures
-    assert (found.title, found.public_name) == ("a title", "link")
+    assert (page_base.title, page_base.public_name) == ("a title", "link")
 
 
-def test_a_base_whose_weights_are_gone_is_told_of_and_does_not_keep_the_page_from_its_start(mine):
-    (mine / "unet").mkdir()
-    (mine / "unet" / "x.safetensors").symlink_to(mine / "gone")
-    found = app.build_page_base("mine", Base.find(mine))
-    assert found.description.startswith("it cannot be used: [Errno 2]")
+def test_base_with_missing_weights_does_not_stop_the_start(base_index):
+    (base_index / "unet").mkdir()
+    (base_index / "unet" / "x.safetensors").symlink_to(base_index / "gone")
+    page_base = app.build_page_base("mine", Base.find(base_index))
+    assert page_base.description.startswith("it cannot be used: [Errno 2]")
 
 
-def test_a_base_that_nobody_has_is_refused_with_the_flag_of_the_pages_start(monkeypatch):
+def test_missing_base_advises_the_pages_flag(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    told = app.describe_problem(Base.find("owner/elsewhere"))
-    assert "`python app.py --base FOLDER_OR_FILE`, or fetch it" in told and len(told) < 300
+    problem = app.describe_problem(Base.find("owner/elsewhere"))
+    assert "`python app.py --base FOLDER_OR_FILE`, or fetch it" in problem and len(problem) < 300
     assert app.describe_problem(Base.find("toy")) == ""
 
 
 @pytest.mark.parametrize("public", [False, True])
-def test_a_public_page_has_the_operators_base_alone(tmp_path, public):
+def test_public_page_offers_one_base(tmp_path, public):
     app.add_arguments(parser := argparse.ArgumentParser())
-    words = ["--runs_dir", str(tmp_path / "runs"), *["--public"] * public]
-    ctx = app.build_context(parser.parse_args(words))
+    argv = ["--runs_dir", str(tmp_path / "runs"), *["--public"] * public]
+    ctx = app.build_context(parser.parse_args(argv))
     ctx.workspace.close()
     assert list(ctx.bases) == (["toy"] if public else ["toy", "toy-zimage", "SDXL"])
     wait([ctx._pipeline])
 
 
-def fails():
+def raise_user_error():
     raise UserError("it has no unet")
 
 
-def test_another_base_is_taken_once_it_is_loaded_and_the_old_one_stays_where_it_fails(context):
+def test_failed_base_choice_keeps_the_old_base(context):
     old, new = SimpleNamespace(), SimpleNamespace()
-    other, broken = (
+    new_base, broken = (
         PageBase("other", "/x/other", 512, lambda: new),
-        PageBase("broken", "broken", 512, fails),
+        PageBase("broken", "broken", 512, raise_user_error),
     )
-    ctx = context(lambda: old, others=[other, broken])
+    ctx = context(lambda: old, others=[new_base, broken])
     with pytest.raises(UserError, match="no unet"):
         list(ctx.choose(broken))
     assert (ctx.base, ctx.resolution_px, ctx.wait_for_pipeline()) == ("x", 64, old)
-    list(ctx.choose(other))
+    list(ctx.choose(new_base))
     assert (ctx.base, ctx.base_name, ctx.resolution_px, ctx.wait_for_pipeline()) == (
         "other",
         "/x/other",
@@ -227,9 +229,7 @@ print(json.dumps({"mine": mine, "all": len(imports), "facts": len(facts)}))
 
 
 @pytest.mark.slow
-def test_an_adapter_inspected_while_the_base_loads_shares_no_import_with_it(
-    tiny_base, subject, tmp_path
-):
+def test_inspecting_while_loading_imports_in_one_thread(tiny_base, subject, tmp_path):
     adapter = save_diffusers_lora(subject.pipeline.unet, tmp_path / "made", seed=1)
     adapter = adapter.rename(tmp_path / "dog.safetensors")
     command = [sys.executable, "-c", INSPECTED_WHILE_LOADING, tiny_base, tmp_path / "runs", adapter]
@@ -237,8 +237,8 @@ def test_an_adapter_inspected_while_the_base_loads_shares_no_import_with_it(
         command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["facts"] and found["all"] and found["mine"] == 0
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["facts"] and report["all"] and report["mine"] == 0
 
 
 BLOCKS, BLOCK_BYTES = 2500, 60_000
@@ -251,20 +251,20 @@ def _glibc():
 
 
 @pytest.mark.usefixtures("_glibc")
-def test_what_a_picture_leaves_free_goes_back_to_the_system(context, subject):
+def test_freed_memory_returns_to_the_system(context, subject):
     """Many small blocks below one that stays: without being asked, glibc keeps them all."""
     ctx, form = context(lambda: subject), GenerateForm("a dog", steps=1, size="64 x 64")
     list(make_pictures(ctx, form, PAGE))
-    stays = leave_free_blocks()
+    last_block = free_all_blocks_but_last()
     before = psutil.Process().memory_info().rss
     list(make_pictures(ctx, form, PAGE))
-    left = psutil.Process().memory_info().rss
-    ctypes.CDLL(None).free(stays)
-    assert before - left > BLOCKS * BLOCK_BYTES / 2
+    after = psutil.Process().memory_info().rss
+    ctypes.CDLL(None).free(last_block)
+    assert before - after > BLOCKS * BLOCK_BYTES / 2
 
 
-def leave_free_blocks() -> ctypes.c_void_p:
-    """150 MB, allocated, written and freed again but for the last block, which is returned."""
+def free_all_blocks_but_last() -> ctypes.c_void_p:
+    """Allocate and write 150 MB, and free it but for the last block, which is returned."""
     libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p
     blocks = [ctypes.c_void_p(libc.malloc(ctypes.c_size_t(BLOCK_BYTES))) for _ in range(BLOCKS)]
@@ -275,12 +275,12 @@ def leave_free_blocks() -> ctypes.c_void_p:
     return blocks[-1]
 
 
-def test_of_too_many_sessions_the_oldest_is_forgotten(served):
+def test_oldest_session_is_dropped_first(served):
     sessions = served.page.state_holder
     sessions.session_data.clear()
-    first, *others = (f"session{number}" for number in range(MAX_SESSIONS + 1))
+    first, *newer_sessions = (f"session{number}" for number in range(MAX_SESSIONS + 1))
     sessions[first]
-    sessions.session_data.update(dict.fromkeys(others[:-1], sessions[first]))
-    sessions[others[-1]]
-    assert set(sessions.session_data) == set(others)
+    sessions.session_data.update(dict.fromkeys(newer_sessions[:-1], sessions[first]))
+    sessions[newer_sessions[-1]]
+    assert set(sessions.session_data) == set(newer_sessions)
     sessions.session_data.clear()

@@ -22,10 +22,10 @@ from tests.helpers.ui_server import serve
 from tests.ui.conftest import (
     TRAINER,
     end_all,
-    noise_photos,
-    recorded,
+    limit_samples,
     wait_for,
-    with_one_picture,
+    write_noise_photos,
+    write_run,
 )
 
 pytestmark = web.IN_BROWSER
@@ -35,17 +35,17 @@ SLOW_ANSWER_SEC = 8
 @pytest.fixture(scope="module")
 def served(tiny_base, tmp_path_factory):
     with serve(tiny_base, tmp_path_factory.mktemp("app")) as server:
-        with_one_picture(server.ctx.jobs)
+        limit_samples(server.ctx.jobs)
         yield server
         end_all(server.ctx.jobs)
 
 
 @pytest.fixture
 def visited(served, browser):
-    with web.visit(browser, served.url) as found:
-        yield found
-        assert not found.errors, found.errors
-        assert found.hosts <= {"127.0.0.1", "localhost"}, found.hosts
+    with web.visit(browser, served.url) as visit:
+        yield visit
+        assert not visit.errors, visit.errors
+        assert visit.hosts <= {"127.0.0.1", "localhost"}, visit.hosts
 
 
 @pytest.fixture
@@ -59,27 +59,25 @@ def fill(page, prompt: str = "a photo of a sks dog", steps: int = 3, pictures: i
     web.set_number(page, "num_images", pictures)
 
 
-def generate(page, *words, **numbers) -> None:
-    fill(page, *words, **numbers)
+def generate(page, *args, **numbers) -> None:
+    fill(page, *args, **numbers)
     page.click("#run")
 
 
-def pixels_of(page, selector: str) -> np.ndarray:
+def fetch_pixels(page, selector: str) -> np.ndarray:
     """The picture behind an <img>, fetched as the page does."""
     answer = page.request.get(page.locator(selector).first.get_attribute("src"))
     return np.asarray(PIL.Image.open(io.BytesIO(answer.body())).convert("RGB"))
 
 
-def saved(page, folder: Path) -> Path:
+def save_first_image(page, folder: Path) -> Path:
     """The first picture of the gallery as a file."""
     src = page.locator("#gallery img").first.get_attribute("src")
     (file := folder / "picture.png").write_bytes(page.request.get(src).body())
     return file
 
 
-def test_stop_and_escape_keep_what_is_finished_and_stop_a_queued_picture_before_its_turn(
-    served, browser, page, monkeypatch
-):
+def test_stop_and_escape_end_running_and_queued_work(served, browser, page, monkeypatch):
     """The second time, the answer to the first is still on its way."""
     real = served.ctx.stop
     with web.visit(browser, served.url) as second:
@@ -117,34 +115,34 @@ PLACE = """selector => {
 SHOWN = "document.querySelector('#gallery img')?.style.getPropertyValue('--height') === '{}'"
 
 
-def test_a_picture_is_seen_whole_while_it_is_drawn_and_after_and_is_no_higher_than_the_window(page):
+def test_image_fits_the_window_during_and_after_generation(page):
     """Of 64 px, so twice as large at most."""
     for width, height in web.SIZES:
         web.resize(page, (width, height))
         web.put(page, "size", "64 x 64")
         generate(page, steps=60)
-        found = f"at => document.querySelector(at) && [({PLACE})(at), {OTHERS}]"
+        script = f"at => document.querySelector(at) && [({PLACE})(at), {OTHERS}]"
         # at once: it may be done next
-        drawn, others = page.wait_for_function(found, arg="#preview img").json_value()
-        assert others == 0
+        preview_box, image_count = page.wait_for_function(script, arg="#preview img").json_value()
+        assert image_count == 0
         web.says(page, "status", "1 picture in")
         page.wait_for_function(SHOWN.format(64))
-        done = page.evaluate(PLACE, "#gallery img")
-        assert drawn == done == {"width": 2 * 64, "height": 2 * 64, "seen": True}
+        image_box = page.evaluate(PLACE, "#gallery img")
+        assert preview_box == image_box == {"width": 2 * 64, "height": 2 * 64, "seen": True}
         web.resize(page, (width, 560))
         web.put(page, "size", "64 x 128")
         generate(page, steps=60)
         page.wait_for_selector("#preview img")
         web.says(page, "status", "1 picture in")
         page.wait_for_function(SHOWN.format(128))
-        place = page.evaluate(PLACE, "#gallery img")
-        assert place["seen"] and place["height"] == pytest.approx(2 * place["width"], abs=1)
-        assert 200 < place["height"] < 2 * 128
+        image_box = page.evaluate(PLACE, "#gallery img")
+        assert image_box["seen"] and image_box["height"] == pytest.approx(
+            2 * image_box["width"], abs=1
+        )
+        assert 200 < image_box["height"] < 2 * 128
 
 
-def test_slash_leads_to_the_prompt_enter_draws_and_a_png_gives_the_same_picture_to_compare(
-    visited, page, tmp_path
-):
+def test_keys_generate_and_a_png_reproduces_its_image(visited, page, tmp_path):
     page.locator("h1").click()
     page.keyboard.press("/")
     assert page.evaluate("document.activeElement.closest('#prompt') !== null")
@@ -153,7 +151,7 @@ def test_slash_leads_to_the_prompt_enter_draws_and_a_png_gives_the_same_picture_
     page.press("#prompt textarea", "Enter")
     web.says(page, "status", "2 pictures in")
     assert page.locator("#gallery img").count() == 2
-    file, before = saved(page, tmp_path), pixels_of(page, "#gallery img")
+    file, before = save_first_image(page, tmp_path), fetch_pixels(page, "#gallery img")
     with PIL.Image.open(file) as image:
         assert image.format == "PNG" and "dreambooth_moslora" in image.info
     visited.reload()
@@ -170,7 +168,7 @@ def test_slash_leads_to_the_prompt_enter_draws_and_a_png_gives_the_same_picture_
     web.open_tab(page, "Pictures")
     page.click("#run")
     web.says(page, "status", "1 picture in")
-    assert np.array_equal(pixels_of(page, "#gallery img"), before)
+    assert np.array_equal(fetch_pixels(page, "#gallery img"), before)
     web.open_tab(page, "Compare")
     page.click("#compare")
     page.wait_for_function("document.querySelectorAll('#slider img').length >= 2")
@@ -181,11 +179,9 @@ def test_slash_leads_to_the_prompt_enter_draws_and_a_png_gives_the_same_picture_
     assert len(set(halves)) == 2
 
 
-def test_a_run_is_started_survives_a_reload_stops_resumes_and_is_used(
-    served, visited, page, tmp_path
-):
+def test_run_starts_stops_resumes_and_its_adapter_is_used(served, visited, page, tmp_path):
     web.open_tab(page, "Train")
-    web.add_photos(page, noise_photos(tmp_path, 3), "dog")
+    web.add_photos(page, write_noise_photos(tmp_path, 3), "dog")
     page.wait_for_function("document.querySelectorAll('#crops img').length === 3")
     web.says(page, "prompts", "a photo of a sks dog")
     web.open_box(page, "more_training")
@@ -219,13 +215,11 @@ def test_a_run_is_started_survives_a_reload_stops_resumes_and_is_used(
     web.says(page, "status", "1 picture in")
 
 
-def test_a_second_browser_has_the_photos_watches_the_run_and_stops_it(
-    served, browser, page, tmp_path, monkeypatch
-):
+def test_second_browser_watches_and_stops_the_run(served, browser, page, tmp_path, monkeypatch):
     (stand_in := tmp_path / "trainer.py").write_text(TRAINER)
     monkeypatch.setattr(served.ctx.jobs, "script", stand_in)
     web.open_tab(page, "Train")
-    web.add_photos(page, noise_photos(tmp_path, 3), "owl")
+    web.add_photos(page, write_noise_photos(tmp_path, 3), "owl")
     web.open_box(page, "more_training")
     web.set_number(page, "train_steps", 5000)
     page.click("#start")
@@ -241,7 +235,7 @@ def test_a_second_browser_has_the_photos_watches_the_run_and_stops_it(
     web.says(page, "train_status", "Stopped; a checkpoint is written.")
 
 
-def test_a_public_page_has_two_tabs_and_draws(tiny_base, tmp_path, browser):
+def test_public_page_generates(tiny_base, tmp_path, browser):
     with (
         serve(tiny_base, tmp_path, public=True) as server,
         web.visit(browser, server.url) as visited,
@@ -257,13 +251,11 @@ def test_a_public_page_has_two_tabs_and_draws(tiny_base, tmp_path, browser):
         assert page.locator("input[type=file]").count() == 0 and not visited.errors
 
 
-def test_runs_wait_and_are_removed_and_the_next_begins_when_one_ends(
-    served, page, tmp_path, monkeypatch
-):
+def test_queue_is_shown_edited_and_continues(served, page, tmp_path, monkeypatch):
     (stand_in := tmp_path / "trainer.py").write_text(TRAINER)
     monkeypatch.setattr(served.ctx.jobs, "script", stand_in)
     web.open_tab(page, "Train")
-    page.set_input_files("#photos input[type=file]", noise_photos(tmp_path, 3))
+    page.set_input_files("#photos input[type=file]", write_noise_photos(tmp_path, 3))
     web.open_box(page, "more_training")
     web.set_number(page, "train_steps", 5000)
     assert not page.locator("#queue_box").is_visible()
@@ -292,13 +284,11 @@ def choose(page, elem_id: str, option: str) -> None:
     page.get_by_role("option", name=option, exact=True).click()
 
 
-def fails():
+def raise_user_error():
     raise UserError("it has no unet")
 
 
-def test_another_base_is_chosen_and_draws_and_the_old_one_stays_where_one_fails(
-    tiny_base, tmp_path, browser
-):
+def test_base_choice_changes_the_page_or_fails_safely(tiny_base, tmp_path, browser):
     toy = PageBase(
         "toy",
         "toy",
@@ -306,7 +296,7 @@ def test_another_base_is_chosen_and_draws_and_the_old_one_stays_where_one_fails(
         lambda: SubjectPipeline.from_base("toy"),
         TOY_SUMMARY.format("SDXL"),
     )
-    broken = PageBase("broken", "broken", 64, fails)
+    broken = PageBase("broken", "broken", 64, raise_user_error)
     (pipeline := tiny_pipeline("flux", tmp_path / "files")).save_pretrained(tmp_path / "flux")
     flux = PageBase("flux", str(tmp_path / "flux"), 64, lambda: SubjectPipeline(pipeline, "flux"))
     with (
@@ -330,13 +320,11 @@ def test_another_base_is_chosen_and_draws_and_the_old_one_stays_where_one_fails(
         assert not visited.errors
 
 
-def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(
-    served, browser, tmp_path, started
-):
+def test_photos_and_a_word_suffice_and_hidden_fields_count(served, browser, tmp_path, started):
     with web.visit(browser, served.url, size=web.PHONE) as visited:
         page = visited.page
         web.open_tab(page, "Train")
-        web.add_photos(page, noise_photos(tmp_path, 3), "dog")
+        web.add_photos(page, write_noise_photos(tmp_path, 3), "dog")
         assert not page.locator("#token").is_visible()
         page.click("#start")
         web.says(page, "cost", "Photos without a mask are learned whole")
@@ -373,23 +361,23 @@ def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(
             )
             assert web.fits(page)
         assert not visited.errors
-    wanted = {
+    changes = {
         "memory": "recompute",
         "prior_loss_weight": 3,
         "masks": "auto",
     }
-    wanted |= {
+    changes |= {
         "unmasked_weight": 0.5,
         "evaluate_steps": 60,
         "validation_steps": 60,
     }
     before, after = started
     assert {name for name in after if before[name] != after[name]} == {
-        *wanted,
+        *changes,
         "output_dir",
         "instance_data_dir",
     }
-    assert {name: after[name] for name in wanted} == wanted
+    assert {name: after[name] for name in changes} == changes
 
 
 ROOM_BELOW_WORDS = """box => {
@@ -399,7 +387,7 @@ ROOM_BELOW_WORDS = """box => {
 }"""
 
 
-def test_mistakes_and_what_a_picture_lacks_are_told(visited, page, tmp_path):
+def test_mistakes_and_missing_recipes_are_reported(visited, page, tmp_path):
     page.click("#reuse_gallery")
     page.get_by_text("There is no picture yet").first.wait_for()
     generate(page, "a dog <lora:<b>rex</b>:1> <lora:rex:1>")
@@ -424,7 +412,7 @@ def test_mistakes_and_what_a_picture_lacks_are_told(visited, page, tmp_path):
     page.get_by_text("The adapter hen is not here").wait_for()
 
 
-def test_a_phone_has_the_results_under_the_button_and_a_dark_page_if_asked(served, browser):
+def test_phone_layout_and_dark_mode(served, browser):
     with web.visit(browser, served.url, size=web.PHONE) as visited:
         page = visited.page
         generate(page)
@@ -438,7 +426,7 @@ def test_a_phone_has_the_results_under_the_button_and_a_dark_page_if_asked(serve
         (run / "pytorch_lora_weights.safetensors").write_bytes(b"")
         PIL.Image.new("RGB", (900, 400)).save(run / "loss.png")
         (run / "job.log").write_text("a line\n" * 39 + "the newest\n")
-        recorded(run, {"type": "start"}, {"type": "end", "state": "done"})
+        write_run(run, {"type": "start"}, {"type": "end", "state": "done"})
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
             visited.reload()
@@ -454,10 +442,10 @@ def test_a_phone_has_the_results_under_the_button_and_a_dark_page_if_asked(serve
         page.locator("#plot img").wait_for()
         log = page.locator("#log").evaluate("e => [e.scrollHeight - e.clientHeight, e.scrollTop]")
         assert log[0] > 0 and log[1] == 0  # it is counted from the end
-        words = (
+        text_left_script = (
             "e => { const r = document.createRange(); r.selectNodeContents(e); "
             "return r.getBoundingClientRect().x }"
         )
         button = page.locator("#estimate")
-        assert button.evaluate(words) - button.bounding_box()["x"] >= 10
+        assert button.evaluate(text_left_script) - button.bounding_box()["x"] >= 10
         assert web.fits(page) and not visited.errors

@@ -40,10 +40,10 @@ from dreambooth_moslora.ui.generate_widgets import build_prompt_widgets
 from dreambooth_moslora.ui.html import format_seconds, render_facts, render_notice
 from dreambooth_moslora.ui.page import build_app, list_adapter_facts
 from dreambooth_moslora.ui.workspace import SavedImage
-from tests.ui.conftest import PAGE, handler, write_adapter
+from tests.ui.conftest import PAGE, find_handler, write_adapter
 
 
-def test_the_form_and_the_parameters_are_each_others_inverse():
+def test_form_and_params_round_trip():
     form = GenerateForm("a dog", "blur", "dog", 0.5, 7, 20, 4.0, "96 x 64", 3, "unipc")
     params = form.to_params()
     assert (params.width_px, params.height_px, params.adapters) == (96, 64, (("dog", 0.5),))
@@ -54,7 +54,7 @@ def test_the_form_and_the_parameters_are_each_others_inverse():
 
 
 @pytest.mark.parametrize("resolution", [64, 1024])
-def test_size_presets_are_multiples_of_eight_around_the_bases_own(resolution):
+def test_size_presets_are_multiples_of_eight(resolution):
     sizes = [
         tuple(int(n) for n in value.split(" x ")) for _, value in list_size_choices(resolution)
     ]
@@ -66,7 +66,7 @@ HALF = "a \ud800"
 """JSON can hold a lone surrogate."""
 
 
-def picture(file: Path, name: str, text: str, **how) -> Path:
+def save_png_with_text(file: Path, name: str, text: str, **how) -> Path:
     (info := PngInfo()).add_text(name, text, **how)
     PIL.Image.new("RGB", (8, 8)).save(file, pnginfo=info)
     return file
@@ -85,45 +85,45 @@ ODD_RECIPES = {
 
 
 @pytest.mark.parametrize("kind", ODD_RECIPES)
-def test_a_recipe_with_endless_or_odd_values_is_refused_in_a_short_line(tmp_path, kind):
+def test_odd_recipe_is_refused_in_a_short_line(tmp_path, kind):
     recipe = {"params": {"prompt": "a dog"} | ODD_RECIPES[kind]}
     recipe |= {"adapter_sha256": {HALF: "x"}} if kind == "half a hash" else {}
-    file = picture(tmp_path / "a.png", "dreambooth_moslora", json.dumps(recipe), zip=True)
-    with pytest.raises(gr.Error) as told:
+    file = save_png_with_text(
+        tmp_path / "a.png", "dreambooth_moslora", json.dumps(recipe), zip=True
+    )
+    with pytest.raises(gr.Error) as error:
         wrap_errors(read_recipe)(file)
-    assert len(told.value.message) < 400 and "server's log" not in told.value.message
-    assert "half" not in kind or "damaged" in told.value.message
+    assert len(error.value.message) < 400 and "server's log" not in error.value.message
+    assert "half" not in kind or "damaged" in error.value.message
 
 
-def test_an_adapter_that_is_gone_and_another_base_are_told(tmp_path):
+def test_missing_adapter_and_other_base_are_remarked(tmp_path):
     params = GenerationParams("x", adapters=(("dog", 0.5), ("rex", 1.0)))
     remarks = list_remarks(Recipe(params, Provenance("toy")), {"dog": tmp_path / "dog"}, "other")
-    words = ("rex is not here", "base toy")
-    assert all(word in remark for word, remark in zip(words, remarks, strict=True))
+    expected = ("rex is not here", "base toy")
+    assert all(text in remark for text, remark in zip(expected, remarks, strict=True))
 
 
 @pytest.mark.parametrize(
-    "facts, said, subject",
+    "facts, sentence, subject",
     [
         ({}, "say “sks dog” · for toy", "sks dog"),
         ({"rank": "4"}, "", ""),
         ({"trigger_words": ["sks duck"], "class_word": ""}, "say “sks duck” · for toy", "sks duck"),
     ],
 )
-def test_an_adapter_says_the_words_of_its_subject(tmp_path, facts, said, subject):
+def test_summary_names_the_subject(tmp_path, facts, sentence, subject):
     facts = {"trigger_words": ["sks"], "class_word": "dog"} | facts
-    found = read_summary(write_adapter(tmp_path / "a.safetensors", **facts))
-    assert (found.format_sentence(), found.subject) == (said, subject)
+    summary = read_summary(write_adapter(tmp_path / "a.safetensors", **facts))
+    assert (summary.format_sentence(), summary.subject) == (sentence, subject)
 
 
-def test_choosing_an_adapter_renews_the_prompt_only_while_nobody_has_written_in_it(
-    tmp_path, context
-):
+def test_selecting_an_adapter_replaces_only_untouched_prompts(tmp_path, context):
     for name in ("sks", "zwx", ""):
         write_adapter(
             tmp_path / "adapters" / f"{name or 'foreign'}.safetensors", name, "dog" if name else ""
         )
-    describe = handler(context(), "describe")
+    describe = find_handler(context(), "describe")
     for old, name, new in (
         ("", "sks", "a photo of a sks dog"),
         ("a photo of a sks dog", "zwx", "a photo of a zwx dog"),
@@ -133,21 +133,19 @@ def test_choosing_an_adapter_renews_the_prompt_only_while_nobody_has_written_in_
         assert describe(name, old)[1] == new
 
 
-def test_the_first_prompt_has_the_trigger_words_and_the_adapters_words_are_no_markup(
-    tmp_path, context
-):
+def test_first_prompt_has_trigger_words_and_escapes_markup(tmp_path, context):
     for trigger, prompt in (
         ("sks", "a photo of a sks dog"),
         ("<b>![x](//evil/x.png)", "a photo of a <b>"),
     ):
         write_adapter(tmp_path / "adapters" / "a.safetensors", trigger)
         with gr.Blocks():
-            widgets, others = build_prompt_widgets(context())
+            widgets, parts = build_prompt_widgets(context())
         assert widgets["adapter"].value == "a" and widgets["prompt"].value.startswith(prompt)
-        assert isinstance(others["about"], gr.HTML) and "<b>" not in others["about"].value
+        assert isinstance(parts["about"], gr.HTML) and "<b>" not in parts["about"].value
 
 
-def test_facts_and_seconds_are_said_as_people_say_them():
+def test_facts_and_seconds_are_readable():
     file = get_assets_folder() / "adapters" / "rocket.safetensors"
     facts = dict(list_adapter_facts(str(file)))
     assert (
@@ -164,17 +162,17 @@ def test_facts_and_seconds_are_said_as_people_say_them():
     ]
 
 
-def test_what_the_page_quotes_can_be_sent():
+def test_quoted_surrogates_can_be_sent():
     def fail() -> None:
         raise UserError(HALF)
 
-    with pytest.raises(gr.Error) as told:
+    with pytest.raises(gr.Error) as error:
         wrap_errors(fail)()
-    for made in (render_notice(HALF), render_facts([(HALF, HALF)]), told.value.message):
-        assert made.encode()
+    for html in (render_notice(HALF), render_facts([(HALF, HALF)]), error.value.message):
+        assert html.encode()
 
 
-def test_inspect_and_info_spell_out_what_turns_a_line(tmp_path, capsys):
+def test_inspect_and_info_escape_control_characters(tmp_path, capsys):
     pair = {"unet.a.lora_A.weight": torch.ones(1, 4), "unet.a.lora_B.weight": torch.ones(4, 1)}
     path = tmp_path / "dog.safetensors"
     save_file(pair, path, metadata={"modelspec.title": "a\u202eb\x1b[31m"})
@@ -187,13 +185,13 @@ def test_inspect_and_info_spell_out_what_turns_a_line(tmp_path, capsys):
         assert r"a\u202eb\x1b[31m" in text and not {"\u202e", "\x1b"} & set(text)
 
 
-def test_a_message_is_capitalised_but_a_files_name_is_not():
+def test_message_is_capitalised_but_not_a_file_name():
     assert format_message("dog.safetensors is broken") == "dog.safetensors is broken"
     assert format_message("drop a picture") == "Drop a picture"
 
 
 @pytest.mark.parametrize("run", [make_pictures, compare])
-def test_the_card_says_what_failed_in_loading_and_drawing(context, run):
+def test_card_reports_loading_and_generation_errors(context, run):
     def no_base():
         raise UserError("there is no base <x>")
 
@@ -211,12 +209,12 @@ def test_the_card_says_what_failed_in_loading_and_drawing(context, run):
     form = GenerateForm("a dog", adapter="rex" if run is compare else "none")
     assert "There is no base &lt;x&gt;" in last_card(run(context(no_base), form, PAGE))
     broken = context(lambda: SimpleNamespace(generate=breaking))
-    told = last_card(make_pictures(broken, GenerateForm("a dog"), PAGE))
-    assert "server&#x27;s log" in told and "secret" not in told
+    card = last_card(make_pictures(broken, GenerateForm("a dog"), PAGE))
+    assert "server&#x27;s log" in card and "secret" not in card
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_a_black_picture_is_explained(context, subject, state, tmp_path):
+def test_black_image_is_explained(context, subject, state, tmp_path):
     """Values that overflow inside the model end as black pixels, without an error."""
     (tmp_path / "adapters").mkdir()
     save_file(
@@ -235,32 +233,30 @@ def test_a_black_picture_is_explained(context, subject, state, tmp_path):
         ) == is_black
 
 
-def test_a_picture_that_is_chosen_while_others_are_drawn_stays_chosen(context):
+def test_gallery_selection_survives_new_images(context):
     """At the end the first counted as chosen, and “Use these settings” took its seed."""
     params = GenerationParams("a dog", num_images=2)
-    drawn = [
+    images = [
         Image(n, PIL.Image.new("RGB", (8, 8), "red"), replace(params, seed=n), Provenance())
         for n in range(2)
     ]
-    events = [event for image in drawn for event in (Step(image.index, 2, 1, 1, 0.0), image)]
+    events = [event for image in images for event in (Step(image.index, 2, 1, 1, 0.0), image)]
     page = build_app(context(lambda: SimpleNamespace(generate=lambda *_: iter(events))))
     generate = next(event for event in page.fns.values() if event.name == "generate")
-    chosen = [frame[-1] for frame in generate.fn(PAGE, prompt="a dog", num_images=2)]
-    assert [value for value in chosen if value != gr.skip()] == [0] and chosen.index(0) < len(
-        chosen
-    ) - 3
+    selections = [frame[-1] for frame in generate.fn(PAGE, prompt="a dog", num_images=2)]
+    assert [value for value in selections if value != gr.skip()] == [0] and selections.index(
+        0
+    ) < len(selections) - 3
     setting = {event.name for event in page.fns.values() if generate.outputs[-1] in event.outputs}
     assert setting == {"generate", "select"}
 
 
-def test_a_picture_of_the_history_gives_its_settings_and_tells_of_another_base(
-    context, monkeypatch
-):
+def test_history_image_restores_settings_and_remarks_on_base(context, monkeypatch):
     ctx, remarks = context(title="owner_base", public_name="owner/base"), []
     monkeypatch.setattr(gr, "Warning", remarks.append)
     events = {event.name: event.fn for event in build_app(ctx).fns.values()}
     for prompt, base in (("a dog", "owner/base"), ("a cat", "other")):
-        ctx.workspace.add_to_history(one_drawn(ctx.workspace.root, prompt, base))
+        ctx.workspace.add_to_history(save_image(ctx.workspace.root, prompt, base))
     newest_first = events["list_history"]()
     prompts = [events["restore_recipe"](newest_first, place)[0] for place in (0, 1)]
     assert prompts == ["a cat", "a dog"]
@@ -269,12 +265,12 @@ def test_a_picture_of_the_history_gives_its_settings_and_tells_of_another_base(
         events["restore_recipe"](None, 0)
 
 
-def one_drawn(folder: Path, prompt: str, base: str = "") -> SavedImage:
+def save_image(folder: Path, prompt: str, base: str = "") -> SavedImage:
     image = Image(0, PIL.Image.new("RGB", (8, 8)), GenerationParams(prompt), Provenance(base))
     return SavedImage(image.save(folder / f"{prompt}.png"), prompt)
 
 
-def with_header(file: Path, header: bytes, content: int = 0) -> Path:
+def write_header(file: Path, header: bytes, content: int = 0) -> Path:
     with file.open("wb") as opened:
         opened.write(len(header).to_bytes(8, "little") + header)
         opened.truncate(8 + len(header) + content)
@@ -284,29 +280,29 @@ def with_header(file: Path, header: bytes, content: int = 0) -> Path:
 @pytest.mark.parametrize(
     "header", [b"[" * 100_000, b"[]", b'{"lora": 1}', b'{"lora": {"shape": ["x"]}}', b"\xff"]
 )
-def test_a_header_that_makes_no_sense_is_left_to_the_reader(tmp_path, header):
-    file = with_header(tmp_path / "odd.safetensors", header)
+def test_odd_header_is_refused(tmp_path, header):
+    file = write_header(tmp_path / "odd.safetensors", header)
     with pytest.raises(UserError, match="odd"):
         list_adapter_facts(str(file))
 
 
-def test_a_toys_adapter_is_chosen_at_first_for_toys_alone(context):
+def test_toy_adapter_is_preselected_for_toys_only(context):
     """The page of a large base had the toy's rocket in its form."""
-    chosen = {}
+    preselected = {}
     for base in ("toy", "owner/base"):
         ctx = context(name=base)
         write_adapter(ctx.catalog.adapters_dir / "rocket.safetensors")
-        chosen[base] = find_fitting_adapter(ctx)
-    assert chosen == {"toy": "rocket", "owner/base": NO_ADAPTER}
+        preselected[base] = find_fitting_adapter(ctx)
+    assert preselected == {"toy": "rocket", "owner/base": NO_ADAPTER}
 
 
-def test_each_tab_has_one_button_to_press_first(context):
+def test_each_tab_has_one_primary_button(context):
     """In the comparison two were green."""
     counts = Counter()
     for block in build_app(context()).blocks.values():
         if isinstance(block, gr.Button) and block.variant == "primary":
-            place = block
-            while place.parent.parent is not None and not isinstance(place, gr.Tab):
-                place = place.parent
-            counts[place.label] += 1
+            parent = block
+            while parent.parent.parent is not None and not isinstance(parent, gr.Tab):
+                parent = parent.parent
+            counts[parent.label] += 1
     assert counts == {"Generate": 1, "Train": 1, "Inspect": 1}

@@ -21,7 +21,7 @@ LOGIN = {"username": "ann", "password": "secret"}
 AUTH = {"auth": [("ann", "secret")]}
 EVIL = {"Origin": "https://evil.example"}
 HOST = {"Host": PROXY}
-PATHS = ("", "config", "gradio_api/token", "gradio_api/info", "gradio_api/app_id", "logout")
+PRIVATE_PATHS = ("", "config", "gradio_api/token", "gradio_api/info", "gradio_api/app_id", "logout")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def login(url: str, headers: dict) -> dict:
     }
 
 
-def user(url: str, headers: dict) -> str | None:
+def get_user(url: str, headers: dict) -> str | None:
     return httpx.get(f"{url}gradio_api/token", headers=headers).json()["user"]
 
 
@@ -69,17 +69,17 @@ FOREIGN += [
 
 
 @pytest.mark.parametrize("origin", [*FOREIGN, ELSEWHERE.replace("https", "http")])
-def test_a_foreign_site_reads_nothing_by_a_users_login(proxied, origin):
-    mine = login(proxied.url, HOST)
-    assert user(proxied.url, mine) == "ann"
-    for path in PATHS:
-        answer = httpx.get(f"{proxied.url}{path}", headers=mine | {"Origin": origin})
+def test_foreign_site_cannot_use_the_login(proxied, origin):
+    cookies = login(proxied.url, HOST)
+    assert get_user(proxied.url, cookies) == "ann"
+    for path in PRIVATE_PATHS:
+        answer = httpx.get(f"{proxied.url}{path}", headers=cookies | {"Origin": origin})
         assert answer.status_code == 403 and "ann" not in answer.text, path
         assert not [name for name in answer.headers if name.startswith("access-control-")]
-    assert user(proxied.url, mine) == "ann"
+    assert get_user(proxied.url, cookies) == "ann"
 
 
-def test_plain_http_is_another_site_and_no_foreign_one_frames_the_page_or_is_answered_beforehand(
+def test_foreign_site_gets_no_frame_and_no_preflight(
     proxied,
 ):
     host = ELSEWHERE.removeprefix("https://")
@@ -89,31 +89,31 @@ def test_plain_http_is_another_site_and_no_foreign_one_frames_the_page_or_is_ans
     for path in ("", "login", "nothing"):
         policy = httpx.get(f"{proxied.url}{path}", headers=HOST).headers["content-security-policy"]
         assert policy == "frame-ancestors 'self'"
-    asked = HOST | EVIL | {"Access-Control-Request-Method": "POST"}
-    answer = httpx.options(f"{proxied.url}gradio_api/queue/join", headers=asked)
+    preflight = HOST | EVIL | {"Access-Control-Request-Method": "POST"}
+    answer = httpx.options(f"{proxied.url}gradio_api/queue/join", headers=preflight)
     assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
 
 
-def test_a_cookie_of_backslashes_does_not_hold_the_page_up(proxied):
+def test_cookie_backslashes_are_removed(proxied):
     """Python before 3.11.10 reads 60 KB of them in half a minute, in the loop that answers all."""
     cookie = 'other="' + r"\"" * 4000 + '"'
-    mine = login(proxied.url, HOST)
-    mine["Cookie"] += f"; {cookie}"
-    asked = [(b"cookie", mine["Cookie"].encode()), (b"host", PROXY.encode())]
+    headers = login(proxied.url, HOST)
+    headers["Cookie"] += f"; {cookie}"
+    raw_headers = [(b"cookie", headers["Cookie"].encode()), (b"host", PROXY.encode())]
     passed = []
 
     async def app(scope, *_) -> None:
         passed.extend(scope["headers"])
 
     guarded = guard.TrustedHosts(app, None)
-    scope = {"type": "http", "path": "/", "query_string": b"", "headers": asked}
+    scope = {"type": "http", "path": "/", "query_string": b"", "headers": raw_headers}
     asyncio.run(guarded(scope, None, None))
     assert b"\\" not in dict(passed)[b"cookie"]
     # The page's own are read as before.
-    assert user(proxied.url, mine) == "ann"
+    assert get_user(proxied.url, headers) == "ann"
 
 
-def test_a_server_that_gradio_starts_twice_is_guarded_once():
+def test_second_start_does_not_guard_twice():
     """It tries another port after five seconds; each answer then had its headers twice."""
 
     async def start_twice(app) -> None:
@@ -128,49 +128,47 @@ def test_a_server_that_gradio_starts_twice_is_guarded_once():
 
 @pytest.mark.parametrize("origin", [f"https://{PROXY}", f"http://{PROXY}", ELSEWHERE])
 @pytest.mark.parametrize("host", [PROXY, f"{PROXY}:443", "127.0.0.1:7860"])
-def test_the_page_behind_a_proxy_may_ask_itself_by_whatever_name_the_proxy_passes_on(
-    proxied, host, origin
-):
-    assert user(proxied.url, login(proxied.url, {"Host": host, "Origin": origin})) == "ann"
+def test_page_behind_proxy_reaches_itself_by_any_passed_host(proxied, host, origin):
+    assert get_user(proxied.url, login(proxied.url, {"Host": host, "Origin": origin})) == "ann"
 
 
 @pytest.mark.parametrize("path", ["logout", "logout/", "gradio_api/info"])
-def test_another_sites_picture_asks_for_nothing_and_its_link_leads_to_the_page_alone(proxied, path):
+def test_cross_site_fetch_reaches_only_the_page_itself(proxied, path):
     """Such a request tells no origin, and the browser sends the login along."""
-    mine = login(proxied.url, HOST)
+    cookies = login(proxied.url, HOST)
     for site in ("cross-site", "same-site"):
-        foreign = mine | {"Sec-Fetch-Site": site}
+        foreign = cookies | {"Sec-Fetch-Site": site}
         assert httpx.get(f"{proxied.url}{path}", headers=foreign).status_code == 403
         assert httpx.get(proxied.url, headers=foreign).status_code == 200
-    assert user(proxied.url, mine | {"Sec-Fetch-Site": "same-origin"}) == "ann"
+    assert get_user(proxied.url, cookies | {"Sec-Fetch-Site": "same-origin"}) == "ann"
 
 
-def test_a_page_on_the_loopback_answers_to_its_own_names_to_no_other_program_and_has_no_monitor(
+def test_loopback_page_answers_only_its_own_names(
     served,
 ):
     assert httpx.get(served.url, headers={"Host": "evil.example:80"}).status_code == 421
     for path in ("monitoring/summary", "monitoring"):
         assert httpx.get(f"{served.url}{path}").status_code in (403, 404)
     port = served.url.rstrip("/").rpartition(":")[2]
-    others = (
+    foreign_origins = (
         "http://localhost:9999",
         "http://127.0.0.1:9999",
         "http://127.0.0.1",
         f"http://localhost:{port}",
     )
-    for origin in ("http://evil.example", *others, f"http://127.0.0.1:{port}"):
+    for origin in ("http://evil.example", *foreign_origins, f"http://127.0.0.1:{port}"):
         headers, status = {"Origin": origin}, 200 if origin == served.url.rstrip("/") else 403
         for path, content in (
             ("call/adapters", {"json": {"data": []}}),
             ("upload", {"files": {"files": ("a", b"x")}}),
         ):
-            asked = httpx.post(f"{served.url}gradio_api/{path}", headers=headers, **content)
-            assert asked.status_code == status, (origin, path)
+            response = httpx.post(f"{served.url}gradio_api/{path}", headers=headers, **content)
+            assert response.status_code == status, (origin, path)
 
 
-def test_a_page_of_the_network_takes_nothing_that_another_site_sends(exposed):
-    mine = login(exposed.url, {"Origin": exposed.url.rstrip("/")})
-    assert "access-token" in mine["Cookie"]
+def test_exposed_page_refuses_foreign_requests(exposed):
+    cookies = login(exposed.url, {"Origin": exposed.url.rstrip("/")})
+    assert "access-token" in cookies["Cookie"]
     calls = {
         "login": {"data": LOGIN},
         "gradio_api/upload": {"files": {"files": ("a.png", b"x")}},
@@ -178,15 +176,15 @@ def test_a_page_of_the_network_takes_nothing_that_another_site_sends(exposed):
         "gradio_api/run/stop": {"json": {"data": []}},
     }
     for path, content in calls.items():
-        for headers, status in ((mine | EVIL, 403), (mine, 200)):
+        for headers, status in ((cookies | EVIL, 403), (cookies, 200)):
             assert (
                 httpx.post(f"{exposed.url}{path}", headers=headers, **content).status_code == status
             ), path
-    for path in PATHS:
-        assert httpx.get(f"{exposed.url}{path}", headers=mine | EVIL).status_code == 403, path
+    for path in PRIVATE_PATHS:
+        assert httpx.get(f"{exposed.url}{path}", headers=cookies | EVIL).status_code == 403, path
 
 
-def test_a_page_of_the_network_answers_to_any_name_that_is_also_the_origin(exposed):
+def test_exposed_page_answers_any_host_that_is_the_origin(exposed):
     for headers, status in (
         ({"Host": "example.org", "Origin": "https://example.org"}, 200),
         ({"Host": "example.org:80", "Origin": "http://example.org"}, 200),
@@ -197,9 +195,9 @@ def test_a_page_of_the_network_answers_to_any_name_that_is_also_the_origin(expos
     assert Client(exposed.url, auth=("ann", "secret"), verbose=False).predict(api_name="/adapters")
 
 
-def test_a_forwarded_name_is_believed_only_when_it_is_allowed(proxied, served):
-    mine = login(proxied.url, HOST | {"X-Forwarded-Host": PROXY})
-    assert httpx.get(f"{proxied.url}config", headers=mine).json()["root"].endswith(f"//{PROXY}")
+def test_forwarded_host_must_be_allowed(proxied, served):
+    cookies = login(proxied.url, HOST | {"X-Forwarded-Host": PROXY})
+    assert httpx.get(f"{proxied.url}config", headers=cookies).json()["root"].endswith(f"//{PROXY}")
     for odd in ("evil.example", "evil.example:port", "[", "", f"{PROXY}:abc", f"{PROXY}:99999999"):
         for path in ("config", "gradio_api/info?all_endpoints=", ""):
             answer = httpx.get(f"{served.url}{path}", headers={"X-Forwarded-Host": odd})
@@ -218,27 +216,27 @@ ADDRESSES = {
 }
 
 
-def test_an_allowed_host_may_be_written_as_an_address_and_what_is_none_is_refused():
-    for text, places in ADDRESSES.items():
-        assert parse_origins(text) == {(scheme, PROXY, port) for scheme, port in places}
+def test_allowed_host_may_be_an_address():
+    for text, origins in ADDRESSES.items():
+        assert parse_origins(text) == {(scheme, PROXY, port) for scheme, port in origins}
     for text in ("https://", "", f"ftp://{PROXY}", f"{PROXY}:port"):
         with pytest.raises(UserError, match="is not a host name"):
             parse_origins(text)
 
 
-def test_a_page_holds_more_connections_than_the_usual_thousand():
+def test_connection_limit_is_raised():
     """As many that said nothing kept everybody else out."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1024), hard))
     try:
         guard.raise_connection_limit()
-        held, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raised_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert held == min(hard % 2**64, guard.MAX_CONNECTIONS)  # -1: no limit
+    assert raised_limit == min(hard % 2**64, guard.MAX_CONNECTIONS)  # -1: no limit
 
 
-def test_a_page_that_answers_late_has_started(monkeypatch):
+def test_late_page_counts_as_started(monkeypatch):
     """On a busy machine gradio gave up at the first of its questions that timed out."""
     answers = iter([False, False, True])
     monkeypatch.setattr(networking, "url_ok", lambda url: next(answers))
@@ -247,7 +245,7 @@ def test_a_page_that_answers_late_has_started(monkeypatch):
     assert list(answers) == []
 
 
-def test_an_odd_range_of_a_file_is_no_error_of_the_server(served):
+def test_odd_range_header_is_ignored(served):
     """gradio knows two numbers."""
     sent = httpx.post(f"{served.url}gradio_api/upload", files={"files": ("a.png", bytes(100))})
     file = f"{served.url}gradio_api/file={sent.json()[0]}"

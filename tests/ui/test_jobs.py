@@ -18,7 +18,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.events import wrap_errors
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.train.run_cards import render_status
-from tests.ui.conftest import recorded, wait_for
+from tests.ui.conftest import wait_for, write_run
 
 DEEP = "[" * 100_000
 SLEEPER = "print('loading', flush=True); import time; time.sleep(60)"
@@ -27,11 +27,11 @@ on_linux = pytest.mark.skipif(
 )
 
 
-def start(jobs: Jobs, mode: str = "good", name: str = "dog", **config) -> Job:
+def start_run(jobs: Jobs, mode: str = "good", name: str = "dog", **config) -> Job:
     return jobs.start(name, {"mode": mode, "output_dir": str(jobs.runs_dir / name), **config})
 
 
-def test_a_run_survives_the_server_that_started_it_and_is_the_only_one(jobs):
+def test_run_survives_its_server_and_blocks_a_second(jobs):
     """Another process starts the run and is gone; this one finds it, watches it and stops it."""
     code = (
         "import sys; from pathlib import Path; from dreambooth_moslora.ui.jobs import Jobs\n"
@@ -52,8 +52,8 @@ def test_a_run_survives_the_server_that_started_it_and_is_the_only_one(jobs):
     assert jobs.find_active_job() is None
 
 
-def test_resume_adds_the_checkpoint_to_the_same_run(jobs):
-    job = start(jobs, steps=2)
+def test_resume_continues_the_same_run(jobs):
+    job = start_run(jobs, steps=2)
     wait_for(lambda: jobs.get_state(job).state == "done")
     job = jobs.resume("dog")
     wait_for(lambda: jobs.get_state(job).state == "done")
@@ -64,8 +64,8 @@ def test_resume_adds_the_checkpoint_to_the_same_run(jobs):
     )
 
 
-def test_a_run_of_a_terminal_is_resumed_with_the_settings_that_it_kept(jobs):
-    job = start(jobs, steps=2)
+def test_terminal_run_resumes_with_its_settings(jobs):
+    job = start_run(jobs, steps=2)
     wait_for(lambda: jobs.get_state(job).state == "done")
     (job.run_dir / "job_config.json").rename(job.run_dir / "train_config.json")
     (job.run_dir / "job.json").unlink()
@@ -74,8 +74,8 @@ def test_a_run_of_a_terminal_is_resumed_with_the_settings_that_it_kept(jobs):
     assert job.settings["steps"] == 2 and len(jobs.load_metrics(job).list_events("start")) == 2
 
 
-def test_a_process_that_will_not_stop_is_killed_at_the_second_asking(jobs, monkeypatch):
-    job = start(jobs, "stubborn")
+def test_second_stop_kills_a_stubborn_process(jobs, monkeypatch):
+    job = start_run(jobs, "stubborn")
     wait_for(lambda: jobs.get_state(job).step)
     assert jobs.stop("dog").stop_requested_sec
     stopping = jobs.load_job("dog")
@@ -86,7 +86,7 @@ def test_a_process_that_will_not_stop_is_killed_at_the_second_asking(jobs, monke
     assert jobs.get_state(jobs.load_job("dog")).state == "failed"
 
 
-def loading(jobs: Jobs) -> Job:
+def start_loading(jobs: Jobs) -> Job:
     """A run that is killed by any signal."""
     jobs.script.write_text(SLEEPER)
     job = jobs.start("dog", {})
@@ -94,14 +94,14 @@ def loading(jobs: Jobs) -> Job:
     return job
 
 
-def ended(jobs: Jobs, job: Job) -> str:
+def wait_for_end(jobs: Jobs, job: Job) -> str:
     wait_for(lambda: not jobs.get_state(job).is_active)
     return jobs.get_state(job).message
 
 
-def test_a_run_that_is_stopped_while_it_starts_has_not_failed(jobs, tmp_path):
-    loading(jobs)
-    assert "stopped before training had begun" in ended(jobs, jobs.stop("dog"))
+def test_run_stopped_while_starting_is_interrupted(jobs, tmp_path):
+    start_loading(jobs)
+    assert "stopped before training had begun" in wait_for_end(jobs, jobs.stop("dog"))
     state = jobs.get_state(jobs.load_job("dog"))
     assert state.state == "interrupted" and not state.is_active
     assert "It was stopped before training had begun." in render_status(state, EventLog(tmp_path))
@@ -109,18 +109,18 @@ def test_a_run_that_is_stopped_while_it_starts_has_not_failed(jobs, tmp_path):
         jobs.stop("dog")
 
 
-def test_a_killed_process_is_told_by_the_server_that_started_it_and_by_a_later_one(jobs):
-    job = loading(jobs)
+def test_killed_run_is_reported_by_every_server(jobs):
+    job = start_loading(jobs)
     os.kill(job.pid, 9)
     for server in (jobs, Jobs(jobs.runs_dir)):
-        told = ended(server, job)
-        assert "was killed" in told and "want of memory" in told and "loading" in told
+        message = wait_for_end(server, job)
+        assert "was killed" in message and "want of memory" in message and "loading" in message
     with pytest.raises(UserError, match="dog has already ended"):
         jobs.stop("dog")
 
 
 @pytest.mark.parametrize(
-    "code, asked, log, words",
+    "code, is_stopped, log, message",
     [
         (-15, 1.0, "", "stopped before training had begun"),
         (15, 1.0, "", "stopped before training had begun"),
@@ -131,60 +131,67 @@ def test_a_killed_process_is_told_by_the_server_that_started_it_and_by_a_later_o
         (1, 0.0, "", "ended without a word"),
     ],
 )
-def test_why_a_process_is_gone_is_said_as_well_as_it_is_known(code, asked, log, words):
-    assert words in explain_ending(code, log, is_stop_requested=bool(asked))
+def test_ending_is_explained(code, is_stopped, log, message):
+    assert message in explain_ending(code, log, is_stop_requested=bool(is_stopped))
 
 
-def test_training_is_found_from_any_folder_and_takes_nothing_from_there(tmp_path, monkeypatch):
+def test_trainer_ignores_modules_in_the_current_folder(tmp_path, monkeypatch):
     (tmp_path / "dreambooth_moslora.py").write_text("raise SystemExit('the wrong program')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
     jobs = Jobs(tmp_path / "runs")
     job = jobs.start("dog", {"pretrained_model_name_or_path": "toy"})
-    assert "missing: --instance_prompt" in ended(jobs, job)
+    assert "missing: --instance_prompt" in wait_for_end(jobs, job)
 
 
 @on_linux
-def test_a_start_on_a_full_disk_is_refused_in_words(jobs):
+def test_start_on_full_disk_is_reported(jobs):
     (jobs.runs_dir / "dog").mkdir()
     (jobs.runs_dir / "dog" / "job_config.json").symlink_to("/dev/full")
     with pytest.raises(gr.Error, match="disk is full"):
         wrap_errors(jobs.start)("dog", {"a": 1})
 
 
-def test_a_process_is_known_by_its_birth_and_not_by_its_number_alone(tmp_path):
-    recorded(tmp_path / "dog", birth=read_process_start(os.getpid()))
+def test_process_is_identified_by_start_time(tmp_path):
+    write_run(tmp_path / "dog", birth=read_process_start(os.getpid()))
     job = Job.load(tmp_path / "dog")
     assert job.is_alive and not replace(job, birth="another boot 1").is_alive
 
 
-def test_while_it_starts_a_resumed_run_is_at_none_of_the_earlier_steps(tmp_path):
+def test_resumed_run_starts_at_step_zero(tmp_path):
     now = time.time()
-    job = recorded(tmp_path / "dog", birth=read_process_start(os.getpid()), began=now)
+    job = write_run(tmp_path / "dog", birth=read_process_start(os.getpid()), began=now)
     jobs = Jobs(tmp_path)
-    old = line("start", 0, 1.0) + line("step", 382, 2.0)
-    replaced(job.run_dir / "metrics.jsonl", old)
+    old = format_event("start", 0, 1.0) + format_event("step", 382, 2.0)
+    replace_text(job.run_dir / "metrics.jsonl", old)
     assert (jobs.get_state(job).state, jobs.get_state(job).step) == ("starting", 0)
-    replaced(job.run_dir / "metrics.jsonl", line("step", 200, 1.5) + line("start", 0, time.time()))
+    replace_text(
+        job.run_dir / "metrics.jsonl",
+        format_event("step", 200, 1.5) + format_event("start", 0, time.time()),
+    )
     assert (jobs.get_state(job).state, jobs.get_state(job).step) == ("running", 200)
     assert jobs.get_state(replace(job, birth="")).state == "failed"
 
 
-def test_a_run_resumed_in_the_second_of_its_end_is_starting(jobs):
+def test_run_resumed_in_the_same_second_is_starting(jobs):
     """The earlier process's last events are not the new one's."""
-    start(jobs)
+    start_run(jobs)
     wait_for(lambda: jobs.get_state(jobs.find_active_job()).step)
     jobs.stop("dog")
     wait_for(lambda: jobs.find_active_job() is None)
     now = time.time()
-    earlier = line("start", 0, now - 9) + line("step", 5, now - 0.1) + line("end", 5, now - 0.1)
-    replaced(jobs.runs_dir / "dog" / "metrics.jsonl", earlier)
+    earlier = (
+        format_event("start", 0, now - 9)
+        + format_event("step", 5, now - 0.1)
+        + format_event("end", 5, now - 0.1)
+    )
+    replace_text(jobs.runs_dir / "dog" / "metrics.jsonl", earlier)
     jobs.script.write_text("import time; time.sleep(60)")
     job = jobs.resume("dog")
     assert (jobs.get_state(job).state, jobs.get_state(job).step) == ("starting", 0)
 
 
-def test_a_run_that_ended_while_the_clock_was_put_back_is_done(tmp_path):
+def test_run_is_done_though_the_clock_was_put_back(tmp_path):
     """Its events are known by their place in the file: those behind its start are its own."""
     now = time.time()
     events = [
@@ -194,7 +201,7 @@ def test_a_run_that_ended_while_the_clock_was_put_back_is_done(tmp_path):
         {"type": "step", "time": now + 2, "step": 7},
         {"type": "end", "time": now - 3600, "state": "done"},
     ]
-    recorded(tmp_path / "dog", *events, began=now)
+    write_run(tmp_path / "dog", *events, began=now)
     (job,) = (jobs := Jobs(tmp_path)).list_jobs()
     assert (jobs.get_state(job).state, jobs.get_state(job).step, jobs.is_cut_off(job)) == (
         "done",
@@ -203,10 +210,10 @@ def test_a_run_that_ended_while_the_clock_was_put_back_is_done(tmp_path):
     )
 
 
-def test_settings_that_cannot_be_read_are_told_and_the_log_has_a_bars_last_state_and_no_empty_line(
+def test_unreadable_settings_are_reported_and_log_is_compact(
     tmp_path,
 ):
-    run = (job := recorded(tmp_path / "dog")).run_dir
+    run = (job := write_run(tmp_path / "dog")).run_dir
     (run / "job.log").write_bytes(b"loading\n\n 1%|\r 50%|\r 99%|\n\r\nsaved\n")
     assert read_log_tail(job.run_dir) == "loading\n 99%|\nsaved"
     for content in ("", "[]"):
@@ -216,8 +223,8 @@ def test_settings_that_cannot_be_read_are_told_and_the_log_has_a_bars_last_state
 
 
 @pytest.mark.parametrize("record", ["", "nonsense", "[]", "{}", '{"folder": "x"}', DEEP])
-def test_a_record_that_cannot_be_read_is_no_run(tmp_path, record):
-    (recorded(tmp_path / "dog").run_dir / "job.json").write_text(record)
+def test_unreadable_record_is_no_run(tmp_path, record):
+    (write_run(tmp_path / "dog").run_dir / "job.json").write_text(record)
     jobs = Jobs(tmp_path)
     assert jobs.list_jobs() == [] and jobs.find_active_job() is None
     with pytest.raises(UserError, match="there is no run called 'dog'"):
@@ -230,32 +237,35 @@ def metrics(tmp_path) -> EventLog:
     return EventLog(tmp_path / "run" / "metrics.jsonl")
 
 
-def line(kind: str, step: int, when: float = 0.0, **facts) -> str:
+def format_event(kind: str, step: int, when: float = 0.0, **facts) -> str:
     return json.dumps({"type": kind, "time": when, "step": step, **facts}) + "\n"
 
 
-def replaced(path, text: str) -> None:
+def replace_text(path, text: str) -> None:
     (fresh := path.with_name("fresh")).write_text(text)
     fresh.replace(path)
 
 
-def test_a_run_that_goes_on_from_an_older_checkpoint_is_read_anew_even_at_the_same_length(metrics):
+def test_replaced_metrics_are_read_again(metrics):
     for when in (1.0, 2.0):
-        metrics.path.write_text(line("step", 5, when))
+        metrics.path.write_text(format_event("step", 5, when))
         assert [e["time"] for e in metrics.refresh().refresh().events] == [when]
-    steps = [line("step", step, step) for step in range(1, 383)]
-    metrics.path.write_text(line("start", 0) + "".join(steps))
+    steps = [format_event("step", step, step) for step in range(1, 383)]
+    metrics.path.write_text(format_event("start", 0) + "".join(steps))
     assert metrics.refresh().get_last("step")["step"] == 382
-    replaced(metrics.path, line("start", 0) + "".join(steps[:200]) + line("start", 200, 500.0))
+    replace_text(
+        metrics.path,
+        format_event("start", 0) + "".join(steps[:200]) + format_event("start", 200, 500.0),
+    )
     assert (
         metrics.refresh().get_last("step")["step"] == 200 and metrics.events[-1]["type"] == "start"
     )
     with metrics.path.open("a") as file:
-        file.writelines(line("step", step, 500.0 + step) for step in range(201, 500))
+        file.writelines(format_event("step", step, 500.0 + step) for step in range(201, 500))
     assert [e["step"] for e in metrics.refresh().list_events("step")] == list(range(1, 500))
 
 
-def test_metrics_wait_for_the_rest_of_a_half_written_line_and_begin_anew_in_a_deleted_folder(
+def test_metrics_wait_for_whole_lines_and_new_folders(
     metrics,
 ):
     assert metrics.refresh().events == []
@@ -268,5 +278,7 @@ def test_metrics_wait_for_the_rest_of_a_half_written_line_and_begin_anew_in_a_de
     shutil.rmtree(metrics.path.parent)
     assert metrics.refresh().events == []
     metrics.path.parent.mkdir()
-    metrics.path.write_text("".join(line("step", step, time.time()) for step in range(1, 9)))
+    metrics.path.write_text(
+        "".join(format_event("step", step, time.time()) for step in range(1, 9))
+    )
     assert len(metrics.refresh().events) == 8

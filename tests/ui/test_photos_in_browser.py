@@ -13,7 +13,7 @@ from dreambooth_moslora.photos.photo_file import open_mask
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.ui.train.train_photos import remove_photo
 from tests.helpers import browser as web
-from tests.ui.conftest import noise_photos, toy_photos
+from tests.ui.conftest import list_toy_photos, write_noise_photos
 
 pytestmark = web.IN_BROWSER
 LONG_MS = 900_000
@@ -22,16 +22,16 @@ WIDE = (1440, 900)
 """A window; (width, height) px."""
 
 
-def test_a_run_is_trained_as_captioned_and_masked_and_queued_once_more(of_toys, browser, tmp_path):
-    runs_dir, queue = of_toys.ctx.runs_dir, RunQueue(of_toys.ctx.runs_dir)
-    with web.visit(browser, of_toys.url, size=web.DESK) as visited:
+def test_run_trains_with_captions_and_masks(toy_page, browser, tmp_path):
+    runs_dir, queue = toy_page.ctx.runs_dir, RunQueue(toy_page.ctx.runs_dir)
+    with web.visit(browser, toy_page.url, size=web.DESK) as visited:
         page = visited.page
         web.open_tab(page, "Train")
-        files = toy_photos("duck", 3)
+        files = list_toy_photos("duck", 3)
         with PIL.Image.open(files[0]) as photo:
-            left = PIL.Image.new("L", photo.size, 0)
-            left.paste(255, (0, 0, photo.width // 2, photo.height))
-        left.save(mask := tmp_path / f"{files[0].stem}.mask.png")
+            left_half = PIL.Image.new("L", photo.size, 0)
+            left_half.paste(255, (0, 0, photo.width // 2, photo.height))
+        left_half.save(mask := tmp_path / f"{files[0].stem}.mask.png")
         page.set_input_files("#photos input[type=file]", [*files, mask])
         web.says(page, "remarks", "3 photos")
         web.put(page, "class_word", "duck")
@@ -64,8 +64,8 @@ def test_a_run_is_trained_as_captioned_and_masked_and_queued_once_more(of_toys, 
     for run in ("duck", "duck-2"):
         assert (runs_dir / run / "photos" / "photo_02.txt").read_text() == "a sks duck at night"
     trained = json.loads((runs_dir / "duck" / "job_config.json").read_text())
-    words = ("instance_prompt", "class_prompt")
-    assert [trained[name] == waiting.settings[name] for name in words] == [True, True]
+    prompt_names = ("instance_prompt", "class_prompt")
+    assert [trained[name] == waiting.settings[name] for name in prompt_names] == [True, True]
     events = map(json.loads, (runs_dir / "duck" / "metrics.jsonl").read_text().splitlines())
     used = build_photo_report(
         TrainConfig.from_dict(next(event["config"] for event in events if event["type"] == "start"))
@@ -79,7 +79,7 @@ def test_a_run_is_trained_as_captioned_and_masked_and_queued_once_more(of_toys, 
     assert white[:, :half].all() and not white[:, half:].any()
 
 
-def captions(page) -> list[str]:
+def list_captions(page) -> list[str]:
     count = page.locator("#crops .photo").count()
     return [web.caption(page, number) for number in range(1, count + 1)]
 
@@ -107,25 +107,23 @@ def has_all_in_view(page) -> bool:
     )
 
 
-def test_ten_photos_the_word_and_start_are_in_view(of_toys, browser):
-    with web.visit(browser, of_toys.url, size=WIDE) as visited:
-        open_train_tab(visited.page, [*toy_photos("duck", 5), *toy_photos("rocket", 5)])
+def test_ten_photos_and_start_fit_the_window(toy_page, browser):
+    with web.visit(browser, toy_page.url, size=WIDE) as visited:
+        open_train_tab(visited.page, [*list_toy_photos("duck", 5), *list_toy_photos("rocket", 5)])
         assert has_all_in_view(visited.page) and not visited.errors
 
 
-def test_an_upright_crop_is_seen_whole(of_toys, browser, tmp_path):
+def test_upright_crop_is_shown_whole(toy_page, browser, tmp_path):
     """It was cut to a square, without the head."""
     PIL.Image.new("RGB", (128, 256), "red").save(tmp_path / "a.png")
-    with web.visit(browser, of_toys.url) as visited:
+    with web.visit(browser, toy_page.url) as visited:
         open_train_tab(visited.page, [tmp_path / "a.png"])
-        shown = "getComputedStyle(document.querySelector('#crops .photo img')).objectFit"
-        assert visited.page.evaluate(shown) == "contain" and not visited.errors
+        fit_script = "getComputedStyle(document.querySelector('#crops .photo img')).objectFit"
+        assert visited.page.evaluate(fit_script) == "contain" and not visited.errors
 
 
-def test_nothing_typed_is_lost_by_a_photo_more_or_less_on_another_page_too(
-    served, browser, tmp_path, started
-):
-    files = noise_photos(tmp_path, 15)
+def test_captions_survive_added_and_removed_photos(served, browser, tmp_path, started):
+    files = write_noise_photos(tmp_path, 15)
     with web.visit(browser, served.url, size=web.PHONE) as visited:
         page = visited.page
         web.open_tab(page, "Train")
@@ -141,18 +139,20 @@ def test_nothing_typed_is_lost_by_a_photo_more_or_less_on_another_page_too(
         web.press(page, "Remove: photo 1")
         web.says(page, "remarks", "14 photos")
         page.wait_for_function("document.querySelectorAll('#crops img').length === 14")
-        wanted = ["the second in two lines", *[""] * 11, "the fourteenth and more", "the last"]
-        assert captions(page) == wanted
+        expected = ["the second in two lines", *[""] * 11, "the fourteenth and more", "the last"]
+        assert list_captions(page) == expected
         web.open_tab(page, "Generate")
         web.open_tab(page, "Train")
-        assert captions(page) == wanted
+        assert list_captions(page) == expected
         visited.reload()
         web.open_tab(page, "Train")
         page.wait_for_function("document.querySelectorAll('#crops img').length === 14")
-        assert captions(page) == wanted
+        assert list_captions(page) == expected
         web.write_caption(page, 14, "")
-        kept = served.ctx.workspace
-        remove_photo(kept, hash_file(kept.photos_dir / "photo_12.png"))  # as another page does
+        workspace = served.ctx.workspace
+        remove_photo(
+            workspace, hash_file(workspace.photos_dir / "photo_12.png")
+        )  # as another page does
         web.put(page, "class_word", "dog")
         page.click("#start")
         web.says(page, "cost", "“a photo of a sks dog” will show your subject.")
@@ -161,18 +161,18 @@ def test_nothing_typed_is_lost_by_a_photo_more_or_less_on_another_page_too(
     folder = Path(config["instance_data_dir"])
     texts = {file.name: file.read_text() for file in folder.glob("*.txt")}
     assert (
-        texts == {"photo_01.txt": wanted[0], "photo_12.txt": wanted[12]}
+        texts == {"photo_01.txt": expected[0], "photo_12.txt": expected[12]}
         and len(list(folder.glob("*.png"))) == 13
     )
 
 
-def test_a_mistake_is_told_below_the_buttons(served, browser, tmp_path):
+def test_mistake_is_shown_below_the_buttons(served, browser, tmp_path):
     with web.visit(browser, served.url) as visited:
         page = visited.page
         web.open_tab(page, "Train")
         page.click("#start")
         web.says(page, "cost", "Add some photos of your subject first")
-        page.set_input_files("#photos input[type=file]", noise_photos(tmp_path, 3))
+        page.set_input_files("#photos input[type=file]", write_noise_photos(tmp_path, 3))
         web.says(page, "remarks", "3 photos")
         page.click("#start")
         web.says(page, "cost", "The word for what the photos show (such as dog) is missing")

@@ -22,7 +22,7 @@ from dreambooth_moslora.ui.train.train_start import add_to_queue, start_run
 from tests.helpers.tiny_training import paint_photos
 from tests.ui.conftest import wait_for
 
-TURNS = """
+RUN_QUEUE_SCRIPT = """
 import sys, time
 from pathlib import Path
 from dreambooth_moslora.ui.jobs import Jobs, QueueRunner
@@ -39,11 +39,11 @@ def queue(tmp_path) -> RunQueue:
 
 
 @pytest.fixture
-def turns(jobs) -> QueueRunner:
+def runner(jobs) -> QueueRunner:
     return QueueRunner(jobs)
 
 
-def added(queue: RunQueue, name: str, **settings) -> QueuedRun:
+def add_run(queue: RunQueue, name: str, **settings) -> QueuedRun:
     """A run of the stand-in for the trainer, of two steps."""
     (queue.runs_dir / name).mkdir()
     settings = {"mode": "good", "steps": 2, "output_dir": str(queue.runs_dir / name)} | settings
@@ -52,85 +52,85 @@ def added(queue: RunQueue, name: str, **settings) -> QueuedRun:
     return run
 
 
-def names(queue: RunQueue) -> list[str]:
+def list_names(queue: RunQueue) -> list[str]:
     return [run.name for run in queue.list_waiting()]
 
 
-def endings(queue: RunQueue) -> dict[str, str]:
+def map_end_states(queue: RunQueue) -> dict[str, str]:
     return {event["name"]: event["state"] for event in queue.list_ended()}
 
 
-def trained(turns: QueueRunner) -> dict[str, str]:
+def run_queue(runner: QueueRunner) -> dict[str, str]:
     def is_empty() -> bool:
-        turns.run_next()
-        return turns.is_empty
+        runner.run_next()
+        return runner.is_empty
 
     wait_for(is_empty)
-    return endings(turns.queue)
+    return map_end_states(runner.queue)
 
 
-def starts_of(queue: RunQueue, name: str) -> list[dict]:
+def list_starts(queue: RunQueue, name: str) -> list[dict]:
     lines = (queue.runs_dir / name / "metrics.jsonl").read_text().splitlines()
     return [event for event in map(json.loads, lines) if event["type"] == "start"]
 
 
-def test_the_order_is_on_the_disk(queue):
+def test_order_is_on_disk(queue):
     for name in "abcd":
-        added(queue, name)
-    assert names(RunQueue(queue.runs_dir)) == ["a", "b", "c", "d"]
-    for call, words in (
+        add_run(queue, name)
+    assert list_names(RunQueue(queue.runs_dir)) == ["a", "b", "c", "d"]
+    for call, message in (
         (lambda: queue.remove("zz"), "waits in the queue"),
         (lambda: queue.add(QueuedRun("a")), "a is in the queue already"),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             call()
 
 
-def test_a_removed_run_takes_its_new_folder_along_but_nothing_that_was_trained(queue):
+def test_removing_deletes_only_untrained_folders(queue):
     for name in ("new", "trained"):
-        added(queue, name)
+        add_run(queue, name)
     (queue.runs_dir / "trained" / "metrics.jsonl").write_text("")
     for name in ("new", "trained"):
         queue.remove(name)
     assert {path.name for path in queue.runs_dir.iterdir()} == {".queue", "trained"}
-    assert names(queue) == []
+    assert list_names(queue) == []
 
 
-def test_runs_are_trained_in_their_order_and_a_bad_one_fails_alone(turns):
+def test_runs_train_in_order_and_a_bad_one_fails_alone(runner):
     for name, mode in (("cat", "good"), ("bad", "crash")):
-        added(turns.queue, name, mode=mode)
-    (turns.queue.folder / "waiting" / "torn.json").write_text('{"name": "to')
-    added(turns.queue, "dog")
-    states = trained(turns)
+        add_run(runner.queue, name, mode=mode)
+    (runner.queue.folder / "waiting" / "torn.json").write_text('{"name": "to')
+    add_run(runner.queue, "dog")
+    states = run_queue(runner)
     assert [name for name in states if name != "torn"] == ["cat", "bad", "dog"]
     assert states == dict.fromkeys(("dog", "cat"), "done") | dict.fromkeys(
         ("bad", "torn"), "failed"
     )
-    words = {event["name"]: event["message"] for event in turns.queue.list_ended()}
-    assert words["bad"] == "error: the photos are gone" and "cannot be read" in words["torn"]
-    assert starts_of(turns.queue, "cat")[0]["time"] < starts_of(turns.queue, "dog")[0]["time"]
+    messages = {event["name"]: event["message"] for event in runner.queue.list_ended()}
+    assert messages["bad"] == "error: the photos are gone" and "cannot be read" in messages["torn"]
+    assert list_starts(runner.queue, "cat")[0]["time"] < list_starts(runner.queue, "dog")[0]["time"]
 
 
-def test_the_page_trains_on_after_the_folder_of_runs_was_deleted(turns, monkeypatch):
+def test_queue_survives_a_deleted_runs_folder(runner, monkeypatch):
     """Its thread ended, and whatever was queued later waited until the page was started again."""
     monkeypatch.setattr("dreambooth_moslora.ui.jobs.TURN_SEC", 0.01)
-    turns.queue.runs_dir.rmdir()
-    (thread := threading.Thread(target=turns.run_forever, daemon=True)).start()
+    runner.queue.runs_dir.rmdir()
+    (thread := threading.Thread(target=runner.run_forever, daemon=True)).start()
     thread.join(0.1)
-    turns.queue.runs_dir.mkdir()
-    added(turns.queue, "dog")
-    wait_for(lambda: endings(turns.queue) == {"dog": "done"}, 20)
+    runner.queue.runs_dir.mkdir()
+    add_run(runner.queue, "dog")
+    wait_for(lambda: map_end_states(runner.queue) == {"dog": "done"}, 20)
 
 
-def test_two_processes_never_start_the_same_run(jobs):
+def test_two_processes_never_start_one_run(jobs):
     queue = RunQueue(jobs.runs_dir)
     for name in ("a", "b", "c"):
-        added(queue, name, steps=1)
-    command = [sys.executable, "-c", TURNS, str(jobs.runs_dir), str(jobs.script)]
+        add_run(queue, name, steps=1)
+    command = [sys.executable, "-c", RUN_QUEUE_SCRIPT, str(jobs.runs_dir), str(jobs.script)]
     processes = [subprocess.Popen(command) for _ in range(2)]
     assert [process.wait(60) for process in processes] == [0, 0]
-    assert endings(queue) == dict.fromkeys("abc", "done") and len(queue.list_ended()) == 3
-    assert [len(starts_of(queue, name)) for name in "abc"] == [1, 1, 1]
+    assert map_end_states(queue) == dict.fromkeys("abc", "done") and len(queue.list_ended()) == 3
+    assert [len(list_starts(queue, name)) for name in "abc"] == [1, 1, 1]
 
 
 def make_checkpoint(run_dir: Path) -> Path:
@@ -140,19 +140,19 @@ def make_checkpoint(run_dir: Path) -> Path:
     return checkpoint
 
 
-def goes_on(jobs: Jobs) -> bool:
+def has_resumed(jobs: Jobs) -> bool:
     config = json.loads((jobs.runs_dir / "dog" / "job_config.json").read_text())
     return config.get("resume_from_checkpoint") == "latest"
 
 
-def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint_though_the_clock_was_put_back(jobs):
+def test_killed_run_resumes_from_its_own_checkpoint(jobs):
     """One that was there before its turn is of another run, which took its folder."""
     queue, first = RunQueue(jobs.runs_dir), QueueRunner(jobs)
-    added(queue, "dog", steps=500)
-    added(queue, "cat")
+    add_run(queue, "dog", steps=500)
+    add_run(queue, "cat")
     checkpoint = make_checkpoint(jobs.runs_dir / "dog")
     first.run_next()
-    assert not goes_on(jobs)
+    assert not has_resumed(jobs)
     job = wait_for(lambda: jobs.find_active_job())
     wait_for(lambda: jobs.get_state(job).step)
     checkpoint.touch()
@@ -160,43 +160,45 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint_though_the_clock_was
     later = QueueRunner(Jobs(jobs.runs_dir, jobs.script))  # the page or the command, started again
     wait_for(lambda: jobs.find_active_job() is None)
     later.run_next()
-    assert goes_on(jobs) and later.find_started_run().killed == 0 and names(queue) == ["cat"]
+    assert (
+        has_resumed(jobs) and later.find_started_run().killed == 0 and list_names(queue) == ["cat"]
+    )
     again = wait_for(lambda: later.jobs.find_active_job())
-    wait_for(lambda: len(starts_of(queue, "dog")) == 2)
+    wait_for(lambda: len(list_starts(queue, "dog")) == 2)
     os.utime(checkpoint, (0, 0))
     os.kill(again.pid, 15)  # as when the machine goes down: nobody asked for the end of this run
     wait_for(lambda: later.jobs.find_active_job() is None)
     later.run_next()
-    assert goes_on(jobs) and later.find_started_run().name == "dog"
-    wait_for(lambda: len(starts_of(queue, "dog")) == 3)
+    assert has_resumed(jobs) and later.find_started_run().name == "dog"
+    wait_for(lambda: len(list_starts(queue, "dog")) == 3)
     later.jobs.stop("dog")  # now somebody does
-    assert trained(later) == {"dog": "interrupted", "cat": "done"}
+    assert run_queue(later) == {"dog": "interrupted", "cat": "done"}
 
 
-def test_a_run_that_is_killed_again_and_again_fails_and_the_next_begins(turns):
-    turns.jobs.script.write_text("import os; os.kill(os.getpid(), 9)")
-    added(turns.queue, "big")
-    assert trained(turns) == {"big": "failed"}
-    assert f"killed {MAX_KILLS} times" in turns.queue.list_ended()[0]["message"]
+def test_repeatedly_killed_run_fails(runner):
+    runner.jobs.script.write_text("import os; os.kill(os.getpid(), 9)")
+    add_run(runner.queue, "big")
+    assert run_queue(runner) == {"big": "failed"}
+    assert f"killed {MAX_KILLS} times" in runner.queue.list_ended()[0]["message"]
 
 
-def test_nothing_is_started_beside_a_run(jobs, turns):
-    added(turns.queue, "dog")
+def test_queue_waits_for_an_active_run(jobs, runner):
+    add_run(runner.queue, "dog")
     jobs.start("cat", {"mode": "good", "output_dir": str(jobs.runs_dir / "cat"), "steps": 2})
-    turns.run_next()
-    assert names(turns.queue) == ["dog"]
+    runner.run_next()
+    assert list_names(runner.queue) == ["dog"]
     wait_for(lambda: jobs.find_active_job() is None)
-    assert trained(turns) == {"dog": "done"}
+    assert run_queue(runner) == {"dog": "done"}
 
 
 FORM = TrainForm("sks", "dog")
 
 
 @pytest.fixture
-def page(jobs, turns, workspace):
+def page(jobs, runner, workspace):
     """What the tab's actions know."""
     return SimpleNamespace(
-        queue=turns, base_name="toy", resolution_px=128, jobs=jobs, workspace=workspace
+        queue=runner, base_name="toy", resolution_px=128, jobs=jobs, workspace=workspace
     )
 
 
@@ -208,34 +210,34 @@ def workspace(workspace):
     return workspace
 
 
-def test_the_page_adds_and_shows_runs_also_those_of_the_command(page):
+def test_page_adds_and_lists_queued_runs(page):
     queue, runs_dir = page.queue.queue, page.jobs.runs_dir
     assert add_to_queue(page, FORM)[0] == "dog"
     name, card = add_to_queue(page, replace(FORM, steps=7))
     assert name == "dog-2" and "dog-2 waits, number 2 in the queue" in card
     assert len(list((runs_dir / "dog-2" / "photos").iterdir())) == 2
-    added(queue, "bear")
-    shown = list_queue_changes(page, None, None)
-    words = ["1 · dog", "2 · dog-2", "3 · bear"]
-    assert shown["queued"].choices == list(zip(words, ("dog", "dog-2", "bear")))
-    assert shown["queue_box"].visible
-    assert list_queue_changes(page, None, shown["queue_seen"]) == {}
+    add_run(queue, "bear")
+    changes = list_queue_changes(page, None, None)
+    labels = ["1 · dog", "2 · dog-2", "3 · bear"]
+    assert changes["queued"].choices == list(zip(labels, ("dog", "dog-2", "bear")))
+    assert changes["queue_box"].visible
+    assert list_queue_changes(page, None, changes["queue_seen"]) == {}
     with pytest.raises(UserError, match="Add to queue"):
         start_run(page, FORM)
-    for run in names(queue):
+    for run in list_names(queue):
         queue.remove(run)
     assert not list_queue_changes(page, None, None)["queue_box"].visible
     assert [path.name for path in runs_dir.iterdir()] == [".queue"]
 
 
-def test_the_page_turns_to_the_run_whose_turn_has_come_and_once(page):
+def test_page_selects_a_starting_run_once(page):
     """Whoever looked at an older run was taken away from it, with its buttons, whenever anybody
     changed the queue."""
-    added(page.queue.queue, "dog", steps=500)
+    add_run(page.queue.queue, "dog", steps=500)
     page.queue.run_next()
     wait_for(page.jobs.find_active_job)
-    shown = list_queue_changes(page, "old", None)
-    assert shown["run"] == "dog"
-    added(page.queue.queue, "bear")
-    again = list_queue_changes(page, "old", shown["queue_seen"])
+    changes = list_queue_changes(page, "old", None)
+    assert changes["run"] == "dog"
+    add_run(page.queue.queue, "bear")
+    again = list_queue_changes(page, "old", changes["queue_seen"])
     assert "bear" in str(again["queued"].choices) and "run" not in again

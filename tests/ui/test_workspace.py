@@ -26,7 +26,7 @@ from dreambooth_moslora.ui.workspace import (
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_history_forgets_the_oldest_with_its_file(tmp_path, workspace):
+def test_full_history_deletes_the_oldest_file(tmp_path, workspace):
     for number in range(HISTORY_LENGTH + 5):
         (path := tmp_path / f"{number}.png").write_bytes(b"x")
         workspace.add_to_history(SavedImage(path, str(number)))
@@ -34,27 +34,25 @@ def test_the_history_forgets_the_oldest_with_its_file(tmp_path, workspace):
     assert len(list(tmp_path.glob("*.png"))) == HISTORY_LENGTH
 
 
-def test_what_was_shown_long_ago_is_deleted(workspace):
+def test_old_files_are_deleted(workspace):
     """Gradio deletes nothing of a session's own components, which are all after a first update."""
-    (shown := workspace.root / GRADIO_FOLDER / "digest" / "a.png").parent.mkdir(parents=True)
-    shown.write_bytes(b"x")
+    (file := workspace.root / GRADIO_FOLDER / "digest" / "a.png").parent.mkdir(parents=True)
+    file.write_bytes(b"x")
     workspace.delete_old(3600)
-    assert shown.exists()
+    assert file.exists()
     workspace.delete_old(-1)
-    assert not shown.exists()
+    assert not file.exists()
 
 
-@pytest.mark.parametrize("rest", ["²", f"{'9' * 40}-left", "notes"])
-def test_a_folder_that_any_user_named_like_a_server_s_is_kept_and_does_not_stop_the_page(
-    rest, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("suffix", ["²", f"{'9' * 40}-left", "notes"])
+def test_similar_folder_names_are_kept(suffix, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    (tmp_path / f"moslora-app-{rest}").mkdir()
+    (tmp_path / f"moslora-app-{suffix}").mkdir()
     create_workspace().close()
-    assert [path.name for path in tmp_path.iterdir()] == [f"moslora-app-{rest}"]
+    assert [path.name for path in tmp_path.iterdir()] == [f"moslora-app-{suffix}"]
 
 
-def test_a_page_in_another_container_keeps_its_photos(tmp_path, monkeypatch):
+def test_page_in_another_container_keeps_its_photos(tmp_path, monkeypatch):
     """Its process is not seen: the second page deleted the first one's photos. The name of no
     process that runs here stands for another namespace's."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
@@ -74,7 +72,7 @@ def test_a_page_in_another_container_keeps_its_photos(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_nothing_that_was_sent_outlives_the_server(tmp_path, free_port, number):
+def test_uploads_do_not_outlive_the_server(tmp_path, free_port, number):
     """After a kill the next start clears it away."""
     tmp = tmp_path / "tmp"
     environment = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"}
@@ -113,26 +111,26 @@ def test_nothing_that_was_sent_outlives_the_server(tmp_path, free_port, number):
     ]
 
 
-def test_a_large_photo_becomes_a_copy_of_the_largest_side(tmp_path):
+def test_large_photo_is_downscaled(tmp_path):
     PIL.Image.new("L", (MAX_SIDE_PX + 8, MAX_SIDE_PX + 8)).save(tmp_path / "large.jpg")
     copy_photos([str(tmp_path / "large.jpg")], tmp_path / "photos")
-    with PIL.Image.open(tmp_path / "photos" / "photo_01.png") as taken:
-        assert taken.size == (MAX_SIDE_PX, MAX_SIDE_PX)
+    with PIL.Image.open(tmp_path / "photos" / "photo_01.png") as copy:
+        assert copy.size == (MAX_SIDE_PX, MAX_SIDE_PX)
 
 
-def test_a_large_rotated_picture_with_a_palette_stands_upright_and_keeps_its_colours(tmp_path):
+def test_rotated_palette_image_becomes_upright(tmp_path):
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     picture = PIL.Image.new("RGB", (MAX_SIDE_PX + 400, 90), "red")
     picture.paste("blue", (0, 0, 400, 90))
     picture.quantize(4).save(tmp_path / "a.png", exif=exif)
     copy_photos([str(tmp_path / "a.png")], tmp_path / "photos")
-    with PIL.Image.open(tmp_path / "photos" / "photo_01.png") as taken:
-        assert taken.size[1] == MAX_SIDE_PX > taken.size[0]
-        assert (taken.getpixel((9, 9)), taken.getpixel((9, 4000))) == ((0, 0, 255), (255, 0, 0))
+    with PIL.Image.open(tmp_path / "photos" / "photo_01.png") as copy:
+        assert copy.size[1] == MAX_SIDE_PX > copy.size[0]
+        assert (copy.getpixel((9, 9)), copy.getpixel((9, 4000))) == ((0, 0, 255), (255, 0, 0))
 
 
-def test_masks_of_any_image_format_go_with_their_photos_and_are_no_photos(tmp_path):
+def test_masks_of_any_format_follow_their_photos(tmp_path):
     for name, colour in (("a.jpg", "red"), ("b.png", "blue"), ("d.png", "green")):
         PIL.Image.new("RGB", (96, 64), colour).save(tmp_path / name)
     for name in ("b.Mask.PNG", "c.mask.png"):

@@ -25,18 +25,18 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-def config_of(photos, base: str = "toy", **values) -> TrainConfig:
+def build_config(photos, base: str = "toy", **values) -> TrainConfig:
     form = TrainForm(**DOG | values)
     return TrainConfig.from_dict(
         form.choose_settings(base, 128, photos, photos.parent / "run").all_settings
     )
 
 
-def values_in(config: TrainConfig, *names: str) -> list:
+def get_values(config: TrainConfig, *names: str) -> list:
     return [getattr(config, name) for name in names]
 
 
-def test_prompts_follow_from_two_words_and_the_run_from_both(photos):
+def test_prompts_and_settings_follow_from_the_words(photos):
     assert TrainForm(" sks ", "guinea  pig").build_prompts("toy") == (
         "a photo of a sks guinea pig",
         "a photo of a guinea pig",
@@ -51,8 +51,8 @@ def test_prompts_follow_from_two_words_and_the_run_from_both(photos):
     config = TrainConfig.from_dict(
         form.choose_settings("toy", 128, photos, photos.parent / "run").all_settings
     )
-    assert values_in(config, "token", "masks", "prior_loss_weight") == ["ink", "given", 1.0]
-    config = config_of(photos)
+    assert get_values(config, "token", "masks", "prior_loss_weight") == ["ink", "given", 1.0]
+    config = build_config(photos)
     assert (config.instance_prompt, config.class_prompt) == (
         "a photo of a sks dog",
         "a photo of a dog",
@@ -60,49 +60,47 @@ def test_prompts_follow_from_two_words_and_the_run_from_both(photos):
     assert (config.exposures_per_photo, config.max_train_steps, config.masks) == (384, None, "auto")
 
 
-def test_each_setting_of_the_form_arrives_in_the_config(photos):
+def test_form_fields_reach_the_config(photos):
     form = {"rank": 3, "learning_rate": 0.5, "mixer": "none", "seed": 9, "unmasked_weight": 0}
-    config = config_of(photos, steps=7, **form)
+    config = build_config(photos, steps=7, **form)
     assert {name: getattr(config, name) for name in form} == form
-    assert values_in(config, "max_train_steps", "exposures_per_photo", "evaluate_steps") == [
+    assert get_values(config, "max_train_steps", "exposures_per_photo", "evaluate_steps") == [
         7,
         None,
         1,
     ]
     for preset, exposures in (("quick", 192), ("thorough", 768)):
-        assert config_of(photos, preset=preset).exposures_per_photo == exposures
-    assert config_of(photos, prior_weight=4).prior_loss_weight == 4
+        assert build_config(photos, preset=preset).exposures_per_photo == exposures
+    assert build_config(photos, prior_weight=4).prior_loss_weight == 4
     names = ("with_prior_preservation", "class_prompt", "prior_prompts")
-    free = config_of(photos, prior_preservation=False)
-    assert values_in(free, *names) == [False, None, ()]
-    assert [config_of(photos, make_captions=made).captions for made in (False, True)] == [
+    free = build_config(photos, prior_preservation=False)
+    assert get_values(free, *names) == [False, None, ()]
+    assert [build_config(photos, make_captions=is_on).captions for is_on in (False, True)] == [
         "given",
         "auto",
     ]
-    assert config_of(photos).token is None and TrainForm("sks", "dog").make_captions is False
+    assert build_config(photos).token is None and TrainForm("sks", "dog").make_captions is False
 
 
 @pytest.mark.parametrize("base, usual", [("toy", True), ("owner/sdxl", False)])
-def test_masks_and_scores_are_chosen_by_the_base_unless_the_form_says_so(
-    photos, monkeypatch, base, usual
-):
+def test_base_decides_masks_and_scores_by_default(photos, monkeypatch, base, usual):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(photos.parent))
     for value in (None, True, False):
-        config = config_of(photos, base, make_masks=value, scores=value)
-        wanted = usual if value is None else value
-        assert (config.masks == "auto", bool(config.evaluate_steps)) == (wanted, wanted)
-        said = dict(
+        config = build_config(photos, base, make_masks=value, scores=value)
+        expected = usual if value is None else value
+        assert (config.masks == "auto", bool(config.evaluate_steps)) == (expected, expected)
+        notes = dict(
             TrainForm("sks", "dog", make_masks=value, scores=value)
             .choose_settings(base, 128, photos, photos)
             .notes
         )
-        reasons = {words.partition(":")[0] for words in said}
-        assert ("masks" in reasons) == (wanted == usual) and ("scores" in reasons) == (
-            wanted or not usual
+        reasons = {note.partition(":")[0] for note in notes}
+        assert ("masks" in reasons) == (expected == usual) and ("scores" in reasons) == (
+            expected or not usual
         )
 
 
-def test_every_row_fills_an_existing_setting_within_its_bounds():
+def test_every_row_fills_an_existing_setting():
     for name, row in list_form_fields().items():
         assert not row.setting or row.setting in SETTINGS, name
         assert not row.values or row.default in row.values, name
@@ -121,13 +119,13 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("values, words", REFUSED)
-def test_a_form_that_makes_no_sense_is_refused_in_words(toys, values, words):
-    with pytest.raises(UserError, match=words) as told:
-        config_of(toys.photos_dir, **values)
-    assert str(told.value).encode()
+@pytest.mark.parametrize("values, message", REFUSED)
+def test_senseless_form_is_refused(toys, values, message):
+    with pytest.raises(UserError, match=message) as error:
+        build_config(toys.photos_dir, **values)
+    assert str(error.value).encode()
 
 
-def test_photos_of_which_none_can_be_used_are_told(tmp_path):
+def test_unusable_photos_are_reported(tmp_path):
     with pytest.raises(UserError, match="none of the photos can be used"):
-        config_of(tmp_path)
+        build_config(tmp_path)

@@ -37,21 +37,21 @@ TOYS = get_assets_folder() / "subjects" / "rocket"
 ROCKET = TrainForm("sks", "rocket")
 
 
-def config_of(workspace, form: TrainForm = ROCKET, base: str = "toy", **values) -> TrainConfig:
+def build_config(workspace, form: TrainForm = ROCKET, base: str = "toy", **values) -> TrainConfig:
     form = replace(form, **values)
     return TrainConfig.from_dict(
         form.choose_settings(base, 128, workspace.photos_dir, workspace.root / "run").all_settings
     )
 
 
-def pixels(picture: PIL.Image.Image) -> np.ndarray:
+def to_array(picture: PIL.Image.Image) -> np.ndarray:
     return np.asarray(picture)
 
 
-def test_photos_are_numbered_as_they_are_taken_and_each_fault_is_told(tmp_path, workspace):
+def test_photos_are_numbered_and_faults_reported(tmp_path, workspace):
     def noise(seed: int, side: int = 160) -> PIL.Image.Image:
-        pixels = np.random.default_rng(seed).integers(0, 255, (side, side + 8, 3), dtype=np.uint8)
-        return PIL.Image.fromarray(pixels)
+        to_array = np.random.default_rng(seed).integers(0, 255, (side, side + 8, 3), dtype=np.uint8)
+        return PIL.Image.fromarray(to_array)
 
     turned = PIL.Image.Exif()
     turned[0x0112] = 6
@@ -64,7 +64,7 @@ def test_photos_are_numbered_as_they_are_taken_and_each_fault_is_told(tmp_path, 
     names = ("letter.jpg", "turned.png", "good.png", "twin.png", "soft.png", "tiny.png")
     ctx = SimpleNamespace(resolution_px=64, base_name="some/base", workspace=workspace)
     files = [str(tmp_path / name) for name in names]
-    found = build_review(ctx, ROCKET, copy_photos(files, workspace.photos_dir))
+    review = build_review(ctx, ROCKET, copy_photos(files, workspace.photos_dir))
     assert [p.name for p in sorted(workspace.photos_dir.iterdir())] == [
         f"photo_0{n}.png" for n in range(1, 6)
     ]
@@ -73,12 +73,12 @@ def test_photos_are_numbered_as_they_are_taken_and_each_fault_is_told(tmp_path, 
         "photo 3: near-duplicate of photo_02",
         "photo 4: blurred",
     )
-    for words in (*faults, "photo 5: too small", "only 2 of 5 photos are"):
-        assert words in found.remarks, (words, found.remarks)
-    assert [caption == "good" for _, caption in found.crops] == [True, True, False, False, False]
+    for remark in (*faults, "photo 5: too small", "only 2 of 5 photos are"):
+        assert remark in review.remarks, (remark, review.remarks)
+    assert [caption == "good" for _, caption in review.crops] == [True, True, False, False, False]
 
 
-def drawn(folder, *seeds: int) -> list[str]:
+def write_noise_files(folder, *seeds: int) -> list[str]:
     """Files of noise, whose names are their seeds."""
     files = [folder / f"{seed}.png" for seed in seeds]
     for seed, file in zip(seeds, files):
@@ -88,23 +88,21 @@ def drawn(folder, *seeds: int) -> list[str]:
     return list(map(str, files))
 
 
-def colours(workspace) -> list[int]:
+def list_colours(workspace) -> list[int]:
     return [
         open_rgb(photo).getpixel((0, 0))
         for photo in find_photos(workspace.photos_dir, "", 64).photos
     ]
 
 
-def test_added_photos_come_after_the_others_equal_ones_count_once_and_a_removed_one_leaves_no_gap(
-    tmp_path, workspace
-):
-    first, second, third = drawn(tmp_path, 1, 2, 3)
+def test_photos_are_added_deduplicated_and_removed(tmp_path, workspace):
+    first, second, third = write_noise_files(tmp_path, 1, 2, 3)
     PIL.Image.new("L", (80, 90), 255).save(tmp_path / "3.mask.png")
     (broken := tmp_path / "4.png").write_text("hello")
     assert add_photos([first, second], workspace) == []
-    (told,) = add_photos([third, str(tmp_path / "3.mask.png"), first, str(broken)], workspace)
-    assert told.startswith("4.png: broken")
-    before = colours(workspace)
+    (remark,) = add_photos([third, str(tmp_path / "3.mask.png"), first, str(broken)], workspace)
+    assert remark.startswith("4.png: broken")
+    before = list_colours(workspace)
     with pytest.raises(UserError, match="none of the files is a usable photo"):
         add_photos([str(broken)], workspace)
     with pytest.raises(UserError, match="51 photos are too many"):
@@ -117,51 +115,53 @@ def test_added_photos_come_after_the_others_equal_ones_count_once_and_a_removed_
     remove_photo(workspace, "0" * 64)
     remove_photo(workspace, hash_file(workspace.photos_dir / "photo_02.png"))
     assert (
-        colours(workspace) == [before[0], before[2]]
+        list_colours(workspace) == [before[0], before[2]]
         and (workspace.photos_dir / "photo_02.mask.png").is_file()
     )
 
 
-def test_a_caption_is_kept_beside_its_photo_and_moves_up_with_it(tmp_path, workspace, tab):
+def test_caption_follows_its_photo(tmp_path, workspace, tab):
     PIL.Image.new("RGB", (9, 9), "red").save(tmp_path / "tiny.png")
-    add_photos([str(tmp_path / "tiny.png"), *drawn(tmp_path, 1, 2)], workspace)
-    tiny, one, two = map(hash_file, list_photo_copies(workspace.photos_dir))
-    write_captions(workspace, [["../../x", "a"], ["", "a"], [one, " on a \n beach"], [two, HALF]])
+    add_photos([str(tmp_path / "tiny.png"), *write_noise_files(tmp_path, 1, 2)], workspace)
+    tiny, first, second = map(hash_file, list_photo_copies(workspace.photos_dir))
+    write_captions(
+        workspace, [["../../x", "a"], ["", "a"], [first, " on a \n beach"], [second, HALF]]
+    )
     # A photo that is not used has a row, too.
-    found = build_review(tab, ROCKET)
-    used = [remark.partition(":")[0] for _, remark in found.crops]
+    review = build_review(tab, ROCKET)
+    used = [remark.partition(":")[0] for _, remark in review.crops]
     assert used[:2] == ["not used", "too small for the resolution"]
     remove_photo(workspace, tiny)
-    told = [(card["photo"], card["caption"]) for card in build_cards(build_review(tab, ROCKET))]
-    assert told == [(one, "on a beach"), (two, "a ?")]
-    write_captions(workspace, [[one, ""]])
+    captions = [(card["photo"], card["caption"]) for card in build_cards(build_review(tab, ROCKET))]
+    assert captions == [(first, "on a beach"), (second, "a ?")]
+    write_captions(workspace, [[first, ""]])
     texts = [file.relative_to(workspace.photos_dir) for file in tmp_path.rglob("*.txt")]
     assert list(map(str, texts)) == ["photo_02.txt"]
 
 
 @pytest.mark.parametrize("base, seed", [("toy", 0), ("toy", 7), ("some/base", 7)])
-def test_the_crops_shown_are_those_of_the_very_run(tmp_path, workspace, base, seed):
+def test_shown_crops_equal_the_runs(tmp_path, workspace, base, seed):
     x, y = np.meshgrid(np.arange(400) % 256, np.arange(200))
     PIL.Image.fromarray(np.stack([x, y, x], 2).astype(np.uint8)).save(tmp_path / "wide.png")
     ctx = SimpleNamespace(resolution_px=128, base_name=base, workspace=workspace)
     copy_photos([str(tmp_path / "wide.png")], workspace.photos_dir)
-    found = build_review(ctx, TrainForm(seed=seed))
+    review = build_review(ctx, TrainForm(seed=seed))
     (photo,) = find_photos(workspace.photos_dir, "", 128).photos
     plans = (
-        next(plan_crops(photo, 0, config_of(workspace, base=base, seed=seed))),
+        next(plan_crops(photo, 0, build_config(workspace, base=base, seed=seed))),
         CropRule(128, center_crop=True),
     )
     crops = [
         apply_crop(open_rgb(photo), plan)
         for plan in (plans[0], plans[1].plan_crop(photo.size_px, random.Random(0)))
     ]
-    assert [np.array_equal(pixels(found.crops[0][0]), pixels(crop)) for crop in crops] == [
+    assert [np.array_equal(to_array(review.crops[0][0]), to_array(crop)) for crop in crops] == [
         True,
         False,
     ]
 
 
-def test_a_field_that_moves_the_crops_draws_the_grid_anew(context, monkeypatch):
+def test_fields_that_move_crops_update_the_grid(context, monkeypatch):
     """Another number moves them too, if its row says so."""
     rows = train_form.list_form_fields()
     rows["rank"] = replace(rows["rank"], moves_crops=True)
@@ -174,30 +174,34 @@ def test_a_field_that_moves_the_crops_draws_the_grid_anew(context, monkeypatch):
 
 
 @pytest.fixture
-def masked(tmp_path, workspace):
+def masked_photos(tmp_path, workspace):
     """Two toy photos, the first of which has a mask of its own."""
     files = [tmp_path / name for name in ("a.jpg", "b.jpg", "a.mask.png")]
     for number, file in enumerate(files[:2]):
         shutil.copy(TOYS / f"0{number}.jpg", file)
     with PIL.Image.open(files[0]) as photo:
-        left = PIL.Image.new("L", photo.size, 0)
-        left.paste(255, (0, 0, photo.width // 2, photo.height))
-    left.save(files[2])
+        left_half = PIL.Image.new("L", photo.size, 0)
+        left_half.paste(255, (0, 0, photo.width // 2, photo.height))
+    left_half.save(files[2])
     copy_photos([str(path) for path in files], workspace.photos_dir)
     return workspace
 
 
-def test_masks_are_shown_as_the_run_has_them(masked, tab):
-    given, made = collect_masks(config_of(masked), masked)
-    assert (given.photo.path.name, given.remark, made.remark) == ("photo_01.png", "", "")
+def test_shown_masks_equal_the_runs(masked_photos, tab):
+    given_mask, generated_mask = collect_masks(build_config(masked_photos), masked_photos)
+    assert (given_mask.photo.path.name, given_mask.remark, generated_mask.remark) == (
+        "photo_01.png",
+        "",
+        "",
+    )
     # the run makes it, as it was shown
-    assert not (masked.photos_dir / "photo_02.mask.png").exists()
+    assert not (masked_photos.photos_dir / "photo_02.mask.png").exists()
     (of_given, _), (bare, _) = build_review(tab, ROCKET).crops
-    masks = {mask.photo.path: mask.path for mask in (given, made)}
+    masks = {mask.photo.path: mask.path for mask in (given_mask, generated_mask)}
     (same, _), (lined, _) = build_review(tab, ROCKET, masks=masks).crops
-    assert np.array_equal(pixels(of_given), pixels(same))
+    assert np.array_equal(to_array(of_given), to_array(same))
     # A line around the subject, and nothing else, is of another colour.
-    changed = np.abs(pixels(lined).astype(int) - pixels(bare)).max(axis=2) > 60
+    changed = np.abs(to_array(lined).astype(int) - to_array(bare)).max(axis=2) > 60
     assert 0.005 < changed.mean() < 0.15
-    bare = collect_masks(config_of(masked, make_masks=False), masked)
+    bare = collect_masks(build_config(masked_photos, make_masks=False), masked_photos)
     assert [mask.remark for mask in bare] == ["", "no mask: all of it is learned"]

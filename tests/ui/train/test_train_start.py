@@ -50,32 +50,30 @@ NAMES = {
 NAMES |= {"Bär v2.1": "Bär-v2.1", "a" * 59 + ".b": "a" * 59, "d@/<g": "d-g"}
 
 
-@pytest.mark.parametrize("words, name", NAMES.items())
-def test_any_word_names_a_run_whose_folder_is_free(jobs, words, name):
-    assert free_run_dir(jobs, TrainForm("sks", words)) == jobs.runs_dir / name
+@pytest.mark.parametrize("class_word, name", NAMES.items())
+def test_any_word_gives_a_free_run_folder(jobs, class_word, name):
+    assert free_run_dir(jobs, TrainForm("sks", class_word)) == jobs.runs_dir / name
     (jobs.runs_dir / name).mkdir()
-    assert free_run_dir(jobs, TrainForm("sks", "dog", run_name=words)).name == f"{name}-2"
+    assert free_run_dir(jobs, TrainForm("sks", "dog", run_name=class_word)).name == f"{name}-2"
 
 
-def test_what_is_started_has_the_photos_and_captions_and_its_cost_is_two_numbers(workspace, tab):
+def test_prepared_run_has_photos_and_cost(workspace, tab):
     (workspace.photos_dir / "photo_01.txt").write_text("a yellow duck")
     with prepare_run(tab, DUCK) as run:
         assert run.run_dir.name == "duck"
-        folder, said = Path(run.settings["instance_data_dir"]), " ".join(run.lines)
+        folder, choices = Path(run.settings["instance_data_dir"]), " ".join(run.lines)
         assert len(list(folder.glob("*.png"))) == 5
         assert (folder / "photo_01.txt").read_text() == "a yellow duck"
-    for words in ("from 5 photos.", "“a photo of a sks duck” will show your subject."):
-        assert words in said
+    for text in ("from 5 photos.", "“a photo of a sks duck” will show your subject."):
+        assert text in choices
     cost = estimate_cost(tab, DUCK)
-    title, _, rest = cost.partition("<details>")
+    title, _, details = cost.partition("<details>")
     assert re.fullmatch(r".*[\d.]+ GiB of memory · [\d.]+ GiB on the disk</b>", title)
-    assert "480 steps at 128 px" in rest
+    assert "480 steps at 128 px" in details
 
 
 @pytest.mark.parametrize("broken", ["start", "spawn"])
-def test_a_start_that_fails_leaves_no_photos_and_no_taken_name(
-    context, workspace, monkeypatch, broken
-):
+def test_failed_start_leaves_no_folder(context, workspace, monkeypatch, broken):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
@@ -91,11 +89,11 @@ def test_a_start_that_fails_leaves_no_photos_and_no_taken_name(
     assert not list(page.runs_dir.glob("*"))
 
 
-WORDS_AND_PATHS = {
+PROMPTS_AND_PATHS = {
     *("pretrained_model_name_or_path", "variant", "instance_data_dir", "output_dir"),
     *("instance_prompt", "class_prompt"),
 }
-OF_THE_PAGE = {"seed", "memory"}
+PAGE_SETTINGS = {"seed", "memory"}
 """Named by the form alone: the crops it shows are drawn from the seed, and a plan may add to the
 recipe's."""
 
@@ -109,7 +107,7 @@ def photos(tmp_path):
     return tmp_path / "dog"
 
 
-def config_of(
+def choose_config(
     form: TrainForm, photos, base: str = "owner/sdxl", resolution_px: int = 1024
 ) -> TrainConfig:
     return TrainConfig.from_dict(
@@ -118,32 +116,30 @@ def config_of(
 
 
 @pytest.mark.parametrize("gb", [8, 24])
-def test_the_form_is_the_recipe_and_what_the_command_chooses_and_memory_goes_by_the_card(
-    gpu, photos, monkeypatch, gb
-):
+def test_form_equals_recipe_and_command(gpu, photos, monkeypatch, gb):
     gpu(8, 0.95 * gb)
-    config = config_of(TrainForm("sks", "dog"), photos)
+    config = choose_config(TrainForm("sks", "dog"), photos)
     recipe = load_settings("assets/configs/sdxl.toml")
-    own = WORDS_AND_PATHS | {"max_train_steps", "prior"}
-    assert {n: v for n, v in recipe.items() if n not in own} == {
-        n: config.to_dict()[n] for n in recipe.keys() - own
+    own_names = PROMPTS_AND_PATHS | {"max_train_steps", "prior"}
+    assert {n: v for n, v in recipe.items() if n not in own_names} == {
+        n: config.to_dict()[n] for n in recipe.keys() - own_names
     }
     assert plan_steps(config, 5).total_steps == recipe["max_train_steps"]
     monkeypatch.setattr(agreement, "get_min_free_gib", lambda: 0.95 * gb)
     command = parse_train_config(
         [str(photos), "dog", "--pretrained_model_name_or_path", "owner/sdxl"]
     )
-    left_out = {"output_dir", *OF_THE_PAGE}
-    mine, its = (
+    left_out = {"output_dir", *PAGE_SETTINGS}
+    form_settings, command_settings = (
         {n: v for n, v in c.to_dict().items() if n not in left_out} for c in (config, command)
     )
-    assert mine == its and (config.memory, config.seed) == ("auto", 0)
+    assert form_settings == command_settings and (config.memory, config.seed) == ("auto", 0)
     planned = replace(config, **choose_memory_settings(config, Base.of(config), 0.95 * gb))
     assert estimate_memory(planned, BaseSize(), 400).peak_gib <= 0.95 * gb
     assert config.crops_per_photo == recipe.get("crops_per_photo", 1)
 
 
-def test_the_crops_shown_have_sides_that_the_bases_patches_divide(workspace, context):
+def test_crop_sides_fit_the_bases_patches(workspace, context):
     PIL.Image.new("RGB", (160, 90)).save(workspace.photos_dir / "photo_01.png")
     pages = [context(name=base, resolution_px=128) for base in ("toy", "toy-zimage")]
     assert [build_config(page, DUCK).bucket_reso_steps for page in pages] == [8, 16]
@@ -160,24 +156,28 @@ def test_the_crops_shown_have_sides_that_the_bases_patches_divide(workspace, con
         ),
     ],
 )
-def test_the_embedded_base_is_trained_as_the_command_does_on_any_card(gpu, photos, values, flags):
-    named = ["--pretrained_model_name_or_path", "toy"]
-    command = parse_train_config([str(photos), "dog", *named, *flags])
+def test_toy_form_equals_command(gpu, photos, values, flags):
+    base_flags = ["--pretrained_model_name_or_path", "toy"]
+    command = parse_train_config([str(photos), "dog", *base_flags, *flags])
     gpu(8, 4.0)
-    config = config_of(TrainForm("sks", "dog", **values), photos, "toy", 128)
-    mine, its = (
+    config = choose_config(TrainForm("sks", "dog", **values), photos, "toy", 128)
+    form_settings, command_settings = (
         {n: v for n, v in c.to_dict().items() if n != "output_dir"} for c in (config, command)
     )
-    assert mine == its and config.mixed_precision is None and config.memory is None
+    assert (
+        form_settings == command_settings
+        and config.mixed_precision is None
+        and config.memory is None
+    )
     # What compares faces is not here.
     assert bool(config.evaluate_steps) == (config.subject != "person")
 
 
-def test_the_cost_says_each_choice_and_what_each_plan_of_memory_needs(gpu, workspace, context):
+def test_cost_lists_choices_and_memory_plans(gpu, workspace, context):
     gpu(8, 7.0)
     ctx = context(title="sdxl", name="owner/sdxl", resolution_px=1024)
     cost = estimate_cost(ctx, TrainForm("sks", "dog"))
     assert "memory plans: full" in cost and "GiB are free" in cost
     assert "(“Memory” auto)" in cost and "--memory" not in cost
-    for said in ("at 1024 px, from 5 photos.", "learned whole", "Likeness is not measured"):
-        assert said in cost, (said, cost)
+    for text in ("at 1024 px, from 5 photos.", "learned whole", "Likeness is not measured"):
+        assert text in cost, (text, cost)

@@ -24,7 +24,7 @@ from dreambooth_moslora.ui.train.run_cards import (
 from dreambooth_moslora.ui.train.run_list import build_run_cards
 from dreambooth_moslora.ui.train.run_view import MAX_SAMPLES_SHOWN, list_changes, list_samples
 from dreambooth_moslora.ui.train.train_form import replace_flags
-from tests.ui.conftest import handler, recorded
+from tests.ui.conftest import find_handler, write_run
 
 PUBLISHED = "pytorch_lora_weights.safetensors"
 
@@ -42,7 +42,7 @@ def run(tmp_path):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(name)
     best = {"step": 20, "score": 0.5}
-    recorded(
+    write_run(
         run,
         {"type": "start", "max_train_steps": 30},
         {"type": "evaluation", "step": 20, "score": 0.5, "best": best | {"since": 0}},
@@ -53,19 +53,17 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def look(tmp_path, workspace):
+def list_widget_changes(tmp_path, workspace):
     """What the page shows of that run."""
     return lambda: list_changes(Jobs(tmp_path / "runs"), "dog", None, workspace)
 
 
-def test_the_card_names_the_best_step_which_is_on_the_shelf_and_offers_all_files_of_the_run(
-    run, look, tmp_path, workspace
-):
+def test_card_names_best_step_and_offers_files(run, list_widget_changes, tmp_path, workspace):
     catalog = AdapterCatalog(tmp_path / "adapters", tmp_path / "runs", workspace)
     assert catalog.list_files() == {"dog": run / PUBLISHED, "dog@best": run / "best" / PUBLISHED}
-    now = look()
-    for words in ("Step 20 was the best", "Next: the score fell from 0.50 at step 20"):
-        assert words in now["status"]
+    now = list_widget_changes()
+    for text in ("Step 20 was the best", "Next: the score fell from 0.50 at step 20"):
+        assert text in now["status"]
     assert "@" not in now["status"]
     files = {"download": PUBLISHED, "download_kohya": "dog.kohya.safetensors"}
     assert all(
@@ -77,12 +75,12 @@ def test_the_card_names_the_best_step_which_is_on_the_shelf_and_offers_all_files
     assert not any(now[name].visible for name in later)
     for file in later.values():
         PIL.Image.new("RGB", (8, 8)).save(run / file)
-    now = look()
+    now = list_widget_changes()
     assert all(now[name].visible and file in str(now[name].value) for name, file in later.items())
     for folder in (run, run / "best"):
         (folder / "dog.kohya.safetensors").unlink()
-    recorded(run, {"type": "start"}, {"type": "end", "state": "done", "step": 30})
-    now = look()
+    write_run(run, {"type": "start"}, {"type": "end", "state": "done", "step": 30})
+    now = list_widget_changes()
     assert now["download"].visible and not now["download_kohya"].visible
     assert now["download"].label == "Download the LoRA"
     assert "Nothing was measured" in now["status"] and "Next: “Draw with it”" in now["status"]
@@ -90,42 +88,42 @@ def test_the_card_names_the_best_step_which_is_on_the_shelf_and_offers_all_files
     assert set(catalog.list_files()) == {"best", "best@best"}
 
 
-def test_the_verdict_on_a_short_run_names_the_exposures_and_where_its_file_goes(tmp_path):
+def test_verdict_on_a_short_run(tmp_path):
     for number in range(5):
         copy = tmp_path / "photos" / f"photo_{number:02d}.png"
         copy.parent.mkdir(exist_ok=True)
         copy.touch()
     config = {"instance_prompt": "a photo of sks bear", "train_batch_size": 4}
     short = [{"type": "start", "config": config}, {"type": "step", "step": 10}]
-    said = render_verdict(written(tmp_path, *short), tmp_path, has_best=False)
-    for words in ("Next: each photo was shown 8 times", "models/loras", "“sks bear”"):
-        assert words in said
-    assert "nothing was scored" not in said and "Draw with it" not in said
+    verdict = render_verdict(write_metrics(tmp_path, *short), tmp_path, has_best=False)
+    for text in ("Next: each photo was shown 8 times", "models/loras", "“sks bear”"):
+        assert text in verdict
+    assert "nothing was scored" not in verdict and "Draw with it" not in verdict
     scores = {"type": "evaluation", "step": 10, "dino": 0.47, "dino_base": 0.0}
-    said = render_verdict(written(tmp_path, *short, scores), tmp_path, has_best=False)
-    assert "It has begun to learn your subject" in said
+    verdict = render_verdict(write_metrics(tmp_path, *short, scores), tmp_path, has_best=False)
+    assert "It has begun to learn your subject" in verdict
     whole = [short[0], {"type": "step", "step": 200}]
-    for now, words in ((0.47, LEARNED_SENTENCE), (0.05, NOT_LEARNED_SENTENCE)):
-        told = written(tmp_path, *whole, scores | {"dino": now})
-        assert words.format(0, now) in render_verdict(told, tmp_path, has_best=False)
+    for now, text in ((0.47, LEARNED_SENTENCE), (0.05, NOT_LEARNED_SENTENCE)):
+        metrics = write_metrics(tmp_path, *whole, scores | {"dino": now})
+        assert text.format(0, now) in render_verdict(metrics, tmp_path, has_best=False)
 
 
-def test_the_verdict_on_a_style_is_by_its_score_and_names_it_as_a_prompt_does(tmp_path):
+def test_verdict_on_a_style(tmp_path):
     """It told how like the things are to those of the photos, and to write “dusk” in the prompt."""
     config = {"instance_prompt": "a picture in dusk style", "subject": "style"}
     scores = {"type": "evaluation", "step": 200, "dino": 0.05, "dino_base": 0.0, "style": 0.77}
     events = [{"type": "start", "config": config}, {"type": "step", "step": 200}, scores]
-    said = render_verdict(written(tmp_path, *events), tmp_path, has_best=False)
-    assert "rose from 0% to 77%" in said and "write “in dusk style” in the prompt" in said
+    verdict = render_verdict(write_metrics(tmp_path, *events), tmp_path, has_best=False)
+    assert "rose from 0% to 77%" in verdict and "write “in dusk style” in the prompt" in verdict
 
     # Above 1, a style is as like as it can be.
     events[-1] = scores | {"style": 2.2}
-    said = render_verdict(written(tmp_path, *events), tmp_path, has_best=False)
-    assert "rose from 0% to 100%" in said
+    verdict = render_verdict(write_metrics(tmp_path, *events), tmp_path, has_best=False)
+    assert "rose from 0% to 100%" in verdict
 
 
 @pytest.mark.parametrize(
-    "advice, words",
+    "advice, expected",
     [
         ("try --exposures_per_photo 200, and x", "try a greater “Length”, or more “Steps”, and x"),
         ("try --learning_rate 3e-05 (it was 0.0001)", "try “Learning rate” 3e-05 (it was 0.0001)"),
@@ -141,50 +139,50 @@ def test_the_verdict_on_a_style_is_by_its_score_and_names_it_as_a_prompt_does(tm
         ("--rank: from 1 on; --rank_pattern too", "“Rank”: from 1 on; --rank_pattern too"),
     ],
 )
-def test_advice_names_what_the_form_has_and_not_the_flag(advice, words):
-    assert replace_flags(advice).endswith(words)
+def test_advice_names_form_labels(advice, expected):
+    assert replace_flags(advice).endswith(expected)
 
 
-def test_the_newest_run_is_shown_at_first(context):
+def test_newest_run_is_selected_first(context):
     ctx = context()
-    attach = handler(ctx, "attach")
+    attach = find_handler(ctx, "attach")
     assert attach() == ""
     for number, name in enumerate(("newest", "older")):
-        run = recorded(ctx.runs_dir / name, {"type": "end", "state": "done", "step": 3}).run_dir
+        run = write_run(ctx.runs_dir / name, {"type": "end", "state": "done", "step": 3}).run_dir
         (run / PUBLISHED).touch()
         os.utime(run / "job.json", (9 - number, 9 - number))
     assert attach() == "newest"
 
 
-def test_a_run_that_is_gone_is_told(tmp_path, workspace):
+def test_deleted_run_is_reported(tmp_path, workspace):
     jobs = Jobs(tmp_path)
-    recorded(tmp_path / "dog", birth=read_process_start(os.getpid()))
-    recorded(tmp_path / "other")
-    seen = list_changes(jobs, "dog", None, workspace)
-    assert seen["stop"].visible and list_changes(jobs, "dog", seen["seen"], workspace) == {}
+    write_run(tmp_path / "dog", birth=read_process_start(os.getpid()))
+    write_run(tmp_path / "other")
+    changes = list_changes(jobs, "dog", None, workspace)
+    assert changes["stop"].visible and list_changes(jobs, "dog", changes["seen"], workspace) == {}
     shutil.rmtree(tmp_path / "dog")
-    now = list_changes(jobs, "dog", seen["seen"], workspace)
+    now = list_changes(jobs, "dog", changes["seen"], workspace)
     assert "not there any more" in now["status"] and now["run"] == ""
     assert list_changes(jobs, None, None, workspace) == {}
 
 
-def test_a_run_that_was_stopped_is_stopping_until_its_process_has_ended(tmp_path):
+def test_stopped_run_is_stopping_until_its_process_ends(tmp_path):
     """It takes the request away a moment before."""
     ended = {"type": "end", "state": "interrupted", "step": 4}
-    job = recorded(
+    job = write_run(
         tmp_path / "dog", {"type": "start"}, ended, birth=read_process_start(os.getpid())
     )
     assert Jobs(tmp_path).get_state(job).state == "stopping"
 
 
-def test_events_of_gigabytes_are_not_read_and_the_card_names_their_file(tmp_path, look):
+def test_gigabytes_of_events_are_not_read(tmp_path, list_widget_changes):
     """A hole in a received folder: each look, once a second, took half a minute."""
-    run = recorded(tmp_path / "runs" / "dog", {"type": "start"}).run_dir
+    run = write_run(tmp_path / "runs" / "dog", {"type": "start"}).run_dir
     os.truncate(run / "metrics.jsonl", 2**36)
-    assert "metrics.jsonl: it has more than 64 MiB" in look()["status"]
+    assert "metrics.jsonl: it has more than 64 MiB" in list_widget_changes()["status"]
 
 
-def test_the_card_tells_of_a_first_step_after_the_last_photo_and_of_a_checkpoint_after_a_step(
+def test_status_follows_the_phases(
     tmp_path,
 ):
     """On a CPU it takes minutes with SDXL, and nothing more is written before its end."""
@@ -198,20 +196,20 @@ def test_the_card_tells_of_a_first_step_after_the_last_photo_and_of_a_checkpoint
     drawing = [encoding | {"done": 4}, {"type": "phase", "phase": "sampling"}]
     assert find_phase(drawing) == "sampling"
     trains = JobState("running", 7, 400, find_phase([*drawing, step]))
-    told = render_status(trains, written(tmp_path, *drawing, step))
-    assert "Step 7 of 400" in told and "about 1 min 30 s left" in told
+    status = render_status(trains, write_metrics(tmp_path, *drawing, step))
+    assert "Step 7 of 400" in status and "about 1 min 30 s left" in status
     scores = JobState("running", 7, 400, "evaluating")
-    assert "left" not in render_status(scores, written(tmp_path, step))
+    assert "left" not in render_status(scores, write_metrics(tmp_path, step))
     early = JobState("interrupted", 0, 100, "", "stopped before the first step")
     assert "Stopped before the first step." in render_status(early, EventLog(tmp_path))
     assert "checkpoint is written" in render_status(replace(early, message=""), EventLog(tmp_path))
 
 
-def written(tmp_path, *events) -> EventLog:
-    return EventLog(recorded(tmp_path, *events).run_dir / "metrics.jsonl").refresh()
+def write_metrics(tmp_path, *events) -> EventLog:
+    return EventLog(write_run(tmp_path, *events).run_dir / "metrics.jsonl").refresh()
 
 
-def drawn(tmp_path, steps, *more: str) -> list[dict]:
+def write_samples(tmp_path, steps, *more: str) -> list[dict]:
     """The events of a picture at each step, with its file."""
     (tmp_path / "samples").mkdir(exist_ok=True)
     for step in steps:
@@ -221,22 +219,22 @@ def drawn(tmp_path, steps, *more: str) -> list[dict]:
     ]
 
 
-def test_the_newest_samples_are_shown_first_and_nothing_from_elsewhere(tmp_path, workspace):
-    metrics = written(tmp_path, *drawn(tmp_path, (0, 10), "../../etc/passwd"))
-    shown = list_samples(Job(tmp_path, 1, ""), metrics, workspace)
-    assert [caption for _, caption in shown] == ["step 10", "before"]
-    assert all(Path(path).is_relative_to(workspace.folder) for path, _ in shown)
-    metrics = written(tmp_path, *drawn(tmp_path, range(40)))
-    shown = [caption for _, caption in list_samples(Job(tmp_path, 1, ""), metrics, workspace)]
-    assert shown == [f"step {step}" for step in range(39, 39 - MAX_SAMPLES_SHOWN, -1)]
+def test_newest_samples_are_shown_first(tmp_path, workspace):
+    metrics = write_metrics(tmp_path, *write_samples(tmp_path, (0, 10), "../../etc/passwd"))
+    samples = list_samples(Job(tmp_path, 1, ""), metrics, workspace)
+    assert [caption for _, caption in samples] == ["step 10", "before"]
+    assert all(Path(path).is_relative_to(workspace.folder) for path, _ in samples)
+    metrics = write_metrics(tmp_path, *write_samples(tmp_path, range(40)))
+    samples = [caption for _, caption in list_samples(Job(tmp_path, 1, ""), metrics, workspace)]
+    assert samples == [f"step {step}" for step in range(39, 39 - MAX_SAMPLES_SHOWN, -1)]
 
 
-def test_runs_of_a_terminal_are_listed_and_those_that_saved_nothing_are_not(tmp_path):
+def test_terminal_runs_are_listed_if_they_saved(tmp_path):
     jobs = Jobs(tmp_path)
     started = {"type": "start", "max_train_steps": 30, "time": 1.0}
     ended = {"type": "end", "state": "interrupted", "step": 20, "time": 2.0}
     for name, saved in (("empty", None), ("terminal", PUBLISHED)):
-        run = recorded(tmp_path / name, started, {"type": "step", "step": 20}, ended).run_dir
+        run = write_run(tmp_path / name, started, {"type": "step", "step": 20}, ended).run_dir
         (run / "job.json").unlink()
         if saved:
             (run / saved).write_text("x")
