@@ -30,18 +30,18 @@ FRAME_SEC = 0.12
 
 @dataclass(frozen=True)
 class Frame:
-    """State of the result area. `pictures` is None when the images have not changed."""
+    """State of the result area. `saved_images` is None when they have not changed."""
 
     status: str
-    pictures: tuple[SavedImage, ...] | None = None
+    saved_images: tuple[SavedImage, ...] | None = None
     params: GenerationParams | None = None
 
 
-def make_pictures(
+def generate_images(
     ctx: state.AppContext, form: GenerateForm, request: gr.Request
 ) -> Iterator[Frame]:
     """Generate 1 to 8 images with consecutive seeds. Raises UserError."""
-    yield from _stream_drawing(ctx, form.to_params(), request)
+    yield from _stream_generation(ctx, form.to_params(), request)
 
 
 def compare(ctx: state.AppContext, form: GenerateForm, request: gr.Request) -> Iterator[Frame]:
@@ -52,24 +52,24 @@ def compare(ctx: state.AppContext, form: GenerateForm, request: gr.Request) -> I
     with_adapters = replace(form.to_params(), num_images=1).apply_tags()
     if not with_adapters.adapters:
         raise UserError("choose an adapter to compare the base with")
-    pictures: tuple[SavedImage, ...] = ()
+    saved_images: tuple[SavedImage, ...] = ()
     halves = (
         (replace(with_adapters, adapters=()), "Without the adapter, "),
         (with_adapters, "With the adapter, "),
     )
     for number, (params, word) in enumerate(halves):
         # A frame has the image of its own half alone: the first half's image stays before it.
-        for frame in _stream_drawing(ctx, params, request, word=word):
-            pictures = (*pictures[:number], *(frame.pictures or ()))
-            yield replace(frame, pictures=pictures if frame.pictures else None)
+        for frame in _stream_generation(ctx, params, request, word=word):
+            saved_images = (*saved_images[:number], *(frame.saved_images or ()))
+            yield replace(frame, saved_images=saved_images if frame.saved_images else None)
         # The user has stopped it.
-        if len(pictures) <= number:
+        if len(saved_images) <= number:
             return
     line = "Without and with the adapter, at the same seed"
-    yield Frame(html.render_progress(line, pictures[1].caption), pictures)
+    yield Frame(html.render_progress(line, saved_images[1].caption), saved_images)
 
 
-def _stream_drawing(
+def _stream_generation(
     ctx: state.AppContext,
     params: GenerationParams,
     request: gr.Request,
@@ -80,10 +80,6 @@ def _stream_drawing(
     - `params` are those of the images.
     - `request` names the page, which can stop its own work.
     - `word` begins the status line.
-
-    - `params` are those of the pictures.
-    - `request` names the page, which can stop its own work.
-    - `word` begins the line of state.
     """
     try:
         # Wait for the base.
@@ -130,12 +126,6 @@ def _stream_frames(
     - `params` go into the last frame.
     - `word` begins the status line.
     - `size_px` (width, height) makes the previews large.
-
-    - `events` are a pipeline's.
-    - `workspace` keeps the pictures.
-    - `params` are told in the last frame.
-    - `word` begins the line of state.
-    - `size_px` (width, height) makes the previews large.
     """
     from dreambooth_moslora.generation import previews
     from dreambooth_moslora.generation.image_params import Image, Step
@@ -143,7 +133,7 @@ def _stream_frames(
     started = shown_at = time.perf_counter()
     step = None
     total = params.num_images
-    pictures = []
+    saved_images = []
     images = []
     for event in events:
         # A step is shown with the preview that follows it.
@@ -151,20 +141,20 @@ def _stream_frames(
             step = event
             total = event.num_images
         elif isinstance(event, Image):
-            pictures.append(_save_image(event, workspace))
+            saved_images.append(_save_image(event, workspace))
             images.append(event)
-            yield Frame(_render_status(step, word), tuple(pictures))
+            yield Frame(_render_status(step, word), tuple(saved_images))
         # Previews come faster than a browser can show them.
         elif isinstance(event, previews.Preview) and time.perf_counter() - shown_at > FRAME_SEC:
             shown_at = time.perf_counter()
             preview = html.encode_thumbnail(event.pixels)
             yield Frame(_render_status(step, word, preview, size_px))
     # The end: count, duration, and a warning if images are black.
-    status = _render_summary(pictures, total, time.perf_counter() - started)
+    status = _render_summary(saved_images, total, time.perf_counter() - started)
     black_note = describe_black_images(images)
     if black_note:
         status = html.render_notice(f"The pictures are done, but {black_note}.", "bad")
-    yield Frame(status, tuple(pictures), params)
+    yield Frame(status, tuple(saved_images), params)
 
 
 def _save_image(image: "Image", workspace: Workspace) -> SavedImage:
@@ -173,13 +163,13 @@ def _save_image(image: "Image", workspace: Workspace) -> SavedImage:
     path = image.save(workspace.folder / f"{time.time_ns():x}_seed_{seed}.png")
     scales = ", ".join(f"{name} at scale {scale:g}" for name, scale in image.params.adapters)
     caption = f"seed {seed} · {scales}" if scales else f"seed {seed}"
-    picture = SavedImage(path, caption)
-    workspace.add_to_history(picture)
-    return picture
+    saved_image = SavedImage(path, caption)
+    workspace.add_to_history(saved_image)
+    return saved_image
 
 
 def _render_status(
-    step: "Step", word: str, picture: str = "", size_px: tuple[int, int] | None = None
+    step: "Step", word: str, preview: str = "", size_px: tuple[int, int] | None = None
 ) -> str:
     """Render the card of a step: image number, progress, time left and preview (a data URL)."""
     which = f"picture {step.index + 1} of {step.num_images}, " if step.num_images > 1 else ""
@@ -191,17 +181,17 @@ def _render_status(
         line[:1].upper() + line[1:],
         detail=f"about {format_seconds(step.eta_sec)} left" if has_eta else "",
         fraction=images_done / step.num_images,
-        picture=picture,
+        preview=preview,
         size_px=size_px,
     )
 
 
-def _render_summary(pictures: list[SavedImage], total: int, seconds: float) -> str:
-    """Render the card at the end; fewer pictures than `total` mean that it was stopped."""
-    if len(pictures) < total:
+def _render_summary(saved_images: list[SavedImage], total: int, seconds: float) -> str:
+    """Render the card at the end; fewer images than `total` mean that it was stopped."""
+    if len(saved_images) < total:
         return html.render_progress(
-            "Stopped.", f"{len(pictures)} of {total} pictures were finished and are kept"
+            "Stopped.", f"{len(saved_images)} of {total} pictures were finished and are kept"
         )
     plural = "s" if total != 1 else ""
     line = f"{total} picture{plural} in {format_seconds(seconds)}"
-    return html.render_progress(line, pictures[0].caption)
+    return html.render_progress(line, saved_images[0].caption)

@@ -71,9 +71,9 @@ def build_generate_tab(ctx: state.AppContext, page: gr.Blocks) -> GenerateTab:
     return tab
 
 
-def _format_gallery_item(picture: SavedImage) -> tuple[str, str]:
+def _format_gallery_item(saved_image: SavedImage) -> tuple[str, str]:
     """Return (file, caption), as a gallery takes it."""
-    return str(picture.path), picture.caption
+    return str(saved_image.path), saved_image.caption
 
 
 def _connect_generate(
@@ -94,17 +94,17 @@ def _connect_generate(
 
     def list_outputs(frame: Frame) -> tuple:
         seed = frame.params.seed if frame.params else gr.skip()
-        if frame.pictures is None:
+        if frame.saved_images is None:
             return gr.skip(), seed, frame.status, gr.skip()
         # The gallery selects its first image when it is emptied, and keeps that as it fills.
-        selected = gr.skip() if frame.pictures else 0
-        return list(map(_format_gallery_item, frame.pictures)), seed, frame.status, selected
+        selected = gr.skip() if frame.saved_images else 0
+        return list(map(_format_gallery_item, frame.saved_images)), seed, frame.status, selected
 
     def generate(request: gr.Request, **values) -> Iterator[tuple]:
-        yield from map(list_outputs, drawing.make_pictures(ctx, GenerateForm(**values), request))
+        yield from map(list_outputs, drawing.generate_images(ctx, GenerateForm(**values), request))
 
     outputs = [results[name] for name in ("gallery", "used_seed", "status", "selected_gallery")]
-    _connect_drawing(ctx, tab, starts, generate, outputs, results["status"])
+    _connect_generation(ctx, tab, starts, generate, outputs, results["status"])
 
     # The server sends the preview inside the card, from which the browser takes it.
     status = results["status"]
@@ -117,15 +117,15 @@ def _connect_compare(ctx: state.AppContext, tab: GenerateTab, results: dict) -> 
     def compare(request: gr.Request, **values) -> Iterator[tuple]:
         for frame in drawing.compare(ctx, GenerateForm(**values), request):
             slider_images = gr.skip()
-            if frame.pictures and len(frame.pictures) == 2:
-                slider_images = tuple(str(picture.path) for picture in frame.pictures)
+            if frame.saved_images and len(frame.saved_images) == 2:
+                slider_images = tuple(str(image.path) for image in frame.saved_images)
             yield slider_images, frame.status
 
     outputs = [results["slider"], results["status"]]
-    _connect_drawing(ctx, tab, [results["compare"].click], compare, outputs, results["status"])
+    _connect_generation(ctx, tab, [results["compare"].click], compare, outputs, results["status"])
 
 
-def _connect_drawing(
+def _connect_generation(
     ctx: state.AppContext,
     tab: GenerateTab,
     starts: list[Callable],
@@ -175,10 +175,10 @@ def _connect_reuse(ctx: state.AppContext, tab: GenerateTab, results: dict, name:
     outputs = list(tab.fields.values())
 
     @on(results[f"reuse_{name}"].click, MESSAGE_EVENT, inputs=[gallery, selected], outputs=outputs)
-    def restore_recipe(pictures: list[tuple[str, str]] | None, index: int) -> list:
-        if not pictures:
+    def restore_recipe(gallery_items: list[tuple[str, str]] | None, index: int) -> list:
+        if not gallery_items:
             raise UserError("there is no picture yet")
-        file, _ = pictures[min(index, len(pictures) - 1)]
+        file, _ = gallery_items[min(index, len(gallery_items) - 1)]
         # A request may name any file of this machine.
         folders = (gallery.GRADIO_CACHE, ctx.workspace.root)
         if not any(is_in_or_equal(file, folder) for folder in folders):

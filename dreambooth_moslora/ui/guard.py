@@ -429,9 +429,6 @@ def refuse_foreign_files(page: gr.Blocks) -> None:
     Gradio would fetch the address, however long the answer is, and store it. It looks for the files
     in all its folders, and answers nobody meanwhile. Gradio's `preprocess_data` is replaced, as a
     session may bring its own components, which check nothing.
-
-    Gradio would fetch the one, however long it is, and keep it. For the others it looks in all its
-    folders, and answers nobody meanwhile. It makes a session components of its own: none is asked.
     """
     preprocess = page.preprocess_data
 

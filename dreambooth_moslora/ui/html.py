@@ -35,14 +35,14 @@ def render_progress(
     line: str,
     detail: str = "",
     fraction: float | None = None,
-    picture: str = "",
+    preview: str = "",
     size_px: tuple[int, int] | None = None,
 ) -> str:
     """Render a card with the progress of some work.
 
     - `line` is its state, and `detail` a fainter line below.
     - `fraction` (0…1) draws a bar.
-    - `picture` is the data URL of a small image beside them.
+    - `preview` is the data URL of a small image beside them.
     - With `size_px` (width, height), the size of the final image, the page shows the preview in the
       gallery instead (`LARGE_PREVIEW`).
     """
@@ -50,7 +50,7 @@ def render_progress(
     attributes = 'class="thumb"'
     if size_px:
         attributes = 'class="large" style="--width:{};--height:{}"'.format(*size_px)
-    image = f'<img {attributes} alt="Preview" src="{escape(picture)}">' if picture else ""
+    image = f'<img {attributes} alt="Preview" src="{escape(preview)}">' if preview else ""
     # The bar, which a screen reader reads out in percent.
     bar = ""
     if fraction is not None:

@@ -122,9 +122,6 @@ def connect_bases(
 
     - `about_line` describes the base.
     - `widgets`, by name, have other values for another base (`get_first_value`).
-
-    - `about` is the line that says what the base is.
-    - `widgets`, by name, show other values for another base (`get_first_value`).
     """
     outputs = [chooser, about_line, *widgets.values()]
 

@@ -87,10 +87,6 @@ def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path, count: in
     - `photos` become the copies, in this order.
     - `masks` (stem of the photo -> file) are written in plain grey.
     - `folder` has `count` photos already, after which these are numbered.
-
-    - `photos` become the copies, in this order.
-    - `masks` (stem of the photo -> file) are written in plain grey.
-    - `folder` has `taken` photos already, after which these are numbered.
     """
     remarks = []
     for photo in photos:

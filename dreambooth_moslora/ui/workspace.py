@@ -49,9 +49,6 @@ class Workspace:
 
     - `history` has the finished images, the newest first.
     - `uploads` are uploaded adapters, by name.
-
-    - `history` has the finished pictures, the newest first.
-    - `uploads` are uploaded adapters, by name.
     """
 
     root: Path
@@ -80,11 +77,11 @@ class Workspace:
             raise UserError("add some photos of your subject first")
         return self.photos_dir
 
-    def add_to_history(self, picture: SavedImage) -> None:
+    def add_to_history(self, saved_image: SavedImage) -> None:
         """Add to the history, newest first; if it is full, delete the oldest file."""
         if len(self.history) == self.history.maxlen:
             self.history[-1].path.unlink(missing_ok=True)
-        self.history.appendleft(picture)
+        self.history.appendleft(saved_image)
 
     def delete_old(self, age_sec: float) -> None:
         """Delete files that gradio has shown for longer than `age_sec`.
@@ -108,8 +105,6 @@ def create_workspace() -> Workspace:
     """Create an empty workspace of this process.
 
     Folders of servers that were killed are deleted, as they hold photos.
-
-    The folders of servers that were killed are deleted, as they hold photos.
     """
     home = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())
     home.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import toy_bases
 from dreambooth_moslora.settings.family_facts import SDXL_HUB_ID, get_facts
 from dreambooth_moslora.ui import app
-from dreambooth_moslora.ui.drawing import make_pictures
+from dreambooth_moslora.ui.drawing import generate_images
 from dreambooth_moslora.ui.generate_values import GenerateForm
 from dreambooth_moslora.ui.generate_widgets import build_settings_widgets
 from dreambooth_moslora.ui.page import MAX_SESSIONS
@@ -185,7 +185,7 @@ def test_failed_base_choice_keeps_the_old_base(context):
         PageBase("other", "/x/other", 512, lambda: new),
         PageBase("broken", "broken", 512, raise_user_error),
     )
-    ctx = context(lambda: old, others=[new_base, broken])
+    ctx = context(lambda: old, more_bases=[new_base, broken])
     with pytest.raises(UserError, match="no unet"):
         list(ctx.choose(broken))
     assert (ctx.base, ctx.resolution_px, ctx.wait_for_pipeline()) == ("x", 64, old)
@@ -254,10 +254,10 @@ def _glibc():
 def test_freed_memory_returns_to_the_system(context, subject):
     """Many small blocks below one that stays: without being asked, glibc keeps them all."""
     ctx, form = context(lambda: subject), GenerateForm("a dog", steps=1, size="64 x 64")
-    list(make_pictures(ctx, form, PAGE))
+    list(generate_images(ctx, form, PAGE))
     last_block = free_all_blocks_but_last()
     before = psutil.Process().memory_info().rss
-    list(make_pictures(ctx, form, PAGE))
+    list(generate_images(ctx, form, PAGE))
     after = psutil.Process().memory_info().rss
     ctypes.CDLL(None).free(last_block)
     assert before - after > BLOCKS * BLOCK_BYTES / 2

@@ -28,7 +28,7 @@ from dreambooth_moslora.generation.image_params import (
 )
 from dreambooth_moslora.lora.describe import format_ranks
 from dreambooth_moslora.ui.adapter_summary import read_summary
-from dreambooth_moslora.ui.drawing import compare, make_pictures
+from dreambooth_moslora.ui.drawing import compare, generate_images
 from dreambooth_moslora.ui.events import format_message, wrap_errors
 from dreambooth_moslora.ui.generate_adapters import find_fitting_adapter
 from dreambooth_moslora.ui.generate_values import (
@@ -190,7 +190,7 @@ def test_message_is_capitalised_but_not_a_file_name():
     assert format_message("drop a picture") == "Drop a picture"
 
 
-@pytest.mark.parametrize("run", [make_pictures, compare])
+@pytest.mark.parametrize("run", [generate_images, compare])
 def test_card_reports_loading_and_generation_errors(context, run):
     def no_base():
         raise UserError("there is no base <x>")
@@ -209,7 +209,7 @@ def test_card_reports_loading_and_generation_errors(context, run):
     form = GenerateForm("a dog", adapter="rex" if run is compare else "none")
     assert "There is no base &lt;x&gt;" in last_card(run(context(no_base), form, PAGE))
     broken = context(lambda: SimpleNamespace(generate=breaking))
-    card = last_card(make_pictures(broken, GenerateForm("a dog"), PAGE))
+    card = last_card(generate_images(broken, GenerateForm("a dog"), PAGE))
     assert "server&#x27;s log" in card and "secret" not in card
 
 
@@ -224,7 +224,7 @@ def test_black_image_is_explained(context, subject, state, tmp_path):
     page = context(lambda: subject)
     for adapter, is_black in (("huge", True), ("none", False)):
         frames = list(
-            make_pictures(
+            generate_images(
                 page, GenerateForm("a dog", adapter=adapter, steps=1, size="64 x 64"), PAGE
             )
         )

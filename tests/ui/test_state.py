@@ -17,7 +17,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.image_params import GenerationParams, Image
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.ui import jobs as page_jobs
-from dreambooth_moslora.ui.drawing import make_pictures
+from dreambooth_moslora.ui.drawing import generate_images
 from dreambooth_moslora.ui.events import wrap_errors
 from dreambooth_moslora.ui.generate_values import GenerateForm
 from dreambooth_moslora.ui.state import (
@@ -183,8 +183,10 @@ def resting_page(large_page, resting):
 
 
 def generate_pixels(ctx: AppContext) -> bytes:
-    *_, last = make_pictures(ctx, GenerateForm("a red ball", seed=1, steps=1, size="64 x 64"), PAGE)
-    return PIL.Image.open(last.pictures[0].path).tobytes()
+    *_, last = generate_images(
+        ctx, GenerateForm("a red ball", seed=1, steps=1, size="64 x 64"), PAGE
+    )
+    return PIL.Image.open(last.saved_images[0].path).tobytes()
 
 
 def test_base_leaves_the_gpu_while_a_run_trains(resting_page, large_page, resting, monkeypatch):
@@ -216,7 +218,7 @@ def test_run_starts_after_the_current_image(
     resting_page,
 ):
     ctx, moves = resting_page
-    frames = make_pictures(ctx, GenerateForm("a red ball", seed=1, steps=2, size="64 x 64"), PAGE)
+    frames = generate_images(ctx, GenerateForm("a red ball", seed=1, steps=2, size="64 x 64"), PAGE)
     next(frames)
     with ThreadPoolExecutor(1) as pool:
         started = threading.Event()
@@ -225,7 +227,7 @@ def test_run_starts_after_the_current_image(
         time.sleep(0.1)
         assert not job.done() and ctx.jobs.find_active_job() is None
         *_, last = frames
-        assert len(last.pictures) == 1 and job.result(timeout=20).is_alive
+        assert len(last.saved_images) == 1 and job.result(timeout=20).is_alive
     stop_active_run(ctx)
     generate_pixels(ctx)
     ctx.jobs.resume("dog")

@@ -31,8 +31,6 @@ def collect_masks(config: TrainConfig, workspace: Workspace) -> Iterator[Generat
     stored.
 
     Raises UserError if a mask cannot be generated.
-
-    Raises UserError where a mask is to be made and cannot be.
     """
     segmenter = load_segmenter(config) if config.masks != "given" else None
     for photo in build_photo_report(config).photos:

@@ -18,10 +18,6 @@ def list_queue_changes(
 
     - `run` is the name of the run that the page watches. A run that has just begun is watched next.
     - `last_state` is what the page has shown last.
-
-    - `run` is the name of the run that the page watches. The one whose turn has come is watched
-      next.
-    - `seen` is what the page has shown last.
     """
     waiting = ctx.queue.queue.list_waiting()
     rows = [(f"{number} · {run.name}", run.name) for number, run in enumerate(waiting, 1)]

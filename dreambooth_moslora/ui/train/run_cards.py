@@ -63,9 +63,6 @@ def render_verdict(metrics: events.EventLog, run_dir: Path, has_best: bool) -> s
 
     The folder `run_dir` has the page's copies of its photos. With `has_best` its best step was
     stored. Flags in advice are replaced by the form's labels.
-
-    In `run_dir` are the page's copies of its photos. With `has_best` its best step was kept. Advice
-    for the command line is said in the form's words.
     """
     config = parse_known_config(metrics.get_last("start").get("config") or {})
     photos = list_photo_copies(RunDir(run_dir).photos_dir)

@@ -42,7 +42,7 @@ def build_run_cards(jobs: Jobs) -> list[dict[str, str]]:
         cards.append(
             {
                 "run": job.name,
-                "picture": find_picture(job.run_dir),
+                "picture": find_thumbnail(job.run_dir),
                 "state": f"{word}{progress}",
                 "kind": state.state,
                 "date": time.strftime("%d %b, %H:%M", time.localtime(job.changed_sec)).lstrip("0"),
@@ -51,19 +51,19 @@ def build_run_cards(jobs: Jobs) -> list[dict[str, str]]:
     return cards
 
 
-def find_picture(run_dir: Path) -> str:
+def find_thumbnail(run_dir: Path) -> str:
     """Find a small image for the list: the newest sample, or a photo; "" without both."""
     folder = run_folder.RunDir(run_dir)
     samples = folder.samples_dir.glob("*.png")
     newest = sorted(samples, key=lambda file: file.stat().st_mtime)[-1:]
     for file in newest + list_photo_copies(folder.photos_dir)[:1]:
         with suppress(OSError):
-            return encode_picture(file, file.stat().st_mtime_ns)
+            return encode_file_thumbnail(file, file.stat().st_mtime_ns)
     return ""
 
 
 @lru_cache(maxsize=4 * MAX_LISTED_RUNS)
-def encode_picture(file: Path, changed_ns: int) -> str:
+def encode_file_thumbnail(file: Path, changed_ns: int) -> str:
     """Encode the file as a small data URL, cached while it is unchanged. Raises OSError."""
     with PIL.Image.open(file) as image:
         return html.encode_thumbnail(image.convert("RGB"), LIST_THUMBNAIL_PX)

@@ -50,10 +50,6 @@ def list_changes(
     - `run` is the name of the selected run.
     - `last_state` is what the page has shown last.
     - `workspace` holds links to the run's images, from where gradio serves them.
-
-    - `run` is the name of the chosen run.
-    - `seen` is what the page has shown last.
-    - `workspace` holds links to the run's pictures, from where gradio serves them.
     """
     if not run:
         return {}

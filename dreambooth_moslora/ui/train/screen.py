@@ -70,9 +70,6 @@ def build_line_widgets(line: int, fields: dict[str, Any], base: str) -> None:
 
     - The widgets of its fields go into `fields`.
     - `base` is the name of the page's base.
-
-    - The widgets of its fields go into `fields`.
-    - `base` is the name of the page's base.
     """
     with gr.Row():
         for name, row in list_form_fields().items():
@@ -85,9 +82,6 @@ def build_field_widget(name: str, base: str) -> gr.components.Component:
 
     - `name` is the field's in `TrainForm`.
     - `base` is the name of the page's base, which may decide the first value.
-
-    - `name` is the field's in `TrainForm`.
-    - `base` is the name of the page's base, on which the first value may depend.
     """
     row = list_form_fields()[name]
     first = row.get_first_value(base)
@@ -120,9 +114,6 @@ def build_train_tab(
     ctx: state.AppContext, page: gr.Blocks, tabs: gr.Tabs, generate: GenerateTab
 ) -> dict[str, Any]:
     """Build the tab's widgets, then connect their events.
-
-    - `page` and `tabs` are the whole page, and its tabs.
-    - `generate` is the tab in which a run's adapter is used.
 
     - `page` and `tabs` are the whole page, and its tabs.
     - `generate` is the tab in which a run's adapter is used.
@@ -190,9 +181,6 @@ def _connect_form(
     """Connect a button whose errors appear on the card below it.
 
     - `act` does its work with the form, and returns values of `outputs`.
-    - `fields` and `parts` are the tab's widgets.
-
-    - `act` does it with the form, and gives values of `outputs`.
     - `fields` and `parts` are the tab's widgets.
     """
 

@@ -301,12 +301,6 @@ class TrainForm:
         - `photos` are those of `photos_dir` that can be used, if they were read already.
         - With `is_queued` the run begins when all others have ended, and has their memory.
 
-        - `base` is the name of the page's base, and `resolution_px` its side.
-        - `photos_dir` has the photos.
-        - `run_dir` is the run's folder, which need not exist.
-        - `photos` are those of `photos_dir` that can be used, if they were read already.
-        - With `is_queued` the run begins when all others have ended, and has their memory.
-
         Raises UserError for a form or photos that no run can use.
         """
         # The form's own values come first, then those of the base's recipe.
@@ -328,8 +322,6 @@ class TrainForm:
         """Return the form's own values, under the names of TrainConfig.
 
         Arguments are those of `choose_settings`. Raises UserError.
-
-        The arguments are those of `defaults`. Raises UserError.
         """
         self.check_words()
         check_characters(str(self.describe or ""), "what may change")
@@ -394,8 +386,6 @@ def replace_flags(advice: str) -> str:
 
 def measure_free_gib(*, is_later: bool = False) -> float | None:
     """Measure GPU memory for a run, GiB; None without a GPU.
-
-    With `is_later` the run begins when all others have ended.
 
     With `is_later` the run begins when all others have ended.
     """

@@ -99,10 +99,7 @@ def build_review(
     """Review the clean copies, each by its first crop in a run of this form.
 
     - `remarks` come before those on all photos together, and those before those on single ones.
-    - `masks` maps photos to the masks of a run (default: those beside the photos).
-
-    - `remarks` come before those on all photos together, and those before those on single ones.
-    - `masks` maps photos to the masks of a run (default: those beside the photos).
+    - `masks` are those that a run would use, by photo, if not those beside the photos.
     """
     folder = ctx.workspace.photos_dir
     with ctx.workspace.changing:
@@ -151,10 +148,10 @@ def render_photo_remarks(count: int, faults: list[str]) -> str:
 def build_cards(review: PhotoReview) -> list[dict[str, str]]:
     """Build the cards of `build_photo_rows`."""
     cards = []
-    for photo, (picture, remark) in zip(review.photos, review.crops):
+    for photo, (crop, remark) in zip(review.photos, review.crops):
         card = {
             "photo": hash_file(photo),
-            "picture": html.encode_thumbnail(picture, TILE_PX),
+            "picture": html.encode_thumbnail(crop, TILE_PX),
             "remark": remark,
             "caption": read_caption(photo),
         }

@@ -1,8 +1,6 @@
 """Start of a run from a filled form.
 
 The run is started, queued, or its cost is estimated, as `--dry_run` does it.
-
-A run is started, queued, or told what it will cost, as `--dry_run` estimates it.
 """
 
 import re
