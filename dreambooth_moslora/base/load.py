@@ -1,7 +1,7 @@
-"""The base model: loads the pipeline by its name, and encodes photos for the denoiser.
+"""Load a base's pipeline by its name, and encode photos with its VAE.
 
-    name          --load_pipeline-->  the pipeline of its family (`family_facts`)
-    pixels        --encode_image-->   latents (B, C, h, w), normalised as the denoiser expects them
+    name          --load_pipeline-->  pipeline of its family (`family_facts`)
+    pixels        --encode_image-->   latents (B, C, h, w), normalised as the denoiser expects
 
 Pixels are (B, 3, H, W) in [-1, 1].
 """
@@ -40,30 +40,30 @@ CONVERTER_ERRORS = (
     AttributeError,
     SingleFileComponentError,
 )
-"""Errors of diffusers' converter for a damaged file, and for one of another model."""
+"""Errors of diffusers' converter for a damaged file, and for a file of another model."""
 LOADER_ERRORS = (
     *(OSError, ValueError, OverflowError, RuntimeError, SafetensorError),
     UnpicklingError,  # a .bin file that holds more than weights
 )
 """Errors of the loaders for damaged and missing parts."""
 ZERO_SNR_RESCALE = 0.7
-"""How much of guidance's added contrast is removed (Lin et al. 2024, arXiv 2305.08891)."""
+"""Share of guidance's added contrast that is removed (Lin et al. 2024, arXiv 2305.08891)."""
 
 
 @cache
 def ignore_kernels() -> None:
-    """Let transformers overlook the attention that a model's configuration names, for the life of
-    the process: it may be a kernel on the hub, which is code."""
-    read = PreTrainedConfig.from_dict.__func__
+    """Make transformers ignore the attention that a model's configuration names, for the life of
+    the process: it may be a kernel from the hub, which is code."""
+    original = PreTrainedConfig.from_dict.__func__
 
-    def from_dict(kind: type, config: dict[str, Any], **options: Any) -> Any:
-        return read(kind, drop_attention_choice(config), **options)
+    def from_dict(cls: type, config: dict[str, Any], **options: Any) -> Any:
+        return original(cls, drop_attention_choice(config), **options)
 
     PreTrainedConfig.from_dict = classmethod(from_dict)
 
 
 def drop_attention_choice(config: Any) -> Any:
-    """A configuration, and those inside it, without entries that choose the attention."""
+    """Drop the entries that choose the attention from a configuration and from those inside it."""
     if not isinstance(config, dict):
         return config
     return {
@@ -80,23 +80,23 @@ def load_pipeline(
     vae_dtype: torch.dtype | None = None,
     has_denoiser: bool = True,
 ) -> DiffusionPipeline:
-    """Load a base, or the base of that name, frozen and in evaluation mode.
+    """Load a base by its name, frozen and in evaluation mode.
 
     dtype: of the weights
-    vae_dtype: of the autoencoder, which `base.vae` may name; the same by default
-    has_denoiser: False leaves it to `load_denoiser`, but for a single file of a UNet
+    vae_dtype: of the autoencoder; default: `dtype`
+    has_denoiser: False leaves the denoiser to `load_denoiser`, except in a single file of a UNet
 
-    Raises UserError when the base is missing, of no known family, or cannot be fetched.
+    Raises UserError if the base is missing, of an unknown family, or cannot be fetched.
     """
     ignore_kernels()
 
-    # Refuse what no loader could load, by the files alone.
+    # Refuse by its files what no loader could load.
     base = Base.find(base)
     base.check()
     vae_dtype = vae_dtype or dtype
 
     try:
-        # What the pipeline is given, in place of what it would load or make by itself.
+        # Options of the loader: another VAE, no watermark, perhaps no denoiser.
         facts = base.facts or SDXL
         kind = getattr(diffusers, facts.pipeline)
         options = dict(base.version)
@@ -107,7 +107,7 @@ def load_pipeline(
         if not has_denoiser:
             options[facts.denoiser] = None
 
-        # A single file of a UNet holds all parts; that of a transformer holds this one alone.
+        # A single file of a UNet holds all parts; a transformer's file holds the transformer alone.
         if base.file and facts.style == "ddpm":
             pipeline = load_single_file(base.file, kind, options | {"dtype": dtype})
         else:
@@ -124,14 +124,14 @@ def load_pipeline(
         ) from error
     check_is_whole(pipeline, base.name, needs_denoiser=has_denoiser)
 
-    # SDXL's own spacing (`leading`) would never use the last noise level.
+    # SDXL's default spacing (`leading`) would never use the last noise level.
     if has_zero_terminal_snr(pipeline):
         scheduler = pipeline.scheduler
         pipeline.scheduler = type(scheduler).from_config(
             scheduler.config, timestep_spacing="trailing"
         )
 
-    # The loader of single files knows one dtype for all parts.
+    # The loader of single files takes one dtype for all parts.
     if pipeline.vae.dtype != vae_dtype:
         pipeline.vae.to(vae_dtype)
     for part in pipeline.components.values():
@@ -141,21 +141,22 @@ def load_pipeline(
 
 
 def load_denoiser(pipeline: DiffusionPipeline, base: Base, dtype: torch.dtype) -> None:
-    """Give a pipeline that was loaded without it the base's denoiser, frozen. Raises UserError."""
+    """Load the base's denoiser, frozen, into a pipeline that was loaded without it. Raises
+    UserError if it cannot be loaded."""
     facts = get_facts(type(pipeline).__name__)
     name = facts.denoiser
     try:
         if base.file:
             model = load_denoiser_file(base.file, facts, dtype)
         else:
-            # Every other part is given, a model as None, and so it is not loaded again.
-            others: dict[str, Any] = {}
-            for part, value in pipeline.components.items():
-                if part != name:
-                    others[part] = None if isinstance(value, torch.nn.Module) else value
+            # Pass each other part, models as None, so that none is loaded again.
+            parts = {
+                part: None if isinstance(value, nn.Module) else value
+                for part, value in pipeline.components.items()
+                if part != name
+            }
             options = base.version | {"variant": base.variant, "dtype": dtype}
-            whole = type(pipeline).from_pretrained(base.place, **options, **others)
-            model = getattr(whole, name)
+            model = getattr(type(pipeline).from_pretrained(base.place, **options, **parts), name)
     except UserError:
         raise
     except LOADER_ERRORS as error:
@@ -172,14 +173,13 @@ def load_vae(
     dtype: torch.dtype,
     cache_dir: str | Path | None,
 ) -> nn.Module:
-    """Load another autoencoder.
+    """Load an autoencoder that replaces the base's.
 
-    name: a folder or a hub id
-    pipeline: the class of pipeline that it is for, which says the autoencoder's own class
-    dtype: of its weights
+    name: folder or hub id
+    pipeline: class of the pipeline, whose signature names the autoencoder's class
     cache_dir: of the hub
 
-    Raises UserError when it cannot be loaded.
+    Raises UserError if it cannot be loaded.
     """
     try:
         kind = pipeline._get_signature_types()["vae"][0]
@@ -191,15 +191,13 @@ def load_vae(
 def load_around_file(
     path: Path, facts: FamilyFacts, dtype: torch.dtype, options: dict
 ) -> DiffusionPipeline:
-    """The pipeline around a transformer's file. Encoders and VAE come from a diffusers folder of
-    the same stem beside it, else from the hub.
+    """Load the pipeline around a transformer's file. Encoders and VAE come from a diffusers folder
+    of the same stem beside the file, else from the hub.
 
-    path: of the file
-    facts: of its family
     dtype: of the transformer
-    options: of the pipeline's loader. Where they name the denoiser, it comes later
+    options: of the pipeline's loader; if they contain the denoiser, it is loaded later
 
-    Raises UserError where the other parts are neither here nor fetched.
+    Raises UserError if the other parts are neither on this machine nor fetched.
     """
     parts = {}
     if facts.denoiser not in options:
@@ -212,7 +210,7 @@ def load_around_file(
 
 
 def explain_missing_parts(path: Path, facts: FamilyFacts) -> str:
-    """What a person can do about a transformer's file without the other parts."""
+    """Return the message for a transformer's file without the pipeline's other parts."""
     model = facts.models[0].hub_id
     return (
         f"{path} holds {facts.denoiser_name} alone, and the other parts and configs are not here: "
@@ -222,11 +220,11 @@ def explain_missing_parts(path: Path, facts: FamilyFacts) -> str:
 
 
 def load_denoiser_file(path: Path, facts: FamilyFacts, dtype: torch.dtype) -> nn.Module:
-    """The model that denoises, of a file, in `dtype`. Raises UserError."""
+    """Load the denoiser of a single file. Raises UserError if diffusers cannot read it."""
     home = model_files.find_configs(path)
     kind = getattr(diffusers, facts.model)
     try:
-        # diffusers drops scales, and splits and renames the weights: the scales come first.
+        # diffusers drops scales, and splits and renames weights: apply the scales first.
         weights = load_single_file_checkpoint(str(path))
         if model_files.group_quantized(path):
             QuantizedFile(path).dequantize(weights, dtype)
@@ -239,7 +237,7 @@ def load_denoiser_file(path: Path, facts: FamilyFacts, dtype: torch.dtype) -> nn
     except UserError:
         raise
     except CONVERTER_ERRORS as error:
-        # Without configurations beside the file, it may be the hub that did not answer.
+        # Without configurations beside the file, perhaps the hub did not answer.
         if isinstance(error, OSError) and home is None:
             raise UserError(explain_missing_parts(path, facts)) from error
         raise UserError(
@@ -249,9 +247,9 @@ def load_denoiser_file(path: Path, facts: FamilyFacts, dtype: torch.dtype) -> nn
 
 
 def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -> DiffusionPipeline:
-    """Load one checkpoint file, with the configs of the folder beside it, else the hub's. Raises
-    UserError for configs that cannot be fetched, and for another file."""
-    # diffusers drops the scales: a quantized UNet comes later.
+    """Load a UNet's checkpoint file, with the configs of the folder beside it, else the hub's.
+    Raises UserError for configs that cannot be fetched, and for a file of another model."""
+    # diffusers drops the scales: a quantized UNet is loaded later.
     is_quantized = bool(model_files.group_quantized(path))
     if is_quantized:
         options = options | {"unet": None}
@@ -268,12 +266,13 @@ def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -
         ) from error
     except CONVERTER_ERRORS as error:
         facts = get_facts(kind.__name__)
-        what = f"{facts.article} {facts.title} checkpoint that diffusers can read"
-        raise UserError(f"{path} is not {what}: {format_error(error, 300)}") from error
+        expected = f"{facts.article} {facts.title} checkpoint that diffusers can read"
+        raise UserError(f"{path} is not {expected}: {format_error(error, 300)}") from error
     if is_quantized:
         unet = load_denoiser_file(path, get_facts(kind.__name__), options["dtype"])
         pipeline.register_modules(unet=unet)
-    # A velocity model of SDXL says so by empty tensors of these names, which diffusers ignores.
+
+    # Empty tensors of these names mark SDXL's velocity models. diffusers ignores them.
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             marks = {"v_pred", "ztsnr"} & set(file.keys())
@@ -288,7 +287,7 @@ def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -
 
 
 def has_zero_terminal_snr(pipeline: DiffusionPipeline) -> bool:
-    """Whether the last noise level of a velocity base is pure noise."""
+    """Return whether the last noise level of a velocity base is pure noise."""
     config = pipeline.scheduler.config
     is_velocity = config.get("prediction_type") == "v_prediction"
     return is_velocity and bool(config.get("rescale_betas_zero_snr"))
@@ -300,22 +299,16 @@ def check_is_whole(
     needs_denoiser: bool = True,
     needs_encoders: bool = True,
 ) -> None:
-    """Raises UserError for a part that is missing, and for a weight that the loader left without
-    memory.
+    """Raise UserError for a missing part, and for a weight that the loader left without memory.
 
-    pipeline: as it was loaded
     name: of the base, for the message
-    needs_denoiser: False where it is loaded later
-    needs_encoders: False where they were used and let go
+    needs_denoiser: False if it is loaded later
+    needs_encoders: False if they were used and freed
     """
     facts = get_facts(type(pipeline).__name__)
-    needed = []
-    if needs_denoiser:
-        needed.append(facts.denoiser)
-    if needs_encoders:
-        needed += facts.encoders
+    needed = [facts.denoiser] * needs_denoiser + list(facts.encoders) * needs_encoders
 
-    # Parts: diffusers loads a pipeline whose index has null for one.
+    # Check the parts: diffusers loads a pipeline whose index has null for a part.
     lacking = [part for part in needed if getattr(pipeline, part) is None]
     if facts.needs_sizes and (lacking or pipeline.unet.config.addition_embed_type != "text_time"):
         raise UserError(
@@ -325,7 +318,7 @@ def check_is_whole(
     if lacking:
         raise UserError(f"the base model {name} is not whole: it has no {lacking[0]}.")
 
-    # Weights: what the files lack stays on meta.
+    # Check the weights: those that the files lack stay on the meta device.
     for part, model in pipeline.components.items():
         if not isinstance(model, nn.Module):
             continue
@@ -336,7 +329,8 @@ def check_is_whole(
 
 
 def get_default_resolution(pipeline: DiffusionPipeline) -> int:
-    """Side in pixels of the base's training images: 1024 for SDXL, 128 for the embedded base."""
+    """Return the side in px of the base's training images: 1024 for SDXL, 128 for the embedded
+    base."""
     if toy_bases.is_toy(get_base_name(pipeline)):
         return toy_bases.RESOLUTION_PX
     facts = get_facts(type(pipeline).__name__)
@@ -346,29 +340,29 @@ def get_default_resolution(pipeline: DiffusionPipeline) -> int:
 
 
 def get_default_guidance(pipeline: DiffusionPipeline) -> float:
-    """The family's usual guidance; the embedded base has its own."""
+    """Return the usual guidance scale of the family, or of the embedded base."""
     return toy_bases.get_base_guidance(get_base_name(pipeline), get_facts(type(pipeline).__name__))
 
 
 def get_base_name(pipeline: DiffusionPipeline) -> str:
-    """What it was loaded from: a folder, a file or a hub id."""
+    """Return the folder, file or hub id from which the pipeline was loaded."""
     return str(pipeline.config.get("_name_or_path", ""))
 
 
 def get_guidance_rescale(pipeline: DiffusionPipeline) -> float:
-    """The pipeline's argument of this name: guidance overexposes pictures of bases with zero
+    """Return the pipeline's `guidance_rescale`: guidance overexposes the images of a base with zero
     terminal SNR."""
     return ZERO_SNR_RESCALE if has_zero_terminal_snr(pipeline) else 0.0
 
 
 SDXL_FAMILY = families.SDXL(SDXL)
-"""Whose latents those of most UNets are."""
+"""Family whose latents most UNets share."""
 
 
 @torch.no_grad()
 def encode_image(vae: nn.Module, pixels: Tensor, family: families.Family = SDXL_FAMILY) -> Tensor:
-    """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) for the denoiser, fp32: the mean of
-    the VAE's posterior. A VAE that gives NaN is converted to fp32 for good. Raises UserError when
+    """Encode pixels (B, 3, H, W) in [-1, 1] to latents (B, C, h, w) for the denoiser, fp32: the
+    mean of the VAE's posterior. A VAE that gives NaN stays converted to fp32. Raises UserError if
     even fp32 gives NaN."""
     with decode.enable_tiling(
         vae,
@@ -391,17 +385,17 @@ UNET_SHAPE_ENTRIES = (
     "cross_attention_dim",
     "transformer_layers_per_block",
 )
-"""Entries of a UNet's configuration by which an adapter fits it."""
+"""Entries of a UNet's configuration that decide whether an adapter fits it."""
 
 
 def get_architecture(denoiser: nn.Module) -> dict[str, object]:
-    """The shape of a denoiser, JSON-able: SHAPE of a UNet, every whole number of a transformer's
-    configuration."""
+    """Return the entries of a denoiser's configuration that decide its shapes, as JSON:
+    `UNET_SHAPE_ENTRIES` of a UNet, every integer of a transformer."""
     config = dict(denoiser.config)
     if "block_out_channels" in config:
-        found = {key: config[key] for key in UNET_SHAPE_ENTRIES}
+        shape_entries = {key: config[key] for key in UNET_SHAPE_ENTRIES}
     else:
-        found = {key: value for key, value in config.items() if type(value) is int}
+        shape_entries = {key: value for key, value in config.items() if type(value) is int}
 
-    # JSON has no tuples: what is read back must equal what was written.
-    return json.loads(json.dumps(found))
+    # JSON has no tuples: the entries must equal those read back from a file.
+    return json.loads(json.dumps(shape_entries))

@@ -1,9 +1,8 @@
-"""Mixture-of-Subspaces LoRA (MoSLoRA), Wu, Wang, Zhao, Wong, arXiv 2406.11909: the method on one
-page.
+"""Mixture-of-Subspaces LoRA (MoSLoRA), Wu, Wang, Zhao, Wong, arXiv 2406.11909.
 
     y = W0·x + s·B·M·A·x        s = alpha/r
 
-    W0 (out, in)    the layer's own weight, frozen
+    W0 (out, in)    the layer's weight, frozen
     A  (r, in)      down to the rank, as in LoRA
     M  (r, r)       the mixer
     B  (out, r)     up again, as in LoRA
@@ -27,12 +26,12 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """The matrices of a plain LoRA on one layer, without its scale.
+    """Matrices of a plain LoRA on one layer, without its scale.
 
     down: (r, in), or a kernel (r, in, h, w)
     up: (out, r), or a kernel (out, r, 1, 1)
-    bias: (out,), which `up` adds
-    magnitude: (out,), of DoRA
+    bias: of `up` (out,)
+    magnitude: of DoRA (out,)
     """
 
     down: torch.Tensor
@@ -46,41 +45,43 @@ class LowRank:
 
     @property
     def delta(self) -> torch.Tensor:
-        """ΔW = up·down, computed in fp64 and returned in fp32: (out, in) or (out, in, h, w)."""
+        """Weight change ΔW = up·down, computed in fp64, in fp32: (out, in) or (out, in, h, w)."""
         change = self.up.double().flatten(1) @ self.down.double().flatten(1)
         return change.view(len(self.up), *self.down.shape[1:]).float()
 
 
 Tensors = dict[str, torch.Tensor]
-"""A file's tensors, by name."""
+"""Tensors of a file, by name."""
 Components = dict[str, torch.nn.Module]
-"""The models of a pipeline, by diffusers' names, such as `unet`."""
+"""Models of a pipeline, by diffusers' names, such as `unet`."""
 Folded = dict[str, dict[str, LowRank]]
-"""Component -> module path, as other programs know it -> the layer."""
+"""Component -> module path, as in other programs -> layer."""
 PLACEHOLDER_SHAPE = (1, 1)
-"""The shape of `lora_B.weight` in the state dict of an adapter with a mixer."""
+"""Shape of `lora_B.weight` in the state dict of an adapter with a mixer."""
 
 
 def compute_scale(alpha: float, rank: int, use_rslora: bool = False) -> float:
-    """s = alpha/r, or alpha/√r for rsLoRA."""
+    """Compute s = alpha/r, or alpha/√r for rsLoRA."""
     return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
 def init_orthogonal(mixer: torch.Tensor, generator: torch.Generator) -> None:
+    """Initialize M as a random orthogonal matrix."""
     torch.nn.init.orthogonal_(mixer, generator=generator)
 
 
 def init_kaiming(mixer: torch.Tensor, generator: torch.Generator) -> None:
-    """As PEFT starts A by itself."""
+    """Initialize M as PEFT initializes A by default."""
     torch.nn.init.kaiming_uniform_(mixer, a=math.sqrt(5), generator=generator)
 
 
 def init_identity(mixer: torch.Tensor, generator: torch.Generator) -> None:
+    """Initialize M as I."""
     torch.nn.init.eye_(mixer)
 
 
 def init_butterfly(mixer: torch.Tensor, generator: torch.Generator) -> None:
-    """[[I, I], [I, I]]: each subspace is mixed with one of the other half."""
+    """Initialize M as [[I, I], [I, I]]: each subspace is mixed with one of the other half."""
     mixer.copy_(torch.eye(len(mixer) // 2).repeat(2, 2))
 
 
@@ -90,22 +91,24 @@ INITIALIZERS: dict[str, Callable[[torch.Tensor, torch.Generator], None]] = {
     "identity": init_identity,
     "butterfly": init_butterfly,
 }
-"""Kind -> how M (r, r) starts, in place, from the generator alone. `train_config.MIXERS` offers
-them."""
+"""Kind -> function that initializes M (r, r) in place by the generator. `train_config.MIXERS` lists
+the kinds."""
 
 
 def build_initial_mixer(kind: str, rank: int, seed: int, path: str) -> torch.Tensor:
-    """M₀ (r, r) in fp32 on the CPU.
+    """Build M₀ (r, r) in fp32 on the CPU.
 
-    kind: one of `INITIALIZERS`; raises ValueError for another
+    kind: key of `INITIALIZERS`
     rank: r
-    seed, path: of the run and of the layer. They alone decide the draw, so each layer has its own,
-        whatever other layers are adapted
+    seed, path: of the run and of the layer. They alone decide the random numbers, so that a layer's
+        mixer does not depend on which other layers are adapted
+
+    Raises ValueError for an unknown kind.
     """
     if kind not in INITIALIZERS:
         raise ValueError(f"there is no mixer {kind!r}")
 
-    # A seed of torch is below 2⁶³: hence the shift by one bit.
+    # A seed of torch is below 2⁶³, hence the shift by one bit.
     digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
 
@@ -116,13 +119,13 @@ def build_initial_mixer(kind: str, rank: int, seed: int, path: str) -> torch.Ten
 
 @dataclass(frozen=True, eq=False)
 class MixedLowRank:
-    """The matrices of MoSLoRA on one layer.
+    """Matrices of MoSLoRA on one layer.
 
     down: A (r, in), or a kernel (r, in, h, w)
     mixer: M (r, r); None for the identity
     up: B (out, r)
     scale: s
-    magnitude: (out,), of DoRA
+    magnitude: of DoRA (out,)
     """
 
     down: torch.Tensor
@@ -133,8 +136,8 @@ class MixedLowRank:
 
     @torch.no_grad()
     def fold(self) -> LowRank:
-        """The equal plain LoRA in fp32: down = A, up = s·B·M. It is computed in fp64, on the CPU,
-        as Apple's GPUs lack fp64."""
+        """Fold into the equal plain LoRA in fp32: down = A, up = s·B·M, computed in fp64 on the
+        CPU, as Apple's GPUs lack fp64."""
         up = self.up.cpu().double()
         if self.mixer is not None:
             up = up @ self.mixer.cpu().double()
@@ -143,21 +146,21 @@ class MixedLowRank:
         # For a convolution, `up` is a kernel of 1 x 1.
         up = up.view(*up.shape, *(1,) * (self.down.ndim - 2))
 
-        # Copies: the live matrices learn on.
+        # Copy them, as the live matrices go on learning.
         down = self.down.float().cpu().clone(memory_format=torch.contiguous_format)
         magnitude = None if self.magnitude is None else self.magnitude.float().cpu().clone()
         return LowRank(down=down, up=up.contiguous(), magnitude=magnitude)
 
 
 class MixerLinear(torch.nn.Module):
-    """B·M in place of LoRA's B.
+    """Linear layer B·M in place of LoRA's B.
 
     up: B (out, r), a parameter
     mixer: M (r, r), a parameter
-    train_mixer: without it M is a buffer, as PEFT trains every parameter
+    train_mixer: False makes M a buffer, as PEFT trains every parameter
 
-    Its state dict has both, and a `weight` of one zero, which fits no plain LoRA: a reader that
-    does not know of mixers fails instead of computing without M.
+    The state dict has both, and a `weight` of one zero, which fits no plain LoRA: a reader without
+    support for mixers fails instead of computing without M.
     """
 
     def __init__(self, up: torch.Tensor, mixer: torch.Tensor, train_mixer: bool = True):
@@ -169,16 +172,16 @@ class MixerLinear(torch.nn.Module):
             self.register_buffer("mixer", mixer)
 
     def compute_product(self) -> torch.Tensor:
-        """B·M, in the shape of a plain LoRA's B: (out, r)."""
+        """Compute B·M (out, r), in the shape of a plain LoRA's B."""
         return self.up @ self.mixer
 
     @property
     def weight(self) -> torch.Tensor:
-        """The product, which PEFT merges as it does a plain LoRA's weight."""
+        """Product B·M, which PEFT merges as a plain LoRA's weight."""
         return self.compute_product()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, r) -> (…, out)."""
+        """Compute B·M·x (…, out) of x (…, r)."""
         return F.linear(x, self.compute_product())
 
     def _save_to_state_dict(
@@ -199,12 +202,12 @@ class MixerLinear(torch.nn.Module):
 
 
 class MixerConv2d(MixerLinear):
-    """The same for a convolution, whose B is a 1×1 convolution. `up` and `mixer` stay matrices."""
+    """Convolution of 1×1 with the kernel B·M. `up` and `mixer` are matrices."""
 
     def compute_product(self) -> torch.Tensor:
-        """B·M, in the shape of a plain LoRA's B: (out, r, 1, 1)."""
+        """Compute B·M (out, r, 1, 1), in the shape of a plain LoRA's B."""
         return super().compute_product()[:, :, None, None]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, r, H, W) -> (N, out, H, W)."""
+        """Compute B·M·x (N, out, H, W) of x (N, r, H, W)."""
         return F.conv2d(x, self.compute_product())

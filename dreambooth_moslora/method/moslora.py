@@ -1,11 +1,10 @@
-"""MoSLoRA adapters on a model, as PEFT layers: add one, list its layers, scale it, switch it off,
-fold it.
+"""MoSLoRA adapters on a model, as PEFT layers: add, list, disable and fold them.
 
-The mixer is inside PEFT's `lora_B[adapter]`, so whatever PEFT does with a LoRA layer also works
-here: quantised bases, DoRA, merging, several adapters. `inject` adds an adapter to a model in
-place, `MoSLoraConfig` is also for `peft.get_peft_model`. The first config with a mixer wraps a
-method of PEFT's LoraModel, for the life of the process: `add_adapter` can be called at any later
-time, and PEFT has no hook there.
+The mixer is inside PEFT's `lora_B[adapter]`, so all that PEFT does with a LoRA layer works with it:
+quantised bases, DoRA, merging, several adapters. `inject` adds an adapter to a model in place;
+`MoSLoraConfig` works with `peft.get_peft_model` too. The first config with a mixer wraps a method
+of PEFT's LoraModel for the life of the process: `add_adapter` can be called at any later time, and
+PEFT has no hook there.
 """
 
 import re
@@ -26,19 +25,17 @@ from dreambooth_moslora.settings.train_config import MIXERS
 
 
 def get_unwrapped_model(model: nn.Module) -> nn.Module:
-    """The model that `peft.get_peft_model` was given."""
+    """Return the model inside a `PeftModel`."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def get_base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Module path -> module, as without PEFT's wrappers; a shared one under its first path, without
-    the model."""
-    modules, seen = {}, set()
+    """Return module path -> module, without PEFT's wrappers and without the model itself; a shared
+    module under its first path."""
+    paths: dict[nn.Module, str] = {}
     for path, module in _walk(get_unwrapped_model(model), ""):
-        if module not in seen:
-            seen.add(module)
-            modules[path] = module
-    return modules
+        paths.setdefault(module, path)
+    return {path: module for module, path in paths.items()}
 
 
 def _walk(parent: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
@@ -50,20 +47,18 @@ def _walk(parent: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def get_matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The `get_base_modules` whose weight has at least 2 dimensions: projections, convolutions and
-    embeddings."""
-    modules = get_base_modules(model).items()
-    found = {}
-    for path, module in modules:
-        weight = getattr(module, "weight", None)
-        if getattr(weight, "ndim", 0) > 1:
-            found[path] = module
-    return found
+    """Return the base's modules whose weight has at least 2 dimensions: projections, convolutions
+    and embeddings."""
+    return {
+        path: module
+        for path, module in get_base_modules(model).items()
+        if getattr(getattr(module, "weight", None), "ndim", 0) > 1
+    }
 
 
 def build_value_pattern(values: Mapping[str, float], common: float) -> dict[str, float]:
-    """PEFT's `rank_pattern` or `alpha_pattern` for the paths with another value than the common
-    one. It has one regular expression a value, as PEFT tries each on every module."""
+    """Build PEFT's `rank_pattern` or `alpha_pattern` for the paths whose value is not the common
+    one. It has one regular expression for each value, as PEFT tries each on every module."""
     paths: dict[float, list[str]] = {}
     for path, value in values.items():
         if value != common:
@@ -72,7 +67,7 @@ def build_value_pattern(values: Mapping[str, float], common: float) -> dict[str,
 
 
 def get_weight_size(module: nn.Module | None) -> tuple[int, ...]:
-    """(out, in) of a projection, also if quantised, (out, in, h, w) of a convolution, () of
+    """Return (out, in) of a projection, also if quantised, (out, in, h, w) of a convolution, () of
     anything else."""
     module = getattr(module, "base_layer", module)
     if isinstance(module, nn.Conv2d):
@@ -80,19 +75,19 @@ def get_weight_size(module: nn.Module | None) -> tuple[int, ...]:
     return (module.out_features, module.in_features) if hasattr(module, "out_features") else ()
 
 
-# PEFT's own method, which the patch calls.
 create_and_replace = LoraModel._create_and_replace
+"""PEFT's method, which the patch calls."""
 
 
 @cache
 def patch_peft() -> None:
-    """Make PEFT's LoraModel put the config's mixer into each layer. PEFT ignores its own
+    """Patch PEFT's LoraModel to put the config's mixer into each layer. PEFT ignores its
     registration of layer classes for a second adapter."""
     LoraModel._create_and_replace = create_with_mixer
 
 
 def has_mixer(config: LoraConfig) -> bool:
-    """Whether its layers have an M; also for a plain LoraConfig of PEFT."""
+    """Return whether the config's layers have an M; False for a plain LoraConfig of PEFT."""
     return getattr(config, "mixer", "none") != "none"
 
 
@@ -100,16 +95,16 @@ def has_mixer(config: LoraConfig) -> bool:
 def create_with_mixer(
     self, lora_config, adapter_name, target, target_name, parent, current_key, **options
 ):
-    """Also put an fp32 mixer between PEFT's A and B. Raises UserError for a layer into which none
-    can be put."""
-    # PEFT makes its layer with A and B, as for a plain LoRA.
+    """Create PEFT's LoRA layer, with an fp32 mixer between A and B. Raises UserError for a layer
+    that cannot carry a mixer."""
+    # PEFT creates its layer with A and B, as for a plain LoRA.
     create_and_replace(
         self, lora_config, adapter_name, target, target_name, parent, current_key, **options
     )
     if not has_mixer(lora_config):
         return
 
-    # Refuse the layers whose B is no matrix that is multiplied by: M would have no place there.
+    # Refuse a layer whose B is not a plain matrix or kernel: M cannot be multiplied by it.
     layer = getattr(parent, target_name)
     matrices = (nn.Linear, nn.Conv2d)
     is_plain = adapter_name in layer.lora_B and type(layer.lora_B[adapter_name]) in matrices
@@ -119,7 +114,7 @@ def create_with_mixer(
             f"{current_key} is a {kind} that cannot carry a mixer; leave it out of target_modules"
         )
 
-    # Draw M₀, and put B·M in the place of B. B learns if PEFT's B would, and M with it.
+    # Replace B by B·M₀. B and M learn if PEFT's B would.
     plain = layer.lora_B[adapter_name].weight
     start = mixer.build_initial_mixer(
         kind=lora_config.mixer,
@@ -138,7 +133,8 @@ def create_with_mixer(
 
 
 def is_odd_convolution(module: nn.Module) -> bool:
-    """Whether PEFT's A would differ from the base's kind of convolution, or M would mix groups."""
+    """Return whether PEFT's A would differ from the base's kind of convolution, or M would mix
+    groups."""
     if not isinstance(module, nn.modules.conv._ConvNd):
         return False
     is_plain = module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
@@ -146,27 +142,27 @@ def is_odd_convolution(module: nn.Module) -> bool:
 
 
 def check_variants(config: LoraConfig) -> None:
-    """Raises UserError for a variant of LoRA that PEFT would compute from B·A, without the mixer.
-    DoRA alone reads `lora_B.weight`, which has it."""
+    """Raise UserError for a variant of LoRA that PEFT would compute from B·A, without the mixer.
+    DoRA alone reads `lora_B.weight`, which contains it."""
     excluded = ["lora_bias"]
-    for one in fields(config):
-        if one.metadata.get("is_lora_variant") and one.name != "use_dora":
-            excluded.append(one.name)
-    given = [name for name in excluded if getattr(config, name)]
+    for variant in fields(config):
+        if variant.metadata.get("is_lora_variant") and variant.name != "use_dora":
+            excluded.append(variant.name)
+    conflicts = [name for name in excluded if getattr(config, name)]
     if config.init_lora_weights not in (True, False, "gaussian"):
-        given.append(f"init_lora_weights={config.init_lora_weights!r}")
-    if given:
-        raise UserError(f'{given[0]} excludes a mixer; leave it out or use mixer="none"')
+        conflicts.append(f"init_lora_weights={config.init_lora_weights!r}")
+    if conflicts:
+        raise UserError(f'{conflicts[0]} excludes a mixer; leave it out or use mixer="none"')
 
 
 INIT_WEIGHTS_FIELD = LoraConfig.__dataclass_fields__["init_lora_weights"]
-"""PEFT's field, whose help text is kept with another default."""
+"""PEFT's field, for its help text."""
 
 
 @dataclass
 class MoSLoraConfig(LoraConfig):
-    """PEFT's LoraConfig with a mixer; its other fields are PEFT's. Raises UserError for what a
-    mixer excludes."""
+    """PEFT's LoraConfig with three fields for the mixer. Raises UserError for options that a mixer
+    excludes."""
 
     init_lora_weights: bool | str = field(default="gaussian", metadata=INIT_WEIGHTS_FIELD.metadata)
     mixer: str = field(
@@ -189,11 +185,11 @@ def build_exact_config(
     alpha: float,
     **settings: object,
 ) -> MoSLoraConfig:
-    """A config for exactly the given layers, each with its rank and alpha.
+    """Build a config for exactly the layers of `ranks`, each with its rank and alpha.
 
     ranks, alphas: by module path
-    rank, alpha: the usual ones, which most layers have
-    settings: other fields of the config
+    rank, alpha: the most frequent ones
+    settings: further fields of the config
     """
     return MoSLoraConfig(
         r=rank,
@@ -206,15 +202,15 @@ def build_exact_config(
 
 
 def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> nn.Module:
-    """Add an adapter, in fp32, to a model in place, freeze the base, and return the model. Raises
-    UserError where a target cannot carry a mixer."""
-    # PEFT replaces the layers in place. It warns of any second adapter.
+    """Add an adapter in fp32 to a model in place, freeze the base, and return the model. Raises
+    UserError if a target cannot carry a mixer."""
+    # PEFT replaces the layers in place. It warns of every second adapter.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
         inject_adapter_in_model(config, model, adapter_name)
     cast_adapter_dtype(model, adapter_name)
 
-    # A mark of diffusers and transformers: their own methods for adapters ask for it.
+    # The methods of diffusers and transformers for adapters require this mark.
     if hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = True
     for layer in get_adapter_layers(model, adapter_name).values():
@@ -223,17 +219,17 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
 
 
 def get_adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraLayer]:
-    """Module path -> PEFT layer, for each layer with this adapter, in the model's order. Raises
-    UserError where there is none."""
+    """Return module path -> PEFT layer of each layer with this adapter, in the model's order.
+    Raises UserError if there is none."""
     base = get_unwrapped_model(model)
     layers = {}
     for path, module in base.named_modules():
         if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
             layers[path] = module
     if not layers:
-        known = ", ".join(getattr(model, "peft_config", {})) or "none"
+        names = ", ".join(getattr(model, "peft_config", {})) or "none"
         raise UserError(
-            f"No adapter named {adapter_name!r} in {type(base).__name__}; it has: {known}"
+            f"No adapter named {adapter_name!r} in {type(base).__name__}; it has: {names}"
         )
     return layers
 
@@ -241,60 +237,60 @@ def get_adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[
 def list_adapter_parameters(
     model: nn.Module, adapter_name: str = "default"
 ) -> list[tuple[str, nn.Parameter]]:
-    """(name, parameter) of every learnt A, B, M and DoRA magnitude, in the model's order."""
-    found = []
+    """List (name, parameter) of every A, B, learnt M and DoRA magnitude, in the model's order."""
+    parameters = []
     for path, layer in get_adapter_layers(model, adapter_name).items():
         for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
             modules = getattr(layer, part)
             if adapter_name not in modules:
                 continue
             for name, parameter in modules[adapter_name].named_parameters():
-                found.append((f"{path}.{part}.{name}", parameter))
-    return found
+                parameters.append((f"{path}.{part}.{name}", parameter))
+    return parameters
 
 
 def list_mixer_parameters(
     model: nn.Module, adapter_name: str = "default"
 ) -> list[tuple[str, nn.Parameter]]:
-    """The learnt mixers among `list_adapter_parameters`. Weight decay would pull M to 0, not to its
-    start: exempt them."""
-    named = list_adapter_parameters(model, adapter_name)
-    return [(name, parameter) for name, parameter in named if name.endswith(".lora_B.mixer")]
+    """List the learnt mixers among `list_adapter_parameters`. Exempt them from weight decay, which
+    would pull M to 0, not to its start."""
+    parameters = list_adapter_parameters(model, adapter_name)
+    return [(name, parameter) for name, parameter in parameters if name.endswith(".lora_B.mixer")]
 
 
 def list_lora_layers(model: nn.Module) -> list[LoraLayer]:
-    """PEFT's layers, of any adapter."""
+    """List PEFT's layers, of any adapter."""
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def disable_adapters(model: nn.Module) -> AbstractContextManager[None]:
-    """Switch all adapters off for the block, without changing gradient flags as PEFT's own switch
+    """Disable all adapters within the block, without changing gradient flags as PEFT's method
     does."""
     return disable_layers(list_lora_layers(model))
 
 
 @contextmanager
 def disable_layers(layers: list[LoraLayer]) -> Iterator[None]:
-    """`disabled` for given layers: finding them means walking over thousands of modules."""
-    before = [layer._disable_adapters for layer in layers]
+    """Disable the adapters of these layers within the block. A caller that lists the layers once
+    saves a walk over thousands of modules."""
+    flags = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True
     try:
         yield
     finally:
-        for layer, was in zip(layers, before, strict=True):
-            layer._disable_adapters = was
+        for layer, flag in zip(layers, flags, strict=True):
+            layer._disable_adapters = flag
 
 
 def get_matrices(layer: LoraLayer, adapter_name: str) -> mixer.MixedLowRank:
-    """The live A, M, B and magnitude of one layer, not copied. Its scale is the s of training,
-    which PEFT's `set_scale` does not change."""
-    # Without a mixer, B is PEFT's own.
+    """Return the live A, M, B and magnitude of one layer, not copied. The scale is that of
+    training, which PEFT's `set_scale` does not change."""
     lora_b = layer.lora_B[adapter_name]
     if isinstance(lora_b, mixer.MixerLinear):
-        mix, up = lora_b.mixer, lora_b.up
+        matrix, up = lora_b.mixer, lora_b.up
     else:
-        mix, up = None, lora_b.weight.flatten(1)
+        matrix, up = None, lora_b.weight.flatten(1)
 
     scale = mixer.compute_scale(
         layer.lora_alpha[adapter_name], layer.r[adapter_name], layer.use_rslora[adapter_name]
@@ -303,7 +299,7 @@ def get_matrices(layer: LoraLayer, adapter_name: str) -> mixer.MixedLowRank:
     magnitude = magnitudes[adapter_name].weight if adapter_name in magnitudes else None
     return mixer.MixedLowRank(
         down=layer.lora_A[adapter_name].weight,
-        mixer=mix,
+        mixer=matrix,
         up=up,
         scale=scale,
         magnitude=magnitude,
@@ -311,7 +307,7 @@ def get_matrices(layer: LoraLayer, adapter_name: str) -> mixer.MixedLowRank:
 
 
 def fold(model: nn.Module, adapter_name: str = "default") -> dict[str, mixer.LowRank]:
-    """Module path -> the plain LoRA (fp32, CPU) that equals this adapter at scale 1. Raises
-    UserError."""
+    """Return module path -> the plain LoRA (fp32, CPU) that equals this adapter at scale 1. Raises
+    UserError if the model has no such adapter."""
     layers = get_adapter_layers(model, adapter_name)
     return {path: get_matrices(layer, adapter_name).fold() for path, layer in layers.items()}
