@@ -1,5 +1,5 @@
-"""Digests of a base's files, by which caches, class images and checkpoints recognise it, wherever
-it lies."""
+"""Digests of a base's files, by which caches, class images and checkpoints recognise it in any
+folder."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,18 +11,17 @@ from dreambooth_moslora.disk.paths import expand_user_path
 from dreambooth_moslora.settings.family_facts import FamilyFacts
 
 RECORD = "digests.json"
-"""In the folder of the caches: what each file's digest was."""
+"""File in the caches' folder that stores the digests of files."""
 
 
 def hash_parts(
     base: Base, facts: FamilyFacts, parts: Iterable[str], caches: Path
 ) -> dict[str, str]:
-    """Return part -> SHA-256 of all bytes that decide it; without a part whose files are not here.
+    """Return part -> SHA-256 of all its files, without the parts that are not on this machine.
 
-    base: loaded, so that the hub's files are here
-    facts: of its family
-    parts: names of models in its pipeline: the denoiser, text encoders, `vae`
-    caches: the folder that remembers the digests of large files
+    base: already loaded, so that the hub's files are on this machine
+    parts: names of models in the pipeline: the denoiser, text encoders, `vae`
+    caches: folder that stores the digests of large files
 
     Raises OSError for a file that cannot be read.
     """
@@ -34,43 +33,40 @@ def hash_parts(
 
 
 def list_files(base: Base, facts: FamilyFacts, part: str) -> list[Path]:
-    """Return the files that decide a part: its weights, and of all but the denoiser, whose weights
-    tell it, the configuration and what splits prompts. [] where its weights are not here."""
-    home = find_home(base, facts, part)
+    """Return the files that decide a part: its weights, and, except for the denoiser, the
+    configuration and the tokenizer. [] if its weights are not on this machine."""
+    folder = find_part_folder(base, facts, part)
     is_other_vae = part == "vae" and base.vae
     is_denoiser = part == facts.denoiser
 
-    # A single file of a UNet holds all models, that of a transformer this one alone.
+    # A UNet's single file holds all models, a transformer's file the transformer alone.
+    weights = []
     if base.file and not is_other_vae and (is_denoiser or facts.style == "ddpm"):
         weights = [base.file]
-    else:
-        weights = (
-            model_files.list_weight_files(home, None if is_other_vae else base.variant)
-            if home
-            else []
-        )
-    if is_denoiser or not weights or home is None:
+    elif folder:
+        weights = model_files.list_weight_files(folder, None if is_other_vae else base.variant)
+    if is_denoiser or not weights or folder is None:
         return weights
 
     # The tokenizer of text_encoder_2 is tokenizer_2, a folder beside it.
-    others = [home / "config.json"]
+    config_files = [folder / "config.json"]
     if part in facts.encoders:
-        tokenizer = home.with_name(part.replace("text_encoder", facts.tokenizer))
-        others += sorted(tokenizer.rglob("*"))
-    return weights + [path for path in others if path.is_file()]
+        tokenizer = folder.with_name(part.replace("text_encoder", facts.tokenizer))
+        config_files += sorted(tokenizer.rglob("*"))
+    return weights + [path for path in config_files if path.is_file()]
 
 
-def find_home(base: Base, facts: FamilyFacts, part: str) -> Path | None:
-    """Return the folder of a part; None for one that is not here."""
-    # Another VAE has a folder or a hub id of its own.
+def find_part_folder(base: Base, facts: FamilyFacts, part: str) -> Path | None:
+    """Return the folder of a part; None if it is not on this machine."""
+    # A VAE that replaces the base's has a separate folder or hub id.
     if part == "vae" and base.vae:
         path = expand_user_path(base.vae)
         if path.is_dir():
             return path
         return model_files.find_snapshot(base.vae, "config.json", cache_dir=base.cache_dir)
 
-    # Beside a single file there may be a folder of its other parts, which else are the hub's. The
-    # hub's snapshot is looked for anew: loading may have fetched another one.
+    # A single file's other parts are in the folder beside it, else on the hub. Search for the hub's
+    # snapshot again: loading may have fetched another one.
     root = None if base.source == "hub" else base.configs
     if root is None:
         hub_id = facts.models[0].hub_id if base.file else base.name

@@ -1,9 +1,8 @@
 """Frozen linear layers in 8 bit: W = scale · W8, with a scale for every 128 inputs of an output.
 
-The numbers are unpacked where a pass reads them, forwards and backwards, and are not kept: products
-are those of the unpacked weights, in the precision of the run. On the embedded base's matrices the
-rounding is 0.7 % (relative Frobenius norm). It is 2.6 % in float8, which takes the same memory, and
-9.2 % in 4 bit.
+Weights are dequantized for each forward and backward pass and then freed, so products are computed
+in the run's precision. On the embedded base's matrices the rounding error is 0.7 % (relative
+Frobenius norm). It is 2.6 % in float8, which takes the same memory, and 9.2 % in 4 bit.
 """
 
 import math
@@ -14,13 +13,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 GROUP_SIZE = 128
-"""Inputs that share a scale, where it divides their number: an outlier coarsens these alone."""
+"""Inputs that share a scale, so that an outlier coarsens these alone. For a number of inputs that
+it does not divide, the greatest common divisor is used."""
 MAX_INT8 = 127
+"""Largest absolute value of a quantized weight."""
 
 
 class Int8Linear(nn.Linear):
-    """`dense` in 8 bit, packed on `device`; `dense` stays where it is. `weight` (out,in) is int8;
-    `scales` (out,groups,1) are in the dtype of the products."""
+    """Frozen linear layer in 8 bit: `weight` (out,in) is int8, `scales` (out,groups,1) are in the
+    dtype of the products.
+
+    dense: layer to quantize, which is not moved
+    dtype: of the products
+    device: on which the weights are quantized
+    """
 
     def __init__(self, dense: nn.Linear, dtype: torch.dtype, device: torch.device | str):
         has_bias = dense.bias is not None
@@ -31,7 +37,7 @@ class Int8Linear(nn.Linear):
         self.bias = dense.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (…,in) -> y (…,out)."""
+        """Compute y (…,out) of x (…,in)."""
         return _Int8Product.apply(x, self.weight, self.scales, self.bias)
 
     @property
@@ -40,16 +46,17 @@ class Int8Linear(nn.Linear):
 
     @property
     def W_q(self) -> Tensor:  # noqa: N802
-        """By this name PEFT knows a layer that has to be asked for its weights, as for DoRA."""
+        """Quantized weight, by the name at which PEFT calls `dequantize`, for DoRA for example."""
         return self.weight
 
     def dequantize(self) -> Tensor:
-        """The weights (out,in)."""
+        """Return the dense weights (out,in)."""
         return dequantize_weight(self.weight, self.scales)
 
 
 class _Int8Product(torch.autograd.Function):
-    """x (…,in), W8 (out,in), its scales, b (out) or None -> y (…,out). Only x gets a gradient."""
+    """Autograd node: x (…,in), W8 (out,in), its scales, b (out) or None -> y (…,out). Only x gets a
+    gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
@@ -63,18 +70,18 @@ class _Int8Product(torch.autograd.Function):
 
 
 def quantize_weight(dense: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weights (out,in) as int8 (out,in), and their scales (out,groups,1) in `dtype`."""
+    """Quantize weights (out,in) to int8 (out,in), with scales (out,groups,1) in `dtype`."""
     size = math.gcd(dense.shape[1], GROUP_SIZE)
     groups = dense.float().unflatten(1, (-1, size))
     scales = (groups.abs().amax(2, keepdim=True) / MAX_INT8).to(dtype)
 
-    # Rounded by the scales as they are kept. Those of zeros are 0.
+    # Divide by the scales after their rounding to `dtype`. Groups of zeros have the scale 0.
     steps = scales.float().clamp_min(torch.finfo(torch.float32).tiny)
     rounded = (groups / steps).round_().clamp_(-MAX_INT8, MAX_INT8)
     return rounded.to(torch.int8).flatten(1), scales
 
 
 def dequantize_weight(weight: Tensor, scales: Tensor) -> Tensor:
-    """The weights (out,in) that int8 and its scales stand for, in the dtype of these."""
+    """Return the dense weights (out,in), in the dtype of the scales (out,groups,1)."""
     groups = weight.to(scales.dtype).unflatten(1, (scales.shape[1], -1))
     return groups.mul_(scales).flatten(1)

@@ -115,7 +115,7 @@ def load_pipeline(
             if base.file:
                 pipeline = load_around_file(base.file, facts, dtype, options)
             else:
-                pipeline = kind.from_pretrained(base.place, variant=base.variant, **options)
+                pipeline = kind.from_pretrained(base.load_path, variant=base.variant, **options)
     except UserError:
         raise
     except LOADER_ERRORS as error:
@@ -156,7 +156,9 @@ def load_denoiser(pipeline: DiffusionPipeline, base: Base, dtype: torch.dtype) -
                 if part != name
             }
             options = base.version | {"variant": base.variant, "dtype": dtype}
-            model = getattr(type(pipeline).from_pretrained(base.place, **options, **parts), name)
+            model = getattr(
+                type(pipeline).from_pretrained(base.load_path, **options, **parts), name
+            )
     except UserError:
         raise
     except LOADER_ERRORS as error:

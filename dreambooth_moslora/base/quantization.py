@@ -1,4 +1,4 @@
-"""Quantises a frozen denoiser in place.
+"""Quantization of a frozen denoiser, in place.
 
 Only the linear layers of the repeated blocks are quantised, to 4-bit NormalFloat (QLoRA, Dettmers
 et al. 2023) by bitsandbytes or to 8 bit (`int8`): they hold nine tenths of SDXL's UNet.
@@ -20,19 +20,18 @@ def quantize(
 ) -> None:
     """Quantise the linear layers of the repeated blocks, in place.
 
-    denoiser: in the CPU's memory, or on a device
-    kind: nf4 or int8; with none nothing is done
+    denoiser: in the host's memory, or on a device
+    kind: nf4 or int8; none does nothing
     compute_dtype: of products with the weights
-    device: where a layer is quantised; by default where it is. Each then moves back, which frees
-        the device for the encoders
+    device: on which each layer is quantised before it moves back; default: the layer's device
     """
     if kind == "none":
         return
 
-    # One layer after the other, each forgotten before the next: the dense weights need not fit onto
-    # the device together, nor beside the packed ones into the host's memory.
+    # Free each dense layer before the next is quantised: they need not fit onto the device
+    # together, nor beside the packed ones into the host's memory.
     for name in [name for name, _ in list_block_layers(denoiser)]:
-        if ".lora_" in name:  # the adapter's own, of a base that has one already
+        if ".lora_" in name:  # a layer of an adapter that was added before
             continue
         dense = denoiser.get_submodule(name)
         if type(dense) is nn.Linear and dense.out_features % OUTPUTS_PER_BLOCK == 0:
@@ -45,36 +44,36 @@ def quantize(
             parent, _, child = name.rpartition(".")
             setattr(denoiser.get_submodule(parent), child, layer)
 
-    # PEFT looks here for the class of its own layers.
+    # PEFT chooses the class of its layers by this attribute.
     if kind == "nf4":
         denoiser.is_loaded_in_4bit = True
 
 
 def list_block_layers(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, module) of everything inside the repeated blocks."""
+    """List (name, module) of all modules inside the repeated blocks."""
     kinds = list_block_classes(denoiser)
     modules = list(denoiser.named_modules())
     blocks = tuple(f"{name}." for name, module in modules if type(module).__name__ in kinds)
 
-    # A model that lists no blocks is taken to have diffusers' usual ones.
-    inside = blocks or "transformer_blocks"
-    return [(name, module) for name, module in modules if name.startswith(inside)]
+    # For a model that lists no blocks, assume diffusers' usual name.
+    prefixes = blocks or "transformer_blocks"
+    return [(name, module) for name, module in modules if name.startswith(prefixes)]
 
 
 def quantize_layer(
     dense: nn.Linear, kind: str, compute_dtype: torch.dtype, device: torch.device | str
 ) -> nn.Module:
-    """One layer (out, in), quantised on `device`, where it was."""
-    home = dense.weight.device
+    """Quantise one layer (out, in) on `device`, and move the result to the layer's device."""
+    original_device = dense.weight.device
     if kind == "int8":
-        return Int8Linear(dense, compute_dtype, device).to(home)
+        return Int8Linear(dense, compute_dtype, device).to(original_device)
     from bitsandbytes import nn as bnb
 
-    # The layer is made on meta, as its own random weights are not needed.
+    # Create the layer on the meta device, as its random weights are not needed.
     shape = (dense.in_features, dense.out_features, dense.bias is not None)
     layer = bnb.Linear4bit(*shape, compute_dtype=compute_dtype, quant_type="nf4", device="meta")
     layer.weight = bnb.Params4bit(dense.weight.data, requires_grad=False, quant_type="nf4")
     layer.bias = dense.bias
 
     # bitsandbytes quantises as a weight moves to the device.
-    return layer.to(device).to(home)
+    return layer.to(device).to(original_device)

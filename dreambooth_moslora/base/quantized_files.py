@@ -52,7 +52,7 @@ class QuantizedFile:
     path: of the file
 
     `layers` is {layer: {last part of a tensor's name: its dtype}}, of the denoiser alone where the
-    file is a whole checkpoint, `others` the layers of its other parts.
+    file is a whole checkpoint, `other_layers` those of its other parts.
     """
 
     def __init__(self, path: Path):
@@ -65,7 +65,7 @@ class QuantizedFile:
         self.layers = {
             layer: parts for layer, parts in layers.items() if f"{layer}.".startswith(prefix)
         }
-        self.others = [layer for layer in layers if layer not in self.layers]
+        self.other_layers = [layer for layer in layers if layer not in self.layers]
 
         # The layers of a header may be without the prefix.
         formats = read_formats(path)

@@ -144,7 +144,7 @@ class SubjectPipeline:
         Raises UserError.
         """
         base = Base.find(base)
-        base = replace(base, variant=base.variant or base.variant_here)
+        base = replace(base, variant=base.variant or base.local_variant)
         device = torch.device(device or devices.get_best_device())
 
         # Flows were trained in bf16, and their activations overflow in fp16.

@@ -54,7 +54,7 @@ def find_base_size(base: Base, target_modules: tuple[str, ...]) -> BaseSize:
         return compute_base_size(base.facts, base.shapes, target_modules)
 
     # Which model it is, or is nearest to.
-    facts, model = base.known or (base.facts, None)
+    facts, model = base.published or (base.facts, None)
     if base.file:
         count = sum(map(math.prod, base.tensors.values()))
         nearest = min(facts.models, key=lambda model: abs(model.parameters - count))

@@ -140,7 +140,7 @@ def prepare_inputs(
     denoiser = families.get_denoiser(pipeline)
     if config.stream_blocks:
         # The device as its weights name it: `to` would copy each weight from "cpu" to "cpu:0".
-        device = StreamedBlocks(denoiser, device).places[0].device
+        device = StreamedBlocks(denoiser, device).buffers[0].device
     denoiser.to(device)
     return TrainInputs(
         pipeline=pipeline,

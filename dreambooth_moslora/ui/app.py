@@ -222,7 +222,7 @@ def list_bases(default_base: Base) -> dict[str, Base]:
     # The same files are offered once, under the first of their names.
     bases_by_path: dict[str, Base] = {}
     for base in (default_base, *map(Base.find, toy_bases.TOY_FOLDERS), sdxl):
-        bases_by_path.setdefault(os.path.realpath(base.place), base)
+        bases_by_path.setdefault(os.path.realpath(base.load_path), base)
     # A second base of the same name gets a number.
     from dreambooth_moslora.ui.state import SDXL_TITLE
 
@@ -246,9 +246,9 @@ def format_note(base: Base) -> str:
         return "practice only"
     if base.folder or base.file:
         return ""
-    if base.known is None:
+    if base.published is None:
         return "a download"
-    model = base.known[1]
+    model = base.published[1]
     parameters = model.parameters + model.encoders + model.vae
     return f"a download of {BYTES_A_PARAMETER * parameters / 1e9:.1f} GB"
 

@@ -133,7 +133,7 @@ def test_another_variant_is_looked_at(tiny_base, tmp_path):
     with pytest.raises(UserError, match="damaged"):
         Base.find(base).check()
     (base / UNET).unlink()
-    assert Base.find(base).variant_here == "fp16" and Base.find(tiny_base).variant_here is None
+    assert Base.find(base).local_variant == "fp16" and Base.find(tiny_base).local_variant is None
 
 
 def test_a_run_that_was_moved_away_from_its_cache_is_drawn_with_the_usual_one(tmp_path):

@@ -346,7 +346,7 @@ def test_a_base_that_is_here_in_fp16_alone_is_drawn_with_from_these_files(
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text("0" * 40)
     for name in (str(folder), "owner/half"):
-        assert Base.find(name).variant_here == "fp16"
+        assert Base.find(name).local_variant == "fp16"
         assert SubjectPipeline.from_base(name).pipeline.unet.num_parameters()
     # what a run was told of its base: `evaluate` and `generate` take it again
     with monkeypatch.context() as patch:
@@ -363,7 +363,7 @@ def test_a_base_that_is_here_in_fp16_alone_is_drawn_with_from_these_files(
         with pytest.raises(UserError, match="owner/half cannot be loaded"):
             SubjectPipeline.from_base("owner/half")
     load.load_pipeline(tiny_base).unet.save_pretrained(folder / "unet")
-    assert [Base.find(name).variant_here for name in ("owner/half", tiny_base, "owner/none")] == [
+    assert [Base.find(name).local_variant for name in ("owner/half", tiny_base, "owner/none")] == [
         None
     ] * 3
 

@@ -81,11 +81,11 @@ def test_streamed_blocks_give_the_same_gradients_bit_for_bit(name, kind, tmp_pat
     count = len(streamed.blocks)
     assert copies.ended == copies.started == (3 * count - 2 if count > 2 else count)
 
-    # No more than two are on the device: all blocks' weights lie in two places.
-    places = {place.untyped_storage().data_ptr() for place in streamed.places}
+    # No more than two are on the device: all blocks' weights lie in two buffers.
+    buffers = {place.untyped_storage().data_ptr() for place in streamed.buffers}
     weights = [one.weight for _, own in streaming.list_streamed_blocks(denoiser) for one in own]
-    assert len(places) == 2
-    assert {weight.untyped_storage().data_ptr() for weight in weights} <= places
+    assert len(buffers) == 2
+    assert {weight.untyped_storage().data_ptr() for weight in weights} <= buffers
 
 
 class WatchedBlocks(streaming.StreamedBlocks):
@@ -152,11 +152,11 @@ def test_blocks_are_pinned_for_cuda_and_only_pinned_ones_are_copied_without_wait
     device, is_pinned, tmp_path, monkeypatch
 ):
     """An asynchronous copy from other memory may read what lies there later."""
-    make_places = streaming.StreamedBlocks.make_places
+    make_buffers = streaming.StreamedBlocks.make_buffers
     monkeypatch.setattr(
         streaming.StreamedBlocks,
-        "make_places",
-        lambda blocks, _, copies: make_places(blocks, torch.device("cpu"), copies),
+        "make_buffers",
+        lambda blocks, _, copies: make_buffers(blocks, torch.device("cpu"), copies),
     )
     denoiser = families.get_denoiser(tiny_pipeline("flux", tmp_path))
     cuda = FakeCuda(monkeypatch)

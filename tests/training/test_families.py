@@ -214,9 +214,9 @@ def test_a_device_too_small_for_a_model_draws_the_same_by_its_blocks(trained, mo
     assert len(streamed) == 1 + len(facts.encoders)
     for blocks in streamed:
         weights = [layer.weight for _, layers in blocks.blocks for layer in layers]
-        places = {place.untyped_storage().data_ptr() for place in blocks.places}
+        places = {place.untyped_storage().data_ptr() for place in blocks.buffers}
         assert {one.untyped_storage().data_ptr() for one in weights} == places and len(places) == 2
-        gone += map(weakref.ref, blocks.places)
+        gone += map(weakref.ref, blocks.buffers)
     subject.home.leave()
     assert [place() for place in gone] == [None] * 2 * len(streamed)
 

@@ -328,7 +328,7 @@ class TrainForm:
         settings = {
             "pretrained_model_name_or_path": base,
             # The variant of the files that the page itself has loaded.
-            "variant": Base.find(base).variant_here,
+            "variant": Base.find(base).local_variant,
             "output_dir": str(run_dir),
             "resolution": resolution_px,
             "instance_data_dir": str(photos_dir),
