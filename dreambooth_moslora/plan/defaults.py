@@ -20,10 +20,10 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.devices import get_world_size
 from dreambooth_moslora.disk.paths import get_assets_folder
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings import config_files, family_facts, rules, toy_bases
+from dreambooth_moslora.settings import config_files, family_facts, toy_bases
 from dreambooth_moslora.settings.metric_kinds import CLIP_REPO, DINO_REPO, SFACE
 from dreambooth_moslora.settings.subject_kinds import SUBJECT_KINDS
-from dreambooth_moslora.settings.train_config import TrainConfig, get_flag_name
+from dreambooth_moslora.settings.train_config import EXCLUSIONS, TrainConfig, get_flag_name
 
 if TYPE_CHECKING:
     from dreambooth_moslora.photos.folder import PhotoReport
@@ -110,7 +110,7 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
     # What of the recipe is another run's, or chosen by other settings.
     left_out = set(RUN_SETTINGS)
     # It gives way to what was given and cannot stand beside it.
-    for setting, others in rules.EXCLUSIONS.items():
+    for setting, others in EXCLUSIONS.items():
         if choices.user_settings.get(setting):
             left_out.update(others)
         if any(choices.user_settings.get(other) for other in others):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.settings.train_config import list_settings
 
 
 @dataclass(frozen=True)
@@ -523,15 +524,9 @@ FAMILIES = (
 SDXL = FAMILIES[0]
 """Family of a base that does not name one, and of the default base."""
 SDXL_HUB_ID = SDXL.models[0].hub_id
-UNET_SETTINGS = (
-    "do_edm_style_training",
-    "snr_gamma",
-    "debiased_estimation_loss",
-    "noise_offset",
-    "recompute_feed_forward",
-)
+UNET_SETTINGS = list_settings("family", "unet")
 """Settings that only UNets obey."""
-FLOW_SETTINGS = ("weighting_scheme", "precondition_outputs", "shift_timesteps", "lora_blocks")
+FLOW_SETTINGS = list_settings("family", "flow")
 """Settings that only transformers obey."""
 TEXT_OPTIONS = tuple(dict.fromkeys(name for facts in FAMILIES for name in facts.text_options))
 """Settings that are arguments of some pipeline's `encode_prompt`."""

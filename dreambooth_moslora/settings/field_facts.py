@@ -125,6 +125,9 @@ class FieldFacts:
     # dropped from --config if one is given (`per_subject`: subjects, COMMAND_WORDS)
     yields_to: tuple[str, ...] = ()
     replaces: tuple[str, ...] = ()  # the settings that it decides
+    family: str = ""  # "unet" or "flow", if only such denoisers obey it
+    # settings that cannot be combined with it -> why
+    excludes: Mapping[str, str] = field(default_factory=dict)
     # whether a published file contains it: "always", or "if_changed" (only if it differs from the
     # default, so that other files keep their bytes). Not for settings that can hold the user's text
     publish: str | None = None

@@ -45,19 +45,6 @@ REMARKS: dict[str, Callable[[Config], object]] = {
     ): lambda run: run.enable_xformers_memory_efficient_attention,
 }
 """Sentence, with the run's values in braces -> whether it applies to a run."""
-EDM_REASON = "EDM weighs noise levels itself"
-ONE_PASS_REASON = "a text's gradient comes from one pass"
-EXCLUSIONS: dict[str, dict[str, str]] = {
-    "snr_gamma": {
-        "do_edm_style_training": EDM_REASON,
-        "debiased_estimation_loss": "each weighs noise levels",
-    },
-    "debiased_estimation_loss": {"do_edm_style_training": EDM_REASON},
-    "exposures_per_photo": {"max_train_steps": "each sets the steps"},
-    "stream_blocks": {"use_dora": "DoRA reads the weights"},
-    "images_at_once": {"train_text_encoder": ONE_PASS_REASON},
-}
-"""Setting -> settings that cannot be combined with it, and why."""
 
 
 def list_remarks(config: Config) -> list[str]:
@@ -89,7 +76,8 @@ def format_flag(config: Config, name: str) -> str:
 
 def list_exclusions(name: str, config: Config) -> list[tuple[str, str]]:
     """Return the active flags that exclude a setting, each with the reason."""
-    flags = [(format_flag(config, excluded), why) for excluded, why in EXCLUSIONS[name].items()]
+    exclusions = config.__dataclass_fields__[name].metadata["excludes"]
+    flags = [(format_flag(config, excluded), why) for excluded, why in exclusions.items()]
     return [(flag, why) for flag, why in flags if flag]
 
 
@@ -116,11 +104,9 @@ def check_combinations(config: Config) -> None:
         )
 
     # Settings that exclude each other.
-    for name in EXCLUSIONS:
-        flag = format_flag(config, name)
-        if not flag:
-            continue
-        for excluded_flag, why in list_exclusions(name, config):
+    for item in fields(config):
+        flag = format_flag(config, item.name)
+        for excluded_flag, why in list_exclusions(item.name, config) if flag else []:
             raise UserError(f"{flag} and {excluded_flag}: {why}; give one of them.")
 
     # A streamed block is fetched again when it is recomputed.

@@ -78,6 +78,8 @@ def ignore_unless_schedule_uses(setting: str) -> field_facts.IgnoredCases:
 
 NO_GAIN_NOTE = "no gain was shown on three sample subjects"
 """Result of the studies in `docs/studies.md`."""
+EDM_REASON = "EDM weighs noise levels itself"
+"""Reason why EDM training excludes other weightings."""
 TRACKERS = (
     "tensorboard",
     "wandb",
@@ -516,6 +518,7 @@ class TrainConfig:
             "only these blocks of a transformer get an adapter: their numbers in "
             "transformer_blocks, such as 0,1,5"
         ),
+        family="flow",
     )
     train_text_encoder: bool = adapter_field(
         default=False,
@@ -582,6 +585,7 @@ class TrainConfig:
         help="instead of --max_train_steps: how often the run shows each photo",
         low=1,
         yields_to=("max_train_steps", "num_train_epochs"),
+        excludes={"max_train_steps": "each sets the steps"},
         publish="always",
     )
     learning_rate: float = training_field(
@@ -650,11 +654,18 @@ class TrainConfig:
         publish="always",
         elsewhere="min_snr_gamma",
         yields_to=("debiased_estimation_loss", "do_edm_style_training"),
+        family="unet",
+        excludes={
+            "do_edm_style_training": EDM_REASON,
+            "debiased_estimation_loss": "each weighs noise levels",
+        },
     )
     debiased_estimation_loss: bool = training_field(
         default=False,
         help=f"weigh errors by 1/sqrt(SNR), instead of --snr_gamma; {NO_GAIN_NOTE}",
         publish="if_changed",
+        family="unet",
+        excludes={"do_edm_style_training": EDM_REASON},
     )
     noise_offset: float = training_field(
         default=0.0,
@@ -665,11 +676,13 @@ class TrainConfig:
         low=0,
         high=1,
         publish="if_changed",
+        family="unet",
     )
     do_edm_style_training: bool = training_field(
         default=False,
         help="EDM preconditioning of the loss (arXiv 2206.00364)",
         publish="always",
+        family="unet",
     )
     weighting_scheme: str | None = training_field(
         default=None,
@@ -679,6 +692,7 @@ class TrainConfig:
         ),
         choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap"),
         publish="if_changed",
+        family="flow",
     )
     logit_mean: float = training_field(
         default=0.0,
@@ -711,6 +725,7 @@ class TrainConfig:
             "(default: as in diffusers' script)"
         ),
         publish="if_changed",
+        family="flow",
     )
     shift_timesteps: bool = training_field(
         default=False,
@@ -719,6 +734,7 @@ class TrainConfig:
             "scheduler"
         ),
         publish="if_changed",
+        family="flow",
     )
     guidance_scale: float = training_field(
         default=3.5,
@@ -876,6 +892,7 @@ class TrainConfig:
             "for an eighth more work"
         ),
         publish="if_changed",
+        family="unet",
         yields_to=("memory",),
         idle=field_facts.ignore_when(
             "with --gradient_checkpointing, which recomputes all",
@@ -889,6 +906,7 @@ class TrainConfig:
             "the GPU while the one before it computes"
         ),
         publish="if_changed",
+        excludes={"use_dora": "DoRA reads the weights"},
         yields_to=("memory",),
     )
     images_at_once: int | None = memory_field(
@@ -900,6 +918,7 @@ class TrainConfig:
         ),
         low=1,
         publish="if_changed",
+        excludes={"train_text_encoder": "a text's gradient comes from one pass"},
         yields_to=("memory",),
     )
     caching: str = memory_field(
@@ -1138,6 +1157,8 @@ SETTINGS: dict[str, Field] = {item.name: item for item in fields(TrainConfig)}
 FIELD_TYPES = get_field_types(TrainConfig)
 GROUPS = tuple(dict.fromkeys(item.metadata["group"] for item in SETTINGS.values()))
 """The groups of the help, in their order."""
+EXCLUSIONS = {name: item.metadata["excludes"] for name, item in SETTINGS.items()}
+"""Setting -> settings that cannot be combined with it, and why."""
 
 
 def list_settings(fact: str, value: Any = True) -> tuple[str, ...]:

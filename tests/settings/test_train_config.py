@@ -223,7 +223,11 @@ def test_effective_settings_have_no_remark(settings):
 def test_the_facts_of_a_row_are_valid(name):
     facts = SETTINGS[name].metadata
     assert facts["publish"] in (None, "always", "if_changed")
-    assert {*facts["yields_to"], *facts["replaces"]} <= {*SETTINGS, COMMAND_WORDS}
+    assert {*facts["yields_to"], *facts["replaces"], *facts["excludes"]} <= {
+        *SETTINGS,
+        COMMAND_WORDS,
+    }
+    assert facts["family"] in ("", "unet", "flow")
     if facts["choices"]:
         assert {*facts["spellings"].values(), *facts["packages"]} <= {*facts["choices"]}
     config = TrainConfig()
