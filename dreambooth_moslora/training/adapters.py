@@ -1,4 +1,4 @@
-"""What a run learns: the adapters of the base's layers."""
+"""Adapters of the base's layers: injection, loading and gradient checkpointing."""
 
 import logging
 from pathlib import Path
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def get_trained_modules(
     config: TrainConfig, facts: FamilyFacts, pipeline: DiffusionPipeline
 ) -> dict[str, torch.nn.Module]:
-    """The modules that get adapters, by diffusers' names."""
+    """Return the modules that get adapters, by diffusers' names."""
     names = (facts.denoiser, *(facts.adapted_encoders if config.train_text_encoder else ()))
     return {name: getattr(pipeline, name) for name in names}
 
@@ -51,7 +51,7 @@ def add_adapters(
         raw_file.load_raw(checkpoint / RAW_NAME, components)
         check_adapted_layers(config, components, checkpoint)
 
-    # The layers' way through PEFT, which a training step computes without.
+    # A training step skips the layers' way through PEFT.
     for module in components.values():
         apply_gradient_checkpointing(config, module)
         fast_linear.enable_fast_path(module)
@@ -60,10 +60,10 @@ def add_adapters(
 def check_adapted_layers(
     config: TrainConfig, components: dict[str, torch.nn.Module], checkpoint: Path
 ) -> None:
-    """Raises UserError for a checkpoint whose adapter is on other layers than the settings name."""
+    """Raise UserError for a checkpoint whose adapter is on other layers than the settings name."""
     for name, module in components.items():
-        asked = set(list_target_paths(config, name, module))
-        differing = asked ^ set(moslora.get_adapter_layers(module))
+        target_layers = set(list_target_paths(config, name, module))
+        differing = target_layers ^ set(moslora.get_adapter_layers(module))
         if differing:
             raise UserError(
                 f"--target_modules: {checkpoint.name} was trained on other layers, "
@@ -72,7 +72,7 @@ def check_adapted_layers(
 
 
 class CheckpointedFeedForward(FeedForward):
-    """Keeps its input alone for the backward pass, which computes the rest again."""
+    """Feed-forward block that keeps only its input for the backward pass, which recomputes it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
@@ -138,12 +138,12 @@ def inject_fresh_adapters(
         )
         moslora.inject(module, adapter_config)
 
-    # What the file gives takes the place of what was drawn.
+    # The weights of the file replace the random ones.
     if start is not None:
         logger.warning("%s", reader.copy_into_adapter(start, components))
 
 
 def list_target_paths(config: TrainConfig, component: str, module: torch.nn.Module) -> list[str]:
-    """The layers of a component that get an adapter, by their paths in it."""
+    """Return the paths of the layers of a component that get an adapter."""
     targets = config.target_modules if component in DENOISERS else TEXT_PROJECTIONS
     return [path for path in moslora.get_matrix_layers(module) if is_adapted(path, targets)]

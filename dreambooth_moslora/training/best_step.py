@@ -1,4 +1,4 @@
-"""The best step of a run, by its scores."""
+"""Best step of a run by its scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ MAX_STALLED_EVALUATIONS = 3
 
 @dataclass(frozen=True)
 class BestStep:
-    """The step with the best score, and how many evaluations came `since`."""
+    """Step with the best score, and how many evaluations came `since`."""
 
     step: int
     score: float
     since: int
 
     def describe_stall(self) -> str | None:
-        """One line when the score has not risen for a while; None otherwise."""
+        """Return a line when the score has not risen for a while; None otherwise."""
         if self.since < MAX_STALLED_EVALUATIONS:
             return None
         return (
@@ -26,7 +26,8 @@ class BestStep:
 
 
 def find_best_step(evaluations: Sequence[tuple[int, float]]) -> BestStep:
-    """The best of (step, score) pairs; the earliest wins a tie. Raises ValueError when empty."""
+    """Return the best of (step, score) pairs; the earliest wins a tie. Raises ValueError when
+    empty."""
     step, score = max(evaluations, key=lambda pair: (pair[1], -pair[0]))
     since = sum(later > step for later, _ in evaluations)
     return BestStep(step=step, score=score, since=since)

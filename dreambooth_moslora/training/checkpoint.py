@@ -43,13 +43,14 @@ from dreambooth_moslora.training.reporter import RunContext
 
 logger = logging.getLogger(__name__)
 
-# The files of a checkpoint that not each one has.
 SCALER_NAME = "scaler.pt"
+"""State of the gradient scaler, in checkpoints of fp16 runs."""
 WEIGHTS_NAME = "weights.pt"
 """The weights that training continues from, if the checkpoint's adapter is their average."""
-OF_ONE_START = ("output_dir", "resume_from_checkpoint", "dry_run")
+SINGLE_START_SETTINGS = ("output_dir", "resume_from_checkpoint", "dry_run")
 """Settings of one start of a run, which say nothing of what it trains."""
-MOST_FILES = 10  # Changed photos that are listed; more are counted.
+MAX_LISTED_FILES = 10
+"""Changed photos that are listed; more are counted."""
 
 
 def save_checkpoint(
@@ -101,8 +102,8 @@ def digest_checkpoint(checkpoint: Path, position: Position) -> str:
 
 
 def verify_checkpoint(checkpoint: Path) -> Position:
-    """The checkpoint's position. Raises UserError when that cannot be read, and when its files were
-    changed or belong to different checkpoints."""
+    """Return the checkpoint's position. Raises UserError when that cannot be read, and when its
+    files were changed or belong to different checkpoints."""
     try:
         position = read_json(checkpoint / POSITION_NAME, Position)
     except UserError as error:
@@ -176,7 +177,7 @@ def restore_weights(checkpoint: Path, parameters: list[torch.nn.Parameter]) -> N
 
 
 def find_checkpoint(run_dir: run_folder.RunDir, name: str | None) -> Path | None:
-    """The checkpoint that `wanted` names: a path, a name in the run, or `latest`.
+    """Return the checkpoint that `name` says: a path, a name in the run, or `latest`.
 
     `latest` is the newest that is not damaged; without one it is None, with a warning. Raises
     UserError for a name or path that is no checkpoint.
@@ -212,7 +213,8 @@ def find_checkpoint(run_dir: run_folder.RunDir, name: str | None) -> Path | None
 def find_resume_point(
     config: train_config.TrainConfig, run_dir: run_folder.RunDir
 ) -> tuple[Path, Position] | None:
-    """The checkpoint to resume from and its position; None for a fresh run. Raises UserError."""
+    """Return the checkpoint to resume from and its position; None for a fresh run. Raises
+    UserError."""
     checkpoint = find_checkpoint(run_dir, config.resume_from_checkpoint)
     if checkpoint is None:
         return None
@@ -224,7 +226,7 @@ def find_resume_point(
 def check_resumed_settings(
     config: train_config.TrainConfig, checkpoint: Path, position: Position
 ) -> None:
-    """Raises UserError for the first setting that differs from the checkpoint's, and for a damaged
+    """Raise UserError for the first setting that differs from the checkpoint's, and for a damaged
     adapter file."""
     facts, modules = read_adapted_modules(checkpoint)
     asked_optimizer = get_optimizer_name(config)
@@ -234,11 +236,11 @@ def check_resumed_settings(
             f"you ask for {asked_optimizer}: "
             "resume with the same optimizer, or start a new run."
         )
-    for name, there, asked in compare_settings(config, checkpoint, position.seed, facts, modules):
-        if there != asked:
+    for name, saved, current in compare_settings(config, checkpoint, position.seed, facts, modules):
+        if saved != current:
             raise UserError(
-                f"--{name}: {checkpoint.name} has {format_setting(there)}; "
-                f"you ask for {format_setting(asked)}: "
+                f"--{name}: {checkpoint.name} has {format_setting(saved)}; "
+                f"you ask for {format_setting(current)}: "
                 "resume without it, or start a new run."
             )
 
@@ -281,7 +283,7 @@ def compare_settings(
     facts: metadata.AdapterMetadata,
     modules: set[str],
 ) -> Iterator[tuple[str, object, object]]:
-    """What a resumed run must share with its checkpoint.
+    """Yield each setting that a resumed run must share with its checkpoint.
 
     config: what the run asks for
     checkpoint: its folder
@@ -330,17 +332,19 @@ def list_changes(
     before, now = position.settings, resolve_settings(replace(config, seed=position.seed))
     lines = []
     for name, value in now.items():
-        if name in before and name not in OF_ONE_START and before[name] != value:
+        if name in before and name not in SINGLE_START_SETTINGS and before[name] != value:
             change = f"{format_setting(before[name])} -> {format_setting(value)}"
             lines.append(f"{train_config.get_flag_name(name)}: {change}")
 
     # Files, but for the photos that a changed --leave_out tells.
     if not position.photos:
         return lines
-    told = {*config.leave_out} ^ {*before["leave_out"]}
+    changed_photos = {*config.leave_out} ^ {*before["leave_out"]}
     changes = compare_files(position.photos, photos)
-    changes = {name: change for name, change in changes.items() if Path(name).name not in told}
-    if len(changes) <= MOST_FILES:
+    changes = {
+        name: change for name, change in changes.items() if Path(name).name not in changed_photos
+    }
+    if len(changes) <= MAX_LISTED_FILES:
         return [*lines, *(f"{name}: {change}" for name, change in changes.items())]
     counts = sorted(Counter(changes.values()).items())
     summary = ", ".join(f"{count} {change}" for change, count in counts)
@@ -361,7 +365,7 @@ def compare_files(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str
 
 
 def format_setting(value: object) -> str:
-    """A setting as a message writes it: a number in the shorter of the forms 0.01 and 1e-4."""
+    """Format a setting for a message: a number in the shorter of the forms 0.01 and 1e-4."""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "not set"
     if isinstance(value, float):
@@ -371,8 +375,8 @@ def format_setting(value: object) -> str:
 
 
 def read_adapted_modules(checkpoint: Path) -> tuple[metadata.AdapterMetadata, set[str]]:
-    """The metadata in the adapter file's header, and the modules (`component.path`) adapted. Raises
-    UserError."""
+    """Return the metadata in the adapter file's header, and the adapted modules (`component.path`).
+    Raises UserError."""
     try:
         with safe_open(checkpoint / run_folder.RAW_NAME, framework="pt") as file:
             facts = metadata.AdapterMetadata.from_json((file.metadata() or {})["moslora"])
@@ -384,7 +388,8 @@ def read_adapted_modules(checkpoint: Path) -> tuple[metadata.AdapterMetadata, se
 
 
 def has_previous_run(run_dir: run_folder.RunDir) -> bool:
-    """Whether a checkpoint or an adapter exists; metrics alone come from a run without a result."""
+    """Return whether a checkpoint or an adapter exists; metrics alone come from a run without a
+    result."""
     return bool(
         run_dir.list_checkpoint_folders()
         or filter_existing(run_dir.adapter_path, run_dir.kohya_path, run_dir.best_dir)
@@ -471,21 +476,21 @@ def claim_run_folder(
 
 
 def list_run_files(run_dir: run_folder.RunDir) -> list[Path]:
-    """Where a run may have left its results. Class images are not among them, since a new run can
-    use them, nor is `train.log`, which continues."""
+    """Return the paths where a run may have left results. Class images are not among them, since a
+    new run can use them, nor is `train.log`, which continues."""
     weights = [*run_dir.list_checkpoint_folders(), run_dir.best_dir]
     # The folder may have had another name when kohya's file was written.
     adapter = [run_dir.adapter_path, *run_dir.path.glob(f"*{run_folder.KOHYA_SUFFIX}")]
     facts = [run_dir.metrics_path, run_dir.config_path, run_dir.card_path, run_dir.loss_plot_path]
 
-    # The card names its pictures; samples and the sheet have their places.
-    named = sorted(run_folder.list_card_pictures(run_dir.read_card() or ""))
-    pictures = [run_dir.path / name for name in named]
-    pictures += [run_dir.samples_dir, run_dir.contact_sheet_path]
+    # The card names its images; samples and the sheet have their places.
+    card_images = sorted(run_folder.list_card_pictures(run_dir.read_card() or ""))
+    images = [run_dir.path / name for name in card_images]
+    images += [run_dir.samples_dir, run_dir.contact_sheet_path]
 
     # Evaluations of the run, and of single files.
     evaluations = sorted(run_dir.path.glob(f"*{run_dir.evaluation_dir.name}"))
-    return [*weights, *adapter, *facts, *pictures, *evaluations]
+    return [*weights, *adapter, *facts, *images, *evaluations]
 
 
 def write_settings(config: train_config.TrainConfig, run_dir: run_folder.RunDir) -> None:

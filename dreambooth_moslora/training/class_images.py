@@ -1,5 +1,4 @@
-"""What a run makes before its first step: captions, masks and class images that photos and folders
-lack.
+"""Captions, masks and class images that a run makes before its first step, where they are missing.
 
 Captions and masks (`--captions auto`, `--masks auto`) are made before the base is loaded.
 
@@ -7,7 +6,7 @@ Class images for prior preservation (Ruiz et al. 2022, section 3.3) show what th
 of the class. A folder is topped up to the wanted number with generated images of the class prompt,
 and the user's own images come first. A generated image's name says what shaped it: those of another
 prompt, base, seed, size or encoding stay in the folder unused, which is logged. If one is
-missing or cannot be opened, its batch is drawn again: alone, it would have other bytes.
+missing or cannot be opened, its batch is generated again: alone, it would have other bytes.
 """
 
 import logging
@@ -49,10 +48,12 @@ from dreambooth_moslora.training import reporter
 
 logger = logging.getLogger(__name__)
 
-# What is made: a `Made` of each `Item`, by a `Model`.
 Item = TypeVar("Item")
+"""Thing that lacks something, such as a photo."""
 Made = TypeVar("Made")
+"""Result for an item, such as a caption."""
 Model = TypeVar("Model")
+"""Model that makes it."""
 
 
 def make_distributed(
@@ -80,9 +81,9 @@ def make_distributed(
 
     # How many are done, each time that one is kept.
     def keep_and_count() -> Iterator[int]:
-        made = share_work(accelerator, items, make_share)
-        for count, (item, one) in enumerate(zip(items, made, strict=True), start=1):
-            run_on_main(accelerator, partial(keep, item, one))
+        results = share_work(accelerator, items, make_share)
+        for count, (item, result) in enumerate(zip(items, results, strict=True), start=1):
+            run_on_main(accelerator, partial(keep, item, result))
             yield count
 
     for _ in context.report.report_counts(phase, keep_and_count(), len(items)):
@@ -111,7 +112,9 @@ def make_for_photos(
     """
     subjects, device = config.each_subject, context.accelerator.device
     same = require_agreement(
-        context.accelerator, lambda: photos, lambda found: f"{len(found)} photos without a {kind}"
+        context.accelerator,
+        lambda: photos,
+        lambda agreed_photos: f"{len(agreed_photos)} photos without a {kind}",
     )
 
     # The photos come by subject, so each model is loaded once.
@@ -166,8 +169,8 @@ def make_masks(config: TrainConfig, context: reporter.RunContext, photos: list[P
     folder = context.run_dir.masks_dir
 
     # Masks that training made are asked for again: `make_run_mask` finds those that are here.
-    own = [photo_file.drop_saved_mask(photo, folder) for photo in photos]
-    bare = [photo for photo in own if photo.mask_path is None]
+    without_saved_masks = [photo_file.drop_saved_mask(photo, folder) for photo in photos]
+    bare = [photo for photo in without_saved_masks if photo.mask_path is None]
     if not bare:
         return
 
@@ -199,7 +202,7 @@ UNUSED = (
 
 @dataclass(frozen=True)
 class ClassImages:
-    """The generated class images of one prompt, base, seed and size.
+    """Generated class images of one prompt, base, seed and size.
 
     folder: where they lie, beside the user's own
     prompt: the class prompt
@@ -225,7 +228,7 @@ class ClassImages:
         return self.folder / f"class_{tag % 16**8:08x}_{index:05d}.png"
 
     def is_readable(self, index: int) -> bool:
-        """Whether the image was drawn, and opens."""
+        """Return whether the image exists and opens."""
         try:
             open_image(self.get_path(index))
         except UnreadableImageError:
@@ -256,7 +259,7 @@ class ClassBatch:
 
     @property
     def seeds(self) -> list[int]:
-        """Of the noise, one for each image."""
+        """Seeds of the noise, one for each image."""
         seed = self.images.seed
         return [compute_seed(seed, "class_image", index) % 2**32 for index in self.indices]
 
@@ -289,18 +292,18 @@ def make_class_photos(
 
     Subjects of one class share their class images. Raises UserError and StopRequestedError.
     """
-    found: dict[tuple[str, str | None], list[Photo]] = {}
+    class_photos: dict[tuple[str, str | None], list[Photo]] = {}
     subjects = config.each_subject
     rule = augment.build_crop_rule(config)
     keys = [(subject.class_prompt, subject.class_data_dir) for subject in subjects]
     for subject, key in zip(subjects, keys):
-        if key in found:
+        if key in class_photos:
             continue
-        own = [photo for photo in photos if keys[photo.subject] == key]
-        sizes = Counter(rule.get_target_size(photo.size_px) for photo in own)
+        class_subject_photos = [photo for photo in photos if keys[photo.subject] == key]
+        sizes = Counter(rule.get_target_size(photo.size_px) for photo in class_subject_photos)
         folder = Path(subject.class_data_dir or context.run_dir.class_images_dir)
-        found[key] = fill_class_images(folder, subject, context, pipeline, sizes, digests)
-    return [found[key] for key in keys]
+        class_photos[key] = fill_class_images(folder, subject, context, pipeline, sizes, digests)
+    return [class_photos[key] for key in keys]
 
 
 def fill_class_images(
@@ -311,7 +314,7 @@ def fill_class_images(
     sizes: Mapping[tuple[int, int], int],
     digests: Mapping[str, str],
 ) -> list[Photo]:
-    """The user's own class images, then generated ones up to `num_class_images`.
+    """Return the user's class images, then generated ones up to `num_class_images`.
 
     folder: where both lie
     config: the settings of the subject
@@ -328,8 +331,8 @@ def fill_class_images(
     )
     if lacking:
         # Where the base is too large for the device, it is streamed as where a person draws.
-        home = Placement(pipeline, accelerator.device)
-        home.enter()
+        placement = Placement(pipeline, accelerator.device)
+        placement.enter()
 
         # As many at once as found room before.
         at_once = config.sample_batch_size
@@ -338,8 +341,8 @@ def fill_class_images(
             nonlocal at_once
             at_once = size
 
-        def draw(batch: ClassBatch) -> list[bytes]:
-            together = partial(
+        def generate_batch(batch: ClassBatch) -> list[bytes]:
+            generate = partial(
                 generate_images,
                 pipeline,
                 batch.images.prompt,
@@ -347,17 +350,17 @@ def fill_class_images(
                 size_px=batch.images.size_px,
                 text_options=batch.images.text_options,
             )
-            pictures = in_batches(
-                batch.seeds, at_once, together, accelerator.device, set_batch_size
-            )
-            return [encode_png(picture) for picture in pictures]
+            images = in_batches(batch.seeds, at_once, generate, accelerator.device, set_batch_size)
+            return [encode_png(image) for image in images]
 
-        make_distributed(context, "class_images", lacking, draw, ClassBatch.keep)
-        home.end()
+        make_distributed(context, "class_images", lacking, generate_batch, ClassBatch.keep)
+        placement.end()
 
     # Every process looks into the folder, and all have to find the same.
-    usable = partial(find_usable_class_photos, folder, config, sets)
-    return require_agreement(accelerator, usable, lambda found: f"{len(found)} class images")
+    find_usable = partial(find_usable_class_photos, folder, config, sets)
+    return require_agreement(
+        accelerator, find_usable, lambda usable_photos: f"{len(usable_photos)} class images"
+    )
 
 
 def plan_class_images(
@@ -366,8 +369,8 @@ def plan_class_images(
     sizes: Mapping[tuple[int, int], int],
     digests: Mapping[str, str],
 ) -> tuple[ClassImageSets, list[ClassBatch]]:
-    """The sets of the run beside the user's own images, and the batches to draw for them. The
-    folder is made, and generated images that are there and not used are logged."""
+    """Return the run's sets of generated images, each with its count, and the batches to generate.
+    Creates the folder, and logs generated images in it that the run does not use."""
     # A set of each size. A name alone may have come to another base.
     model = f"{get_public_name(config.pretrained_model_name_or_path)} {hash_values(**digests)}"
     options = build_encoding_options(get_text_options(config))
@@ -384,12 +387,14 @@ def plan_class_images(
         sets.append(images)
 
     # How many are wanted: what the user's own do not make up.
-    found = []
+    folder_photos = []
     if folder.is_dir():
-        found = find_photos(folder, config.class_prompt, config.resolution, alpha="white").photos
-    generated = {photo.path for photo in found if is_generated(photo)}
-    wanted = max(0, config.num_class_images - (len(found) - len(generated)))
-    counts = split_total(sizes, wanted)
+        folder_photos = find_photos(
+            folder, config.class_prompt, config.resolution, alpha="white"
+        ).photos
+    generated = {photo.path for photo in folder_photos if is_generated(photo)}
+    generated_total = max(0, config.num_class_images - (len(folder_photos) - len(generated)))
+    counts = split_total(sizes, generated_total)
 
     # What is to be drawn of them.
     folder.mkdir(parents=True, exist_ok=True)
@@ -416,14 +421,14 @@ def find_usable_class_photos(
     """`num_class_images` images, the user's own first. Raises UserError for fewer: the prior would
     be weaker."""
     report = find_photos(folder, config.class_prompt, config.resolution, alpha="white")
-    found = list_usable_photos(report)
-    usable = [photo for photo in found if not is_generated(photo)]
+    folder_photos = list_usable_photos(report)
+    usable = [photo for photo in folder_photos if not is_generated(photo)]
 
     # Generated ones of this run's sets; others are of another prompt, base, seed or size.
-    wanted = set()
+    generated_paths = set()
     for images, count in sets:
-        wanted |= {images.get_path(index) for index in range(count)}
-    usable += [photo for photo in found if photo.path in wanted]
+        generated_paths |= {images.get_path(index) for index in range(count)}
+    usable += [photo for photo in folder_photos if photo.path in generated_paths]
     usable = usable[: config.num_class_images]
     if len(usable) < config.num_class_images:
         raise UserError(
@@ -435,5 +440,5 @@ def find_usable_class_photos(
 
 
 def is_generated(photo: Photo) -> bool:
-    """Whether a picture among the class images was generated, as its name tells."""
+    """Return whether a class image was generated, as its name tells."""
     return GENERATED_PATTERN.fullmatch(photo.path.name) is not None

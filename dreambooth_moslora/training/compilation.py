@@ -30,8 +30,8 @@ def compile_blocks(denoiser: nn.Module) -> list[nn.Module]:
 
 
 def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable:
-    """The compiled function of a traced block. Rotary embeddings come to be real numbers, as the
-    compiler would compute complex ones apart from what is before and after."""
+    """Return the compiled function of a traced block. Complex rotary embeddings are replaced by
+    real ones, since the compiler would compute complex ones apart from what is before and after."""
     replace_pattern(graph, rotate_complex, rotate_real)
     return torch._dynamo.lookup_backend(BACKEND)(graph, inputs)
 
@@ -43,7 +43,7 @@ def rotate_complex(pairs: Tensor, turns: Tensor) -> Tensor:
 
 
 def rotate_real(pairs: Tensor, turns: Tensor) -> Tensor:
-    """The same."""
+    """Rotate as `rotate_complex` does, in real numbers."""
     x, y = pairs[..., 0], pairs[..., 1]
     turns = torch.view_as_real(turns)
     cos, sin = turns[..., 0], turns[..., 1]

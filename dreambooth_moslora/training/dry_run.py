@@ -1,4 +1,4 @@
-"""A plan in words: the report of `--dry_run`, and the advice that a run and the page show too.
+"""Report of `--dry_run`, and the advice on a plan that a run and the page show too.
 
 `plan.validation` holds what forbids a run.
 """
@@ -23,15 +23,15 @@ from dreambooth_moslora.settings.prompts import parse_subject
 
 
 def list_plan_advice(plan: RunPlan) -> list[str]:
-    """What is allowed, but probably not meant, in a sentence each."""
+    """Return a sentence for each setting that is allowed but probably a mistake."""
     config, steps = plan.config, plan.steps
     lines = rules.list_remarks(config)
 
     # The number of steps.
-    seen = steps.exposures_per_photo
-    if seen < MIN_EXPOSURES:
+    exposures = steps.exposures_per_photo
+    if exposures < MIN_EXPOSURES:
         lines.append(
-            f"each photo is seen about {seen:.0f} times, and {EXPOSURES_ADVICE}: "
+            f"each photo is seen about {exposures:.0f} times, and {EXPOSURES_ADVICE}: "
             "set --exposures_per_photo or --max_train_steps"
         )
     warm_up = config.lr_warmup_steps
@@ -50,7 +50,7 @@ def list_plan_advice(plan: RunPlan) -> list[str]:
 
 
 def describe_disk_lack(plan: RunPlan) -> list[str]:
-    """A sentence if the disk has no room for the run."""
+    """Return a sentence if the disk has no room for the run."""
     needed, free = plan.cost.disk_gib, measure_free_disk_gib(plan.config)
     if needed <= free:
         return []
@@ -65,7 +65,7 @@ def measure_free_disk_gib(config: train_config.TrainConfig) -> float:
 
 
 def describe_run(config: train_config.TrainConfig, report: folder.PhotoReport | None = None) -> str:
-    """The report of `--dry_run`. Raises UserError for what training would refuse."""
+    """Return the report of `--dry_run`. Raises UserError for what training would refuse."""
     # Whatever a run would refuse before it loads the base.
     check_folders(config)
     queue.check_unlocked(Path(config.output_dir))
@@ -104,7 +104,7 @@ def describe_run(config: train_config.TrainConfig, report: folder.PhotoReport | 
 
 
 def format_changed_settings(config: train_config.TrainConfig) -> list[str]:
-    """The settings of the run that this one tells of, without its defaults."""
+    """List the run's settings that differ from the defaults, and those without a default."""
     values = config.to_dict() | {"dry_run": False}
 
     # What `train` requires has no default, unless several subjects have their own.
@@ -119,12 +119,12 @@ def format_changed_settings(config: train_config.TrainConfig) -> list[str]:
 
 
 def format_photos(config: train_config.TrainConfig, report: folder.PhotoReport) -> list[str]:
-    """A line for each photo and each file that is left out, and the instance prompt's share."""
+    """Return a line for each photo and each skipped file, and the instance prompt's share."""
     lines = []
     for photo in report.photos:
         height, width = photo.size_px
-        about = f"{photo.path.name}  {width} x {height}  {photo_file.format_captions(photo)}"
-        lines.append("; ".join([about, *photo.reasons]))
+        description = f"{photo.path.name}  {width} x {height}  {photo_file.format_captions(photo)}"
+        lines.append("; ".join([description, *photo.reasons]))
     lines += [f"left out: {item.path.name}  {item.reason}" for item in report.skipped]
     if share := caption_variants.describe_bare_prompts(config, report.photos):
         lines.append(share)
@@ -132,23 +132,25 @@ def format_photos(config: train_config.TrainConfig, report: folder.PhotoReport) 
 
 
 def format_steps(plan: RunPlan) -> list[str]:
-    """How long the run is, and the words of each subject with how often its photos are seen."""
+    """Return the length of the run, and each subject's token, class and exposures per photo."""
     config, steps = plan.config, plan.steps
     lines = [steps.describe()]
-    for one, count in zip(config.each_subject, steps.photo_counts):
-        subject = parse_subject(one)
-        words = f"token “{subject.token}”"
+    for subject_config, count in zip(config.each_subject, steps.photo_counts):
+        subject = parse_subject(subject_config)
+        line = f"token “{subject.token}”"
         if subject.class_word:  # a style has none
-            words += f", class “{subject.class_word}”"
+            line += f", class “{subject.class_word}”"
         if config.subjects:
-            seen = f"{count} photos seen about {steps.exposures_per_subject / count:.0f} times each"
-            words = f"“{one.instance_prompt}”: {words}, {seen}"
-        lines.append(words)
+            exposures = (
+                f"{count} photos seen about {steps.exposures_per_subject / count:.0f} times each"
+            )
+            line = f"“{subject_config.instance_prompt}”: {line}, {exposures}"
+        lines.append(line)
     return lines
 
 
 def format_costs(plan: RunPlan) -> list[str]:
-    """The adapter's size, and the memory and disk that the run needs."""
+    """Return the adapter's size, and the memory and disk that the run needs."""
     cost, size = plan.cost, plan.cost.size
 
     # The adapter.
@@ -171,7 +173,7 @@ def format_costs(plan: RunPlan) -> list[str]:
 
 
 def describe_base_size(size: BaseSize) -> str:
-    """Where the numbers of a base come from."""
+    """Describe where the numbers of a base come from."""
     if size.is_measured:
         return "counted in its files"
     facts = size.family

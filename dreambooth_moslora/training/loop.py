@@ -1,5 +1,4 @@
-"""The training loop: from a plan to a verified adapter. A run can be stopped and resumed at any
-time.
+"""Training loop: from a plan to a verified adapter. A run can be stopped and resumed at any time.
 
 train(config) -> TrainResult    `set_up_training` is what comes before the loop, `fit` is the loop,
                                 `Training` has a method for each of its lines
@@ -66,7 +65,7 @@ class StepScorer(Protocol):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended.
+    """End of a run.
 
     run_dir: its folder
     step: optimizer steps of the adapter there
@@ -82,7 +81,7 @@ class TrainResult:
 
 @dataclass
 class Training:
-    """A run that is set up.
+    """Run that is set up.
 
     context: its folder, its processes and its reporter
     max_train_steps: optimizer steps of the whole run
@@ -153,11 +152,11 @@ class Training:
         checkpoint.write_settings(config, self.run_dir)
 
     def build_divergence_error(self, problem: str) -> UserError:
-        """The error of numbers that are no longer finite."""
+        """Return the error of numbers that are no longer finite."""
         is_fp16 = self.accelerator.mixed_precision == "fp16"
-        other = f", or give {FP16_OVERFLOW_ADVICE}" if is_fp16 else ""
+        alternative = f", or give {FP16_OVERFLOW_ADVICE}" if is_fp16 else ""
         return UserError(
-            f"{problem}: lower --learning_rate{other}; "
+            f"{problem}: lower --learning_rate{alternative}; "
             f"checkpoints up to here are in {self.run_dir.path}"
         )
 
@@ -171,24 +170,24 @@ class Training:
         """
         # The update raises `step`, unless fp16 skips it.
         attempted = self.step + 1
-        found = self.train_step.update_adapter(losses)
+        update = self.train_step.update_adapter(losses)
 
         # Known only now, as reading it waits for a GPU: the update is lost with the run. Losses are
         # shared, so all processes stop together.
-        if not math.isfinite(found.total):
-            raise self.build_divergence_error(f"the loss is {found.total} at step {attempted}")
-        skipped = not math.isfinite(found.grad_norm)
+        if not math.isfinite(update.total):
+            raise self.build_divergence_error(f"the loss is {update.total} at step {attempted}")
+        skipped = not math.isfinite(update.grad_norm)
         self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
         self.seconds.append(time.monotonic() - self.started)
 
         # A skipped step is reported too: its time is spent, and its number comes again.
         done = events.StepDone(
             step=attempted,
-            loss=found.total,
-            loss_instance=found.instance,
-            loss_prior=found.prior,
+            loss=update.total,
+            loss_instance=update.instance,
+            loss_prior=update.prior,
             lr=self.train_step.learning_rate,
-            grad_norm=None if skipped else found.grad_norm,
+            grad_norm=None if skipped else update.grad_norm,
             step_sec=self.seconds[-1],
             eta_sec=median(self.seconds) * (self.max_train_steps - self.step),
             memory_gib=reporter.measure_memory_gib(self.accelerator.device),
@@ -201,7 +200,7 @@ class Training:
             self.accelerator.scaler is None or self.consecutive_skips >= MAX_SKIPPED_STEPS
         ):
             raise self.build_divergence_error(
-                f"the gradient is {found.grad_norm} at step {attempted}"
+                f"the gradient is {update.grad_norm} at step {attempted}"
             )
         return not skipped
 
@@ -217,8 +216,8 @@ class Training:
 
         # Nothing else has moved yet at step 0: each denoising step of this process is a count.
         if self.step == 0:
-            own = distributed.select_share(self.accelerator, self.samples.requests)
-            total = len(own) * sampler.inference_steps
+            requests = distributed.select_share(self.accelerator, self.samples.requests)
+            total = len(requests) * sampler.inference_steps
             counts = self.report.report_counts("sampling", range(1, total + 1), total)
             sampler = replace(sampler, on_step=lambda: next(counts, None))
 
@@ -229,7 +228,7 @@ class Training:
 
     @property
     def should_score(self) -> bool:
-        """Whether this step is one of those that `--evaluate_steps` names."""
+        """True for a step that `--evaluate_steps` names."""
         every = self.config.evaluate_steps
         return self.evaluator is not None and bool(every) and self.step % every == 0
 
@@ -298,7 +297,7 @@ class Training:
         def write() -> None:
             # With an average, the adapter's file holds it, and the weights get their own file.
             step = self.train_step
-            own = optimizer.clone_weights(step.parameters) if step.average is not None else None
+            weights = optimizer.clone_weights(step.parameters) if step.average is not None else None
             with step.apply_average():
                 checkpoint.save_checkpoint(
                     path,
@@ -307,7 +306,7 @@ class Training:
                     facts=self.publisher.current_facts,
                     optimizer=step.optimizer.optimizer,
                     scaler=self.accelerator.scaler,
-                    weights=own,
+                    weights=weights,
                 )
 
             # Older ones go only when the new one is whole.
@@ -321,7 +320,7 @@ class Training:
         self.checkpoint, self.checkpoint_step = path, self.step
 
     def require_finite_adapter(self) -> None:
-        """Raises UserError on all processes for NaN or infinity: black pictures can score well."""
+        """Raise UserError on all processes for NaN or infinity: black images can score well."""
         if not all(bool(torch.isfinite(weights).all()) for weights in self.train_step.parameters):
             raise self.build_divergence_error(f"the adapter is not finite after step {self.step}")
 
@@ -329,12 +328,14 @@ class Training:
         """Write the adapter with its card, and a checkpoint: numbered as in diffusers' script, or
         `last`."""
         # The last checkpoint, unless it was written at this very step.
-        here = self.run_dir.last_dir
+        checkpoint_path = self.run_dir.last_dir
         if self.should_save_checkpoint:
-            here = self.run_dir.get_checkpoint_path(self.step)
-        is_there = self.checkpoint is not None and self.checkpoint.resolve() == here.resolve()
+            checkpoint_path = self.run_dir.get_checkpoint_path(self.step)
+        is_there = (
+            self.checkpoint is not None and self.checkpoint.resolve() == checkpoint_path.resolve()
+        )
         if not is_there or self.checkpoint_step != self.step:
-            self.save_checkpoint(here)
+            self.save_checkpoint(checkpoint_path)
 
         # The adapter's files. All processes take part: they draw the card's new contexts.
         with self.train_step.apply_average():
@@ -481,8 +482,8 @@ def set_up_training(
 def find_start(
     context: reporter.RunContext, plan: RunPlan, photo_digests: dict[str, str]
 ) -> tuple[TrainConfig, Path | None, checkpoint.Position]:
-    """Where the run begins: at a checkpoint with its seed, or at step 0 with one that all processes
-    share. A line is logged for each setting and photo that the checkpoint has otherwise.
+    """Find where the run begins: at a checkpoint with its seed, or at step 0 with a seed that all
+    processes share. Logs a line for each setting and photo that differs from the checkpoint's.
 
     Returns the settings with that seed, the checkpoint, which is None for a fresh run, and its
     position. Raises UserError for a checkpoint that cannot go on.
@@ -492,7 +493,7 @@ def find_start(
     resumed_from, position = distributed.require_agreement(
         context.accelerator,
         lambda: checkpoint.find_resume_point(plan.config, context.run_dir) or fresh,
-        lambda found: f"step {found[1].step} to go on from",
+        lambda resume_point: f"step {resume_point[1].step} to go on from",
     )
     if resumed_from is not None:
         changes = checkpoint.list_changes(position, plan.config, photo_digests)
@@ -527,16 +528,16 @@ def start_reporting(
 def make_captions_and_masks(
     config: TrainConfig, context: reporter.RunContext, photos: list[photo_file.Photo]
 ) -> list[photo_file.Photo]:
-    """The photos with the captions and masks that they lacked. The models that make them leave
-    memory before the base is loaded. Raises UserError and StopRequestedError."""
+    """Return the photos with the captions and masks that they lacked. The models that make them
+    leave memory before the base is loaded. Raises UserError and StopRequestedError."""
     class_images.make_captions(config, context, photos)
     class_images.make_masks(config, context, photos)
-    found = folder.add_saved_sidecars(config, photos)
-    if line := caption_variants.describe_bare_prompts(config, found):
+    photos_with_sidecars = folder.add_saved_sidecars(config, photos)
+    if line := caption_variants.describe_bare_prompts(config, photos_with_sidecars):
         logger.info("%s", line)
-    for line in synthetic.describe_synthetic(found, config.synthetic_weight):
+    for line in synthetic.describe_synthetic(photos_with_sidecars, config.synthetic_weight):
         logger.info("%s", line)
-    return found
+    return photos_with_sidecars
 
 
 def build_training(
@@ -549,7 +550,7 @@ def build_training(
     max_train_steps: int,
     photo_digests: dict[str, str],
 ) -> Training:
-    """The run, with what draws and publishes the adapter that `train_step` trains."""
+    """Build the run, with its sampler and the publisher of the adapter that `train_step` trains."""
     # Pictures are drawn by the adapter as it is at that step.
     sampler = Sampler(
         pipeline=inputs.pipeline,
@@ -582,7 +583,7 @@ def build_training(
 
 
 def run_training_loop(run: Training) -> TrainResult:
-    """The loop. A step has five stages: draw, predict, compare, differentiate, update."""
+    """Train to the last step. A step has five stages: batch, prediction, loss, backward, update."""
     # A resumed run gets its earlier scores; a fresh one shows what the base draws.
     if run.step:
         distributed.run_on_main(run.accelerator, run.recall_scores)

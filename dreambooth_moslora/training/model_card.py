@@ -1,8 +1,8 @@
-"""The model card, and the push of a finished adapter to the hub.
+"""Model card, and the push of a finished adapter to the hub.
 
 The card says what the adapter shows, how to load it, how it was made, and how exactly its files
 reload; it contains no path, no photo and nothing about a photo but that a model made it. The push
-sends the adapter's files, the card and its pictures. Photos, the contact sheet (which shows them),
+sends the adapter's files, the card and its images. Photos, the contact sheet (which shows them),
 checkpoints, class images and the configuration (paths) stay on this machine.
 """
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says of a run.
+    """Facts of a run that its card tells.
 
     name: of the run folder, and of the files
     step: optimizer steps of the adapter; `max_train_steps` are those of the whole run
     adapter: what its file's header says
     proof: how exactly its files reload
-    images: (file name, prompt) of the pictures beside the card
+    images: (file name, prompt) of the images beside the card
     scores: the latest
     best: the best step, if its adapter was kept
     made: sentences about photos that a model made
@@ -49,11 +49,11 @@ class CardFacts:
     images: tuple[tuple[str, str], ...] = ()
     scores: dict[str, float] | None = None
     best: BestStep | None = None
-    made: tuple[str, ...] = ()
+    synthetic_lines: tuple[str, ...] = ()
 
 
 def render_model_card(config: train_config.TrainConfig, facts: CardFacts) -> str:
-    """The text of README.md, by the template `card.md`; empty sections are left out."""
+    """Render README.md by the template `card.md`; empty sections are left out."""
     from dreambooth_moslora.pictures import render  # not before it is needed: it loads matplotlib
 
     adapter = facts.adapter
@@ -84,15 +84,15 @@ def render_model_card(config: train_config.TrainConfig, facts: CardFacts) -> str
 
 
 def render_front_matter(config: train_config.TrainConfig, facts: CardFacts) -> str:
-    """The YAML at the head of the card, which the hub reads."""
-    # The hub links the base, whose id has an owner, and shows the pictures.
-    known = {}
+    """Return the YAML at the head of the card, which the hub reads."""
+    # The hub links the base, whose id has an owner, and shows the images.
+    recipe_fields = {}
     if "/" in facts.adapter.base_id:
-        known["base_model"] = facts.adapter.base_id
+        recipe_fields["base_model"] = facts.adapter.base_id
     if facts.images:
-        known["widget"] = []
+        recipe_fields["widget"] = []
         for file, prompt in facts.images:
-            known["widget"].append({"text": prompt, "output": {"url": file}})
+            recipe_fields["widget"].append({"text": prompt, "output": {"url": file}})
     tag = find_family(facts).hub_tag or find_family(facts).name
     data = ModelCardData(
         library_name="diffusers",
@@ -107,18 +107,19 @@ def render_front_matter(config: train_config.TrainConfig, facts: CardFacts) -> s
             tag,
             "template:sd-lora",
         ],
-        **known,
+        **recipe_fields,
     )
     return f"---\n{data.to_yaml()}\n---"
 
 
 def list_instance_prompts(config: train_config.TrainConfig) -> list[str]:
-    """The instance prompt of each subject."""
+    """Return the instance prompt of each subject."""
     return [subject.instance_prompt for subject in config.each_subject]
 
 
 def find_family(facts: CardFacts) -> family_facts.FamilyFacts:
-    """The base's family, by the denoiser that the adapter names; SDXL where it names none."""
+    """Return the base's family, by the denoiser that the adapter names; SDXL where it names
+    none."""
     for name in family_facts.DENOISERS:
         model = facts.adapter.structures.get(name)
         if model:
@@ -127,7 +128,7 @@ def find_family(facts: CardFacts) -> family_facts.FamilyFacts:
 
 
 def describe_kind(facts: CardFacts) -> str:
-    """What it is an adapter of, for the title."""
+    """Describe for the title what the adapter is of."""
     if toy_bases.is_toy(facts.adapter.base_id):
         return f"a practice adapter of the embedded base `{facts.adapter.base_id}`"
     family = find_family(facts)
@@ -135,24 +136,26 @@ def describe_kind(facts: CardFacts) -> str:
 
 
 def format_call(facts: CardFacts) -> str:
-    """How the pipeline's call goes on after the prompt: with the family's arguments and the run's
+    """Format the end of the pipeline's call after the prompt: the family's arguments and the run's
     text options."""
     from dreambooth_moslora.base.families import build_encoding_options  # it loads diffusers
 
     # The text options that the run set.
     recipe = facts.adapter.recipe
-    told = {name: recipe[name] for name in family_facts.TEXT_OPTIONS if recipe.get(name)}
-    given = "".join(f", {name}={value!r}" for name, value in build_encoding_options(told).items())
+    text_options = {name: recipe[name] for name in family_facts.TEXT_OPTIONS if recipe.get(name)}
+    arguments = "".join(
+        f", {name}={value!r}" for name, value in build_encoding_options(text_options).items()
+    )
 
     # A transformer does not tell its side, and the embedded one's is not the usual one.
     family = find_family(facts)
     if toy_bases.is_toy(facts.adapter.base_id) and family.style == "flow":
-        given += f", height={toy_bases.RESOLUTION_PX}, width={toy_bases.RESOLUTION_PX}"
-    return f"{family.call}{given}).images[0]"
+        arguments += f", height={toy_bases.RESOLUTION_PX}, width={toy_bases.RESOLUTION_PX}"
+    return f"{family.call}{arguments}).images[0]"
 
 
 def format_score_table(facts: CardFacts) -> str:
-    """The scores as a section of the card; "" without any."""
+    """Return the scores as a section of the card; "" without any."""
     if not facts.scores:
         return ""
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in facts.scores.items())
@@ -181,11 +184,11 @@ PUBLIC_PATTERNS = [
 
 def list_public_files(run_dir: Path) -> list[str]:
     """Names of the files at the top of the run folder that may be uploaded."""
-    found = []
+    tags = []
     for path in run_dir.iterdir():
         if path.is_file() and any(map(path.match, PUBLIC_PATTERNS)):
-            found.append(path.name)
-    return sorted(found)
+            tags.append(path.name)
+    return sorted(tags)
 
 
 def push_to_hub(run_dir: Path, repo_id: str | None, token: str | None) -> None:

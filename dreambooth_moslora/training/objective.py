@@ -1,5 +1,4 @@
-"""The training objective: add noise to latents, and compare the denoiser's prediction with its
-target.
+"""Training objective: add noise to latents, and compare the denoiser's prediction with its target.
 
 Three ways to add noise n to latents x at step i of the base's schedule, a = alpha_i its cumulative
 product:
@@ -28,7 +27,7 @@ from dreambooth_moslora.settings.train_config import TrainConfig
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """The noise levels of a base.
+    """Noise levels of a base.
 
     sigmas: (T,) noise-to-signal ratios
     timesteps: (T,) as the denoiser gets them
@@ -63,7 +62,7 @@ class NoiseSchedule:
         return len(self.sigmas)
 
     def to(self, device: torch.device) -> "NoiseSchedule":
-        """A copy whose tables are on `device`; indices into them must be there too."""
+        """Return a copy whose tables are on `device`; indices into them must be there too."""
         return replace(self, sigmas=self.sigmas.to(device), timesteps=self.timesteps.to(device))
 
     def compute_signal_and_noise(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +78,7 @@ class NoiseSchedule:
         return signal, torch.where(sigma.isinf(), torch.ones_like(sigma), sigma * signal)
 
     def compute_noise_share(self, index: torch.Tensor) -> torch.Tensor:
-        """The factor (B,) of n at `index` (B,)."""
+        """Return the factor (B,) of n at `index` (B,)."""
         return self.compute_signal_and_noise(index)[1].flatten()
 
     def snr(self, index: torch.Tensor) -> torch.Tensor:
@@ -89,7 +88,7 @@ class NoiseSchedule:
 
 @dataclass(frozen=True)
 class NoisySample:
-    """Noised latents of B pictures.
+    """Noised latents of B images.
 
     denoiser_input: (B, C, h, w) as the denoiser gets them
     latents: (B, C, h, w) the same, not scaled
@@ -105,16 +104,16 @@ class NoisySample:
 
 @dataclass(frozen=True)
 class LossParts:
-    """The loss of a batch, one number each; `total` is the one to differentiate. That of images of
-    which it has none is 0."""
+    """Loss of a batch, one number each; `total` is the one to differentiate. A batch without images
+    of a kind has 0 for it."""
 
     total: torch.Tensor
     instance: torch.Tensor
     prior: torch.Tensor
 
     def share(self, of_all: float) -> "LossParts":
-        """The same of a part of a micro-batch, which holds the share `of_all` of its instance
-        images, or of its prior ones."""
+        """Return the part of a micro-batch's losses that a chunk of it contributes: the share
+        `of_all` of its instance images, or of its prior ones."""
         return LossParts(
             total=self.total * of_all,
             instance=self.instance * of_all,
@@ -141,7 +140,7 @@ def sample_flow_timesteps(
     scheme: `logit_normal`, `mode`, or any other for equal chances
     mean, std: of the normal distribution of `logit_normal`
     mode: the scale of `mode`
-    tokens: (count,) of the pictures; None for no shift
+    tokens: (count,) of the images; None for no shift
 
     The shift turns the share s of noise into fs/(1 + (f - 1)s), with f = exp(slope·tokens +
     intercept) by the base's scheduler. Pictures are drawn with it too, but FLUX.2's with another f,
@@ -149,17 +148,19 @@ def sample_flow_timesteps(
     """
     # How far down the schedule, in [0, 1).
     if scheme == "logit_normal":
-        drawn = torch.normal(mean, std, (count,), generator=generator).sigmoid()
+        noise_levels = torch.normal(mean, std, (count,), generator=generator).sigmoid()
     else:
-        drawn = torch.rand(count, generator=generator)
+        noise_levels = torch.rand(count, generator=generator)
     if scheme == "mode":
-        drawn = 1 - drawn - mode * ((math.pi * drawn / 2).cos() ** 2 - 1 + drawn)
+        noise_levels = (
+            1 - noise_levels - mode * ((math.pi * noise_levels / 2).cos() ** 2 - 1 + noise_levels)
+        )
 
     # The shift. The levels begin with pure noise, so the share of noise is 1 - drawn.
     if tokens is not None and schedule.shift_line is not None:
         factor = (schedule.shift_line[0] * tokens + schedule.shift_line[1]).exp()
-        drawn = 1 - factor * (1 - drawn) / (1 + (factor - 1) * (1 - drawn))
-    return (drawn * len(schedule)).long().clamp(max=len(schedule) - 1)
+        noise_levels = 1 - factor * (1 - noise_levels) / (1 + (factor - 1) * (1 - noise_levels))
+    return (noise_levels * len(schedule)).long().clamp(max=len(schedule) - 1)
 
 
 def add_noise_offset(
@@ -203,8 +204,8 @@ def add_noise(
 def compute_target(
     schedule: NoiseSchedule, latents: torch.Tensor, noise: torch.Tensor, index: torch.Tensor
 ) -> torch.Tensor:
-    """What `convert_prediction` should return, (B, C, h, w): the noise, the velocity, or in EDM
-    style the latents."""
+    """Return what `convert_prediction` should return, (B, C, h, w): the noise, the velocity, or in
+    EDM style the latents."""
     if schedule.style == "edm":
         return latents
     if schedule.style == "flow":
@@ -218,7 +219,7 @@ def compute_target(
 def convert_prediction(
     schedule: NoiseSchedule, output: torch.Tensor, noisy: NoisySample
 ) -> torch.Tensor:
-    """The denoiser's output (B, C, h, w) unchanged; in EDM style, the clean latents which it
+    """Return the denoiser's output (B, C, h, w) unchanged; in EDM style, the clean latents which it
     implies."""
     if schedule.style != "edm":
         return output
@@ -255,9 +256,9 @@ def min_snr(schedule: NoiseSchedule, index: torch.Tensor, gamma: float) -> torch
 
 
 def debiased(schedule: NoiseSchedule, index: torch.Tensor) -> torch.Tensor:
-    """As kohya's: 1/sqrt(SNR) for noise, 1/(SNR + 1) for velocity, SNR at most 1000. The noise's
-    error becomes that of the latents, up to a power (Yu et al. 2023, "Debias the Training of
-    Diffusion Models", arXiv 2310.08442)."""
+    """Weigh as kohya does: 1/sqrt(SNR) for noise, 1/(SNR + 1) for velocity, SNR at most 1000. The
+    noise's error becomes that of the latents, up to a power (Yu et al. 2023, "Debias the Training
+    of Diffusion Models", arXiv 2310.08442)."""
     snr = schedule.snr(index).clamp(max=1000)
     return snr.rsqrt() if schedule.prediction_type == "epsilon" else 1 / (snr + 1)
 
@@ -310,10 +311,10 @@ def compute_weights(
         if not row.is_active(config, schedule.style):
             continue
         parameters = [getattr(config, setting) for setting in row.parameters]
-        found = WEIGHTING_FORMULAS[name](schedule, index, *parameters)
+        factors = WEIGHTING_FORMULAS[name](schedule, index, *parameters)
         if row.spares_prior:
-            found[instance_count:] = 1
-        weights = weights * found
+            factors[instance_count:] = 1
+        weights = weights * factors
     return weights
 
 
@@ -347,7 +348,7 @@ def compute_loss(
 
 
 def compute_mean(errors: torch.Tensor) -> torch.Tensor:
-    """The mean of errors (B,); 0 of none."""
+    """Return the mean of errors (B,); 0 of none."""
     return errors.mean() if len(errors) else errors.new_zeros(())
 
 

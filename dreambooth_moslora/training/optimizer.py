@@ -26,7 +26,7 @@ def build_parameter_groups(
     components: dict[str, torch.nn.Module],
     world_size: int = 1,
 ) -> list[dict]:
-    """The parameters in groups, each with its own rate and decay.
+    """Return the parameters in groups, each with its own rate and decay.
 
     config: the run's settings
     components: the modules that hold the adapter, by diffusers' names
@@ -55,30 +55,30 @@ def build_parameter_groups(
         decay = config.adam_weight_decay_text_encoder if is_text else config.adam_weight_decay
         mixers = [p for _, p in list_mixer_parameters(module)]
         mixer_ids = {id(p) for p in mixers}
-        others = [p for _, p in list_adapter_parameters(module) if id(p) not in mixer_ids]
+        factors = [p for _, p in list_adapter_parameters(module) if id(p) not in mixer_ids]
 
         # Mixers do not decay: that would pull them to zero, not to their start.
-        add(name, others, lr=lr, decay=decay)
+        add(name, factors, lr=lr, decay=decay)
         add(f"{name}.mixer", mixers, lr=lr * config.mixer_lr_scale, decay=0.0)
     return groups
 
 
 def get_optimizer_name(config: train_config.TrainConfig) -> str:
-    """The optimizer's name. Optimizers of the same name read each other's states."""
+    """Return the optimizer's name. Optimizers of the same name read each other's states."""
     is_8_bit = config.use_8bit_adam and optimizers.get_optimizer_kind(config).in_8_bit
     return f"{config.optimizer}8bit" if is_8_bit else config.optimizer
 
 
 def make_optimizer(config: train_config.TrainConfig, groups: list[dict]) -> Optimizer:
-    """The optimizer of `config.optimizer`, by its row of the table. Raises UserError when its
-    package is missing."""
+    """Return the optimizer of `config.optimizer`, by its row of the table. Raises UserError when
+    its package is missing."""
     kind = optimizers.get_optimizer_kind(config)
     is_8_bit = config.use_8bit_adam and kind.in_8_bit
 
     # Its package is imported only for a run that uses it.
     home = kind.in_8_bit if is_8_bit else kind.import_path
     try:
-        found = import_object(home)
+        optimizer_class = import_object(home)
     except ImportError as error:
         package = "bitsandbytes" if is_8_bit else kind.package
         flag = "--use_8bit_adam" if is_8_bit else f"--optimizer {config.optimizer}"
@@ -86,7 +86,7 @@ def make_optimizer(config: train_config.TrainConfig, groups: list[dict]) -> Opti
 
     # Each group has its own rate; some optimizers ask for one all the same. One that averages has
     # to be told that it trains.
-    optimizer = found(groups, lr=groups[0]["lr"], **kind.build_options(config))
+    optimizer = optimizer_class(groups, lr=groups[0]["lr"], **kind.build_options(config))
     if kind.averages:
         optimizer.train()
     return optimizer
@@ -95,8 +95,8 @@ def make_optimizer(config: train_config.TrainConfig, groups: list[dict]) -> Opti
 def make_lr_schedule(
     config: train_config.TrainConfig, optimizer: Optimizer, max_train_steps: int
 ) -> LambdaLR:
-    """The learning-rate schedule of `config.lr_scheduler`, in optimizer steps of any number of
-    processes.
+    """Return the learning-rate schedule of `config.lr_scheduler`, in optimizer steps of any number
+    of processes.
 
     `checkpoint.restore_optimizer` reads its `lr_lambdas`: all that diffusers gives are LambdaLR.
     """
@@ -112,21 +112,21 @@ def make_lr_schedule(
 
 
 def import_object(home: str) -> Any:
-    """What `module:name` names. Raises ImportError."""
+    """Import the object of `module:name`. Raises ImportError."""
     module, _, name = home.partition(":")
     return getattr(import_module(module), name)
 
 
 def merge_group_settings(states: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """A checkpoint's states with the settings of the optimizer's own groups.
+    """Return a checkpoint's states with the settings of the optimizer's groups.
 
     What the steps have learnt, such as Prodigy's estimate of the rate, is the checkpoint's. Raises
     ValueError for another number of groups.
     """
     learns = {name for kind in optimizers.OPTIMIZERS.values() for name in kind.learns}
     groups = optimizer.state_dict()["param_groups"]
-    for group, kept in zip(groups, states["param_groups"], strict=True):
-        group.update({name: kept[name] for name in learns & kept.keys()})
+    for group, saved_group in zip(groups, states["param_groups"], strict=True):
+        group.update({name: saved_group[name] for name in learns & saved_group.keys()})
     return {"state": states["state"], "param_groups": groups}
 
 
@@ -150,7 +150,7 @@ class ScheduleFreeAverage:
 def build_average(
     config: train_config.TrainConfig, parameters: list[torch.nn.Parameter], optimizer: Optimizer
 ) -> ScheduleFreeAverage | None:
-    """The average that the optimizer keeps, if it does."""
+    """Return the average that the optimizer keeps; None if it keeps none."""
     if not optimizers.get_optimizer_kind(config).averages:
         return None
     return ScheduleFreeAverage(parameters, optimizer)
@@ -160,17 +160,17 @@ def build_average(
 def use_averaged_weights(
     average: ScheduleFreeAverage | None, parameters: list[torch.nn.Parameter]
 ) -> Iterator[None]:
-    """For the length of the block the parameters hold the average; afterwards their own bits
-    return. Do not nest."""
+    """Swap the averaged weights in for the duration of the block; afterwards the weights return bit
+    for bit. Do not nest."""
     if average is None:
         yield
         return
-    own = clone_weights(parameters)
+    weights = clone_weights(parameters)
     copy_into(average.compute_average(), parameters)
     try:
         yield
     finally:
-        copy_into(own, parameters)
+        copy_into(weights, parameters)
 
 
 def clone_weights(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:

@@ -39,7 +39,14 @@ from dreambooth_moslora.plan import distributed, validation
 from dreambooth_moslora.plan.memory_plans import USABLE_RATIO
 from dreambooth_moslora.settings import train_config
 from dreambooth_moslora.settings.family_facts import FamilyFacts, get_facts, get_text_options
-from dreambooth_moslora.training import class_images, dataset, encoding_cache, objective, reporter
+from dreambooth_moslora.training import (
+    base_loading,
+    class_images,
+    dataset,
+    encoding_cache,
+    objective,
+    reporter,
+)
 
 CacheEntries = dict[str, Callable[[], encoding_cache.Tensors]]
 """Keys of a cache, each with the function that computes its value."""
@@ -105,7 +112,7 @@ def prepare_inputs(
     context.report.report_phase("loading")
     needs_both = config.train_text_encoder or config.uses_class_images
     is_late = base.is_flow and not needs_both
-    pipeline = encoding_cache.load_base(config, base, dtype, device, has_denoiser=not is_late)
+    pipeline = base_loading.load_base(config, base, dtype, device, has_denoiser=not is_late)
 
     # Checks, before the long work. A base that is refused costs no encoding.
     schedule = build_noise_schedule(pipeline.scheduler, config.do_edm_style_training)
@@ -134,7 +141,7 @@ def prepare_inputs(
     # The denoiser has the memory to itself.
     if is_late:
         load.load_denoiser(pipeline, base, dtype)
-        encoding_cache.finish_denoiser(config, pipeline, dtype, device)
+        base_loading.finish_denoiser(config, pipeline, dtype, device)
         check_denoiser(config, context, pipeline)
         digests |= identify_base(config, base, family.facts, [family.facts.denoiser])
     denoiser = families.get_denoiser(pipeline)
@@ -198,7 +205,7 @@ def check_denoiser(
     """Check that the denoiser has the layers that the settings name, and warn where its precision
     is slow. Raises UserError."""
     if context.accelerator.is_main_process:
-        encoding_cache.warn_of_slow_precision(pipeline, context.accelerator.device)
+        base_loading.warn_of_slow_precision(pipeline, context.accelerator.device)
     matrix_layers = moslora.get_matrix_layers(families.get_denoiser(pipeline))
     dimensions = {path: layer.weight.ndim for path, layer in matrix_layers.items()}
     facts = get_facts(type(pipeline).__name__)

@@ -1,7 +1,7 @@
-"""What a run leaves: samples, proved adapter files, card, sheets, plots, and the hub.
+"""Results of a run: samples, verified adapter files, card, sheets, plots, and the push to the hub.
 
 Samples have the same prompts and noise at step 0, during the run and at the end. At the end it also
-draws new contexts: the subject where no photo shows it. The pictures of step 0 are read from the
+draws new contexts: the subject where no photo shows it. The images of step 0 are read from the
 run folder, so that a resumed run has them as well.
 """
 
@@ -54,18 +54,18 @@ MAX_CARD_IMAGES = 6
 """Pictures on a card, but for at least two samples."""
 
 Sample = tuple[SampleRequest, Image.Image]
-"""What was asked for, and the picture that was drawn."""
+"""What was asked for, and the image that was drawn."""
 
 
 @dataclass
 class ValidationSamples:
-    """The samples of a run.
+    """Samples of a run.
 
     run_dir: where they are saved
     requests: drawn at each sampling step
     contexts: drawn once at the end
     every_steps: optimizer steps from one drawing to the next
-    latest: the pictures of `latest_step`, in the order of the requests
+    latest: the images of `latest_step`, in the order of the requests
     """
 
     run_dir: run_folder.RunDir
@@ -79,12 +79,12 @@ class ValidationSamples:
     def from_config(
         cls, config: train_config.TrainConfig, run_dir: run_folder.RunDir, steps_per_epoch: int
     ) -> "ValidationSamples":
-        """Those that the settings ask for."""
+        """Build the samples that the settings ask for."""
         seeds = []
         for number in range(config.sample_count):
             seeds.append(compute_seed(config.seed, "sample", number) % 2**32)
-        wanted = prompts.list_validation_prompts(config)
-        requests = [SampleRequest(prompt, seed) for prompt in wanted for seed in seeds]
+        validation_prompts = prompts.list_validation_prompts(config)
+        requests = [SampleRequest(prompt, seed) for prompt in validation_prompts for seed in seeds]
 
         # New contexts are drawn for a run that draws samples, once each.
         contexts = []
@@ -112,9 +112,9 @@ class ValidationSamples:
         """Draw `samples/step_000100_0.png` …, shared out; the main process saves. Raises
         StopRequestedError."""
         self.latest, self.latest_step = [], step
-        for number, picture in enumerate(share_work(accelerator, self.requests, sampler)):
-            self.latest.append(picture)
-            run_on_main(accelerator, partial(self.save, self.get_path(step, number), picture))
+        for number, image in enumerate(share_work(accelerator, self.requests, sampler)):
+            self.latest.append(image)
+            run_on_main(accelerator, partial(self.save, self.get_path(step, number), image))
         files = []
         for number in range(len(self.requests)):
             files.append(str(self.get_path(step, number).relative_to(self.run_dir.path)))
@@ -126,11 +126,11 @@ class ValidationSamples:
         )
 
     def get_path(self, step: int, number: int) -> Path:
-        """Of the sample of request `number` at that step."""
+        """Return the path of the sample of request `number` at that step."""
         return self.run_dir.samples_dir / f"step_{step:06d}_{number}.png"
 
     def load_first_samples(self, requests: Iterable[SampleRequest]) -> list[Sample]:
-        """The pictures of step 0 of these requests that exist and can be read; a resumed run may
+        """Load the images of step 0 of these requests that exist and can be read; a resumed run may
         have others."""
         # Which requests were drawn at step 0, and under which number.
         records = self.run_dir.read_events(events.SamplesSaved.kind)
@@ -140,18 +140,18 @@ class ValidationSamples:
                 for number, (prompt, seed) in enumerate(zip(event.prompts, event.seeds)):
                     numbers[SampleRequest(prompt, seed)] = number
 
-        # Their pictures, in the order that is asked for.
-        found = []
+        # Their images, in the order that is asked for.
+        images = []
         for request in requests:
             if request in numbers:
                 with suppress(UnreadableImageError, FileNotFoundError):
-                    picture = open_image(self.get_path(0, numbers[request]))
-                    found.append((request, to_rgb(picture)))
-        return found
+                    image = open_image(self.get_path(0, numbers[request]))
+                    images.append((request, to_rgb(image)))
+        return images
 
-    def save(self, path: Path, picture: Image.Image) -> None:
+    def save(self, path: Path, image: Image.Image) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_png(path, picture)
+        write_png(path, image)
 
 
 def compute_running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -172,11 +172,11 @@ def plot_losses(
 
     # The losses. Single steps vary so much that only the mean shows where they go.
     for key, (colour, label) in LOSS_CURVES.items():
-        told = [event for event in steps if getattr(event, key) is not None]
-        if not told:
+        logged = [event for event in steps if getattr(event, key) is not None]
+        if not logged:
             continue
-        at = np.array([event.step for event in told])
-        values = np.array([getattr(event, key) for event in told])
+        at = np.array([event.step for event in logged])
+        values = np.array([getattr(event, key) for event in logged])
         mean = compute_running_mean(values, max(5, len(values) // 20))
         axes[0].plot(at, values, color=colour, alpha=0.25, linewidth=0.8)
         axes[0].plot(at, mean, color=colour, label=label)
@@ -220,7 +220,7 @@ class Publisher:
     run_dir: where everything goes
     inputs: the base, and the photos for the sheet
     train_step: the adapter, and the steps that are done
-    samples: the pictures at fixed seeds
+    samples: the images at fixed seeds
     sampler: draws new contexts at the end
     max_train_steps: optimizer steps of the whole run
     photo_digests: of the photos and the files beside them, by name
@@ -274,11 +274,11 @@ class Publisher:
 
         # New contexts. A stop leaves those that are drawn.
         contexts: list[Sample] = []
-        asked = self.samples.contexts if finished else []
+        requests = self.samples.contexts if finished else []
         with suppress(StopRequestedError):
-            pictures = share_work(accelerator, asked, self.sampler)
-            for picture, request in zip(pictures, asked, strict=True):
-                contexts.append((request, picture))
+            images = share_work(accelerator, requests, self.sampler)
+            for image, request in zip(images, requests, strict=True):
+                contexts.append((request, image))
 
         run_on_main(accelerator, lambda: self._write_card_and_plots(finished, proof, contexts))
         return proof
@@ -294,10 +294,10 @@ class Publisher:
             proof=proof,
             scores=self.scores,
             best=self.best if run_dir.best_dir.is_dir() else None,
-            made=tuple(describe_synthetic(self.inputs.photos, config.synthetic_weight)),
+            synthetic_lines=tuple(describe_synthetic(self.inputs.photos, config.synthetic_weight)),
         )
-        drawn = list(zip(self.samples.requests, self.samples.latest))
-        write_card(config, run_dir, facts, drawn, contexts)
+        latest_samples = list(zip(self.samples.requests, self.samples.latest))
+        write_card(config, run_dir, facts, latest_samples, contexts)
         try:
             if finished and config.push_to_hub:
                 push_to_hub(run_dir.path, config.hub_model_id, config.hub_token)
@@ -306,7 +306,7 @@ class Publisher:
             steps = events.filter_events(events.StepDone, run_dir.read_events(events.StepDone.kind))
             if steps:
                 plot_losses(steps, run_dir.loss_plot_path, run_dir.read_scores())
-            if drawn:
+            if latest_samples:
                 rows = build_sheet_rows(config, self.inputs.photos, self.samples, contexts)
                 draw_contact_sheet(rows, run_dir.contact_sheet_path)
 
@@ -319,7 +319,7 @@ class Publisher:
 def collect_facts(
     config: train_config.TrainConfig, inputs: prepare.TrainInputs, train_step: TrainStep
 ) -> metadata.AdapterMetadata:
-    """What the headers of the run's files say: of the adapter, of its base, and how it is made."""
+    """Collect the facts for the headers of the run's files: adapter, base, and recipe."""
     facts = raw_file.build_adapter_metadata(
         train_step.components,
         base_id=config.pretrained_model_name_or_path,
@@ -350,8 +350,8 @@ def write_card(
     samples: list[Sample],
     contexts: list[Sample],
 ) -> None:
-    """Write README.md and its pictures. Old pictures go first: at all times a card names every
-    picture.
+    """Write README.md and its images. Old images go first: at all times a card names every
+    image.
 
     config: the run's settings
     run_dir: where they are written
@@ -359,29 +359,29 @@ def write_card(
     samples: the samples at the end
     contexts: the new contexts
     """
-    pictures = pick_card_images(config, samples, contexts)
+    images = pick_card_images(config, samples, contexts)
     for stale in run_folder.list_card_pictures(run_dir.read_card() or ""):
         (run_dir.path / stale).unlink(missing_ok=True)
 
-    # The card names its pictures before they are there.
+    # The card names its images before they are there.
     names = []
-    for number, (request, _) in enumerate(pictures):
+    for number, (request, _) in enumerate(images):
         names.append((f"image_{number}.png", request.prompt))
     write_atomic(run_dir.card_path, render_model_card(config, replace(facts, images=tuple(names))))
-    for (name, _), (_, picture) in zip(names, pictures):
-        write_png(run_dir.path / name, picture)
+    for (name, _), (_, image) in zip(names, images):
+        write_png(run_dir.path / name, image)
 
 
 def pick_card_images(
     config: train_config.TrainConfig, samples: list[Sample], contexts: list[Sample]
 ) -> list[Sample]:
-    """What the card shows: samples and new contexts; of several subjects the first sample of each
-    prompt, then pairs."""
+    """Pick the card's images: samples and new contexts; of several subjects the first sample of
+    each prompt, then pairs."""
     if len(config.subjects) <= 1:
         return [*samples[: max(2, MAX_CARD_IMAGES - len(contexts))], *contexts]
-    first_of_each = {request.prompt: (request, picture) for request, picture in reversed(samples)}
+    first_of_each = {request.prompt: (request, image) for request, image in reversed(samples)}
     pairs = prompts.list_pair_prompts(config)
-    together = [shown for shown in contexts if shown[0].prompt in pairs]
+    together = [sample for sample in contexts if sample[0].prompt in pairs]
     return [*reversed(first_of_each.values()), *together]
 
 
@@ -391,7 +391,7 @@ def build_sheet_rows(
     samples: ValidationSamples,
     contexts: list[Sample],
 ) -> list[SheetRow]:
-    """Each subject's photos, its pictures of step 0 and the end, new contexts; then pairs. It is
+    """Each subject's photos, its images of step 0 and the end, new contexts; then pairs. It is
     never uploaded."""
     start = f"adapter {get_public_name(config.init_adapter)}" if config.init_adapter else "base"
     latest = list(zip(samples.requests, samples.latest)) if samples.latest_step else []
@@ -399,16 +399,18 @@ def build_sheet_rows(
 
     # Each subject from top to bottom: what it is, what the base made of it, what the adapter does.
     for number, subject in enumerate(config.each_subject):
-        own = [photo for photo in photos if photo.subject == number]
+        subject_photos = [photo for photo in photos if photo.subject == number]
         name = f" of “{subject.instance_prompt}”" if config.subjects else ""
-        wanted = prompts.list_validation_prompts(subject)
-        asked = [request for request in samples.requests if request.prompt in wanted]
+        subject_prompts = prompts.list_validation_prompts(subject)
+        requests = [request for request in samples.requests if request.prompt in subject_prompts]
         at_end = f"Step {samples.latest_step}: the same prompts, from the same noise"
         in_context = filter_samples(contexts, prompts.list_context_prompts(subject))
         rows += [
-            SheetRow(f"The photos{name}", open_readable_photos(own[:6])),
-            build_row(f"Step 0: the {start}, before training", samples.load_first_samples(asked)),
-            build_row(at_end, filter_samples(latest, wanted)),
+            SheetRow(f"The photos{name}", open_readable_photos(subject_photos[:6])),
+            build_row(
+                f"Step 0: the {start}, before training", samples.load_first_samples(requests)
+            ),
+            build_row(at_end, filter_samples(latest, subject_prompts)),
             build_row("New contexts", in_context),
         ]
 
@@ -418,25 +420,25 @@ def build_sheet_rows(
 
 
 def filter_samples(samples: list[Sample], wanted_prompts: Sequence[str]) -> list[Sample]:
-    """Those of the `wanted` prompts."""
-    return [(request, picture) for request, picture in samples if request.prompt in wanted_prompts]
+    """Return the samples of the `wanted_prompts`."""
+    return [(request, image) for request, image in samples if request.prompt in wanted_prompts]
 
 
 def build_row(title: str, samples: list[Sample]) -> SheetRow:
-    """A row with the prompts as captions."""
+    """Return a row with the prompts as captions."""
     return SheetRow(
         title=title,
-        images=[picture for _, picture in samples],
+        images=[image for _, image in samples],
         captions=tuple(request.prompt for request, _ in samples),
     )
 
 
 def open_readable_photos(photos: list[Photo]) -> list[Image.Image]:
-    """The photos that can be read now; the run may have begun long ago."""
-    found = []
+    """Open the photos that can be read now; the run may have begun long ago."""
+    images = []
     for photo in photos:
         try:
-            found.append(open_rgb(photo))
+            images.append(open_rgb(photo))
         except UserError as error:
             logger.warning("the contact sheet is without a photo: %s", error)
-    return found
+    return images

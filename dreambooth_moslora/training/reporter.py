@@ -1,7 +1,7 @@
 """Reports a run's events: to `metrics.jsonl`, to the caller, and to the trackers (tensorboard,
 wandb and others).
 
-Only the main process reports. Trackers get no path, prompt or photo; those that show pictures get
+Only the main process reports. Trackers get no path, prompt or photo; those that show images get
 the samples, which show the subject. `RunContext` is what every part of a run shares.
 """
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 TRACKED_EVENTS = (events.StepDone, events.StepEvaluated, events.SamplesSaved)
 """Events that trackers get."""
 IMAGE_TRACKER_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
-"""Trackers that get the samples, and how they are told that pictures are (N, height, width, RGB).
+"""Trackers that get the samples, and how they are told that images are (N, height, width, RGB).
 """
 END_KINDS = (events.RunEnded.kind, events.AdapterExported.kind)
 """Events of a run's end, which a resumed run takes back."""
@@ -104,13 +104,13 @@ class Reporter:
             self.accelerator.init_trackers("dreambooth_moslora", config=public)
         except Exception as error:  # each tracker raises its own errors
             self.accelerator.trackers.clear()
-            said = format_error(f"{type(error).__name__} {error}")
+            reason = format_error(f"{type(error).__name__} {error}")
             raise UserError(
-                f"--report_to {config.report_to} cannot start: {said}; none trains without it."
+                f"--report_to {config.report_to} cannot start: {reason}; none trains without it."
             ) from error
 
     def _track(self, event: events.StepDone | events.StepEvaluated | events.SamplesSaved) -> None:
-        """Log numbers, and samples to trackers that show pictures. A tracker that fails causes one
+        """Log numbers, and samples to trackers that show images. A tracker that fails causes one
         warning."""
         for tracker in list(self.accelerator.trackers):
             try:
@@ -118,28 +118,29 @@ class Reporter:
                     tracker.log(collect_numbers(event), step=event.step)
                 elif tracker.name in IMAGE_TRACKER_OPTIONS:
                     paths = [self.run_dir.path / name for name in event.files]
-                    pictures = np.stack([np.asarray(Image.open(path)) for path in paths])
+                    images = np.stack([np.asarray(Image.open(path)) for path in paths])
                     options = IMAGE_TRACKER_OPTIONS[tracker.name]
-                    tracker.log_images({"samples": pictures}, step=event.step, **options)
+                    tracker.log_images({"samples": images}, step=event.step, **options)
             except Exception as error:  # each tracker raises its own errors
                 self.accelerator.trackers.remove(tracker)
-                said = format_error(f"{type(error).__name__} {error}")
+                reason = format_error(f"{type(error).__name__} {error}")
                 logger.warning(
                     "--report_to: %s failed and is not used again in this run: %s",
                     tracker.name,
-                    said,
+                    reason,
                 )
 
     def end_trackers(self) -> None:
-        """Their errors are only logged, so that they do not hide the run's result or error."""
+        """Close the trackers. Their errors are only logged, so that they do not hide the run's
+        result or error."""
         try:
             self.accelerator.end_training()
         except Exception as error:  # each tracker raises its own errors
-            said = format_error(f"{type(error).__name__} {error}")
-            logger.warning("--report_to: ending it failed: %s", said)
+            reason = format_error(f"{type(error).__name__} {error}")
+            logger.warning("--report_to: ending it failed: %s", reason)
 
     def raise_failure(self) -> None:
-        """Raises the error that was kept, if there is one."""
+        """Raise the error that was kept, if there is one."""
         if self.failure is not None:
             raise self.failure
 
@@ -166,11 +167,11 @@ class Reporter:
             return
 
         # A run from step 0 keeps nothing: its file is of a run that failed here.
-        kept = []
+        earlier_events = []
         for event in self.run_dir.read_events() if step else []:
             if event.get("step", 0) <= step and event["type"] not in END_KINDS:
-                kept.append(event)
-        lines = [json.dumps(event) + "\n" for event in kept]
+                earlier_events.append(event)
+        lines = [json.dumps(event) + "\n" for event in earlier_events]
         write_atomic(self.run_dir.metrics_path, "".join(lines))
         self.write_pending()
 
@@ -183,16 +184,16 @@ class Reporter:
 
 
 def collect_numbers(event: events.StepDone | events.StepEvaluated) -> dict[str, float]:
-    """The event's numbers by name, but for its step and its time."""
-    found = {}
+    """Return the event's numbers by name, without its step and its time."""
+    numbers = {}
     for name, value in events.build_record(event).items():
         if isinstance(value, (int, float)) and name not in ("step", "time"):
-            found[name] = value
-    return found
+            numbers[name] = value
+    return numbers
 
 
 def free_unused_memory(device: torch.device) -> None:
-    """Free the GPU memory of pictures: the blocks of a decode do not fit a training step."""
+    """Free the GPU memory of images: the blocks of a decode do not fit a training step."""
     gc.collect()
     free_unused_blocks(device)
 
@@ -209,8 +210,8 @@ def measure_memory_gib(device: torch.device) -> float | None:
 
 @dataclass(frozen=True)
 class RunContext:
-    """What every part of a run shares. `should_stop` tells whether this process was asked to
-    stop."""
+    """Folder, processes, reporter and stop signal that every part of a run shares. `should_stop`
+    tells whether this process was asked to stop."""
 
     run_dir: run_folder.RunDir
     accelerator: Accelerator
@@ -218,20 +219,20 @@ class RunContext:
     should_stop: Callable[[], bool]
 
     def is_stop_requested(self) -> bool:
-        """Whether any process was asked to stop, or failed to report (raised). All must call it
-        together."""
+        """Return whether any process was asked to stop; raise if one failed to report. All must
+        call it together."""
         ends = reduce_any(self.accelerator, self.report.failure is not None or self.should_stop())
         if ends:
             run_on_each(self.accelerator, self.report.raise_failure)
         return ends
 
     def raise_if_stop_requested(self) -> None:
-        """Raises StopRequestedError, on all processes together."""
+        """Raise StopRequestedError, on all processes together."""
         if self.is_stop_requested():
             raise StopRequestedError
 
     def raise_if_local_stop(self) -> None:
-        """Raises StopRequestedError when this process was asked to stop: for work whose errors all
+        """Raise StopRequestedError when this process was asked to stop: for work whose errors all
         processes hear."""
         if self.should_stop():
             raise StopRequestedError

@@ -1,4 +1,4 @@
-"""What a run's figures mean: which flag to try next, and how a run that ended early goes on.
+"""Advice on a run's metrics: which flag to try next, and how to resume a run that ended early.
 
     figures.figures_of(run folder) -> Figures --RULES--> sentences, the most important first
                                               --to_go_on--> the command that resumes it
@@ -60,18 +60,18 @@ NON_FINITE_PATTERN = re.compile(
 
 
 def explain_steps(run: RunMetrics) -> Iterator[str]:
-    """What failed, and what was too rare."""
+    """Yield advice on numbers that are not finite, and on too few steps or scores."""
     # Numbers that are no longer finite.
-    found = NON_FINITE_PATTERN.search(run.message) if run.state == "failed" else None
-    if found:
+    non_finite = NON_FINITE_PATTERN.search(run.message) if run.state == "failed" else None
+    if non_finite:
         rate = run.config.learning_rate
-        other = f", or {FP16_OVERFLOW_ADVICE}" if run.config.mixed_precision == "fp16" else ""
-        yield f"{found[0]}: try --learning_rate {rate / 3:.1g} (it was {rate:g}){other}"
+        alternative = f", or {FP16_OVERFLOW_ADVICE}" if run.config.mixed_precision == "fp16" else ""
+        yield f"{non_finite[0]}: try --learning_rate {rate / 3:.1g} (it was {rate:g}){alternative}"
 
     # Too few steps, or none that anybody looked at.
     if is_too_short(run):
-        seen = f"each photo was shown {run.exposures:.0f} times, and {EXPOSURES_ADVICE}"
-        yield f"{seen}: try --exposures_per_photo {DEFAULT_EXPOSURES}"
+        exposures = f"each photo was shown {run.exposures:.0f} times, and {EXPOSURES_ADVICE}"
+        yield f"{exposures}: try --exposures_per_photo {DEFAULT_EXPOSURES}"
     if run.step and not run.scores and run.state != "failed":
         every = max(1, run.step // 5)
         yield (
@@ -82,13 +82,15 @@ def explain_steps(run: RunMetrics) -> Iterator[str]:
 
 def explain_photos(run: RunMetrics) -> Iterator[str]:
     """Photos that show something else, which those of a style should."""
-    found = run.photo_likeness
-    if not found or get_subject_kind(run.config).is_style:
+    likeness_by_photo = run.photo_likeness
+    if not likeness_by_photo or get_subject_kind(run.config).is_style:
         return
-    usual = median(found.values())
-    odd = [name for name in found if found[name] < MIN_PHOTO_LIKENESS * usual]
+    usual = median(likeness_by_photo.values())
+    odd = [
+        name for name in likeness_by_photo if likeness_by_photo[name] < MIN_PHOTO_LIKENESS * usual
+    ]
     if odd:
-        likeness = max(found[name] for name in odd)
+        likeness = max(likeness_by_photo[name] for name in odd)
         flags = shlex.join(["--leave_out", *run.config.leave_out, *odd])
         them = "it" if len(odd) == 1 else "them"
         yield (
@@ -98,7 +100,7 @@ def explain_photos(run: RunMetrics) -> Iterator[str]:
 
 
 def explain_prompt(run: RunMetrics) -> Iterator[str]:
-    """What came along with the subject: whole photos, or their surroundings."""
+    """Yield advice on what came along with the subject: whole photos, or their surroundings."""
     config = run.config
     fewer = f"--max_train_steps {max(1, run.step * 2 // 3)}"
 
@@ -112,20 +114,20 @@ def explain_prompt(run: RunMetrics) -> Iterator[str]:
     if get_subject_kind(config).is_style:
         return
     came = "the photos' surroundings came along"
-    kept = run.scores.get("clip_t_of_base", 1.0)
+    prompt_ratio = run.scores.get("clip_t_of_base", 1.0)
     leak = run.scores.get("background_leak")
     remedy = "add masks (name.mask.png beside each photo) and captions that name the surroundings"
     if leak is not None:
         lower = "--unmasked_weight 0" if config.unmasked_weight else fewer
         remedy = f"try {lower}, and captions that name the surroundings"
-    if kept < MIN_PROMPT_SHARE:
-        yield f"{came} (CLIP-T is {kept:.2f} of the base's): {remedy}"
+    if prompt_ratio < MIN_PROMPT_SHARE:
+        yield f"{came} (CLIP-T is {prompt_ratio:.2f} of the base's): {remedy}"
     elif leak is not None and leak > MAX_BACKGROUND_LEAK:
         yield f"{came} (leak {leak:.2f}; 0 is none): {remedy}"
 
 
 def explain_style(run: RunMetrics) -> Iterator[str]:
-    """A thing that came along with a style."""
+    """Yield advice on a thing that came along with a style."""
     more = run.scores.get("leak", 0.0) - run.scores.get("leak_base", 0.0)
     if more > MAX_CONTENT_LEAK:
         thing = f"“{run.leaked}”" if run.leaked else "a thing of the style's pictures"
@@ -137,7 +139,7 @@ def explain_style(run: RunMetrics) -> Iterator[str]:
 
 
 def explain_bare_prompt(run: RunMetrics) -> Iterator[str]:
-    """An instance prompt that does not show the subject without a place."""
+    """Yield advice on an instance prompt that does not show the subject without a place."""
     config = run.config
     moved = run.compute_shift("dino_bare")
     if moved is None or moved >= MIN_BARE_LIKENESS:
@@ -151,7 +153,7 @@ def explain_bare_prompt(run: RunMetrics) -> Iterator[str]:
         remedy = f"--prior_loss_weight {config.prior_loss_weight / 2:g}"
     else:
         remedy = f"--exposures_per_photo {compute_more_exposures(run)}"
-    prompts = " and ".join(f"“{one.instance_prompt}”" for one in config.each_subject)
+    prompts = " and ".join(f"“{subject.instance_prompt}”" for subject in config.each_subject)
     yield (
         f"{prompts} alone shows {max(moved, 0):.0%} of the likeness "
         f"that prompts with places show: try {remedy}"
@@ -201,7 +203,8 @@ def explain_class(run: RunMetrics) -> Iterator[str]:
 
 
 def explain_length(run: RunMetrics) -> Iterator[str]:
-    """A score that fell since its best step, and a likeness that still rose in the last third."""
+    """Yield advice on a score that fell since its best step, and on a likeness that still rose in
+    the last third."""
     # Too long.
     if len(run.score) > 1:
         last, score = run.score[-1]
@@ -231,8 +234,8 @@ def explain_length(run: RunMetrics) -> Iterator[str]:
 
 
 def is_too_short(run: RunMetrics) -> bool:
-    """Whether its photos were shown too rarely, which `explain_steps` says; not of a run that has
-    shown none."""
+    """Return whether photos were shown too rarely, which `explain_steps` says; False for a run that
+    has shown none."""
     return run.exposures is not None and 0 < run.exposures < MIN_EXPOSURES
 
 
@@ -242,10 +245,10 @@ def compute_more_exposures(run: RunMetrics) -> int:
         return DEFAULT_EXPOSURES
 
     # The flag counts those of a photo of the largest subject.
-    shown = run.exposures or DEFAULT_EXPOSURES
+    exposures = run.exposures or DEFAULT_EXPOSURES
     if run.exposures and run.largest_subject_photos:
-        shown *= run.photos / (len(run.config.subjects) * run.largest_subject_photos)
-    return math.ceil(0.15 * shown) * 10
+        exposures *= run.photos / (len(run.config.subjects) * run.largest_subject_photos)
+    return math.ceil(0.15 * exposures) * 10
 
 
 ADVICE_RULES = (
@@ -261,37 +264,37 @@ ADVICE_RULES = (
 
 
 def list_resume_hints(run: RunMetrics) -> list[str]:
-    """How a run that ended early goes on, which stands before all figures and advice. A loss that
-    is not finite would come again."""
+    """Return how to resume a run that ended early, which stands before all figures and advice. A
+    loss that is not finite would come again, so such a run gets none."""
     is_over = run.state == "done" or run.is_training
     if is_over or NON_FINITE_PATTERN.search(run.message):
         return []
     if run.saved:
         return [format_resume_command(run)]
-    made = "saved" if run.step else "trained"
-    return [f"nothing was {made}; to start again: {format_train_command(run)}"]
+    achieved = "saved" if run.step else "trained"
+    return [f"nothing was {achieved}; to start again: {format_train_command(run)}"]
 
 
 def format_resume_command(run: RunMetrics) -> str:
-    """The whole command that resumes a stopped run."""
+    """Return the whole command that resumes a stopped run."""
     return f"to go on: {format_train_command(run)} --resume_from_checkpoint latest"
 
 
 def format_train_command(run: RunMetrics) -> str:
-    """The command that trains with the run's own settings, in its folder."""
-    words = ["python", "-m", "dreambooth_moslora", "train"]
+    """Return the command that trains with the run's own settings, in its folder."""
+    argv = ["python", "-m", "dreambooth_moslora", "train"]
     if run.processes > 1:
-        words = ["accelerate", "launch", "--multi_gpu", "train_dreambooth.py"]
-    words += ["--config", str(RunDir(run.folder).config_path)]
+        argv = ["accelerate", "launch", "--multi_gpu", "train_dreambooth.py"]
+    argv += ["--config", str(RunDir(run.folder).config_path)]
 
     # The folder may have been moved since.
     if Path(run.config.output_dir).resolve() != run.folder.resolve():
-        words += ["--output_dir", str(run.folder)]
-    return shlex.join(words)
+        argv += ["--output_dir", str(run.folder)]
+    return shlex.join(argv)
 
 
 def list_advice(run: RunMetrics) -> list[str]:
-    """What to try next: one sentence for each fault."""
+    """Return a sentence for each fault: what to try next."""
     return [sentence for rule in ADVICE_RULES for sentence in rule(run)]
 
 

@@ -1,4 +1,4 @@
-"""What a run has measured: its events, its settings, and a newer report of `evaluate`."""
+"""Metrics of a run from its events, its settings, and a newer report of `evaluate`."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ NON_SCORE_FIELDS = ("step", "time", "photos")
 
 @dataclass(frozen=True)
 class RunMetrics:
-    """What a run has measured.
+    """Metrics of a run.
 
     config: its settings
     state, message: how it ended, as its last event says
@@ -31,7 +31,7 @@ class RunMetrics:
     photos: how many; `largest` counts those of the largest of several subjects
     without_bare_prompt: photos whose captions lack the instance prompt
     scores: the latest
-    copy_alarm: whether pictures repeat photos
+    copy_alarm: whether images repeat photos
     likeness, score: (step, value) of each evaluation
     processes: that trained together
     time: of the last event, in seconds
@@ -41,7 +41,7 @@ class RunMetrics:
     folder: the run's
     leaked: the thing that came with a style
     photo_likeness: of each photo, by name, to the others
-    verdict: whether reference pictures would do as well
+    verdict: whether reference images would do as well
     """
 
     config: train_config.TrainConfig
@@ -67,20 +67,20 @@ class RunMetrics:
 
     @property
     def exposures(self) -> float | None:
-        """How often each photo was shown."""
+        """Number of times each photo was shown."""
         if not self.photos:
             return None
         photos_a_step = self.config.train_batch_size * self.config.gradient_accumulation_steps
         return self.step * photos_a_step * self.processes / self.photos
 
     def compute_shift(self, name: str) -> float | None:
-        """How far `pres` (the class) or `dino_bare` moved: 0 as the base draws the class, 1 at the
-        subject."""
-        here = self.scores.get(name)
+        """Return how far `pres` (the class) or `dino_bare` moved: 0 as the base shows the class, 1
+        at the subject."""
+        current = self.scores.get(name)
         start, end = self.scores.get("pres_base"), self.scores.get("dino")
-        if here is None or start is None or end is None or end - start < MIN_LIKENESS_GAIN:
+        if current is None or start is None or end is None or end - start < MIN_LIKENESS_GAIN:
             return None
-        return (here - start) / (end - start)
+        return (current - start) / (end - start)
 
 
 def build_run_metrics(
@@ -95,20 +95,20 @@ def build_run_metrics(
     for event in records:
         by_kind[event["type"]].append(event)
     start, end, last = ([{}, *by_kind[kind]][-1] for kind in ("start", "end", "evaluation"))
-    taken = [event["step"] for event in by_kind["step"] if not event.get("skipped")]
+    steps_taken = [event["step"] for event in by_kind["step"] if not event.get("skipped")]
     saved = [event["step"] for event in by_kind["checkpoint"]]
 
     # What the latest evaluation says of the photos, and of the adapter.
-    about = {**photos, **last.get("photos", {})}
+    photo_facts = {**photos, **last.get("photos", {})}
     scores = {name: value for name, value in last.items() if name not in NON_SCORE_FIELDS}
     return RunMetrics(
         config=config,
         state=end.get("state", ""),
         message=end.get("message", ""),
-        step=max(taken, default=0),
-        photos=about.get("count"),
-        largest_subject_photos=about.get("largest"),
-        without_bare_prompt=about.get("without_bare_prompt", 0),
+        step=max(steps_taken, default=0),
+        photos=photo_facts.get("count"),
+        largest_subject_photos=photo_facts.get("largest"),
+        without_bare_prompt=photo_facts.get("without_bare_prompt", 0),
         scores=filter_numbers(scores),
         copy_alarm=last.get("copy_alarm", False),
         likeness=build_curve(by_kind["evaluation"], "dino"),
@@ -129,15 +129,15 @@ def build_curve(evaluations: Sequence[Mapping[str, Any]], name: str) -> list[tup
 
 
 def filter_numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """Those that are numbers."""
+    """Return the values that are numbers."""
     return {name: value for name, value in values.items() if is_finite_number(value)}
 
 
 def load_run_metrics(
     run_dir: RunDir, photos: Sequence[photo_file.Photo] | None = None
 ) -> RunMetrics:
-    """A run's figures: events, configuration, and a newer report of `evaluate`. Raises UserError
-    for no run."""
+    """Load a run's metrics: events, configuration, and a newer report of `evaluate`. Raises
+    UserError for a folder without a run."""
     for path in (run_dir.config_path, run_dir.metrics_path):
         if not path.is_file():
             raise UserError(f"{run_dir.path} holds no run: {path.name} is not there.")
@@ -155,16 +155,16 @@ def load_run_metrics(
             facts["largest"] = max(photo_file.count_photos(photos))
 
     # What the run wrote, and what it is now.
-    found = replace(
+    metrics = replace(
         build_run_metrics(run_dir.read_events(), config, facts),
         is_training=is_run_active(run_dir),
         folder=run_dir.path,
     )
-    return merge_report(found, run_dir)
+    return merge_report(metrics, run_dir)
 
 
 def is_run_active(run_dir: RunDir) -> bool:
-    """Whether a run trains there now, or nobody can tell."""
+    """Return whether a run trains there now, or nobody can tell."""
     try:
         queue.check_unlocked(run_dir.path)
     except (UserError, OSError):
@@ -173,14 +173,14 @@ def is_run_active(run_dir: RunDir) -> bool:
 
 
 def parse_known_config(values: Mapping[str, Any]) -> train_config.TrainConfig:
-    """A run's configuration, without settings that are unknown here. Raises UserError for
+    """Parse a run's configuration, without settings that are unknown here. Raises UserError for
     impossible values."""
     return train_config.TrainConfig.from_dict(config_files.drop_removed_settings(values))
 
 
 def merge_report(metrics: RunMetrics, run_dir: RunDir) -> RunMetrics:
-    """The figures, with the scores of a newer `evaluation/scores.json`. Raises UserError if that is
-    no JSON."""
+    """Return the metrics with the scores of a newer `evaluation/scores.json`. Raises UserError if
+    that is not JSON."""
     path = run_dir.evaluation_dir / SCORES_NAME
     if not path.is_file():
         return metrics

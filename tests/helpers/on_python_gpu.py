@@ -22,7 +22,7 @@ from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.extras.lab.selftest import read_losses as losses_of_run
 from dreambooth_moslora.plan import distributed
-from dreambooth_moslora.training import encoding_cache, loop, prepare
+from dreambooth_moslora.training import base_loading, loop, prepare
 from dreambooth_moslora.training import step as train_step
 from tests.helpers.python_gpu import DEVICE, Watch
 from tests.helpers.tiny import few_steps
@@ -76,7 +76,7 @@ def accelerator_on_device(config, run_dir):
 def watch_encoding() -> None:
     """Note which parts are on the device when photos and when prompts have been encoded, and the
     VAE's widest input."""
-    load_base = encoding_cache.load_base
+    load_base = base_loading.load_base
 
     def load(*words, **options):
         pipelines[:] = [load_base(*words, **options)]
@@ -86,7 +86,7 @@ def watch_encoding() -> None:
         )
         return pipelines[0]
 
-    encoding_cache.load_base = load
+    base_loading.load_base = load
     for name in ("encode_photos", "encode_prompts"):
         setattr(prepare, name, noting(name, getattr(prepare, name)))
 

@@ -24,7 +24,7 @@ from dreambooth_moslora.photos.augment import CropPlan, CropRule, compute_resize
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.plan.validation import validate_run
 from dreambooth_moslora.settings.train_config import TrainConfig
-from dreambooth_moslora.training import encoding_cache, reporter
+from dreambooth_moslora.training import base_loading, reporter
 from dreambooth_moslora.training.dataset import PhotoDataset, PhotoEncoder, collate
 from dreambooth_moslora.training.encoding_cache import (
     EncodingCache,
@@ -388,14 +388,14 @@ def test_processes_that_see_other_photos_end_in_one_line(monkeypatch):
 def test_the_vae_leaves_memory_unless_it_is_needed_again(
     changes, tiny_base, photos, tmp_path, monkeypatch
 ):
-    load, loaded, seen = encoding_cache.load_base, [], []
+    load, loaded, seen = base_loading.load_base, [], []
 
     def load_base(*given, **options):
         pipeline = load(*given, **options)
         loaded.append(ref(pipeline.vae))
         return pipeline
 
-    monkeypatch.setattr(encoding_cache, "load_base", load_base)
+    monkeypatch.setattr(base_loading, "load_base", load_base)
     note = lambda event: seen.append(loaded[0]() is not None) if event.kind == "step" else None  # noqa: E731
     with few_steps():
         train(tiny_config(tiny_base, photos, tmp_path / "run", max_train_steps=1, **changes), note)
@@ -425,12 +425,12 @@ def test_a_slow_precision_is_warned_of_once_and_only_for_a_base_like_sdxl(
         pipeline, where = pipelines[dtype], torch.device(device)
         pipeline.unet.register_to_config(sample_size=64 // pipeline.vae_scale_factor)
         caplog.clear()
-        encoding_cache.warn_of_slow_precision(pipeline, where)
+        base_loading.warn_of_slow_precision(pipeline, where)
         assert not caplog.records
         pipeline.unet.register_to_config(sample_size=1024 // pipeline.vae_scale_factor)
-        encoding_cache.warn_of_slow_precision(pipeline, where)
+        base_loading.warn_of_slow_precision(pipeline, where)
         lines = [
-            record.message for record in caplog.records if record.name == encoding_cache.__name__
+            record.message for record in caplog.records if record.name == base_loading.__name__
         ]
         assert [advice in line and "\n" not in line for line in lines] == [True] * (
             advice is not None

@@ -56,7 +56,7 @@ def card(use_dora: bool = False, **changes) -> str:
 
 def test_the_card_says_which_photos_a_model_made():
     said = "2 of 3 photos were made by owner/editor, licence Apache-2.0"
-    assert f"\n\n{said}.\n\n## Proof" in card(made=(said,)) and "made by" not in card()
+    assert f"\n\n{said}.\n\n## Proof" in card(synthetic_lines=(said,)) and "made by" not in card()
 
 
 def test_the_card_says_how_it_reloads_for_which_programs_and_whether_the_run_ended():
