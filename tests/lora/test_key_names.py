@@ -1,4 +1,4 @@
-"""How tools spell the keys of a LoRA: each row of the tables is read as what it is."""
+"""Spellings of the keys of a LoRA: each row of the tables is read as what it is."""
 
 import pytest
 
@@ -42,27 +42,20 @@ KEYS = {
 
 
 @pytest.mark.parametrize("text", KEYS)
-def test_a_key_is_of_whom_and_what_the_tables_say(text):
+def test_a_key_is_parsed_into_component_path_part_and_tool(text):
     key = key_names.parse_key(text)
-    found = key and (key.module.component, key.module.path, key.part, key.tool)
-    assert found == KEYS[text]
+    fields = key and (key.module.component, key.module.path, key.part, key.tool)
+    assert fields == KEYS[text]
 
 
 @pytest.mark.parametrize("row", key_names.ENDINGS, ids=lambda row: row.text)
-def test_what_is_spelled_is_read_again(row):
+def test_a_formatted_key_is_parsed_back(row):
     text = key_names.format_key(row.tool, "transformer.a.to_q", row.part)
     key = key_names.parse_key(text)
     assert (key.module.name, key.part, key.tool) == ("transformer.a.to_q", row.part, row.tool)
 
 
-def test_no_prefix_stands_behind_one_that_hides_it():
-    texts = [row.text for row in key_names.PREFIXES]
-    for place, text in enumerate(texts):
-        assert not any(text.startswith(earlier) for earlier in texts[:place]), text
-
-
-def test_one_spelling_of_each_part_is_written_and_it_is_named():
-    """Before, the first row of a tool was written, and the last prefix of a component."""
+def test_one_spelling_of_each_part_is_written():
     written = [(row.tool, row.part) for row in key_names.ENDINGS if row.is_written]
     assert len(written) == len(set(written))
     assert set(written) == {(row.tool, row.part) for row in key_names.ENDINGS}
@@ -74,5 +67,5 @@ def test_one_spelling_of_each_part_is_written_and_it_is_named():
 
 
 @pytest.mark.parametrize("row", key_names.PREFIXES, ids=lambda row: row.text)
-def test_no_beginning_stands_behind_one_that_takes_its_keys(row):
+def test_no_earlier_prefix_hides_a_later_one(row):
     assert key_names.parse_key(f"{row.text}a.to_q.lora_A.weight").module.prefix == row

@@ -1,9 +1,11 @@
 """LoRA of transformers under the names of other programs: each layer gets the ΔW that the program
-means. Original layouts are written down here as the tools map them (ComfyUI, kohya's sd-scripts,
-musubi-tuner, ai-toolkit)."""
+means.
+
+The original layouts are those that the tools map (ComfyUI, kohya's sd-scripts, musubi-tuner,
+ai-toolkit).
+"""
 
 from pathlib import Path
-from time import perf_counter
 
 import pytest
 import torch
@@ -24,19 +26,21 @@ UNET_LAYERS = (
 """Layers that SDXL's and Stable Diffusion 1.5's UNets both have."""
 
 
-def layers_of(row: TinyFamily, tool: str) -> dict[str, tuple[str, ...]]:
-    """The layers of a file -> those of diffusers that their rows are: of the original layout, where
-    the family has another and the tool may use it."""
+def list_layers(row: TinyFamily, tool: str) -> dict[str, tuple[str, ...]]:
+    """Return the layers of a file -> those of diffusers that have its rows.
+
+    They are of the original layout, where the family has another and the tool may use it.
+    """
     if row.original and tool not in ("diffusers", "OneTrainer"):
         return dict(row.original)
-    own = UNET_LAYERS if not row.one_layer else (row.one_layer,)
-    return {path: (path,) for path in own}
+    paths = (row.one_layer,) if row.one_layer else UNET_LAYERS
+    return {path: (path,) for path in paths}
 
 
 FAMILIES = {name: dict(row.original) for name, row in TINY_FAMILIES.items() if row.original}
 SWAPPED = {"final_layer.adaLN_modulation.1"}
-"""Their halves, shift and scale, change places in diffusers."""
-SPELLINGS = {  # tool -> how it names a layer of the denoiser
+"""Layers whose halves, shift and scale, are swapped in diffusers."""
+SPELLINGS = {
     "diffusers": lambda denoiser, path: f"{denoiser}.{path}",
     "kohya": lambda _, path: f"lora_unet_{path.replace('.', '_')}",
     "OneTrainer": lambda _, path: f"lora_transformer_{path.replace('.', '_')}",
@@ -44,22 +48,28 @@ SPELLINGS = {  # tool -> how it names a layer of the denoiser
     "ComfyUI": lambda _, path: f"diffusion_model.{path}",
     "PEFT": lambda _, path: f"base_model.model.{path}",
 }
+"""Tool -> its name of a layer of the denoiser."""
 
 
-def lora(rows, columns, draw):
+def make_lora(rows, columns, draw):
     parts = {"lora_down.weight": draw(4, columns), "lora_up.weight": draw(rows, 4)}
     change = 3 / 4 * parts["lora_up.weight"] @ parts["lora_down.weight"]
     return parts | {"alpha": torch.tensor(3.0)}, change
 
 
-def lora_of_peft(rows, columns, draw):
+def make_peft_lora(rows, columns, draw):
     parts = {"lora_A.weight": draw(4, columns), "lora_B.weight": draw(rows, 4)}
     return parts, parts["lora_B.weight"] @ parts["lora_A.weight"]
 
 
-def lora_of_three(rows, columns, draw):
-    """q, k and v have columns of `up` to themselves, as where they were trained apart."""
-    parts, _ = lora(rows, columns, draw)
+def make_peft_lora_with_alpha(rows, columns, draw):
+    parts, change = make_peft_lora(rows, columns, draw)
+    return parts | {"alpha": torch.tensor(3.0)}, 3 / 4 * change
+
+
+def make_fused_lora(rows, columns, draw):
+    """Make a LoRA whose q, k and v were trained separately: each has its own columns of `up`."""
+    parts, _ = make_lora(rows, columns, draw)
     down, up = draw(6, columns), torch.zeros(rows, 6)
     for number, block in enumerate(up.split(-(-rows // 3))):
         block[:, 2 * number : 2 * number + 2] = draw(len(block), 2)
@@ -67,42 +77,43 @@ def lora_of_three(rows, columns, draw):
     return parts, 3 / 6 * up @ down
 
 
-def loha(rows, columns, draw):
+def make_loha(rows, columns, draw):
     parts = {f"hada_{name}_a": draw(rows, 2) for name in ("w1", "w2")}
     parts |= {f"hada_{name}_b": draw(2, columns) for name in ("w1", "w2")}
-    one, other = (parts[f"hada_{name}_a"] @ parts[f"hada_{name}_b"] for name in ("w1", "w2"))
-    return parts | {"alpha": torch.tensor(3.0)}, 3 / 2 * one * other
+    first, second = (parts[f"hada_{name}_a"] @ parts[f"hada_{name}_b"] for name in ("w1", "w2"))
+    return parts | {"alpha": torch.tensor(3.0)}, 3 / 2 * first * second
 
 
-def lokr(rows, columns, draw):
-    left, right = draw(rows // 2, 2), draw(2, columns // 4)
-    parts = {"lokr_w1": draw(2, 4), "lokr_w2_a": left, "lokr_w2_b": right}
-    change = 3 / 2 * torch.kron(parts["lokr_w1"], left @ right)
+def make_lokr(rows, columns, draw):
+    up, down = draw(rows // 2, 2), draw(2, columns // 4)
+    parts = {"lokr_w1": draw(2, 4), "lokr_w2_a": up, "lokr_w2_b": down}
+    change = 3 / 2 * torch.kron(parts["lokr_w1"], up @ down)
     return parts | {"alpha": torch.tensor(3.0)}, change
 
 
-def lokr_of_whole_matrices(rows, columns, draw):
-    """Whose alpha has no meaning."""
+def make_whole_lokr(rows, columns, draw):
+    """Make a LoKr of two whole matrices, for which alpha has no meaning."""
     parts = {"lokr_w1": draw(2, 4), "lokr_w2": draw(rows // 2, columns // 4)}
     return parts | {"alpha": torch.tensor(3.0)}, torch.kron(*parts.values())
 
 
-def dora(rows, columns, draw):
-    parts, change = lora(rows, columns, draw)
+def make_dora(rows, columns, draw):
+    parts, change = make_lora(rows, columns, draw)
     return parts | {"dora_scale": draw(rows, 1).abs() + 1}, change
 
 
-def dora_of_lokr(rows, columns, draw):
-    parts, change = lokr(rows, columns, draw)
+def make_dora_lokr(rows, columns, draw):
+    parts, change = make_lokr(rows, columns, draw)
     return parts | {"dora_scale": draw(rows, 1).abs() + 1}, change
 
 
-KINDS = {  # column of the page -> files of that kind
-    "LoRA": (lora, lora_of_peft, lora_of_three),
-    "LoHa": (loha,),
-    "LoKr": (lokr, lokr_of_whole_matrices),
-    "DoRA": (dora, dora_of_lokr),
+KINDS = {
+    "LoRA": (make_lora, make_peft_lora, make_peft_lora_with_alpha, make_fused_lora),
+    "LoHa": (make_loha,),
+    "LoKr": (make_lokr, make_whole_lokr),
+    "DoRA": (make_dora, make_dora_lokr),
 }
+"""Column of the page of formats -> files of that kind."""
 CELLS = [
     (facts, tool, kind)
     for facts in family_facts.FAMILIES
@@ -113,40 +124,40 @@ CELLS = [
 
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory):
-    """Family -> its tiny pipeline, made once."""
-    made = {}
+    """Return a function from a family to its tiny pipeline, which is built once."""
+    cache = {}
 
     def pipeline(family):
-        if family not in made:
-            made[family] = tiny_pipeline(family, tmp_path_factory.mktemp(family))
-        return made[family]
+        if family not in cache:
+            cache[family] = tiny_pipeline(family, tmp_path_factory.mktemp(family))
+        return cache[family]
 
     return pipeline
 
 
-def written(file: Path, model, layers: dict, kind, tool):
-    """Write a file with these original layers; returns ΔW and magnitudes of diffusers' layers."""
-    generator, tensors, wanted = torch.Generator().manual_seed(5), {}, {}
+def write_file(file: Path, model, layers: dict, kind, tool):
+    """Write a file with these original layers; return ΔW and magnitudes of diffusers' layers."""
+    generator, tensors, expected = torch.Generator().manual_seed(5), {}, {}
 
     def draw(*sizes):
         return 0.3 * torch.randn(sizes, generator=generator)
 
-    for path, of_diffusers in layers.items():
-        sizes = [moslora.get_weight_size(model.get_submodule(name)) for name in of_diffusers]
+    for path, diffusers_paths in layers.items():
+        sizes = [moslora.get_weight_size(model.get_submodule(name)) for name in diffusers_paths]
         parts, change = kind(sum(rows for rows, _ in sizes), sizes[0][1], draw)
         name = SPELLINGS[tool]("unet" if hasattr(model, "down_blocks") else "transformer", path)
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-        size = parts["dora_scale"][:, 0] if "dora_scale" in parts else None
+        magnitude = parts["dora_scale"][:, 0] if "dora_scale" in parts else None
         if path in SWAPPED:
             change = torch.cat(change.chunk(2)[::-1])
-            size = None if size is None else torch.cat(size.chunk(2)[::-1])
+            magnitude = None if magnitude is None else torch.cat(magnitude.chunk(2)[::-1])
         start = 0
-        for name, (rows, _) in zip(of_diffusers, sizes, strict=True):
-            own = slice(start, start + rows)
-            wanted[name] = change[own], None if size is None else size[own]
+        for name, (rows, _) in zip(diffusers_paths, sizes, strict=True):
+            part_rows = slice(start, start + rows)
+            expected[name] = change[part_rows], None if magnitude is None else magnitude[part_rows]
             start += rows
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
-    return wanted
+    return expected
 
 
 @pytest.mark.parametrize(
@@ -154,63 +165,60 @@ def written(file: Path, model, layers: dict, kind, tool):
     CELLS,
     ids=[f"{facts.name}-{tool}-{kind}" for facts, tool, kind in CELLS],
 )
-def test_each_cell_of_the_page_of_formats_is_so(facts, tool, kind, pipelines, tmp_path):
-    """Each layer gets the ΔW that the tool's file means, where the page says that it is read; the
-    other cells are refused."""
+def test_each_cell_of_the_page_of_formats_holds(facts, tool, kind, pipelines, tmp_path):
     pipeline, file = pipelines(facts.name), tmp_path / "x.safetensors"
-    layers = layers_of(TINY_FAMILIES[facts.name], tool)
+    layers = list_layers(TINY_FAMILIES[facts.name], tool)
     denoiser = getattr(pipeline, facts.denoiser)
     for make in KINDS[kind]:
-        wanted = written(file, denoiser, layers, make, tool)
+        expected = write_file(file, denoiser, layers, make, tool)
         if formats_table.is_read(tool, facts, kind):
-            check_read(file, pipeline, facts, make, layers, wanted)
+            check_read(file, pipeline, facts, make, layers, expected)
         else:
             with pytest.raises(UserError):
                 reader.check_fits(reader.read_adapter(file, pipeline), pipeline)
 
 
-def test_layers_of_a_unet_alone_are_none_of_a_transformer(pipelines, tmp_path, monkeypatch):
-    """Its converter was asked for them: the file was read where the page says that it is not."""
+def test_a_transformer_has_no_layers_of_a_unet(pipelines, tmp_path, monkeypatch):
     pipeline, file = pipelines("z_image"), tmp_path / "x.safetensors"
     monkeypatch.setitem(SPELLINGS, "kohya", lambda _, path: f"unet.{path}")
-    layers = layers_of(TINY_FAMILIES["z_image"], "kohya")
-    written(file, pipeline.transformer, layers, lora, "kohya")
+    layers = list_layers(TINY_FAMILIES["z_image"], "kohya")
+    write_file(file, pipeline.transformer, layers, make_lora, "kohya")
     with pytest.raises(UserError):
         reader.check_fits(reader.read_adapter(file, pipeline), pipeline)
 
 
-def check_read(file, pipeline, facts, make, layers, wanted):
-    """The file gives these layers these ΔW and magnitudes."""
+def check_read(file, pipeline, facts, make, layers, expected):
+    """Check that the file gives these layers these ΔW and magnitudes."""
     assert describe(file)["kind"]
     weights = reader.read_adapter(file, pipeline)
     reader.check_fits(weights, pipeline)
-    found, scales = weights.parts[facts.denoiser]
+    read_layers, scales = weights.parts[facts.denoiser]
     fused = {name for names in layers.values() if len(names) > 1 for name in names}
-    assert found.keys() == wanted.keys()
-    for path, (change, size) in wanted.items():
-        layer = found[path]
+    assert read_layers.keys() == expected.keys()
+    for path, (change, magnitude) in expected.items():
+        layer = read_layers[path]
         delta = scales.get_scale(path, layer.rank) * layer.delta
         assert verify.compute_relative_difference(delta, change) < 1e-6, path
-        assert (layer.magnitude is None) == (size is None)
-        assert size is None or torch.equal(layer.magnitude, size), path
-        if make is lora_of_three and path in fused:
-            assert layer.rank == 2, "and not the rank of all three"
+        assert (layer.magnitude is None) == (magnitude is None)
+        assert magnitude is None or torch.equal(layer.magnitude, magnitude), path
+        if make is make_fused_lora and path in fused:
+            assert layer.rank == 2, "not the rank of q, k and v together"
 
 
 def test_diffusers_own_conversions_agree(pipelines, tmp_path):
-    """Where it has some, of LoRA: not of the last layers."""
-    cases = [(family, "kohya", lora) for family in ("flux", "flux2", "z_image")]
-    cases += [(family, "ComfyUI", lora_of_peft) for family in ("flux2", "krea2")]
+    """Compare LoRA where diffusers converts it: not of the last layers."""
+    cases = [(family, "kohya", make_lora) for family in ("flux", "flux2", "z_image")]
+    cases += [(family, "ComfyUI", make_peft_lora) for family in ("flux2", "krea2")]
     for family, tool, kind in cases:
         pipeline, file = pipelines(family), tmp_path / "x.safetensors"
         layers = dict(FAMILIES[family])
         for last in ("final_layer.adaLN_modulation.1", "final_layer.linear"):
             layers.pop(last, None)
-        written(file, pipeline.transformer, layers, kind, tool)
-        of_diffusers = pipeline.lora_state_dict(str(tmp_path), weight_name=file.name)
-        found, scales = reader.read_adapter(file, pipeline).parts["transformer"]
-        for path, layer in found.items():
-            pair = (of_diffusers[f"transformer.{path}.lora_{side}.weight"] for side in "BA")
+        write_file(file, pipeline.transformer, layers, kind, tool)
+        converted = pipeline.lora_state_dict(str(tmp_path), weight_name=file.name)
+        read_layers, scales = reader.read_adapter(file, pipeline).parts["transformer"]
+        for path, layer in read_layers.items():
+            pair = (converted[f"transformer.{path}.lora_{side}.weight"] for side in "BA")
             delta = scales.get_scale(path, layer.rank) * layer.delta
             assert verify.compute_relative_difference(delta, torch.matmul(*pair)) < 1e-6, (
                 family,
@@ -218,8 +226,8 @@ def test_diffusers_own_conversions_agree(pipelines, tmp_path):
             )
 
 
-def test_flux_s_single_blocks_are_cut_into_four(tmp_path):
-    """At full width, which diffusers' conversion has written in: q, k, v and the MLP's."""
+def test_flux_single_blocks_are_split_into_four(tmp_path):
+    """Use the full width, which diffusers' converter assumes: q, k, v and the MLP's."""
     pipeline = tiny_pipeline("flux", tmp_path)
     sizes = {"num_attention_heads": 24, "attention_head_dim": 128, "axes_dims_rope": [16, 56, 56]}
     config = dict(pipeline.transformer.config) | sizes | {"num_layers": 1, "num_single_layers": 1}
@@ -227,25 +235,26 @@ def test_flux_s_single_blocks_are_cut_into_four(tmp_path):
     pipeline.transformer = wide
     block = "single_transformer_blocks.0"
     layers = {"single_blocks.0.linear1": (*three(f"{block}.attn"), f"{block}.proj_mlp")}
-    wanted = written(file := tmp_path / "x.safetensors", wide, layers, lora, "kohya")
-    found, scales = reader.read_adapter(file, pipeline).parts["transformer"]
-    assert found.keys() == wanted.keys()
-    for path, (change, _) in wanted.items():
-        delta = scales.get_scale(path, found[path].rank) * found[path].delta
+    expected = write_file(file := tmp_path / "x.safetensors", wide, layers, make_lora, "kohya")
+    read_layers, scales = reader.read_adapter(file, pipeline).parts["transformer"]
+    assert read_layers.keys() == expected.keys()
+    for path, (change, _) in expected.items():
+        delta = scales.get_scale(path, read_layers[path].rank) * read_layers[path].delta
         assert verify.compute_relative_difference(delta, change) < 1e-6, path
 
 
 @torch.no_grad()
-def test_dora_of_an_original_layer_is_merged_as_it_is_defined(tmp_path):
-    """W' = dora_scale · (W + ΔW) / ‖W + ΔW‖ for each row. It failed, as there is no UNet."""
-    pipeline, file = tiny_pipeline("z_image", tmp_path), tmp_path / "x.safetensors"
-    wanted = written(file, pipeline.transformer, FAMILIES["z_image"], dora, "kohya")
-    bases = {path: pipeline.transformer.get_submodule(path).weight.clone() for path in wanted}
+@pytest.mark.parametrize("family", ["flux", "z_image"])
+def test_dora_of_an_original_layer_merges_by_its_definition(family, tmp_path):
+    """Compare with W' = dora_scale · (W + ΔW) / ‖W + ΔW‖ for each row."""
+    pipeline, file = tiny_pipeline(family, tmp_path), tmp_path / "x.safetensors"
+    expected = write_file(file, pipeline.transformer, FAMILIES[family], make_dora, "kohya")
+    bases = {path: pipeline.transformer.get_submodule(path).weight.clone() for path in expected}
     reader.install(reader.read_adapter(file, pipeline), pipeline)
-    for path, (change, size) in wanted.items():
+    for path, (change, magnitude) in expected.items():
         layer, moved = pipeline.transformer.get_submodule(path), bases[path] + change
         layer.merge()
-        merged = size[:, None] * moved / moved.norm(dim=1, keepdim=True)
+        merged = magnitude[:, None] * moved / moved.norm(dim=1, keepdim=True)
         assert verify.compute_relative_difference(layer.get_base_layer().weight, merged) < 1e-5, (
             path
         )
@@ -281,22 +290,20 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_layer_is_refused_with_the_tool_s_spelling(name, pipelines, tmp_path):
-    """And soon."""
-    family, layer, parts, said = REFUSED[name]
+def test_an_unknown_layer_is_refused_with_the_tools_spelling(name, pipelines, tmp_path):
+    family, layer, parts, message = REFUSED[name]
     file = tmp_path / "x.safetensors"
     save_file({f"{layer}.{part}": tensor.clone() for part, tensor in parts.items()}, file)
-    pipeline, start = pipelines(family), perf_counter()
-    with pytest.raises(UserError, match=said) as error:
+    pipeline = pipelines(family)
+    with pytest.raises(UserError, match=message) as error:
         reader.check_fits(reader.read_adapter(file, pipeline), pipeline)
-    assert "\n" not in str(error.value) and perf_counter() - start < 20
+    assert "\n" not in str(error.value)
 
 
 def test_a_layer_under_two_names_is_refused(pipelines, tmp_path):
-    """The last of them counted."""
-    one, other = "lora_unet_layers_0_attention_qkv", "lora_unet_layers_0_attention_to_q"
-    tensors = {f"{one}.{part}": tensor.clone() for part, tensor in LOKR.items()}
-    tensors |= {f"{other}.{part}": tensor.clone() for part, tensor in LORA.items()}
+    fused, query = "lora_unet_layers_0_attention_qkv", "lora_unet_layers_0_attention_to_q"
+    tensors = {f"{fused}.{part}": tensor.clone() for part, tensor in LOKR.items()}
+    tensors |= {f"{query}.{part}": tensor.clone() for part, tensor in LORA.items()}
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=r"it has layers\.0\.attention\.to_q under two names"):
         reader.read_adapter(tmp_path / "x.safetensors", pipelines("z_image"))

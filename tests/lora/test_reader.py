@@ -1,8 +1,10 @@
-"""LoRA files of other programs: what an honest one means in diffusers it means here, beside others
-too; one of somebody who means harm is refused in one line, or does no more than its LoRA. LoHa,
-LoKr, floats of eight bits, and names that diffusers does not read have the ΔW that their definition
-says. An adapter that begins with a file has its update before the first step, of whatever rank and
-mixer."""
+"""LoRA files of other programs: a file means here what it means in diffusers, also beside other
+adapters.
+
+A hostile file is refused in one line, or does no more than its LoRA. LoHa, LoKr, 8-bit floats and
+names that diffusers does not read have the ΔW of their definition. An adapter that starts from a
+file has its update before the first step, for any rank and mixer.
+"""
 
 import json
 from functools import partial
@@ -41,13 +43,13 @@ PARTS, ATTENTION = ("unet", "text_encoder", "text_encoder_2"), list(field_facts.
 QUERY = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
-def loaded(subject, path, name="x"):
+def load_into(subject, path, name="x"):
     subject.load_adapter(path, name)
     return subject
 
 
-def ours(base, **options):
-    """A fresh pipeline with moved adapters, and its components."""
+def build_pipeline(base, **options):
+    """Return a fresh pipeline with moved adapters, and its components."""
     pipeline = SubjectPipeline.from_base(base).pipeline
     components = {name: getattr(pipeline, name) for name in PARTS}
     for name, model in components.items():
@@ -60,8 +62,8 @@ def ours(base, **options):
 
 
 def save_published(base, folder, name=PUBLISHED_NAME, **options):
-    """Our own two files of an adapter; returns one."""
-    _, components = ours(base, **options)
+    """Publish an adapter; return one of its two files."""
+    _, components = build_pipeline(base, **options)
     writer.publish(
         components, folder, "dog", raw_file.build_adapter_metadata(components, base_id="tiny")
     )
@@ -69,7 +71,7 @@ def save_published(base, folder, name=PUBLISHED_NAME, **options):
 
 
 def save_peft(base, folder, **options):
-    """As diffusers writes it, with PEFT's settings in the header."""
+    """Save a LoRA as diffusers does, with PEFT's settings in the header."""
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
     config = LoraConfig(r=4, lora_alpha=9, target_modules=ATTENTION, **options)
     unet.add_adapter(config)
@@ -78,14 +80,16 @@ def save_peft(base, folder, **options):
         k: torch.randn(v.shape, generator=generator) * 0.3
         for k, v in get_peft_model_state_dict(unet).items()
     }
-    own = {f"unet.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    header = {"lora_adapter_metadata": json.dumps(own, default=str)}
+    settings = {
+        f"unet.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()
+    }
+    header = {"lora_adapter_metadata": json.dumps(settings, default=str)}
     save_file({f"unet.{k}": v for k, v in state.items()}, folder / "x.safetensors", header)
     return folder / "x.safetensors"
 
 
 def save_kohya(base, folder):
-    """With one alpha that is not the rank."""
+    """Save a kohya file whose alpha is not the rank."""
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
     tensors = load_file(save_kohya_lora(unet, folder / "x.safetensors"))
     save_file(
@@ -113,13 +117,13 @@ HONEST = {
 
 
 @pytest.mark.parametrize("kind", slow_but(("ours", "PEFT with patterns", "kohya"), HONEST))
-def test_an_honest_file_computes_what_diffusers_computes(kind, tiny_base, subject, tmp_path):
-    """Also beside another adapter, and the base is as before when it has gone."""
+def test_a_file_computes_what_diffusers_computes(kind, tiny_base, subject, tmp_path):
+    """Compare also the base afterwards: it is unchanged."""
     file, stock = HONEST[kind](tiny_base, tmp_path), SubjectPipeline.from_base(tiny_base)
     stock.pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
     bare, before = picture(subject), base_bytes(subject.pipeline)
-    mine = picture(loaded(subject, file), adapters=(("x", 1.0),))
-    assert np.array_equal(mine, picture(stock)) and differs(mine, bare)
+    image = picture(load_into(subject, file), adapters=(("x", 1.0),))
+    assert np.array_equal(image, picture(stock)) and differs(image, bare)
     assert np.array_equal(picture(subject), bare)
     subject.unload_adapter("x")
     assert np.array_equal(picture(subject), bare) and base_bytes(subject.pipeline) == before
@@ -144,9 +148,7 @@ def test_an_adapter_is_called_after_its_run(place, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_adapter_of_the_text_encoder_alone_works_beside_others(
-    tiny_base, state, subject, tmp_path
-):
+def test_an_adapter_of_only_the_text_encoder_works(tiny_base, state, subject, tmp_path):
     tensors = load_file(save_published(tiny_base, tmp_path))
     save_file(
         {k: t for k, t in tensors.items() if k.startswith("text_encoder.")},
@@ -154,20 +156,22 @@ def test_an_adapter_of_the_text_encoder_alone_works_beside_others(
     )
     save_file(state, tmp_path / "dog.safetensors")
     bare = picture(subject)
-    words = picture(
-        loaded(subject, tmp_path / "words.safetensors", "words"), adapters=(("words", 1.0),)
+    encoder_image = picture(
+        load_into(subject, tmp_path / "words.safetensors", "words"), adapters=(("words", 1.0),)
     )
-    dog = picture(loaded(subject, tmp_path / "dog.safetensors", "dog"), adapters=(("dog", 1.0),))
-    assert differs(words, bare) and differs(dog, words)
+    dog_image = picture(
+        load_into(subject, tmp_path / "dog.safetensors", "dog"), adapters=(("dog", 1.0),)
+    )
+    assert differs(encoder_image, bare) and differs(dog_image, encoder_image)
     assert np.array_equal(picture(subject), bare)
-    assert np.array_equal(picture(subject, adapters=(("words", 1.0),)), words)
-    assert np.array_equal(picture(subject, adapters=(("dog", 1.0),)), dog)
-    fresh = loaded(SubjectPipeline.from_base(tiny_base), tmp_path / "dog.safetensors", "dog")
-    assert np.array_equal(picture(fresh, adapters=(("dog", 1.0),)), dog)
+    assert np.array_equal(picture(subject, adapters=(("words", 1.0),)), encoder_image)
+    assert np.array_equal(picture(subject, adapters=(("dog", 1.0),)), dog_image)
+    fresh = load_into(SubjectPipeline.from_base(tiny_base), tmp_path / "dog.safetensors", "dog")
+    assert np.array_equal(picture(fresh, adapters=(("dog", 1.0),)), dog_image)
 
 
 def test_every_alpha_of_a_kohya_file_counts(tiny_base, tmp_path):
-    """diffusers gives all attention projections the commonest one."""
+    """Compare with a file whose alphas are folded; diffusers uses only the most common one."""
     unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
     tensors = load_file(save_kohya_lora(unet, tmp_path / "a.safetensors"))
     folded = {}
@@ -178,19 +182,22 @@ def test_every_alpha_of_a_kohya_file_counts(tiny_base, tmp_path):
     save_file(tensors, tmp_path / "alphas.safetensors")
     save_file(tensors | folded, tmp_path / "folded.safetensors")
     assert (
-        worst(
-            *(of_file(tiny_base, tmp_path / f"{name}.safetensors") for name in ("alphas", "folded"))
+        max_difference(
+            *(
+                measure_file(tiny_base, tmp_path / f"{name}.safetensors")
+                for name in ("alphas", "folded")
+            )
         )
         < 1e-6
     )
 
 
-def with_part(key: str, tensor: torch.Tensor):
+def add_part(key: str, tensor: torch.Tensor):
     return lambda state: (state | {key: tensor}, None)
 
 
-def pair_at(path: str, width: int):
-    """A LoRA on a place where none belongs."""
+def add_pair(path: str, width: int):
+    """Add a LoRA of a module that has none."""
     return lambda state: (
         state | {f"{path}.lora_{x}.weight": torch.ones(width, width) for x in "AB"},
         None,
@@ -198,18 +205,18 @@ def pair_at(path: str, width: int):
 
 
 def save_other(folder, state, change):
-    """The LoRA with other tensors, or, from a dict, with others of PEFT's settings in the header of
-    diffusers."""
+    """Save the LoRA with changed tensors, or, given a dict, with these PEFT settings in the
+    header."""
     tensors, header = (state, None) if isinstance(change, dict) else change(state)
     if isinstance(change, dict):
-        own = {
+        settings = {
             "r": 4,
             "lora_alpha": 4,
             "target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
         } | change
         header = {
             "lora_adapter_metadata": json.dumps(
-                {f"unet.{name}": value for name, value in own.items()}
+                {f"unet.{name}": value for name, value in settings.items()}
             )
         }
     save_file(
@@ -220,33 +227,33 @@ def save_other(folder, state, change):
     return folder / "x.safetensors"
 
 
-def changed(**shapes):
-    """Parts of one layer, each with another shape or type."""
+def change_shapes(**shapes):
+    """Change shape or dtype of parts of one layer."""
     parts = {f"{QUERY}.{name}.weight": change for name, change in shapes.items()}
     return lambda state: (state | {key: change(state[key]) for key, change in parts.items()}, None)
 
 
 REFUSED = {
-    "a weight of the base": with_part("unet.conv_out.weight", torch.ones(4, 8, 3, 3)),
-    "a wrapped weight of the base": with_part(f"{QUERY}.base_layer.weight", torch.ones(16, 16)),
-    "a wrapped bias": with_part(
+    "a weight of the base": add_part("unet.conv_out.weight", torch.ones(4, 8, 3, 3)),
+    "a wrapped weight of the base": add_part(f"{QUERY}.base_layer.weight", torch.ones(16, 16)),
+    "a wrapped bias": add_part(
         f"{QUERY.replace('to_q', 'to_out.0')}.base_layer.bias", torch.ones(16)
     ),
-    "a LoRA in a LoRA": pair_at(f"{QUERY}.base_layer", 16),
-    "a weight of a text encoder": with_part(
+    "a LoRA in a LoRA": add_pair(f"{QUERY}.base_layer", 16),
+    "a weight of a text encoder": add_part(
         "text_encoder.embeddings.token_embedding.weight", torch.ones(4, 16)
     ),
-    "a LoRA on a whole block": pair_at("unet.mid_block.attentions.0", 32),
-    "a control LoRA": with_part("unet.lora_controlnet", torch.ones(1)),
-    "LoKr": with_part(f"{QUERY}.lokr_w1", torch.ones(4, 4)),
-    "a line break": with_part("unet.a\nb.lora_A.weight", torch.ones(4, 4)),
+    "a LoRA on a whole block": add_pair("unet.mid_block.attentions.0", 32),
+    "a control LoRA": add_part("unet.lora_controlnet", torch.ones(1)),
+    "LoKr": add_part(f"{QUERY}.lokr_w1", torch.ones(4, 4)),
+    "a line break": add_part("unet.a\nb.lora_A.weight", torch.ones(4, 4)),
     "settings in a list": lambda state: (state, {"lora_adapter_metadata": "[1]"}),
     "settings without a floor": lambda state: (state, {"lora_adapter_metadata": "[" * 100_000}),
-    "four dimensions on a linear layer": changed(
+    "four dimensions on a linear layer": change_shapes(
         **dict.fromkeys(("lora_A", "lora_B"), lambda t: t[..., None, None])
     ),
-    "a magnitude of another length": with_part(f"{QUERY}.lora_magnitude_vector", torch.ones(7)),
-    "rank 0": changed(lora_A=lambda t: t[:0], lora_B=lambda t: t[:, :0]),
+    "a magnitude of another length": add_part(f"{QUERY}.lora_magnitude_vector", torch.ones(7)),
+    "rank 0": change_shapes(lora_A=lambda t: t[:0], lora_B=lambda t: t[:, :0]),
 }
 REFUSED |= {name: {"init_lora_weights": name} for name in ("olora", "pissa", "pissa_niter_1")}
 REFUSED |= {
@@ -261,31 +268,27 @@ REFUSED |= {
     "an alpha in a list": {"alpha_pattern": {"to_q": [1]}},
     "alphas in a list": {"alpha_pattern": ["to_q"]},
 }
-DRAWN = ("a weight of the base", "a wrapped bias", "olora", "a LoRA in a LoRA")
-"""After these, pictures are drawn too."""
+COMPARED = ("a weight of the base", "a wrapped bias", "olora", "a LoRA in a LoRA")
+"""Refused files after which images are compared too."""
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_hostile_file_is_refused_in_one_line_and_nothing_has_changed(
-    name, state, subject, tmp_path
-):
-    others = {}
-    if name in DRAWN:
+def test_a_hostile_file_is_refused_and_changes_nothing(name, state, subject, tmp_path):
+    images = {}
+    if name in COMPARED:
         save_file(state, tmp_path / "good.safetensors")
-        others = {(): picture(subject)}
-        loaded(subject, tmp_path / "good.safetensors", "good")
-        others[("good", 1.0),] = picture(subject, adapters=(("good", 1.0),))
-    before, known = (
-        base_bytes(subject.pipeline),
-        (list(subject.adapters), subject.pipeline.get_list_adapters()),
-    )
+        images = {(): picture(subject)}
+        load_into(subject, tmp_path / "good.safetensors", "good")
+        images[("good", 1.0),] = picture(subject, adapters=(("good", 1.0),))
+    before = base_bytes(subject.pipeline)
+    adapters_before = list(subject.adapters), subject.pipeline.get_list_adapters()
     with pytest.raises(UserError) as error:
         subject.load_adapter(save_other(tmp_path, state, REFUSED[name]))
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
-    assert (list(subject.adapters), subject.pipeline.get_list_adapters()) == known
+    assert (list(subject.adapters), subject.pipeline.get_list_adapters()) == adapters_before
     assert base_bytes(subject.pipeline) == before
-    for adapters, drawn in others.items():
-        assert np.array_equal(picture(subject, adapters=adapters), drawn)
+    for adapters, image in images.items():
+        assert np.array_equal(picture(subject, adapters=adapters), image)
 
 
 OTHER_SETTINGS = {
@@ -302,14 +305,14 @@ OTHER_SETTINGS |= {
 
 
 def test_other_settings_of_a_file_do_not_reach_peft(state, subject, tmp_path):
-    """Expressions, whole modules, unknown ones, and an attack on a class."""
+    """Give expressions, whole modules, unknown settings, and an attack on a class."""
     save_file(state, tmp_path / "plain.safetensors")
     plain, bare = (
-        picture(loaded(subject, tmp_path / "plain.safetensors"), adapters=(("x", 1.0),)),
+        picture(load_into(subject, tmp_path / "plain.safetensors"), adapters=(("x", 1.0),)),
         picture(subject),
     )
     before = base_bytes(subject.pipeline)
-    loaded(subject, save_other(tmp_path, state, OTHER_SETTINGS), "settings")
+    load_into(subject, save_other(tmp_path, state, OTHER_SETTINGS), "settings")
     config = subject.pipeline.unet.peft_config[subject.adapters["settings"].key]
     assert (
         isinstance(config.target_modules, set)
@@ -322,7 +325,7 @@ def test_other_settings_of_a_file_do_not_reach_peft(state, subject, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failure_half_way_takes_out_what_was_in(tiny_base, subject, tmp_path, monkeypatch):
+def test_a_failed_load_removes_the_whole_adapter(tiny_base, subject, tmp_path, monkeypatch):
     file = save_published(tiny_base, tmp_path)
 
     def fail(*_, **__):
@@ -336,33 +339,34 @@ def test_a_failure_half_way_takes_out_what_was_in(tiny_base, subject, tmp_path, 
             subject.load_adapter(file)
     assert not subject.adapters and not any(subject.pipeline.get_list_adapters().values())
     assert base_bytes(subject.pipeline) == before and np.array_equal(picture(subject), bare)
-    assert differs(picture(loaded(subject, file), adapters=(("x", 1.0),)), bare)
+    assert differs(picture(load_into(subject, file), adapters=(("x", 1.0),)), bare)
 
 
-def changes(pipeline) -> dict[str, torch.Tensor]:
-    """`component.path` -> W' − W of every adapted layer, as PEFT merges it."""
-    found = {}
+def measure_changes(pipeline) -> dict[str, torch.Tensor]:
+    """Return `component.path` -> W' − W of every adapted layer, as PEFT merges it."""
+    changes = {}
     for component in PARTS:
         for path, layer in getattr(pipeline, component).named_modules():
             if isinstance(layer, LoraLayer):
                 before = layer.get_base_layer().weight.detach().clone()
                 layer.merge()
-                found[f"{component}.{path}"] = layer.get_base_layer().weight.detach() - before
-    return found
+                changes[f"{component}.{path}"] = layer.get_base_layer().weight.detach() - before
+    return changes
 
 
-def of_file(base, file) -> dict[str, torch.Tensor]:
-    """The changes of the base by a file."""
+def measure_file(base, file) -> dict[str, torch.Tensor]:
+    """Return the changes of the base by a file."""
     subject = SubjectPipeline.from_base(base)
     subject.activate(((subject.load_adapter(file), 1.0),))
-    return changes(subject.pipeline)
+    return measure_changes(subject.pipeline)
 
 
-def worst(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
-    """The largest relative difference of two updates of the same layers."""
-    assert found.keys() == wanted.keys() and found
+def max_difference(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Return the largest relative difference of two updates of the same layers."""
+    assert actual.keys() == expected.keys() and actual
     return max(
-        verify.compute_relative_difference(found[name], change) for name, change in wanted.items()
+        verify.compute_relative_difference(actual[name], change)
+        for name, change in expected.items()
     )
 
 
@@ -371,7 +375,7 @@ def worst(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> fl
     [(torch.float32, 1e-5), (torch.float16, verify.MAX_DIFFERENCES[torch.float16])],
 )
 def test_a_trained_dora_comes_back_from_both_files(dtype, bound, tiny_base, tmp_path):
-    pipeline, components = ours(tiny_base, use_dora=True)
+    pipeline, components = build_pipeline(tiny_base, use_dora=True)
     writer.publish(
         components,
         tmp_path,
@@ -380,17 +384,19 @@ def test_a_trained_dora_comes_back_from_both_files(dtype, bound, tiny_base, tmp_
         dtype,
     )
     assert ", DoRA, PEFT keys" in describe(tmp_path / PUBLISHED_NAME)["kind"]
-    wanted = changes(pipeline)
+    expected = measure_changes(pipeline)
     for file in (PUBLISHED_NAME, "dog.kohya.safetensors"):
-        assert worst(of_file(tiny_base, tmp_path / file), wanted) < bound
+        assert max_difference(measure_file(tiny_base, tmp_path / file), expected) < bound
 
 
-def other_program_s(base, file, shape=(-1, 1)) -> dict[str, torch.Tensor]:
-    """A file as LyCORIS writes it, alpha apart from the rank, and the changes W' − W that its
-    definition gives: W' = dora_scale · (W + ΔW) / ‖W + ΔW‖ for each row, as LyCORIS merges it and
-    as PEFT does."""
+def save_foreign_dora(base, file, shape=(-1, 1)) -> dict[str, torch.Tensor]:
+    """Save DoRA as LyCORIS does, with an alpha that is not the rank; return W' − W by its
+    definition.
+
+    W' = dora_scale · (W + ΔW) / ‖W + ΔW‖ for each row, as LyCORIS and PEFT merge it.
+    """
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
-    tensors, wanted = load_file(save_kohya_lora(unet, file, size=0.2)), {}
+    tensors, expected = load_file(save_kohya_lora(unet, file, size=0.2)), {}
     generator = torch.Generator().manual_seed(2)
     for path, module in unet.named_modules():
         name = key_names.format_kohya_name("unet", path)
@@ -401,28 +407,28 @@ def other_program_s(base, file, shape=(-1, 1)) -> dict[str, torch.Tensor]:
         moved = (
             weight + 3 / 4 * tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"]
         )
-        size = weight.norm(dim=1, keepdim=True) * (
+        magnitude = weight.norm(dim=1, keepdim=True) * (
             1 + 0.3 * torch.rand(len(weight), 1, generator=generator)
         )
-        tensors[f"{name}.dora_scale"] = size if shape == (-1, 1) else torch.ones(1, weight.shape[1])
-        wanted[f"unet.{path}"] = size * moved / moved.norm(dim=1, keepdim=True) - weight
+        tensors[f"{name}.dora_scale"] = (
+            magnitude if shape == (-1, 1) else torch.ones(1, weight.shape[1])
+        )
+        expected[f"unet.{path}"] = magnitude * moved / moved.norm(dim=1, keepdim=True) - weight
     save_file(tensors, file)
-    return wanted
+    return expected
 
 
-def test_another_program_s_dora_is_what_its_definition_says_or_it_is_refused(
-    tiny_base, subject, tmp_path
-):
+def test_foreign_dora_follows_its_definition_or_is_refused(tiny_base, subject, tmp_path):
     file = tmp_path / "x.safetensors"
-    wanted = other_program_s(tiny_base, file)
+    expected = save_foreign_dora(tiny_base, file)
     assert describe(file)["kind"] == "DoRA, kohya keys"
-    assert worst(of_file(tiny_base, file), wanted) < 1e-5
+    assert max_difference(measure_file(tiny_base, file), expected) < 1e-5
     tensors = load_file(file)
     del tensors[next(key for key in tensors if key.endswith(".dora_scale"))]
     save_file(tensors, file)
     with pytest.raises(UserError, match="holds DoRA for some layers of its unet alone"):
         subject.load_adapter(file)
-    other_program_s(tiny_base, file, shape=(1, -1))
+    save_foreign_dora(tiny_base, file, shape=(1, -1))
     assert "DoRA by columns, which is not read" in describe(file)["kind"]
     with pytest.raises(
         UserError,
@@ -452,7 +458,7 @@ KINDS = {
 LYCORIS_QUERY = "lycoris_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
 
 
-def shaken(unet, config):
+def shake_peft_model(unet, config):
     model, generator = get_peft_model(unet, config), torch.Generator().manual_seed(3)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -460,11 +466,13 @@ def shaken(unet, config):
     return model
 
 
-def as_lycoris(base, file, config, prefix="lycoris") -> dict[str, torch.Tensor]:
-    """Write what PEFT's own layers hold under the names of LyCORIS; returns the ΔW that PEFT
-    computes from them. Two whole matrices have no scale in LyCORIS."""
-    model, tensors, wanted = (
-        shaken(UNet2DConditionModel.from_pretrained(base, subfolder="unet"), config),
+def save_lycoris(base, file, config, prefix="lycoris") -> dict[str, torch.Tensor]:
+    """Write PEFT's LoHa or LoKr under LyCORIS's names; return the ΔW that PEFT computes.
+
+    Two whole matrices have no scale in LyCORIS.
+    """
+    model, tensors, expected = (
+        shake_peft_model(UNet2DConditionModel.from_pretrained(base, subfolder="unet"), config),
         {},
         {},
     )
@@ -472,7 +480,7 @@ def as_lycoris(base, file, config, prefix="lycoris") -> dict[str, torch.Tensor]:
         if hasattr(layer, "adapter_layer_names") and "default" in layer.scaling:
             is_whole = all("default" in getattr(layer, part, ()) for part in ("lokr_w1", "lokr_w2"))
             scale = layer.scaling["default"] if is_whole else 1
-            wanted[f"unet.{path}"] = layer.get_delta_weight("default").detach() / scale
+            expected[f"unet.{path}"] = layer.get_delta_weight("default").detach() / scale
             name = f"{prefix}_{path.replace('.', '_')}"
             tensors[f"{name}.alpha"] = torch.tensor(float(config.alpha))
             for kind in layer.adapter_layer_names:
@@ -481,14 +489,14 @@ def as_lycoris(base, file, config, prefix="lycoris") -> dict[str, torch.Tensor]:
                         getattr(layer, kind)["default"].detach().contiguous()
                     )
     save_file(tensors, file)
-    return wanted
+    return expected
 
 
 @pytest.mark.parametrize("kind", slow_but(("LoHa", "LoKr"), [*KINDS, "original blocks"]))
-def test_a_file_of_lycoris_changes_each_weight_as_its_definition_says(kind, tiny_base, tmp_path):
-    """Also under kohya's names, and under those of SDXL's original blocks."""
+def test_a_lycoris_file_changes_weights_by_its_definition(kind, tiny_base, tmp_path):
+    """Use also kohya's names, and those of SDXL's original blocks."""
     prefix = "lora_unet" if kind in ("LoKr of two products", "original blocks") else "lycoris"
-    wanted = as_lycoris(
+    expected = save_lycoris(
         tiny_base, file := tmp_path / "x.safetensors", KINDS.get(kind, KINDS["LoHa"]), prefix
     )
     if kind == "original blocks":
@@ -498,7 +506,7 @@ def test_a_file_of_lycoris_changes_each_weight_as_its_definition_says(kind, tiny
         }
         assert tensors.keys() != load_file(file).keys()
         save_file(tensors, file)
-    assert worst(of_file(tiny_base, file), wanted) < 1e-5
+    assert max_difference(measure_file(tiny_base, file), expected) < 1e-5
 
 
 RENAMED = {
@@ -511,73 +519,24 @@ RENAMED = {
 
 @pytest.mark.parametrize("name", slow_but(("lycoris", "PEFT"), RENAMED))
 def test_a_file_with_other_names_is_the_same_adapter(name, tiny_base, state, tmp_path):
-    """Its alpha is not the rank."""
-    found = []
-    for written in (RENAMED[name], key_names.format_kohya_name):
+    updates = []
+    for format_name in (RENAMED[name], key_names.format_kohya_name):
         tensors = {}
         for key, tensor in state.items():
-            component, _, rest = key.partition(".")
-            path, side = rest.removesuffix(".weight").rsplit(".", 1)
+            component, _, layer_key = key.partition(".")
+            path, side = layer_key.removesuffix(".weight").rsplit(".", 1)
             part = "lora_down.weight" if side == "lora_A" else "lora_up.weight"
-            of_layer = {part: tensor, "alpha": torch.tensor(3.0)}
+            layer_parts = {part: tensor, "alpha": torch.tensor(3.0)}
             tensors |= {
-                f"{written(component, path)}.{own}": value for own, value in of_layer.items()
+                f"{format_name(component, path)}.{part_name}": value
+                for part_name, value in layer_parts.items()
             }
         save_file(tensors, tmp_path / "x.safetensors")
-        found.append(of_file(tiny_base, tmp_path / "x.safetensors"))
-    assert worst(*found) < 1e-6
+        updates.append(measure_file(tiny_base, tmp_path / "x.safetensors"))
+    assert max_difference(*updates) < 1e-6
 
 
-def of_kohya(
-    name: str, pair: tuple[torch.Tensor, torch.Tensor], alpha: float
-) -> dict[str, torch.Tensor]:
-    parts = zip(("lora_down.weight", "lora_up.weight", "alpha"), (*pair, torch.tensor(alpha)))
-    return {f"{name}.{part}": tensor for part, tensor in parts}
-
-
-def test_files_of_other_families_under_other_programs_names_are_what_they_say(tmp_path):
-    """kohya's of FLUX.1, with q, k and v in one layer, PEFT's with an alpha, and ComfyUI's:
-    FLUX.2's lost its alpha."""
-    random = torch.Generator().manual_seed(0)
-    (down, up), other = (
-        tuple(torch.randn(size, generator=random) for size in sizes)
-        for sizes in (((3, 32), (96, 3)), ((2, 32), (32, 2)))
-    )
-    delta, blocks = 0.5 * up @ down, "transformer_blocks"
-    of_flux = of_kohya("lora_unet_double_blocks_0_img_attn_qkv", (down, up), 1.5)
-    of_flux |= of_kohya("lora_unet_double_blocks_1_txt_attn_proj", other, 2.0)
-    wanted = {f"{blocks}.0.attn.to_{q}": rows for q, rows in zip("qkv", delta.split(32))}
-    wanted[f"{blocks}.1.attn.to_add_out"] = other[1] @ other[0]
-    query, halved = "layers.0.attention.to_q", 0.5 * other[1] @ other[0]
-    of_z_image = of_kohya(f"diffusion_model.{query}", other, 1.0)
-    key, parts = f"transformer.{blocks}.0.attn.to_q", ("lora_A.weight", "lora_B.weight", "alpha")
-    dotted = {f"{key}.{part}": tensor for part, tensor in zip(parts, (*other, torch.tensor(1.0)))}
-    cases = [
-        ("flux", of_flux, wanted),
-        *((name, dotted, {f"{blocks}.0.attn.to_q": halved}) for name in ("flux", "sd3")),
-    ]
-    of_diffusers = {
-        key.replace(f"{blocks}.0.attn.to_q", query): tensor for key, tensor in dotted.items()
-    }
-    cases += [("z_image", tensors, {query: halved}) for tensors in (of_z_image, of_diffusers)]
-    of_comfyui = {
-        key.replace("transformer.", "diffusion_model.", 1): tensor for key, tensor in dotted.items()
-    }
-    cases += [(name, of_comfyui, {f"{blocks}.0.attn.to_q": halved}) for name in ("flux", "flux2")]
-    for family, tensors, deltas in cases:
-        file, pipeline = (
-            tmp_path / f"{family}.safetensors",
-            tiny_pipeline(family, tmp_path / family),
-        )
-        save_file(tensors, file)
-        found, scales = reader.read_start(file, pipeline, use_dora=False).parts["transformer"]
-        assert found.keys() == deltas.keys() and describe(file)["modules"]
-        for path, one in found.items():
-            torch.testing.assert_close(one.delta * scales.get_scale(path, one.rank), deltas[path])
-        loaded(SubjectPipeline(pipeline, family), file)
-
-
-def test_comfyui_s_prefix_keeps_the_settings_of_the_header(tmp_path):
+def test_comfyuis_prefix_keeps_the_headers_settings(tmp_path):
     key, pipeline = "layers.0.attention.to_q", tiny_pipeline("z_image", tmp_path)
     pair = {"A": torch.eye(2, 32), "B": torch.eye(32, 2)}
     tensors = {f"diffusion_model.{key}.lora_{side}.weight": tensor for side, tensor in pair.items()}
@@ -592,20 +551,23 @@ def test_comfyui_s_prefix_keeps_the_settings_of_the_header(tmp_path):
         reader.read_adapter(file, pipeline)
 
 
-def test_what_peft_saves_is_read_with_its_settings(tiny_base, tmp_path):
-    """Of the second text encoder, whose names the first has too."""
+def test_a_file_of_peft_is_read_with_its_settings(tiny_base, tmp_path):
+    """Use the second text encoder, whose names the first one has too."""
     text = SubjectPipeline.from_base(tiny_base).pipeline.text_encoder_2
     config = LoraConfig(
         r=4, lora_alpha=9, target_modules=["q_proj"], alpha_pattern={"layers.1.self_attn.q_proj": 2}
     )
-    model = shaken(text, config)
+    model = shake_peft_model(text, config)
     model.save_pretrained(tmp_path)
-    wanted = {
+    expected = {
         f"text_encoder_2.{path}": layer.get_delta_weight("default").detach()
         for path, layer in model.base_model.model.named_modules()
         if path.endswith("q_proj")
     }
-    assert worst(of_file(tiny_base, tmp_path / "adapter_model.safetensors"), wanted) < 1e-6
+    assert (
+        max_difference(measure_file(tiny_base, tmp_path / "adapter_model.safetensors"), expected)
+        < 1e-6
+    )
 
 
 OF_PEFT = {
@@ -616,28 +578,27 @@ OF_PEFT = {
 
 
 @torch.no_grad()
-def predicted(unet) -> torch.Tensor:
+def predict(unet) -> torch.Tensor:
     random = torch.Generator().manual_seed(0)
     sizes = (1, 4, 8, 8), (1, 5, 48), (1, 32), (1, 6)
-    latents, words, pooled, places = (torch.randn(size, generator=random) for size in sizes)
+    latents, text, pooled, time_ids = (torch.randn(size, generator=random) for size in sizes)
     return unet(
-        latents, 10, words, added_cond_kwargs={"text_embeds": pooled, "time_ids": places}
+        latents, 10, text, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids}
     ).sample
 
 
 @pytest.mark.parametrize("kind", OF_PEFT)
-def test_what_peft_saves_of_any_kind_computes_what_peft_computes(kind, tiny_base, tmp_path):
-    """They were called broken."""
-    mine, stock = (
+def test_a_file_of_peft_computes_what_peft_computes(kind, tiny_base, tmp_path):
+    subject, stock = (
         SubjectPipeline.from_base(tiny_base),
         SubjectPipeline.from_base(tiny_base).pipeline.unet,
     )
-    bare = predicted(stock)
-    shaken(stock, OF_PEFT[kind]).save_pretrained(tmp_path)
-    loaded(mine, file := tmp_path / "adapter_model.safetensors").activate((("x", 1.0),))
-    change = predicted(stock) - bare
+    bare = predict(stock)
+    shake_peft_model(stock, OF_PEFT[kind]).save_pretrained(tmp_path)
+    load_into(subject, file := tmp_path / "adapter_model.safetensors").activate((("x", 1.0),))
+    change = predict(stock) - bare
     assert (
-        verify.compute_relative_difference(predicted(mine.pipeline.unet) - bare, change) < 1e-3
+        verify.compute_relative_difference(predict(subject.pipeline.unet) - bare, change) < 1e-3
         and change.norm() > 1e-3
     )
     if kind == "LoRA":
@@ -645,7 +606,6 @@ def test_what_peft_saves_of_any_kind_computes_what_peft_computes(kind, tiny_base
 
 
 def test_another_type_of_peft_is_named(subject, tmp_path):
-    """It was called no file that diffusers can read."""
     config = LoHaConfig(r=4, target_modules=["to_q"])
     get_peft_model(tiny_unet(), config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is of PEFT's type 'LOHA', and only LORA"):
@@ -653,7 +613,6 @@ def test_another_type_of_peft_is_named(subject, tmp_path):
 
 
 def test_mixers_that_diffusers_saved_unfolded_are_refused(subject, tmp_path):
-    """Of both its ways."""
     unet = moslora.inject(tiny_unet(), moslora.MoSLoraConfig(r=4, target_modules=["to_q"]))
     unet.save_lora_adapter(tmp_path / "one")
     StableDiffusionXLPipeline.save_lora_weights(tmp_path / "other", get_peft_model_state_dict(unet))
@@ -662,8 +621,8 @@ def test_mixers_that_diffusers_saved_unfolded_are_refused(subject, tmp_path):
             subject.load_adapter(tmp_path / name / PUBLISHED_NAME)
 
 
-def test_what_diffusers_saves_of_one_model_is_read_with_its_settings(tiny_base, tmp_path):
-    """By `save_lora_adapter`, whose names begin with no component."""
+def test_a_file_of_save_lora_adapter_keeps_its_settings(tiny_base, tmp_path):
+    """Save by `save_lora_adapter`, whose names begin with no component."""
     unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
     generator = torch.Generator().manual_seed(0)
     unet.add_adapter(
@@ -674,10 +633,10 @@ def test_what_diffusers_saves_of_one_model_is_read_with_its_settings(tiny_base, 
             parameter.data = torch.randn(parameter.shape, generator=generator)
     unet.save_lora_adapter(tmp_path)
     layers = {path: layer for path, layer in unet.named_modules() if isinstance(layer, LoraLayer)}
-    wanted = {
+    expected = {
         f"unet.{path}": layer.get_delta_weight("default").detach() for path, layer in layers.items()
     }
-    assert worst(of_file(tiny_base, tmp_path / PUBLISHED_NAME), wanted) < 1e-6
+    assert max_difference(measure_file(tiny_base, tmp_path / PUBLISHED_NAME), expected) < 1e-6
     facts = describe(tmp_path / PUBLISHED_NAME)
     assert facts["alpha"] == "2, 9"
 
@@ -686,7 +645,7 @@ def test_what_diffusers_saves_of_one_model_is_read_with_its_settings(tiny_base, 
     ("settings", "alpha"),
     [
         ({"alpha_pattern": {"attn2.to_q": 4}}, "4, 9"),
-        ({"init_lora_weights": "pissa"}, "9"),  # which is described, and not drawn with
+        ({"init_lora_weights": "pissa"}, "9"),  # it is described, but cannot be loaded
     ],
 )
 def test_a_description_has_the_alphas_of_peft_in_the_header(settings, alpha, state, tmp_path):
@@ -702,23 +661,25 @@ def test_a_description_has_the_alphas_of_peft_in_the_header(settings, alpha, sta
 
 
 def test_floats_of_eight_bits_are_cast(tiny_base, state, tmp_path):
-    """Also where kohya's names go on to diffusers."""
+    """Cast also where diffusers converts kohya's names."""
     short = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in state.items()}
     save_file(short, tmp_path / "short.safetensors")
     save_file({key: tensor.float() for key, tensor in short.items()}, tmp_path / "long.safetensors")
-    found, wanted = (
-        of_file(tiny_base, tmp_path / f"{name}.safetensors") for name in ("short", "long")
+    actual, expected = (
+        measure_file(tiny_base, tmp_path / f"{name}.safetensors") for name in ("short", "long")
     )
-    assert worst(found, wanted) == 0 and all(change.any() for change in wanted.values())
+    assert max_difference(actual, expected) == 0 and all(
+        change.any() for change in expected.values()
+    )
 
 
-def refused(subject, folder, tensors, said):
+def check_refused(subject, folder, tensors, message):
     save_file(tensors, folder / "x.safetensors")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         subject.load_adapter(folder / "x.safetensors")
 
 
-def test_what_is_broken_or_of_another_base_is_refused_in_one_line(subject, tmp_path):
+def test_a_misfit_of_lycoris_is_refused_in_one_line(subject, tmp_path):
     pair = {
         f"{LYCORIS_QUERY}.lokr_w1": torch.ones(4, 4),
         f"{LYCORIS_QUERY}.lokr_w2": torch.ones(2, 2),
@@ -727,22 +688,24 @@ def test_what_is_broken_or_of_another_base_is_refused_in_one_line(subject, tmp_p
         r"x.safetensors is broken, or was made for another base: "
         r"unet.*attn1.to_q is \d+×\d+ \(out×in\) here"
     )
-    refused(subject, tmp_path, pair, misfit)
-    refused(subject, tmp_path, {f"{LYCORIS_QUERY}.lokr_w1": torch.ones(4, 4)}, misfit)
+    check_refused(subject, tmp_path, pair, misfit)
+    check_refused(subject, tmp_path, {f"{LYCORIS_QUERY}.lokr_w1": torch.ones(4, 4)}, misfit)
     huge = {
         f"{LYCORIS_QUERY}.lokr_w1": torch.ones(10**6, 1),
         f"{LYCORIS_QUERY}.lokr_w2": torch.ones(1, 10**6),
     }
-    refused(subject, tmp_path, huge, misfit)
+    check_refused(subject, tmp_path, huge, misfit)
     core = {
         "lokr_w1": torch.ones(1, 1),
         "lokr_t2": torch.ones(1, 1, 1, 1),
         "lokr_w2_a": torch.ones(1, 10**5),
         "lokr_w2_b": torch.ones(1, 10**5),
     }
-    of_core = {f"{LYCORIS_QUERY}.{part}": tensor for part, tensor in core.items()}
-    refused(subject, tmp_path, of_core | {f"{LYCORIS_QUERY}.alpha": torch.ones(1)}, misfit)
-    refused(
+    core_tensors = {f"{LYCORIS_QUERY}.{part}": tensor for part, tensor in core.items()}
+    check_refused(
+        subject, tmp_path, core_tensors | {f"{LYCORIS_QUERY}.alpha": torch.ones(1)}, misfit
+    )
+    check_refused(
         subject,
         tmp_path,
         {"lycoris_nowhere.lokr_w1": torch.ones(4, 4)},
@@ -756,9 +719,9 @@ def test_wrong_settings_beside_a_file_are_refused(subject, tmp_path):
     pair = {"lora_A.weight": torch.ones(2, width), "lora_B.weight": torch.ones(width, 2)}
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": "four"}))
     tensors = {f"base_model.model.{path}.{part}": tensor for part, tensor in pair.items()}
-    refused(subject, tmp_path, tensors, "an alpha of 'four'")
+    check_refused(subject, tmp_path, tensors, "an alpha of 'four'")
     (tmp_path / "adapter_config.json").write_text("{")
-    refused(subject, tmp_path, tensors, "adapter_config.json: it is not valid JSON")
+    check_refused(subject, tmp_path, tensors, "adapter_config.json: it is not valid JSON")
 
 
 @pytest.fixture(scope="module")
@@ -766,12 +729,12 @@ def pipeline(tmp_path_factory):
     return tiny_sdxl(tmp_path_factory.mktemp("tokenizer"))
 
 
-def deltas(model):
+def get_deltas(model):
     return {path: layer.delta for path, layer in moslora.fold(model).items()}
 
 
-def begin(file, pipeline, rank=4, mixer="orthogonal", targets=ATTENTION, **options):
-    """(the fresh UNet, what is said of it)."""
+def start_from(file, pipeline, rank=4, mixer="orthogonal", targets=ATTENTION, **options):
+    """Return a fresh UNet that starts from the file, and the line about it."""
     unet = tiny_unet()
     config = {
         "r": rank,
@@ -785,41 +748,46 @@ def begin(file, pipeline, rank=4, mixer="orthogonal", targets=ATTENTION, **optio
     return unet, reader.copy_into_adapter(weights, {"unet": unet})
 
 
-def update_of(file, pipeline):
-    found, scales = reader.read_adapter(file, pipeline).parts["unet"]
-    return {path: scales.alphas[path] / p.rank * p.delta for path, p in found.items()}
+def read_update(file, pipeline):
+    layers, scales = reader.read_adapter(file, pipeline).parts["unet"]
+    return {path: scales.alphas[path] / p.rank * p.delta for path, p in layers.items()}
 
 
-def moved(folder, name, **options):
-    """An adapter that has moved, in the one form of ours."""
+def save_moved(folder, name, **options):
+    """Save an adapter that has moved in one of our forms; return the file and its ΔW."""
     components = live(**options)
     folder.mkdir(exist_ok=True)
     if name == RAW_NAME:
         raw_file.save_raw(components, folder / name, facts_of(components))
     else:
         writer.publish(components, folder, "dog", facts_of(components))
-    return folder / name, deltas(components["unet"])
+    return folder / name, get_deltas(components["unet"])
 
 
 @pytest.mark.slow
-def test_the_update_of_each_kind_of_file_is_there_before_the_first_step(pipeline, tmp_path):
+def test_the_update_of_each_kind_of_file_is_the_start(pipeline, tmp_path):
     kohya, halved = tmp_path / "kohya.safetensors", tmp_path / "halved.safetensors"
     save_kohya_lora(pipeline.unet, kohya, seed=1)
     save_file(
         {k: t * 0.5 if k.endswith(".alpha") else t for k, t in load_file(kohya).items()}, halved
     )
-    others = save_diffusers_lora(pipeline.unet, tmp_path / "diffusers", seed=2), kohya, halved
-    files = [(file, update_of(file, pipeline)) for file in others]
+    foreign_files = (
+        save_diffusers_lora(pipeline.unet, tmp_path / "diffusers", seed=2),
+        kohya,
+        halved,
+    )
+    files = [(file, read_update(file, pipeline)) for file in foreign_files]
     files += [
-        moved(tmp_path / name, name) for name in (RAW_NAME, PUBLISHED_NAME, "dog.kohya.safetensors")
+        save_moved(tmp_path / name, name)
+        for name in (RAW_NAME, PUBLISHED_NAME, "dog.kohya.safetensors")
     ]
     assert all(
         torch.allclose(files[2][1][path], update / 2) for path, update in files[1][1].items()
     )
     for file, update in files:
-        unet, said = begin(file, pipeline)
-        assert worst(deltas(unet), update) < 2e-6, file
-        assert f": {len(update)} layers go on from it, 0 begin anew, and 0 of its" in said, file
+        unet, line = start_from(file, pipeline)
+        assert max_difference(get_deltas(unet), update) < 2e-6, file
+        assert f": {len(update)} layers go on from it, 0 begin anew, and 0 of its" in line, file
 
 
 @pytest.mark.slow
@@ -829,8 +797,10 @@ def test_the_update_of_each_kind_of_file_is_there_before_the_first_step(pipeline
 )
 def test_every_mixer_begins_as_the_run_starts_it(mixer, options, pipeline, tmp_path):
     file = save_diffusers_lora(pipeline.unet, tmp_path, seed=3)
-    unet, _ = begin(file, pipeline, mixer=mixer, **options)
-    assert worst(deltas(unet), update_of(file, pipeline)) < (1e-3 if mixer == "kaiming" else 2e-6)
+    unet, _ = start_from(file, pipeline, mixer=mixer, **options)
+    assert max_difference(get_deltas(unet), read_update(file, pipeline)) < (
+        1e-3 if mixer == "kaiming" else 2e-6
+    )
     settings = {"mixer": mixer, "mixer_seed": 5, "target_modules": ATTENTION}
     fresh = moslora.inject(tiny_unet(), moslora.MoSLoraConfig(r=options.get("rank", 4), **settings))
     mixers = [
@@ -843,81 +813,78 @@ def test_every_mixer_begins_as_the_run_starts_it(mixer, options, pipeline, tmp_p
 
 @pytest.mark.slow
 def test_convolutions_and_text_encoders_begin_too(dog, pipeline, tmp_path):
-    file, update = moved(
+    file, update = save_moved(
         tmp_path, PUBLISHED_NAME, target_modules=[*ATTENTION, "conv1", "conv_shortcut"]
     )
-    unet, _ = begin(file, pipeline, rank=5, targets=[*ATTENTION, "conv1", "conv_shortcut"])
-    assert worst(deltas(unet), update) < 2e-6
-    assert any("conv1" in path for path in deltas(unet))
+    unet, _ = start_from(file, pipeline, rank=5, targets=[*ATTENTION, "conv1", "conv_shortcut"])
+    assert max_difference(get_deltas(unet), update) < 2e-6
+    assert any("conv1" in path for path in get_deltas(unet))
     folder, components, _ = dog
     moslora.inject(pipeline.text_encoder, moslora.MoSLoraConfig(r=4, target_modules=["q_proj"]))
     weights = reader.read_start(folder, pipeline, False)
     reader.copy_into_adapter(weights, {"text_encoder": pipeline.text_encoder})
-    theirs, found = deltas(components["text_encoder"]), deltas(pipeline.text_encoder)
-    assert worst(found, {path: theirs[path] for path in found}) < 2e-6
+    expected, actual = get_deltas(components["text_encoder"]), get_deltas(pipeline.text_encoder)
+    assert max_difference(actual, {path: expected[path] for path in actual}) < 2e-6
 
 
 def test_a_higher_rank_is_reduced_to_the_best_of_the_runs_rank(pipeline, tmp_path):
     file = save_diffusers_lora(pipeline.unet, tmp_path, seed=4, rank=6)
-    update = update_of(file, pipeline)
-    unet, _ = begin(file, pipeline, rank=2)
-    for path, found in deltas(unet).items():
+    update = read_update(file, pipeline)
+    unet, _ = start_from(file, pipeline, rank=2)
+    for path, delta in get_deltas(unet).items():
         sizes = torch.linalg.svdvals(update[path].double())
         best = float(sizes[2:].norm())
-        assert float((update[path] - found).norm()) == pytest.approx(best, rel=1e-3), path
+        assert float((update[path] - delta).norm()) == pytest.approx(best, rel=1e-3), path
 
 
 @pytest.mark.slow
-def test_rows_that_a_file_fills_up_with_zeros_can_be_learnt(pipeline, tmp_path):
-    """Our own files of several ranks are padded. A row that is zero in A and B has no gradient."""
-    file, _ = moved(tmp_path, PUBLISHED_NAME, rank_pattern={"to_k": 1})
-    unet, _ = begin(file, pipeline, rank=4)
+def test_rows_that_a_file_pads_with_zeros_can_be_trained(pipeline, tmp_path):
+    """Start from a padded file of several ranks: a row that is zero in A and B has no gradient."""
+    file, _ = save_moved(tmp_path, PUBLISHED_NAME, rank_pattern={"to_k": 1})
+    unet, _ = start_from(file, pipeline, rank=4)
     downs = [p for name, p in moslora.list_adapter_parameters(unet) if ".lora_A." in name]
     assert all((down != 0).any(1).all() for down in downs)
 
 
-def test_what_is_in_one_only_is_said_in_one_line(pipeline, tmp_path):
+def test_layers_in_only_one_side_are_counted_in_one_line(pipeline, tmp_path):
     file = save_diffusers_lora(pipeline.unet, tmp_path)
-    unet, said = begin(file, pipeline, targets=["to_q", "proj_in"])
-    fresh = len(deltas(unet))
-    common = sum(path.endswith("to_q") for path in deltas(unet))
-    assert f": {common} layers go on from it, {fresh - common} begin anew, and " in said
+    unet, line = start_from(file, pipeline, targets=["to_q", "proj_in"])
+    fresh = len(get_deltas(unet))
+    common = sum(path.endswith("to_q") for path in get_deltas(unet))
+    assert f": {common} layers go on from it, {fresh - common} begin anew, and " in line
     with pytest.raises(
         UserError, match=r"no layer of it is trained here \(it holds unet.*, the run trains unet"
     ):
-        begin(file, pipeline, targets=["proj_in"])
+        start_from(file, pipeline, targets=["proj_in"])
 
 
 @pytest.mark.slow
-def test_dora_goes_on_from_dora_alone(pipeline, tmp_path):
+def test_dora_starts_only_from_dora(pipeline, tmp_path):
     plain = save_diffusers_lora(pipeline.unet, tmp_path / "plain")
-    file, update = moved(tmp_path, PUBLISHED_NAME, use_dora=True)
+    file, update = save_moved(tmp_path, PUBLISHED_NAME, use_dora=True)
     stored = {k: t for k, t in load_file(file).items() if "magnitude" in k}
     assert len(stored) == len(update)
-    for one in (file, tmp_path / "dog.kohya.safetensors"):
-        unet, _ = begin(one, pipeline, use_dora=True)
-        found = {
+    for dora_file in (file, tmp_path / "dog.kohya.safetensors"):
+        unet, _ = start_from(dora_file, pipeline, use_dora=True)
+        parameters = {
             f"unet.{name.removesuffix('.weight')}": p
             for name, p in moslora.list_adapter_parameters(unet)
         }
-        assert {name for name in found if "magnitude" in name} == stored.keys()
-        assert all(torch.equal(found[name], stored[name]) for name in stored)
+        assert {name for name in parameters if "magnitude" in name} == stored.keys()
+        assert all(torch.equal(parameters[name], stored[name]) for name in stored)
     with pytest.raises(UserError, match="it holds DoRA: give --use_dora"):
-        begin(file, pipeline)
+        start_from(file, pipeline)
     with pytest.raises(UserError, match="it holds no DoRA: leave --use_dora out"):
-        begin(plain, pipeline, use_dora=True)
+        start_from(plain, pipeline, use_dora=True)
 
 
-def test_a_file_of_another_base_is_one_line(pipeline, tmp_path):
-    """So are numbers beyond single precision, where a lower rank needs a singular value
-    decomposition."""
+def test_a_start_from_another_base_is_refused_in_one_line(pipeline, tmp_path):
+    """Refuse also numbers beyond single precision, where a lower rank needs an SVD."""
     state = {f"unet.x.to_q.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
     save_file(state, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=r"--init_adapter: x.safetensors was made for another base"):
-        begin(tmp_path / "x.safetensors", pipeline)
+        start_from(tmp_path / "x.safetensors", pipeline)
     file = save_diffusers_lora(pipeline.unet, tmp_path)
-    save_file(
-        {key: torch.full_like(one.double(), 1e200) for key, one in load_file(file).items()}, file
-    )
+    save_file({key: torch.full_like(t.double(), 1e200) for key, t in load_file(file).items()}, file)
     with pytest.raises(UserError, match=r"is broken: .* beyond single precision"):
-        begin(file, pipeline, rank=2)
+        start_from(file, pipeline, rank=2)

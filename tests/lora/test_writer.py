@@ -1,10 +1,14 @@
-"""Published files: proved, in full fp32, refused when broken; the mistakes that must not pass. Raw
-files: they come back bit for bit; what is broken, of another base or a stranger's is one line."""
+"""Published files are verified in full fp32, and refused when broken, also for mistakes of the
+export.
+
+Raw files come back bit for bit; a broken one, or one of another base or program, is refused in one
+line.
+"""
 
 import json
 import pickle
+import re
 import struct
-from functools import partial
 
 import pytest
 import torch
@@ -58,15 +62,15 @@ PAIRS += [
 
 
 @pytest.mark.parametrize(("kind", "variant"), PAIRS)
-def test_an_untouched_diffusers_computes_the_live_output(kind, variant, tmp_path):
+def test_stock_diffusers_computes_the_live_output(kind, variant, tmp_path):
     assert max(measure(kind, variant, tmp_path).values()) <= BOUND
 
 
-def published(components, folder, *arguments, **options):
+def publish_dog(components, folder, *arguments, **options):
     return publish(components, folder, "dog", facts_of(components), *arguments, **options)
 
 
-def header_of(file) -> dict[str, str]:
+def read_header(file) -> dict[str, str]:
     with safe_open(file, "pt") as opened:
         return opened.metadata()
 
@@ -83,39 +87,40 @@ RANKS = {
     [{}, RANKS, pytest.param({"use_rslora": True}, marks=pytest.mark.slow)],
     ids=str,
 )
-def test_an_untouched_diffusers_computes_the_live_output_of_convolutions(kind, options, tmp_path):
-    """The header says alpha equal to the rank. Matrices of lower ranks are filled up with zeros."""
+def test_stock_diffusers_computes_convolutions_like_the_adapter(kind, options, tmp_path):
+    """Check also that alpha is the rank in the header, and that lower ranks are padded with
+    zeros."""
     components, generator = (
         live(mixer=kind, target_modules=CONVOLUTIONS, **options),
         torch.Generator().manual_seed(4),
     )
     assert facts_of(components).alpha == 11
-    found = published(components, tmp_path)
-    assert found.max_relative_difference < 1e-6
+    proof = publish_dog(components, tmp_path)
+    assert proof.max_relative_difference < 1e-6
     for name in (PUBLISHED_NAME, KOHYA):
-        told = metadata.AdapterMetadata.from_json(header_of(tmp_path / name)["moslora"])
-        assert (told.rank, told.alpha, told.use_rslora) == (4, 4, False)
+        header = metadata.AdapterMetadata.from_json(read_header(tmp_path / name)["moslora"])
+        assert (header.rank, header.alpha, header.use_rslora) == (4, 4, False)
     downs = [
         tensor for key, tensor in load_file(tmp_path / PUBLISHED_NAME).items() if ".lora_A." in key
     ]
     assert {len(down) for down in downs} == {6 if options is RANKS else 4}
-    words, text, latents = (
+    text, pooled, latents = (
         torch.randn(s, generator=generator) for s in ((1, 7, 48), (1, 32), (1, 4, 8, 8))
     )
-    added = {"text_embeds": text, "time_ids": torch.zeros(1, 6)}
-    for file in found.files:
+    added = {"text_embeds": pooled, "time_ids": torch.zeros(1, 6)}
+    for file in proof.files:
         nets = loaded_by_diffusers(tiny_unet(), tmp_path / file), components["unet"], tiny_unet()
         with torch.no_grad():
-            seen, wanted, bare = (
-                net.eval()(latents, 300, words, added_cond_kwargs=added).sample for net in nets
+            loaded, expected, bare = (
+                net.eval()(latents, 300, text, added_cond_kwargs=added).sample for net in nets
             )
-        assert (seen - wanted).norm() <= BOUND * (wanted - bare).norm()
+        assert (loaded - expected).norm() <= BOUND * (expected - bare).norm()
 
 
-def test_the_files_hold_kernels_under_the_names_that_others_know(tmp_path):
-    """The same whether pictures or channels come first in memory."""
+def test_kernels_have_the_names_of_other_programs(tmp_path):
+    """Compare also with the channels-last memory format."""
     components = live(target_modules=CONVOLUTIONS)
-    published(components, tmp_path)
+    publish_dog(components, tmp_path)
     path = next(p for p in get_adapter_layers(components["unet"]) if p.endswith("conv1"))
     diffusers, kohya = (load_file(tmp_path / name) for name in (PUBLISHED_NAME, KOHYA))
     down, up = diffusers[f"unet.{path}.lora_A.weight"], diffusers[f"unet.{path}.lora_B.weight"]
@@ -123,19 +128,18 @@ def test_the_files_hold_kernels_under_the_names_that_others_know(tmp_path):
     assert torch.equal(kohya[f"{format_kohya_name('unet', path)}.lora_down.weight"], down)
     assert torch.equal(kohya[f"{format_kohya_name('unet', path)}.lora_up.weight"], up)
     components["unet"].to(memory_format=torch.channels_last)
-    published(components, tmp_path / "b")
+    publish_dog(components, tmp_path / "b")
     again = load_file(tmp_path / "b" / PUBLISHED_NAME)
     assert all(torch.equal(diffusers[key], again[key]) for key in diffusers)
 
 
-def test_the_proof_is_near_and_the_kohya_file_and_its_header_have_what_the_tools_show(dog):
-    """And no file tells where it was made."""
-    folder, _, found = dog
-    assert found.files == (PUBLISHED_NAME, KOHYA) and all(
-        (folder / f).is_file() for f in found.files
+def test_proof_and_headers_have_the_facts_that_tools_show(dog):
+    folder, components, proof = dog
+    assert proof.files == (PUBLISHED_NAME, KOHYA) and all(
+        (folder / f).is_file() for f in proof.files
     )
-    assert 0 < found.max_relative_difference < 1e-6 and found.projections == 112
-    assert json.loads(json.dumps(found.to_dict()))["bound"] == 1e-5
+    assert 0 < proof.max_relative_difference < 1e-6 and proof.projections == 112
+    assert json.loads(json.dumps(proof.to_dict()))["bound"] == 1e-5
     assert not list(folder.glob(".*")), "scratch is left behind"
     sdxl = count(4)
     assert (sdxl["projections"], round(sdxl["a_and_b"], 2), round(sdxl["mixers"], 3)) == (
@@ -143,8 +147,7 @@ def test_the_proof_is_near_and_the_kohya_file_and_its_header_have_what_the_tools
         5.81,
         0.009,
     )
-    folder, components, _ = dog
-    tensors, header = load_file(folder / KOHYA), header_of(folder / KOHYA)
+    tensors, header = load_file(folder / KOHYA), read_header(folder / KOHYA)
     names = {key.split(".")[0] for key in tensors}
     assert len(names) == sum(len(get_adapter_layers(m)) for m in components.values())
     for name in names:
@@ -161,7 +164,7 @@ def test_the_proof_is_near_and_the_kohya_file_and_its_header_have_what_the_tools
     assert header["modelspec.resolution"] == "1024x1024"
     assert facts_of(components, base_id=folder / "private" / "toy-sdxl").base_id == "toy-sdxl"
     for file in (RAW_NAME, PUBLISHED_NAME, KOHYA):
-        text = json.dumps(header_of(folder / file))
+        text = json.dumps(read_header(folder / file))
         assert not any(
             word in text
             for word in ("/tmp", "/root", "/home", "ss_dataset", "ss_tag", str(folder.parent))
@@ -171,14 +174,13 @@ def test_the_proof_is_near_and_the_kohya_file_and_its_header_have_what_the_tools
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_files_of_the_first_steps_keep_their_bound(dtype, options, tmp_path):
-    """B as small as the first optimizer steps leave it: fp16 alone would underflow, and W·x drowns
-    B·M·A·x."""
+    """Use B as small as after the first optimizer steps: fp16 alone would underflow."""
     components = live(target_modules=["to_q", "to_k"], **options)
     for name, parameter in list_adapter_parameters(components["unet"]):
         if name.endswith("lora_B.up"):
             parameter.data.mul_(1e-6)
-    found = published(components, tmp_path, dtype)
-    assert 0 < found.max_relative_difference < verify.MAX_DIFFERENCES[dtype]
+    proof = publish_dog(components, tmp_path, dtype)
+    assert 0 < proof.max_relative_difference < verify.MAX_DIFFERENCES[dtype]
     types = {
         t.dtype
         for k, t in load_file(tmp_path / PUBLISHED_NAME).items()
@@ -191,11 +193,9 @@ FORMS = [{}, {"use_rslora": True, "rank_pattern": {"attn.to_k": 2}}, {"use_dora"
 
 
 @pytest.mark.parametrize("options", FORMS, ids=str)
-def test_a_transformer_s_file_is_right_with_the_settings_in_its_header_and_without_them(
-    options, tmp_path
-):
-    """diffusers reads the settings, ComfyUI takes alpha to be the rank, and --lora_alpha is
-    neither."""
+def test_a_transformers_file_is_correct_without_its_settings(options, tmp_path):
+    """Compare diffusers, which reads the settings, with a loader that takes alpha to be the
+    rank."""
     pipeline, components = tiny_pipeline("flux", tmp_path / "files"), {}
     for name, targets in (
         ("transformer", ["attn.to_q", "attn.to_k"]),
@@ -204,7 +204,7 @@ def test_a_transformer_s_file_is_right_with_the_settings_in_its_header_and_witho
         config = MoSLoraConfig(r=4, lora_alpha=11, target_modules=targets, **options)
         components[name] = inject(getattr(pipeline, name), config)
         shake(components[name])
-    published(components, tmp_path)
+    publish_dog(components, tmp_path)
     tensors, header = read_tensors(tmp_path / PUBLISHED_NAME)
     settings = json.loads(header.pop("lora_adapter_metadata"))
     assert settings["transformer.lora_alpha"] == settings["transformer.r"] and len(settings) == 16
@@ -222,8 +222,7 @@ def test_a_transformer_s_file_is_right_with_the_settings_in_its_header_and_witho
     reader.check_fits(reader.read_adapter(tmp_path / PUBLISHED_NAME, pipeline), pipeline)
 
 
-def test_a_layer_with_a_hyphen_in_its_name_may_have_an_alpha_of_its_own():
-    """Z-Image's last: our own file was called broken."""
+def test_a_layer_with_a_hyphen_may_have_an_alpha():
     last = "all_final_layer.2-1.linear"
     assert lora_settings.match_pattern("transformer", [last, "to_q"], {last: 2}, "x") == {last: 2}
 
@@ -237,27 +236,23 @@ NO_MIXER = (
 NO_ALPHA = (mixer, "compute_scale", lambda real, *_: 1.0)
 
 
-def swapped(real, *arguments):
-    def other(key):
-        return (
-            key.replace(".lora_A.", ".?.")
-            .replace(".lora_B.", ".lora_A.")
-            .replace(".?.", ".lora_B.")
-        )
-
-    return {other(k): t.T.contiguous() for k, t in real(*arguments).items()}
+def swap_factors(real, *arguments):
+    swaps = {"lora_A": "lora_B", "lora_B": "lora_A"}
+    return {
+        re.sub("lora_[AB]", lambda match: swaps[match[0]], key): tensor.T.contiguous()
+        for key, tensor in real(*arguments).items()
+    }
 
 
-def doubled(real, *arguments):
+def double_alphas(real, *arguments):
     return {k: 2 * t if k.endswith(".alpha") else t for k, t in real(*arguments).items()}
 
 
-def test_the_cause_stands_at_the_end_of_a_loaders_long_text():
-    """It was cut off, and a dump of the pipeline was shown."""
-    said = verify.format_error_end(
+def test_a_long_loader_error_is_cut_to_its_end():
+    text = verify.format_error_end(
         ValueError("StableDiffusionXLPipeline {\n" + "x " * 400 + "\nExpected y")
     )
-    assert said.startswith("…") and said.endswith(" Expected y") and len(said) == 200
+    assert text.startswith("…") and text.endswith(" Expected y") and len(text) == 200
     assert (
         verify.format_error_end(ValueError("short")) == "short"
         and verify.format_error_end(ValueError()) == "ValueError"
@@ -265,8 +260,8 @@ def test_the_cause_stands_at_the_end_of_a_loaders_long_text():
 
 
 KOHYA_ALPHA, SWAPPED = (
-    (key_names, "build_kohya_tensors", doubled),
-    (writer, "build_published_tensors", swapped),
+    (key_names, "build_kohya_tensors", double_alphas),
+    (writer, "build_published_tensors", swap_factors),
 )
 SKIPPED = (moslora, "fold", lambda real, *all: dict(list(real(*all).items())[:-1]))
 
@@ -277,45 +272,40 @@ MISTAKES += [(SWAPPED, {"target_modules": ["attn2.to_k"]}, "the stock loader ref
 MISTAKES += [(SKIPPED, {}, "adapts other modules")]
 
 
-@pytest.mark.parametrize(("mistake", "options", "said"), MISTAKES)
+@pytest.mark.parametrize(("mistake", "options", "message"), MISTAKES)
 def test_a_mistake_in_the_export_is_caught_by_the_proof(
-    mistake, options, said, monkeypatch, tmp_path
+    mistake, options, message, monkeypatch, tmp_path
 ):
     owner, name, wrong = mistake
     components = live(**{"target_modules": ["attn1.to_q", "attn1.to_k"]} | options)
     real = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *arguments: wrong(real, *arguments))
-    with pytest.raises(UserError, match=said):
-        published(components, tmp_path)
+    with pytest.raises(UserError, match=message):
+        publish_dog(components, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_nan_and_names_of_no_file_are_not_saved(tmp_path):
+def test_nan_and_invalid_names_are_not_saved(tmp_path):
     components = live(target_modules=["attn1.to_q"])
     layer = next(iter(get_adapter_layers(components["unet"]).values()))
     facts, folder = facts_of(components), tmp_path / "none"
-
-    def refused(said, components):
-        for saving in (
-            partial(save_raw, components, folder / RAW_NAME, facts),
-            partial(publish, components, folder, "dog", facts),
-        ):
-            with pytest.raises(UserError, match=said):
-                saving()
 
     for name in ("", "..", "a/b", "a\nb", "a\udcff"):
         with pytest.raises(UserError, match="cannot be part of a file's name"):
             publish(components, folder, name, facts)
     for value in (float("inf"), float("nan")):
         layer.lora_A["default"].weight.data[0, 0] = value
-        refused("NaN or infinite", components)
+        with pytest.raises(UserError, match="NaN or infinite"):
+            save_raw(components, folder / RAW_NAME, facts)
+        with pytest.raises(UserError, match="NaN or infinite"):
+            publish(components, folder, "dog", facts)
     assert not folder.exists() or not list(folder.iterdir())
 
 
 @pytest.fixture
-def coarse():
-    """The switches, with products as coarse as they let them be. `monkeypatch` cannot put these
-    back."""
+def tf32_switches():
+    """Enable TF32 during a test and yield PyTorch's switches, which `monkeypatch` cannot
+    restore."""
     switches = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [switch.allow_tf32 for switch in switches]
     for switch in switches:
@@ -325,17 +315,17 @@ def coarse():
         switch.allow_tf32 = allowed
 
 
-def test_every_comparison_is_in_full_fp32_and_the_switches_come_back(coarse, monkeypatch, tmp_path):
-    found, compare, components = [], verify.compute_relative_difference, live()
+def test_comparisons_are_in_full_fp32_and_restore_tf32(tf32_switches, monkeypatch, tmp_path):
+    allowed, compare, components = [], verify.compute_relative_difference, live()
 
-    def compared(*two):
-        found.append([switch.allow_tf32 for switch in coarse])
-        return compare(*two)
+    def record_switches(*tensors):
+        allowed.append([switch.allow_tf32 for switch in tf32_switches])
+        return compare(*tensors)
 
-    monkeypatch.setattr(verify, "compute_relative_difference", compared)
-    published(components, tmp_path)
-    assert found and all(each == [False, False] for each in found)
-    assert [switch.allow_tf32 for switch in coarse] == [True, True]
+    monkeypatch.setattr(verify, "compute_relative_difference", record_switches)
+    publish_dog(components, tmp_path)
+    assert allowed and all(each == [False, False] for each in allowed)
+    assert [switch.allow_tf32 for switch in tf32_switches] == [True, True]
 
 
 KEPT = [
@@ -348,7 +338,7 @@ KEPT += [{"target_modules": CONVOLUTIONS, "mixer": kind} for kind in ("kaiming",
 
 
 @pytest.mark.parametrize("options", KEPT)
-def test_raw_files_come_back_bit_for_bit_and_a_stock_loader_refuses_them(options, tmp_path):
+def test_raw_files_round_trip_and_stock_loaders_refuse_them(options, tmp_path):
     components = live(with_text=not options, **options)
     save_raw(components, tmp_path / RAW_NAME, facts_of(components))
     again = {"unet": tiny_unet()} | (text_encoders() if not options else {})
@@ -357,8 +347,10 @@ def test_raw_files_come_back_bit_for_bit_and_a_stock_loader_refuses_them(options
         facts.trigger_words == ("sks dog",) and facts.class_word == "dog" and facts.versions["peft"]
     )
     for name, model in components.items():
-        one, two = model.state_dict(), again[name].state_dict()
-        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+        weights, loaded_weights = model.state_dict(), again[name].state_dict()
+        assert weights.keys() == loaded_weights.keys() and all(
+            torch.equal(weights[k], loaded_weights[k]) for k in weights
+        )
         pairs = zip(
             get_adapter_layers(model).values(),
             get_adapter_layers(again[name]).values(),
@@ -368,21 +360,21 @@ def test_raw_files_come_back_bit_for_bit_and_a_stock_loader_refuses_them(options
             (a.scaling, a.r, [*a.lora_dropout]) == (b.scaling, b.r, [*b.lora_dropout])
             for a, b in pairs
         )
-        learnt = [
+        trainable = [
             [n for n, p in m.named_parameters() if p.requires_grad] for m in (model, again[name])
         ]
-        assert learnt[0] == learnt[1]
+        assert trainable[0] == trainable[1]
     with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
         loaded_by_diffusers(tiny_unet(), tmp_path / RAW_NAME)
     if "conv1" in options.get("target_modules", ()):
-        folded, published = reader.fold_raw(tmp_path / RAW_NAME), fold(components["unet"])
-        for path, layer in published.items():
+        folded, publish_dog = reader.fold_raw(tmp_path / RAW_NAME), fold(components["unet"])
+        for path, layer in publish_dog.items():
             assert torch.equal(folded["unet"][path].down, layer.down)
             assert torch.allclose(folded["unet"][path].up, layer.up, atol=1e-6)
         assert describe(tmp_path / RAW_NAME)["kind"].startswith("raw")
 
 
-def with_nan(whole, tensors, header):
+def put_nan(whole, tensors, header):
     return save({k: t * torch.nan if ".lora_A" in k else t for k, t in tensors.items()}, header)
 
 
@@ -390,22 +382,22 @@ BROKEN = {
     "truncated": (lambda whole, *_: whole[:-100], "truncated or not a safetensors file"),
     "empty": (lambda *_: struct.pack("<Q", 1 << 40), "truncated or not a safetensors file"),
     "pickled": (lambda _, tensors, header: pickle.dumps(tensors), "not a safetensors file"),
-    "nan": (with_nan, "NaN or infinite values, first in"),
+    "nan": (put_nan, "NaN or infinite values, first in"),
     "headless": (lambda _, tensors, header: save(tensors), "lost its header"),
 }
 
 
-@pytest.mark.parametrize("how", [*BROKEN, "published", "absent"])
-def test_broken_files_get_one_clear_line(how, dog, tmp_path):
+@pytest.mark.parametrize("kind", [*BROKEN, "published", "absent"])
+def test_broken_files_get_one_clear_line(kind, dog, tmp_path):
     raw, file = dog[0] / RAW_NAME, tmp_path / "x.safetensors"
-    said = {"published": "loads with load_lora_weights", "absent": "there is no file"}.get(how)
-    if how == "published":
+    message = {"published": "loads with load_lora_weights", "absent": "there is no file"}.get(kind)
+    if kind == "published":
         file = dog[0] / PUBLISHED_NAME
-    elif how in BROKEN:
-        change, said = BROKEN[how]
+    elif kind in BROKEN:
+        change, message = BROKEN[kind]
         file.write_bytes(change(raw.read_bytes(), *safetensors_file.read_tensors(raw)))
     components = {"unet": tiny_unet()} | text_encoders()
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         load_raw(file, components)
     assert "\n" not in str(caught.value) and not hasattr(components["unet"], "peft_config")
 
@@ -418,20 +410,19 @@ def test_another_base_is_named_with_both_sizes(dog, tmp_path):
         load_raw(dog[0] / RAW_NAME, {"unet": small_unet()} | text_encoders())
     with pytest.raises(UserError, match="also adapts text_encoder, text_encoder_2"):
         load_raw(dog[0] / RAW_NAME, {"unet": tiny_unet()})
-    components, other = live(target_modules=["conv1"]), tiny_unet()
+    components, wider_unet = live(target_modules=["conv1"]), tiny_unet()
     save_raw(components, tmp_path / RAW_NAME, facts_of(components))
-    for name, module in list(other.named_modules()):
+    for name, module in list(wider_unet.named_modules()):
         if name.endswith("conv1"):
             wider = torch.nn.Conv2d(module.in_channels, module.out_channels, 5, padding=2)
-            other.get_submodule(name.rpartition(".")[0]).conv1 = wider
+            wider_unet.get_submodule(name.rpartition(".")[0]).conv1 = wider
     with pytest.raises(UserError, match=r"(\d+×\d+)×3×3 \(out×in\), which is \1×5×5 here"):
-        load_raw(tmp_path / RAW_NAME, {"unet": other})
-    assert not hasattr(other, "peft_config")
+        load_raw(tmp_path / RAW_NAME, {"unet": wider_unet})
+    assert not hasattr(wider_unet, "peft_config")
 
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory):
-    """The folder of a raw file."""
     folder, components = tmp_path_factory.mktemp("raw"), live(target_modules=["attn1.to_q"])
     save_raw(components, folder / RAW_NAME, facts_of(components))
     return folder
@@ -475,9 +466,7 @@ ODD_PARTS += [
 
 
 @pytest.mark.parametrize(("name", "config"), ODD_PARTS)
-def test_a_structure_from_a_file_builds_parts_of_sdxl_only_and_does_not_choose_the_attention_code(
-    name, config
-):
+def test_a_file_cannot_choose_other_classes_or_attention_code(name, config):
     with pytest.raises(UserError, match=r"is not a part of a model|cannot be built"):
         build_empty_model({"class": name} | ({} if config is None else {"config": config}))
     config = get_model_config(text_encoders()["text_encoder"])["config"]
@@ -487,7 +476,7 @@ def test_a_structure_from_a_file_builds_parts_of_sdxl_only_and_does_not_choose_t
     assert model.config._attn_implementation != "somebody/kernel"
 
 
-def test_equal_files_have_equal_bytes_whatever_the_order_of_their_metadata(tmp_path):
+def test_metadata_order_does_not_change_a_files_bytes(tmp_path):
     names = [f"name {number}" for number in range(8)]
     for path, order in ((tmp_path / "a", names), (tmp_path / "b", names[::-1])):
         safetensors_file.write_safetensors(
