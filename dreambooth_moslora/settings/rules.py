@@ -20,21 +20,17 @@ Config = Any
 """Stands for `settings.train_config.TrainConfig`, which imports this file."""
 
 
-def has_double_schedule(run: Config) -> bool:
-    averages = optimizers.get_optimizer_kind(run).averages
-    return averages and run.lr_scheduler not in lr_schedules.CONSTANT_SCHEDULES
-
-
-def has_too_low_rate(run: Config) -> bool:
-    return optimizers.get_optimizer_kind(run).finds_rate and run.learning_rate <= 0.1
-
-
 REMARKS: dict[str, Callable[[Config], object]] = {
     (
         "--optimizer {optimizer} works best with --lr_scheduler "
         f"{' or '.join(lr_schedules.CONSTANT_SCHEDULES)}"
-    ): has_double_schedule,
-    "{optimizer} needs --learning_rate near 1.0": has_too_low_rate,
+    ): lambda run: (
+        optimizers.get_optimizer_kind(run).averages
+        and run.lr_scheduler not in lr_schedules.CONSTANT_SCHEDULES
+    ),
+    "{optimizer} needs --learning_rate near 1.0": lambda run: (
+        optimizers.get_optimizer_kind(run).finds_rate and run.learning_rate <= 0.1
+    ),
     (
         "--instance_prompt is empty: photos without captions are learnt without words, so no word "
         "will ask for the subject"

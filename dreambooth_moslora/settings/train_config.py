@@ -1112,7 +1112,7 @@ class TrainConfig:
         """Number of sample images each time."""
         return 4 if self.num_validation_images is None else self.num_validation_images
 
-    def __new__(cls, *_: Any, **values: Any) -> "TrainConfig":
+    def __new__(cls, /, *_: Any, **values: Any) -> "TrainConfig":
         """Raise UserError for an unknown name, with the most similar setting."""
         check_setting_names(values)
         return super().__new__(cls)
@@ -1123,7 +1123,7 @@ class TrainConfig:
 
         Raises UserError for an unknown name, with the most similar setting.
         """
-        return cls(**check_values(values))
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values of all settings but the secret ones, for `from_dict`."""
