@@ -1,9 +1,8 @@
-"""The parameters of a picture: schedulers, limits, and how a PNG carries its recipe. It needs no
-torch.
+"""Parameters of an image: schedulers, limits, and the recipe in a PNG. Needs no torch.
 
-Every PNG has two text chunks: `parameters`, the text that A1111 and its relatives read, and
-`dreambooth_moslora`, exact JSON: `GenerationParams.from_png(path)` gives the same picture
-again. Pixels are not decoded.
+Every PNG has two text chunks: `parameters`, the text that A1111 and related programs read, and
+`dreambooth_moslora`, exact JSON, from which `GenerationParams.from_png(path)` gives the same image
+again.
 """
 
 import json
@@ -23,13 +22,13 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.family_facts import TEXT_OPTIONS, FamilyFacts
 from dreambooth_moslora.settings.train_config import TrainConfig
 
-# The text chunk with the recipe, and the version of its format
 PNG_KEY = "dreambooth_moslora"
+"""Text chunk with the recipe."""
 FORMAT_VERSION = 1
+"""Version of the recipe's format."""
 MAX_SEED = 2**32 - 1
-# Sides are multiples of this: the VAE halves them three times
 SIZE_STEP_PX = 8
-# Least and largest value of each number
+"""Sides are multiples of this: the VAE halves them three times."""
 PARAM_LIMITS = {
     "seed": (0, MAX_SEED),
     "steps": (1, 200),
@@ -38,32 +37,34 @@ PARAM_LIMITS = {
     "height_px": (SIZE_STEP_PX, 4096),
     "width_px": (SIZE_STEP_PX, 4096),
 }
+"""Smallest and largest value of each number."""
 MAX_PROMPT_CHARACTERS = 5000
 MAX_ADAPTERS = 8
-# `<lora:name:0.8>`, as A1111 writes it
 LORA_TAG_PATTERN = re.compile(r"<lora:([^<>]{1,200})>")
-# Most steps on a machine that draws for many users: more would block the queue
+"""`<lora:name:0.8>`, as A1111 writes it."""
 MAX_STEPS = 100
-# Largest area relative to the base's own: larger pictures take much longer and repeat themselves
+"""Largest number of steps on a machine that serves many users: more would block the queue."""
 MAX_AREA_RATIO = 4
+"""Largest area relative to the base's default: larger images take much longer and repeat
+themselves."""
 
 
 @dataclass(frozen=True)
 class Scheduler:
-    """A way to remove noise, as this program offers it."""
+    """Noise scheduler, as this program offers it."""
 
-    title: str  # in other programs ("Sampler" in A1111)
+    title: str  # its name in other programs ("Sampler" in A1111)
     class_name: str  # of diffusers
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-# Options of DPM++ on Karras' noise levels; diffusers allows one kind of levels at a time
 KARRAS_OPTIONS = {
     "algorithm_type": "dpmsolver++",
     "use_karras_sigmas": True,
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
 }
+"""Options of DPM++ on Karras' noise levels; diffusers allows one kind of levels at a time."""
 SCHEDULERS = {
     "euler": Scheduler(title="Euler", class_name="EulerDiscreteScheduler"),
     "dpmpp_2m_karras": Scheduler(
@@ -78,13 +79,13 @@ SCHEDULERS = {
     ),
     "unipc": Scheduler(title="UniPC", class_name="UniPCMultistepScheduler"),
 }
-"""Schedulers by this program's names. One seed decides all noise of a picture, also that which
-DPM++ 2M SDE adds after each step, so that later steps correct what earlier ones did."""
+"""Schedulers by this program's names. One seed decides all noise of an image, also the noise that
+DPM++ 2M SDE adds after each step."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """The files and programs that made a picture, without paths and facts about photos or the
+    """Files and programs that made an image, without paths and without facts about photos or the
     machine."""
 
     base: str = ""
@@ -94,16 +95,16 @@ class Provenance:
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """Everything that decides the pixels, given base and adapters.
+    """Parameters that decide the pixels, for a given base and adapters.
 
     seed: of the first image; image i has `seed + i`, whatever `num_images` is
-    guidance_scale, scheduler: None means the base's own
-    height_px, width_px: px; None means the base's own
-    adapters: a name, or several, or pairs of a name and a scale; kept as pairs
-    text_options: settings of training, such as max_sequence_length. Without them those of the
-        adapters' runs are taken; an empty one is the base's own
+    guidance_scale, scheduler: None means the base's default
+    height_px, width_px: px; None means the base's default
+    adapters: names, or pairs of a name and a scale; stored as pairs
+    text_options: settings of training, such as max_sequence_length; by default those of the
+        adapters' runs. An empty value is the base's default
 
-    Raises UserError on a value that cannot be generated.
+    Raises UserError for a value that cannot be generated.
     """
 
     prompt: str
@@ -119,11 +120,11 @@ class GenerationParams:
     text_options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        # Every field is checked, also its type: anyone may have written the PNG.
+        # Check every field, also its type: anyone may have written the PNG.
         for name in ("prompt", "negative_prompt"):
             _check_text(name, getattr(self, name))
         if not self.prompt.strip():
-            raise UserError("the prompt is empty; write what the picture should show")
+            raise UserError("the prompt is empty; write what the image should show")
 
         for name, (low, high) in PARAM_LIMITS.items():
             _check_number(name, getattr(self, name), low, high, whole=name != "guidance_scale")
@@ -132,23 +133,24 @@ class GenerationParams:
             if size is not None and size % SIZE_STEP_PX:
                 raise UserError(f"{name} is {size}; it must be a multiple of {SIZE_STEP_PX}")
 
-        scheduler = self.scheduler
-        is_known = scheduler is None or (isinstance(scheduler, str) and scheduler in SCHEDULERS)
-        if not is_known:
-            known = ", ".join(SCHEDULERS)
-            raise UserError(f"scheduler {scheduler!r:.60} is unknown; choose one of {known}")
+        # A list of JSON cannot be looked up in a dictionary.
+        if self.scheduler not in (None, *SCHEDULERS):
+            raise UserError(
+                f"scheduler {self.scheduler!r:.60} is unknown; "
+                f"choose one of {', '.join(SCHEDULERS)}"
+            )
 
-        # Lists and dictionaries of JSON become tuples: the class is frozen.
+        # The class is frozen and hashable: lists and dictionaries of JSON become tuples.
         object.__setattr__(self, "adapters", _parse_adapters(self.adapters))
         object.__setattr__(self, "text_options", _parse_text_options(self.text_options))
 
     def for_image(self, index: int) -> "GenerationParams":
-        """The parameters of image `index` alone, for its PNG."""
+        """Return the parameters of image `index` alone, for its PNG."""
         return replace(self, seed=(self.seed + index) % (MAX_SEED + 1), num_images=1)
 
     def apply_tags(self) -> "GenerationParams":
-        """Turn `<lora:name:0.8>` in the prompt into an adapter; a tag overrides the scale chosen
-        elsewhere."""
+        """Turn `<lora:name:0.8>` in the prompt into an adapter; a tag overrides the scale in
+        `adapters`."""
         prompt, tags = parse_lora_tags(self.prompt)
         if not tags:
             return self
@@ -156,18 +158,16 @@ class GenerationParams:
         return replace(self, prompt=prompt, adapters=adapters)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it. It leaves out `text_options` when there are none, so that other
-        pictures keep their bytes."""
-        shown = asdict(self) | {"adapters": [list(pair) for pair in self.adapters]}
-        options = dict(shown.pop("text_options"))
-        if options:
-            shown["text_options"] = options
-        return shown
+        """Return the parameters as JSON values. Empty `text_options` are left out, so that the
+        bytes of other images do not change."""
+        values = asdict(self) | {"adapters": [list(pair) for pair in self.adapters]}
+        text_options = dict(values.pop("text_options"))
+        return values | ({"text_options": text_options} if text_options else {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "GenerationParams":
-        """Raises UserError for an unknown name or a value of the wrong type: anyone may have
-        written the PNG."""
+        """Create parameters from JSON values. Raises UserError for an unknown name or a value of
+        the wrong type: anyone may have written the PNG."""
         unknown = sorted(set(values) - {item.name for item in fields(cls)})
         if unknown:
             raise UserError(f"unknown generation parameter {unknown[0]!r}")
@@ -176,7 +176,7 @@ class GenerationParams:
         return cls(**values)
 
     def to_png_text(self, provenance: Provenance | None = None) -> dict[str, str]:
-        """Text chunks for the PNG of this one image: key -> text."""
+        """Return the text chunks for the PNG of this one image: key -> text."""
         provenance = provenance or Provenance()
         recipe = {
             "format": FORMAT_VERSION,
@@ -192,13 +192,13 @@ class GenerationParams:
 
     @classmethod
     def from_png(cls, path: str | Path) -> "GenerationParams":
-        """The parameters in a PNG of this program. Raises UserError when it has none."""
+        """Read the parameters in a PNG of this program. Raises UserError when it has none."""
         return read_recipe(path).params
 
 
 @dataclass(frozen=True)
 class StoredRecipe:
-    """The JSON in a PNG, with values that nobody has checked."""
+    """JSON in a PNG, with unchecked values."""
 
     params: dict[str, Any]
     base: str = ""
@@ -208,98 +208,95 @@ class StoredRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a PNG says about itself."""
+    """Recipe of an image, as its PNG tells it."""
 
     params: GenerationParams
     provenance: Provenance
 
 
 def check_sides(sides: tuple[int, int], facts: FamilyFacts) -> None:
-    """Raises UserError for sides, px, that the family's patches do not divide."""
+    """Raise UserError for sides, px, that the family's patches do not divide."""
     step = facts.multiple_px
     for side in sides:
         if side % step:
             near = max(1, side // step) * step
             raise UserError(
-                f"a side of {side} px: {facts.title} draws multiples of {step}, such as {near}"
+                f"a side of {side} px: {facts.title} needs multiples of {step}, such as {near}"
             )
 
 
 def resolve_seed(seed: int) -> int:
-    """`seed` itself, or a random one if it is negative."""
+    """Return `seed`, or a random one if it is negative."""
     return secrets.randbelow(2**31) if seed < 0 else int(seed)
 
 
 def parse_lora_tags(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
-    """ "a dog <lora:rex:0.8>" -> ("a dog", (("rex", 0.8),)). A tag without a number means 1. Raises
-    UserError for a tag that is not read."""
+    """Split a prompt into its text and its tags. Raises UserError for a malformed tag.
+
+    "a dog <lora:rex:0.8>" -> ("a dog", (("rex", 0.8),))
+    """
     tags = dict(map(parse_lora_tag, LORA_TAG_PATTERN.findall(prompt)))
     if not tags:
         return prompt, ()
 
-    # A tag between two words leaves two spaces behind.
-    words = LORA_TAG_PATTERN.sub("", prompt)
-    return re.sub(r"\s{2,}", " ", words).strip(), tuple(tags.items())
+    # A removed tag leaves two spaces behind.
+    bare_prompt = LORA_TAG_PATTERN.sub("", prompt)
+    return re.sub(r"\s{2,}", " ", bare_prompt).strip(), tuple(tags.items())
 
 
 def parse_lora_tag(text: str) -> tuple[str, float]:
-    """ "rex:0.8" -> ("rex", 0.8). Raises UserError."""
+    """Parse "rex:0.8" as ("rex", 0.8); the default scale is 1. Raises UserError."""
     name, colon, scale = text.partition(":")
     try:
         return name.strip(), float(scale) if colon else 1.0
     except ValueError:
         raise UserError(
-            f"<lora:{text:.100}> is not read here: write <lora:NAME:SCALE> with one number"
+            f"<lora:{text:.100}> cannot be read: write <lora:NAME:SCALE> with one number"
         ) from None
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """The recipe in a PNG; pixels are not decoded. Raises UserError for a file without one."""
-    return parse_recipe(read_png_texts(Path(path)), Path(path).name)
-
-
-def read_png_texts(path: Path) -> dict[str, str]:
-    """Name -> text of a PNG's chunks. Raises UserError for any other file, and for a damaged
-    one."""
+    """Read the recipe in a PNG, without decoding pixels. Raises UserError for any other file, and
+    for one without a recipe or with a damaged one."""
+    name = Path(path).name
     try:
         with PIL.Image.open(path, formats=["PNG"]) as image:
-            return {key: value for key, value in image.info.items() if isinstance(value, str)}
+            text = image.info.get(PNG_KEY)
     except FileNotFoundError:
-        raise UserError(f"{path.name}: there is no such file") from None
+        raise UserError(f"{name}: there is no such file") from None
     except (PIL.Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path.name} is not a readable PNG file") from error
-
-
-def parse_recipe(texts: Mapping[str, str], name: str) -> Recipe:
-    """The recipe in the texts of the picture `name`. Raises UserError when they hold none, or a
-    damaged one."""
-    if PNG_KEY not in texts:
+        raise UserError(f"{name} is not a readable PNG file") from error
+    if not isinstance(text, str):
         raise UserError(
             f"{name} carries no recipe of this program; was it saved again by another one?"
         )
+
+    # Check the types here, and the values in GenerationParams.
     try:
-        found = parse_json(texts[PNG_KEY], StoredRecipe)
+        stored = parse_json(text, StoredRecipe)
     except UserError as error:
         raise UserError(f"the recipe inside the PNG is damaged: {error}") from error
     provenance = Provenance(
-        base=found.base,
-        adapter_sha256=tuple(found.adapter_sha256.items()),
-        versions=tuple(found.versions.items()),
+        base=stored.base,
+        adapter_sha256=tuple(stored.adapter_sha256.items()),
+        versions=tuple(stored.versions.items()),
     )
-    return Recipe(GenerationParams.from_dict(found.params), provenance)
+    return Recipe(GenerationParams.from_dict(stored.params), provenance)
 
 
 def _check_text(name: str, text: Any) -> None:
+    """Raise UserError for a value that is no text, is too long or has broken characters."""
     if not isinstance(text, str):
         raise UserError(f"{name} must be text, not {type(text).__name__}")
     if len(text) > MAX_PROMPT_CHARACTERS:
-        most = f"at most {MAX_PROMPT_CHARACTERS} are allowed"
-        raise UserError(f"{name} has {len(text)} characters; {most}")
+        raise UserError(
+            f"{name} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are allowed"
+        )
     check_characters(text, name)
 
 
 def check_characters(text: str, name: str) -> None:
-    """Raises UserError for half a surrogate pair: JSON can hold it, but files, pages and tokenizers
+    """Raise UserError for half a surrogate pair: JSON can hold it, but files, pages and tokenizers
     cannot."""
     try:
         text.encode("utf-8")
@@ -310,7 +307,8 @@ def check_characters(text: str, name: str) -> None:
 
 
 def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool) -> None:
-    # None is the base's own. A bool is an int to Python.
+    """Raise UserError for a value that is no number between `low` and `high`."""
+    # None stands for the base's default. A bool is an int to Python.
     if value is None and name in ("guidance_scale", "height_px", "width_px"):
         return
     kinds = int if whole else (int, float)
@@ -321,13 +319,13 @@ def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool
 
 
 def _parse_adapters(adapters: Any) -> tuple[tuple[str, float], ...]:
-    # A name alone stands for the adapter at its full strength.
-    given = [adapters] if isinstance(adapters, str) else adapters
+    """Return pairs of name and scale; a name alone gets scale 1. Raises UserError."""
+    items = [adapters] if isinstance(adapters, str) else adapters
     try:
-        if isinstance(given, Mapping):
+        if isinstance(items, Mapping):
             raise TypeError
-        named = [(one, 1.0) if isinstance(one, str) else one for one in given]
-        pairs = tuple((name, float(scale)) for name, scale in named)
+        items = [(item, 1.0) if isinstance(item, str) else item for item in items]
+        pairs = tuple((name, float(scale)) for name, scale in items)
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"adapters must be names, or pairs of name and scale, not {adapters!r:.60}"
@@ -339,15 +337,17 @@ def _parse_adapters(adapters: Any) -> tuple[tuple[str, float], ...]:
     for name, scale in pairs:
         # `not … <=` is also true for NaN.
         if not isinstance(name, str) or not name or not abs(scale) <= 10:
-            said = f"adapter {name!r:.60} with scale {scale} is not usable"
-            raise UserError(f"{said}; scales lie between -10 and 10")
+            raise UserError(
+                f"adapter {name!r:.60} with scale {scale} is not usable; "
+                "scales lie between -10 and 10"
+            )
     if len(dict(pairs)) != len(pairs):
         raise UserError("an adapter is named twice; give each one scale")
     return pairs
 
 
 def _parse_text_options(options: Any) -> tuple[tuple[str, Any], ...]:
-    """Names and values, as `TrainConfig` has them."""
+    """Return names and values, with the types of `TrainConfig`. Raises UserError."""
     try:
         options = dict(options)
     except (TypeError, ValueError) as error:
@@ -358,19 +358,20 @@ def _parse_text_options(options: Any) -> tuple[tuple[str, Any], ...]:
                 f"the text option {name!r:.60} is unknown; there are {', '.join(TEXT_OPTIONS)}"
             )
 
-    # The settings' own types, such as a tuple of layers
+    # Values get the types of the settings, such as a tuple of layers.
     config = TrainConfig.from_dict(options)
     return tuple((name, getattr(config, name)) for name in options)
 
 
 def _format_a1111_text(params: GenerationParams, provenance: Provenance) -> str:
-    """The text for other programs: prompt with tags, negative prompt, one line of settings."""
+    """Return the text for other programs: prompt with tags, negative prompt, one line of
+    settings."""
     tags = "".join(f" <lora:{name}:{scale:g}>" for name, scale in params.adapters)
     hashes = ", ".join(f"{name}: {sha[:12]}" for name, sha in provenance.adapter_sha256)
     has_size = params.width_px and params.height_px
     version = dict(provenance.versions).get(PNG_KEY, "")
 
-    # A1111's names, in its order; what is not known is left out.
+    # A1111's names, in its order; unknown values are left out.
     settings = {
         "Steps": params.steps,
         "Sampler": SCHEDULERS[params.scheduler].title if params.scheduler else "",
@@ -387,24 +388,27 @@ def _format_a1111_text(params: GenerationParams, provenance: Provenance) -> str:
 
 
 def check_size(params: GenerationParams, resolution_px: int) -> None:
-    """Raises UserError for a picture that is too large. `resolution_px` is the base's own side."""
+    """Raise UserError for an image that is too large. `resolution_px` is the base's default
+    side."""
     height = params.height_px or resolution_px
     width = params.width_px or resolution_px
     if height * width > MAX_AREA_RATIO * resolution_px**2:
         side = int(MAX_AREA_RATIO**0.5 * resolution_px)
-        most = f"at most {side} x {side} px are drawn"
-        raise UserError(f"{width} x {height} px is too large for this base; {most}")
+        raise UserError(
+            f"{width} x {height} px is too large for this base; "
+            f"at most {side} x {side} px are allowed"
+        )
 
 
 def check_steps(params: GenerationParams) -> None:
-    """Raises UserError for a picture with too many steps."""
+    """Raise UserError for an image with too many steps."""
     if params.steps > MAX_STEPS:
-        raise UserError(f"{params.steps} steps are too many; at most {MAX_STEPS} are drawn")
+        raise UserError(f"{params.steps} steps are too many; at most {MAX_STEPS} are allowed")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One denoising step is done."""
+    """Event: one denoising step is done."""
 
     index: int  # of the image, from 0
     num_images: int
@@ -415,7 +419,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Image:
-    """A finished picture."""
+    """Event: an image is finished."""
 
     index: int  # from 0
     pixels: PIL.Image.Image
@@ -427,7 +431,7 @@ class Image:
         return Path(path)
 
     def png(self) -> bytes:
-        """The PNG's bytes, with the recipe."""
+        """Return the bytes of the PNG, with the recipe."""
         text = PngInfo()
         for key, value in self.params.to_png_text(self.provenance).items():
             text.add_itxt(key, value)
@@ -436,17 +440,14 @@ class Image:
         return file.getvalue()
 
 
-# Why a picture is black
-BLACK_IMAGE_CAUSE = (
-    "an adapter's values or its scale are too large for this base, or the base's safety checker "
-    "took it for unsafe"
-)
-
-
 def describe_black_images(images: Iterable[Image]) -> str:
-    """How many are black and why, "" for none: too large values give black pictures, not errors."""
-    count = sum(picture.pixels.getbbox() is None for picture in images)
+    """Return how many are black and why, or "" for none: too large values give black images, not
+    errors."""
+    count = sum(image.pixels.getbbox() is None for image in images)
     if not count:
         return ""
-    these = "1 of them is" if count == 1 else f"{count} of them are"
-    return f"{these} black: {BLACK_IMAGE_CAUSE}"
+    subject = "1 of them is" if count == 1 else f"{count} of them are"
+    return (
+        f"{subject} black: an adapter's values or its scale are too large for this base, or the "
+        "base's safety checker took it for unsafe"
+    )

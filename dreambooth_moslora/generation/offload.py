@@ -1,4 +1,4 @@
-"""Where a pipeline draws: its device, and what is done when that is short of memory."""
+"""Placement of a pipeline: its device, and offloading when that is short of memory."""
 
 import torch
 from diffusers import DiffusionPipeline
@@ -7,15 +7,16 @@ from dreambooth_moslora.base import devices
 from dreambooth_moslora.base.streaming import StreamedBlocks, list_streamed_blocks
 
 CPU = torch.device("cpu")
-# Free memory over weights below which models take turns: 9.7 GiB for SDXL in fp16
 FREE_TO_WEIGHTS_RATIO = 1.5
-# GiB beside the largest model below which blocks are streamed: what two pictures of 1024 px take
+"""Free memory over weights below which models take turns: 9.7 GiB for SDXL in fp16."""
 MIN_FREE_BESIDE_MODEL_GIB = 1.0
+"""GiB beside the largest model below which blocks are streamed: the need of two images of 1024
+px."""
 
 
 class Placement:
-    """The device that a pipeline draws on, from the CPU's memory. If it is short of memory, models
-    take turns on it; if it is too small for one of them, their blocks do."""
+    """Mover of a pipeline from the CPU's memory to its device and back. If the device is short of
+    memory, models take turns on it; if it is too small for one of them, their blocks do."""
 
     def __init__(self, pipeline: DiffusionPipeline, device: torch.device) -> None:
         self.pipeline = pipeline
@@ -25,7 +26,7 @@ class Placement:
 
     @property
     def is_memory_short(self) -> bool:
-        """Whether the device has too little free memory for a resting pipeline's models."""
+        """Tell whether the device has too little free memory for a resting pipeline's models."""
         if not self.is_resting:
             return False
         free = devices.measure_free_gib(self.device)
@@ -35,7 +36,7 @@ class Placement:
 
     @property
     def is_too_small(self) -> bool:
-        """Whether the device has too little free memory for one of the models alone."""
+        """Tell whether the device has too little free memory for one of the models alone."""
         free = devices.measure_free_gib(self.device)
         largest = max(map(measure_model_gib, list_models(self.pipeline)))
         return free is not None and free < largest + MIN_FREE_BESIDE_MODEL_GIB
@@ -51,8 +52,8 @@ class Placement:
             self.is_resting = False
 
     def stream(self) -> None:
-        """Keep the blocks of the denoiser and of the text encoders on the host, from the first time
-        on, and move all else to the device."""
+        """Keep the blocks of the denoiser and of the text encoders on the host, and move everything
+        else to the device."""
         for blocks in self.streamed:
             blocks.move_to_device(self.device)
         if not self.streamed:
@@ -71,7 +72,7 @@ class Placement:
         devices.free_unused_blocks(self.device)
 
     def end(self) -> None:
-        """Leave for good, with the models as they came."""
+        """Leave for good, and restore the models' original form."""
         self.leave()
         for blocks in self.streamed:
             blocks.end()
@@ -79,14 +80,19 @@ class Placement:
 
 
 def list_models(pipeline: DiffusionPipeline) -> list[torch.nn.Module]:
-    return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    """Return the pipeline's parts that have weights."""
+    return [
+        component
+        for component in pipeline.components.values()
+        if isinstance(component, torch.nn.Module)
+    ]
 
 
 def measure_weights_gib(pipeline: DiffusionPipeline) -> float:
-    """GiB of all weights, in their current dtype."""
+    """Return the GiB of all weights, in their current dtype."""
     return sum(map(measure_model_gib, list_models(pipeline)))
 
 
 def measure_model_gib(model: torch.nn.Module) -> float:
-    """GiB of a model's weights, in their current dtype."""
+    """Return the GiB of a model's weights, in their current dtype."""
     return sum(weight.nbytes for weight in model.parameters()) / devices.GIB

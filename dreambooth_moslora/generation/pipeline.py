@@ -1,7 +1,7 @@
-"""SubjectPipeline: a base, any number of adapters with their scales, and pictures that are yielded
-one by one.
+"""SubjectPipeline: a base with any number of adapters and their scales, which yields images one by
+one.
 
-    GenerationParams --generate--> Step, Preview … Image
+GenerationParams --generate--> Step, Preview … Image
 
 The same parameters give the same pixels for any `num_images`.
 """
@@ -39,19 +39,19 @@ from dreambooth_moslora.generation.previews import LatentColours, Preview, StepC
 from dreambooth_moslora.lora import metadata, reader
 
 Item = TypeVar("Item")
-# A file's place, time (ns) and size (bytes): an unchanged one need not be read again
 FileStamp = tuple[Path, int, int]
-# Adapters kept in the model; the least recently used one is dropped first
+"""Path, time (ns) and size (bytes) of a file: an unchanged one need not be read again."""
 RESIDENT_ADAPTERS = 8
+"""Number of adapters kept in the model; the least recently used is dropped first."""
 Event = Step | Preview | Image
 
 
 def stream_events(
     work: Callable[[Callable[[Item], None], Callable[[], bool]], None],
 ) -> Iterator[Item]:
-    """Run `work(emit, abandoned)` in a thread; yield what it emits until either ends, and raise its
-    exception."""
-    # The thread that works
+    """Run `work(emit, abandoned)` in a thread, yield the emitted events until either side ends, and
+    raise its exception."""
+    # Start the thread.
     events: queue.SimpleQueue = queue.SimpleQueue()
     abandoned = threading.Event()  # the consumer has closed the iterator
 
@@ -65,7 +65,7 @@ def stream_events(
     thread = threading.Thread(target=run_work, name="generate", daemon=True)
     thread.start()
 
-    # Its events, until it ends or nobody listens any more
+    # Yield its events until it ends or the iterator is closed.
     try:
         while True:
             event = events.get()
@@ -81,7 +81,7 @@ def stream_events(
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter in the model."""
+    """Adapter in the model."""
 
     key: str  # the name inside PEFT
     sha256: str
@@ -90,12 +90,12 @@ class Adapter:
 
 
 def find_scheduler_name(scheduler: diffusers.SchedulerMixin) -> str | None:
-    """The name of a base's own scheduler in `SCHEDULERS`; None if it has none there."""
-    kind = type(scheduler).__name__.removeprefix("FlowMatch")
-    for name, known in SCHEDULERS.items():
-        if kind != known.class_name:
+    """Return the name of a base's scheduler in `SCHEDULERS`, or None if it has none."""
+    class_name = type(scheduler).__name__.removeprefix("FlowMatch")
+    for name, candidate in SCHEDULERS.items():
+        if class_name != candidate.class_name:
             continue
-        if all(scheduler.config.get(key) == value for key, value in known.options.items()):
+        if all(scheduler.config.get(key) == value for key, value in candidate.options.items()):
             return name
     return None
 
@@ -104,8 +104,8 @@ class SubjectPipeline:
     """Base and adapters, for one caller at a time; other threads wait.
 
     pipeline: the base, as diffusers has it
-    base_name: its public name, for the recipes of pictures
-    home: the device that draws; by default where the pipeline is
+    base_name: its public name, for the recipes of images
+    home: the device that generates; by default where the pipeline is
 
     A pipeline that is elsewhere rests in the CPU's memory until `generate`. If `home` is short of
     memory, its models take turns on it.
@@ -134,8 +134,8 @@ class SubjectPipeline:
         *,
         resting: bool = False,
     ) -> "SubjectPipeline":
-        """Load a base, or the base of that name: "toy", a folder, a hub id or a file. It is drawn
-        with by whichever of its files are here.
+        """Load a base: "toy", a folder, a hub id, a file, or a `Base`. It uses whichever variant of
+        its files is on this machine.
 
         dtype: by default a half precision that suits its family on a GPU, else fp32
         device: a GPU by default
@@ -152,13 +152,14 @@ class SubjectPipeline:
         dtype = dtype or (half if device.type in ("cuda", "mps") else torch.float32)
         subject = cls(load.load_pipeline(base, dtype=dtype), base.public_name, device)
 
-        # Models that take turns are moved with the first picture.
+        # Models that take turns are moved with the first image.
         if not (resting or subject.home.is_memory_short):
             subject.home.enter()
         return subject
 
     @property
     def has_gpu(self) -> bool:
+        """Tell whether images are generated on a GPU."""
         return self.home.device != CPU
 
     def rest(self) -> None:
@@ -173,24 +174,24 @@ class SubjectPipeline:
 
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
         """Load an adapter file (this program's, diffusers', kohya's) or a run folder into the
-        model; returns its name.
+        model. Return its name.
 
-        An unchanged file that is already loaded costs nothing. Raises UserError when it is no
-        adapter for this base.
+        An unchanged file that is already loaded costs nothing. Raises UserError if it is no adapter
+        for this base.
         """
         name = name or reader.get_adapter_name(path)
         file = find_weights(path)
         facts = file.stat()
         stamp = (file.resolve(), facts.st_mtime_ns, facts.st_size)
         with self._lock:
-            known = self.adapters.get(name)
-            if known is not None and known.stamp == stamp:
+            current = self.adapters.get(name)
+            if current is not None and current.stamp == stamp:
                 self._track_use(name)
                 return name
 
-            # The new one comes first: if it cannot be loaded, the old one stays.
+            # Install first: if the new file cannot be loaded, the old adapter stays.
             adapter = self._install_adapter(name, file, stamp)
-            self._remove_adapter(name, unless=adapter.key)
+            self._remove_adapter(name, except_key=adapter.key)
             self.adapters[name] = adapter
             self._drop_least_recent()
         return name
@@ -200,7 +201,7 @@ class SubjectPipeline:
         weights = reader.read_adapter(file, self.pipeline)
         reader.check_fits(weights, self.pipeline)
 
-        # Files of equal content share their weights.
+        # Files with equal content share their weights.
         if weights.key not in self._list_keys():
             self._active = None
             reader.install(weights, self.pipeline)
@@ -212,16 +213,16 @@ class SubjectPipeline:
         )
 
     def unload_adapter(self, name: str) -> None:
-        """Remove the adapter of that name from the model, if it is there."""
+        """Remove the adapter with that name from the model, if it is loaded."""
         with self._lock:
             self._remove_adapter(name)
 
     def generate(
         self, params: GenerationParams, should_stop: Callable[[], bool] | None = None
     ) -> Iterator[Step | Preview | Image]:
-        """Yield Step and Preview for each denoising step, Image for each picture, until
-        `should_stop()` or the iterator is closed. Raises UserError for an adapter that is not
-        loaded, and for want of memory."""
+        """Yield Step and Preview for each denoising step and Image for each image, until
+        `should_stop()` is true or the iterator is closed. Raises UserError for an adapter that is
+        not loaded, and for too little memory."""
         params = self.complete(params)
 
         def run_generation(emit: Callable[[Event], None], abandoned: Callable[[], bool]) -> None:
@@ -232,26 +233,26 @@ class SubjectPipeline:
         return stream_events(run_generation)
 
     def draw(self, params: GenerationParams, should_stop: Callable[[], bool] = bool) -> list[Image]:
-        """The finished pictures of `generate`; fewer than requested after a stop."""
+        """Return the finished images of `generate`; fewer than requested after a stop."""
         events = self.generate(params, should_stop)
         return [event for event in events if isinstance(event, Image)]
 
     def complete(self, params: GenerationParams) -> GenerationParams:
-        """With tags applied, and the base's sizes, guidance and scheduler. Raises UserError for an
-        unknown adapter, and for a scheduler that knows nothing of the base's noise levels."""
+        """Apply tags and fill in the base's sizes, guidance and scheduler. Raises UserError for an
+        unknown adapter, and for a scheduler that does not know the base's noise levels."""
         params = params.apply_tags()
         for name, _ in params.adapters:
             if name not in self.adapters:
-                known = ", ".join(self.adapters) or "none"
-                raise UserError(f"adapter {name!r:.60} is not loaded; loaded are: {known}")
+                loaded_names = ", ".join(self.adapters) or "none"
+                raise UserError(f"adapter {name!r:.60} is not loaded; loaded are: {loaded_names}")
 
-        # The base's scheduler is named only if a PNG can name it.
+        # Fill in the base's scheduler only if it has a name for the PNG.
         scheduler = params.scheduler or find_scheduler_name(self._base_scheduler)
         if scheduler and "EDM" in type(self._base_scheduler).__name__:
             title = SCHEDULERS[scheduler].title
             raise UserError(
                 f"{title} does not know the noise levels of this base, which are EDM's: "
-                "leave the scheduler out, and the base's own is taken"
+                "leave the scheduler out to use the base's"
             )
         guidance = params.guidance_scale
         if guidance is None:
@@ -265,14 +266,14 @@ class SubjectPipeline:
         )
 
     def activate(self, adapters: tuple[tuple[str, float], ...]) -> None:
-        """Make exactly these adapters active; scales of files of equal content add up. Scale 0
+        """Make exactly these adapters active; scales of files with equal content add up. Scale 0
         means absent: the result is the base's, bit for bit."""
         totals = defaultdict(float)
         for name, scale in adapters:
             totals[self.adapters[name].key] += scale
         active = {key: total for key, total in totals.items() if total}
 
-        # Only on a change: PEFT walks over all modules.
+        # Act only on a change: PEFT walks over all modules.
         if active != self._active:
             if active:
                 self.pipeline.enable_lora()
@@ -282,20 +283,22 @@ class SubjectPipeline:
             self._active = active
 
     def family_for(
-        self, adapters: Iterable[tuple[str, float]], given: Mapping[str, Any] | None = None
+        self, adapters: Iterable[tuple[str, float]], text_options: Mapping[str, Any] | None = None
     ) -> families.Family:
-        """The family with the `given` text options, and else with those of the first adapter whose
-        run set them. Raises UserError for one that is not the family's."""
+        """Return the family with these text options, completed by those of the first adapter whose
+        run set them. Raises UserError for an option that the family lacks."""
         facts = self.family.facts
-        options = dict(given or {})
+        options = dict(text_options or {})
         for name in options:
             if name not in facts.text_options:
                 raise UserError(f"--{name} is not for {facts.title}; leave it out")
 
-        # What the active adapters were trained with
+        # Add the options that the active adapters were trained with.
         for name, scale in adapters:
-            told = metadata.parse_text_options(self.adapters[name].header) if scale else {}
-            for option, value in told.items():
+            trained_options = (
+                metadata.parse_text_options(self.adapters[name].header) if scale else {}
+            )
+            for option, value in trained_options.items():
                 if option in facts.text_options:
                     options.setdefault(option, value)
         return families.build_family(
@@ -303,7 +306,7 @@ class SubjectPipeline:
         )
 
     def provenance(self, params: GenerationParams) -> Provenance:
-        """The files and programs that draw pictures of these parameters."""
+        """Return the files and programs that generate images with these parameters."""
         hashes = tuple((name, self.adapters[name].sha256) for name, _ in params.adapters)
         versions = (
             ("dreambooth_moslora", __version__),
@@ -315,22 +318,27 @@ class SubjectPipeline:
     def _generate_all(
         self, params: GenerationParams, emit: Callable[[Event], None], stop: Callable[[], bool]
     ) -> None:
-        """Draw all pictures of complete parameters, until `stop()`. Raises UserError."""
+        """Generate all images of complete parameters, until `stop()`. Raises UserError."""
         try:
             self.home.enter()
             check_sides((params.height_px, params.width_px), self.family.facts)
 
-            # Adapters and words, once for all pictures
+            # Activate adapters and encode the prompt, once for all images.
             for name, _ in params.adapters:
                 self._track_use(name)
             self.activate(params.adapters)
-            words = self._encode(params)
+            text_embedding = self._encode(params)
 
-            # The pictures, one by one
+            # Generate the images one by one.
             clock = StepClock(params.num_images)
             for index in range(params.num_images):
                 self._generate_image(
-                    index=index, params=params, words=words, clock=clock, emit=emit, stop=stop
+                    index=index,
+                    params=params,
+                    text_embedding=text_embedding,
+                    clock=clock,
+                    emit=emit,
+                    stop=stop,
                 )
         except StopRequestedError:
             return
@@ -351,101 +359,108 @@ class SubjectPipeline:
         self,
         index: int,
         params: GenerationParams,
-        words: dict[str, torch.Tensor | None],
+        text_embedding: dict[str, torch.Tensor | None],
         clock: StepClock,
         emit: Callable[[Event], None],
         stop: Callable[[], bool],
     ) -> None:
-        """Draw one picture.
+        """Generate one image.
 
-        index: of the picture, from 0
-        params: of all pictures
-        words: what `_encode` gave
-        clock: for the remaining time of all pictures
+        index: of the image, from 0
+        params: of all images
+        text_embedding: returned by `_encode`
+        clock: for the remaining time of all images
         emit: takes the events
-        stop: whether to stop, asked after each step; raises StopRequestedError then
+        stop: called after each step; if true, StopRequestedError is raised
         """
         if stop():
             raise StopRequestedError
-        own = params.for_image(index)
+        image_params = params.for_image(index)
         is_flow = self.family.facts.style == "flow"
 
         # A flow's sampler is part of the model; its latents are packed and have no preview.
         if not is_flow:
-            self.pipeline.scheduler = self._build_scheduler(own.scheduler)
-        watcher = StepCallback(
+            self.pipeline.scheduler = self._build_scheduler(image_params.scheduler)
+        callback = StepCallback(
             index=index,
-            params=own,
+            params=image_params,
             clock=clock,
             colours=None if is_flow else self.colours,
             emit=emit,
             stop=stop,
         )
-        pixels = sampling.draw_pixels(
+        pixels = sampling.generate_pixels(
             self.pipeline,
-            words,
-            seeds=[own.seed],
-            size_px=(own.height_px, own.width_px),
-            guidance=own.guidance_scale,
-            num_inference_steps=own.steps,
-            callback_on_step_end=watcher,
+            text_embedding,
+            seeds=[image_params.seed],
+            size_px=(image_params.height_px, image_params.width_px),
+            guidance=image_params.guidance_scale,
+            num_inference_steps=image_params.steps,
+            callback_on_step_end=callback,
         )
-        (picture,) = decode.to_images(self._blacken_unsafe(pixels))
-        image = Image(
-            index=index,
-            pixels=picture,
-            params=own,
-            provenance=self.provenance(own),
+        (pil_image,) = decode.to_images(self._blacken_unsafe(pixels))
+        emit(
+            Image(
+                index=index,
+                pixels=pil_image,
+                params=image_params,
+                provenance=self.provenance(image_params),
+            )
         )
-        emit(image)
 
     def _blacken_unsafe(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the pixels (B, 3, h, w), about in [0, 1], of which those pictures are black that
-        the base's safety checker refuses. Most bases have none."""
+        """Return the pixels (B, 3, h, w), approximately in [0, 1], with images black that the
+        base's safety checker refuses. Most bases have no checker."""
         if getattr(self.pipeline, "safety_checker", None) is None:
             return pixels
 
-        # It is given what the VAE gives, in [-1, 1].
+        # It takes pixels in the VAE's range [-1, 1].
         dtype = families.get_denoiser(self.pipeline).dtype
-        _, is_unsafe = self.pipeline.run_safety_checker(pixels * 2 - 1, pixels.device, dtype)
-        is_safe = torch.tensor(is_unsafe, device=pixels.device).logical_not()
-        return pixels.where(is_safe[:, None, None, None], 0)
+        _, unsafe_flags = self.pipeline.run_safety_checker(pixels * 2 - 1, pixels.device, dtype)
+        safe_flags = torch.tensor(unsafe_flags, device=pixels.device).logical_not()
+        return pixels.where(safe_flags[:, None, None, None], 0)
 
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
-        """Text conditioning for all images of a call, as in training."""
+        """Encode the prompt and the negative prompt for all images of a call, as training does."""
         family = self.family_for(params.adapters, dict(params.text_options))
-        (said,) = family.encode_prompts(self.pipeline, [params.prompt])
-        against = family.encode_negative(self.pipeline, params.negative_prompt)
-        return family.add_negative(family.collate([said]), family.collate([against]))
+        (embedding,) = family.encode_prompts(self.pipeline, [params.prompt])
+        negative_embedding = family.encode_negative(self.pipeline, params.negative_prompt)
+        return family.add_negative(
+            family.collate([embedding]), family.collate([negative_embedding])
+        )
 
     def _build_scheduler(self, name: str | None) -> diffusers.SchedulerMixin:
-        """A scheduler of that name, or the base's own, at the noise levels of the base's own."""
-        own = self._base_scheduler
-        kind = getattr(diffusers, SCHEDULERS[name].class_name) if name else type(own)
-        return kind.from_config(own.config, **SCHEDULERS[name].options if name else {})
+        """Create the scheduler with that name, or the base's, at the base's noise levels."""
+        base_scheduler = self._base_scheduler
+        scheduler_class = (
+            getattr(diffusers, SCHEDULERS[name].class_name) if name else type(base_scheduler)
+        )
+        return scheduler_class.from_config(
+            base_scheduler.config, **SCHEDULERS[name].options if name else {}
+        )
 
     @cached_property
     def colours(self) -> LatentColours:
-        """The map of the previews, fitted with the first picture."""
+        """Return the map for the previews, fitted with the first image."""
         return LatentColours(self.pipeline.vae, self.pipeline._execution_device)
 
     def _track_use(self, name: str) -> None:
-        """Mark as just used, so that `_drop_least_recent` drops others first."""
+        """Mark as just used, so that `_drop_least_recent` drops this adapter last."""
         self.adapters[name] = self.adapters.pop(name)
 
     def _drop_least_recent(self) -> None:
-        """Drop adapters, from the least recently used one on."""
+        """Drop adapters, starting with the least recently used."""
         while len({adapter.sha256 for adapter in self.adapters.values()}) > self.resident_adapters:
             self._remove_adapter(next(iter(self.adapters)))
 
-    def _remove_adapter(self, name: str, unless: str = "") -> None:
-        """Remove an adapter, and its weights from the model unless another one has them or their
-        key is `unless`."""
-        gone = self.adapters.pop(name, None)
-        if gone and gone.key != unless and gone.key not in self._list_keys():
-            self.pipeline.delete_adapters(gone.key)
+    def _remove_adapter(self, name: str, except_key: str = "") -> None:
+        """Remove an adapter, and its weights from the model unless another adapter shares them or
+        their key is `except_key`."""
+        adapter = self.adapters.pop(name, None)
+        if adapter and adapter.key != except_key and adapter.key not in self._list_keys():
+            self.pipeline.delete_adapters(adapter.key)
             self._active = None
 
     def _list_keys(self) -> set[str]:
-        """Keys of the adapters in the model; files of equal content share one."""
+        """Return the keys of the adapters in the model; files with equal content share one."""
         return {adapter.key for adapter in self.adapters.values()}

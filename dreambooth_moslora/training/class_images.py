@@ -27,7 +27,7 @@ from dreambooth_moslora.disk.contents import hash_values
 from dreambooth_moslora.disk.paths import get_public_name
 from dreambooth_moslora.errors import UserError, escape_control_characters
 from dreambooth_moslora.generation.offload import Placement
-from dreambooth_moslora.generation.sampling import generate_images, in_batches
+from dreambooth_moslora.generation.sampling import generate_batches, generate_images
 from dreambooth_moslora.photos import augment, masks, photo_file
 from dreambooth_moslora.photos.captions import (
     Captioner,
@@ -350,7 +350,9 @@ def fill_class_images(
                 size_px=batch.images.size_px,
                 text_options=batch.images.text_options,
             )
-            images = in_batches(batch.seeds, at_once, generate, accelerator.device, set_batch_size)
+            images = generate_batches(
+                batch.seeds, at_once, generate, accelerator.device, set_batch_size
+            )
             return [encode_png(image) for image in images]
 
         make_distributed(context, "class_images", lacking, generate_batch, ClassBatch.keep)

@@ -646,5 +646,5 @@ def test_a_flows_picture_is_decoded_in_tiles_where_memory_is_short(name, tmp_pat
     for free in (None, 1e-4):
         monkeypatch.setattr(devices, "measure_free_gib", lambda device, free=free: free)
         words = family.add_negative(said, empty)
-        sampling.draw_pixels(pipe, words, [0], (64, 64), num_inference_steps=1)
+        sampling.generate_pixels(pipe, words, [0], (64, 64), num_inference_steps=1)
     assert seen == [False, True] and not pipe.vae.use_tiling

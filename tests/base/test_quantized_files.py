@@ -115,7 +115,9 @@ def draw(pipe):
     family = families.build_family(pipe)
     text, empty = (family.collate(family.encode_prompts(pipe, [words])) for words in ("a dog", " "))
     conditioning = family.add_negative(text, empty)
-    return 2 * sampling.draw_pixels(pipe, conditioning, [0], (64, 64), num_inference_steps=2) - 1
+    return (
+        2 * sampling.generate_pixels(pipe, conditioning, [0], (64, 64), num_inference_steps=2) - 1
+    )
 
 
 @pytest.fixture(scope="module")

@@ -259,7 +259,7 @@ def klein(tmp_path) -> list[str]:
 @pytest.mark.parametrize(
     "words, said",
     [
-        ("--resolution 100", "a side of 100 px: FLUX.2 klein draws multiples of 16, such as 96"),
+        ("--resolution 100", "a side of 100 px: FLUX.2 klein needs multiples of 16, such as 96"),
         ("--resolution 0", "--resolution 0: must be at least 1"),
         ("--num_images 0", "--num_images 0: must be at least 1"),
         ("--steps 0", "steps is 0; it must lie between 1 and 200"),

@@ -140,7 +140,7 @@ def test_tags_become_adapters_and_leave_the_prompt_and_each_image_has_its_own_se
     written = "<lora:a:.5> <lora:b: 0.5> <lora:c:+1>"
     assert parse_lora_tags(written) == ("", (("a", 0.5), ("b", 0.5), ("c", 1.0)))
     for tag in ("<lora:rex:0.8:0.5>", "<lora:rex:high>", "<lora:rex:>"):
-        with pytest.raises(UserError, match=f"{tag} is not read here: write <lora:NAME:SCALE>"):
+        with pytest.raises(UserError, match=f"{tag} cannot be read: write <lora:NAME:SCALE>"):
             parse_lora_tags(f"a dog {tag}")
     params = GenerationParams(
         "dog <lora:rex:0.5>", adapters=(("rex", 1.0), ("b", 0.2))

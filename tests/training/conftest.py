@@ -39,12 +39,12 @@ def base(tmp_path_factory) -> Path:
 def two_steps():
     """The pictures that a run of any family draws, in two denoising steps: the program asks for 25,
     and for 50."""
-    draw_pixels = sampling.draw_pixels
+    generate_pixels = sampling.generate_pixels
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             sampling,
-            "draw_pixels",
-            lambda *given, **options: draw_pixels(*given, **options | FEW),
+            "generate_pixels",
+            lambda *given, **options: generate_pixels(*given, **options | FEW),
         )
         yield
 

@@ -306,7 +306,7 @@ def test_patterns_of_rank_and_alpha_are_for_transformers_too():
 def test_a_size_that_the_family_does_not_draw_is_refused_by_its_name():
     for facts in map(facts_named, ("sdxl", "sd1", "flux")):
         check_sides((facts.multiple_px, 2 * facts.multiple_px), facts)
-        said = f"a side of 100 px: {facts.title} draws multiples of {facts.multiple_px}, such as 96"
+        said = f"a side of 100 px: {facts.title} needs multiples of {facts.multiple_px}, such as 96"
         with pytest.raises(UserError, match=said):
             check_sides((96, 100), facts)
 

@@ -143,7 +143,7 @@ def test_pictures_are_drawn_half_as_many_at_once(card, tiny_base, caplog):
 
     card(lambda unet, z: len(z) <= 2)  # a picture with guidance passes twice
     assert list(sampler(requests, batch_size=4)) == wanted
-    said = "pictures ran out of memory: %d are drawn at once."
+    said = "out of memory while generating images: continuing with batches of %d."
     assert caplog.messages == [said % 2, said % 1]
 
     card(lambda unet, z: False)
@@ -165,5 +165,5 @@ def test_class_images_are_drawn_half_as_many_at_once(card, tiny_base, photos, tm
         pictures = sorted(RunDir(folder).class_images_dir.glob("*.png"))
         drawn.append([path.read_bytes() for path in pictures])
     assert drawn[0] == drawn[1] and len(drawn[0]) == 6
-    said = "pictures ran out of memory: %d are drawn at once."
+    said = "out of memory while generating images: continuing with batches of %d."
     assert [line for line in caplog.messages if "ran out" in line] == [said % 2, said % 1]

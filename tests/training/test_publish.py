@@ -18,7 +18,7 @@ from PIL import Image
 from dreambooth_moslora.disk.events import SamplesSaved, StepDone, StepEvaluated, build_record
 from dreambooth_moslora.disk.run_folder import CARD_SIGNATURE, RunDir, list_card_pictures
 from dreambooth_moslora.errors import StopRequestedError, UserError
-from dreambooth_moslora.generation.sampling import stopper
+from dreambooth_moslora.generation.sampling import build_stop_callback
 from dreambooth_moslora.lora.metadata import AdapterMetadata, format_dora_table
 from dreambooth_moslora.lora.verify import FileProof, Proof
 from dreambooth_moslora.pictures import SheetRow, draw_contact_sheet
@@ -259,9 +259,9 @@ def test_a_stop_in_the_first_pictures_is_heard_within_one_before_they_are_all_dr
     config, tmp_path
 ):
     tensors = {"latents": 1}
-    assert stopper(lambda: False)(None, 0, None, tensors) is tensors
+    assert build_stop_callback(lambda: False)(None, 0, None, tensors) is tensors
     with pytest.raises(StopRequestedError):
-        stopper(lambda: True)(None, 0, None, tensors)
+        build_stop_callback(lambda: True)(None, 0, None, tensors)
     samples = tmp_path / "run" / "samples"
     result = train(config(**DRAWN), should_stop=(samples / "step_000000_0.png").exists)
     assert result.interrupted and result.step == 0

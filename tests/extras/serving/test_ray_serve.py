@@ -100,7 +100,7 @@ def test_mistakes_strangers_and_a_full_queue_are_answered_in_json(service):
     client, _ = service
     assert draw(client, "wolf").status_code == 404
     assert draw(client, "dog", prompt="").json() == {
-        "error": "the prompt is empty; write what the picture should show"
+        "error": "the prompt is empty; write what the image should show"
     }
     assert client.get("/adapters", headers={"Authorization": "Bearer x"}).status_code == 401
     with ThreadPoolExecutor(32) as clients:
