@@ -1,5 +1,5 @@
-"""Readers of a base's files: its weight files, their headers and its configurations. `base.base`
-has what they say."""
+"""Readers of a base's files: its weight files, their headers and its configurations, for
+`base.base`."""
 
 import re
 from collections.abc import Mapping
@@ -13,54 +13,48 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import family_facts
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
-"""How a file begins whose content git-lfs has not fetched."""
+"""First bytes of a file whose content git-lfs has not fetched."""
 SD3_TENSOR = "transformer_blocks.0.attn.add_q_proj.weight"
-"""A tensor of SD 3 in diffusers' layout."""
+"""Name of a tensor of SD 3 in diffusers' layout."""
 DEFAULT_VAE_LEVELS = 4
-"""Resolutions inside a VAE. Each but the last halves the side."""
+"""Number of resolutions inside a VAE. Each but the last halves the side."""
 MAX_SMALL_BASE_PX = 256
-"""A base of at most this resolution needs no care with GPU memory."""
+"""Resolution up to which a base needs no memory plan."""
 HUB_NAME_PATTERN = re.compile(
     r"(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII
 )
-"""owner/model, as the hub allows them."""
+"""Pattern of the hub's ids, owner/model."""
 SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
-"""Of checkpoints that hold a whole model, or its denoiser."""
+"""Suffixes of checkpoints that hold a whole model, or its denoiser."""
 DENOISER_PREFIX = "model.diffusion_model."
-"""How the names of the denoiser's tensors begin in a whole checkpoint."""
+"""Prefix of the denoiser's tensors in a whole checkpoint."""
 QUANTIZED = re.compile(
     "SCB|weight_format|comfy_quant|scaled_fp8|scale_(weight|input)"
     r"|(weight|input|output|pre_quant)?_scale(_\w+)?"
 )
-"""Last parts of names that only quantized weights have beside them."""
+"""Last parts of the names of tensors that exist only beside quantized weights."""
 INDEX_NAME = "model_index.json"
-"""diffusers' file that names the parts of a base."""
+"""File of diffusers that lists the parts of a base."""
 
 
 def list_weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The weight files of a base's component that are loaded: the variant's, if there are any."""
-    for suffix in (".safetensors", ".bin"):
-        files = sorted(folder.glob(f"*{suffix}"))
-        if not files:
-            continue
-
-        # The variant's, else the plain ones, else whatever is there.
-        chosen = [file for file in files if variant and f".{variant}" in file.name]
-        plain = [file for file in files if "." not in file.stem]
-        return chosen or plain or files
-    return []
+    """List the weight files of a component that are loaded: the variant's, else the plain ones,
+    else all."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    of_variant = [file for file in files if variant and f".{variant}" in file.name]
+    return of_variant or [file for file in files if "." not in file.stem] or files
 
 
 def list_variants(folder: Path) -> list[str]:
-    """The variants of a component's safetensors files: `fp16` of model.fp16.safetensors, also where
-    it is split."""
+    """List the variants of a component's safetensors files, such as `fp16` of
+    model.fp16.safetensors, also if they are split."""
     names = [file.stem.partition(".")[2] for file in folder.glob("*.safetensors")]
     return sorted({name.partition("-")[0] for name in names if name})
 
 
 def read_folder_shapes(folder: Path, variant: str | None = None) -> dict[str, list[int]]:
-    """Tensor's name -> shape for a component's folder; {} for another format than safetensors, and
-    for no files. Raises UserError for a damaged file."""
+    """Return tensor's name -> shape for a component's folder; {} for another format than
+    safetensors, and without files. Raises UserError for a damaged file."""
     shapes: dict[str, list[int]] = {}
     for file in list_weight_files(folder, variant):
         shapes |= read_shapes(file)
@@ -68,8 +62,8 @@ def read_folder_shapes(folder: Path, variant: str | None = None) -> dict[str, li
 
 
 def read_shapes(path: Path) -> dict[str, list[int]]:
-    """{tensor's name: its shape} of a safetensors file; {} for another format. Raises UserError for
-    a damaged one."""
+    """Return tensor's name -> shape of a safetensors file; {} for another format. Raises UserError
+    for a damaged file."""
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise UserError(
@@ -90,7 +84,7 @@ def read_shapes(path: Path) -> dict[str, list[int]]:
 def find_snapshot(
     hub_id: str, file: str, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> Path | None:
-    """Return the folder of the hub's cache that has this file of a model; None for no such one."""
+    """Return the folder of the hub's cache that has this file of a model, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(hub_id, file, revision=revision, cache_dir=cache_dir)
@@ -115,77 +109,87 @@ def group_quantized(path: Path) -> dict[str, dict[str, str]]:
 
 
 def is_hub_id(name: str) -> bool:
-    """`owner/model-1.0` is one despite its dot; `owner/model.safetensors`, `./model` and what the
-    hub would not take as a name are paths."""
+    """Return whether a name can be an id of the hub: `owner/model-1.0` can despite its dot,
+    `owner/model.safetensors` and `./model` cannot."""
     return bool(HUB_NAME_PATTERN.fullmatch(name)) and Path(name).suffix not in SINGLE_FILE_SUFFIXES
 
 
 def read_unet_resolution(folder: Path) -> int | None:
-    """The side in px by the configuration of the UNet, and of the VAE, which may be another's; None
-    where it does not say it."""
+    """Return the side of the training images in px, by the configurations of the UNet and the VAE;
+    None if they do not state it."""
     try:
-        # The UNet's side is in latents.
-        latent = int(read_json(folder / "unet" / "config.json")["sample_size"])
-
-        # The VAE says how many px are in one of them.
+        # The UNet's configuration has the side in latents, the VAE's decides the px of each.
+        latents = int(read_json(folder / "unet" / "config.json")["sample_size"])
         vae = folder / "vae" / "config.json"
         levels = DEFAULT_VAE_LEVELS
         if vae.is_file():
             levels = len(read_json(vae)["block_out_channels"])
-        return latent * 2 ** (levels - 1) if latent > 0 else None
+        return latents * 2 ** (levels - 1) if latents > 0 else None
     except (UserError, KeyError, TypeError, ValueError, OverflowError):
         return None
 
 
 class OtherModel(NamedTuple):
-    """A model that is no base here, though its files resemble those of a family."""
+    """Unsupported model whose files resemble those of a family.
+
+    title: of the model
+    keys: tensors that its file has
+    lacks: tensor that its file does not have
+    inputs: columns of `img_in.weight`; 0 for any number
+    pattern: part of the file's or model's name; needed if the tensors are those of a family
+    """
 
     title: str
-    keys: tuple[str, ...] = ()  # its file has all of these,
-    lacks: str = ""  # and not this one,
-    inputs: int = 0  # and so many columns in `img_in.weight`,
-    word: str = ""  # and this in its name, where the tensors are a family's
+    keys: tuple[str, ...] = ()
+    lacks: str = ""
+    inputs: int = 0
+    pattern: str = ""
 
-    def is_named(self, name: str) -> bool:
-        """Whether the name of a file or a model says that it is this one."""
-        return bool(re.search(self.word, name.lower()))
+    def is_name_match(self, name: str) -> bool:
+        """Return whether a file or model of this name can be this model."""
+        return bool(re.search(self.pattern, name.lower()))
 
     def is_match(self, name: str, shapes: Mapping[str, list[int]]) -> bool:
-        """Whether a file of this name with these tensors is this one."""
+        """Return whether a file of this name with these tensors is this model."""
         columns = shapes.get("img_in.weight", [0])[-1]
         has_keys = bool(self.keys) and shapes.keys() >= {*self.keys} and self.lacks not in shapes
-        return has_keys and self.inputs in (0, columns) and self.is_named(name)
+        return has_keys and self.inputs in (0, columns) and self.is_name_match(name)
 
 
 FLUX1_TENSORS = ("vector_in.in_layer.weight", "double_blocks.0.img_attn.norm.key_norm.scale")
+"""Names of tensors of FLUX.1's models, in the layout of their authors."""
 OTHER_MODELS = (
-    OtherModel("FLUX.1 Kontext", FLUX1_TENSORS, word="kontext"),
+    OtherModel("FLUX.1 Kontext", FLUX1_TENSORS, pattern="kontext"),
     OtherModel("FLUX.1 Fill", FLUX1_TENSORS, inputs=384),
     OtherModel("FLUX.1 Depth or Canny", FLUX1_TENSORS, inputs=128),
     OtherModel("FLUX.1 schnell", FLUX1_TENSORS, lacks="guidance_in.in_layer.bias"),
     OtherModel(
         "FLUX.2 dev", ("single_stream_modulation.lin.weight", "guidance_in.in_layer.weight")
     ),
-    OtherModel("Qwen-Image-Edit", ("txt_norm.weight",), word="qwen.?image.*edit"),
+    OtherModel("Qwen-Image-Edit", ("txt_norm.weight",), pattern="qwen.?image.*edit"),
     OtherModel("Chroma", ("distilled_guidance_layer.in_proj.bias",)),
     OtherModel("Wan", ("head.modulation",)),
     OtherModel("HiDream", ("double_stream_blocks.0.block.adaLN_modulation.1.bias",)),
     OtherModel("FLUX.1 in diffusers' layout", ("single_transformer_blocks.0.proj_mlp.weight",)),
     OtherModel("Stable Diffusion 3 in diffusers' layout", ("pos_embed.proj.weight", SD3_TENSOR)),
-    OtherModel("a GGUF file", word="gguf"),
+    OtherModel("a GGUF file", pattern="gguf"),
 )
-"""Asked before the marks of the families. Without its files a hub id is told by the word alone."""
+"""Unsupported models, which are tried before the families. A hub id without files is compared by
+the pattern alone."""
 
 
 def detect_file_facts(path: Path, tensors: Mapping[str, list[int]]) -> family_facts.FamilyFacts:
-    """The family of a single file, by the names of its tensors {name: shape}. Raises UserError for
-    another model, and for one that no family claims."""
-    # Another format than safetensors does not tell its tensors.
+    """Return the family of a single file, by its tensors {name: shape}. Raises UserError for a
+    model of no family."""
+    # The tensors of another format than safetensors are not read.
     if not tensors:
         return family_facts.SDXL
     shapes = {name.removeprefix(DENOISER_PREFIX): shape for name, shape in tensors.items()}
-    if other := next((one for one in OTHER_MODELS if one.is_match(path.stem, shapes)), None):
-        raise UserError(f"{path} is {other.title}, which is no base here: {format_file_advice()}.")
+    for model in OTHER_MODELS:
+        if model.is_match(path.stem, shapes):
+            raise UserError(
+                f"{path} is {model.title}, which is no base here: {format_file_advice()}."
+            )
     for facts in family_facts.FAMILIES:
         if facts.marker_tensor in shapes:
             return facts
@@ -196,35 +200,39 @@ def detect_file_facts(path: Path, tensors: Mapping[str, list[int]]) -> family_fa
 
 
 def format_file_advice() -> str:
+    """Format the advice that names the families."""
     titles = ", ".join(facts.title for facts in family_facts.FAMILIES)
     return f"give a file of {titles}, in the layout of its authors"
 
 
 def detect_hub_facts(name: str) -> family_facts.FamilyFacts | None:
-    """The flow family whose name a hub id has; None for another id. Raises UserError for an id that
-    says that it is something else."""
-    if other := next((one for one in OTHER_MODELS if one.word and one.is_named(name)), None):
-        raise UserError(f"{name} is {other.title} by its name, which is no base here.")
+    """Return the flow family whose title is part of a hub id, or None. Raises UserError for the
+    name of an unsupported model."""
+    for model in OTHER_MODELS:
+        if model.pattern and model.is_name_match(name):
+            raise UserError(f"{name} is {model.title} by its name, which is no base here.")
     letters = re.sub(r"[^a-z0-9]", "", name.lower())
-    flows = [facts for facts in family_facts.FAMILIES if facts.style == "flow"]
-    named = (one for one in flows if re.sub(r"[^a-z0-9]", "", one.title.lower()) in letters)
-    return next(named, None)
+    for facts in family_facts.FAMILIES:
+        title = re.sub(r"[^a-z0-9]", "", facts.title.lower())
+        if facts.style == "flow" and title in letters:
+            return facts
+    return None
 
 
 def check_is_dense(folder: Path) -> None:
-    """Raises UserError for a part of a base whose weights are quantised already."""
+    """Raise UserError for a part of a base whose weights are quantised already."""
     config = folder / "config.json"
-    if config.is_file() and (found := read_json(config).get("quantization_config")):
-        how = found.get("quant_method", "") if isinstance(found, dict) else found
+    if config.is_file() and (settings := read_json(config).get("quantization_config")):
+        method = settings.get("quant_method", "") if isinstance(settings, dict) else settings
         raise UserError(
-            f"{folder} is quantised already ({how!s:.40}): give the base in full or half "
+            f"{folder} is quantised already ({method!s:.40}): give the base in full or half "
             "precision, which --base_quantization quantises."
         )
 
 
 def get_index_facts(index: dict) -> family_facts.FamilyFacts:
-    """The family of a base by its `model_index.json`. Raises UserError for one that cannot be
-    trained."""
+    """Return the family of a base by its `model_index.json`. Raises UserError for a family that
+    cannot be trained."""
     name = str(index.get("_class_name", ""))
 
     # SDXL has pipelines for other tasks, such as inpainting, whose parts are the same.
@@ -234,14 +242,14 @@ def get_index_facts(index: dict) -> family_facts.FamilyFacts:
 
 
 def check_weights(folder: Path, variant: str | None = None) -> None:
-    """Raises UserError for a part of a base without weights."""
+    """Raise UserError for a part of a base without weights."""
     if not list_weight_files(folder, variant):
         lack = "there is neither a .safetensors nor a .bin file in it"
         raise UserError(f"{folder} has no weights: {lack}.")
 
 
 def find_configs(checkpoint: Path) -> Path | None:
-    """The folder of the same stem beside a single-file checkpoint, if it holds a diffusers model's
-    configs."""
+    """Return the folder of the same stem beside a single-file checkpoint, or None if it has no
+    diffusers index."""
     folder = checkpoint.with_suffix("")
     return folder if (folder / INDEX_NAME).is_file() else None

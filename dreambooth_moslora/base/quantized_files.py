@@ -1,15 +1,15 @@
-"""Single files whose weights are quantized, in fp8 and int8 with scales: each is read as the weight
-W that it stands for.
+"""Single files with quantized weights, in fp8 and int8 with scales, which are read as dense weights
+W.
 
     X.weight        W8 (out, in), float8 or int8
-    X.weight_scale  W = scale · W8: one number, one a row, or one for each block of 128 × 128. Older
+    X.weight_scale  W = scale · W8: one number, one per row, or one per block of 128 × 128. Older
                     files call it `scale_weight`, DeepSeek `weight_scale_inv`
-    X.SCB           bitsandbytes' int8: W = SCB / 127 · W8, one number a row
-    X.comfy_quant   ComfyUI's JSON of the layer's format, as bytes; the file's header may have it
+    X.SCB           bitsandbytes' int8: W = SCB / 127 · W8, one number per row
+    X.comfy_quant   ComfyUI's JSON of the layer's format, as bytes; it may be in the file's header
 
-With `convrot` in that JSON W8 is of W·H, group by group of the columns. H is ConvRot's regular
-Hadamard matrix (arXiv 2512.03673), which is its own inverse. Scales of inputs are for arithmetic in
-eight bits; here layers compute in the run's precision.
+With `convrot` in that JSON, W8 is the quantized W·H, group by group of the columns. H is ConvRot's
+regular Hadamard matrix (arXiv 2512.03673), which is its own inverse. Scales of inputs serve 8-bit
+arithmetic and are ignored: layers compute in the run's precision.
 """
 
 from collections.abc import Sequence
@@ -26,30 +26,28 @@ from dreambooth_moslora.disk.contents import parse_json
 from dreambooth_moslora.errors import UserError, format_error
 
 SCALE_DIVISORS = {"scale_weight": 1, "weight_scale": 1, "weight_scale_inv": 1, "SCB": 127}
-"""Last part of the name of a weight's scale -> what it is divided by."""
+"""Last part of the name of a weight's scale -> divisor of the scale."""
 UNUSED_PARTS = ("scale_input", "input_scale", "scaled_fp8", "comfy_quant", "weight_format")
-"""Last parts of names beside a weight that are no scale of it."""
+"""Last parts of the names of tensors beside a weight that are not its scale."""
 FORMATS = (
     *("float8_e4m3fn", "float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise", "float8_e5m2"),
     *("int8_tensorwise", "int8_blockwise"),
 )
-"""The formats of ComfyUI and convert_to_quant that are read. Some files leave the name out."""
+"""Supported formats of ComfyUI and convert_to_quant. Some files omit the format's name."""
 UNREAD_FORMATS = {"weight_scale_2": "nvfp4", "bitsandbytes__nf4": "nf4", "bitsandbytes__fp4": "fp4"}
-"""Last part of a name -> a format that may say no more of itself."""
+"""Last part of a tensor's name -> unsupported format that has no other mark."""
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""The dtypes of scales."""
+"""Supported dtypes of scales."""
 WEIGHT_DTYPES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, *SCALE_DTYPES)
-"""The dtypes of weights beside a scale."""
+"""Supported dtypes of weights with a scale."""
 DEFAULT_BLOCK_SIZE = 128
-"""Rows and columns of a block, unless the file says it."""
+"""Rows and columns of a block, unless the file states them."""
 DEFAULT_GROUP_SIZE = 256
-"""Columns that ConvRot rotates together, unless the file says it."""
+"""Columns that ConvRot rotates together, unless the file states them."""
 
 
 class QuantizedFile:
-    """A safetensors file with quantized weights.
-
-    path: of the file
+    """Safetensors file with quantized weights.
 
     `layers` is {layer: {last part of a tensor's name: its dtype}}, of the denoiser alone where the
     file is a whole checkpoint, `other_layers` those of its other parts.
@@ -67,7 +65,7 @@ class QuantizedFile:
         }
         self.other_layers = [layer for layer in layers if layer not in self.layers]
 
-        # The layers of a header may be without the prefix.
+        # The header may name the layers without the prefix.
         formats = read_formats(path)
         self.formats = {
             layer: formats.get(layer) or formats.get(layer.removeprefix(prefix)) or {}
@@ -75,7 +73,7 @@ class QuantizedFile:
         }
 
     def check(self) -> None:
-        """Raise UserError for a format that is not read, by one layer of each kind."""
+        """Raise UserError for an unsupported format, by reading one layer of each kind."""
         checked = set()
         with safe_open(self.path, "pt") as file:
             for layer, dtypes in self.layers.items():
@@ -88,16 +86,16 @@ class QuantizedFile:
                 checked.add(kind)
 
     def dequantize(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-        """Put the value of each quantized weight, in `dtype`, into the place of what the file has
-        of it, one after the other: no second copy is held. Raises UserError as `check` does."""
+        """Replace each quantized weight and its scale in `tensors` by the dense weight in `dtype`,
+        one after the other, without a second copy of all. Raises UserError as `check` does."""
         for layer, dtypes in self.layers.items():
             weight = self.restore(layer, {part: tensors.pop(join(layer, part)) for part in dtypes})
             if weight is not None:
                 tensors[join(layer, "weight")] = weight.to(dtype)
 
     def restore(self, layer: str, parts: dict[str, Tensor]) -> Tensor | None:
-        """Return a layer's weight in fp32, as `restore_weight` does. Raises UserError, which names
-        the format, for one that is not read."""
+        """Return a layer's dense weight in fp32, as `restore_weight` does. Raises UserError with
+        the name of an unsupported format."""
         try:
             settings = self.formats[layer]
             if "comfy_quant" in parts:
@@ -117,13 +115,13 @@ class QuantizedFile:
 
 @dataclass
 class Header:
-    """What a file's header says in ComfyUI's words: {layer: JSON of its format}."""
+    """ComfyUI's entry in a file's header: {layer: JSON of its format}."""
 
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def read_formats(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the formats of the layers that a file's header has. Raises UserError."""
+    """Return the layers' formats in a file's header. Raises UserError for invalid JSON."""
     with safe_open(path, "np") as file:
         text = (file.metadata() or {}).get("_quantization_metadata", "{}")
     try:
@@ -133,32 +131,32 @@ def read_formats(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def join(layer: str, part: str) -> str:
-    """Return the name of a layer's tensor. A mark of the whole file has no layer."""
+    """Return the name of a layer's tensor; of the whole file's mark without a layer."""
     return f"{layer}.{part}".removeprefix(".")
 
 
 def restore_weight(parts: dict[str, Tensor], settings: dict[str, Any]) -> Tensor | None:
-    """Return a layer's weight in fp32, so that it is rounded once; one without a scale as it is,
-    and None where there is none.
+    """Return a layer's dense weight in fp32, so that it is rounded once; a weight without a scale
+    unchanged, and None without a weight.
 
-    parts: last part of a name -> tensor: `weight` (out, in) or (out, in, h, w), and what is beside
+    parts: last part of a name -> tensor: `weight` (out, in) or (out, in, h, w), and its scales
     settings: ComfyUI's JSON of the layer; {} without one
 
-    Raises ValueError, which names the format, for one that is not read.
+    Raises ValueError with the name of an unsupported format.
     """
     if settings.get("format", FORMATS[0]) not in FORMATS:
         raise ValueError(settings["format"])
 
-    # One scale that is known, of a weight that is known, and no more.
+    # Require exactly one supported scale of a supported weight.
     weight = parts.get("weight")
     scales = [part for part in parts if part not in ("weight", *UNUSED_PARTS)]
     if not scales and (weight is None or weight.is_floating_point()):
         return weight
-    is_known = (
+    is_supported = (
         len(scales) == 1 and scales[0] in SCALE_DIVISORS and parts[scales[0]].dtype in SCALE_DTYPES
     )
-    is_by_rows = not parts.get("weight_format", torch.zeros(1)).any()  # as bitsandbytes saves it
-    if not is_known or not is_by_rows or weight is None or weight.dtype not in WEIGHT_DTYPES:
+    is_by_rows = not parts.get("weight_format", torch.zeros(1)).any()  # bitsandbytes' row order
+    if not is_supported or not is_by_rows or weight is None or weight.dtype not in WEIGHT_DTYPES:
         kinds = (f"{part}: {str(tensor.dtype)[6:]}" for part, tensor in sorted(parts.items()))
         raise ValueError(f"an unknown format ({', '.join(kinds)})")
     options = settings.get("params", {}) | settings
@@ -167,7 +165,7 @@ def restore_weight(parts: dict[str, Tensor], settings: dict[str, Any]) -> Tensor
         scale, weight.shape, options.get("group_size", DEFAULT_BLOCK_SIZE)
     )
 
-    # Rotated columns are rotated back.
+    # Rotate rotated columns back.
     if options.get("convrot"):
         size = options.get("convrot_groupsize", DEFAULT_GROUP_SIZE)
         matrix = build_hadamard(size)
@@ -178,11 +176,11 @@ def restore_weight(parts: dict[str, Tensor], settings: dict[str, Any]) -> Tensor
 
 
 def expand_scale(scale: Tensor, shape: Sequence[int], block: int) -> Tensor:
-    """Return a scale as it multiplies a weight.
+    """Expand a scale to a tensor that multiplies a weight.
 
     scale: one number; (out,) or (out, 1); or (blocks of rows, blocks of columns)
     shape: of the weight, (out, in) or (out, in, h, w)
-    block: rows and columns of a block; the last ones may be cut short
+    block: rows and columns of a block; the last blocks may be smaller
 
     Raises ValueError for another shape.
     """
@@ -199,8 +197,8 @@ def expand_scale(scale: Tensor, shape: Sequence[int], block: int) -> Tensor:
 
 
 def build_hadamard(size: int) -> Tensor:
-    """Return ConvRot's orthogonal matrix (size, size): a Kronecker power of one of 4 × 4, whose
-    rows have equal sums. Raises ValueError for a size that is no power of 4."""
+    """Build ConvRot's orthogonal matrix (size, size): the Kronecker power of a matrix of 4 × 4
+    whose rows have equal sums. Raises ValueError for a size that is not a power of 4."""
     quarter = 0.5 - torch.eye(4).flip(0)
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
