@@ -35,7 +35,7 @@ def build_floor_step(size: str, resolution_px: int, rank: int) -> Step:
         materials.pipeline.unet.requires_grad_(False).train(),
         materials.dataloader.load_batch([0]),
     )
-    latents, words = (
+    latents, text = (
         batch.latents.to(materials.dtype),
         materials.family.collate(materials.text_cache(batch.prompts)),
     )
@@ -43,7 +43,7 @@ def build_floor_step(size: str, resolution_px: int, rank: int) -> Step:
     def step() -> tuple[float, float]:
         noisy = torch.randn_like(latents).requires_grad_()
         output = materials.family.predict(
-            unet, noisy, torch.randint(0, 1000, (1,)), **batch.photo_inputs, **words
+            unet, noisy, torch.randint(0, 1000, (1,)), **batch.photo_inputs, **text
         )
         loss = output.float().square().mean()
         loss.backward()
@@ -81,8 +81,8 @@ def build_trainer_step(
     )
 
     def step() -> tuple[float, float]:
-        found = train_step.update_adapter(train_step.accumulate_gradients())
-        return found.total, found.grad_norm
+        loss = train_step.update_adapter(train_step.accumulate_gradients())
+        return loss.total, loss.grad_norm
 
     return step
 

@@ -37,7 +37,7 @@ REQUIRED_PACKAGES = (
 """What the sections import."""
 
 
-def make_bundle(file: Path, there: Path | None, wheels: Path | None) -> None:
+def make_bundle(file: Path, remote_root: Path | None, wheels: Path | None) -> None:
     """Write the archive, and print which wheels that machine lacks and what to run there.
 
     file: the archive, .tar.xz
@@ -54,8 +54,8 @@ def make_bundle(file: Path, there: Path | None, wheels: Path | None) -> None:
 
     # What it needs there.
     has = {"torch": metadata.version("torch"), "torchvision": metadata.version("torchvision")}
-    if there:
-        lines = there.read_text(encoding="utf-8").splitlines()
+    if remote_root:
+        lines = remote_root.read_text(encoding="utf-8").splitlines()
         has = dict(line.split("==", 1) for line in lines if "==" in line)
     names = list_missing_packages(has)
     print("wheels that it needs there:", " ".join(names) or "none")
@@ -83,11 +83,11 @@ def add_wheel(bundle: tarfile.TarFile, wheel: Path) -> None:
     """The wheel, of bitsandbytes without the libraries for other cards: pip asks for no file that
     its list names and that is not there."""
     content = io.BytesIO()
-    with zipfile.ZipFile(wheel) as whole, zipfile.ZipFile(content, "w") as kept:
+    with zipfile.ZipFile(wheel) as whole, zipfile.ZipFile(content, "w") as trimmed:
         for member in whole.infolist():
             library = re.search(r"libbitsandbytes_(\w+)\.so", member.filename)
             if library is None or library[1] in (CUDA, "cpu"):
-                kept.writestr(member, whole.read(member), zipfile.ZIP_STORED)  # xz packs better
+                trimmed.writestr(member, whole.read(member), zipfile.ZIP_STORED)  # xz packs better
     entry = tarfile.TarInfo(f"bundle/wheels/{wheel.name}")
     entry.size = content.tell()
     content.seek(0)
@@ -105,22 +105,22 @@ def list_missing_packages(has: dict[str, str]) -> list[str]:
     ours = {}
     for line in lines:
         if line.strip() and not line.startswith("#"):
-            wanted = Requirement(line.split("#")[0])
-            ours[canonicalize_name(wanted.name)] = wanted.specifier
+            requirement = Requirement(line.split("#")[0])
+            ours[canonicalize_name(requirement.name)] = requirement.specifier
 
-    found: dict[str, str] = {}
+    versions: dict[str, str] = {}
     waiting = [Requirement(name) for name in REQUIRED_PACKAGES]
     while waiting:
-        wanted = waiting.pop(0)
-        name = canonicalize_name(wanted.name)
-        both = wanted.specifier & ours.get(name, wanted.specifier)
-        if name in found or (name in has and both.contains(has[name], prereleases=True)):
+        requirement = waiting.pop(0)
+        name = canonicalize_name(requirement.name)
+        specifier = requirement.specifier & ours.get(name, requirement.specifier)
+        if name in versions or (name in has and specifier.contains(has[name], prereleases=True)):
             continue
 
         # Here it is installed; with it come its own needs.
-        found[name] = metadata.version(name)
+        versions[name] = metadata.version(name)
         for line in metadata.requires(name) or ():
             need = Requirement(line)
             if need.marker is None or need.marker.evaluate({"extra": ""}):
                 waiting.append(need)
-    return [f"{name}=={version}" for name, version in sorted(found.items())]
+    return [f"{name}=={version}" for name, version in sorted(versions.items())]

@@ -69,7 +69,7 @@ def build_diffusers_style_step(
     if fp32_adapter:
         cast_training_params(unet)
     embeds, pooled = embed_prompt(encoders)
-    words = {
+    conditions = {
         "text_embeds": pooled,
         "time_ids": torch.tensor([[resolution_px] * 2 + [0, 0] + [resolution_px] * 2]),
     }
@@ -85,7 +85,7 @@ def build_diffusers_style_step(
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, schedule.config.num_train_timesteps, (1,))
         noisy = schedule.add_noise(latents, noise, timesteps)
-        prediction = unet(noisy, timesteps, embeds, added_cond_kwargs=words).sample
+        prediction = unet(noisy, timesteps, embeds, added_cond_kwargs=conditions).sample
         loss = F.mse_loss(prediction.float(), noise.float())
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(trained, 1.0)

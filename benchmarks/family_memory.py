@@ -274,11 +274,11 @@ def count(name: str, facts: FamilyFacts, denoiser: nn.Module, resolution: int) -
         copies.attach_copies() as step,
     ):
         loss = predict().float().square().mean()
-        kept = counter.live
+        live_bytes = counter.live
         loss.backward()
         step.collect()
     denoiser.zero_grad(set_to_none=True)
-    return Count(kept / GIB, counter.peak / GIB, counter.kernels)
+    return Count(live_bytes / GIB, counter.peak / GIB, counter.kernels)
 
 
 def measure_drawing_gib(
@@ -327,14 +327,14 @@ def measure_decoding_gib(family: str, resolution: int, is_short: bool) -> float:
 
 def format_decoding(facts: FamilyFacts, resolution: int) -> str:
     """What decoding a picture takes whole and in tiles, beside what `family_facts` says."""
-    said = facts.decoder_bytes_per_pixel / (2 if facts.style == "flow" else 1)
+    estimated_bytes = facts.decoder_bytes_per_pixel / (2 if facts.style == "flow" else 1)
     parts = []
     for is_short, side in ((False, resolution), (True, min(resolution, facts.tile_px))):
         peak = measure_decoding_gib(facts.name, resolution, is_short)
-        estimated = side**2 * said / GIB
-        words = f"in tiles of {side} px" if is_short else f"    decoder: {side} px"
+        estimated = side**2 * estimated_bytes / GIB
+        label = f"in tiles of {side} px" if is_short else f"    decoder: {side} px"
         counted = f"{peak:.3f} GiB, {peak * GIB / side**2:,.0f} bytes a pixel"
-        parts.append(f"{words}: {counted}, estimate {estimated:.3f} {estimated / peak - 1:+.1%}")
+        parts.append(f"{label}: {counted}, estimate {estimated:.3f} {estimated / peak - 1:+.1%}")
     return "; ".join(parts)
 
 
@@ -380,7 +380,7 @@ def list_shapes(model: nn.Module) -> dict[str, list[int]]:
 def print_deviations(name: str, resolution: int, rank: int) -> list[tuple[float, float]]:
     """Print a line for each of `COUNTED_PLANS`, one of the decoder, and the model's row; returns
     estimate / count - 1 of each, of a step and of samples."""
-    found, counts, steps = [], {}, {}
+    measured, counts, steps = [], {}, {}
     vae = build_vae(MODELS[name][0])
     for plan in COUNTED_PLANS:
         # What the program says
@@ -389,7 +389,7 @@ def print_deviations(name: str, resolution: int, rank: int) -> list[tuple[float,
         config = build_config(facts, resolution, rank, plan)
         shapes = {facts.denoiser: list_shapes(denoiser), "vae": list_shapes(vae)}
         size = compute_base_size(facts, shapes, facts.targets)
-        told = estimate_memory(config, size, total_steps=100)
+        estimate = estimate_memory(config, size, total_steps=100)
         weights = count_bytes(denoiser) / GIB - compute_saved_gib(denoiser, plan)
         weights -= on_host_gib(denoiser, plan)
 
@@ -408,11 +408,11 @@ def print_deviations(name: str, resolution: int, rank: int) -> list[tuple[float,
 
         # Both side by side
         staying = weights + adapter * 12 / GIB + CONTEXT_GIB
-        drawn = max(drawing, measure_decoding_gib(facts.name, resolution, is_short=True))
-        drawn += count_bytes(vae) / GIB + adapter * GRADIENT_BYTES / GIB
+        sample_gib = max(drawing, measure_decoding_gib(facts.name, resolution, is_short=True))
+        sample_gib += count_bytes(vae) / GIB + adapter * GRADIENT_BYTES / GIB
         totals = [
-            (staying + counted.peak_gib, told.training_gib),
-            (staying + drawn, told.sampling_gib),
+            (staying + counted.peak_gib, estimate.training_gib),
+            (staying + sample_gib, estimate.sampling_gib),
         ]
         line = (
             f"{f'{name}, {resolution} px, rank {rank}, {plan}':48} {counted.kept_gib:6.2f} "
@@ -422,10 +422,10 @@ def print_deviations(name: str, resolution: int, rank: int) -> list[tuple[float,
         for total, estimated in totals:
             kernels += f" {total:7.2f} {estimated:9.2f} {estimated / total - 1:+7.1%}"
         print(f"{line} {kernels}", flush=True)
-        found.append(tuple(estimated / total - 1 for total, estimated in totals))
+        measured.append(tuple(estimated / total - 1 for total, estimated in totals))
     print(format_decoding(facts, resolution))
     print(format_row(size, steps, drawing), flush=True)
-    return found
+    return measured
 
 
 def measure_block_peaks(name: str) -> tuple[float, float]:
@@ -433,7 +433,7 @@ def measure_block_peaks(name: str) -> tuple[float, float]:
     block of each kind."""
     family, options, _, _ = MODELS[name]
     kind = getattr(diffusers, find_facts(family).model)
-    depths = [one for one in DEPTHS if one in inspect.signature(kind.__init__).parameters]
+    depths = [name for name in DEPTHS if name in inspect.signature(kind.__init__).parameters]
     shallow = options | dict.fromkeys(depths, 1)
     if "dual_attention_layers" in options:
         shallow["dual_attention_layers"] = (0,)
@@ -463,15 +463,15 @@ def main(arguments: list[str] | None = None) -> None:
     for total in ("total", "samples"):
         head += f" {total:>7} {'estimate':>9} {'error':>7}"
     print(head)
-    found = {}
+    errors = {}
     for name, rank in itertools.product(options.models, options.ranks):
         for resolution in options.resolutions or [find_facts(MODELS[name][0]).resolution_px]:
-            found[name, resolution, rank] = print_deviations(name, resolution, rank)
-    for plan, of_plan in zip(COUNTED_PLANS, zip(*found.values(), strict=True), strict=True):
+            errors[name, resolution, rank] = print_deviations(name, resolution, rank)
+    for plan, of_plan in zip(COUNTED_PLANS, zip(*errors.values(), strict=True), strict=True):
         of_steps, of_samples = zip(*of_plan, strict=True)
-        words = f"{max(map(abs, of_steps)):.1%}, of samples "
-        words += f"{min(of_samples):+.1%} to {max(of_samples):+.1%}"
-        print(f"largest deviation of the estimate, {plan}: {words}")
+        summary = f"{max(map(abs, of_steps)):.1%}, of samples "
+        summary += f"{min(of_samples):+.1%} to {max(of_samples):+.1%}"
+        print(f"largest deviation of the estimate, {plan}: {summary}")
 
 
 if __name__ == "__main__":

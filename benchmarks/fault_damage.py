@@ -43,8 +43,8 @@ def flip(path: Path, rng: random.Random) -> None:
 def fill_with_zeros(path: Path, rng: random.Random) -> None:
     """Zero the end, as a file system may leave a file written just before a power failure."""
     content = path.read_bytes()
-    kept = rng.randrange(max(1, len(content)))
-    path.write_bytes(content[:kept] + bytes(len(content) - kept))
+    kept_bytes = rng.randrange(max(1, len(content)))
+    path.write_bytes(content[:kept_bytes] + bytes(len(content) - kept_bytes))
 
 
 def fill_with_noise(path: Path, rng: random.Random) -> None:

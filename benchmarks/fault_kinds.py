@@ -220,12 +220,12 @@ def run_odd_locale(trial: Trial) -> None:
     light = trial.workshop.folder / f"{trial.name} light"
     trial.name = f"{trial.name} {pick_odd_name(trial.rng)}"
     trial.create_home()
-    words = trial.rng.choice(LOCALES) | trial.rng.choice(ENCODINGS)
+    environment = trial.rng.choice(LOCALES) | trial.rng.choice(ENCODINGS)
     command = [sys.executable, "-c", LIGHT_TRAINING, light]
     command += trial.workshop.build_arguments(trial.home, trial.variant)
     done = subprocess.run(
         command,
-        env={**os.environ, **words},
+        env={**os.environ, **environment},
         capture_output=True,
         timeout=RUN_TIMEOUT_SEC,
         check=False,
@@ -233,7 +233,7 @@ def run_odd_locale(trial: Trial) -> None:
     )
     trial.note(RunEnd(done.returncode, (done.stdout + done.stderr).decode(errors="replace"), 0.0))
     rename_undecodable(trial)
-    trial.row, trial.detail = "odd locale and path", str(words)
+    trial.row, trial.detail = "odd locale and path", str(environment)
 
 
 NAMES = (
@@ -309,7 +309,7 @@ def set_process_limit(kind: str, trial: Trial) -> None:
 
 
 def set_limit(kind: str, amount: int) -> None:
-    what = {
+    limit_ids = {
         "file size": resource.RLIMIT_FSIZE,
         "open files": resource.RLIMIT_NOFILE,
         "memory": resource.RLIMIT_AS,
@@ -318,7 +318,7 @@ def set_limit(kind: str, amount: int) -> None:
         amount += int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     if kind == "open files":
         amount += len(os.listdir("/proc/self/fd"))
-    resource.setrlimit(what[kind], (amount, resource.getrlimit(what[kind])[1]))
+    resource.setrlimit(limit_ids[kind], (amount, resource.getrlimit(limit_ids[kind])[1]))
 
 
 def remove_folder(trial: Trial) -> None:

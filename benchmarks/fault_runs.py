@@ -244,11 +244,11 @@ class Workshop:
             if step < STEPS:
                 stop_at(step)
 
-        ended, due = (
+        ended, expected_code = (
             self.start(home, variant, before=prepare_child).wait(),
             130 if step < STEPS else 0,
         )
-        if ended.code != due:
+        if ended.code != expected_code:
             raise SystemExit(
                 f"a run ({variant}) until step {step} ended with {ended.code}:\n{ended.text}"
             )
@@ -266,8 +266,10 @@ class Workshop:
             if step == HALF:
                 self.halves[variant] = home
         operations = [line.split("\t") for line in trace.read_text().splitlines()]
-        known = [(kind, os.path.relpath(path, home)) for kind, path in operations]
-        return Reference(hash_published(home), steps, hash_best(home), known, ended.seconds)
+        relative_operations = [(kind, os.path.relpath(path, home)) for kind, path in operations]
+        return Reference(
+            hash_published(home), steps, hash_best(home), relative_operations, ended.seconds
+        )
 
 
 def hash_published(home: Path) -> dict[str, str]:
@@ -324,11 +326,11 @@ def make_light(folder: Path) -> None:
     from dreambooth_moslora.evaluation import metrics
     from tests.helpers.tiny_encoders import tiny_encoders
 
-    encoders, drawn = tiny_encoders(folder / "encoders"), StableDiffusionXLPipeline.__call__
+    encoders, original_call = tiny_encoders(folder / "encoders"), StableDiffusionXLPipeline.__call__
     metrics.load_encoders = lambda *_, **__: encoders
 
     def draw(self: StableDiffusionXLPipeline, *args: object, **options: object) -> object:
-        return drawn(self, *args, **{**options, "num_inference_steps": 4})
+        return original_call(self, *args, **{**options, "num_inference_steps": 4})
 
     StableDiffusionXLPipeline.__call__ = draw
 

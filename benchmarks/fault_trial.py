@@ -53,10 +53,10 @@ class Trial:
     def note(self, ended: RunEnd) -> None:
         """Record how a run ended, and check what it has published."""
         self.ended.append(ended)
-        found = hash_published(self.home)
-        if found.get(PUBLISHED_NAME) not in {None, *self.reference.steps}:
+        published = hash_published(self.home)
+        if published.get(PUBLISHED_NAME) not in {None, *self.reference.steps}:
             self.wrong.append(PUBLISHED_NAME)
-        if ended.code == 0 and found != self.reference.final:
+        if ended.code == 0 and published != self.reference.final:
             self.wrong.append("after the end")
 
     def run(self, before: Callable[[], object] = bool, **options: object) -> None:

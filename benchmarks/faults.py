@@ -44,7 +44,7 @@ def main() -> int:
         return run_faults(workshop, args)
 
 
-def parse(words: list[str]) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -56,7 +56,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         "--kinds", default="", help="only those with one of these words in their name"
     )
     parser.add_argument("--variants", default=",".join(VARIANTS), help="variants of the training")
-    return parser.parse_args(words)
+    return parser.parse_args(argv)
 
 
 @contextmanager
@@ -89,13 +89,13 @@ def start_preloaded() -> None:
 
 def build_environment(shim: Path) -> dict[str, str]:
     """The environment of a process with the shim, and one thread per training."""
-    words = {
+    environment = {
         PRELOADED: str(shim),
         "LD_PRELOAD": str(shim),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    return os.environ | words
+    return os.environ | environment
 
 
 def inject(workshop: Workshop, args: argparse.Namespace) -> None:
@@ -220,7 +220,7 @@ def format_table(records: list[dict]) -> str:
         "| fault | tried | ended well at once | lost | wrong | traceback |",
         "|---|---|---|---|---|---|",
     ]
-    lines += [format_line(row, found) for row, found in sorted(rows.items())]
+    lines += [format_line(row, results) for row, results in sorted(rows.items())]
     return "\n".join([*lines, format_line("**all**", records)])
 
 

@@ -118,11 +118,11 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + 60 * options.minutes - GRACE_SEC
     file = options.out / "first_half_hour.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"results": []}
-    found["machine"] = collect_machine_facts()
+    report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"results": []}
+    report["machine"] = collect_machine_facts()
 
     # What has no result yet, in order, each in a process of its own: a broken one breaks no other.
-    done = {result["command"] for result in found["results"]}
+    done = {result["command"] for result in report["results"]}
     for section, command in list_commands(options.sections, options.size):
         if command in done:
             continue
@@ -132,9 +132,9 @@ def main(arguments: list[str] | None = None) -> None:
             return
         print(f"{section.name}: {command}", flush=True)
         result = run(command, options.work, left_sec)
-        found["results"].append({"section": section.name, **result})
-        file.write_text(json.dumps(found, indent=1), encoding="utf-8")
-        page = "\n".join(format_page(found)) + "\n"
+        report["results"].append({"section": section.name, **result})
+        file.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        page = "\n".join(format_page(report)) + "\n"
         file.with_suffix(".md").write_text(page, encoding="utf-8")
     print(f"nothing is left: {file.with_suffix('.md')}")
 
@@ -170,11 +170,11 @@ def list_commands(names: Sequence[str], size: str) -> Iterable[tuple[Section, st
 
 def run(command: str, work: Path, limit_sec: float) -> dict:
     """Run it; returns its lines of JSON, its seconds, and how it ended badly, if it did."""
-    module, *words = shlex.split(command.format(work=work))
+    module, *arguments = shlex.split(command.format(work=work))
     start, ended = time.monotonic(), None
     try:
         done = subprocess.run(
-            [sys.executable, "-m", f"benchmarks.{module}", *words],
+            [sys.executable, "-m", f"benchmarks.{module}", *arguments],
             cwd=ROOT,
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
             capture_output=True,
@@ -183,8 +183,9 @@ def run(command: str, work: Path, limit_sec: float) -> dict:
         )
         output = done.stdout
         if done.returncode:
-            said = done.stderr.decode(errors="replace").strip().splitlines()
-            ended = f"exit code {done.returncode}: {said[-1] if said else 'nothing was said'}"
+            error_lines = done.stderr.decode(errors="replace").strip().splitlines()
+            reason = error_lines[-1] if error_lines else "no error message"
+            ended = f"exit code {done.returncode}: {reason}"
     except subprocess.TimeoutExpired as broken:
         output, ended = broken.stdout or b"", f"ended by the clock after {limit_sec:.0f} s"
 
@@ -217,7 +218,7 @@ def format_page(report: dict) -> Iterable[str]:
     yield ""
     yield ", ".join(f"{name} {value}" for name, value in report["machine"].items())
     for section in SECTIONS:
-        results = [one for one in report["results"] if one["section"] == section.name]
+        results = [result for result in report["results"] if result["section"] == section.name]
         if results:
             yield from ("", f"## {section.name}", "", section.question)
         for result in results:

@@ -83,9 +83,10 @@ def measure(
             f"{name}_sec": median(row[i][0] for row in rows)
             for i, name in enumerate(("floor", "gradients", "update"))
         },
-        **{f"{name}_ratio": round(median(found), 3) for name, found in ratios.items()},
+        **{f"{name}_ratio": round(median(values), 3) for name, values in ratios.items()},
         **{
-            f"{name}_ratios": [round(ratio, 3) for ratio in found] for name, found in ratios.items()
+            f"{name}_ratios": [round(ratio, 3) for ratio in values]
+            for name, values in ratios.items()
         },
     }
 
@@ -104,17 +105,17 @@ def main() -> None:
     from dreambooth_moslora.disk.processes import keep_freed_memory
 
     keep_freed_memory()
-    found = []
+    measured = []
     for px in args.resolutions:
         row = measure(args.size, px, args.rank, args.warmup, args.steps)
-        found.append(row)
+        measured.append(row)
         seconds = ", ".join(
             f"{name} {row[f'{name}_sec']:.2f} s" for name in ("floor", "gradients", "update")
         )
         ratios = ", ".join(f"{name} {row[f'{name}_ratio']:.3f}" for name in ("clock", "processor"))
         print(f"{px} px: {seconds}; ours / floor: {ratios}; {row['flags']}", flush=True)
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -75,13 +75,13 @@ def measure(arm: str, options: argparse.Namespace) -> dict:
     accelerator = build_half_accelerator()
     options.precision = accelerator.mixed_precision
     step, estimate_gib = build_trainer_step(arm, options, accelerator)
-    found = measure_arm(arm, step, options, accelerator.device)
-    return found | {"estimate_gib": round(estimate_gib, 2)}
+    result = measure_arm(arm, step, options, accelerator.device)
+    return result | {"estimate_gib": round(estimate_gib, 2)}
 
 
 def build_parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    arms = "; ".join(f"{name}: {what}" for name, what in ARMS.items())
+    arms = "; ".join(f"{name}: {description}" for name, description in ARMS.items())
     options.add_argument("--model", choices=SMALL, default="Z-Image")
     options.add_argument("--arms", nargs="+", choices=ARMS, default=["ours"], help=arms)
     options.add_argument(
@@ -134,8 +134,8 @@ def build_trainer_step(
         denoiser.enable_gradient_checkpointing()
 
     def step() -> tuple[float, float]:
-        found = train_step.update_adapter(train_step.accumulate_gradients())
-        return found.total, found.grad_norm
+        loss = train_step.update_adapter(train_step.accumulate_gradients())
+        return loss.total, loss.grad_norm
 
     return step, estimate_memory(config, size, total_steps=steps).training_gib
 
@@ -172,11 +172,11 @@ def build_random_inputs(
     dtype: torch.dtype,
 ) -> TrainInputs:
     """What a run prepares, of one random photo and one random prompt."""
-    _, _, (channels, px), words = MODELS[model]
+    _, _, (channels, px), text_tokens = MODELS[model]
     kind, scheduler = getattr(diffusers, facts.pipeline), FlowMatchEulerDiscreteScheduler()
     parts = dict.fromkeys(("vae", *facts.encoders, *map(get_tokenizer_name, facts.encoders)))
     pipeline = kind(**parts, transformer=denoiser, scheduler=scheduler)
-    shapes = {name: rows[0].shape for name, rows in words().items() if rows is not None}
+    shapes = {name: rows[0].shape for name, rows in text_tokens().items() if rows is not None}
     text = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
     side = resolution_px // px
     latents, family = torch.randn(channels, side, side), FAMILY_CLASSES[facts.name](facts)

@@ -85,11 +85,11 @@ def count(config: TrainConfig, unet: nn.Module) -> Count:
     with Counter() as counter, patch_attention(), copies.attach_copies() as step:
         output = unet(noisy, create_empty(batch), text, added_cond_kwargs=added).sample
         loss = output.float().square().mean()
-        kept = counter.live
+        live_bytes = counter.live
         loss.backward()
         step.collect()
     unet.zero_grad(set_to_none=True)
-    return Count(kept / GIB, counter.peak / GIB, counter.kernels)
+    return Count(live_bytes / GIB, counter.peak / GIB, counter.kernels)
 
 
 def create_empty(*shape: int) -> Tensor:
@@ -136,9 +136,9 @@ def print_row(
     if not estimated:
         print(line, flush=True)
         return 0.0
-    told = estimate_total_gib(config)
-    print(f"{line} {told:9.2f} {told / total - 1:+10.1%}", flush=True)
-    return abs(told / total - 1)
+    estimate_gib = estimate_total_gib(config)
+    print(f"{line} {estimate_gib:9.2f} {estimate_gib / total - 1:+10.1%}", flush=True)
+    return abs(estimate_gib / total - 1)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -56,10 +56,10 @@ def measure_or_say(
     """Print what `measure` finds; for an arm that this card cannot do, its error, so that the
     others follow."""
     try:
-        found = measure(arm, options)
+        result = measure(arm, options)
     except RuntimeError as error:
-        found = {"arm": arm, **get_options(options), "error": format_error(error)}
-    print(json.dumps(found), flush=True)
+        result = {"arm": arm, **get_options(options), "error": format_error(error)}
+    print(json.dumps(result), flush=True)
 
     # The next arm has the memory for itself.
     gc.collect()
@@ -74,7 +74,7 @@ def get_options(options: argparse.Namespace) -> dict:
 
 def build_parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    arms = "; ".join(f"{name}: {what}" for name, what in ARMS.items())
+    arms = "; ".join(f"{name}: {description}" for name, description in ARMS.items())
     options.add_argument(
         "--arms", nargs="+", choices=ARMS, default=["floor", "ours", "peft"], help=arms
     )
@@ -106,10 +106,10 @@ def measure(arm: str, options: argparse.Namespace) -> dict:
         if arm == "floor"
         else build_trainer_step(arm, options, accelerator)
     )
-    found = measure_arm(arm, step, options, device)
+    result = measure_arm(arm, step, options, device)
     if arm == "ours":
-        found["estimate_gib"] = round(estimate_total_gib(run_config(options, "off")), 2)
-    return found
+        result["estimate_gib"] = round(estimate_total_gib(run_config(options, "off")), 2)
+    return result
 
 
 def measure_arm(
@@ -136,10 +136,10 @@ def measure_arm(
 def time_step(step: Step, device: torch.device) -> tuple[float, float, tuple[float, float] | None]:
     """Seconds until the step is done, and until the program was free again; and what it gave."""
     start = time.perf_counter()
-    found = step()
+    losses = step()
     host = time.perf_counter() - start
     finish(device)
-    return time.perf_counter() - start, host, found
+    return time.perf_counter() - start, host, losses
 
 
 def finish(device: torch.device) -> None:
@@ -161,10 +161,10 @@ def collect_card_facts(step: Step) -> dict:
 def count_kernels(step: Step) -> int:
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
-    return sum(event.count for event in seen.key_averages())
+    return sum(event.count for event in profiler.key_averages())
 
 
 def build_floor_step(options: argparse.Namespace, device: torch.device) -> Step:
@@ -203,8 +203,8 @@ def build_trainer_step(arm: str, options: argparse.Namespace, accelerator) -> St
         disable_fast_path(unet)
 
     def step() -> tuple[float, float]:
-        found = train_step.update_adapter(train_step.accumulate_gradients())
-        return found.total, found.grad_norm
+        loss = train_step.update_adapter(train_step.accumulate_gradients())
+        return loss.total, loss.grad_norm
 
     return step
 

@@ -47,7 +47,7 @@ def build_command(
         Image.new("RGB", (resolution_px, resolution_px), (60 * number, 90, 200)).save(
             folder / f"photos/{number}.png"
         )
-    words = {
+    settings = {
         "pretrained_model_name_or_path": base,
         "instance_data_dir": folder / "photos",
         "instance_prompt": "a photo of sks dog",
@@ -60,7 +60,7 @@ def build_command(
         "report_to": "none",
         "seed": 0,
     }
-    flags = [word for name, value in words.items() for word in (f"--{name}", str(value))]
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     return [sys.executable, "train_dreambooth.py", *flags, *TRAINER_ARMS[arm]]
 
 

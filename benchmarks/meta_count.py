@@ -68,7 +68,7 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         # A mask that keeps its values on the CPU chooses among tensors that have none.
         if function is torch.ops.aten.where.self and args[1].is_meta:
-            args = tuple(one.to("meta") for one in args)
+            args = tuple(argument.to("meta") for argument in args)
         result = function(*args, **(kwargs or {}))
         self.kernels += function.overloadpacket.__name__ not in VIEWS
         inputs = {get_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}

@@ -79,7 +79,7 @@ def train_plan(plan: str, size: str, base: Path, photos: Path, run: Path) -> dic
         return {"plan": plan, "error": (done.stderr.strip() or "nothing was said").splitlines()[-1]}
     events = RunDir(run).read_events()
     steps = [event for event in events if event["type"] == "step"]
-    found = {
+    measured = {
         "plan": plan,
         "size": size,
         "step_sec": round(median(step["step_sec"] for step in steps), 4),
@@ -91,8 +91,8 @@ def train_plan(plan: str, size: str, base: Path, photos: Path, run: Path) -> dic
         # What `--dry_run` says of the settings that the plan came to.
         start = next(event for event in events if event["type"] == "start")
         config = TrainConfig(**start["config"])
-        found["estimate_gib"] = round(estimate_total_gib(config), 2)
-    return found
+        measured["estimate_gib"] = round(estimate_total_gib(config), 2)
+    return measured
 
 
 if __name__ == "__main__":

@@ -120,21 +120,23 @@ def run_apart(arm: str, resolution_px: int, options: argparse.Namespace) -> dict
 def compute_ratio(
     results: list[dict], key: str, arm: str, against: str, resolution_px: int
 ) -> float | None:
-    found = {r["arm"]: r.get(key) for r in results if r["resolution_px"] == resolution_px}
-    return round(found[arm] / found[against], 3) if found.get(arm) and found.get(against) else None
+    values = {r["arm"]: r.get(key) for r in results if r["resolution_px"] == resolution_px}
+    return (
+        round(values[arm] / values[against], 3) if values.get(arm) and values.get(against) else None
+    )
 
 
 def compute_ratios(results: list[dict], resolution_px: int) -> dict[str, dict[str, float | None]]:
     """Ratios of each of our arms to the arms that it can fairly be compared with."""
     table = {}
     for name, arm in ARMS.items():
-        for other in arm.against:
+        for rival in arm.against:
             pair = {
-                key: compute_ratio(results, key, name, other, resolution_px)
+                key: compute_ratio(results, key, name, rival, resolution_px)
                 for key in ("step_sec", "cpu_sec", "peak_gb")
             }
             if any(pair.values()):
-                table[f"{name} / {other}"] = pair
+                table[f"{name} / {rival}"] = pair
     return table
 
 
@@ -192,8 +194,8 @@ MATRIX_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx", "sve", "
 def read_cpu_flags(path: Path = Path("/proc/cpuinfo")) -> str:
     """The instructions that decide how fast this CPU multiplies matrices; "" where Linux does not
     tell."""
-    told = path.read_text(encoding="utf-8") if path.exists() else ""
-    line = re.search(r"^(?:flags|Features)\s*:(.*)", told, re.MULTILINE)
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    line = re.search(r"^(?:flags|Features)\s*:(.*)", text, re.MULTILINE)
     return (
         " ".join(flag for flag in line[1].split() if flag.startswith(MATRIX_FLAGS)) if line else ""
     )

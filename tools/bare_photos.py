@@ -26,8 +26,8 @@ def crop_strip(photo: Image.Image, mask: Image.Image, wide: bool) -> Image.Image
     """4:3 or 3:4 of a square photo: the strip whose middle is nearest to the middle of the mask's
     white part."""
     side, short = photo.width, photo.width * 3 // 4
-    left, top, right, bottom = mask.getbbox() or (0, 0, side, side)
-    middle = (top + bottom) // 2 if wide else (left + right) // 2
+    left_px, top, right, bottom = mask.getbbox() or (0, 0, side, side)
+    middle = (top + bottom) // 2 if wide else (left_px + right) // 2
     start = min(max(0, middle - short // 2), side - short)
     return photo.crop((0, start, side, start + short) if wide else (start, 0, start + short, side))
 
@@ -59,9 +59,9 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--out", type=Path, default=Path("runs/bare_photos"))
     options.add_argument("--subjects", nargs="+", default=SUBJECTS)
     options.add_argument("--captions", action="store_true")
-    chosen = options.parse_args(arguments)
-    for subject in chosen.subjects:
-        write(subject, chosen.out / subject, chosen.captions)
+    args = options.parse_args(arguments)
+    for subject in args.subjects:
+        write(subject, args.out / subject, args.captions)
 
 
 if __name__ == "__main__":

@@ -52,18 +52,18 @@ def render_page() -> str:
 
 def format_cell(tool: str, facts: FamilyFacts) -> str:
     """The kinds that are read, those that are written too in bold; "all" for four that are read."""
-    found = []
+    names = []
     for kind in KINDS:
         if is_read(tool, facts, kind):
-            found.append(f"**{kind}**" if is_written(tool, facts, kind) else kind)
-    return "all" if found == list(KINDS) else ", ".join(found) or "–"
+            names.append(f"**{kind}**" if is_written(tool, facts, kind) else kind)
+    return "all" if names == list(KINDS) else ", ".join(names) or "–"
 
 
 def is_read(tool: str, facts: FamilyFacts, kind: str) -> bool:
     """Whether the tool has a prefix of the family's denoiser, and the kind's endings are known."""
-    known = {row.part for row in key_names.ENDINGS}
+    known_parts = {row.part for row in key_names.ENDINGS}
     names = any(row.tool == tool and facts.denoiser in row.components for row in PREFIXES)
-    return names and known >= PARTS[kind]
+    return names and known_parts >= PARTS[kind]
 
 
 def is_written(tool: str, facts: FamilyFacts, kind: str) -> bool:

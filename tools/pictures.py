@@ -88,13 +88,13 @@ def draw_strip(work: Path) -> Path:
 
     # A column for each prompt, a row without and one with the adapter
     for column, (prompt, seed) in enumerate(STRIP_PROMPTS.items()):
-        left = pictures_left + column * step
+        left_px = pictures_left + column * step
         caption = textwrap.fill(prompt, width=22)
-        draw.text((left, CAPTION_PX - GAP_PX), caption, "black", font, anchor="ld")
+        draw.text((left_px, CAPTION_PX - GAP_PX), caption, "black", font, anchor="ld")
         for row, adapters in enumerate(rows.values()):
             params = GenerationParams(prompt, seed=seed, adapters=adapters)
             (image,) = pipeline.draw(params)
-            sheet.paste(resize_tile(image.pixels), (left, CAPTION_PX + row * step))
+            sheet.paste(resize_tile(image.pixels), (left_px, CAPTION_PX + row * step))
     for row, label in enumerate(rows):
         middle = (pictures_left - LABEL_PX // 2, CAPTION_PX + row * step + TILE_PX // 2)
         draw.text(middle, label, "black", font, anchor="mm")

@@ -82,8 +82,8 @@ def start_app(base: str, scratch: Path, *options: str) -> tuple[subprocess.Popen
         command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
     )
     for _ in range(600):
-        if found := re.search(r"http://127\.0\.0\.1:\d+", (scratch / "app.log").read_text()):
-            return server, found[0]
+        if match := re.search(r"http://127\.0\.0\.1:\d+", (scratch / "app.log").read_text()):
+            return server, match[0]
         if server.poll() is not None:
             break
         time.sleep(0.2)

@@ -28,8 +28,8 @@ def build_rows(runs: list[Path]) -> Iterator[SheetRow]:
     for run in runs:
         settings = json.loads(RunDir(run).config_path.read_text(encoding="utf-8"))
         photo = min(Path(settings["instance_data_dir"]).glob("*.jpg"))
-        drawn = generate_places(subject, run, settings["instance_prompt"])
-        yield SheetRow(run.name.replace("_", " "), [Image.open(photo), *drawn])
+        images = generate_places(subject, run, settings["instance_prompt"])
+        yield SheetRow(run.name.replace("_", " "), [Image.open(photo), *images])
 
 
 def main(argv: list[str] | None = None) -> None:

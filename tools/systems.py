@@ -30,10 +30,10 @@ def check_system(system: str, target: str) -> set[str]:
 
 def list_problems(target: str) -> list[str]:
     """The lines, each with the systems that it is of."""
-    found = {system: check_system(system, target) for system in SYSTEMS}
-    partial = set.union(*found.values()) - set.intersection(*found.values())
+    errors = {system: check_system(system, target) for system in SYSTEMS}
+    partial = set.union(*errors.values()) - set.intersection(*errors.values())
     return [
-        f"{line} ({', '.join(s for s in SYSTEMS if line in found[s])})" for line in sorted(partial)
+        f"{line} ({', '.join(s for s in SYSTEMS if line in errors[s])})" for line in sorted(partial)
     ]
 
 

@@ -56,13 +56,13 @@ def main() -> None:
 
 def render_pages() -> dict[Path, str]:
     """Each page of the docs -> its text, with its tables made anew."""
-    made = {}
+    pages = {}
     for page in sorted(DOCS.glob("*.md")):
-        made[page] = TABLE_PATTERN.sub(
-            lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n{found[3]}",
+        pages[page] = TABLE_PATTERN.sub(
+            lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}",
             page.read_text(encoding="utf-8"),
         )
-    return made | {DOCS / "settings.md": render_settings()}
+    return pages | {DOCS / "settings.md": render_settings()}
 
 
 def format_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -124,11 +124,15 @@ def render_settings() -> str:
 def format_cells(item: Field) -> list[str]:
     """The row of a setting."""
     facts, default = item.metadata, item.default
-    shown = (
+    default_text = (
         " ".join(default) if isinstance(default, tuple) else "" if default is None else str(default)
     )
     default = (
-        "none; `train PHOTOS WORD` chooses" if facts["required"] else f"`{shown}`" if shown else ""
+        "none; `train PHOTOS WORD` chooses"
+        if facts["required"]
+        else f"`{default_text}`"
+        if default_text
+        else ""
     )
     names = list_flags(item.name) if facts["flag"] else [f"--{item.name}"]
     flags = ", ".join(f"`{name}`" for name in names)
@@ -140,8 +144,8 @@ def format_values(item: Field) -> str:
     facts = item.metadata
     if facts["choices"]:
         return ", ".join(f"`{choice}`" for choice in facts["choices"])
-    said = {"low": "from", "above": "above", "high": "to", "below": "below"}
-    bounds = [f"{word} {facts[name]}" for name, word in said.items() if facts[name] is not None]
+    phrases = {"low": "from", "above": "above", "high": "to", "below": "below"}
+    bounds = [f"{word} {facts[name]}" for name, word in phrases.items() if facts[name] is not None]
     return " ".join(["path" if facts["path"] else KINDS[FIELD_TYPES[item.name][0]], *bounds])
 
 

@@ -18,13 +18,13 @@ def add_article(phrase: str) -> str:
 
 def list_adjectives(toy: Toy) -> str:
     """All adjectives of the toy's looks: "glossy red and white striped"."""
-    words = [] if toy.material == "matte" else [toy.material]
-    words += (
+    adjectives = [] if toy.material == "matte" else [toy.material]
+    adjectives += (
         [toy.colour]
         if toy.pattern == "plain"
         else [f"{toy.colour} and {toy.colour2} {toy.pattern}"]
     )
-    return " ".join(words)
+    return " ".join(adjectives)
 
 
 def format_canonical_caption(scene: Scene) -> str:

@@ -168,12 +168,12 @@ def make_renders(state: Path, settings: Settings, leg: int) -> None:
     """Delete the shards that the leg does not learn from; render and encode those of it that are
     missing. The first process renders, in processes of its own; all encode."""
     began, numbers = time.monotonic(), settings.list_shards(leg)
-    made = render_missing(state, settings, numbers) if get_rank_and_world()[0] == 0 else 0
+    rendered_count = render_missing(state, settings, numbers) if get_rank_and_world()[0] == 0 else 0
     wait_for_all()
     encode_shards(state, settings, numbers)
     wait_for_all()
-    if made:
-        row = {"leg": leg, "pictures": made, "sec": round(time.monotonic() - began, 1)}
+    if rendered_count:
+        row = {"leg": leg, "pictures": rendered_count, "sec": round(time.monotonic() - began, 1)}
         with (state / "renders.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -259,9 +259,9 @@ def build_arguments(state: Path, settings: Settings, until: int) -> argparse.Nam
         "batch": settings.batch // get_rank_and_world()[1],
         "log_every": min(50, settings.leg),
     }
-    words = [word for k, v in (paths | numbers).items() for word in (f"--{k}", str(v))]
-    words += DEFAULT_RATES + (FRESH_OPTIONS if settings.anew else RESUMED_OPTIONS)
-    return train_unet.parse(words + ["--compiled"] * (settings.batch >= MIN_COMPILED_STEPS))
+    arguments = [word for k, v in (paths | numbers).items() for word in (f"--{k}", str(v))]
+    arguments += DEFAULT_RATES + (FRESH_OPTIONS if settings.anew else RESUMED_OPTIONS)
+    return train_unet.parse(arguments + ["--compiled"] * (settings.batch >= MIN_COMPILED_STEPS))
 
 
 def set_lowest_priority(pid: int) -> None:
@@ -321,11 +321,13 @@ def format_progress(state: Path, settings: Settings) -> str:
     row = read_last_row(state / "unet" / "log.jsonl")
     if row is None:
         return read_last_line(state / "log")
-    left = (settings.steps - row["step"]) * settings.batch / row["samples_sec"]
-    made = read_last_row(state / "renders.jsonl") or {"sec": 0, "pictures": 1}
-    left += settings.count_later_images(row["step"]) * made["sec"] / made["pictures"]
-    seen = f"{row['seen']} pictures seen, {row['samples_sec']} samples a second"
-    return f"step {row['step']} of {settings.steps}, {seen}, ETA {left / 3600:.1f} h"
+    remaining_sec = (settings.steps - row["step"]) * settings.batch / row["samples_sec"]
+    renders = read_last_row(state / "renders.jsonl") or {"sec": 0, "pictures": 1}
+    remaining_sec += settings.count_later_images(row["step"]) * renders["sec"] / renders["pictures"]
+    progress_line = f"{row['seen']} pictures seen, {row['samples_sec']} samples a second"
+    return (
+        f"step {row['step']} of {settings.steps}, {progress_line}, ETA {remaining_sec / 3600:.1f} h"
+    )
 
 
 def read_last_line(path: Path) -> str:
@@ -391,13 +393,13 @@ def main(argv: list[str] | None = None) -> None:
         "state", type=Path, metavar="STATE", help="folder of the training, outside the repository"
     )
     actions = parser.add_mutually_exclusive_group()
-    for name, what in (
+    for name, help_text in (
         ("pause", "stop for a while"),
         ("go_on", "after a pause"),
         ("stop", "end the process"),
     ):
         actions.add_argument(
-            f"--{name}", dest="action", action="store_const", const=name, help=what
+            f"--{name}", dest="action", action="store_const", const=name, help=help_text
         )
     actions.add_argument(
         "--here",
@@ -407,15 +409,15 @@ def main(argv: list[str] | None = None) -> None:
         help="train, and wait for the end",
     )
     for field in fields(Settings):
-        words = f"of the first call (default: {field.default})"
-        parser.add_argument(f"--{field.name}", type=type(field.default), help=words)
+        help_text = f"of the first call (default: {field.default})"
+        parser.add_argument(f"--{field.name}", type=type(field.default), help=help_text)
     args = vars(parser.parse_args(argv))
     state, action = args.pop("state").resolve(), args.pop("action")
-    given = {name: value for name, value in args.items() if value is not None}
+    settings = {name: value for name, value in args.items() if value is not None}
     if action == "here":
-        share(state, load_settings(state, given))
+        share(state, load_settings(state, settings))
     else:
-        print(run_command(state, action, given))
+        print(run_command(state, action, settings))
 
 
 if __name__ == "__main__":

@@ -107,13 +107,13 @@ def load(name: str) -> Subject:
 def sample_individuals(count: int, seed: int) -> list[Subject]:
     """Toys drawn by chance, of all kinds in turn; patterns and materials are equally likely, and
     genes reach from -2 to 2."""
-    rng, found = random.Random(f"individuals {seed}"), []
+    rng, individuals = random.Random(f"individuals {seed}"), []
     for number in range(1, count + 1):
         genes = tuple(round(rng.triangular(-2, 2, 0), 3) for _ in GENES)
         looks = {"pattern": rng.choice(PATTERNS), "material": rng.choice(MATERIALS), "genes": genes}
         toy = sample_toy(rng, KINDS[number % len(KINDS)], **looks)
-        found.append(Subject(f"{number:02d}_{toy.kind.replace(' ', '_')}", toy, toy.kind))
-    return found
+        individuals.append(Subject(f"{number:02d}_{toy.kind.replace(' ', '_')}", toy, toy.kind))
+    return individuals
 
 
 def sample_photo_scenes(subject: Subject) -> list[Scene]:

@@ -55,10 +55,10 @@ class Plan:
 
     def build_path_arguments(self, **paths: str) -> list[str]:
         """Arguments that name files and folders below the work folder."""
-        words = []
+        arguments = []
         for name, path in paths.items():
-            words += [f"--{name}", str(self.work / path)]
-        return words
+            arguments += [f"--{name}", str(self.work / path)]
+        return arguments
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Stage:
 def build_stages(plan: Plan) -> list[Stage]:
     """All stages, in their order."""
     towers = {"clip": "clip/model", "tokenizer": "tokenizer"}
-    known = {"data": "toys", "latents": "latents.safetensors"}
+    paths = {"data": "toys", "latents": "latents.safetensors"}
     workers = os.cpu_count() if plan.device == "cpu" else 1
     rendering = ["--count", str(plan.count), "--device", plan.device, "--workers", str(workers)]
     of_clip = plan.build_path_arguments(
@@ -86,7 +86,7 @@ def build_stages(plan: Plan) -> list[Stage]:
     )
     of_latents += ["--device", plan.device]
     of_unet = [
-        *plan.build_path_arguments(**known, **towers),
+        *plan.build_path_arguments(**paths, **towers),
         "--batch",
         "64",
         *plan.build_training_arguments("unet"),

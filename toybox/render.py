@@ -137,10 +137,10 @@ def _align_groups(herds: list[ToyGroup]) -> Tensor:
     """Place the herds side by side; returns the size (N,) that the camera must frame."""
     widths = [herd.compute_half_width() for herd in herds]
     total = sum(widths) * 2 + 0.1 * (len(herds) - 1)
-    left = -total / 2
+    left_edge = -total / 2
     for herd, width in zip(herds, widths):
-        herd.x = left + width
-        left = left + 2 * width + 0.1
+        herd.x = left_edge + width
+        left_edge = left_edge + 2 * width + 0.1
     height = torch.stack([herd.size[1] for herd in herds]).amax(0)
     return torch.maximum(height, 0.75 * total)
 
@@ -224,13 +224,13 @@ def _shade(
     for herd in stage.herds:
         ray, t = herd.find_hits(o[:, candidates], d[:, candidates], scene[candidates])
         ray = candidates[ray]
-        seen = t < nearest[ray]
-        ray, t = ray[seen], t[seen]
+        is_nearer = t < nearest[ray]
+        ray, t = ray[is_nearer], t[is_nearer]
         nearest[ray] = t
         colour[ray] = _shade_toy(stage, herd, o[:, ray] + t * d[:, ray], d[:, ray], scene[ray])
     is_toy = nearest.isfinite()
-    rest = (~is_toy).nonzero()[:, 0]
-    colour[rest] = _shade_place(stage, o[:, rest], d[:, rest], scene[rest])
+    background = (~is_toy).nonzero()[:, 0]
+    colour[background] = _shade_place(stage, o[:, background], d[:, background], scene[background])
     return colour, is_toy
 
 

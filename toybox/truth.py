@@ -70,21 +70,26 @@ class ToyTruth:
         toy, and of true renders through the autoencoder.
         """
         places = [find_place(template) for template in plan.templates]
-        seen = {
+        features = {
             kind: [self._get_renders(place, kind) for place in places] for kind in ("true", "other")
         }
-        true, others = (torch.stack([found.dino for found in seen[kind]]) for kind in seen)
-        said = self.encoders.embed_clip_texts(plan.texts)[:, :, None]
-        prompt = {kind: torch.stack([found.clip for found in seen[kind]]) @ said for kind in seen}
+        true, references = (
+            torch.stack([feature.dino for feature in features[kind]]) for kind in features
+        )
+        text_embeds = self.encoders.embed_clip_texts(plan.texts)[:, :, None]
+        prompt = {
+            kind: torch.stack([feature.clip for feature in features[kind]]) @ text_embeds
+            for kind in features
+        }
         generated = vectors.view(len(places), len(plan.seeds), -1)
         return {
             "dino_ceiling": (true @ photos.T).mean(-1).numpy(),
-            "dino_floor": (others @ photos.T).mean(-1).numpy(),
+            "dino_floor": (references @ photos.T).mean(-1).numpy(),
             "clip_t_ceiling": prompt["true"][..., 0].numpy(),
             "clip_t_floor": prompt["other"][..., 0].numpy(),
             "truth": (generated @ true.mT).mean(-1).numpy(),
             "truth_ceiling": compute_mutual_similarity(true).numpy(),
-            "truth_floor": (others @ true.mT).mean(-1).numpy(),
+            "truth_floor": (references @ true.mT).mean(-1).numpy(),
             **self._compute_readings(places, pictures, len(plan.seeds)),
             **self._compute_sharpness(places, pictures, len(plan.seeds)),
         }
@@ -114,11 +119,11 @@ class ToyTruth:
         if not judge.WEIGHTS_PATH.is_file():
             return {}
         true = torch.cat([self._get_renders(place, "true").images for place in places])
-        drawn, ceiling = (
+        answer_hits, ceiling = (
             self._check_answers(places, stack_images(pictures), seeds),
             self._check_answers(places, true, VIEWS),
         )
-        return drawn | {f"{name}_ceiling": hits for name, hits in ceiling.items()}
+        return answer_hits | {f"{name}_ceiling": hits for name, hits in ceiling.items()}
 
     def _check_answers(
         self, places: list[str], images: Tensor, of_each: int
@@ -126,9 +131,9 @@ class ToyTruth:
         """Whether the judge's answers to each question are right, (places, of_each), for `of_each`
         images a place."""
         readings = [reading for some in images.split(64) for reading in self.judge.read(some)]
-        asked = [Scene((self.toy,), place) for place in places for _ in range(of_each)]
+        scenes = [Scene((self.toy,), place) for place in places for _ in range(of_each)]
         right = [
-            reading.check_answers(scene) for reading, scene in zip(readings, asked, strict=True)
+            reading.check_answers(scene) for reading, scene in zip(readings, scenes, strict=True)
         ]
         hits = {
             name: np.array([each[name] for each in right], dtype=float) for name in judge.QUESTIONS
@@ -141,14 +146,14 @@ class ToyTruth:
         self, places: list[str], pictures: list[Image.Image], seeds: int
     ) -> dict[str, np.ndarray]:
         images = stack_images(pictures)
-        drawn = measure_sharpness(images, self.segmenter.compute_logits(to_pixels(images)) > 0)
+        sharpness = measure_sharpness(images, self.segmenter.compute_logits(to_pixels(images)) > 0)
         true = [self._get_renders(place, "true") for place in places]
         ceiling = measure_sharpness(
             self._encode_and_decode(torch.cat([r.images for r in true])),
             torch.cat([r.masks for r in true]),
         )
         return {
-            "toy_sharpness": drawn.view(len(places), seeds).numpy(),
+            "toy_sharpness": sharpness.view(len(places), seeds).numpy(),
             "toy_sharpness_ceiling": ceiling.view(len(places), VIEWS).numpy(),
         }
 

@@ -127,7 +127,7 @@ def sample_toy(rng: random.Random, kind: str | None = None, **fixed: Any) -> Toy
     toy = Toy(
         kind=kind,
         colour=colour,
-        colour2=rng.choice([other for other in COLOURS if other != colour]),
+        colour2=rng.choice([second_colour for second_colour in COLOURS if second_colour != colour]),
         pattern=rng.choices(PATTERNS, (64, 12, 12, 12))[0],
         material=rng.choices(MATERIALS, (70, 18, 12))[0],
         genes=tuple(round(rng.triangular(-0.8, 0.8, 0), 3) for _ in GENES),

@@ -47,15 +47,15 @@ def test_the_quick_form_steps_the_trainers_own_learner(tmp_path):
 def test_our_step_and_the_floor_take_turns_on_the_same_weights():
     AcceleratorState._reset_state(reset_partial_state=True)
     Accelerator(mixed_precision="no", cpu=True)  # as an earlier training in this process
-    found = measure("small", 64, rank=2, warmup=0, steps=2)
-    assert len(found["clock_ratios"]) == 2 and found["clock_ratio"] > 0
-    assert found["floor_sec"] > 0 and found["gradients_sec"] > found["update_sec"] > 0
-    assert found["flags"] == read_cpu_flags()
+    measured = measure("small", 64, rank=2, warmup=0, steps=2)
+    assert len(measured["clock_ratios"]) == 2 and measured["clock_ratio"] > 0
+    assert measured["floor_sec"] > 0 and measured["gradients_sec"] > measured["update_sec"] > 0
+    assert measured["flags"] == read_cpu_flags()
 
 
 def test_the_commands_whose_peak_is_measured_are_trainings(tmp_path):
-    words = build_command("recomputed", tmp_path / "base", tmp_path, 64, 2)
-    config = parse_train_config(words[2:])
+    command = build_command("recomputed", tmp_path / "base", tmp_path, 64, 2)
+    config = parse_train_config(command[2:])
     assert config.gradient_checkpointing and config.max_train_steps == 2
     assert len(list((tmp_path / "photos").iterdir())) == 3
 
@@ -96,12 +96,12 @@ SMALL = ["--size", "small", "--resolution", "64", "--steps", "1", "--rank", "2"]
 GPU_ARMS = ["floor", "ours", "peft", "nf4", "channels_last", "ours --prior"]
 
 
-@pytest.mark.parametrize("words", GPU_ARMS)
-def test_the_gpu_arms_step_on_any_device(words, capsys):
-    arm, *others = words.split()
-    gpu_step.main([*SMALL, "--arms", arm, *others])
-    found = json.loads(capsys.readouterr().out)
-    assert found["arm"] == arm and 0 < found["host_sec"] <= found["step_sec"]
+@pytest.mark.parametrize("arguments", GPU_ARMS)
+def test_the_gpu_arms_step_on_any_device(arguments, capsys):
+    arm, *options = arguments.split()
+    gpu_step.main([*SMALL, "--arms", arm, *options])
+    result = json.loads(capsys.readouterr().out)
+    assert result["arm"] == arm and 0 < result["host_sec"] <= result["step_sec"]
 
 
 def test_an_arm_that_fails_is_one_line_and_the_next_follows(capsys, monkeypatch):
@@ -127,16 +127,16 @@ FLOWS = [
 @pytest.mark.parametrize(("model", "plan", "arms"), FLOWS)
 def test_a_flow_family_steps_on_any_device(model, plan, arms, capsys):
     flow_step.main([*SMALL, "--model", model, "--plan", plan, "--arms", *arms])
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [one["arm"] for one in found] == arms
-    assert all(0 < one["host_sec"] <= one["step_sec"] for one in found)
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [result["arm"] for result in results] == arms
+    assert all(0 < result["host_sec"] <= result["step_sec"] for result in results)
 
 
 @pytest.mark.parametrize("section", [section.name for section in first_half_hour.SECTIONS])
 def test_each_section_of_the_first_half_hour_runs_small_and_is_run_once(section, tmp_path, capsys):
-    words = ["--size", "small", "--sections", section, "--minutes", "30"]
-    words += ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
-    first_half_hour.main(words)
+    arguments = ["--size", "small", "--sections", section, "--minutes", "30"]
+    arguments += ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    first_half_hour.main(arguments)
     results = json.loads((tmp_path / "out" / "first_half_hour.json").read_text())["results"]
     rows = [row for result in results for row in result["rows"]]
     assert [row for row in rows if "error" in row] == []
@@ -152,7 +152,7 @@ def test_each_section_of_the_first_half_hour_runs_small_and_is_run_once(section,
     page = (tmp_path / "out" / "first_half_hour.md").read_text()
     assert f"## {section}" in page
     capsys.readouterr()
-    first_half_hour.main(words)
+    first_half_hour.main(arguments)
     assert capsys.readouterr().out.startswith("nothing is left")
 
 

@@ -25,8 +25,8 @@ def test_it_has_three_programs_and_no_outputs():
     for cell in CODE:
         ast.parse(cell)
     assert len(CODE) == 3 and not any("subprocess" in cell or "socket" in cell for cell in CODE)
-    kept = [cell.get("outputs") or cell.get("execution_count") for cell in NOTEBOOK["cells"]]
-    assert not any(kept), "clear all outputs before you commit it"
+    outputs = [cell.get("outputs") or cell.get("execution_count") for cell in NOTEBOOK["cells"]]
+    assert not any(outputs), "clear all outputs before you commit it"
 
 
 @pytest.mark.slow
@@ -34,10 +34,10 @@ def test_it_has_three_programs_and_no_outputs():
 def test_every_cell_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT / "notebooks")
     names: dict = {}
-    assert all(any(words in cell for cell in CODE) for words in SHORTER)
+    assert all(any(code in cell for cell in CODE) for code in SHORTER)
     for cell in CODE:
-        for words, fewer in SHORTER.items():
-            cell = cell.replace(words, fewer)
+        for code, fewer in SHORTER.items():
+            cell = cell.replace(code, fewer)
         cell = cell.replace("base=BASE, ", f"base=BASE, output_dir={str(tmp_path / 'run')!r}, ")
         exec(compile(cell, "three_ways.ipynb", "exec"), names)
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()

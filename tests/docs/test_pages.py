@@ -33,12 +33,12 @@ HEAD = re.compile(r"^\| [^|]+ \| here \| remark \|\n\|[-|]+\|\n((?:\|.*\n)+)", r
 
 def rows(page: str) -> list[tuple[list[str], str, str]]:
     """(their names, ours, remark) of each row of the page's tables."""
-    found = []
+    links = []
     for table in HEAD.findall((DOCS / f"{page}.md").read_text(encoding="utf-8")):
         for line in table.splitlines():
             theirs, ours, remark = (cell.strip() for cell in line.strip("|").split("|"))
-            found.append((SPAN.findall(theirs), ours, remark))
-    return found
+            links.append((SPAN.findall(theirs), ours, remark))
+    return links
 
 
 ROWS = [(page, *row) for page in PAGES for row in rows(page)]
@@ -88,16 +88,16 @@ Sana."""
 
 
 def test_each_flag_of_the_other_models_scripts_is_taken_or_answered_and_has_its_row():
-    flags, taken = OF_FAMILIES.split(), build_train_parser()._option_string_actions
-    shown = {
+    flags, actions = OF_FAMILIES.split(), build_train_parser()._option_string_actions
+    options = {
         name: (ours, remark) for names, ours, remark in rows("from_diffusers") for name in names
     }
-    assert [flag for flag in flags if flag not in shown] == []
-    assert [flag for flag in flags if (f"--{flag}" in taken) == (flag in FOREIGN_FLAGS)] == []
+    assert [flag for flag in flags if flag not in options] == []
+    assert [flag for flag in flags if (f"--{flag}" in actions) == (flag in FOREIGN_FLAGS)] == []
     is_said = {
-        flag: shown[flag][0] in (SAME, NO_EFFECT) or "taken" in shown[flag][1] for flag in flags
+        flag: options[flag][0] in (SAME, NO_EFFECT) or "taken" in options[flag][1] for flag in flags
     }
-    assert [flag for flag in flags if is_said[flag] != (f"--{flag}" in taken)] == []
+    assert [flag for flag in flags if is_said[flag] != (f"--{flag}" in actions)] == []
 
 
 @pytest.mark.parametrize(
@@ -159,14 +159,16 @@ def test_the_same_name_is_a_setting_and_a_dash_is_none(page):
 
 
 def test_each_flag_that_the_program_answers_has_a_row_which_names_the_answer():
-    said: dict[str, set[str]] = {}
+    values: dict[str, set[str]] = {}
     for _, names, ours, remark in OF_FLAGS:
         for name in FOREIGN_FLAGS.keys() & set(names):
-            said.setdefault(name, set()).update(flags_in(ours + remark))
-    assert len(said) > 30
-    assert {name for name, flags in said.items() if flags_in(FOREIGN_FLAGS[name]) - flags} == set()
-    named = {name for _, names, _, _ in OF_FLAGS for name in names}
-    assert {*FOREIGN_FLAGS, *IGNORED_FLAGS} - named == set()
+            values.setdefault(name, set()).update(flags_in(ours + remark))
+    assert len(values) > 30
+    assert {
+        name for name, flags in values.items() if flags_in(FOREIGN_FLAGS[name]) - flags
+    } == set()
+    flag_names = {name for _, names, _, _ in OF_FLAGS for name in names}
+    assert {*FOREIGN_FLAGS, *IGNORED_FLAGS} - flag_names == set()
 
 
 def test_a_preset_of_onetrainer_is_refused_by_its_first_name(tmp_path, capsys):
@@ -242,9 +244,9 @@ def run(line: str, *more: str) -> int:
 @pytest.mark.parametrize("line", PLANNED)
 def test_each_training_of_the_pages_is_planned(line, capsys):
     assert run(line, "--dry_run") == 0
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     base = next((base for base in OTHERS if base in line), SDXL)
-    assert "memory: encoding" in said.out and base in said.out, said.err
+    assert "memory: encoding" in output.out and base in output.out, output.err
 
 
 def test_the_checkpoint_that_is_exported_is_one_that_the_recipe_keeps():
@@ -277,16 +279,16 @@ def test_the_study_of_the_page_is_one(tmp_path):
     (tmp_path / "study.toml").write_text(text)
     (tmp_path / "photos" / "duck").mkdir()
     study = load_study(tmp_path / "study.toml")
-    assert [one.name for one in study.subjects] == ["duck"]
+    assert [subject.name for subject in study.subjects] == ["duck"]
 
 
 def test_what_the_walk_says_is_printed_is_what_is_printed(capsys):
     (line,) = [line for line in WALK if line.endswith("--dry_run")]
     assert run(line) == 0
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     page = (DOCS / "comfyui.md").read_text(encoding="utf-8")
-    assert all(choice in page for choice in said.err.splitlines() if ": " in choice)
-    cost = [row for row in said.out.splitlines() if row.startswith(("  memory: ", "  speed: "))]
+    assert all(choice in page for choice in output.err.splitlines() if ": " in choice)
+    cost = [row for row in output.out.splitlines() if row.startswith(("  memory: ", "  speed: "))]
     assert len(cost) == 2 and all(row in page for row in cost)
 
 
@@ -317,9 +319,9 @@ def test_the_whole_walk_on_the_embedded_base(capsys):
 @pytest.mark.usefixtures("few_steps")
 def test_the_program_of_the_api_page_trains_and_draws_outside_the_clone():
     (program,) = blocks(DOCS / "api.md", "python")
-    assert all(words in program for words in FEWER)
-    for words, fewer in FEWER.items():
-        program = program.replace(words, fewer)
+    assert all(code in program for code in FEWER)
+    for code, fewer in FEWER.items():
+        program = program.replace(code, fewer)
     exec(compile(program, "api.md", "exec"), {})
     assert Path("runs/rocket/pytorch_lora_weights.safetensors").is_file()
     assert [Image.open(f"rocket_{number}.png").size for number in range(2)] == [(128, 128)] * 2

@@ -32,12 +32,12 @@ def test_every_page_is_built_and_every_picture_is_there(site):
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
     assert {path.parent.name for path in site.glob("*/index.html")} == pages
     assert not (site / "requirements.txt").exists()
-    shown = 0
+    block_count = 0
     for page in site.rglob("*.html"):
         for name in re.findall(r'<img[^>]* src="([^":]+)"', page.read_text(encoding="utf-8")):
             assert (page.parent / name).is_file(), f"{page}: {name}"
-            shown += 1
-    assert shown >= 5
+            block_count += 1
+    assert block_count >= 5
 
 
 @built_by
@@ -47,11 +47,13 @@ def test_the_api_page_holds_docstrings_and_no_signature_is_cut_off_at_the_right(
         assert re.search(rf'id="dreambooth_moslora\.[a-z_.]+\.{name}"', page), name
     assert "Raises UserError" in page
     signatures = re.findall(r'<div class="[^"]*doc-signature.*?</pre>', page, re.S)
-    shown = [re.sub(r"<[^>]+>", "", text) for text in signatures]
-    lines = [html.unescape(line) for text in shown for line in text.splitlines()]
-    assert len(shown) > 8 and max(map(len, lines)) <= 72, max(lines, key=len)
+    signature_texts = [re.sub(r"<[^>]+>", "", text) for text in signatures]
+    lines = [html.unescape(line) for text in signature_texts for line in text.splitlines()]
+    assert len(signature_texts) > 8 and max(map(len, lines)) <= 72, max(lines, key=len)
 
 
 def test_the_api_page_names_what_the_package_exports():
-    named = {target.rpartition(".")[2] for target in re.findall(r"^::: (\S+)$", API, re.MULTILINE)}
-    assert named == set(dreambooth_moslora.__all__) - {"__version__"}
+    documented_names = {
+        target.rpartition(".")[2] for target in re.findall(r"^::: (\S+)$", API, re.MULTILINE)
+    }
+    assert documented_names == set(dreambooth_moslora.__all__) - {"__version__"}

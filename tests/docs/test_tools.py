@@ -27,7 +27,7 @@ def test_a_photo_is_cut_around_its_subject_and_one_in_the_middle_stays_there():
     )
     assert wide.size == (80, 60) and tall.size == (60, 80)
     white = mask.histogram()[255]
-    assert [one.convert("L").histogram()[255] for one in (wide, tall)] == [white, white]
+    assert [image.convert("L").histogram()[255] for image in (wide, tall)] == [white, white]
     photo, mask = photo_and_mask((30, 35, 49, 44))
     assert bare_photos.crop_strip(photo, mask, wide=True).getbbox() == (30, 25, 50, 35)
     assert bare_photos.crop_strip(photo, mask, wide=False).getbbox() == (20, 35, 40, 45)
@@ -35,11 +35,11 @@ def test_a_photo_is_cut_around_its_subject_and_one_in_the_middle_stays_there():
 
 def test_the_docs_have_no_picture_that_the_tool_does_not_make():
     names = {path.name for path in Path("assets/pictures").iterdir()}
-    drawn = {name for name in names if not name.startswith("page_")}
-    assert drawn == {f"{name}.jpg" for name in pictures.JPEGS}
+    picture_names = {name for name in names if not name.startswith("page_")}
+    assert picture_names == {f"{name}.jpg" for name in pictures.JPEGS}
     pages = [Path("README.md"), *Path("docs").glob("*.md")]
-    shown = "".join(path.read_text(encoding="utf-8") for path in pages)
-    assert [name for name in sorted(names) if f"assets/pictures/{name}" not in shown] == []
+    text = "".join(path.read_text(encoding="utf-8") for path in pages)
+    assert [name for name in sorted(names) if f"assets/pictures/{name}" not in text] == []
 
 
 @pytest.mark.slow
@@ -50,8 +50,8 @@ def test_a_picture_is_drawn_from_the_run_that_is_there(tmp_path):
     Image.new("RGB", (2064, 400), "teal").save(run.contact_sheet_path)
     where = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     pictures.main([*where, "--only", "quick_start", "check_crops"])
-    drawn = {path.stem: Image.open(path) for path in (tmp_path / "out" / "pictures").iterdir()}
-    assert drawn["quick_start"].size == (1032, 200) and drawn["check_crops"].width == 900
+    images = {path.stem: Image.open(path) for path in (tmp_path / "out" / "pictures").iterdir()}
+    assert images["quick_start"].size == (1032, 200) and images["check_crops"].width == 900
 
 
 def test_what_the_docs_say_of_the_tables_is_up_to_date_and_each_setting_is_listed_once():

@@ -53,8 +53,8 @@ def test_the_service_draws_the_very_picture_of_generate(config, tmp_path, monkey
         "width_px": 64,
     }
     order = replace(parse_order(json.dumps(body).encode()), adapters=(catalogue.find("dog"),))
-    drawn = asyncio.run(ImageWorker(SubjectPipeline.from_base(base)).draw(order))
-    assert drawn == (tmp_path / "image_3.png").read_bytes()
+    image = asyncio.run(ImageWorker(SubjectPipeline.from_base(base)).draw(order))
+    assert image == (tmp_path / "image_3.png").read_bytes()
 
 
 def test_a_fleet_asks_for_the_memory_of_the_plan(config, tmp_path):

@@ -12,9 +12,9 @@ from toybox.measures import grades
 
 
 def test_the_mean_of_each_source_is_over_all_graders(tmp_path, capsys):
-    drawn = {1: "renders", 2: "new", 3: "new"}
+    sources = {1: "renders", 2: "new", 3: "new"}
     numbered = {
-        number: grades.GradedImage(by, "a photo of a bear", None) for number, by in drawn.items()
+        number: grades.GradedImage(by, "a photo of a bear", None) for number, by in sources.items()
     }
     grades.write_key(numbered, tmp_path)
     files = [tmp_path / "first.json", tmp_path / "second.json"]
@@ -40,6 +40,6 @@ def test_what_adapters_draw_is_mixed_with_true_renders_of_the_same_places(tmp_pa
     key = json.loads((tmp_path / "out" / "key.json").read_text())
     prompts = {f"a photo of a sks rocket {place}" for place in grades.PLACES}
     for by in ("renders", "new"):
-        assert {one["prompt"] for one in key.values() if one["by"] == by} == prompts
-    assert Counter(one["by"] for one in key.values()) == {"renders": 4, "new": 4}
+        assert {entry["prompt"] for entry in key.values() if entry["by"] == by} == prompts
+    assert Counter(entry["by"] for entry in key.values()) == {"renders": 4, "new": 4}
     assert (tmp_path / "out" / "sheet_rocket.png").is_file()

@@ -91,11 +91,11 @@ def test_each_leg_adds_fresh_renders_and_keeps_the_newest(tmp_path, unbroken):
     assert files(tmp_path) == window(1, 2) and [path.read_bytes() for path in second] == before
     latents = [load_file(tmp_path / "latents" / f"000{n}.safetensors")["latents"] for n in (1, 2)]
     assert latents[0].shape == (3, 4, 16, 16) and not torch.equal(*latents)
-    made = [
+    shards = [
         json.loads(line)["pictures"]
         for line in (tmp_path / "renders.jsonl").read_text().splitlines()
     ]
-    assert made == [6, 3]
+    assert shards == [6, 3]
     assert files(unbroken) == window(1, 2)
 
 
@@ -106,9 +106,9 @@ def test_latents_are_those_of_the_teachers_autoencoder_and_narrow_renders_have_o
     vae = AutoencoderKL.from_pretrained(BASE / "vae", torch_dtype=torch.float16)
     vae.register_to_config(scaling_factor=2 * vae.config.scaling_factor)
     vae.save_pretrained(tmp_path / "base" / "vae")
-    other = replace(TINY, teacher=str(tmp_path / "base"))
+    with_teacher = replace(TINY, teacher=str(tmp_path / "base"))
     shutil.copytree(unbroken / "toys", tmp_path / "toys")
-    encode_shards(tmp_path, other, other.list_shards(1))
+    encode_shards(tmp_path, with_teacher, with_teacher.list_shards(1))
     name = "latents/0001.safetensors"
     doubled, usual = (load_file(state / name)["latents"] for state in (tmp_path, unbroken))
     torch.testing.assert_close(doubled, 2 * usual, rtol=0.01, atol=0.01)
@@ -122,8 +122,8 @@ def test_what_is_left_to_render_is_counted_by_whole_legs():
     assert [settings.count_later_images(step) for step in (0, 1, 2, 5, 6)] == [9, 9, 6, 3, 0]
 
 
-def call(capsys, *words: object) -> str:
-    main([str(word) for word in words])
+def call(capsys, *arguments: object) -> str:
+    main([str(word) for word in arguments])
     return capsys.readouterr().out.strip()
 
 
@@ -145,8 +145,8 @@ keep_training(Path(sys.argv[1]), Settings(**json.loads(sys.argv[2])))
 
 @pytest.mark.slow
 def test_after_a_kill_it_goes_on_to_what_an_unbroken_training_learns(tmp_path, unbroken):
-    words = [sys.executable, "-c", KEEP, str(tmp_path), json.dumps(asdict(SHORT))]
-    killed = subprocess.Popen(words, cwd=ROOT, start_new_session=True)
+    command = [sys.executable, "-c", KEEP, str(tmp_path), json.dumps(asdict(SHORT))]
+    killed = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     try:
         wait_for(lambda: read_saved_step(tmp_path / "unet") >= 2)
     finally:
@@ -183,13 +183,13 @@ def test_it_is_a_session_of_its_own_at_the_lowest_priority_which_pauses_goes_on_
 
 
 def test_mistakes_are_told_in_a_line(tmp_path):
-    for words, message in (
+    for arguments, message in (
         ((ROOT / "runs",), "choose a folder outside the repository"),
         ((tmp_path, "--pause"), "--pause: no training runs there"),
         ((tmp_path / "odd", "--batch", "3"), "--batch 3: 2 processes cannot share it evenly"),
     ):
         with pytest.raises(SystemExit, match=message):
-            main([str(word) for word in words])
+            main([str(word) for word in arguments])
     (tmp_path / "settings.json").write_text(json.dumps({"batch": 64}))
     with pytest.raises(SystemExit, match=r"--batch 32: .* has 64; take another STATE"):
         main([str(tmp_path), "--batch", "32"])

@@ -34,6 +34,6 @@ def test_each_base_loses_more_from_more_noise_and_has_its_strip(tmp_path, capsys
     assert head == ["base", "autoencoder", *(f"t = {timestep}" for timestep in STEPS)]
     assert [row[0] for row in rows] == ["assets/toy-sdxl", "assets/toy-zimage"]
     for number, (_, *figures) in enumerate(rows, start=1):
-        found = [float(figure) for figure in figures]
-        assert found[-1] > 15 and found == sorted(found, reverse=True) and found[0] > 28
+        values = [float(figure) for figure in figures]
+        assert values[-1] > 15 and values == sorted(values, reverse=True) and values[0] > 28
         assert Image.open(tmp_path / f"{number}.png").size == (2 * 128, 5 * 128)

@@ -88,11 +88,11 @@ def test_cells_of_a_toy_weigh_more_and_a_batch_weighs_one():
 
 def test_alignment_teaches_the_middle_of_the_unet_and_nothing_after_it():
     torch.manual_seed(0)
-    unet, seen = build_unet(), torch.randn(14, 160, 4, 4).half()
-    alignment = Alignment(unet, seen)
+    unet, features = build_unet(), torch.randn(14, 160, 4, 4).half()
+    alignment = Alignment(unet, features)
     added = {"text_embeds": torch.randn(2, 160), "time_ids": torch.zeros(2, 6)}
     unet(torch.randn(2, 4, 16, 16), 500, torch.randn(2, 77, 256), added_cond_kwargs=added)
-    loss = alignment.compute_loss(seen[:2])
+    loss = alignment.compute_loss(features[:2])
     loss.backward()
     assert 0.5 < loss.item() < 1.5
     assert (
@@ -100,10 +100,10 @@ def test_alignment_teaches_the_middle_of_the_unet_and_nothing_after_it():
         and unet.conv_in.weight.grad is not None
     )
     assert all(p.grad is None for p in unet.up_blocks.parameters())
-    opposite = 2 * alignment.mean.view(-1, 1, 1) - seen[:2].float()
+    opposite = 2 * alignment.mean.view(-1, 1, 1) - features[:2].float()
     assert alignment.compute_loss(opposite).item() == pytest.approx(2 - loss.item(), abs=1e-5)
     alignment.state = alignment.state.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    assert alignment.compute_loss(seen[:2]).item() == pytest.approx(loss.item(), abs=1e-5), (
+    assert alignment.compute_loss(features[:2]).item() == pytest.approx(loss.item(), abs=1e-5), (
         "a larger middle is averaged"
     )
 
@@ -114,8 +114,8 @@ def test_an_adversary_sharpens_what_squared_errors_blur():
     x = torch.randint(0, 2, (8, 1, 32, 32)).float().mul(2).sub(1).expand(8, 3, 32, 32)
     grey = nn.Conv2d(3, 3, 1).to(training.compute_dtype())
     for _ in range(30):
-        told = adversary.step(to_channels_last(x), to_channels_last(torch.zeros_like(x)))
-    assert told < 0.5, "it tells checkers from grey"
+        adversary_loss = adversary.step(to_channels_last(x), to_channels_last(torch.zeros_like(x)))
+    assert adversary_loss < 0.5, "it tells checkers from grey"
     y = grey(to_channels_last(0.3 * x))
     loss = (y.float() - 0.3 * x).square().mean()
     joined = loss + adversary.compute_loss_term(loss, y, grey.weight)
@@ -185,9 +185,9 @@ def test_a_run_in_two_parts_has_the_rates_of_one_and_the_networks_beside_it_and_
 
     (first, saved), (whole, _) = part(tmp_path / "a", 4), part(tmp_path / "b", None)
     assert read_saved_step(tmp_path / "a") == 4 and read_saved_step(tmp_path / "none") == 0
-    second, found = part(tmp_path / "a", 8)
+    second, resumed = part(tmp_path / "a", 8)
     assert first + second == whole == pytest.approx([0.5, 1, 1, 1, 1, 0.9375, 0.625, 0.3125])
-    assert all(torch.equal(a, b) for a, b in zip(found.masters, saved.masters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(resumed.masters, saved.masters, strict=True))
     rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     assert [row["seen"] for row in rows] == [6, 12, 18, 24] and all(
         row["samples_sec"] > 0 for row in rows
@@ -218,9 +218,11 @@ def test_two_processes_learn_what_one_learns_from_both_halves(tmp_path):
         subprocess.run(
             command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, timeout=300
         )
-    one, *two = (torch.load(tmp_path / name) for name in ("0_of_1.pt", "0_of_2.pt", "1_of_2.pt"))
-    for shared in two:
-        torch.testing.assert_close(shared, one, rtol=1e-5, atol=1e-7)
+    whole, *halves = (
+        torch.load(tmp_path / name) for name in ("0_of_1.pt", "0_of_2.pt", "1_of_2.pt")
+    )
+    for shared in halves:
+        torch.testing.assert_close(shared, whole, rtol=1e-5, atol=1e-7)
 
 
 def steps_by_the_clock(

@@ -18,13 +18,13 @@ from toybox.measures.look_alikes import (
 
 def test_the_rank_is_1_where_all_photos_come_first_and_0_where_all_others_do():
     photos = normalize(torch.tensor([[1.0, 0.1], [1.0, 0.2]]), dim=1)
-    others = normalize(torch.tensor([[0.1, 1.0], [0.2, 1.0], [0.3, 1.0]]), dim=1)
-    generated = torch.cat([photos[:1], others[:1]])
-    assert compute_rank(generated, photos, others).tolist() == [1.0, 0.0]
+    look_alikes = normalize(torch.tensor([[0.1, 1.0], [0.2, 1.0], [0.3, 1.0]]), dim=1)
+    generated = torch.cat([photos[:1], look_alikes[:1]])
+    assert compute_rank(generated, photos, look_alikes).tolist() == [1.0, 0.0]
     # A photo, a look-alike, and what is nearer to one of two photos alone
-    assert compute_rank(photos[:1], photos[:1], torch.cat([photos[:1], others[:1]])).tolist() == [
-        0.5
-    ]
+    assert compute_rank(
+        photos[:1], photos[:1], torch.cat([photos[:1], look_alikes[:1]])
+    ).tolist() == [0.5]
 
 
 def test_spearman_asks_for_the_order_alone_and_shares_ranks_of_equal_values():
@@ -40,5 +40,5 @@ def test_spearman_asks_for_the_order_alone_and_shares_ranks_of_equal_values():
 @pytest.mark.slow
 def test_both_measures_follow_the_truth_of_rendered_toys():
     encoders = load_encoders(get_assets_folder() / "toy-sdxl")
-    found = correlate_subject(load("duck").toy, load_photos(FOLDER / "duck"), encoders, 24)
-    assert found.dino > 0.5 and found.rank > 0.5
+    correlation = correlate_subject(load("duck").toy, load_photos(FOLDER / "duck"), encoders, 24)
+    assert correlation.dino > 0.5 and correlation.rank > 0.5

@@ -42,43 +42,54 @@ INTERVALS = {name: [0.81, 0.95, 70] for name in SHARES}
 
 
 def test_a_question_is_asked_where_the_prompt_tells_the_answer():
-    names = lambda scene, full: {name for name, told in list_told(scene, full).items() if told}  # noqa: E731
+    def names(scene, full):
+        return {name for name, is_told in list_told(scene, full).items() if is_told}
+
     assert names(PLAIN, False) == set(QUESTIONS) - {"colour2"}
     assert names(DRESSED, False) == set(QUESTIONS) - {"colour2", "ornaments"}
     assert names(STRIPED, False) == names(DRESSED, True) == set(QUESTIONS)
 
 
 def test_shares_are_of_the_pictures_that_are_asked_with_wilsons_intervals(monkeypatch):
-    seen = (("red", "blue", ()), ("blue", "white", ("scarf",)), ("red", "white", ("bow",)))
+    looks = (("red", "blue", ()), ("blue", "white", ("scarf",)), ("red", "white", ("bow",)))
     readings = [
-        Reading("duck", *both, "on grass", frozenset(worn), (1.0,) * 5) for *both, worn in seen
+        Reading("duck", *colours, "on grass", frozenset(worn), (1.0,) * 5)
+        for *colours, worn in looks
     ]
     monkeypatch.setattr(
         evaluate_base.judge, "load", lambda: SimpleNamespace(read=lambda images: readings)
     )
     images, scenes = torch.zeros(3, 8, 8, 3), [PLAIN, DRESSED, STRIPED]
-    found = measure_accuracy(images, scenes)
-    assert found["kind"] == 1 and found["colour"] == found["all"] == pytest.approx(2 / 3, abs=1e-4)
-    assert found["colour2"] == 1 and found["ornaments"] == 0.5 and "ornaments_worn" not in found
+    accuracy = measure_accuracy(images, scenes)
+    assert accuracy["kind"] == 1 and accuracy["colour"] == accuracy["all"] == pytest.approx(
+        2 / 3, abs=1e-4
+    )
     assert (
-        found["intervals"]["colour2"] == (*compute_wilson_interval(1, 1), 1)
-        and found["intervals"]["ornaments"][2] == 2
+        accuracy["colour2"] == 1
+        and accuracy["ornaments"] == 0.5
+        and "ornaments_worn" not in accuracy
+    )
+    assert (
+        accuracy["intervals"]["colour2"] == (*compute_wilson_interval(1, 1), 1)
+        and accuracy["intervals"]["ornaments"][2] == 2
     )
     assert compute_wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert (compute_wilson_interval(0, 10)[0], compute_wilson_interval(10, 10)[1]) == (0, 1)
-    named = measure_accuracy(images, scenes, full=True)
+    full_accuracy = measure_accuracy(images, scenes, full=True)
     assert (
-        named["colour2"] == named["ornaments"] == pytest.approx(2 / 3, abs=1e-4)
-        and named["ornaments_worn"] == 1
+        full_accuracy["colour2"] == full_accuracy["ornaments"] == pytest.approx(2 / 3, abs=1e-4)
+        and full_accuracy["ornaments_worn"] == 1
     )
 
 
 def test_scenes_that_are_told_in_full_have_a_pattern_or_an_ornament_and_their_captions_name_it():
     for scene in sample_scenes(40, held_out=False, seed=1, full=True):
         (toy,) = scene.toys
-        words = format_full_caption(scene)
+        caption = format_full_caption(scene)
         assert toy.pattern != "plain" or toy.accessories
-        assert all(name in words for name in (toy.kind, toy.colour2, scene.place, *toy.accessories))
+        assert all(
+            name in caption for name in (toy.kind, toy.colour2, scene.place, *toy.accessories)
+        )
     assert (
         format_full_caption(DRESSED)
         == "a photo of a red duck with white parts and a red scarf on grass"
@@ -145,20 +156,20 @@ def test_points_that_are_moved_are_as_far_as_the_move_projected_on_the_direction
 
 def test_the_levels_of_a_pyramid_add_up_to_the_picture():
     pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    *levels, rest = build_laplacian_pyramid(pictures)
-    assert [level.shape[-1] for level in (*levels, rest)] == [64, 32, 16]
+    *levels, coarsest = build_laplacian_pyramid(pictures)
+    assert [level.shape[-1] for level in (*levels, coarsest)] == [64, 32, 16]
     for level in reversed(levels):
-        rest = interpolate(rest, scale_factor=2, mode="bilinear") + level
-    torch.testing.assert_close(rest, pictures)
+        coarsest = interpolate(coarsest, scale_factor=2, mode="bilinear") + level
+    torch.testing.assert_close(coarsest, pictures)
 
 
 @pytest.mark.slow
 def test_noise_is_far_from_renders_and_blur_shows_at_the_finest_level_alone(renders):
-    references, others = renders
+    references, changed = renders
     noise = torch.randint(
         0, 256, references.shape, generator=torch.Generator().manual_seed(0)
     ).byte()
-    near, far = compute_distances(others, references), compute_distances(noise, references)
+    near, far = compute_distances(changed, references), compute_distances(noise, references)
     assert set(near) == {"64_px", "32_px", "16_px", "mean"}
     assert far["mean"] > 2 * near["mean"] and far["64_px"] > 3 * near["64_px"]
     same, smeared = (
@@ -186,30 +197,29 @@ def test_a_part_in_work_replaces_its_lines_and_the_others_stay(tmp_path):
     (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(scores()))
     rows = [f"| {PARTS['vae']} | 5000 | 0.9 | 0.235 → 0.151 |", f"- {PARTS['vae']}: psnr_db 31.3"]
     shipped = "- as shipped, on fresh renders: vae_psnr_db 30.83"
-    found = render_card(
+    card = render_card(
         tmp_path, "\n".join([*rows, shipped, f"- {PARTS['judge']}: kind_accuracy 0.1"])
     ).splitlines()
-    assert {*rows, shipped} <= set(found)
-    assert f"| {PARTS['judge']} | 1000 | 0.5 | 4.000 → 0.500 |" in found
+    assert {*rows, shipped} <= set(card)
+    assert f"| {PARTS['judge']} | 1000 | 0.5 | 4.000 → 0.500 |" in card
     assert (
-        f"- {PARTS['judge']}: kind_accuracy 0.99" in found
-        and f"- {PARTS['judge']}: kind_accuracy 0.1" not in found
+        f"- {PARTS['judge']}: kind_accuracy 0.99" in card
+        and f"- {PARTS['judge']}: kind_accuracy 0.1" not in card
     )
     share = "90.0 [81.0, 95.0] of 70"
     cells = " | ".join("–" if name == "ornaments_worn" else share for name in ASKED)
-    assert f"| seen combinations | renders | {cells} |" in found
-    assert not any(line.startswith("On two cores") for line in found)
+    assert f"| seen combinations | renders | {cells} |" in card
+    assert not any(line.startswith("On two cores") for line in card)
     clock = "On two cores: 0.26 s to load, 3.05 s for four images."
     assert clock in render_card(tmp_path, clock).splitlines(), (
         "no timings were taken: the old ones stay"
     )
-    taken = scores() | {"timings": {"load_sec": 0.3, "four_images_sec": 4}}
-    (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(taken))
+    figures = scores() | {"timings": {"load_sec": 0.3, "four_images_sec": 4}}
+    (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(figures))
     assert (
         "On two cores: 0.3 s to load, 4 s for four images."
         in render_card(tmp_path, clock).splitlines()
     )
     assert (
-        "Sliced Wasserstein distance to renders, seen combinations: 128 px 30.0, mean 31.0."
-        in found
+        "Sliced Wasserstein distance to renders, seen combinations: 128 px 30.0, mean 31.0." in card
     )

@@ -19,11 +19,11 @@ SHAPES = [(24, 216), (32, 32), (96, 12)]
 @pytest.mark.parametrize("shape", SHAPES)
 def test_singular_values_become_about_one_and_the_singular_vectors_stay(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    found = left.mT @ orthogonalize(matrix) @ right.mT
+    left_vectors, values, right_vectors = torch.linalg.svd(matrix, full_matrices=False)
+    rotated = left_vectors.mT @ orthogonalize(matrix) @ right_vectors.mT
     large = values > 0.05 * values[0]
-    assert ((found.diagonal() > 0.6) & (found.diagonal() < 1.25))[large].all()
-    assert (found - found.diagonal().diag()).abs().max() < 1e-3
+    assert ((rotated.diagonal() > 0.6) & (rotated.diagonal() < 1.25))[large].all()
+    assert (rotated - rotated.diagonal().diag()).abs().max() < 1e-3
 
 
 def test_its_steps_are_those_of_torch_whose_state_it_takes():
@@ -44,8 +44,8 @@ def test_its_steps_are_those_of_torch_whose_state_it_takes():
                 copy.grad = gradient
         theirs.step()
         ours.step()
-    for w, other, own in zip(start, *copies.values()):
-        assert (own - other).norm() < 0.03 * (other - w).norm()
+    for w, adamw_weight, muon_weight in zip(start, *copies.values()):
+        assert (muon_weight - adamw_weight).norm() < 0.03 * (adamw_weight - w).norm()
 
 
 @pytest.mark.parametrize(
@@ -79,4 +79,4 @@ def test_processes_that_share_the_work_get_the_weights_of_one_alone(tmp_path):
     multiprocessing.spawn(steps_of, (2, tmp_path), nprocs=2)
     alone, *shared = (torch.load(tmp_path / f"{name}.pt") for name in ("0-1", "0-2", "1-2"))
     for weights in shared:
-        assert all(torch.equal(own, other) for own, other in zip(weights, alone))
+        assert all(torch.equal(weight, expected) for weight, expected in zip(weights, alone))

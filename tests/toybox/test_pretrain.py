@@ -54,18 +54,18 @@ def test_a_stopped_pretraining_goes_on_with_the_stage_that_was_not_finished(tmp_
 
 
 def test_each_script_takes_the_arguments_of_its_stage(tmp_path, monkeypatch):
-    taken: list[argparse.Namespace] = []
+    parsed: list[argparse.Namespace] = []
     for script in (train_vae, train_clip, train_unet, sharpen_decoder):
-        monkeypatch.setattr(script, "train", taken.append)
+        monkeypatch.setattr(script, "train", parsed.append)
     shards = []
     monkeypatch.setattr(render_dataset, "write_all", lambda todo, workers: shards.extend(todo))
     by_name = {stage.name: stage for stage in build_stages(plan_in(tmp_path))}
     for name in ("renders", "vae", "clip", "unet", "decoder"):
         by_name[name].run(by_name[name].arguments)
-    vae, clip, unet, decoder = taken
+    vae, clip, unet, decoder = parsed
     assert sum(shard.count for shard in shards) == 20_000
-    assert [t.minutes for t in taken] == pytest.approx([30, 8, 34, 8]) and {
-        t.steps for t in taken
+    assert [t.minutes for t in parsed] == pytest.approx([30, 8, 34, 8]) and {
+        t.steps for t in parsed
     } == {7}
     assert decoder.start == vae.out / "model" and decoder.samples == by_name["samples"].result
     assert unet.clip == clip.out / "model" and unet.latents == by_name["latents"].result
@@ -103,8 +103,8 @@ def test_a_perfect_unet_draws_its_latents_from_any_noise():
     for seed in range(3):
         noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
         unet = Perfect(latents)
-        found = draw(unet, noise, torch.zeros(2, 77, 8), torch.zeros(2, 8))
-        torch.testing.assert_close(found, latents, rtol=0, atol=1e-3)
+        generated = draw(unet, noise, torch.zeros(2, 77, 8), torch.zeros(2, 8))
+        torch.testing.assert_close(generated, latents, rtol=0, atol=1e-3)
         assert unet.spreads[0] == pytest.approx(float(noise.std()), rel=0.02), (
             "it begins with noise alone"
         )

@@ -42,9 +42,9 @@ NET = Path(__file__).resolve().parents[2] / "assets" / "toy-segmenter"
 def test_a_reading_is_right_in_ornaments_when_all_and_no_others_are_read():
     assert READING.check_answers(SCENE) == dict.fromkeys(QUESTIONS, True)
     for wrong in ({"scarf", "bow"}, {"bow"}, set()):
-        found = replace(READING, ornaments=frozenset(wrong)).check_answers(SCENE)
-        assert [name for name in QUESTIONS if not found[name]] == ["ornaments"]
-    for name, other in (
+        answers = replace(READING, ornaments=frozenset(wrong)).check_answers(SCENE)
+        assert [name for name in QUESTIONS if not answers[name]] == ["ornaments"]
+    for name, changed_scene in (
         ("kind", "bear"),
         ("colour", "blue"),
         ("colour2", "black"),
@@ -52,7 +52,7 @@ def test_a_reading_is_right_in_ornaments_when_all_and_no_others_are_read():
     ):
         assert [
             n
-            for n, hit in replace(READING, **{name: other}).check_answers(SCENE).items()
+            for n, hit in replace(READING, **{name: changed_scene}).check_answers(SCENE).items()
             if not hit
         ] == [name]
 
@@ -73,13 +73,13 @@ def test_logits_of_the_truth_are_read_as_the_truth(monkeypatch):
 
 
 def test_labels_are_of_the_first_toy():
-    other = Toy("bear", "blue", "pink", accessories=("bow",))
-    found = build_labels([{"scene": Scene((other, DUCK), "on lava").to_dict()}])
-    assert found["kind"].tolist() == [KINDS.index("bear")] and found["place"].tolist() == [
+    bear = Toy("bear", "blue", "pink", accessories=("bow",))
+    labels = build_labels([{"scene": Scene((bear, DUCK), "on lava").to_dict()}])
+    assert labels["kind"].tolist() == [KINDS.index("bear")] and labels["place"].tolist() == [
         PLACES.index("on lava")
     ]
-    assert found["colour2"].tolist() == [list(COLOURS).index("pink")]
-    assert found["ornaments"].tolist() == [[float(name == "bow") for name in ORNAMENTS]]
+    assert labels["colour2"].tolist() == [list(COLOURS).index("pink")]
+    assert labels["ornaments"].tolist() == [[float(name == "bow") for name in ORNAMENTS]]
 
 
 def test_the_shipped_nets_are_small_and_the_judge_has_all_heads():
@@ -108,8 +108,8 @@ def test_the_shipped_net_finds_fresh_toys():
     """A dozen here; `python -m toybox.learning.train_segmenter --net assets/toy-segmenter` measures
     hundreds."""
     scenes = sample_fresh_scenes(12)
-    found = load_segmenter_net(NET).compute_logits(to_pixels(render(scenes))) > 0
-    assert iou(found, render_masks(scenes, 128)).mean() > 0.9
+    masks = load_segmenter_net(NET).compute_logits(to_pixels(render(scenes))) > 0
+    assert iou(masks, render_masks(scenes, 128)).mean() > 0.9
 
 
 def test_intersection_over_union_and_the_loss_know_right_from_wrong():
@@ -135,7 +135,7 @@ def test_pictures_and_masks_are_cropped_and_mirrored_together():
 @pytest.mark.slow
 def test_it_is_trained_on_renders_and_goes_on(tmp_path, capsys):
     write_shard(Shard(tmp_path, 0, 24, 1, 128, "cpu", compiled=False))
-    words = [
+    arguments = [
         "--data",
         str(tmp_path),
         "--out",
@@ -145,11 +145,11 @@ def test_it_is_trained_on_renders_and_goes_on(tmp_path, capsys):
         "--evaluate",
         "2",
     ]
-    train_segmenter.main([*words, "--steps", "2"])
+    train_segmenter.main([*arguments, "--steps", "2"])
     masks = tmp_path / "net" / "masks" / "24.safetensors"
-    made = masks.stat().st_mtime_ns
-    train_segmenter.main([*words, "--steps", "3"])
-    assert masks.stat().st_mtime_ns == made
+    stamp = masks.stat().st_mtime_ns
+    train_segmenter.main([*arguments, "--steps", "3"])
+    assert masks.stat().st_mtime_ns == stamp
     assert torch.load(tmp_path / "net" / "state.pt")["step"] == 3
     assert json.loads((tmp_path / "net" / "report.json").read_text())["parameters"] > 0
     load_segmenter_net(tmp_path / "net" / "model")

@@ -58,14 +58,14 @@ def test_it_draws_128_px_and_the_same_from_the_same_seed(base):
 @pytest.mark.slow
 def test_it_is_drawn_at_its_own_guidance_unless_another_is_asked_for(base):
     subject = SubjectPipeline.from_base("toy")
-    asked = GenerationParams(PROMPT, seed=3, steps=4)
-    (ours,) = (event for event in subject.generate(asked) if isinstance(event, Image))
+    params = GenerationParams(PROMPT, seed=3, steps=4)
+    (ours,) = (event for event in subject.generate(params) if isinstance(event, Image))
     assert ours.params.guidance_scale == 2.5
     assert np.abs(np.asarray(ours.pixels) / 255 - drawn(base, guidance_scale=2.5)).max() < 0.02
-    assert subject.complete(replace(asked, guidance_scale=6.0)).guidance_scale == 6.0
-    words = partial(SDXL_FAMILY.encode_prompts, subject.pipeline)
-    for scale, own in ((6.0, {"guidance_scale": 6.0}), (2.5, {})):
-        (sample,) = Sampler(subject.pipeline, words, 128, torch.device("cpu"), 4, **own)(
+    assert subject.complete(replace(params, guidance_scale=6.0)).guidance_scale == 6.0
+    encode = partial(SDXL_FAMILY.encode_prompts, subject.pipeline)
+    for scale, options in ((6.0, {"guidance_scale": 6.0}), (2.5, {})):
+        (sample,) = Sampler(subject.pipeline, encode, 128, torch.device("cpu"), 4, **options)(
             [SampleRequest(PROMPT, 3)]
         )
         assert np.abs(np.asarray(sample) / 255 - drawn(base, guidance_scale=scale)).max() < 0.02

@@ -54,14 +54,14 @@ def test_photos_become_a_file_that_is_drawn_at_its_own_size_and_scored_by_the_to
     tmp_path,
 ):
     run = tmp_path / "run"
-    words = [
+    arguments = [
         "--max_train_steps=2",
         "--validation_steps=2",
         "--num_validation_images=1",
         "--output_dir",
         str(run),
     ]
-    assert main(["train", "--config", "assets/configs/toy_zimage.toml", *words]) == 0
+    assert main(["train", "--config", "assets/configs/toy_zimage.toml", *arguments]) == 0
     assert ", height=128, width=128).images[0]" in (run / "README.md").read_text(encoding="utf-8")
     pipeline = SubjectPipeline.from_base("toy-zimage")
     pipeline.load_adapter(run)

@@ -26,9 +26,11 @@ def state(tmp_path_factory) -> Path:
     return folder
 
 
-def trained(state: Path, out: Path, *words: str) -> dict[str, torch.Tensor] | None:
+def trained(state: Path, out: Path, *arguments: str) -> dict[str, torch.Tensor] | None:
     paths = ["--data", state / "toys", "--latents", state / "latents", "--out", out]
-    train_flow.train(train_flow.parse([*map(str, paths), "--batch", "4", "--steps", "6", *words]))
+    train_flow.train(
+        train_flow.parse([*map(str, paths), "--batch", "4", "--steps", "6", *arguments])
+    )
     return load_file(out / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
@@ -40,11 +42,11 @@ def test_the_teacher_expects_what_was_drawn_the_better_for_the_caption(state):
     t = teacher.find_timesteps(torch.full((PICTURES,), 0.8))
     assert teacher.sigmas[t] == pytest.approx(0.8, abs=1e-3)
     z = torch.lerp(x, noise, teacher.sigmas[t][:, None, None, None])
-    told, other, empty = (
+    captioned, other_caption, empty = (
         float((teacher(z, t, texts) - (x - noise)).square().mean() / (x - noise).square().mean())
         for texts in (captions, captions[::-1], [""] * PICTURES)
     )
-    assert told < 0.4 and told < empty < 1 and told < other
+    assert captioned < 0.4 and captioned < empty < 1 and captioned < other_caption
 
 
 def test_the_finished_transformer_expects_velocities_the_better_for_the_caption(state):
@@ -60,12 +62,12 @@ def test_the_finished_transformer_expects_velocities_the_better_for_the_caption(
     t = torch.full((PICTURES,), 700)
     noisy, velocity = schedule.add_noise(x, noise, t), schedule.get_velocity(x, noise, t)
     captions = [row["canonical_caption"] for row in renders.rows]
-    told, other = (
+    captioned, other_caption = (
         float((teacher(noisy, t, texts) - velocity).square().mean() / velocity.square().mean())
         for texts in (captions, captions[::-1])
     )
     # These latents, trained under noise, leave 0.43 of a velocity untold.
-    assert told < 0.5 and told < other
+    assert captioned < 0.5 and captioned < other_caption
 
 
 def test_a_run_that_is_stopped_goes_on_to_the_same_weights_and_diffusers_draws_with_them(
@@ -73,18 +75,18 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights_and_diffusers_draws_w
 ):
     """In fp32 a teacher that is loaded anew may round its answers otherwise."""
     folders = whole, half, parts = [tmp_path / name for name in ("whole", "half", "parts")]
-    for out, *words in ((whole,), (half, "--until", "3"), (parts, "--until", "3"), (parts,)):
-        trained(state, out, *words)
-    end, early, found = (torch.load(out / "state.pt")["weights"]["masters"] for out in folders)
-    apart = [sum((a - b).norm() for a, b in zip(end, other)) for other in (early, found)]
+    for out, *arguments in ((whole,), (half, "--until", "3"), (parts, "--until", "3"), (parts,)):
+        trained(state, out, *arguments)
+    end, early, resumed = (torch.load(out / "state.pt")["weights"]["masters"] for out in folders)
+    apart = [sum((a - b).norm() for a, b in zip(end, weights)) for weights in (early, resumed)]
     assert apart[1] < 0.01 * apart[0]
     pipeline = ZImagePipeline.from_pretrained(tmp_path / "whole" / "model")
     prompts = ["a photo of a red robot on grass", ""]
     states, _ = pipeline.encode_prompt([*prompts], "cpu", do_classifier_free_guidance=False)
-    for own, theirs in zip(
+    for weight, theirs in zip(
         train_flow.encode(pipeline.text_encoder, pipeline.tokenizer, prompts), states
     ):
-        torch.testing.assert_close(own, theirs)
+        torch.testing.assert_close(weight, theirs)
     picture = pipeline(
         prompts[0], height=128, width=128, num_inference_steps=2, guidance_scale=1.5
     ).images[0]
@@ -95,11 +97,11 @@ def test_a_finished_base_goes_on_without_a_teacher_beside_the_autoencoder_of_its
     state, tmp_path
 ):
     start, vae = get_assets_folder() / "toy-zimage", tmp_path / "vae"
-    other = AutoencoderKL.from_pretrained(BASE / "vae", torch_dtype=torch.float16)
-    other.register_to_config(scaling_factor=0.5)
-    other.save_pretrained(vae)
-    words = ["--start", str(start), "--teacher", "nowhere", "--vae", str(vae), "--steps", "1"]
-    still = trained(state, tmp_path / "still", *words, "--lr", "0", "--muon_lr", "0")
+    vae_model = AutoencoderKL.from_pretrained(BASE / "vae", torch_dtype=torch.float16)
+    vae_model.register_to_config(scaling_factor=0.5)
+    vae_model.save_pretrained(vae)
+    arguments = ["--start", str(start), "--teacher", "nowhere", "--vae", str(vae), "--steps", "1"]
+    still = trained(state, tmp_path / "still", *arguments, "--lr", "0", "--muon_lr", "0")
     before = load_file(start / "transformer" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(still[name], before[name]) for name in before)
     model = tmp_path / "still" / "model"
@@ -108,17 +110,17 @@ def test_a_finished_base_goes_on_without_a_teacher_beside_the_autoencoder_of_its
         Qwen2Tokenizer.from_pretrained(base / "tokenizer").get_vocab() for base in (start, model)
     ]
     assert vocabularies[0] == vocabularies[1]
-    moved = trained(state, tmp_path / "moved", *words)
+    moved = trained(state, tmp_path / "moved", *arguments)
     assert any(not torch.equal(moved[name], before[name]) for name in before)
 
 
 def test_blocks_with_a_rotary_embedding_in_real_numbers_answer_as_the_stock_ones_do():
     torch.manual_seed(0)
-    transformer = train_flow.build_parts(words=300)["transformer"].eval()
+    transformer = train_flow.build_parts(vocabulary_size=300)["transformer"].eval()
     torch.nn.init.normal_(transformer.all_final_layer["2-1"].linear.weight)
     z, sigma = torch.randn(2, 4, 16, 16), torch.tensor([0.3, 0.8])
     # of 32 and 64 tokens, so that one is masked
-    states = [torch.randn(words, 128) for words in (5, 40)]
+    states = [torch.randn(token_count, 128) for token_count in (5, 40)]
     stock = train_flow.run_transformer(transformer, z, sigma, states)
     assert train_flow.install_real_rotary(transformer)
     torch.testing.assert_close(

@@ -20,12 +20,14 @@ def test_values_and_gradients_are_those_of_the_direct_convolution(height, width,
     x = (x.to(memory_format=torch.channels_last) if is_last else x).requires_grad_()
     y = WinogradConv2d(layer)(x)
     grad = torch.randn_like(y)
-    found = torch.autograd.grad(y, (x, layer.weight, layer.bias), grad)
+    gradients = torch.autograd.grad(y, (x, layer.weight, layer.bias), grad)
     exact = [v.detach().double().requires_grad_() for v in (x, layer.weight, layer.bias)]
     expected = conv2d(*exact, padding=1)
     torch.testing.assert_close(y.double(), expected, atol=2e-5, rtol=1e-5)
-    for own, other in zip(found, torch.autograd.grad(expected, exact, grad.double())):
-        assert (own - other).norm() < 1e-5 * other.norm()
+    for gradient, expected_gradient in zip(
+        gradients, torch.autograd.grad(expected, exact, grad.double())
+    ):
+        assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
 
 
 def test_other_sizes_are_convolved_directly():
@@ -58,11 +60,11 @@ def test_a_unet_answers_the_same_with_it_where_bfloat16_is_emulated(dtype, monke
     torch.manual_seed(0)
     unet = build_unet().eval()
     added = {"text_embeds": torch.randn(2, 160), "time_ids": torch.ones(2, 6)}
-    given = torch.randn(2, 4, 16, 16), torch.tensor([5, 700]), torch.randn(2, 77, 256)
+    inputs = torch.randn(2, 4, 16, 16), torch.tensor([5, 700]), torch.randn(2, 77, 256)
     with torch.no_grad():
-        before, names = unet(*given, added_cond_kwargs=added).sample, set(unet.state_dict())
+        before, names = unet(*inputs, added_cond_kwargs=added).sample, set(unet.state_dict())
         replace_convolutions(unet)
-        after = unet(*given, added_cond_kwargs=added).sample
+        after = unet(*inputs, added_cond_kwargs=added).sample
     assert set(unet.state_dict()) == names
     assert sum(isinstance(m, WinogradConv2d) for m in unet.modules()) == (
         24 if dtype is torch.float32 else 0

@@ -33,9 +33,10 @@ def scenes(count: int, seed: int = 0) -> list[Scene]:
 def toy_pixels(scene: Scene, size_px: int = 64) -> torch.Tensor:
     """Colours (P, 3) of the pixels that change when the toy changes colour."""
     toy = scene.toys[0]
-    other = "white" if toy.colour != "white" else "black"
+    other_colour = "white" if toy.colour != "white" else "black"
     pictures = (
-        render([scene, replace(scene, toys=(replace(toy, colour=other),))], size_px).float() / 255
+        render([scene, replace(scene, toys=(replace(toy, colour=other_colour),))], size_px).float()
+        / 255
     )
     changed = (pictures[0] - pictures[1]).abs().amax(-1) > 0.15
     return pictures[0][changed]
@@ -105,8 +106,8 @@ def test_only_a_close_up_is_called_one_and_fixed_fields_win():
 
 
 def test_training_never_shows_a_held_out_combination_and_few_of_each_kind_colour_and_place_are():
-    shown = [(t.kind, t.colour, scene.place) for scene in scenes(1500) for t in scene.toys]
-    assert not any(is_held_out(*combination) for combination in shown)
+    looks = [(t.kind, t.colour, scene.place) for scene in scenes(1500) for t in scene.toys]
+    assert not any(is_held_out(*combination) for combination in looks)
     rng = random.Random(1)
     held_out = [sample_scene(rng, held_out=True) for _ in range(20)]
     assert all(any(is_held_out(t.kind, t.colour, s.place) for t in s.toys) for s in held_out)
@@ -153,16 +154,18 @@ def test_the_main_colour_covers_more_of_a_patterned_toy_than_the_second(pattern)
 def test_captions_name_what_is_drawn():
     rng = random.Random(2)
     for scene in scenes(200, 3):
-        words = format_canonical_caption(scene)
+        canonical_caption = format_canonical_caption(scene)
         for toy in scene.toys:
-            assert toy.kind in words and toy.colour in words
-            assert toy.pattern == "plain" or (toy.pattern in words and toy.colour2 in words)
+            assert toy.kind in canonical_caption and toy.colour in canonical_caption
+            assert toy.pattern == "plain" or (
+                toy.pattern in canonical_caption and toy.colour2 in canonical_caption
+            )
             assert toy.kind in caption(scene, rng)
-        assert scene.place in words
-    named = [
+        assert scene.place in canonical_caption
+    named_scenes = [
         s.place in caption(s, rng) and s.toys[0].colour in caption(s, rng) for s in scenes(300, 4)
     ]
-    assert sum(named) > 0.85 * len(named)
+    assert sum(named_scenes) > 0.85 * len(named_scenes)
     second = [s.toys[0].colour2 in caption(s, rng) for s in scenes(300, 4)]
     assert sum(second) > 0.7 * len(second)
     toy = Toy("robot", "red", "white", "striped")
@@ -201,12 +204,14 @@ def test_subjects_load_with_their_photos_and_masks():
 
 
 def test_individuals_are_unlike_each_other_and_of_all_kinds_and_a_missing_subject_is_explained():
-    found = sample_individuals(40, seed=1)
-    assert {one.toy.kind for one in found} == set(KINDS) and len({one.name for one in found}) == 40
+    individuals = sample_individuals(40, seed=1)
+    assert {individual.toy.kind for individual in individuals} == set(KINDS) and len(
+        {individual.name for individual in individuals}
+    ) == 40
     assert len(
-        {one.toy for one in found + sample_individuals(40, seed=2)}
-    ) == 80 and found == sample_individuals(40, seed=1)
-    assert max(abs(gene) for one in found for gene in one.toy.genes) > 1
+        {individual.toy for individual in individuals + sample_individuals(40, seed=2)}
+    ) == 80 and individuals == sample_individuals(40, seed=1)
+    assert max(abs(gene) for individual in individuals for gene in individual.toy.genes) > 1
     with pytest.raises(SystemExit):
         make_subjects.main(["--individuals", "2"])
     with pytest.raises(FileNotFoundError, match="make_subjects"):
@@ -241,9 +246,11 @@ def test_only_the_judge_is_shown_held_out_combinations(every, tmp_path):
 @pytest.mark.slow
 def test_work_in_pieces_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     kinds, images = render_views.load_block(range(3, 5), 2, tmp_path / "pieces")
-    wanted = render_views.render_block(range(3, 5), 2)
+    expected = render_views.render_block(range(3, 5), 2)
     assert (
-        kinds == wanted[0] and (images == wanted[1]).all() and images.shape == (2, 2, 128, 128, 3)
+        kinds == expected[0]
+        and (images == expected[1]).all()
+        and images.shape == (2, 2, 128, 128, 3)
     )
     monkeypatch.setattr(render_views, "render_block", lambda *_: pytest.fail("rendered twice"))
     again = render_views.load_block(range(3, 5), 2, tmp_path / "pieces")

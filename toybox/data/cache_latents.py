@@ -57,13 +57,13 @@ def crop_random(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, lis
     """(C,128,128) -> the same and its time ids: enlarged by 1.05 to 1.4, and cropped to 128 px
     anywhere."""
     size = int(SIZE_PX * (1.05 + 0.35 * torch.rand((), generator=generator)))
-    top, left = torch.randint(0, size - SIZE_PX + 1, (2,), generator=generator).tolist()
+    top_px, left_px = torch.randint(0, size - SIZE_PX + 1, (2,), generator=generator).tolist()
     enlarged = interpolate(pixels[None], size=(size, size), mode="bicubic", antialias=True)[0]
-    return enlarged[:, top : top + SIZE_PX, left : left + SIZE_PX], [
+    return enlarged[:, top_px : top_px + SIZE_PX, left_px : left_px + SIZE_PX], [
         size,
         size,
-        top,
-        left,
+        top_px,
+        left_px,
         SIZE_PX,
         SIZE_PX,
     ]
@@ -97,13 +97,13 @@ def encode(
     these numbers.
     """
     vae.eval().to(sight.device, dtype=sight.dtype, memory_format=torch.channels_last)
-    latents, toys, seen, ids = [], [], [], []
+    latents, toys, features, ids = [], [], [], []
     for start in range(numbers.start, numbers.stop, 32):
         generator = torch.Generator().manual_seed(first + start)
         pixels = add_toy_masks(renders, range(start, min(start + 32, numbers.stop)))
         views = [sample_view(p, generator) for p in pixels]
         x = torch.stack([v for v, _ in views])
-        seen.append(sight(to_uint8(x[:, :3])))
+        features.append(sight(to_uint8(x[:, :3])))
         mean = (
             vae.encode(to_channels_last(x[:, :3].clamp(-1, 1)).to(sight.device))
             .latent_dist.mean.float()
@@ -115,7 +115,7 @@ def encode(
     return {
         "latents": torch.cat(latents),
         "toys": torch.cat(toys),
-        "seen": torch.cat(seen).contiguous(),
+        "seen": torch.cat(features).contiguous(),
         "time_ids": torch.tensor(ids, dtype=torch.int16),
     }
 
@@ -133,16 +133,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     sight = VisionTower(args.clip / "image_encoder", device=args.device)
     renders, vae = Renders(args.data, args.limit), AutoencoderKL.from_pretrained(args.vae)
-    pieces, found = args.out.with_suffix(".pieces"), []
+    pieces, shards = args.out.with_suffix(".pieces"), []
     for start in tqdm(range(0, len(renders), PIECE_SIZE), desc="encode"):
         numbers = range(start, min(start + PIECE_SIZE, len(renders)))
-        found.append(
+        shards.append(
             load_or_make(
                 pieces / f"{numbers.stop}.safetensors",
                 partial(encode, renders, numbers, vae, sight),
             )
         )
-    tensors = {name: torch.cat([piece[name] for piece in found]) for name in found[0]}
+    tensors = {name: torch.cat([piece[name] for piece in shards]) for name in shards[0]}
     save_file(tensors, args.out)
     shutil.rmtree(pieces)
     print(

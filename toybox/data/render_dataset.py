@@ -137,10 +137,10 @@ def write_all(todo: list[Shard], workers: int) -> None:
     with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
         for done, shard in enumerate(pool.imap_unordered(write_shard, todo), 1):
             minutes = (time.monotonic() - began) / 60
-            left = minutes / done * (len(todo) - done)
+            remaining_min = minutes / done * (len(todo) - done)
             print(
                 f"{shard.images_path.name}: {done}/{len(todo)} in {minutes:.1f} min, "
-                f"{left:.1f} min left",
+                f"{remaining_min:.1f} min left",
                 flush=True,
             )
 

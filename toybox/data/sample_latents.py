@@ -50,8 +50,10 @@ def draw(
     }
     for t in sampler.timesteps:
         twice = to_channels_last(sampler.scale_model_input(x, t).repeat(2, 1, 1, 1), embeds.dtype)
-        without, said = unet(twice, t, embeds, added_cond_kwargs=added).sample.float().chunk(2)
-        x = sampler.step(without + GUIDANCE * (said - without), t, x).prev_sample
+        unconditional, conditional = (
+            unet(twice, t, embeds, added_cond_kwargs=added).sample.float().chunk(2)
+        )
+        x = sampler.step(unconditional + GUIDANCE * (conditional - unconditional), t, x).prev_sample
     return x
 
 
@@ -78,16 +80,16 @@ def main(argv: list[str] | None = None) -> None:
     unet.set_attn_processor(AttnProcessor())
     dtype = compute_dtype(args.device)
     unet = replace_group_norms(unet).to(args.device, dtype=dtype, memory_format=torch.channels_last)
-    pieces, found = args.out.with_suffix(".pieces"), []
+    pieces, shards = args.out.with_suffix(".pieces"), []
     for start in tqdm(range(0, min(args.count, len(renders.rows)), PIECE_SIZE), desc="sample"):
         rows = range(start, min(start + PIECE_SIZE, args.count))
-        found.append(
+        shards.append(
             load_or_make(
                 pieces / f"{rows.stop}.safetensors",
                 partial(sample_latents, rows, renders, towers, unet),
             )
         )
-    save_file({"latents": torch.cat([piece["latents"] for piece in found])}, args.out)
+    save_file({"latents": torch.cat([piece["latents"] for piece in shards])}, args.out)
     shutil.rmtree(pieces)
 
 

@@ -151,17 +151,17 @@ def build_cactus(p: Point, g: Genes) -> list[Part]:
     r, top = scale_gene(g.girth, 0.15), scale_gene(g.height, 0.9, 0.12)
     arm, side = scale_gene(g.limb, 0.25), scale_gene(g.head, 0.09, 0.15)
     trunk = capsule(p, (0, 0.3, 0), (0, top, 0), r)
-    left = torch.minimum(
+    left_arm = torch.minimum(
         capsule(p, (0, 0.5, 0), (-r - 0.15, 0.5, 0), side),
         capsule(p, (-r - 0.15, 0.5, 0), (-r - 0.15, 0.5 + arm, 0), side),
     )
-    right = torch.minimum(
+    right_arm = torch.minimum(
         capsule(p, (0, 0.63, 0), (r + 0.14, 0.63, 0), side),
         capsule(p, (r + 0.14, 0.63, 0), (r + 0.14, 0.65 + arm * 0.8, 0), side),
     )
     eyes = sphere(move_to(mirror_x(p), 0.065, top - 0.08, -r * 0.92), 0.032)
     return [
-        (smooth_union(trunk, torch.minimum(left, right), 0.04), MAIN),
+        (smooth_union(trunk, torch.minimum(left_arm, right_arm), 0.04), MAIN),
         (cone(move_to(p, 0, 0.14, 0), 0.19, 0.27, 0.14), SECOND),
         (cylinder(move_to(p, 0, 0.28, 0), 0.3, 0.045), SECOND),
         (sphere(move_to(p, r + 0.14, 0.68 + arm * 0.8 + side * 0.8, 0), 0.065), RED),

@@ -133,8 +133,8 @@ def build_scarf(p: Point, g: Genes, x: Num, y: Num, z: Num, size: Num) -> list[P
 def build_bow(p: Point, g: Genes, x: Num, y: Num, z: Num) -> list[Part]:
     def bow_parts() -> list[Part]:
         q = move_to(p, x, y, z)
-        left = ellipsoid(move_to(mirror_x(q), 0.085, 0, 0), 0.085, 0.06, 0.04)
-        return [(torch.minimum(left, sphere(q, 0.045)), ACCENT)]
+        loops = ellipsoid(move_to(mirror_x(q), 0.085, 0, 0), 0.085, 0.06, 0.04)
+        return [(torch.minimum(loops, sphere(q, 0.045)), ACCENT)]
 
     return _build_worn(g, "bow", bow_parts)
 

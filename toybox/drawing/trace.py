@@ -151,7 +151,7 @@ class ToyGroup:
         light = torch.ones_like(p[0])
         near, far = self._compute_local_span(p, sun, scene, 0.08)
         ray = (near < far).nonzero()[:, 0]
-        t, far, seen = near[ray].clamp_min(0.02), far[ray], light[ray]
+        t, far, visibility = near[ray].clamp_min(0.02), far[ray], light[ray]
         o, d = (
             self.to_local(p[:, ray], scene[ray], True),
             self.to_local(sun[:, ray], scene[ray], False),
@@ -159,14 +159,14 @@ class ToyGroup:
         genes = self.genes.select(scene[ray])
         for step in range(steps):
             gap = self.distance(torch.addcmul(o, d, t), genes)
-            seen = torch.minimum(seen, (9 * gap / t.clamp_min(0.15)).clamp(0, 1))
+            visibility = torch.minimum(visibility, (9 * gap / t.clamp_min(0.15)).clamp(0, 1))
             t = t + gap.clamp(0.03, 0.3)
             if step % 4 == 3:
-                light[ray] = seen
-                keep = ((seen > 0.02) & (t < far)).nonzero()[:, 0]
-                ray, t, far, seen = ray[keep], t[keep], far[keep], seen[keep]
+                light[ray] = visibility
+                keep = ((visibility > 0.02) & (t < far)).nonzero()[:, 0]
+                ray, t, far, visibility = ray[keep], t[keep], far[keep], visibility[keep]
                 o, d, genes = o[:, keep], d[:, keep], genes.select(keep)
-        light[ray] = seen
+        light[ray] = visibility
         return light
 
     def compute_contact(self, p: Tensor, scene: Tensor) -> Tensor:

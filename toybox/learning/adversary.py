@@ -63,8 +63,8 @@ class Adversary:
         """Train on renders x and drawn pictures y, (N,3,H,W) each, by the hinge loss (Lim and Ye,
         2017), which is returned."""
         logits = self.network(to_channels_last(torch.cat([x, y.detach()]))).float()
-        real, drawn = logits.chunk(2)
-        loss = (relu(1 - real).mean() + relu(1 + drawn).mean()) / 2
+        real, generated = logits.chunk(2)
+        loss = (relu(1 - real).mean() + relu(1 + generated).mean()) / 2
         loss.backward()
         self.weights.step(rate)
         return float(loss.detach())

@@ -44,12 +44,12 @@ class Alignment(nn.Module):
     """Keeps the middle block's output of the last forward pass and compares it with a
     `VisionTower`."""
 
-    def __init__(self, unet: UNet2DConditionModel, seen: Tensor):
-        """`seen` (N,C,4,4) gives the size, mean and deviation of the features to predict."""
+    def __init__(self, unet: UNet2DConditionModel, features: Tensor):
+        """`features` (N,C,4,4) gives the size, mean and deviation of the features to predict."""
         super().__init__()
-        channels, width = unet.config.block_out_channels[-1], seen.shape[1]
+        channels, width = unet.config.block_out_channels[-1], features.shape[1]
         self.projection = nn.Sequential(nn.Linear(channels, 256), nn.SiLU(), nn.Linear(256, width))
-        sample = seen[::7].float()
+        sample = features[::7].float()
         self.mean = sample.mean(dim=(0, 2, 3))
         self.std = sample.std(dim=(0, 2, 3))
         unet.mid_block.register_forward_hook(self._record_state)
@@ -57,9 +57,11 @@ class Alignment(nn.Module):
     def _record_state(self, module: nn.Module, arguments: tuple, output: Tensor) -> None:
         self.state = output
 
-    def compute_loss(self, seen: Tensor) -> Tensor:
-        """1 minus the mean cosine between the projected state and `seen` (N,C,4,4),
+    def compute_loss(self, features: Tensor) -> Tensor:
+        """1 minus the mean cosine between the projected state and `features` (N,C,4,4),
         standardised."""
-        found = self.projection(adaptive_avg_pool2d(self.state, CELLS).flatten(2).mT).float()
-        wanted = (seen.flatten(2).mT.float() - self.mean.to(seen.device)) / self.std.to(seen.device)
-        return 1 - cosine_similarity(found, wanted, dim=-1).mean()
+        predicted = self.projection(adaptive_avg_pool2d(self.state, CELLS).flatten(2).mT).float()
+        target = (features.flatten(2).mT.float() - self.mean.to(features.device)) / self.std.to(
+            features.device
+        )
+        return 1 - cosine_similarity(predicted, target, dim=-1).mean()

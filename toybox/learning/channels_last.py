@@ -32,9 +32,9 @@ class _GroupNorm(torch.autograd.Function):
         groups = mean.shape[1]
         flat = x.permute(0, 2, 3, 1).reshape(n, h * w, c)
         g = grad.permute(0, 2, 3, 1).reshape(n, h * w, c)
-        ones = torch.ones(n, 1, h * w, dtype=x.dtype, device=x.device)
-        sum_g = torch.bmm(ones, g).float()[:, 0]
-        sum_gx = torch.bmm(ones, g * flat).float()[:, 0]
+        row_of_ones = torch.ones(n, 1, h * w, dtype=x.dtype, device=x.device)
+        sum_g = torch.bmm(row_of_ones, g).float()[:, 0]
+        sum_gx = torch.bmm(row_of_ones, g * flat).float()[:, 0]
         mu, rs, wf = _expand_groups(mean, c), _expand_groups(rstd, c), weight.float()
         sum_gxhat = (sum_gx - mu * sum_g) * rs
         size = (c // groups) * h * w

@@ -51,9 +51,9 @@ def compute_anchor_loss(y: Tensor, before: Tensor) -> Tensor:
 def split_bands(pictures: Tensor) -> list[Tensor]:
     """The Laplacian pyramid of pictures (N,3,P,P), from which the rest's mean colour is taken:
     (N,3,P,P), ..., (N,3,P/8,P/8), and that mean (N,3,1,1)."""
-    *finer, rest = build_laplacian_pyramid(pictures, pictures.shape[-1] >> BANDS)
-    mean = rest.mean((2, 3), keepdim=True)
-    return [*finer, rest - mean, mean]
+    *finer, coarsest = build_laplacian_pyramid(pictures, pictures.shape[-1] >> BANDS)
+    mean = coarsest.mean((2, 3), keepdim=True)
+    return [*finer, coarsest - mean, mean]
 
 
 def compute_contrast(pictures: Tensor) -> list[float]:
@@ -63,19 +63,21 @@ def compute_contrast(pictures: Tensor) -> list[float]:
 
 def scale_bands(pictures: Tensor, gains: list[float]) -> Tensor:
     """Pictures (N,3,P,P), each of their bands multiplied by its gain."""
-    *finer, rest, mean = (band * gain for band, gain in zip(split_bands(pictures), [*gains, 1.0]))
-    return collapse_pyramid([*finer, rest + mean])
+    *finer, coarsest, mean = (
+        band * gain for band, gain in zip(split_bands(pictures), [*gains, 1.0])
+    )
+    return collapse_pyramid([*finer, coarsest + mean])
 
 
-def compute_contrast_gains(drawn: Tensor, true: Tensor) -> list[float]:
-    """Gains of the bands that give pictures `drawn` (N,3,P,P) the contrast of `true`.
+def compute_contrast_gains(decoded: Tensor, true: Tensor) -> list[float]:
+    """Gains of the bands that give pictures `decoded` (N,3,P,P) the contrast of `true`.
 
     The bands of a pyramid overlap, so the gains are corrected `ROUNDS` times.
     """
-    wanted, gains = compute_contrast(true), [1.0] * (BANDS + 1)
+    target, gains = compute_contrast(true), [1.0] * (BANDS + 1)
     for _ in range(ROUNDS):
-        found = compute_contrast(scale_bands(drawn, gains))
-        gains = [gain * w / f for gain, w, f in zip(gains, wanted, found)]
+        contrast = compute_contrast(scale_bands(decoded, gains))
+        gains = [gain * w / f for gain, w, f in zip(gains, target, contrast)]
     return gains
 
 
@@ -84,15 +86,15 @@ def measure_sample_gains(vae: AutoencoderKL, samples: Tensor, renders: Renders) 
     """`compute_contrast_gains` of the pictures of unscaled samples (M,4,16,16) to the renders of
     their captions."""
     count = min(COMPARED_COUNT, len(samples))
-    drawn = [vae.decode(part.to(vae.device)).sample.cpu() for part in samples[:count].split(32)]
+    decoded = [vae.decode(part.to(vae.device)).sample.cpu() for part in samples[:count].split(32)]
     return compute_contrast_gains(
-        torch.cat(drawn).clamp(-1, 1), to_pixels(renders.load_images(range(count)))
+        torch.cat(decoded).clamp(-1, 1), to_pixels(renders.load_images(range(count)))
     )
 
 
 def sample_window(size: int, crop: int, generator: torch.Generator) -> tuple[slice, slice]:
-    top, left = torch.randint(0, size - crop + 1, (2,), generator=generator).tolist()
-    return slice(top, top + crop), slice(left, left + crop)
+    top, left_px = torch.randint(0, size - crop + 1, (2,), generator=generator).tolist()
+    return slice(top, top + crop), slice(left_px, left_px + crop)
 
 
 def sample_renders(
@@ -147,11 +149,11 @@ def train(args: argparse.Namespace) -> AutoencoderKL:
         true = to_channels_last(
             sample_renders(renders, half, args.crop_px, generator).to(args.device)
         )
-        drawn = to_channels_last(
+        decoded = to_channels_last(
             sample_crops(samples, half, args.crop_px, generator).to(args.device)
         )
         with torch.no_grad():
-            new = old = scale_bands(before.decode(drawn).sample.float(), gains)
+            new = old = scale_bands(before.decode(decoded).sample.float(), gains)
         if step >= WARMUP:
             x = to_channels_last(
                 sample_batch(renders, leaves, args.sample_batch - half, args.crop_px, generator).to(
@@ -160,7 +162,7 @@ def train(args: argparse.Namespace) -> AutoencoderKL:
             )
             with torch.no_grad():
                 z = to_channels_last(vae.encode(x).latent_dist.sample(generator))
-            y, new = vae.decode(torch.cat([z, drawn])).sample.split([len(x), half])
+            y, new = vae.decode(torch.cat([z, decoded])).sample.split([len(x), half])
             loss = total = compute_reconstruction_loss(x, y) + compute_anchor_loss(new, old)
             for scale, judge in zip(SCALES, judges.values()):
                 total = total + judge.compute_loss_term(

@@ -46,9 +46,9 @@ def sample_nonsense(caption: str, rng: random.Random, share: float = 0.15) -> st
     word = rng.choice(
         ["sks", "ohwx", "".join(rng.choice(letters) for _ in range(rng.randint(2, 4)))]
     )
-    words = caption.split(" ")
-    words.insert(rng.randint(1, len(words) - 1), word)
-    return " ".join(words)
+    caption_words = caption.split(" ")
+    caption_words.insert(rng.randint(1, len(caption_words) - 1), word)
+    return " ".join(caption_words)
 
 
 def convert_to_clip_pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

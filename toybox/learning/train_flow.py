@@ -84,7 +84,7 @@ def train_tokenizer(captions: list[str]) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def build_parts(words: int) -> nn.ModuleDict:
+def build_parts(vocabulary_size: int) -> nn.ModuleDict:
     """The transformer (4 channels) and the encoder of a vocabulary of that size, at random."""
     sizes = {
         "in_channels": 4,
@@ -106,7 +106,7 @@ def build_parts(words: int) -> nn.ModuleDict:
         "num_hidden_layers": 3,
     }
     encoder = Qwen3Model(
-        Qwen3Config(vocab_size=words, max_position_embeddings=1024, **widths, **heads)
+        Qwen3Config(vocab_size=vocabulary_size, max_position_embeddings=1024, **widths, **heads)
     )
     return nn.ModuleDict({"transformer": transformer, "text_encoder": encoder})
 
@@ -156,8 +156,8 @@ def encode(encoder: Qwen3Model, tokenizer: Qwen2Tokenizer, captions: list[str]) 
     """The states (words,128) of each caption, as the pipeline takes them."""
     messages = [[{"role": "user", "content": caption}] for caption in captions]
     texts = [
-        tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True)
-        for one in messages
+        tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        for message in messages
     ]
     tokens = tokenizer(texts, padding=True, truncation=True, max_length=512, return_tensors="pt")
     states = encoder(**tokens, output_hidden_states=True).hidden_states[-2]
@@ -168,8 +168,8 @@ def run_transformer(
     transformer: ZImageTransformer2DModel, z: Tensor, sigma: Tensor, states: list[Tensor]
 ) -> Tensor:
     """x - n (N,4,H,W) fp32 of z = (1 - σ)·x + σ·n, σ (N,)."""
-    found = transformer(list(z[:, :, None]), 1 - sigma, states, return_dict=False)[0]
-    return torch.stack(found)[:, :, 0].float()
+    predictions = transformer(list(z[:, :, None]), 1 - sigma, states, return_dict=False)[0]
+    return torch.stack(predictions)[:, :, 0].float()
 
 
 class Teacher:
@@ -197,12 +197,12 @@ class Teacher:
             torch.where(has_caption(captions, c.ndim), c, 0) for c in self.towers(captions)
         )
         signal, sigma = (values[t][:, None, None, None] for values in (self.signal, self.sigmas))
-        own, noise = z * signal / (1 - sigma), (1 - signal**2).sqrt()
+        ddpm_latents, noise = z * signal / (1 - sigma), (1 - signal**2).sqrt()
         added = {"text_embeds": pooled, "time_ids": torch.tensor([TIME_IDS]).repeat(len(z), 1)}
         v = self.unet(
-            to_channels_last(own, self.dtype), t, embeds, added_cond_kwargs=added
+            to_channels_last(ddpm_latents, self.dtype), t, embeds, added_cond_kwargs=added
         ).sample.float()
-        return (signal * own - noise * v) - (noise * own + signal * v)
+        return (signal * ddpm_latents - noise * v) - (noise * ddpm_latents + signal * v)
 
 
 class FlowTeacher:
@@ -260,7 +260,7 @@ def build_new_parts(renders: Renders) -> tuple[Qwen2Tokenizer, nn.ModuleDict]:
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     renders, cache = Renders(args.data), load_latents(args.latents)
-    chosen = find_whole_images(cache["time_ids"])
+    whole_rows = find_whole_images(cache["time_ids"])
     teacher = None if args.start else Teacher(args.teacher)
     tokenizer, parts = load_parts(args.start) if args.start else build_new_parts(renders)
     parts.train()
@@ -276,7 +276,7 @@ def train(args: argparse.Namespace) -> None:
     for step in run:
         generator = run.seed_generator(step)
         rng = random.Random(generator.initial_seed())
-        rows = chosen[torch.randint(len(chosen), (args.batch,), generator=generator)]
+        rows = whole_rows[torch.randint(len(whole_rows), (args.batch,), generator=generator)]
         captions = [
             sample_nonsense(sample_caption(renders.rows[i], rng), rng, 0.1) for i in rows.tolist()
         ]

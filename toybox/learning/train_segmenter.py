@@ -43,16 +43,16 @@ PIECE = 500
 def load_masks(renders: Renders, folder: Path) -> Tensor:
     """bool (N,128,128): the true masks of all renders. Masks already in `folder` are not computed
     again."""
-    found = []
+    pieces = []
     for start in range(0, len(renders), PIECE):
         numbers = range(start, min(start + PIECE, len(renders)))
-        found.append(
+        pieces.append(
             load_or_make(
                 folder / f"{numbers.stop}.safetensors", partial(_compute_masks, renders, numbers)
             )["masks"]
         )
         print(f"masks: {numbers.stop} of {len(renders)}", flush=True)
-    return torch.cat(found)
+    return torch.cat(pieces)
 
 
 def _compute_masks(renders: Renders, numbers: range) -> dict[str, Tensor]:
@@ -78,8 +78,8 @@ def _sample_view(picture: Tensor, generator: torch.Generator) -> Tensor:
     mirrored."""
     whole = picture.shape[-1]
     side = int(whole * (1 - 0.45 * torch.rand((), generator=generator) ** 2))
-    top, left = torch.randint(0, whole - side + 1, (2,), generator=generator).tolist()
-    crop = picture[:, top : top + side, left : left + side]
+    top, left_px = torch.randint(0, whole - side + 1, (2,), generator=generator).tolist()
+    crop = picture[:, top : top + side, left_px : left_px + side]
     if torch.rand((), generator=generator) < 0.5:
         crop = crop.flip(-1)
     return interpolate(crop[None], size=(whole, whole), mode="bilinear")[0]
@@ -108,15 +108,15 @@ def _shade_random(pixels: Tensor, generator: torch.Generator) -> Tensor:
 def compute_segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
     """Logits (N,H,W) against bool masks: binary cross-entropy + 1 - Dice, the mean over the
     pictures."""
-    truth, found = masks.float(), logits.float().sigmoid()
-    overlap = 2 * (found * truth).sum((1, 2)) + 1
-    dice = overlap / (found.sum((1, 2)) + truth.sum((1, 2)) + 1)
+    truth, predicted = masks.float(), logits.float().sigmoid()
+    overlap = 2 * (predicted * truth).sum((1, 2)) + 1
+    dice = overlap / (predicted.sum((1, 2)) + truth.sum((1, 2)) + 1)
     return binary_cross_entropy_with_logits(logits.float(), truth) + (1 - dice).mean()
 
 
-def iou(found: Tensor, truth: Tensor) -> Tensor:
+def iou(predicted: Tensor, truth: Tensor) -> Tensor:
     """Intersection over union of bool (N,H,W) each, (N,)."""
-    return (found & truth).sum((1, 2)) / (found | truth).sum((1, 2)).clamp_min(1)
+    return (predicted & truth).sum((1, 2)) / (predicted | truth).sum((1, 2)).clamp_min(1)
 
 
 def train(args: argparse.Namespace) -> Path:
@@ -162,8 +162,8 @@ def evaluate(folder: Path, count: int) -> dict[str, float]:
         subjects += sample_photo_scenes(Subject(name, toy, toy.kind))
     report = {"parameters": sum(p.numel() for p in net.parameters())}
     for name, scenes in (("fresh", sample_fresh_scenes(count)), ("subjects", subjects)):
-        found = net.compute_logits(to_pixels(render(scenes, TRAINING_PX))) > 0
-        scores = iou(found, render_masks(scenes, TRAINING_PX))
+        predicted = net.compute_logits(to_pixels(render(scenes, TRAINING_PX))) > 0
+        scores = iou(predicted, render_masks(scenes, TRAINING_PX))
         report[f"{name}_iou"] = round(float(scores.mean()), 4)
         report[f"{name}_iou_p10"] = round(float(scores.quantile(0.1)), 4)
     return report

@@ -236,9 +236,9 @@ def train(
             module for module in unet.modules() if isinstance(module, BasicTransformerBlock)
         )
     alignment = Alignment(unet, cache["seen"])
-    both = nn.ModuleDict({"unet": unet, "alignment": alignment}).to(args.device)
+    trained = nn.ModuleDict({"unet": unet, "alignment": alignment}).to(args.device)
     weights = MasterWeights(
-        both, adamw_lr=args.lr, muon_lr=args.muon_lr, adamw_names=ENDS, ema_decay=args.ema_decay
+        trained, adamw_lr=args.lr, muon_lr=args.muon_lr, adamw_names=ENDS, ema_decay=args.ema_decay
     )
     options = {"minutes": args.minutes, "until": args.until, "batch": args.batch}
     run = TrainingRun(
@@ -269,8 +269,8 @@ def train(
                 noisy[taught], t[taught], [captions[i] for i in taught.tolist()]
             )
         if args.start and dropped.any():
-            said = [v[dropped] for v in (noisy, t, *conditions, added["time_ids"])]
-            velocity[dropped] = compute_captioned_velocity(unet, *said)
+            dropped_inputs = [v[dropped] for v in (noisy, t, *conditions, added["time_ids"])]
+            velocity[dropped] = compute_captioned_velocity(unet, *dropped_inputs)
         prediction = unet(noisy, t, embeds, added_cond_kwargs=added).sample
         squared = (prediction.float() - velocity).square() * compute_cell_weights(some["toys"])
         error = squared.mean(dim=(1, 2, 3))

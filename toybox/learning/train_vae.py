@@ -62,11 +62,11 @@ def sample_crops(images: Tensor, size_px: int, generator: torch.Generator) -> Te
     The crop is the most detailed one of `CANDIDATES`: a plain sky teaches little.
     """
     n, h, w, _ = images.shape
-    top, left = (
+    top, left_px = (
         torch.randint(0, s - size_px + 1, (n, CANDIDATES), generator=generator) for s in (h, w)
     )
     crops = []
-    for image, tops, lefts in zip(images, top, left):
+    for image, tops, lefts in zip(images, top, left_px):
         for t, k in zip(tops, lefts):
             crops.append(image[t : t + size_px, k : k + size_px])
     some = torch.stack(crops).view(n, CANDIDATES, size_px, size_px, 3)
@@ -162,10 +162,10 @@ def export(
     x = to_pixels(renders.load_images(range(len(renders) - CHECKED_COUNT, len(renders))))
     z = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(50)])
     noise = z.std() * torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
-    drawn = {share: decode_latents(vae, z + share * noise) for share in (0, *NOISE_LEVELS)}
+    decoded = {share: decode_latents(vae, z + share * noise) for share in (0, *NOISE_LEVELS)}
     psnr = {
         share: 10 * torch.log10(4 / (x - y).square().mean(dim=(1, 2, 3)))
-        for share, y in drawn.items()
+        for share, y in decoded.items()
     }
     vae.register_to_config(scaling_factor=scaling or round(1 / float(z.std()), 4))
     vae.half().save_pretrained(out / "model")
@@ -182,7 +182,7 @@ def export(
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(report)
-    _draw_comparison(x[:16], drawn[0][:16], out / "reconstructions.png")
+    _draw_comparison(x[:16], decoded[0][:16], out / "reconstructions.png")
     return vae
 
 

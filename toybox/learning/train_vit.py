@@ -65,19 +65,19 @@ class ViewDataset:
         """Two views (n,128,128,3) of n different training toys: half of each of two kinds, filled
         up with others if those are too few."""
         rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
-        known = self.kinds[: self.train]
-        kinds = rng.choice(np.unique(known), 2, replace=False)
+        training_kinds = self.kinds[: self.train]
+        kinds = rng.choice(np.unique(training_kinds), 2, replace=False)
         toys = np.concatenate(
-            [rng.permutation(np.flatnonzero(known == kind))[: n // 2] for kind in kinds]
+            [rng.permutation(np.flatnonzero(training_kinds == kind))[: n // 2] for kind in kinds]
         )
-        rest = np.setdiff1d(np.arange(self.train), toys)
-        toys = np.concatenate([toys, rng.choice(rest, n - len(toys), replace=False)])
+        remaining = np.setdiff1d(np.arange(self.train), toys)
+        toys = np.concatenate([toys, rng.choice(remaining, n - len(toys), replace=False)])
         first, second = rng.permuted(np.tile(np.arange(self.images.shape[1]), (n, 1)), axis=1)[
             :, :2
         ].T
         stacks = (
-            np.stack([self.images[t, v] for t, v in zip(toys, chosen)])
-            for chosen in (first, second)
+            np.stack([self.images[t, v] for t, v in zip(toys, view_rows)])
+            for view_rows in (first, second)
         )
         return tuple(torch.from_numpy(images) for images in stacks)
 

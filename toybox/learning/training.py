@@ -309,5 +309,7 @@ class TrainingRun:
             return
         with (self.out / "log.jsonl").open("a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
-        left = self._get_elapsed_sec() * (1 / self.progress - 1)
-        print(*(f"{k} {v}" for k, v in row.items()), f"ETA {left / 60:.0f} min", flush=True)
+        remaining_sec = self._get_elapsed_sec() * (1 / self.progress - 1)
+        print(
+            *(f"{k} {v}" for k, v in row.items()), f"ETA {remaining_sec / 60:.0f} min", flush=True
+        )

@@ -121,7 +121,7 @@ class WinogradConv2d(nn.Module):
     def can_replace(module: nn.Module) -> bool:
         if not isinstance(module, nn.Conv2d) or min(module.weight.shape[:2]) < MIN_CHANNELS:
             return False
-        found = (
+        options = (
             module.kernel_size,
             module.stride,
             module.padding,
@@ -129,7 +129,7 @@ class WinogradConv2d(nn.Module):
             module.groups,
             module.padding_mode,
         )
-        return found == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+        return options == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2] % TILE or x.shape[3] % TILE:

@@ -62,9 +62,9 @@ def sample_scenes(count: int, held_out: bool, seed: int, full: bool = False) -> 
     rng, scenes = random.Random(f"evaluation {seed} {held_out}"), []
     while len(scenes) < count:
         scene = sample_scene(rng, held_out=held_out)
-        toy, *others = scene.toys
+        toy, *other_toys = scene.toys
         plain = toy.pattern == "plain" and not toy.accessories
-        if not others and scene.light == "day" and not (full and plain):
+        if not other_toys and scene.light == "day" and not (full and plain):
             scenes.append(scene)
     return scenes
 
@@ -106,8 +106,10 @@ def measure_accuracy(images: Tensor, scenes: list[Scene], full: bool = False) ->
         reading.check_answers(scene)
         for reading, scene in zip(judge.load().read(images), scenes, strict=True)
     ]
-    told = [list_told(scene, full) for scene in scenes]
-    hits = {name: [r[name] for r, t in zip(right, told) if t[name]] for name in judge.QUESTIONS}
+    told_facts = [list_told(scene, full) for scene in scenes]
+    hits = {
+        name: [r[name] for r, t in zip(right, told_facts) if t[name]] for name in judge.QUESTIONS
+    }
     hits["ornaments_worn"] = [
         r["ornaments"] for r, s in zip(right, scenes) if full and s.toys[0].accessories
     ]

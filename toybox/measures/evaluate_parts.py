@@ -60,9 +60,9 @@ def encode_and_decode(vae: AutoencoderKL, images: Tensor) -> Tensor:
     return torch.cat([to_uint8(part.clamp(-1, 1)) for part in parts])
 
 
-def compute_psnr_db(images: Tensor, others: Tensor) -> Tensor:
+def compute_psnr_db(images: Tensor, references: Tensor) -> Tensor:
     """10·log10(255² / mean squared difference) of each pair, (N,)."""
-    error = (images.float() - others.float()).square().mean(dim=(1, 2, 3))
+    error = (images.float() - references.float()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(255**2 / error)
 
 
@@ -78,20 +78,20 @@ def measure_retrieval(
             convert_to_clip_pixels(images[start : start + 100]),
             captions[start : start + 100],
         )
-        words = base.tokenizer_2(texts, padding="max_length", truncation=True, return_tensors="pt")
-        seen = normalize(base.image_encoder(pixels).image_embeds, dim=-1)
-        said = normalize(base.text_encoder_2(words.input_ids).text_embeds, dim=-1)
-        right.append(((seen @ said.T).argmax(1) == torch.arange(100)).float().mean())
+        tokens = base.tokenizer_2(texts, padding="max_length", truncation=True, return_tensors="pt")
+        image_embeds = normalize(base.image_encoder(pixels).image_embeds, dim=-1)
+        text_embeds = normalize(base.text_encoder_2(tokens.input_ids).text_embeds, dim=-1)
+        right.append(((image_embeds @ text_embeds.T).argmax(1) == torch.arange(100)).float().mean())
     return float(torch.stack(right).mean())
 
 
 def sample_unlike_toys(kind: str, count: int) -> list[Toy]:
     """Individuals of a kind, any two of which differ in more than proportions."""
-    rng, found = random.Random(f"unlike {kind}"), {}
-    while len(found) < count:
+    rng, individuals = random.Random(f"unlike {kind}"), {}
+    while len(individuals) < count:
         toy = sample_toy(rng, kind)
-        found.setdefault(replace(toy, genes=()), toy)
-    return list(found.values())
+        individuals.setdefault(replace(toy, genes=()), toy)
+    return list(individuals.values())
 
 
 def measure_individuals(vit: Dinov2Model, kind: str, count: int = 50, views: int = 4) -> float:
@@ -117,12 +117,12 @@ def main() -> None:
     again = encode_and_decode(base.vae, images)
     psnr = compute_psnr_db(images, again)
     vit = Dinov2Model.from_pretrained(args.dino, torch_dtype=torch.float32).eval()
-    told = [measure_individuals(vit, kind) for kind in tqdm(KINDS, desc="individuals")]
+    measured = [measure_individuals(vit, kind) for kind in tqdm(KINDS, desc="individuals")]
     scores = {
         "vae_psnr_db": round(float(psnr.mean()), 2),
         "vae_psnr_db_p10": round(float(psnr.quantile(0.1)), 2),
         "clip_retrieval_at_1_of_100": round(measure_retrieval(base, images, captions), 4),
-        "vit_nearest_of_50_individuals": round(sum(told) / len(told), 4),
+        "vit_nearest_of_50_individuals": round(sum(measured) / len(measured), 4),
     }
     (args.out / "parts.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(scores))

@@ -69,29 +69,29 @@ def draw(
     # Scenes and their prompts, rendered and drawn by each base
     scenes, prompts = [], []
     for part in parts:
-        found, caption = (
+        part_scenes, caption = (
             sample_scenes(*part),
             format_full_caption if part[-1] else format_canonical_caption,
         )
-        scenes += found
-        prompts += [caption(scene) for scene in found]
+        scenes += part_scenes
+        prompts += [caption(scene) for scene in part_scenes]
     by_source = {RENDERS: render(scenes)}
     for name, base in bases.items():
         pipeline = DiffusionPipeline.from_pretrained(base)
         pipeline.set_progress_bar_config(disable=True)
         by_source[name] = generate(pipeline, prompts, seed=SEED)
-    drawn = [
+    entries = [
         GradedImage(name, prompt, Image.fromarray(pixels.numpy()))
         for name, images in by_source.items()
         for prompt, pixels in zip(prompts, images)
     ]
-    random.Random(SEED).shuffle(drawn)
+    random.Random(SEED).shuffle(entries)
 
     # The sheets, and who drew what
-    for start in range(0, len(drawn), ON_A_SHEET):
-        part = dict(enumerate(drawn[start : start + ON_A_SHEET], start=start + 1))
+    for start in range(0, len(entries), ON_A_SHEET):
+        part = dict(enumerate(entries[start : start + ON_A_SHEET], start=start + 1))
         write_sheet(part, out / f"sheet_{start // ON_A_SHEET + 1}.png")
-    write_key(dict(enumerate(drawn, start=1)), out)
+    write_key(dict(enumerate(entries, start=1)), out)
 
 
 def draw_adapters(out: Path, runs: Mapping[str, Path], bases: Mapping[str, Path]) -> None:
@@ -109,20 +109,20 @@ def draw_adapters(out: Path, runs: Mapping[str, Path], bases: Mapping[str, Path]
         sample, rng = load(subject), random.Random(f"{SEED} {subject}")
         prompt = build_prompts(sample.token, sample.class_word)["instance_prompt"]
         true = render([sample_view(rng, sample.toy, place) for place in PLACES])
-        drawn = [
+        entries = [
             GradedImage(RENDERS, f"{prompt} {place}", Image.fromarray(pixels.numpy()))
             for place, pixels in zip(PLACES, true)
         ]
         for name, folder in runs.items():
             pictures = generate_places(pipelines[name], folder / subject, prompt)
-            drawn += [
+            entries += [
                 GradedImage(name, f"{prompt} {place}", picture)
                 for place, picture in zip(PLACES, pictures)
             ]
-        rng.shuffle(drawn)
+        rng.shuffle(entries)
 
         # One sheet a subject, begun with a photo
-        part = dict(enumerate(drawn, start=len(numbered) + 1))
+        part = dict(enumerate(entries, start=len(numbered) + 1))
         with Image.open(FOLDER / subject / "00.jpg") as photo:
             write_sheet(part, out / f"sheet_{subject}.png", photo.convert("RGB"))
         numbered |= part
@@ -146,8 +146,8 @@ def write_sheet(
     numbered: Mapping[int, GradedImage], path: Path, photo: Image.Image | None = None
 ) -> None:
     """The pictures with their numbers and what was asked for, after a photo of the subject."""
-    images = [one.picture for one in numbered.values()]
-    captions = [f"{number}: {clean_prompt(one.prompt)}" for number, one in numbered.items()]
+    images = [entry.picture for entry in numbered.values()]
+    captions = [f"{number}: {clean_prompt(entry.prompt)}" for number, entry in numbered.items()]
     if photo is not None:
         images, captions = [photo, *images], ["the photo", *captions]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def write_sheet(
 
 def write_key(numbered: Mapping[int, GradedImage], out: Path) -> None:
     """OUT/key.json."""
-    key = {number: {"by": one.by, "prompt": one.prompt} for number, one in numbered.items()}
+    key = {number: {"by": entry.by, "prompt": entry.prompt} for number, entry in numbered.items()}
     (out / "key.json").write_text(json.dumps(key, indent=2) + "\n", encoding="utf-8")
 
 
@@ -169,13 +169,13 @@ def compute_means(out: Path, graders: Sequence[Path]) -> dict[str, dict[str, flo
     """Mean, lowest and highest grade by source. Raises ValueError if a grader left a picture
     out."""
     key = json.loads((out / "key.json").read_text(encoding="utf-8"))
-    given = [json.loads(path.read_text(encoding="utf-8")) for path in graders]
-    for path, grades in zip(graders, given):
+    grades_by_grader = [json.loads(path.read_text(encoding="utf-8")) for path in graders]
+    for path, grades in zip(graders, grades_by_grader):
         if missing := key.keys() - grades.keys():
             raise ValueError(f"{path}: no grade for {', '.join(sorted(missing, key=int))}")
     by_source = defaultdict(list)
     for number, picture in key.items():
-        by_source[picture["by"]] += [grades[number] for grades in given]
+        by_source[picture["by"]] += [grades[number] for grades in grades_by_grader]
     return {
         name: {"mean": round(fmean(grades), 2), "lowest": min(grades), "highest": max(grades)}
         for name, grades in by_source.items()
@@ -184,15 +184,17 @@ def compute_means(out: Path, graders: Sequence[Path]) -> dict[str, dict[str, flo
 
 def compute_disagreement(graders: Sequence[Path]) -> float:
     """The mean difference of two graders on one picture."""
-    given = [json.loads(path.read_text(encoding="utf-8")) for path in graders]
+    grades_by_grader = [json.loads(path.read_text(encoding="utf-8")) for path in graders]
     return fmean(
-        abs(one[number] - other[number]) for one, other in combinations(given, 2) for number in one
+        abs(first[number] - second[number])
+        for first, second in combinations(grades_by_grader, 2)
+        for number in first
     )
 
 
 def parse_folders(arguments: Sequence[str]) -> dict[str, Path]:
     """Of NAME=FOLDER each."""
-    pairs = (one.partition("=") for one in arguments)
+    pairs = (argument.partition("=") for argument in arguments)
     return {name: Path(folder) for name, _, folder in pairs}
 
 

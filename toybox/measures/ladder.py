@@ -46,8 +46,8 @@ def denoise_latents(
     # The last step ends without noise.
     signals = torch.cat([signal[times], torch.ones(1)])
     noises = (1 - signals**2).sqrt()
-    drawn = torch.randn(latents.shape, generator=torch.Generator().manual_seed(timestep))
-    x = signals[0] * latents + noises[0] * drawn
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(timestep))
+    x = signals[0] * latents + noises[0] * noise
     for i, time in enumerate(times):
         v = predict(x, time.repeat(len(x)), captions)
         clean = signals[i] * x - noises[i] * v
@@ -64,14 +64,14 @@ def build_rungs(base: Path, images: Tensor, captions: list[str]) -> list[Tensor]
     """
     predict = load_predictor(base)
     latents = encode_images(base, images)
-    found = [latents]
+    stages = [latents]
     for timestep in STEPS:
         parts = []
         for start in range(0, len(latents), BATCH):
             part = slice(start, start + BATCH)
             parts.append(denoise_latents(predict, latents[part], captions[part], timestep))
-        found.append(torch.cat(parts))
-    return [decode_latents(base, z) for z in found]
+        stages.append(torch.cat(parts))
+    return [decode_latents(base, z) for z in stages]
 
 
 def decode_latents(base: Path, latents: Tensor) -> Tensor:
@@ -94,13 +94,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     captions = [format_canonical_caption(scene) for scene in scenes]
     images = render(scenes)
     print("base", "autoencoder", *(f"t = {timestep}" for timestep in STEPS), sep=" | ")
-    shown = min(SHOWN, len(images))
+    shown_count = min(SHOWN, len(images))
     for number, base in enumerate(args.bases, start=1):
         rows = build_rungs(base, images, captions)
         figures = [f"{compute_psnr_db(images, row).mean():.2f}" for row in rows]
         print(base, *figures, sep=" | ", flush=True)
-        strip = torch.cat([row[:shown] for row in (images, *rows)])
-        draw_sheet(strip, columns=shown).save(args.out / f"{number}.png")
+        strip = torch.cat([row[:shown_count] for row in (images, *rows)])
+        draw_sheet(strip, columns=shown_count).save(args.out / f"{number}.png")
 
 
 if __name__ == "__main__":

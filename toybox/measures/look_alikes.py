@@ -48,11 +48,11 @@ class Correlation:
 
 
 def compute_rank(
-    generated: torch.Tensor, photos: torch.Tensor, others: torch.Tensor
+    generated: torch.Tensor, photos: torch.Tensor, look_alikes: torch.Tensor
 ) -> torch.Tensor:
     """(N, D), photos (P, D), look-alikes (L, D) -> (N,): the share of the pairs of a photo and a
     look-alike in which the photo is nearer; 1 if all photos come first, 1/2 by chance."""
-    nearer = (generated @ photos.T)[:, :, None] > (generated @ others.T)[:, None, :]
+    nearer = (generated @ photos.T)[:, :, None] > (generated @ look_alikes.T)[:, None, :]
     return nearer.float().mean((1, 2))
 
 
@@ -75,29 +75,29 @@ def correlate_subject(
     rng = random.Random(f"look-alikes of {toy}")
 
     # The look-alikes, each from a few sides
-    others = []
+    look_alike_scenes = []
     for _ in range(LOOK_ALIKES):
-        other = sample_toy(rng, toy.kind)
-        others += [sample_scene(rng, other, held_out=None) for _ in range(VIEWS)]
+        look_alike = sample_toy(rng, toy.kind)
+        look_alike_scenes += [sample_scene(rng, look_alike, held_out=None) for _ in range(VIEWS)]
 
     # Pictures that are more or less true
     scenes = []
     truth = []
     for _ in range(count):
-        other = sample_toy(rng, toy.kind)
+        look_alike = sample_toy(rng, toy.kind)
         wrong = rng.sample(LOOKS, rng.randrange(len(LOOKS) + 1))
-        mixed = replace(toy, **{look: getattr(other, look) for look in wrong})
+        mixed = replace(toy, **{look: getattr(look_alike, look) for look in wrong})
         scenes.append(sample_scene(rng, mixed, held_out=None))
         right = [getattr(mixed, look) == getattr(toy, look) for look in LOOKS]
         truth.append(np.mean(right))
 
     of_photos = encoders.embed_dino_images(photos)
-    of_others = encoders.embed_dino_images(render_images(others))
-    drawn = encoders.embed_dino_images(render_images(scenes))
+    of_others = encoders.embed_dino_images(render_images(look_alike_scenes))
+    embeds = encoders.embed_dino_images(render_images(scenes))
     truth = np.array(truth)
     return Correlation(
-        dino=compute_spearman(subject_fidelity(drawn, of_photos).numpy(), truth),
-        rank=compute_spearman(compute_rank(drawn, of_photos, of_others).numpy(), truth),
+        dino=compute_spearman(subject_fidelity(embeds, of_photos).numpy(), truth),
+        rank=compute_spearman(compute_rank(embeds, of_photos, of_others).numpy(), truth),
     )
 
 
@@ -113,14 +113,17 @@ def load_photos(folder: Path) -> list[Image.Image]:
 
 def main() -> None:
     encoders = load_encoders(get_assets_folder() / "toy-sdxl")
-    found = []
+    correlations = []
     for name in SUBJECTS:
-        one = correlate_subject(load(name).toy, load_photos(FOLDER / name), encoders, IMAGE_COUNT)
-        print(f"{name}: DINO {one.dino:.3f}, rank {one.rank:.3f}", flush=True)
-        found.append(one)
-    print(f"DINO {bootstrap_mean([one.dino for one in found])}")
-    print(f"rank {bootstrap_mean([one.rank for one in found])}")
-    print(f"rank less DINO {bootstrap_mean([one.rank - one.dino for one in found]):+}")
+        correlation = correlate_subject(
+            load(name).toy, load_photos(FOLDER / name), encoders, IMAGE_COUNT
+        )
+        print(f"{name}: DINO {correlation.dino:.3f}, rank {correlation.rank:.3f}", flush=True)
+        correlations.append(correlation)
+    print(f"DINO {bootstrap_mean([correlation.dino for correlation in correlations])}")
+    print(f"rank {bootstrap_mean([correlation.rank for correlation in correlations])}")
+    gains = [correlation.rank - correlation.dino for correlation in correlations]
+    print(f"rank less DINO {bootstrap_mean(gains):+}")
 
 
 if __name__ == "__main__":

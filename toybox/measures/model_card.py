@@ -164,17 +164,17 @@ def format_generation_scores(work: Path, old: str) -> list[str]:
         )
     if scores:
         title = f"{READING_TITLE}; 30 steps, guidance {guidance}):"
-    found = [
+    rows = [
         f"| {prompts} | {source} | {' | '.join(format_cell(values, name) for name in QUESTIONS)} |"
         for prompts, by_source in scores.items()
         for source, values in by_source.items()
     ]
-    found = format_table(
-        tuple(QUESTIONS.values()), found + list_old_rows(old, scores, len(QUESTIONS))
+    rows = format_table(
+        tuple(QUESTIONS.values()), rows + list_old_rows(old, scores, len(QUESTIONS))
     )
     earlier = format_table(EARLIER_QUESTIONS, list_old_rows(old, scores, len(EARLIER_QUESTIONS)))
     return [
-        *(["", title, "", *found, "", EXPLANATION] if found else []),
+        *(["", title, "", *rows, "", EXPLANATION] if rows else []),
         *(["", EARLIER_JUDGE, "", *earlier] if earlier else []),
         "",
         *format_distances(scores, old),

@@ -93,14 +93,14 @@ def compute_distances(pictures: Tensor, references: Tensor) -> dict[str, float]:
     pyramids = [
         build_laplacian_pyramid(p.permute(0, 3, 1, 2).float() / 255) for p in (pictures, references)
     ]
-    found = {}
+    distances = {}
     for number, (level, reference) in enumerate(zip(*pyramids)):
         a = sample_patches(level, torch.Generator().manual_seed(number))
         b = sample_patches(reference, torch.Generator().manual_seed(100 + number))
         mean, std = b.mean((0, 2, 3), keepdim=True), b.std((0, 2, 3), keepdim=True)
         a, b = (((p - mean) / std).flatten(1) for p in (a, b))
-        found[f"{level.shape[-1]}_px"] = round(1000 * compute_sliced_wasserstein(a, b), 1)
-    return found | {"mean": round(sum(found.values()) / len(found), 1)}
+        distances[f"{level.shape[-1]}_px"] = round(1000 * compute_sliced_wasserstein(a, b), 1)
+    return distances | {"mean": round(sum(distances.values()) / len(distances), 1)}
 
 
 def sample_scenes(seed: int, count: int) -> list[Scene]:

@@ -153,12 +153,12 @@ def build_labels(rows: list[dict]) -> dict[str, Tensor]:
     (N,5) in {0, 1}."""
     scenes = [row["scene"] for row in rows]
     answers = [scene["toys"][0] | {"place": scene["place"]} for scene in scenes]
-    found = {
+    targets = {
         name: torch.tensor([names.index(a[name]) for a in answers])
         for name, names in LABELS.items()
     }
     worn = [[float(name in a["accessories"]) for name in ORNAMENTS] for a in answers]
-    return found | {"ornaments": torch.tensor(worn)}
+    return targets | {"ornaments": torch.tensor(worn)}
 
 
 def compute_loss(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
@@ -185,8 +185,8 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     size = int(torch.randint(118, 150, (), generator=generator))
     pixels = interpolate(pixels, size=(size, size), mode="bilinear")
     canvas = nn.functional.pad(pixels, (14, 14, 14, 14), mode="replicate")
-    top, left = torch.randint(0, canvas.shape[-1] - 127, (2,), generator=generator).tolist()
-    pixels = canvas[..., top : top + 128, left : left + 128]
+    top_px, left_px = torch.randint(0, canvas.shape[-1] - 127, (2,), generator=generator).tolist()
+    pixels = canvas[..., top_px : top_px + 128, left_px : left_px + 128]
     if torch.rand((), generator=generator) < 0.3:
         pixels = avg_pool2d(nn.functional.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     noise = 0.08 * float(torch.rand((), generator=generator))

@@ -31,10 +31,10 @@ machine belongs to
 
 def fleet_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    about = "a folder of subject folders, or a .toml, .csv or .jsonl list; or: status DIR"
-    parser.add_argument("words", metavar="SUBJECTS", nargs="+", help=about)
-    about = "a run folder for each subject: a folder shared by all machines"
-    parser.add_argument("--out", metavar="DIR", help=about)
+    help_text = "a folder of subject folders, or a .toml, .csv or .jsonl list; or: status DIR"
+    parser.add_argument("words", metavar="SUBJECTS", nargs="+", help=help_text)
+    help_text = "a run folder for each subject: a folder shared by all machines"
+    parser.add_argument("--out", metavar="DIR", help=help_text)
     add_cluster_flags(parser)
     train_flags.add_training_flags(parser, hidden=REFUSED_SETTINGS)
 
@@ -43,12 +43,12 @@ def add_cluster_flags(
     parser: argparse.ArgumentParser, default_note: str = "this machine alone"
 ) -> None:
     """The flags about machines. `of_one`: what is used without a cluster."""
-    about = f'the Ray cluster: "auto", HOST:PORT or ray://HOST:PORT (default: {default_note})'
-    parser.add_argument("--ray_address", metavar="ADDRESS", help=about)
-    about = "trainings at once on a GPU (default: as many as the estimate allows)"
-    parser.add_argument("--per_gpu", metavar="N", type=int, help=about)
-    about = "cores and threads of a training (default: 1)"
-    parser.add_argument("--cpus", metavar="N", type=int, default=1, help=about)
+    help_text = f'the Ray cluster: "auto", HOST:PORT or ray://HOST:PORT (default: {default_note})'
+    parser.add_argument("--ray_address", metavar="ADDRESS", help=help_text)
+    help_text = "trainings at once on a GPU (default: as many as the estimate allows)"
+    parser.add_argument("--per_gpu", metavar="N", type=int, help=help_text)
+    help_text = "cores and threads of a training (default: 1)"
+    parser.add_argument("--cpus", metavar="N", type=int, default=1, help=help_text)
 
 
 def check_machine_shares(args: argparse.Namespace) -> None:
@@ -78,9 +78,9 @@ def run_fleet(args: argparse.Namespace) -> int:
     shared, _ = train_flags.resolve_settings(flags, without_words=True)
     if not shared.get("pretrained_model_name_or_path"):
         raise UserError("missing: --base; give it as a flag or in a --config file.")
-    chosen = defaults.Choices(shared)
-    defaults.choose_resolution(chosen)
-    shared = chosen.all_settings
+    choices = defaults.Choices(shared)
+    defaults.choose_resolution(choices)
+    shared = choices.all_settings
     from dreambooth_moslora.extras.cluster.fleet import list_unfinished
 
     # who is there, and who is not done yet
@@ -191,10 +191,14 @@ class FleetProgress:
         end = end.replace("failed: ", "FAILED: ").removesuffix(": ").removesuffix(".")
 
         # minutes left, if those to come take as long as those that have ended
-        rest = (self.clock() - self.started) / self.ended * (self.remaining - self.failed) / 60
+        remaining_min = (
+            (self.clock() - self.started) / self.ended * (self.remaining - self.failed) / 60
+        )
         spent = ", ".join(f"{hours:.2f} {unit}-hours" for unit, hours in self.hours.items())
         done = f"{self.total - self.remaining}/{self.total}"
-        self.print_line(f"{done} {ending.name}: {end}; about {rest:.0f} min left, {spent} spent")
+        self.print_line(
+            f"{done} {ending.name}: {end}; about {remaining_min:.0f} min left, {spent} spent"
+        )
 
     def print_line(self, line: str) -> None:
         print(escape_control_characters(line), file=sys.stderr, flush=True)

@@ -135,7 +135,7 @@ def lock_fleet(out: Path, subjects: Sequence[Subject]) -> Iterator[None]:
 def list_unfinished(out: Path, subjects: Sequence[Subject]) -> list[tuple[Subject, str]]:
     """The subjects that are not done with these settings and photos, each with its mark; a faulty
     one's is empty."""
-    found = []
+    unfinished = []
     for subject in subjects:
         try:
             mark = "" if subject.error else digest_run(subject.settings)
@@ -143,8 +143,8 @@ def list_unfinished(out: Path, subjects: Sequence[Subject]) -> list[tuple[Subjec
             mark = ""
             subject = replace(subject, error=str(error))
         if not mark or not records.is_finished(out / subject.name, mark):
-            found.append((subject, mark))
-    return found
+            unfinished.append((subject, mark))
+    return unfinished
 
 
 def run_fleet(

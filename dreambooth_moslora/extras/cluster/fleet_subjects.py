@@ -90,16 +90,18 @@ def read_subjects(source: Path, shared: Mapping[str, Any], out: Path) -> list[Su
 
     # a name is that of a run folder, and some file systems do not tell `Rex` from `rex`
     counts = Counter(subject.name.casefold() for subject in subjects)
-    twice = sorted(one.name for one in subjects if counts[one.name.casefold()] > 1)
-    if twice:
-        raise UserError(f"{source}: {twice[-1]} is there twice; give one of them another name.")
+    duplicates = sorted(subject.name for subject in subjects if counts[subject.name.casefold()] > 1)
+    if duplicates:
+        raise UserError(
+            f"{source}: {duplicates[-1]} is there twice; give one of them another name."
+        )
     return subjects
 
 
 def refuse_settings(settings: Mapping[str, Any]) -> None:
     """Raises UserError for a setting in REFUSED."""
-    if found := [name for name in settings if name in REFUSED_SETTINGS]:
-        raise UserError(f"--{found[0]}: {REFUSED_SETTINGS[found[0]]}.")
+    if refused_names := [name for name in settings if name in REFUSED_SETTINGS]:
+        raise UserError(f"--{refused_names[0]}: {REFUSED_SETTINGS[refused_names[0]]}.")
 
 
 def read_rows(source: Path) -> list[dict[str, Any]]:
@@ -195,9 +197,9 @@ def build_settings(
 
     Raises UserError for settings that no run can have.
     """
-    own = {name: value for name, value in row.items() if name not in ROW_COLUMNS}
-    refuse_settings(own)
-    train_config.check_values(own)
+    row_settings = {name: value for name, value in row.items() if name not in ROW_COLUMNS}
+    refuse_settings(row_settings)
+    train_config.check_values(row_settings)
     if not photos.is_dir():
         raise UserError(f"{photos}: {'not a folder' if photos.exists() else 'no such folder'}.")
 
@@ -205,16 +207,16 @@ def build_settings(
     facts = read_json(photos / SUBJECT_FILE) if (photos / SUBJECT_FILE).is_file() else {}
     word = row.get("class") or row.get("class_word") or facts.get("class_word")
     token = row.get("token") or facts.get("token") or shared.get("token") or DEFAULT_TOKEN
-    for kind, words in (("token", token), ("class", word)):
-        is_word = isinstance(words, str) and words.isprintable()
-        if word and not (is_word and len(words) <= MAX_WORD_CHARACTERS):
+    for kind, text in (("token", token), ("class", word)):
+        is_word = isinstance(text, str) and text.isprintable()
+        if word and not (is_word and len(text) <= MAX_WORD_CHARACTERS):
             raise UserError(
-                f"the {kind} {words!r:.40} is no word: "
+                f"the {kind} {text!r:.40} is no word: "
                 f"give at most {MAX_WORD_CHARACTERS} letters on a line."
             )
 
     # the row's own settings come last, so that they count
-    settings = {**shared, **(build_prompts(token, word) if word else {}), **own}
+    settings = {**shared, **(build_prompts(token, word) if word else {}), **row_settings}
     if not settings.get("instance_prompt"):
         raise UserError(
             f"{photos} does not say what it shows: "
@@ -242,8 +244,8 @@ def digest_run(settings: Mapping[str, Any]) -> str:
 
     values = config.to_dict()
     placeless = {name: values[name] for name in values if name not in PATH_SETTINGS}
-    named = [(path.name, digest) for path, digest in zip(files, digests, strict=True)]
-    return hash_values(settings=placeless, files=named)
+    file_digests = [(path.name, digest) for path, digest in zip(files, digests, strict=True)]
+    return hash_values(settings=placeless, files=file_digests)
 
 
 def list_visible(folder: Path) -> list[Path]:

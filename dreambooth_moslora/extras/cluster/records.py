@@ -127,7 +127,7 @@ class SubjectRow:
 
     name: of its run folder
     record: how it stands
-    words: its prompt
+    prompt: its instance prompt
     step, total_steps: so far, and of how many
     likeness: to the photos, by DINO; None where it was not scored
     alarms: advice that follows from its figures
@@ -135,7 +135,7 @@ class SubjectRow:
 
     name: str
     record: Record
-    words: str = ""
+    prompt: str = ""
     step: int = 0
     total_steps: int | None = None
     likeness: float | None = None
@@ -161,9 +161,9 @@ def load_row(run_dir: Path) -> SubjectRow:
         # what was asked for, and what has happened so far
         config = parse_known_config(read_json(run_dir / processes.JOB_CONFIG_NAME))
         events = run.read_events()
-        found = build_run_metrics(events, config)
+        run_metrics = build_run_metrics(events, config)
         if events:
-            found = merge_report(found, run)
+            run_metrics = merge_report(run_metrics, run)
 
         # of a run that was resumed, the last start counts
         total_steps = None
@@ -172,14 +172,14 @@ def load_row(run_dir: Path) -> SubjectRow:
                 total_steps = event.get("max_train_steps")
 
         # advice is about a finished training
-        advice = list_advice(found) if record.state == "done" else []
+        advice = list_advice(run_metrics) if record.state == "done" else []
         return SubjectRow(
             name=run_dir.name,
             record=record,
-            words=config.instance_prompt,
-            step=found.step,
+            prompt=config.instance_prompt,
+            step=run_metrics.step,
             total_steps=total_steps,
-            likeness=found.scores.get("dino"),
+            likeness=run_metrics.scores.get("dino"),
             alarms=[line for line in advice if not line.startswith(NOT_SCORED_NOTE)],
         )
     except (OSError, UserError):
@@ -190,8 +190,8 @@ def format_status(rows: Sequence[SubjectRow]) -> list[str]:
     """The count of each state, the cost, and a line for each subject that needs attention or is
     running."""
     counts = {state: sum(row.record.state == state for row in rows) for state in RECORD_STATES}
-    said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    lines = [f"{len(rows)} subjects: {said}", f"cost so far: {format_cost(rows)}"]
+    state_counts = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    lines = [f"{len(rows)} subjects: {state_counts}", f"cost so far: {format_cost(rows)}"]
     for row in rows:
         if row.record.state in ("waiting", "done") and not row.alarms:
             continue
@@ -229,12 +229,12 @@ PATH_PATTERN = re.compile(
 def write_index(out: Path, rows: Sequence[SubjectRow]) -> Path:
     """Write the page of `rows`, in their order (that of `load_rows`). Returns the file."""
     # what the template shows of each subject
-    shown = []
+    page_rows = []
     for number, row in enumerate(rows):
         sheet = run_folder.RunDir(out / row.name).contact_sheet_path
         moods = {"failed": "bad", "done": "bad" if row.alarms else "good"}
         looks = [row.record.message, *row.alarms]
-        shown.append(
+        page_rows.append(
             {
                 "row": row,
                 "name": escape_control_characters(row.name),
@@ -247,8 +247,10 @@ def write_index(out: Path, rows: Sequence[SubjectRow]) -> Path:
             }
         )
 
-    about = f"{format_status(rows)[0]}; cost: {format_cost(rows)}"
-    page = render("fleet.html", title=f"Fleet of {len(rows)} subjects", about=about, rows=shown)
+    summary = f"{format_status(rows)[0]}; cost: {format_cost(rows)}"
+    page = render(
+        "fleet.html", title=f"Fleet of {len(rows)} subjects", about=summary, rows=page_rows
+    )
     write_atomic(out / INDEX_NAME, page)
     return out / INDEX_NAME
 
@@ -264,6 +266,6 @@ def encode_sheet(path: Path) -> str:
 
 def remove_paths(text: str, out: Path) -> str:
     """The message with each path cut to its last part."""
-    for place in {str(out), str(out.resolve())}:
-        text = text.replace(f"{place}/", "")
-    return PATH_PATTERN.sub(lambda found: re.split(r"[\\/]", found[0].rstrip("\\/"))[-1], text)
+    for folder in {str(out), str(out.resolve())}:
+        text = text.replace(f"{folder}/", "")
+    return PATH_PATTERN.sub(lambda match: re.split(r"[\\/]", match[0].rstrip("\\/"))[-1], text)

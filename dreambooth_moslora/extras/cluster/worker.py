@@ -136,8 +136,8 @@ def train_once(job: Job, run_dir: Path, hold: BinaryIO) -> int:
     resume = build_resume_settings(run_dir, before) if is_known else {}
     processes.write_settings(run_dir, {**job.settings, **resume})
     started = time.monotonic()
-    words = ("train", "--config", str(run_dir / processes.JOB_CONFIG_NAME))
-    process = start_guarded(job, words, (hold.fileno(),))
+    arguments = ("train", "--config", str(run_dir / processes.JOB_CONFIG_NAME))
+    process = start_guarded(job, arguments, (hold.fileno(),))
     code = watch(process, get_stop_path(run_dir.parent), run_dir)
 
     # add what it has cost
@@ -183,13 +183,13 @@ def start_guarded(job: Job, argv: Sequence[str], holds: Sequence[int]) -> subpro
 def watch(process: subprocess.Popen, stop: Path, run_dir: Path) -> int:
     """Wait for its end. Once the fleet stops, or this task is cancelled, ask it to end with a
     checkpoint. It is killed if it does not answer."""
-    asked = 0.0
+    stop_request_sec = 0.0
     try:
         while process.poll() is None:
-            if not asked and stop.exists():
+            if not stop_request_sec and stop.exists():
                 processes.send_stop_request(run_dir)
-                asked = time.time()
-            if asked and processes.has_stopped_answering(asked, run_dir):
+                stop_request_sec = time.time()
+            if stop_request_sec and processes.has_stopped_answering(stop_request_sec, run_dir):
                 processes.kill_process(process.pid)
             time.sleep(POLL_SEC)
         return process.returncode

@@ -11,10 +11,10 @@ from dreambooth_moslora.settings.train_config import TrainConfig
 
 def choose_ranks(study: Study) -> dict[tuple[str, int], int]:
     """(arm, nominal rank) -> the rank that it trains at: see `Study.budget`."""
-    found = {(arm, rank): rank for arm in study.arms for rank in study.ranks}
+    real_ranks = {(arm, rank): rank for arm in study.arms for rank in study.ranks}
     if study.budget == "rank":
-        return found
-    for arm, rank in found:
+        return real_ranks
+    for arm, rank in real_ranks:
         if not study.should_train(arm):
             continue
         cell = Cell(
@@ -35,10 +35,10 @@ def choose_ranks(study: Study) -> dict[tuple[str, int], int]:
 
         # the one that is nearest to the budget; the lower one at a tie
         gaps = {}
-        for real in range(step, rank + 1, step):
-            gaps[real] = abs(count_parameters(config, real) - budget)
-        found[arm, rank] = min(gaps, key=gaps.__getitem__)
-    return found
+        for candidate_rank in range(step, rank + 1, step):
+            gaps[candidate_rank] = abs(count_parameters(config, candidate_rank) - budget)
+        real_ranks[arm, rank] = min(gaps, key=gaps.__getitem__)
+    return real_ranks
 
 
 def count_parameters(config: TrainConfig, rank: int) -> int:

@@ -25,25 +25,27 @@ BASE_SETTING = "pretrained_model_name_or_path"
 
 def compare_arguments(parser: argparse.ArgumentParser) -> None:
     # a folder, or a whole study
-    about = "a folder and what it shows, as for `train`"
-    parser.add_argument("words", metavar="PHOTOS WORD", nargs="*", help=about)
-    about = "of the arms, the first of which is the reference"
-    parser.add_argument("--mixers", nargs="+", metavar="MIXER", help=about)
-    about = "base of a study of a folder (default: as `train` chooses)"
-    parser.add_argument(*list_flags(BASE_SETTING), dest="base", metavar="BASE", help=about)
-    about = "a whole study instead: see assets/studies/mixers.toml"
-    parser.add_argument("--config", metavar="FILE", help=about)
+    help_text = "a folder and what it shows, as for `train`"
+    parser.add_argument("words", metavar="PHOTOS WORD", nargs="*", help=help_text)
+    help_text = "of the arms, the first of which is the reference"
+    parser.add_argument("--mixers", nargs="+", metavar="MIXER", help=help_text)
+    help_text = "base of a study of a folder (default: as `train` chooses)"
+    parser.add_argument(*list_flags(BASE_SETTING), dest="base", metavar="BASE", help=help_text)
+    help_text = "a whole study instead: see assets/studies/mixers.toml"
+    parser.add_argument("--config", metavar="FILE", help=help_text)
 
     # how it is done
-    about = "results, and where to resume from (default: runs/study, or runs/compare_WORD)"
-    parser.add_argument("--output_dir", metavar="DIR", help=about)
-    about = "trainings at once (default: 1, or what a cluster takes); timings are fair only at 1"
-    parser.add_argument("--jobs", type=int, help=about)
+    help_text = "results, and where to resume from (default: runs/study, or runs/compare_WORD)"
+    parser.add_argument("--output_dir", metavar="DIR", help=help_text)
+    help_text = (
+        "trainings at once (default: 1, or what a cluster takes); timings are fair only at 1"
+    )
+    parser.add_argument("--jobs", type=int, help=help_text)
     command_fleet.add_cluster_flags(parser, default_note="no Ray, and processes of this machine")
-    about = "report what is finished; train nothing"
-    parser.add_argument("--report_only", action="store_true", help=about)
-    about = "print what would be trained and what is already done"
-    parser.add_argument("--dry_run", action="store_true", help=about)
+    help_text = "report what is finished; train nothing"
+    parser.add_argument("--report_only", action="store_true", help=help_text)
+    help_text = "print what would be trained and what is already done"
+    parser.add_argument("--dry_run", action="store_true", help=help_text)
 
 
 def run_compare(args: argparse.Namespace) -> int:
@@ -113,15 +115,15 @@ def build_study(args: argparse.Namespace) -> Study:
     # what `train` would choose; the GPU is asked, which needs PyTorch
     print_loading()
     base = args.base
-    chosen = defaults.Choices({BASE_SETTING: base} if base else {})
-    one_word.choose_base(chosen, folder)
-    free_gib = None if chosen.base.is_toy else agreement.get_min_free_gib()
-    exposures = defaults.choose_recipe(chosen, free_gib)
-    defaults.choose_prompts(chosen, word)
-    chosen.add("", exposures_per_photo=exposures)
+    choices = defaults.Choices({BASE_SETTING: base} if base else {})
+    one_word.choose_base(choices, folder)
+    free_gib = None if choices.base.is_toy else agreement.get_min_free_gib()
+    exposures = defaults.choose_recipe(choices, free_gib)
+    defaults.choose_prompts(choices, word)
+    choices.add("", exposures_per_photo=exposures)
 
     # of it, what all arms share; the rest is named by the study
-    recipe = chosen.all_settings
+    recipe = choices.all_settings
     shared = {name: value for name, value in recipe.items() if name not in ARM_SETTINGS}
     subject = StudySubject(
         photos=str(folder),

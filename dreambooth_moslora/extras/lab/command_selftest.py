@@ -11,10 +11,10 @@ from dreambooth_moslora.precision import choose_half_precision
 
 
 def selftest_arguments(parser: argparse.ArgumentParser) -> None:
-    about = "device to test (default: the GPU, if there is one)"
-    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help=about)
-    about = "folder of the runs and of the report"
-    parser.add_argument("--output_dir", default="selftest", metavar="DIR", help=about)
+    help_text = "device to test (default: the GPU, if there is one)"
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help=help_text)
+    help_text = "folder of the runs and of the report"
+    parser.add_argument("--output_dir", default="selftest", metavar="DIR", help=help_text)
 
 
 def run_selftest(args: argparse.Namespace) -> int:
@@ -61,14 +61,14 @@ def run_selftest(args: argparse.Namespace) -> int:
     )
 
     # each finding is shown at once, as a training takes a while
-    found = []
+    findings = []
     start = time.monotonic()
     for finding in test.run_tests():
         mark = "ok  " if finding.holds else "FAIL"
         print(f"{mark}  {finding.name:14} {finding.line}", flush=True)
-        found.append(finding)
+        findings.append(finding)
 
     facts["seconds"] = f"{time.monotonic() - start:.0f}"
-    write_atomic(folder / "selftest.md", format_page(facts, found))
+    write_atomic(folder / "selftest.md", format_page(facts, findings))
     print(f"{facts['seconds']} s; paste {folder / 'selftest.md'} into a bug report")
-    return 0 if all(finding.holds for finding in found) else 2
+    return 0 if all(finding.holds for finding in findings) else 2

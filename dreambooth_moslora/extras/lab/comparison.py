@@ -90,15 +90,15 @@ def build_rate_curves(
     study: Study, results: Sequence[CellResult]
 ) -> dict[tuple[str, int], dict[float, float]]:
     """(arm, rank) -> learning rate -> mean score, for rates with a score on all tuning subjects."""
-    found: dict = defaultdict(lambda: defaultdict(list))
+    tuning_scores: dict = defaultdict(lambda: defaultdict(list))
     for result in results:
         cell = result.cell
         if cell.stage == "tune":
-            found[cell.arm, cell.rank][cell.learning_rate].append(result.scores["score"])
+            tuning_scores[cell.arm, cell.rank][cell.learning_rate].append(result.scores["score"])
 
     # a rate whose training failed on a subject has too few scores, and is left out
     curves: dict = defaultdict(dict)
-    for key, by_rate in found.items():
+    for key, by_rate in tuning_scores.items():
         for rate, scores in by_rate.items():
             if len(scores) == len(study.tuning_subjects):
                 curves[key][rate] = float(np.mean(scores))
@@ -128,19 +128,19 @@ def build_tables(
     seeds = sorted({r.cell.seed for r in tested})
 
     # the cells of each arm and rank
-    found: dict = defaultdict(dict)
+    arm_values: dict = defaultdict(dict)
     for r in tested:
-        found[r.cell.arm, r.cell.rank][r.cell.subject, r.cell.seed] = get_value(r)
+        arm_values[r.cell.arm, r.cell.rank][r.cell.subject, r.cell.seed] = get_value(r)
 
     # the tables without a gap, so that any two can be compared pair by pair
-    made = {}
-    for key, own in found.items():
-        if len(own) < len(subjects) * len(seeds):
+    tables = {}
+    for key, cell_values in arm_values.items():
+        if len(cell_values) < len(subjects) * len(seeds):
             continue
-        table = np.array([[own[one, seed] for seed in seeds] for one in subjects])
+        table = np.array([[cell_values[subject, seed] for seed in seeds] for subject in subjects])
         if np.isfinite(table).all():
-            made[key] = table
-    return made
+            tables[key] = table
+    return tables
 
 
 def build_score_tables(
@@ -166,31 +166,36 @@ def build_image_tables(
 def summarize_arms(results: Sequence[CellResult]) -> list[ArmSummary]:
     """Every arm and rank whose cells are complete."""
     by_measure = build_score_tables(results)
-    found = []
+    summaries = []
     for arm, rank in by_measure["score"]:
         # intervals of what was measured on all cells; of seconds and memory the median
-        own = [r for r in results if (r.cell.stage, r.cell.arm, r.cell.rank) == ("test", arm, rank)]
+        arm_results = [
+            r for r in results if (r.cell.stage, r.cell.arm, r.cell.rank) == ("test", arm, rank)
+        ]
         scores = {}
         for measure, table in by_measure.items():
             if (arm, rank) in table:
                 scores[measure] = metrics.bootstrap_mean(table[arm, rank])
-        found.append(
+        summaries.append(
             ArmSummary(
                 arm=arm,
                 rank=rank,
-                learning_rate=own[0].cell.learning_rate,
+                learning_rate=arm_results[0].cell.learning_rate,
                 scores=scores,
-                cost={name: float(np.median([r.cost[name] for r in own])) for name in own[0].cost},
+                cost={
+                    name: float(np.median([r.cost[name] for r in arm_results]))
+                    for name in arm_results[0].cost
+                },
             )
         )
-    return found
+    return summaries
 
 
 def compare_arms(study: Study, results: Sequence[CellResult]) -> list[Outcome]:
     """Each arm against the reference, at each rank where both are complete."""
     by_measure = build_score_tables(results)
     pictures = build_image_tables(results)
-    found = []
+    outcomes = []
     for arm, rank in by_measure["score"]:
         ours = (arm, rank)
         reference = (study.reference, rank)
@@ -210,8 +215,8 @@ def compare_arms(study: Study, results: Sequence[CellResult]) -> list[Outcome]:
             margin = study.tie * table[reference].std()
             signs = np.where(np.abs(difference) < margin, 0, np.sign(difference))
             wins[measure] = tuple(float((signs == sign).mean()) for sign in (1, 0, -1))
-        found.append(Outcome(arm=arm, rank=rank, differences=differences, wins=wins))
-    return found
+        outcomes.append(Outcome(arm=arm, rank=rank, differences=differences, wins=wins))
+    return outcomes
 
 
 def compare_references(
@@ -222,19 +227,23 @@ def compare_references(
     pictures = build_image_tables(results)
 
     def reshape_tables(arm: str, rank: int) -> dict[str, np.ndarray]:
-        found = {}
-        for name, of_arms in pictures.items():
-            table = of_arms[arm, rank]
-            found[name] = table.reshape(*table.shape[:2], -1, study.protocol.images_per_prompt)
-        return found
+        tables = {}
+        for name, arm_tables in pictures.items():
+            table = arm_tables[arm, rank]
+            tables[name] = table.reshape(*table.shape[:2], -1, study.protocol.images_per_prompt)
+        return tables
 
     # at each rank where both are complete
-    made = {}
+    verdicts = {}
     complete = pictures["dino"].keys()
-    for (arm, rank), shown in product(complete, study.arms):
-        if study.should_train(arm) and not study.should_train(shown) and (shown, rank) in complete:
+    for (arm, rank), reference_arm in product(complete, study.arms):
+        if (
+            study.should_train(arm)
+            and not study.should_train(reference_arm)
+            and (reference_arm, rank) in complete
+        ):
             verdict = reference_arms.compare_tables(
-                reshape_tables(arm, rank), reshape_tables(shown, rank)
+                reshape_tables(arm, rank), reshape_tables(reference_arm, rank)
             )
-            made[f"{arm} r{rank} against {shown}"] = verdict
-    return made
+            verdicts[f"{arm} r{rank} against {reference_arm}"] = verdict
+    return verdicts

@@ -226,14 +226,14 @@ def build_floor_step(
     texts = []
     for text in inputs.text_cache(batch.prompts):
         texts.append(families.cast_embedding(text, device, inputs.dtype))
-    words = inputs.family.collate(texts)
+    text_inputs = inputs.family.collate(texts)
     photo_inputs = {name: tensor.to(device) for name, tensor in batch.photo_inputs.items()}
     times = torch.tensor([500], device=device)
 
     def run_step() -> None:
         noisy = torch.randn_like(batch.latents, device=device, dtype=inputs.dtype)
         noisy.requires_grad_()
-        prediction = inputs.family.predict(unet, noisy, times, **photo_inputs, **words)
+        prediction = inputs.family.predict(unet, noisy, times, **photo_inputs, **text_inputs)
         prediction.float().square().mean().backward()
 
     return run_step

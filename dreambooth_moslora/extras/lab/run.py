@@ -67,14 +67,14 @@ def get_result_path(study: Study, cell: Cell, out: Path) -> Path:
 def list_materials(study: Study, cell: Cell) -> list[Path]:
     """The local files that a result depends on: photos, base, encoders and what the arm begins
     with. Hub models are identified by name."""
-    mine = study.get_subject(cell.subject)
+    subject = study.get_subject(cell.subject)
     settings = {**study.train, **study.arms[cell.arm]}
-    found = [study.base.path, mine.photos]
-    found += [study.protocol.clip, study.protocol.dino]
+    names = [study.base.path, subject.photos]
+    names += [study.protocol.clip, study.protocol.dino]
     if study.base.is_toy:
-        found.append(toy_bases.DINO_FOLDER)
-    found += [settings.get(name) for name in START_FILE_SETTINGS]
-    paths = [Path(find_asset(str(path))) for path in found if path]
+        names.append(toy_bases.DINO_FOLDER)
+    names += [settings.get(name) for name in START_FILE_SETTINGS]
+    paths = [Path(find_asset(str(path))) for path in names if path]
     return [path for path in paths if path.exists()]
 
 
@@ -164,9 +164,9 @@ def get_evaluator(study: Study, name: str) -> scoring.Evaluator:
     has_face = get_subject_kind(config).has_face
     encoders = load_encoders(base, protocol.clip, protocol.dino, faces=has_face)
     resolution_px = load_pipeline(study.base).resolution_px
-    (made,) = build_evaluators([config], photos, [plan], encoders, resolution_px)
-    EVALUATORS[key] = made
-    return made
+    (evaluator,) = build_evaluators([config], photos, [plan], encoders, resolution_px)
+    EVALUATORS[key] = evaluator
+    return evaluator
 
 
 STRIP_PX = 128
@@ -349,7 +349,7 @@ def run_cell(
     config = study.build_config(cell, rank, work)
     try:
         cost = train_cell(config, out) if study.should_train(cell.arm) else ZERO_COST
-        found = evaluate_cell(study, cell, work)
+        evaluation = evaluate_cell(study, cell, work)
     except Exception as error:  # one failed cell must not end the study
         return cell, time.monotonic() - started, f"{type(error).__name__}: {error}"
     finally:
@@ -358,12 +358,14 @@ def run_cell(
     # write the pictures, then the result, by which the cell counts as finished
     path = get_result_path(study, cell, out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_strip(found.pictures["subject"]).save(path.with_suffix(".jpg"), quality=85)
-    cost = cost | {"rank": rank, "evaluation_seconds": found.seconds, "jobs": jobs}
+    draw_strip(evaluation.pictures["subject"]).save(path.with_suffix(".jpg"), quality=85)
+    cost = cost | {"rank": rank, "evaluation_seconds": evaluation.seconds, "jobs": jobs}
     pictures = {}
     for name in list_image_measures():
-        pictures[name] = [round(float(value), 5) for value in found.tables[name].ravel()]
-    result = CellResult(cell=cell, scores=found.summarize_scores(), pictures=pictures, cost=cost)
+        pictures[name] = [round(float(value), 5) for value in evaluation.tables[name].ravel()]
+    result = CellResult(
+        cell=cell, scores=evaluation.summarize_scores(), pictures=pictures, cost=cost
+    )
     write_atomic(path, json.dumps(asdict(result)) + "\n")
     return cell, time.monotonic() - started, ""
 
@@ -397,8 +399,8 @@ def choose_class_folder(config: TrainConfig, out: Path) -> dict[str, str]:
         return {}
 
     # a folder of each process, as two must not write the same one
-    mine = f"s{config.seed}-{platform.node()}-{os.getpid()}"
-    name = f"{Path(config.instance_data_dir).name}-{mine}"
+    process_name = f"s{config.seed}-{platform.node()}-{os.getpid()}"
+    name = f"{Path(config.instance_data_dir).name}-{process_name}"
     return {"class_data_dir": str(out / "class_images" / name)}
 
 

@@ -110,8 +110,8 @@ class SelfTest:
         for number in range(3):
             ground = (60 * number, 140, 200 - 60 * number)
             photo = Image.new("RGB", (160, 160), ground)
-            left = 30 + 10 * number
-            ImageDraw.Draw(photo).ellipse((left, 40, left + 80, 120), fill=(230, 60, 40))
+            left_px = 30 + 10 * number
+            ImageDraw.Draw(photo).ellipse((left_px, 40, left_px + 80, 120), fill=(230, 60, 40))
             photo.save(self.photos / f"{number}.png")
 
     def run_tests(self) -> Iterator[Finding]:
@@ -121,16 +121,19 @@ class SelfTest:
             # the device against the CPU, in each precision
             expected = read_losses(SelfTest(self.folder, env=CPU_ENV).train("cpu"))
             for precision in self.precisions:
-                found = read_losses(self.train(f"device_{precision}", mixed_precision=precision))
+                losses = read_losses(self.train(f"device_{precision}", mixed_precision=precision))
                 name = "fp32" if precision == "no" else precision
-                far = compute_largest_difference(found, expected)
-                said = f"{len(found)} losses in {name}, at most {far:.1e} from the CPU's in fp32"
-                yield Finding(f"losses, {name}", far <= TOLERANCE[precision], said)
+                difference = compute_largest_difference(losses, expected)
+                line = (
+                    f"{len(losses)} losses in {name}, "
+                    f"at most {difference:.1e} from the CPU's in fp32"
+                )
+                yield Finding(f"losses, {name}", difference <= TOLERANCE[precision], line)
 
             # what the run itself proved of its files
             exports = self.get_run("device_no").read_events("export")
-            far = exports[0]["proof"]["max_relative_difference"]
-            yield Finding("published", True, f"both files reload to {far:.1e}")
+            difference = exports[0]["proof"]["max_relative_difference"]
+            yield Finding("published", True, f"both files reload to {difference:.1e}")
 
             # what else the device can be asked for
             yield from self.check_resume()
@@ -150,24 +153,24 @@ class SelfTest:
         self.train("again")
         is_exact = self.compare_runs("device_no", "again")
         whole = "device_no"
-        words = {}
-        said = "two equal runs have the same bytes"
+        deterministic = {}
+        line = "two equal runs have the same bytes"
         if not is_exact:
-            said = (
+            line = (
                 "two equal runs have other bytes: "
                 "kernels here sum in a changing order (--deterministic)"
             )
             whole = "exact"
-            words = {"deterministic": "true"}
-            self.train(whole, **words)
-        yield Finding("repeated", True, said)
+            deterministic = {"deterministic": "true"}
+            self.train(whole, **deterministic)
+        yield Finding("repeated", True, line)
 
         # the first half, then the rest
-        self.train("resumed", max_train_steps=STOP_STEP, **words)
-        self.train("resumed", resume_from_checkpoint="latest", **words)
+        self.train("resumed", max_train_steps=STOP_STEP, **deterministic)
+        self.train("resumed", resume_from_checkpoint="latest", **deterministic)
         holds = self.compare_runs(whole, "resumed")
-        said = f"{'the same bytes as' if holds else 'other bytes than'} an unbroken run"
-        yield Finding("resumed", holds, said + ("" if is_exact else ", both with --deterministic"))
+        line = f"{'the same bytes as' if holds else 'other bytes than'} an unbroken run"
+        yield Finding("resumed", holds, line + ("" if is_exact else ", both with --deterministic"))
 
     def compare_runs(self, run_name: str, other_run_name: str) -> bool:
         """Whether two runs have published the same tensors, whatever their headers say."""
@@ -183,34 +186,36 @@ class SelfTest:
     def check_compiled(self) -> Finding:
         """Where it cannot be done, as without a compiler, the trainer says so and goes on; that is
         no failure."""
-        found = read_losses(self.train("compiled", compile="on"))
-        far = compute_largest_difference(found, read_losses(self.get_run("device_no")))
-        said = f"losses with compiled blocks, at most {far:.1e} from those without"
+        losses = read_losses(self.train("compiled", compile="on"))
+        difference = compute_largest_difference(losses, read_losses(self.get_run("device_no")))
+        line = f"losses with compiled blocks, at most {difference:.1e} from those without"
         if FALLBACK_NOTE in (self.folder / "compiled.log").read_text(encoding="utf-8"):
-            said = f"compiled blocks cannot be made here; {FALLBACK_NOTE}"
-        return Finding("compiled", far <= TOLERANCE["no"], said)
+            line = f"compiled blocks cannot be made here; {FALLBACK_NOTE}"
+        return Finding("compiled", difference <= TOLERANCE["no"], line)
 
     def check_cards(self) -> Finding:
         """One process with two micro-batches draws what two processes draw with one each."""
-        alone = read_losses(
+        expected = read_losses(
             self.train("one_card", train_batch_size=1, gradient_accumulation_steps=2)
         )
-        found = read_losses(self.train("two_cards", self.launcher, train_batch_size=1))
-        far = compute_largest_difference(found, alone)
-        said = f"{len(alone)} losses of two processes, at most {far:.1e} from those of one"
-        return Finding("cards", far <= TOLERANCE["no"], said)
+        losses = read_losses(self.train("two_cards", self.launcher, train_batch_size=1))
+        difference = compute_largest_difference(losses, expected)
+        line = (
+            f"{len(expected)} losses of two processes, at most {difference:.1e} from those of one"
+        )
+        return Finding("cards", difference <= TOLERANCE["no"], line)
 
     def generated(self) -> Finding:
         """A picture that is one colour means that the device drew not-a-numbers, or nothing."""
-        words = ["--adapter", self.get_run("device_no").path]
-        words += ["--prompt", "a photo of a sks robot"]
-        words += ["--steps", "8"]
-        words += ["--output_dir", self.folder / "pictures"]
-        self.run_command("generate", [*self.program, "generate", *words])
+        arguments = ["--adapter", self.get_run("device_no").path]
+        arguments += ["--prompt", "a photo of a sks robot"]
+        arguments += ["--steps", "8"]
+        arguments += ["--output_dir", self.folder / "pictures"]
+        self.run_command("generate", [*self.program, "generate", *arguments])
         picture = next((self.folder / "pictures").glob("*.png"))
         spread = min(ImageStat.Stat(Image.open(picture).convert("RGB")).stddev)
-        said = f"{picture.name}, {spread:.0f} levels of spread"
-        return Finding("generated", spread > FLAT_LEVELS, said)
+        line = f"{picture.name}, {spread:.0f} levels of spread"
+        return Finding("generated", spread > FLAT_LEVELS, line)
 
     def measure_step(self, free_gib: float, size: str = "sdxl") -> Finding:
         """Measure a step by the fastest plan that fits. Too little memory or time is no failure."""
@@ -221,23 +226,23 @@ class SelfTest:
         config = TrainConfig(resolution=px, train_batch_size=1, rank=16, mixed_precision=half)
         needs = estimate_plans(config, BaseSize())
         listed = ", ".join(f"{name} {gib:.1f} GiB" for name, gib in needs.items())
-        told = f"--memory at {px} px needs {listed}"
+        estimate_line = f"--memory at {px} px needs {listed}"
         plan = next((name for name in MEMORY_PLANS if needs[name] <= USABLE_RATIO * free_gib), None)
         if plan is None:
-            return Finding("step", True, f"left out: {free_gib:.1f} GiB are free; {told}")
+            return Finding("step", True, f"left out: {free_gib:.1f} GiB are free; {estimate_line}")
 
         # in a process of its own, whose peak is the step's
-        words = ["--size", size, "--resolution", str(px), "--mixed_precision", half]
-        words += ["--gradient_checkpointing"] if train_config.MEMORY_PLANS[plan] else []
-        command = [sys.executable, "-m", "dreambooth_moslora.extras.lab.full_step", *words]
+        arguments = ["--size", size, "--resolution", str(px), "--mixed_precision", half]
+        arguments += ["--gradient_checkpointing"] if train_config.MEMORY_PLANS[plan] else []
+        command = [sys.executable, "-m", "dreambooth_moslora.extras.lab.full_step", *arguments]
         try:
-            found = json.loads(self.run_command("step", command, STEP_SEC).splitlines()[-1])
+            measured = json.loads(self.run_command("step", command, STEP_SEC).splitlines()[-1])
         except subprocess.TimeoutExpired:
-            said = f"left out: four steps take longer than {STEP_SEC} s here; {told}"
-            return Finding("step", True, said)
-        said = f"{found['step_sec']:.2f} s at {px} px, the floor {found['floor_sec']:.2f} s"
-        said += f", peak {found['peak_gib']:.1f} GiB ({plan}); {told}"
-        return Finding("step", True, said)
+            line = f"left out: four steps take longer than {STEP_SEC} s here; {estimate_line}"
+            return Finding("step", True, line)
+        line = f"{measured['step_sec']:.2f} s at {px} px, the floor {measured['floor_sec']:.2f} s"
+        line += f", peak {measured['peak_gib']:.1f} GiB ({plan}); {estimate_line}"
+        return Finding("step", True, line)
 
     def get_run(self, name: str) -> run_folder.RunDir:
         """The run folder of a training."""
@@ -260,10 +265,10 @@ class SelfTest:
             "report_to": "none",
             "seed": 0,
         }
-        words = []
+        arguments = []
         for key, value in (settings | changes).items():
-            words += [f"--{key}", value]
-        self.run_command(name, [*(launcher or self.program), "train", *words])
+            arguments += [f"--{key}", value]
+        self.run_command(name, [*(launcher or self.program), "train", *arguments])
         return self.get_run(name)
 
     def run_command(
@@ -298,7 +303,10 @@ def compute_largest_difference(losses: list[float], expected: list[float]) -> fl
     finite."""
     if len(losses) != len(expected):
         return math.inf
-    differences = [abs(one - other) / abs(other) for one, other in zip(losses, expected)]
+    differences = [
+        abs(loss - expected_loss) / abs(expected_loss)
+        for loss, expected_loss in zip(losses, expected)
+    ]
     # `max` would pass over a nan
     return max(differences) if all(map(math.isfinite, differences)) else math.inf
 
@@ -308,6 +316,8 @@ def format_page(facts: dict[str, str], findings: list[Finding]) -> str:
     lines = ["# Self-test of dreambooth_moslora", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     lines += ["", "| tried | holds | what was found |", "|---|---|---|"]
-    for found in findings:
-        lines.append(f"| {found.name} | {'yes' if found.holds else '**no**'} | {found.line} |")
+    for finding in findings:
+        lines.append(
+            f"| {finding.name} | {'yes' if finding.holds else '**no**'} | {finding.line} |"
+        )
     return "\n".join(lines) + "\n"

@@ -57,25 +57,25 @@ class StudySubject:
     @property
     def settings(self) -> dict[str, str]:
         """The settings of its training."""
-        found = {"instance_data_dir": self.photos, "instance_prompt": self.instance_prompt}
+        settings = {"instance_data_dir": self.photos, "instance_prompt": self.instance_prompt}
         if self.class_prompt:
-            found["class_prompt"] = self.class_prompt
-        return found
+            settings["class_prompt"] = self.class_prompt
+        return settings
 
     @classmethod
     def from_entry(cls, entry: str | Mapping[str, Any]) -> "StudySubject":
         """Raises UserError when the folder does not exist or does not name its subject."""
         # a table of texts
-        given = dict(entry) if isinstance(entry, Mapping) else {"photos": entry}
+        values = dict(entry) if isinstance(entry, Mapping) else {"photos": entry}
         names = [item.name for item in fields(cls)]
-        is_known = given.keys() <= set(names)
-        if not is_known or not all(isinstance(text, str) for text in given.values()):
+        is_known = values.keys() <= set(names)
+        if not is_known or not all(isinstance(text, str) for text in values.values()):
             raise UserError(
                 f"the study's subject {entry!r}: a folder, or a table of texts, {', '.join(names)}."
             )
-        if not given.get("photos"):
+        if not values.get("photos"):
             raise UserError(f"the study's subject {entry!r} has no photos: name their folder.")
-        folder = Path(find_asset(given["photos"]))
+        folder = Path(find_asset(values["photos"]))
         if not folder.is_dir():
             raise UserError(
                 f"the study's subject {folder}: no such folder; "
@@ -83,11 +83,11 @@ class StudySubject:
             )
 
         # its words: of the study, else of the folder's file
-        if "instance_prompt" in given:
+        if "instance_prompt" in values:
             return cls(
                 photos=str(folder),
-                instance_prompt=given["instance_prompt"],
-                class_prompt=given.get("class_prompt"),
+                instance_prompt=values["instance_prompt"],
+                class_prompt=values.get("class_prompt"),
             )
         facts_path = folder / SUBJECT_FILE
         if not facts_path.is_file():
@@ -167,8 +167,8 @@ class Cell:
     @property
     def name(self) -> str:
         """As a file's name can be."""
-        what = f"{self.stage}-{self.arm}-r{self.rank}-{self.subject}"
-        return f"{what}-s{self.seed}-lr{self.learning_rate:g}"
+        prefix = f"{self.stage}-{self.arm}-r{self.rank}-{self.subject}"
+        return f"{prefix}-s{self.seed}-lr{self.learning_rate:g}"
 
 
 @dataclass(frozen=True)
@@ -245,8 +245,8 @@ class Study:
 
     def list_rates(self, arm: str) -> tuple[float, ...]:
         """The learning rates to choose from; an arm with its own keeps it."""
-        own = self.arms[arm].get("learning_rate") if self.should_train(arm) else 0.0
-        return self.learning_rates if own is None else (float(own),)
+        arm_rate = self.arms[arm].get("learning_rate") if self.should_train(arm) else 0.0
+        return self.learning_rates if arm_rate is None else (float(arm_rate),)
 
     def get_first_rates(self) -> dict[tuple[str, int], float]:
         """(arm, rank) -> the first of its rates, which is the only one of an arm with its own."""
@@ -298,7 +298,7 @@ class Study:
         subject = self.get_subject(cell.subject)
 
         # the cell's own, and nothing that costs time beside the training
-        own = {
+        cell_settings = {
             "output_dir": str(output_dir),
             "rank": rank,
             "seed": cell.seed,
@@ -307,14 +307,14 @@ class Study:
             "report_to": "none",
             "checkpointing_steps": 10**9,
         }
-        return TrainConfig.from_dict({**shared, **subject.settings, **own})
+        return TrainConfig.from_dict({**shared, **subject.settings, **cell_settings})
 
     def digest(self, cell: Cell, materials: Sequence[str] = ()) -> str:
         """Changes with anything that the cell's result depends on. `materials`: the content of its
         files."""
-        of_subject = asdict(self.get_subject(cell.subject))
+        subject_facts = asdict(self.get_subject(cell.subject))
         protocol = asdict(self.protocol)
-        facts = [*materials, self.train, self.arms[cell.arm], protocol, of_subject, self.budget]
+        facts = [*materials, self.train, self.arms[cell.arm], protocol, subject_facts, self.budget]
         text = json.dumps(facts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -324,21 +324,23 @@ def load_study(path: Path) -> Study:
     # the tables, with known names
     values = config_files.read_tables(path)
     refuse_unknown(path, "", values, SECTIONS)
-    study, protocol, shared, arms = (
+    study_table, protocol, shared, arms = (
         require_table(path, name, values.get(name, {})) for name in SECTIONS
     )
-    refuse_unknown(path, "study.", study, [f.name for f in fields(Study)])
+    refuse_unknown(path, "study.", study_table, [f.name for f in fields(Study)])
     refuse_unknown(path, "evaluation.", protocol, [f.name for f in fields(Protocol)])
 
     # [study]: numbers and subjects
-    study |= {
-        name: require_numbers(path, name, study[name]) for name in LIST_TYPES if name in study
+    study_table |= {
+        name: require_numbers(path, name, study_table[name])
+        for name in LIST_TYPES
+        if name in study_table
     }
     for name in ("subjects", "tuning_subjects"):
-        folders = study.get(name, [])
+        folders = study_table.get(name, [])
         if not isinstance(folders, list):
             raise UserError(f"--config {path}: study.{name} is a list of folders, not {folders!r}.")
-        study[name] = tuple(map(StudySubject.from_entry, folders))
+        study_table[name] = tuple(map(StudySubject.from_entry, folders))
 
     # [train] and [arms]: settings of a training
     arms = {
@@ -347,11 +349,11 @@ def load_study(path: Path) -> Study:
     }
     check_values(shared)
     for name, settings in arms.items():
-        shown = settings.get(REFERENCES_SETTING, False)
-        if not isinstance(shown, bool):
+        by_references = settings.get(REFERENCES_SETTING, False)
+        if not isinstance(by_references, bool):
             raise UserError(
                 f"--config {path}: arms.{name}.{REFERENCES_SETTING} is true or false, "
-                f"not {shown!r}."
+                f"not {by_references!r}."
             )
         check_values({key: settings[key] for key in settings if key != REFERENCES_SETTING})
 
@@ -360,14 +362,14 @@ def load_study(path: Path) -> Study:
         sized = defaults.Choices({"pretrained_model_name_or_path": "toy"} | shared | settings)
         defaults.choose_resolution(sized)
         settings |= sized.settings
-    made = Study(arms=arms, train=shared, protocol=Protocol(**protocol), **study)
-    refuse_other_bases(made)
-    for cell in made.list_test_cells(made.get_first_rates()):
+    study = Study(arms=arms, train=shared, protocol=Protocol(**protocol), **study_table)
+    refuse_other_bases(study)
+    for cell in study.list_test_cells(study.get_first_rates()):
         # find mistakes in any arm before the first training
-        config = made.build_config(cell, cell.rank, Path("run"))
-        if not made.should_train(cell.arm):
-            check_references(made.base, config, f"{REFERENCES_SETTING} of the arm {cell.arm}")
-    return made
+        config = study.build_config(cell, cell.rank, Path("run"))
+        if not study.should_train(cell.arm):
+            check_references(study.base, config, f"{REFERENCES_SETTING} of the arm {cell.arm}")
+    return study
 
 
 def refuse_other_bases(study: Study) -> None:
@@ -407,9 +409,9 @@ def require_numbers(path: Path, name: str, value: Any) -> tuple:
 def resolve_settings(arm: Mapping[str, Any]) -> dict[str, Any]:
     """The arm's settings, over those of the file that `config = "recipe.toml"` names. Raises
     UserError."""
-    own = dict(arm)
-    recipe = own.pop("config", None)
-    return {**config_files.load_settings(recipe), **own} if recipe else own
+    settings = dict(arm)
+    recipe = settings.pop("config", None)
+    return {**config_files.load_settings(recipe), **settings} if recipe else settings
 
 
 def refuse_unknown(path: Path, where: str, values: Mapping[str, Any], allowed_names) -> None:

@@ -38,16 +38,18 @@ def plot_differences(outcomes: Sequence[comparison.Outcome], reference: str) -> 
     """Paired differences to the reference with 95 % intervals, one panel per measure. An outcome
     without the measure, as one by references has no drift, is left out of the panel."""
     figure = Figure(figsize=(10, 1.2 + 0.32 * len(outcomes)), layout="constrained")
-    drawn = [name for name, row in METRICS.items() if row.panel]
-    measures = [m for m in drawn if any(m in outcome.differences for outcome in outcomes)]
+    panel_names = [name for name, row in METRICS.items() if row.panel]
+    measures = [m for m in panel_names if any(m in outcome.differences for outcome in outcomes)]
     axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     rows = range(len(outcomes))[::-1]  # the first on top
     for axis, measure in zip(axes, measures):
         for row, outcome in zip(rows, outcomes):
             if measure in outcome.differences:
-                found = outcome.differences[measure]
-                reach = np.array([found.error_lengths]).T
-                axis.errorbar([found.mean], [row], xerr=reach, fmt="o", color=WIN_COLOUR, capsize=3)
+                difference = outcome.differences[measure]
+                reach = np.array([difference.error_lengths]).T
+                axis.errorbar(
+                    [difference.mean], [row], xerr=reach, fmt="o", color=WIN_COLOUR, capsize=3
+                )
         axis.axvline(0, color="#888", linewidth=1)
         axis.set(title=METRICS[measure].panel, xlabel=f"difference to {reference}")
         axis.grid(axis="x", alpha=0.3)
@@ -63,13 +65,13 @@ def plot_wins(outcomes: Sequence[comparison.Outcome], reference: str) -> Figure:
     rows = range(len(outcomes))[::-1]
     for axis, measure in zip(axes, outcomes[0].wins):
         # three parts of a bar, each beginning where the one before ends
-        left = [0.0] * len(outcomes)
+        bar_starts = [0.0] * len(outcomes)
         for part, (name, colour) in enumerate(
             (("win", WIN_COLOUR), ("tie", TIE_COLOUR), ("loss", LOSS_COLOUR))
         ):
             width = [100 * outcome.wins[measure][part] for outcome in outcomes]
-            axis.barh(list(rows), width, left=left, color=colour, label=name)
-            left = [a + b for a, b in zip(left, width)]
+            axis.barh(list(rows), width, left=bar_starts, color=colour, label=name)
+            bar_starts = [a + b for a, b in zip(bar_starts, width)]
         axis.set(title=f"{METRICS[measure].panel}: % against {reference}", xlim=(0, 100))
     axes[0].set_yticks(list(rows), [format_label(outcome) for outcome in outcomes])
     axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
@@ -105,9 +107,9 @@ def write_comparison(study: Study, results: Sequence[comparison.CellResult], out
         plot.savefig(out / f"{name}.png", dpi=110)
 
     # the findings, and whether training was worth it
-    found = [format_finding(study, against)]
-    found += [f"{name}: {verdict}" for name, verdict in verdicts.items()]
-    findings = "\n".join(found)
+    finding_lines = [format_finding(study, against)]
+    finding_lines += [f"{name}: {verdict}" for name, verdict in verdicts.items()]
+    findings = "\n".join(finding_lines)
 
     # the report with all of it, and the pictures
     page = render_page(study, results, out, tables=tables, plots=plots, findings=findings)
@@ -196,12 +198,17 @@ def build_outcome_rows(against: Sequence[comparison.Outcome]) -> tuple[list[str]
     ]
     header = ["Arm", "Rank", *(f"Δ {format_column(name)}" for name in names), *judges]
     rows = []
-    for found in sorted(against, key=lambda outcome: outcome.rank):
+    for outcome in sorted(against, key=lambda item: item.rank):
         wins = []
         for name in comparison.list_image_measures():
-            wins.append(" / ".join(f"{100 * share:.0f}" for share in found.wins[name]))
+            wins.append(" / ".join(f"{100 * share:.0f}" for share in outcome.wins[name]))
         rows.append(
-            [found.arm, str(found.rank), *format_intervals(found.differences, names, "+"), *wins]
+            [
+                outcome.arm,
+                str(outcome.rank),
+                *format_intervals(outcome.differences, names, "+"),
+                *wins,
+            ]
         )
     return header, rows
 
@@ -211,7 +218,9 @@ def list_measured(
 ) -> list[str]:
     """The measures to show in which any of the arms was measured; all of them without an arm."""
     names = [name for name, row in METRICS.items() if is_shown(row)]
-    return [name for name in names if not score_sets or any(name in one for one in score_sets)]
+    return [
+        name for name in names if not score_sets or any(name in scores for scores in score_sets)
+    ]
 
 
 def format_column(name: str) -> str:
@@ -271,7 +280,7 @@ def render_page(study: Study, results, out: Path, tables, plots: dict, findings:
     seeds = len(comparison.list_seeds(results))
     ranks = ", ".join(str(rank) for rank in study.ranks)
     rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
-    about = (
+    protocol_line = (
         f"{len(results)} trainings: "
         f"{len(study.subjects)} subjects × {seeds} seeds × ranks {ranks}; "
         f"learning rate chosen for each arm and rank out of {rates} "
@@ -282,7 +291,7 @@ def render_page(study: Study, results, out: Path, tables, plots: dict, findings:
     return render(
         "study.html",
         title="Comparison of adapters",
-        protocol=about,
+        protocol=protocol_line,
         findings=findings.splitlines(),
         arms=arms,
         shares=shares,
@@ -308,5 +317,9 @@ def list_first_cells(
     study: Study, results: Sequence[comparison.CellResult], subject: str
 ) -> list[Cell]:
     """Of one subject in the comparison, at the first seed; the lowest rank first."""
-    found = [r.cell for r in results if (r.cell.stage, r.cell.seed) == ("test", study.seeds[0])]
-    return sorted((cell for cell in found if cell.subject == subject), key=lambda cell: cell.rank)
+    first_cells = [
+        r.cell for r in results if (r.cell.stage, r.cell.seed) == ("test", study.seeds[0])
+    ]
+    return sorted(
+        (cell for cell in first_cells if cell.subject == subject), key=lambda cell: cell.rank
+    )

@@ -101,8 +101,8 @@ def parse_order(body: bytes) -> ImageOrder:
         raise UserError("scale belongs to an adapter; name it with adapter")
 
     # null stands for a field's default
-    given = {key: value for key, value in values.items() if value is not None}
-    params = GenerationParams.from_dict(given).apply_tags()
+    fields = {key: value for key, value in values.items() if value is not None}
+    params = GenerationParams.from_dict(fields).apply_tags()
     if params.num_images != 1:
         raise UserError("a request draws one picture; send another one with the next seed")
     check_steps(params)
@@ -147,11 +147,11 @@ class Catalogue:
     def _get_digest(self, file: Path) -> str:
         """Computed again when the file's stat has changed."""
         stamp = read_stamp(file)
-        known = self._digests.get(file)
-        if known is None or known[0] != stamp:
-            known = (stamp, hash_file(file))
-            self._digests[file] = known
-        return known[1]
+        stamp_and_digest = self._digests.get(file)
+        if stamp_and_digest is None or stamp_and_digest[0] != stamp:
+            stamp_and_digest = (stamp, hash_file(file))
+            self._digests[file] = stamp_and_digest
+        return stamp_and_digest[1]
 
     def _get_files(self) -> dict[str, Path]:
         """The files by name, from the disk when the last listing is old."""
@@ -170,8 +170,8 @@ class Catalogue:
         files: list[Path] = []
         for folder in self.folders:
             # single files, then the runs in the folder, which may be a run itself
-            found = sorted(folder.glob("*.safetensors"))
-            files += [file for file in found if file.name != PUBLISHED_NAME]
+            weights = sorted(folder.glob("*.safetensors"))
+            files += [file for file in weights if file.name != PUBLISHED_NAME]
             files += list_run_adapters([folder, *folder.glob("*/")])
         # without repeats: a run's best step is there twice
         return map_adapter_names(dict.fromkeys(files), self.folders)

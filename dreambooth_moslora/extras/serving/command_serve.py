@@ -51,20 +51,20 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
     # what is drawn, and who may ask
-    about = "folders of adapters and runs"
-    parser.add_argument("--adapters", metavar="DIR", nargs="+", required=True, help=about)
-    about = "the base: a folder, a hub id, a .safetensors file, or toy (default)"
+    help_text = "folders of adapters and runs"
+    parser.add_argument("--adapters", metavar="DIR", nargs="+", required=True, help=help_text)
+    help_text = "the base: a folder, a hub id, a .safetensors file, or toy (default)"
     parser.add_argument(
-        *list_flags(BASE_SETTING), dest=BASE_SETTING, metavar="BASE", default="toy", help=about
+        *list_flags(BASE_SETTING), dest=BASE_SETTING, metavar="BASE", default="toy", help=help_text
     )
-    about = "address to listen on (default: this machine only)"
-    parser.add_argument("--host", default="127.0.0.1", help=about)
+    help_text = "address to listen on (default: this machine only)"
+    parser.add_argument("--host", default="127.0.0.1", help=help_text)
     add_number("port", "port to listen on")
     add_number("replicas", "processes that hold the base and draw")
-    about = (
+    help_text = (
         f"a token that clients must send; repeatable; {TOKEN_VARIABLE} in the environment adds one"
     )
-    parser.add_argument("--token", action="append", help=about)
+    parser.add_argument("--token", action="append", help=help_text)
 
     # how much at once, and for how long
     add_number("max_waiting", "requests that may wait or be drawn at once; more get 503")
@@ -73,14 +73,14 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     add_number("resident_adapters", "adapters that a replica keeps in the model")
 
     # the machines
-    about = (
+    help_text = (
         "threads of a replica on the CPU "
         "(default: as `generate`; other numbers change the last bits)"
     )
-    parser.add_argument("--threads", metavar="N", type=int, help=about)
+    parser.add_argument("--threads", metavar="N", type=int, help=help_text)
     parser.add_argument("--per_gpu", metavar="N", type=int, help="replicas on one GPU (default: 1)")
-    about = 'the Ray cluster: "auto" or HOST:PORT (default: this machine alone)'
-    parser.add_argument("--ray_address", metavar="ADDRESS", help=about)
+    help_text = 'the Ray cluster: "auto" or HOST:PORT (default: this machine alone)'
+    parser.add_argument("--ray_address", metavar="ADDRESS", help=help_text)
 
 
 def run_serve(args: argparse.Namespace) -> int:

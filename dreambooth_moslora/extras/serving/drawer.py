@@ -43,14 +43,14 @@ class BatchQueue:
     def dequeue_batch(self) -> list:
         """The next batch; empty when nothing waits."""
         batch = []
-        others = []
+        waiting = []
         for key, item in self._waiting:
             longest_waiting, _ = self._waiting[0]
             if key == longest_waiting and len(batch) < self.max_size:
                 batch.append(item)
             else:
-                others.append((key, item))
-        self._waiting = others
+                waiting.append((key, item))
+        self._waiting = waiting
         return batch
 
 

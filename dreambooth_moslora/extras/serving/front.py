@@ -65,8 +65,8 @@ class Access:
 
         # the token is compared with all, so that the time tells nothing
         kind, _, token = headers.get("authorization", "").partition(" ")
-        given = digest_token(token.strip())
-        fits = [hmac.compare_digest(given, known) for known in self._digests]
+        digest = digest_token(token.strip())
+        fits = [hmac.compare_digest(digest, valid_digest) for valid_digest in self._digests]
         is_known = any(fits) and kind.lower() == "bearer"
         if self._digests and path not in PUBLIC_PATHS and not is_known:
             raise RefusedError(
@@ -162,8 +162,8 @@ class ServeSettings:
 
 def collect_tokens(tokens: Any) -> tuple[str, ...]:
     """The given tokens, and the one of the environment, if there is one."""
-    own = os.environ.get(TOKEN_VARIABLE)
-    return (*(tokens or ()), *([own] if own else ()))
+    environment_token = os.environ.get(TOKEN_VARIABLE)
+    return (*(tokens or ()), *([environment_token] if environment_token else ()))
 
 
 HEALTH_SEC = 10.0

@@ -169,8 +169,8 @@ def test_only_what_is_missing_is_trained_also_for_another_setting_or_photo_but_n
 
 def test_another_caption_of_equal_length_and_another_file_to_begin_with_are_another_run(pets):
     caption, begun, marks = pets / "rex" / "1.txt", Path("begun.safetensors"), []
-    for words, content in (("a red dog", b"one"), ("a tan dog", b"one"), ("a tan dog", b"other")):
-        caption.write_text(words)
+    for prompt, content in (("a red dog", b"one"), ("a tan dog", b"one"), ("a tan dog", b"other")):
+        caption.write_text(prompt)
         begun.write_bytes(content)
         marks.append(digest_run(read(pets, init_adapter=str(begun))[0].settings))
     assert len(set(marks)) == 3
@@ -268,15 +268,15 @@ def test_the_status_counts_and_costs_and_names_who_stands_out_those_first_who_ne
         "unlike",
         "fine",
     ]
-    first, cost, *others = records.format_status(load_rows(fleet))
+    first, cost, *lines = records.format_status(load_rows(fleet))
     assert first == "6 subjects: 1 failed, 1 running, 1 waiting, 3 done"
     assert cost == "cost so far: 1.50 GPU-hours, 0.25 CPU-hours"
-    assert any(line == "halfway: running, step 4 of 9" for line in others)
+    assert any(line == "halfway: running, step 4 of 9" for line in lines)
     assert any(
         line.startswith("copied: done, step 4 of 9: 50% of the pictures repeat a photo")
-        for line in others
+        for line in lines
     )
-    assert not any(line.startswith(("fine", "waiting")) for line in others)
+    assert not any(line.startswith(("fine", "waiting")) for line in lines)
     assert main(["fleet", "status", str(fleet)]) == 0
     assert first in capsys.readouterr().out and (fleet / "index.html").is_file()
     assert main(["fleet", "status", str(fleet / "fine")]) == 2
@@ -305,7 +305,7 @@ def test_a_damaged_record_is_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("arguments", "message"),
     [
         (["pets"], "missing: --out"),
         (["s3://pets", "--out", "x"], "s3://pets: give a folder"),
@@ -318,8 +318,10 @@ def test_a_damaged_record_is_none(tmp_path):
         (["pets", "--out", "gs://x", *TOY], "gs://x: give a folder"),
     ],
 )
-def test_a_mistake_is_one_line_and_told_before_a_missing_library(words, says, capsys, monkeypatch):
+def test_a_mistake_is_one_line_and_told_before_a_missing_library(
+    arguments, message, capsys, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert main(["fleet", *words]) == 2
+    assert main(["fleet", *arguments]) == 2
     error = capsys.readouterr().err
-    assert says in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1

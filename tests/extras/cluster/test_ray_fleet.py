@@ -44,24 +44,24 @@ def machines():
 
 def trainings_of(run_dir: Path) -> list[psutil.Process]:
     """The processes that a fleet's workers have begun in such a run folder."""
-    found = []
+    trainings = []
     for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or [""]
-        if GUARDED in words and words[-1].endswith(f"{run_dir}/job_config.json"):
-            found.append(process)
-    return found
+        arguments = process.info["cmdline"] or [""]
+        if GUARDED in arguments and arguments[-1].endswith(f"{run_dir}/job_config.json"):
+            trainings.append(process)
+    return trainings
 
 
 def worker_of(training: psutil.Process) -> psutil.Process:
-    words = training.cmdline()
-    return psutil.Process(int(words[words.index(GUARDED) + 1]))
+    arguments = training.cmdline()
+    return psutil.Process(int(arguments[arguments.index(GUARDED) + 1]))
 
 
 def kill_a_worker(out: Path) -> None:
     """The first that trains, as a lost machine would go; its training is left an orphan."""
-    while not (found := trainings_of(out / "rex") + trainings_of(out / "tom")):
+    while not (trainings := trainings_of(out / "rex") + trainings_of(out / "tom")):
         time.sleep(0.05)
-    worker_of(found[0]).kill()
+    worker_of(trainings[0]).kill()
 
 
 def subjects_of(base: Path, home: Path, counts: dict[str, int], **changes) -> list[Subject]:
@@ -125,8 +125,8 @@ def test_a_task_that_raises_or_always_kills_its_worker_stops_no_other(machines):
     again = []
     tasks = [Task(kind, (kind,)) for kind in ("raises", "dies", "well")]
     results = run_tasks(fail, tasks, retries=1, on_retry=lambda task, why: again.append(task.key))
-    found = {task.key: result for task, result in results}
-    assert found == {
+    results_by_key = {task.key: result for task, result in results}
+    assert results_by_key == {
         "raises": LostTask("ZeroDivisionError: ours"),
         "dies": LostTask("its worker was killed"),
         "well": "well",
@@ -155,10 +155,14 @@ def test_a_study_has_the_same_results_on_ray(machines, tiny_base, tmp_path):
     shape = {"seeds": (0,), "ranks": (3,), "budget": "rank", "learning_rates": (1e-3,)}
     protocol = Protocol(**protocol, clip=str(clip), dino=str(dino))
     study = Study((subject,), arms, {**train, "train_batch_size": 1}, **shape, protocol=protocol)
-    seen = []
+    kept_options = []
     (result,) = run_study(
-        study, tmp_path / "ray", 1, seen.append, partial(run_cells_on_cluster, machines, None)
+        study,
+        tmp_path / "ray",
+        1,
+        kept_options.append,
+        partial(run_cells_on_cluster, machines, None),
     )
-    assert sorted(bool(progress.error) for progress in seen) == [False, True]
+    assert sorted(bool(progress.error) for progress in kept_options) == [False, True]
     (alone,) = run_study(study, tmp_path / "alone", 1, print)
     assert result.scores == alone.scores and result.pictures == alone.pictures

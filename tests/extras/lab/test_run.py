@@ -64,13 +64,20 @@ def study(tiny_base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(study, tmp_path_factory):
-    out, seen = tmp_path_factory.mktemp("out"), []
-    return out, run_study(study, out, 1, seen.append), seen
+    out, progress = tmp_path_factory.mktemp("out"), []
+    return out, run_study(study, out, 1, progress.append), progress
 
 
 def test_every_cell_is_trained_scored_and_costed(finished):
-    out, results, seen = finished
-    assert [p.error for p in seen] == [""] * 6 and [p.done for p in seen] == [1, 2, 3, 4, 1, 2]
+    out, results, progress = finished
+    assert [p.error for p in progress] == [""] * 6 and [p.done for p in progress] == [
+        1,
+        2,
+        3,
+        4,
+        1,
+        2,
+    ]
     assert len(results) == 6 and not any((out / "running").iterdir())
     for result in results:
         assert {"score", "dino", "dino_bare", "clip_t", "pres", "drift"} <= result.scores.keys()
@@ -93,12 +100,12 @@ def test_what_is_unfinished_is_known_without_training(study, finished, tmp_path)
 def test_it_goes_on_where_it_stopped(study, finished):
     out, results, _ = finished
     stamps = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
-    seen = []
-    assert run_study(study, out, 1, seen.append) == results and not seen
+    progress = []
+    assert run_study(study, out, 1, progress.append) == results and not progress
     victim = next((out / "cells").glob("test-mix-*.json"))
     victim.unlink()
-    again = run_study(study, out, 1, seen.append)
-    assert [p.cell.arm for p in seen] == ["mix"] and [p.done for p in seen] == [2]
+    again = run_study(study, out, 1, progress.append)
+    assert [p.cell.arm for p in progress] == ["mix"] and [p.done for p in progress] == [2]
     # the same seed gives the same scores
     assert [r.scores for r in again] == [r.scores for r in results]
     assert all(
@@ -128,41 +135,49 @@ def test_an_arm_that_draws_by_references_stands_in_the_same_table_and_sheet(
     tiny_pipeline("flux2", tmp_path / "files").save_pretrained(tmp_path / "base")
     monkeypatch.setattr(SubjectPipeline, "resolution_px", 64)
     changes = {"pretrained_model_name_or_path": str(tmp_path / "base")}
-    own = {"arms": {"lora": {"mixer": "none"}, "shown": {"by_references": True}}}
-    own |= {"tuning_subjects": (), "learning_rates": (1e-2,), "ranks": (4,)}
-    study = replace(study, train=study.train | changes, **own)
+    study_options = {"arms": {"lora": {"mixer": "none"}, "shown": {"by_references": True}}}
+    study_options |= {"tuning_subjects": (), "learning_rates": (1e-2,), "ranks": (4,)}
+    study = replace(study, train=study.train | changes, **study_options)
     backwards = replace(study, arms=dict(reversed(study.arms.items())))
-    seen, found = [], []
-    for number, one in enumerate((study, backwards)):
+    progress, results_by_arm = [], []
+    for number, ordered_study in enumerate((study, backwards)):
         run.EVALUATORS.clear()
-        results = run_study(one, tmp_path / str(number), 1, seen.append)
-        found.append({result.cell.arm: result for result in results})
-    assert not any(p.error for p in seen) and [p.cell.arm for p in seen[2:]] == ["shown", "lora"]
+        results = run_study(ordered_study, tmp_path / str(number), 1, progress.append)
+        results_by_arm.append({result.cell.arm: result for result in results})
+    assert not any(p.error for p in progress) and [p.cell.arm for p in progress[2:]] == [
+        "shown",
+        "lora",
+    ]
     for arm in study.arms:
-        assert found[0][arm].scores == found[1][arm].scores
-    lora, shown = found[0]["lora"], found[0]["shown"]
-    assert shown.cost["parameters"] == 0 and shown.cost["rank"] == 4
-    assert shown.scores["dino_base"] == lora.scores["dino_base"]
-    strips = [run.get_result_path(study, one.cell, tmp_path / "0") for one in (lora, shown)]
+        assert results_by_arm[0][arm].scores == results_by_arm[1][arm].scores
+    lora, by_references = results_by_arm[0]["lora"], results_by_arm[0]["shown"]
+    assert by_references.cost["parameters"] == 0 and by_references.cost["rank"] == 4
+    assert by_references.scores["dino_base"] == lora.scores["dino_base"]
+    strips = [
+        run.get_result_path(study, result.cell, tmp_path / "0") for result in (lora, by_references)
+    ]
     assert len({path.with_suffix(".jpg").read_bytes() for path in strips}) == 2
 
     # the report: the difference, the verdict, a strip of each
     out = tmp_path / "0"
-    said = write_comparison(study, run_study(study, out, 0, seen.append), out)
-    verdict = said.splitlines()[-1]
-    assert "shown r4 against lora: score" in said
-    assert verdict.startswith("lora r4 against shown: ") and "adapter less references: DINO" in said
+    findings = write_comparison(study, run_study(study, out, 0, progress.append), out)
+    verdict = findings.splitlines()[-1]
+    assert "shown r4 against lora: score" in findings
+    assert (
+        verdict.startswith("lora r4 against shown: ")
+        and "adapter less references: DINO" in findings
+    )
     html = (out / "report.html").read_text()
     assert verdict in html and html.count("data:image/jpeg") == 2
     facts = json.loads((out / "results.json").read_text())
     assert facts["by_references"]["lora r4 against shown"]["likeness"]["mean"] == pytest.approx(
-        lora.scores["dino"] - shown.scores["dino"], abs=1e-3
+        lora.scores["dino"] - by_references.scores["dino"], abs=1e-3
     )
 
 
 def test_pictures_are_compared_with_real_photos(study, tmp_path):
     folder = paint_photos(tmp_path / "photos")
-    made = SyntheticRecord(
+    record = SyntheticRecord(
         base="a model",
         licence="",
         prompt="",
@@ -171,9 +186,9 @@ def test_pictures_are_compared_with_real_photos(study, tmp_path):
         likeness=1.0,
         rejected="",
     )
-    write_record(folder, {"0.png": made, "2.png": made})
-    others = (StudySubject(str(folder), "a photo of sks dog"),)
-    evaluator = run.get_evaluator(replace(study, subjects=others), "photos")
+    write_record(folder, {"0.png": record, "2.png": record})
+    subjects = (StudySubject(str(folder), "a photo of sks dog"),)
+    evaluator = run.get_evaluator(replace(study, subjects=subjects), "photos")
     (photo,) = evaluator.photos.pictures
     assert photo.tobytes() == Image.open(folder / "1.png").convert("RGB").tobytes()
 
@@ -184,9 +199,11 @@ def test_another_base_or_photo_is_another_cell_and_a_text_about_it_is_not(
     base, photos = (tmp_path / name for name in ("base", "photos"))
     shutil.copytree(tiny_base, base)
     shutil.copytree(study.subjects[0].photos, photos)
-    mine = replace(study.subjects[0], photos=str(photos))
+    subject = replace(study.subjects[0], photos=str(photos))
     copied = replace(
-        study, train={**study.train, "pretrained_model_name_or_path": str(base)}, subjects=(mine,)
+        study,
+        train={**study.train, "pretrained_model_name_or_path": str(base)},
+        subjects=(subject,),
     )
     cell = Cell("test", "lora", 4, "photos", 0, 1e-3)
 
@@ -207,16 +224,16 @@ def test_another_base_or_photo_is_another_cell_and_a_text_about_it_is_not(
 
 def test_an_arm_that_fails_is_told_and_the_others_share_their_class_images(study, tmp_path):
     prior = {"with_prior_preservation": True, "prior": "class_images", "num_class_images": 1}
-    mine = replace(study.subjects[0], class_prompt="a photo of dog")
+    subject = replace(study.subjects[0], class_prompt="a photo of dog")
     arms = {"alone": {}, "odd": {"target_modules": ["to_quarrel"]}}
-    own = {"subjects": (mine,), "arms": arms, "reference": "alone", "budget": "rank"}
+    changes = {"subjects": (subject,), "arms": arms, "reference": "alone", "budget": "rank"}
     few = replace(
-        study, **own, train=study.train | prior, tuning_subjects=(), learning_rates=(1e-2,)
+        study, **changes, train=study.train | prior, tuning_subjects=(), learning_rates=(1e-2,)
     )
-    seen, out = [], tmp_path / "out"
-    (alone,) = run_study(few, out, 1, seen.append)
-    assert alone.cell.arm == "alone" and [bool(p.error) for p in seen] == [False, True]
-    assert "no such layer" in seen[1].error
+    progress, out = [], tmp_path / "out"
+    (alone,) = run_study(few, out, 1, progress.append)
+    assert alone.cell.arm == "alone" and [bool(p.error) for p in progress] == [False, True]
+    assert "no such layer" in progress[1].error
     (folder,) = (out / "class_images").iterdir()
     assert folder.name.startswith("test-")
     assert [cell.arm for cell in list_unfinished(few, out)] == ["odd"]
@@ -314,8 +331,8 @@ def test_equal_budget_means_the_nearest_number_of_parameters(study):
     def config(arm: str, rank: int) -> TrainConfig:
         return TrainConfig.from_dict({**study.train, **study.arms[arm], "rank": rank})
 
-    wanted = budget.count_parameters(config("lora", 16), 16)
-    gaps = {r: abs(budget.count_parameters(config("mix", 16), r) - wanted) for r in range(1, 17)}
+    target = budget.count_parameters(config("lora", 16), 16)
+    gaps = {r: abs(budget.count_parameters(config("mix", 16), r) - target) for r in range(1, 17)}
     assert gaps[ranks["mix", 16]] == min(gaps.values())
 
 

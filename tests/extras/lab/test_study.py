@@ -85,7 +85,7 @@ def test_the_digest_follows_every_setting_that_matters():
         replace(study, arms={**study.arms, "mix": {"mixer": "kaiming"}}),
         replace(study, budget="rank"),
     ]
-    assert study.digest(cell) not in {other.digest(cell) for other in changed}
+    assert study.digest(cell) not in {changed_study.digest(cell) for changed_study in changed}
     assert study.digest(cell) == replace(study, seeds=(5,)).digest(cell)
 
 
@@ -219,9 +219,9 @@ def made_up(
 
 def test_pairing_finds_a_small_gain_that_unpaired_means_cannot():
     study, results = made_up(np.random.default_rng(0), {"better": 0.05, "equal": 0.0})
-    found = {o.arm: o for o in compare_arms(study, results)}
-    assert found["better"].differences["score"].low > 0.02
-    equal = found["equal"].differences["score"]
+    outcomes = {o.arm: o for o in compare_arms(study, results)}
+    assert outcomes["better"].differences["score"].low > 0.02
+    equal = outcomes["equal"].differences["score"]
     assert equal.low <= 0 <= equal.high
     means = {s.arm: s.scores["score"] for s in summarize_arms(results)}
     assert means["lora"].high > means["better"].low  # the arms' own intervals overlap
@@ -301,9 +301,9 @@ def test_an_arm_that_draws_by_references_has_nothing_to_choose_and_gets_the_verd
     assert {cell.arm for cell in study.list_tuning_cells()} == {"lora", "close"}
     assert study.get_first_rates()["shown", 4] == 0.0
     for reference in ("lora", "shown"):
-        found = comparison.compare_references(replace(study, reference=reference), results)
-        assert list(found) == ["lora r4 against shown", "close r4 against shown"]
-        assert {verdict.conclusion for verdict in found.values()} == {VERDICT_TRAIN}
+        verdicts = comparison.compare_references(replace(study, reference=reference), results)
+        assert list(verdicts) == ["lora r4 against shown", "close r4 against shown"]
+        assert {verdict.conclusion for verdict in verdicts.values()} == {VERDICT_TRAIN}
     assert not comparison.compare_references(
         replace(study, arms=study.arms | {"shown": {}}), results
     )
@@ -311,24 +311,26 @@ def test_an_arm_that_draws_by_references_has_nothing_to_choose_and_gets_the_verd
 
 def test_wins_ties_and_losses_are_shares_of_pictures_and_an_arm_with_a_missing_cell_is_left_out():
     study, results = made_up(np.random.default_rng(1), {"better": 0.5, "equal": 0.0, "worse": -0.5})
-    found = {o.arm: o.wins["dino"] for o in compare_arms(study, results)}
-    assert found == {"better": (1.0, 0.0, 0.0), "equal": (0.0, 1.0, 0.0), "worse": (0.0, 0.0, 1.0)}
+    wins = {o.arm: o.wins["dino"] for o in compare_arms(study, results)}
+    assert wins == {"better": (1.0, 0.0, 0.0), "equal": (0.0, 1.0, 0.0), "worse": (0.0, 0.0, 1.0)}
     assert [o.arm for o in compare_arms(study, results[:-1])] == ["better", "equal"]
     assert "worse" not in [s.arm for s in summarize_arms(results[:-1])]
 
 
 def test_each_arm_gets_the_rate_that_was_best_for_it():
-    one, *tuned = (StudySubject(name, "") for name in "atu")
-    study = Study((one,), {"lora": {}, "mix": {}}, {}, tuple(tuned), learning_rates=(1e-4, 1e-3))
+    test_subject, *tuned = (StudySubject(name, "") for name in "atu")
+    study = Study(
+        (test_subject,), {"lora": {}, "mix": {}}, {}, tuple(tuned), learning_rates=(1e-4, 1e-3)
+    )
     scores = {("lora", 1e-4): 0.2, ("lora", 1e-3): 0.4, ("mix", 1e-4): 0.3, ("mix", 1e-3): 0.3}
     results = [
         CellResult(Cell("tune", arm, 4, subject, 0, rate), {"score": score}, {}, {})
         for (arm, rate), score in scores.items()
         for subject in ("t", "u")
     ]
-    own = replace(study, arms={**study.arms, "own": {"learning_rate": 5e-4}})
-    assert choose_best_rates(own, results)["own", 4] == 5e-4 and all(
-        cell.arm != "own" for cell in own.list_tuning_cells()
+    own_rate_study = replace(study, arms={**study.arms, "own": {"learning_rate": 5e-4}})
+    assert choose_best_rates(own_rate_study, results)["own", 4] == 5e-4 and all(
+        cell.arm != "own" for cell in own_rate_study.list_tuning_cells()
     )
     # the lower one at a tie
     assert choose_best_rates(study, results) == {("lora", 4): 1e-3, ("mix", 4): 1e-4}
@@ -352,7 +354,7 @@ def test_a_folder_and_a_word_are_a_study_of_its_mixers(capsys):
         study.build_config(cell, cell.rank, Path("run")),
         parse_train_config([photos, "rocket"]),
     )
-    own = {
+    changes = {
         "output_dir",
         "mixer",
         "num_validation_images",
@@ -360,13 +362,13 @@ def test_a_folder_and_a_word_are_a_study_of_its_mixers(capsys):
         "instance_data_dir",
     }
     # the study scores at the end
-    own |= {"evaluate_steps", "validation_steps", "class_word"}
+    changes |= {"evaluate_steps", "validation_steps", "class_word"}
     differs = {n for n, value in like_train.to_dict().items() if value != alone.to_dict()[n]}
-    assert (alone.mixer, study.reference) == ("none", "none") and differs <= own
+    assert (alone.mixer, study.reference) == ("none", "none") and differs <= changes
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         ([], "give a folder and a word"),
         (["a", "dog", "--config", "x.toml"], "give a folder and a word"),
@@ -374,6 +376,6 @@ def test_a_folder_and_a_word_are_a_study_of_its_mixers(capsys):
         (["a", "dog", "--mixers", "nothing"], "--mixers nothing: choose from orthogonal"),
     ],
 )
-def test_a_study_comes_from_a_file_or_a_folder(words, said, capsys):
-    assert main(["compare", *words]) == 2
-    assert said in capsys.readouterr().err
+def test_a_study_comes_from_a_file_or_a_folder(arguments, message, capsys):
+    assert main(["compare", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -22,8 +22,8 @@ def shop_of(pipeline: SubjectPipeline, folder: Path, **options) -> tuple[Front, 
     async def facts() -> dict:
         return {"base": pipeline.base_name, "resolution_px": pipeline.resolution_px}
 
-    given = {"access": Access(()), "max_inside": 16, "request_timeout_sec": 60.0} | options
-    return Front(drawer.draw, facts, catalogue, **given), drawer
+    settings = {"access": Access(()), "max_inside": 16, "request_timeout_sec": 60.0} | options
+    return Front(drawer.draw, facts, catalogue, **settings), drawer
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +33,10 @@ def base(tiny_base) -> SubjectPipeline:
 
 @pytest.fixture(scope="module")
 def shelf(base, tmp_path_factory) -> Path:
-    made = tmp_path_factory.mktemp("made")
-    (made / "shelf").mkdir()
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "shelf").mkdir()
     for seed, name in enumerate(NAMES):
-        save_diffusers_lora(base.pipeline.unet, made / name, seed=seed).rename(
-            made / "shelf" / f"{name}.safetensors"
+        save_diffusers_lora(base.pipeline.unet, folder / name, seed=seed).rename(
+            folder / "shelf" / f"{name}.safetensors"
         )
-    return made / "shelf"
+    return folder / "shelf"

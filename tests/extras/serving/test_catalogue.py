@@ -50,8 +50,12 @@ def test_files_runs_and_checkpoints_of_one_folder_or_several_have_names(folder, 
     """A link out of the folder is not served."""
     (folder.parent / "secret.safetensors").write_bytes(b"secret")
     (folder / "link.safetensors").symlink_to(folder.parent / "secret.safetensors")
-    found = set(open_catalogue([str(folder / place) for place in places]).list_names())
-    assert names <= found and "link" not in found and (len(places) > 1 or found == names)
+    adapter_names = set(open_catalogue([str(folder / place) for place in places]).list_names())
+    assert (
+        names <= adapter_names
+        and "link" not in adapter_names
+        and (len(places) > 1 or adapter_names == names)
+    )
 
 
 def test_a_name_is_looked_up_and_never_a_path(folder):
@@ -156,8 +160,14 @@ def test_a_batch_is_the_longest_waiting_item_and_others_of_its_key_and_a_favouri
     batches = BatchQueue(3)
     for item in ("a1", "b1", "a2", "a3", "c1", "a4", "b2"):
         batches.put(item[0], item)
-    found = [(len(batches), batches.dequeue_batch()) for _ in range(5)]
-    assert found == [(7, ["a1", "a2", "a3"]), (4, ["b1", "b2"]), (2, ["c1"]), (1, ["a4"]), (0, [])]
+    batches_left = [(len(batches), batches.dequeue_batch()) for _ in range(5)]
+    assert batches_left == [
+        (7, ["a1", "a2", "a3"]),
+        (4, ["b1", "b2"]),
+        (2, ["c1"]),
+        (1, ["a4"]),
+        (0, []),
+    ]
     batches, order = BatchQueue(2), []
     for item in ("a1", "a2", "a3", "b1"):
         batches.put(item[0], item)

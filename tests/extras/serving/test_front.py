@@ -88,13 +88,13 @@ def order(name: str | None = "dog", **values) -> dict:
     )
 
 
-def of_generate(base: SubjectPipeline, shelf: Path, asked: dict, target: Path) -> bytes:
+def of_generate(base: SubjectPipeline, shelf: Path, request: dict, target: Path) -> bytes:
     """The file that `generate` writes for the same recipe and adapter."""
-    values = {key: value for key, value in asked.items() if key not in ("adapter", "scale")}
+    values = {key: value for key, value in request.items() if key not in ("adapter", "scale")}
     pairs = ()
-    if asked["adapter"]:
-        name = base.load_adapter(shelf / f"{asked['adapter']}.safetensors")
-        pairs = ((name, asked.get("scale", 1.0)),)
+    if request["adapter"]:
+        name = base.load_adapter(shelf / f"{request['adapter']}.safetensors")
+        pairs = ((name, request.get("scale", 1.0)),)
     (image,) = [
         e for e in base.generate(GenerationParams(**values, adapters=pairs)) if hasattr(e, "save")
     ]
@@ -109,8 +109,8 @@ def test_pictures_are_those_of_generate_byte_for_byte_whatever_they_are_drawn_wi
     orders += [order("dog", scale=0.5), order("dog", height_px=32, width_px=64), order(None)]
     answers = shop.ask(*orders)
     assert [answer.status_code for answer in answers] == [200] * len(orders)
-    for asked, answer in zip(orders, answers):
-        assert answer.content == of_generate(base, shelf, asked, tmp_path / "one.png")
+    for expected_order, answer in zip(orders, answers):
+        assert answer.content == of_generate(base, shelf, expected_order, tmp_path / "one.png")
 
 
 def test_an_adapter_that_the_routers_cache_believes_loaded_is_loaded(shop, base, shelf, tmp_path):
@@ -143,8 +143,8 @@ def test_a_changed_file_is_loaded_again_and_a_wrong_one_refused(open_shop, base,
 
 def test_more_adapters_at_once_than_a_replica_keeps_are_refused(shop):
     several = [order(None, adapters=[[name, 1.0] for name in NAMES[:count]]) for count in (3, 2)]
-    refused, drawn = shop.ask(*several)
-    assert (refused.status_code, drawn.status_code) == (400, 200)
+    refused, accepted = shop.ask(*several)
+    assert (refused.status_code, accepted.status_code) == (400, 200)
     assert (
         refused.json()["error"]
         == "this service draws with at most 2 adapters at once (--resident_adapters)"

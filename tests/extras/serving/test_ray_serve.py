@@ -49,9 +49,9 @@ def service(shelf, tiny_base):
 
 
 def free() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def draw(client: httpx.Client, name: str, seed: int = 1, **values) -> httpx.Response:
@@ -73,27 +73,27 @@ def expected(base: SubjectPipeline, shelf, name: str, seed: int = 1) -> bytes:
 
 def test_many_at_once_get_the_pictures_of_generate(service, base):
     client, shelf = service
-    asked = [(name, seed) for seed in (1, 2, 3) for name in NAMES]
-    with ThreadPoolExecutor(len(asked)) as clients:
-        answers = list(clients.map(lambda pair: draw(client, *pair), asked))
-    assert [answer.status_code for answer in answers] == [200] * len(asked)
-    for pair, answer in zip(asked, answers):
+    orders = [(name, seed) for seed in (1, 2, 3) for name in NAMES]
+    with ThreadPoolExecutor(len(orders)) as clients:
+        answers = list(clients.map(lambda pair: draw(client, *pair), orders))
+    assert [answer.status_code for answer in answers] == [200] * len(orders)
+    for pair, answer in zip(orders, answers):
         assert answer.content == expected(base, shelf, *pair)
     assert client.get("/healthz").json()["resolution_px"] == base.resolution_px
 
 
 def test_nothing_listens_but_on_the_loopback(service):
-    found = []
+    children = []
     for process in psutil.Process().children(recursive=True):
-        found += [
+        children += [
             (c.laddr.ip, process.cmdline())
             for c in process.net_connections("inet")
             if c.status == "LISTEN"
         ]
-    assert len([1 for _, words in found if "Replica" in words[0]]) >= 3, found
-    assert all(ip_address(address.removeprefix("::ffff:")).is_loopback for address, _ in found), (
-        found
-    )
+    assert len([1 for _, cmdline in children if "Replica" in cmdline[0]]) >= 3, children
+    assert all(
+        ip_address(address.removeprefix("::ffff:")).is_loopback for address, _ in children
+    ), children
 
 
 def test_mistakes_strangers_and_a_full_queue_are_answered_in_json(service):
@@ -116,18 +116,24 @@ def test_a_replicas_own_port_takes_no_pickle_of_a_stranger(service):
     import grpc
     from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
-    found = [
-        one for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN and one.pid
+    connections = [
+        connection
+        for connection in psutil.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.pid
     ]
-    ports = {one.laddr.port for one in found if "Serve" in psutil.Process(one.pid).name()}
+    ports = {
+        connection.laddr.port
+        for connection in connections
+        if "Serve" in psutil.Process(connection.pid).name()
+    }
     codes = set()
     for port in ports:
         with (
             grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
             pytest.raises(grpc.RpcError) as error,
         ):
-            asked = serve_pb2.ASGIRequest(pickled_request_metadata=b"no pickle")
-            serve_pb2_grpc.ASGIServiceStub(channel).HandleRequest(asked, timeout=20)
+            request = serve_pb2.ASGIRequest(pickled_request_metadata=b"no pickle")
+            serve_pb2_grpc.ASGIServiceStub(channel).HandleRequest(request, timeout=20)
         codes.add(error.value.code())
     assert grpc.StatusCode.UNAUTHENTICATED in codes
 
@@ -137,15 +143,15 @@ def test_a_replica_that_is_killed_loses_no_other_picture(service, base):
     children = [(child, child.cmdline()) for child in psutil.Process().children(recursive=True)]
     replicas = [
         p
-        for p, words in children
-        if ":Replica" in " ".join(words) and "ray::ServeReplica" in words[0]
+        for p, cmdline in children
+        if ":Replica" in " ".join(cmdline) and "ray::ServeReplica" in cmdline[0]
     ]
     assert len(replicas) == 2
-    asked = [(name, seed) for seed in (5, 6) for name in NAMES]
-    with ThreadPoolExecutor(len(asked)) as clients:
-        answers = [clients.submit(draw, client, *pair) for pair in asked]
+    orders = [(name, seed) for seed in (5, 6) for name in NAMES]
+    with ThreadPoolExecutor(len(orders)) as clients:
+        answers = [clients.submit(draw, client, *pair) for pair in orders]
         replicas[0].kill()
-    for pair, answer in zip(asked, [answer.result() for answer in answers]):
+    for pair, answer in zip(orders, [answer.result() for answer in answers]):
         assert answer.status_code in (200, 503), answer.text
         deadline = time.monotonic() + 120
         while answer.status_code == 503 and time.monotonic() < deadline:
