@@ -129,16 +129,16 @@ class ShotSorter:
         self.thumbnails: dict[str, np.ndarray] = {}
         self.add_reference("the photo", photo)
 
-    def add_reference(self, name: str, picture: Image.Image) -> None:
+    def add_reference(self, name: str, image: Image.Image) -> None:
         """Reject later images that are copies of this one."""
-        self.thumbnails[name] = quality.compute_thumbnail(picture)
+        self.thumbnails[name] = quality.compute_thumbnail(image)
 
-    def evaluate_image(self, picture: Image.Image) -> ShotVerdict:
+    def evaluate_image(self, image: Image.Image) -> ShotVerdict:
         """Return whether to accept an RGB image, and why not."""
-        likeness = float(self.encoder.embed_dino_images([picture])[0] @ self.photo_embedding)
-        if fault := find_fault(picture):
+        likeness = float(self.encoder.embed_dino_images([image])[0] @ self.photo_embedding)
+        if fault := find_fault(image):
             reason = f"broken: {fault}"
-        elif name := self.find_copied(picture):
+        elif name := self.find_copied(image):
             reason = f"near copy: of {name}"
         elif likeness < self.min_likeness:
             reason = f"not the subject: likeness {likeness:.2f}, below {self.min_likeness:g}"
@@ -146,10 +146,10 @@ class ShotSorter:
             reason = ""
         return ShotVerdict(reason, round(likeness, 4))
 
-    def find_copied(self, picture: Image.Image) -> str:
+    def find_copied(self, image: Image.Image) -> str:
         """Return the name of an accepted image that this one is nearly equal to, also mirrored; ""
         if none."""
-        sides = [quality.compute_thumbnail(side) for side in (picture, ImageOps.mirror(picture))]
+        sides = [quality.compute_thumbnail(side) for side in (image, ImageOps.mirror(image))]
         for name, reference in self.thumbnails.items():
             if max(float(side @ reference) for side in sides) > quality.MAX_LIKENESS:
                 return name
@@ -188,11 +188,11 @@ class Enlargement:
     def generate_missing(
         self,
         shots: Sequence[ShotRequest],
-        draw: Callable[[Sequence[ShotRequest]], Iterator[Image.Image]],
+        generate: Callable[[Sequence[ShotRequest]], Iterator[Image.Image]],
     ) -> Iterator[ShotRequest]:
         """Generate the missing images and sort all; yield each shot when its image is sorted.
 
-        draw: generates the images of shots, in their order
+        generate: generates the images of shots, in their order
         """
         # Other photos of the folder are not candidates, but must not be copied.
         names = {shot.name for shot in shots}
@@ -201,7 +201,7 @@ class Enlargement:
                 self.sorter.add_reference(photo.path.name, open_rgb(photo))
 
         missing = [shot for shot in shots if not self.is_up_to_date(shot)]
-        images = draw(missing) if missing else iter(())
+        images = generate(missing) if missing else iter(())
         for shot in shots:
             if shot in missing:
                 self.sort_image(shot, next(images).convert("RGB"), is_new=True)
@@ -210,7 +210,7 @@ class Enlargement:
                 self.sort_image(shot, image, is_new=False)
             yield shot
 
-    def sort_image(self, shot: ShotRequest, picture: Image.Image, *, is_new: bool) -> None:
+    def sort_image(self, shot: ShotRequest, image: Image.Image, *, is_new: bool) -> None:
         """Judge an image, record the verdict, and move the image to its folder.
 
         An image that a person has moved stays where it is.
@@ -221,7 +221,7 @@ class Enlargement:
             self.record[shot.name]["rejected"]
         )
         if not is_moved:
-            verdict = self.sorter.evaluate_image(picture)
+            verdict = self.sorter.evaluate_image(image)
             self.record[shot.name] = synthetic.SyntheticRecord(
                 base=self.base,
                 licence=self.licence,
@@ -237,12 +237,12 @@ class Enlargement:
                 (rejected_path, accepted_path) if verdict.reason else (accepted_path, rejected_path)
             )
             if is_new:
-                write_png(target, picture)
+                write_png(target, image)
             elif not target.is_file():
                 rename_with_retry(old_path, target)
             old_path.unlink(missing_ok=True)
         if accepted_path.is_file():
-            self.sorter.add_reference(shot.name, picture)
+            self.sorter.add_reference(shot.name, image)
 
     def collect_outcomes(self, shots: Sequence[ShotRequest]) -> dict[str, list[ShotRequest]]:
         """Return the shots by outcome: "kept" first, then each reason."""
@@ -258,12 +258,12 @@ class Enlargement:
         """Draw a contact sheet of all shots by outcome, and return its path."""
         rows = []
         for kind, kind_shots in self.collect_outcomes(shots).items():
-            pictures = []
+            images = []
             for shot in kind_shots:
-                picture = require_image(self.find_path(shot.name))
-                picture.thumbnail((TILE_PX, TILE_PX))
-                pictures.append(picture)
-            rows.append(SheetRow(kind, pictures, tuple(shot.name for shot in kind_shots)))
+                image = require_image(self.find_path(shot.name))
+                image.thumbnail((TILE_PX, TILE_PX))
+                images.append(image)
+            rows.append(SheetRow(kind, images, tuple(shot.name for shot in kind_shots)))
         path = self.folder / synthetic.REJECTED_NAME / SHEET_NAME
         draw_contact_sheet(rows, path, TILE_PX)
         return path

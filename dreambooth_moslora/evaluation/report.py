@@ -41,7 +41,7 @@ class ReportContext:
     encoders: tuple[str, str]  # names of CLIP and DINO
     inference_steps: int
     guidance_scale: float
-    adapter_scale: float = 1.0  # of the pictures
+    adapter_scale: float = 1.0  # of the images
 
 
 def build_scores_json(evaluation: scoring.Evaluation, context: ReportContext) -> dict:

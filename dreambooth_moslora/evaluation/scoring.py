@@ -47,7 +47,7 @@ class Evaluation:
     """Measurements of an adapter for one subject."""
 
     plan: protocol.EvaluationPlan
-    tables: Tables  # of scores, (prompts, seeds), (prompts, 1) or (pictures,)
+    tables: Tables  # of scores, (prompts, seeds), (prompts, 1) or (images,)
     alarm: metrics.CopyAlarm
     score: float | None  # None for a style, for the reason `no_score`
     seconds: float
@@ -204,8 +204,10 @@ class Evaluator:
                 base_prompt=float(tables["clip_t_base"].mean()),
                 copied_share=alarm.share,
             )
-        pictures = {name: views.pictures for name, views in embedded.items()}
-        pictures |= {f"{name}_base": views.pictures for name, views in self._base.items()}
+        pictures = {name: embedded_images.pictures for name, embedded_images in embedded.items()}
+        pictures |= {
+            f"{name}_base": embedded_images.pictures for name, embedded_images in self._base.items()
+        }
         likeness = metrics.compute_mutual_similarity(self.photos.dino).tolist()
         return Evaluation(
             plan=plan,
@@ -240,10 +242,10 @@ class Evaluator:
         nouns = [f"a photo of a {parse_noun(text)}" for text in self.plan.texts]
         return self.encoders.embed_clip_texts(nouns).repeat_interleave(len(self.plan.seeds), 0)
 
-    def _embed_images(self, pictures: list[Image.Image]) -> EmbeddedImages:
-        clip = self.encoders.embed_clip_images(pictures)
-        dino = self.encoders.embed_dino_images(pictures)
-        return EmbeddedImages(pictures=pictures, clip=clip, dino=dino)
+    def _embed_images(self, images: list[Image.Image]) -> EmbeddedImages:
+        clip = self.encoders.embed_clip_images(images)
+        dino = self.encoders.embed_dino_images(images)
+        return EmbeddedImages(pictures=images, clip=clip, dino=dino)
 
     def _compute_subject_tables(self, subject: EmbeddedImages, base: EmbeddedImages) -> Tables:
         """Return the tables (prompts, seeds) of the subject's prompts, by the adapter and by the
@@ -327,9 +329,9 @@ class Evaluator:
         Identity is left out if no image shows a face.
         """
         tables = {}
-        for end, pictures in (("", images), ("_base", base)):
+        for end, arm_images in (("", images), ("_base", base)):
             likeness, missing = metrics.compute_identity(
-                self.faces.embed_faces(pictures), self.photo_faces, len(self.plan.seeds)
+                self.faces.embed_faces(arm_images), self.photo_faces, len(self.plan.seeds)
             )
             tables[f"no_face{end}"] = missing
             if likeness.size:
@@ -445,11 +447,11 @@ def build_generator(
                     if model is not None:
                         stack.enter_context(disable_adapters(model))
 
-            pictures = []
-            for picture in (sampler if with_adapter else base_sampler)(requests, batch_size):
-                pictures.append(picture)
+            images = []
+            for image in (sampler if with_adapter else base_sampler)(requests, batch_size):
+                images.append(image)
                 on_picture()
-            return pictures
+            return images
 
     return generate_requests
 

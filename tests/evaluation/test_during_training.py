@@ -1,5 +1,4 @@
-"""Scores while training: the best step is kept and named, and stopping early happens only when
-asked for."""
+"""Scores during training: the best step is kept and named in the card."""
 
 import json
 import logging
@@ -30,7 +29,7 @@ from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_training import adapter_sha256, logged, paint_photos, tiny_config
 
 
-def quick(config: train_config.TrainConfig, encoders) -> TrainingEvaluator:
+def build_quick_evaluator(config: train_config.TrainConfig, encoders) -> TrainingEvaluator:
     evaluator = TrainingEvaluator(config, build_photo_report(config).photos, encoders)
     evaluator.plans = [plan.reduce_plan(2, 1, 1, 1, inference_steps=2) for plan in evaluator.plans]
     return evaluator
@@ -41,44 +40,43 @@ def run(tiny_base, encoders, tmp_path_factory):
     home = tmp_path_factory.mktemp("run")
     scored = {"max_train_steps": 4, "evaluate_steps": 1}
     config = tiny_config(tiny_base, paint_photos(home / "photos"), home / "dog", **scored)
-    train(config, evaluator=quick(config, encoders))
+    train(config, evaluator=build_quick_evaluator(config, encoders))
     return config, RunDir(home / "dog")
 
 
 @pytest.fixture
 def scored(tiny_base, tmp_path):
-    """A configuration that is evaluated after each step."""
+    """Return a configuration that is evaluated after each step."""
 
     def config(name: str = "dog", **options) -> train_config.TrainConfig:
         photos = tmp_path / "photos"
-        paint_photos(photos) if not photos.exists() else None
+        if not photos.exists():
+            paint_photos(photos)
         return tiny_config(tiny_base, photos, tmp_path / name, **{"evaluate_steps": 1} | options)
 
     return config
 
 
-def test_a_process_that_is_not_the_first_of_its_run_loads_no_encoders(
-    scored, encoders, monkeypatch
-):
-    """Its prompts are those of the first, as both encode them in step with each other. A missing
-    encoder is told before anything is trained."""
+def test_only_the_first_process_loads_encoders(scored, encoders, monkeypatch):
+    """Check that all processes have the same prompts, and that a missing encoder is reported
+    early."""
 
     def nowhere(*_, **__):
         raise UserError("the encoder cannot be loaded")
 
     config = scored()
     plan = make_plan(config)
-    other = TrainingEvaluator(plan.config, plan.photos, scores=False)
+    evaluator = TrainingEvaluator(plan.config, plan.photos, scores=False)
     assert (
-        other.encoders is None
-        and other.prompts == TrainingEvaluator(config, plan.photos, encoders).prompts
+        evaluator.encoders is None
+        and evaluator.prompts == TrainingEvaluator(config, plan.photos, encoders).prompts
     )
     monkeypatch.setattr("dreambooth_moslora.evaluation.metrics.load_encoders", nowhere)
     with pytest.raises(UserError, match="cannot be loaded"):
         TrainingEvaluator(config, plan.photos)
 
 
-def test_every_evaluation_is_logged_with_its_cost_and_changes_nothing_that_is_learnt(run, tmp_path):
+def test_evaluations_are_logged_and_do_not_change_the_adapter(run, tmp_path):
     events = logged(run[1].path, "evaluation")
     assert [event["step"] for event in events] == [1, 2, 3, 4]
     for event in events:
@@ -100,7 +98,7 @@ def test_every_evaluation_is_logged_with_its_cost_and_changes_nothing_that_is_le
 
 
 def test_the_best_step_is_kept_and_the_card_names_it(run, tiny_base):
-    """Of equal scores it is the first."""
+    """Check also that of equal scores the first is the best."""
     assert find_best_step([(1, 0.5), (2, 0.7), (3, 0.7), (4, 0.1)]) == BestStep(2, 0.7, since=2)
     events = logged(run[1].path, "evaluation")
     best = max(events, key=lambda event: (event["score"], -event["step"]))
@@ -120,13 +118,19 @@ def test_the_best_step_is_kept_and_the_card_names_it(run, tiny_base):
 
 @pytest.mark.slow
 def test_the_card_of_a_resumed_run_has_the_scores_from_before(scored, encoders, tmp_path):
-    done = []
+    events = []
     whole, torn = (scored(name, max_train_steps=3, evaluate_steps=2) for name in ("whole", "torn"))
-    train(whole, evaluator=quick(whole, encoders))
+    train(whole, evaluator=build_quick_evaluator(whole, encoders))
     train(
-        torn, done.append, lambda: any(e.kind == "evaluation" for e in done), quick(torn, encoders)
+        torn,
+        events.append,
+        lambda: any(e.kind == "evaluation" for e in events),
+        build_quick_evaluator(torn, encoders),
     )
-    train(replace(torn, resume_from_checkpoint="latest"), evaluator=quick(torn, encoders))
+    train(
+        replace(torn, resume_from_checkpoint="latest"),
+        evaluator=build_quick_evaluator(torn, encoders),
+    )
     cards = [(tmp_path / name / "README.md").read_text() for name in ("whole", "torn")]
     assert all(line in card for card in cards for line in ("Best step: 2", "| score |"))
     scores = [[line for line in card.splitlines() if line.startswith("| ")] for card in cards]
@@ -134,19 +138,18 @@ def test_the_card_of_a_resumed_run_has_the_scores_from_before(scored, encoders, 
 
 
 @pytest.mark.slow
-def test_a_score_that_does_not_rise_is_said_by_a_resumed_run_too(scored, encoders, caplog):
-    """Nothing ever gets better."""
+def test_a_resumed_run_also_warns_of_a_score_that_stays(scored, encoders, caplog):
     config = scored(max_train_steps=5, learning_rate=0.0, checkpointing_steps=1)
     caplog.set_level(logging.WARNING)
-    for wanted in (config, replace(config, resume_from_checkpoint="latest")):
+    for run_config in (config, replace(config, resume_from_checkpoint="latest")):
         caplog.clear()
-        train(wanted, evaluator=quick(wanted, encoders))
+        train(run_config, evaluator=build_quick_evaluator(run_config, encoders))
         assert "the score has not risen" in caplog.text
 
 
 @pytest.fixture
 def evaluate(tmp_path, capsys):
-    """The command on a run with tiny encoders: its exit code, and what it said."""
+    """Return the command on a run with tiny encoders: its exit code and output."""
     clip, dino = save_tiny_encoders(tmp_path)
 
     def run(folder, *flags) -> tuple[int, str, str]:
@@ -160,7 +163,7 @@ def evaluate(tmp_path, capsys):
 
 
 def test_the_evaluate_command_leaves_a_report_beside_the_run(run, evaluate):
-    few = [
+    flags = [
         "--num_prompts",
         "2",
         "--images-per-prompt",
@@ -171,12 +174,12 @@ def test_the_evaluate_command_leaves_a_report_beside_the_run(run, evaluate):
         "2",
     ]
     before = run[1].adapter_path.read_bytes()
-    code, out, said = evaluate(run[1].path, *few)
+    code, out, err = evaluate(run[1].path, *flags)
     assert (
         code == 0
-        and "drawing pictures: 100%" in said
-        and "Loading" not in said
-        and "float32: []" not in said
+        and "drawing pictures: 100%" in err
+        and "Loading" not in err
+        and "float32: []" not in err
     )
     html = (run[1].path / "evaluation" / "report.html").read_text()
     scores = (run[1].path / "evaluation" / "scores.json").read_text()
@@ -191,21 +194,17 @@ def test_the_evaluate_command_leaves_a_report_beside_the_run(run, evaluate):
     assert "dino " in out and run[1].adapter_path.read_bytes() == before
 
 
-def test_the_report_of_a_part_of_a_run_lies_beside_it_and_outlives_it(run):
-    """It was in `best/`, which a run that goes on replaces, and in a checkpoint, of which the
-    oldest are removed."""
-    place = lambda run: get_default_folder(  # noqa: E731
-        Namespace(adapter=str(run), output_dir=None)
-    )
-    assert place(run[1].path) == run[1].evaluation_dir
-    assert place(run[1].best_dir) == run[1].path / "best_evaluation"
-    assert place(run[1].last_dir) == run[1].path / "last_evaluation"
+def test_the_report_of_a_checkpoint_outlives_it(run):
+    paths = (run[1].path, run[1].best_dir, run[1].last_dir)
+    folders = [get_default_folder(Namespace(adapter=str(p), output_dir=None)) for p in paths]
+    names = ("evaluation", "best_evaluation", "last_evaluation")
+    assert folders == [run[1].path / name for name in names]
 
 
-def test_mistakes_are_told_before_anything_is_drawn(run, tmp_path, evaluate):
+def test_mistakes_are_reported_before_any_image(run, tmp_path, evaluate):
     folder = shutil.copytree(run[1].path, tmp_path / "dog")
     (tmp_path / "latin.txt").write_bytes("à {}".encode("latin-1"))
-    for flags, told in (
+    for flags, message in (
         (["--output_dir", str(folder / "train_config.json")], "cannot be written: Not a directory"),
         (["--prompts", str(tmp_path / "latin.txt")], "not a text file"),
         ([], "not valid JSON"),
@@ -213,7 +212,7 @@ def test_mistakes_are_told_before_anything_is_drawn(run, tmp_path, evaluate):
         if not flags:
             (folder / "train_config.json").write_text("{")
         code, _, err = evaluate(folder, *flags)
-        assert code == 2 and told in err and "drawing" not in err
+        assert code == 2 and message in err and "drawing" not in err
     code, _, err = evaluate(save_diffusers_lora(tiny_unet(), tmp_path))
     assert code == 2 and "give --base" in err
     plan = EvaluationPlan(prompts.SubjectWords("sks", "dog"), ("a {} in {curly} beside a {}",), ())
@@ -221,22 +220,23 @@ def test_mistakes_are_told_before_anything_is_drawn(run, tmp_path, evaluate):
 
 
 @pytest.mark.slow
-def test_a_run_of_two_is_scored_along_the_way_and_by_the_command(
+def test_two_subjects_are_scored_in_training_and_by_command(
     tiny_base, encoders, evaluate, tmp_path
 ):
     pets = [
-        (str(paint_photos(tmp_path / word)), f"a photo of sks {word}") for word in ("dog", "cat")
+        (str(paint_photos(tmp_path / class_word)), f"a photo of sks {class_word}")
+        for class_word in ("dog", "cat")
     ]
     tables = [{"instance_data_dir": photos, "instance_prompt": prompt} for photos, prompt in pets]
     sizes, events = {"max_train_steps": 2, "evaluate_steps": 1}, []
     config = tiny_config(tiny_base, None, tmp_path / "run", subjects=tables, **sizes)
-    train(config, events.append, evaluator=quick(config, encoders))
+    train(config, events.append, evaluator=build_quick_evaluator(config, encoders))
     scores = [event.scores for event in events if event.kind == "evaluation"][-1]
     assert {"confusion", "dino_subject_1", "dino_subject_2", "score"} <= scores.keys()
     assert scores["dino"] == pytest.approx(
         (scores["dino_subject_1"] + scores["dino_subject_2"]) / 2, abs=1e-3
     )
-    few = [
+    flags = [
         "--num_prompts",
         "1",
         "--images_per_prompt",
@@ -246,8 +246,8 @@ def test_a_run_of_two_is_scored_along_the_way_and_by_the_command(
         "--inference_steps",
         "2",
     ]
-    code, out, _ = evaluate(tmp_path / "run", *few)
+    code, out, _ = evaluate(tmp_path / "run", *flags)
     assert code == 0 and "report.html" in out
     assert (tmp_path / "run" / "evaluation" / "subject_2" / "scores.json").is_file()
-    code, _, err = evaluate(tmp_path / "run", *few, "--instance_prompt", "a photo of sks cat")
+    code, _, err = evaluate(tmp_path / "run", *flags, "--instance_prompt", "a photo of sks cat")
     assert code == 2 and "several subjects, which are judged together: leave out" in err

@@ -1,5 +1,5 @@
-"""A person is scored by the face: right, wrong and absent faces, in the score, the best step and in
-`explain`."""
+"""Scores of a person's face: right, wrong and absent faces, in the score, the best step and the
+report."""
 
 import zlib
 from dataclasses import replace
@@ -29,57 +29,59 @@ PLAN = EvaluationPlan(
 )
 PHOTOS = [painted((240, 0, 50 + 10 * n), seed=n) for n in range(4)]
 ABOUT = report.ReportContext("anna", "base", ("clip", "dino"), 2, 7.0)
-# The base draws other people, in all pictures but the last prompt's.
 BASE = [*[WRONG] * 4, None, None]
+"""Faces of the base: other people, and none at the last prompt."""
 
 
 @pytest.fixture
 def encoders(encoders):
-    """To CLIP and DINO all pictures are equally alike: only the faces can tell."""
+    """Return encoders to which all images are equally alike: only the faces differ."""
 
-    def blind(pictures) -> torch.Tensor:
-        found = []
+    def embed_equally(pictures) -> torch.Tensor:
+        vectors = []
         for picture in pictures:
             vector = torch.zeros(257)
             vector[zlib.crc32(picture.tobytes()) % 256] = vector[256] = 1
-            found.append(vector / 2**0.5)
-        return torch.stack(found)
+            vectors.append(vector / 2**0.5)
+        return torch.stack(vectors)
 
-    made = replace(encoders)
-    made.embed_clip_images = made.embed_dino_images = blind
-    made.embed_clip_texts = lambda texts: torch.eye(257)[[256] * len(texts)]
-    return made
+    blind_encoders = replace(encoders)
+    blind_encoders.embed_clip_images = blind_encoders.embed_dino_images = embed_equally
+    blind_encoders.embed_clip_texts = lambda texts: torch.eye(257)[[256] * len(texts)]
+    return blind_encoders
 
 
-def scored(encoders, colours: list, base: list = BASE) -> Evaluation:
-    """Pictures with these faces, by an adapter, where a base draws those of `base`."""
+def evaluate_faces(encoders, colours: list, base: list = BASE) -> Evaluation:
+    """Evaluate an adapter whose images show these faces, on a base with those of `base`."""
 
-    def draw(requests, on):
-        faces = colours if on else base
+    def draw(requests, with_adapter):
+        faces = colours if with_adapter else base
         return [painted(face, seed=50 + n) for n, face in enumerate(faces[: len(requests)])]
 
     return Evaluator(PLAN, encoders, PHOTOS, faces=READER)(draw)
 
 
-def test_right_faces_score_above_wrong_ones_and_absent_ones_are_counted_apart(encoders):
+def test_right_faces_score_above_wrong_and_absent_ones(encoders):
     right, wrong, absent = (
-        scored(encoders, [*[face] * 4, None, None]) for face in (RIGHT, WRONG, None)
+        evaluate_faces(encoders, [*[face] * 4, None, None]) for face in (RIGHT, WRONG, None)
     )
-    # As the base shows no face far away, the right ones are whole.
-    own = right.mean("identity_of_photos")
-    assert right.mean("identity") == pytest.approx(own, abs=0.02) and own > 0.95
-    assert wrong.mean("identity") < 0.5 < own and right.mean("identity_base") < 0.5
+    # The right faces are complete, as the base shows none far away either.
+    photo_identity = right.mean("identity_of_photos")
+    assert (
+        right.mean("identity") == pytest.approx(photo_identity, abs=0.02) and photo_identity > 0.95
+    )
+    assert wrong.mean("identity") < 0.5 < photo_identity and right.mean("identity_base") < 0.5
     assert "identity" not in absent.tables and absent.mean("no_face") == 1
     assert right.mean("no_face") == right.mean("no_face_base") == pytest.approx(1 / 3)
     assert right.score > wrong.score > absent.score
 
-    # A face in half of the pictures says as much of whose it is, and is fewer faces.
-    half = scored(encoders, [RIGHT, None, RIGHT, None, None, None])
+    # Fewer faces lower the score, not the identity.
+    half = evaluate_faces(encoders, [RIGHT, None, RIGHT, None, None, None])
     assert half.mean("identity") == pytest.approx(right.mean("identity"), abs=0.01)
     assert half.mean("no_face") == pytest.approx(2 / 3) and half.score < right.score
 
-    # Where the base shows no face either, only DINO can tell.
-    far = scored(encoders, [None] * 6, base=[None] * 6)
+    # Without a face of the base, only DINO counts.
+    far = evaluate_faces(encoders, [None] * 6, base=[None] * 6)
     assert far.score == pytest.approx(
         metrics.compute_checkpoint_score(
             far.mean("dino"), far.mean("clip_t"), far.mean("clip_t_base"), far.alarm.share
@@ -87,18 +89,18 @@ def test_right_faces_score_above_wrong_ones_and_absent_ones_are_counted_apart(en
     )
 
 
-def test_the_report_has_the_face_with_its_interval_beside_the_photos_own(encoders):
-    found = scored(encoders, [RIGHT, RIGHT, WRONG, WRONG, None, None])
-    interval = found.interval("identity")
+def test_the_report_has_the_faces_of_images_and_photos(encoders):
+    evaluation = evaluate_faces(encoders, [RIGHT, RIGHT, WRONG, WRONG, None, None])
+    interval = evaluation.interval("identity")
     assert interval.low < interval.mean < interval.high
-    html = report.render_report(found, ABOUT, PHOTOS)
-    assert f">{interval}<" in html and f">{found.interval('identity_of_photos')}<" in html
+    html = report.render_report(evaluation, ABOUT, PHOTOS)
+    assert f">{interval}<" in html and f">{evaluation.interval('identity_of_photos')}<" in html
     assert "the mean of DINO and the face" in html
-    scores = report.build_scores_json(found, ABOUT)["scores"]
+    scores = report.build_scores_json(evaluation, ABOUT)["scores"]
     assert scores["identity"]["low"] and {"no_face", "identity_of_photos"} <= scores.keys()
     assert np.isfinite([value["mean"] for value in scores.values()]).all()
 
-    # A thing has none of it, and photos without a face neither.
+    # Identity is not scored for a thing, or for photos without a face.
     thing = Evaluator(PLAN, encoders, PHOTOS)
     nobody = Evaluator(PLAN, encoders, [painted(None)], faces=READER)
     assert thing.photo_faces is None and nobody.photo_faces is None
@@ -111,14 +113,14 @@ def test_a_persons_prompts_change_clothes_light_and_distance():
         subject="person",
     )
     prompts = " | ".join(build_subject_plan(person, []).templates)
-    for words in ("red rain jacket", "candle", "close-up portrait", "full-body", "far away"):
-        assert words in prompts
+    for phrase in ("red rain jacket", "candle", "close-up portrait", "full-body", "far away"):
+        assert phrase in prompts
     toy = replace(person, pretrained_model_name_or_path="toy")
     assert all("a photo of a {}" in template for template in build_subject_plan(toy, []).templates)
 
 
-class Planted(TrainingEvaluator):
-    """At the given steps the adapter draws these faces."""
+class PlantedEvaluator(TrainingEvaluator):
+    """Evaluator for which the adapter shows these faces, by step."""
 
     faces = {1: WRONG, 2: RIGHT, 3: None, 4: WRONG}  # noqa: RUF012
 
@@ -134,7 +136,7 @@ class Planted(TrainingEvaluator):
         return draw
 
 
-def test_the_best_step_is_the_one_with_the_persons_face_and_explain_names_the_costume(
+def test_the_best_step_is_the_one_with_the_persons_face(
     tiny_base,
     encoders,
     stub_faces,  # noqa: F811
@@ -154,7 +156,7 @@ def test_the_best_step_is_the_one_with_the_persons_face_and_explain_names_the_co
         evaluate_steps=1,
     )
     encoders.faces = stub_faces
-    train(config, evaluator=Planted(config, build_photo_report(config).photos, encoders))
+    train(config, evaluator=PlantedEvaluator(config, build_photo_report(config).photos, encoders))
 
     # The step of the right face is kept.
     events = logged(tmp_path / "anna", "evaluation")

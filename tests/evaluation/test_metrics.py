@@ -1,5 +1,5 @@
-"""The measures on vectors whose answers are known by hand and on the toy world, whose truth is
-known; encoders."""
+"""Measures of vectors with answers known by hand, and of the toy world, whose truth is known;
+encoders."""
 
 import math
 import random
@@ -24,18 +24,18 @@ from toybox.truth import sample_other_toy
 from toybox.world import Scene, Toy, sample_scene
 
 E = torch.eye(4)
-# 45 degrees between two axes
 HALF, ASIDE = normalize(E[0] + E[1], dim=0), normalize(E[0] + E[2], dim=0)
+"""Vectors at 45 degrees between two axes."""
 TEXTS = ["a dog", "a photo of a very small dog on a wide beach, at night", "cat " * 60]
 
 
-def random_units(n: int, seed: int = 0, dim: int = 32) -> torch.Tensor:
+def sample_units(n: int, seed: int = 0, dim: int = 32) -> torch.Tensor:
     return normalize(torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def near(vectors: torch.Tensor, size: float, seed: int) -> torch.Tensor:
-    """The same vectors, each pushed a little aside."""
-    return normalize(vectors + size * random_units(len(vectors), seed, vectors.shape[1]), dim=-1)
+def perturb(vectors: torch.Tensor, size: float, seed: int) -> torch.Tensor:
+    """Return the vectors, each moved a little."""
+    return normalize(vectors + size * sample_units(len(vectors), seed, vectors.shape[1]), dim=-1)
 
 
 PHOTOS = [E[0], HALF]
@@ -58,36 +58,36 @@ KNOWN = {
 @pytest.mark.parametrize("name", KNOWN)
 def test_measures_of_known_vectors(name):
     measure, vectors, expected = KNOWN[name]
-    found = getattr(metrics, measure)(*(torch.stack([*some]) for some in vectors))
-    assert found.tolist() == pytest.approx(expected, abs=1e-6)
+    values = getattr(metrics, measure)(*(torch.stack([*rows]) for rows in vectors))
+    assert values.tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_photos_among_themselves_leave_out_each_with_itself_and_joint_vectors_average_cosines():
+def test_photo_fidelity_and_joint_vectors():
     assert metrics.photo_fidelity(torch.stack([E[0], E[0], E[1]])) == pytest.approx(1 / 3)
     assert math.isnan(metrics.photo_fidelity(E[:1]))
-    found = metrics.compute_mutual_similarity(torch.stack([E[0], E[0], E[1]]))
-    assert found.tolist() == pytest.approx([1 / 2, 1 / 2, 0])
-    clip, dino = random_units(3, 0), random_units(3, 1, dim=16)
+    similarities = metrics.compute_mutual_similarity(torch.stack([E[0], E[0], E[1]]))
+    assert similarities.tolist() == pytest.approx([1 / 2, 1 / 2, 0])
+    clip, dino = sample_units(3, 0), sample_units(3, 1, dim=16)
     joint = metrics.join_embeddings(clip, dino)
     assert torch.allclose(joint @ joint.T, (clip @ clip.T + dino @ dino.T) / 2, atol=1e-6)
 
 
-def test_prompt_fidelity_pairs_each_picture_with_its_own_text_and_diversity_those_of_a_group():
-    texts = random_units(8)
-    pictures = near(texts, 0.5, seed=1)
-    paired = metrics.prompt_fidelity(pictures, texts)
-    assert paired.tolist() == pytest.approx([float(p @ t) for p, t in zip(pictures, texts)])
-    assert metrics.prompt_fidelity(pictures, texts.roll(1, 0)).mean() < paired.mean()
-    pictures = torch.stack([E[0], E[1], HALF, E[2], E[2], E[2]])
+def test_prompt_fidelity_is_paired_and_diversity_is_by_prompt():
+    texts = sample_units(8)
+    vectors = perturb(texts, 0.5, seed=1)
+    paired = metrics.prompt_fidelity(vectors, texts)
+    assert paired.tolist() == pytest.approx([float(p @ t) for p, t in zip(vectors, texts)])
+    assert metrics.prompt_fidelity(vectors, texts.roll(1, 0)).mean() < paired.mean()
+    vectors = torch.stack([E[0], E[1], HALF, E[2], E[2], E[2]])
     expected = (1 + 2 * (1 - math.sqrt(0.5))) / 3
-    assert metrics.diversity(pictures, 3) == pytest.approx(np.array([[expected], [0]]))
+    assert metrics.diversity(vectors, 3) == pytest.approx(np.array([[expected], [0]]))
 
 
-def test_copy_alarm_rings_for_copies_only_and_names_the_photo():
-    """Equal photos and a lone one do not divide by zero."""
-    subject = random_units(1, 5)
-    photos = near(subject.repeat(5, 1), 0.6, seed=6)
-    fresh, copies = near(subject.repeat(20, 1), 0.6, seed=7), near(photos, 0.05, seed=8)
+def test_the_copy_alarm_is_for_copies_and_names_the_photo():
+    """Check also that equal photos and a single one do not divide by zero."""
+    subject = sample_units(1, 5)
+    photos = perturb(subject.repeat(5, 1), 0.6, seed=6)
+    fresh, copies = perturb(subject.repeat(20, 1), 0.6, seed=7), perturb(photos, 0.05, seed=8)
     assert not metrics.detect_copies(fresh, photos).raised
     mixed = metrics.detect_copies(torch.cat([fresh, copies]), photos)
     assert mixed.raised and mixed.share == pytest.approx(5 / 25)
@@ -97,25 +97,27 @@ def test_copy_alarm_rings_for_copies_only_and_names_the_photo():
         assert metrics.compute_copy_index(E[:1], photos).tolist() == pytest.approx([1.0], abs=1e-5)
 
 
-def test_a_style_is_scored_from_the_base_to_the_photos_unless_these_differ_less_than_they_vary():
+def test_a_style_share_goes_from_the_base_to_the_photos():
     """The base's cosines to the photos are 0.2 and 0.4, then 0.2 alone. Those of the photos to
     each other are 1, then 1/2, 1/2 and 0."""
     photos = E[[0, 0]]
-    base = torch.stack([leaning(0.2), leaning(0.4)])
-    shares = metrics.compute_style_share(torch.stack([*base, leaning(0.65), E[0]]), base, photos)
+    base = torch.stack([make_leaning(0.2), make_leaning(0.4)])
+    shares = metrics.compute_style_share(
+        torch.stack([*base, make_leaning(0.65), E[0]]), base, photos
+    )
     assert shares.tolist() == pytest.approx([-1 / 7, 1 / 7, 0.5, 1.0])
-    lone = metrics.compute_style_share(E[:1], leaning(0.5)[None], E[:1])
+    lone = metrics.compute_style_share(E[:1], make_leaning(0.5)[None], E[:1])
     assert lone.tolist() == [1.0]
-    assert metrics.compute_style_share(E[:1], leaning(0.3)[None], E[[0, 0, 1]]) is None
+    assert metrics.compute_style_share(E[:1], make_leaning(0.3)[None], E[[0, 0, 1]]) is None
     assert metrics.compute_style_share(E[:1], E[:1], E[[0, 0]]) is None
 
 
-def leaning(cosine: float) -> torch.Tensor:
-    """A unit vector with this cosine to the first axis, and 0 to the second."""
+def make_leaning(cosine: float) -> torch.Tensor:
+    """Return a unit vector with this cosine to the first axis, and 0 to the second."""
     return cosine * E[0] + math.sqrt(1 - cosine**2) * E[2]
 
 
-def test_checkpoint_score_is_the_product_and_never_rewards_more_prompt_than_the_base():
+def test_the_score_is_a_product_with_bounded_prompt_fidelity():
     for scores, expected in (
         ((0.8, 0.3, 0.3, 0.0), 0.8),
         ((0.8, 0.6, 0.3, 0.0), 0.8),
@@ -126,7 +128,7 @@ def test_checkpoint_score_is_the_product_and_never_rewards_more_prompt_than_the_
 
 
 @pytest.mark.parametrize("shape", [(6, 1), (6, 2), (12, 10), (16, 4), (3, 2)])
-def test_intervals_hold_the_truth_about_as_often_as_they_say(shape):
+def test_intervals_have_about_their_nominal_coverage(shape):
     rng, (rows, columns) = np.random.default_rng(0), shape
     hits = 0
     for trial in range(400):
@@ -135,14 +137,13 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(shape):
             + rng.normal(0, 0.5, (1, columns)) * (columns > 1)
             + rng.normal(0, 1, shape)
         )
-        found = metrics.bootstrap_mean(table, resamples=400, seed=trial)
-        hits += found.low <= 0 <= found.high
+        interval = metrics.bootstrap_mean(table, resamples=400, seed=trial)
+        hits += interval.low <= 0 <= interval.high
     assert 0.93 <= hits / 400 <= 0.999
 
 
-def test_students_table_holds_where_the_tail_of_the_density_is_a_fortieth():
-    """With t = √ν·tan θ, Student's density is proportional to cos(θ)^(ν-1). Between, it is never
-    too small."""
+def test_students_table_has_tails_of_a_fortieth():
+    """Integrate the density: with t = √ν·tan θ it is proportional to cos(θ)^(ν-1)."""
     angles = np.linspace(-np.pi / 2, np.pi / 2, 200_001)
     for degrees, point in zip(metrics.T_DEGREES[:-1], metrics.T_QUANTILES[:-1], strict=True):
         density = np.cos((angles[1:] + angles[:-1]) / 2) ** (degrees - 1)
@@ -157,8 +158,8 @@ def test_students_table_holds_where_the_tail_of_the_density_is_a_fortieth():
     )
 
 
-def test_bootstrap_over_prompts_is_wider_than_if_all_pictures_were_independent():
-    """One value has none, and gaps are refused."""
+def test_crossed_bootstrap_is_wider_than_independent_images():
+    """Check also that one value has no interval, and that gaps are refused."""
     table = np.repeat(np.arange(6.0)[:, None], 50, axis=1)  # the prompt decides everything
     crossed, naive = metrics.bootstrap_mean(table), metrics.bootstrap_mean(table.ravel())
     assert crossed.mean == naive.mean == pytest.approx(2.5)
@@ -189,58 +190,64 @@ def toy_encoders() -> metrics.Encoders:
     return metrics.load_encoders("toy")
 
 
-def photos_of(name: str) -> list[Image.Image]:
+def open_photos(name: str) -> list[Image.Image]:
     return [Image.open(path).convert("RGB") for path in sorted(Path(FOLDER / name).glob("*.jpg"))]
 
 
-def drawn(scenes: list[Scene]) -> list[Image.Image]:
+def render_scenes(scenes: list[Scene]) -> list[Image.Image]:
     return [Image.fromarray(picture.numpy()) for picture in render(scenes)]
 
 
-def in_places(toys: list[Toy], seed: int) -> list[Image.Image]:
+def render_toys(toys: list[Toy], seed: int) -> list[Image.Image]:
     rng = random.Random(seed)
-    return drawn(
+    return render_scenes(
         [sample_scene(rng, toy, place, held_out=None) for toy, place in zip(toys, NEW_PLACES)]
     )
 
 
 @pytest.mark.parametrize("name", slow_but(("bear", "rocket", "train"), NAMES))
-def test_an_individual_is_known_elsewhere_among_its_kind_and_the_copy_alarm_knows_a_worn_photo(
-    toy_encoders, name
-):
-    def joint(pictures: list[Image.Image]) -> torch.Tensor:
+def test_a_toy_is_recognised_and_a_worn_photo_is_a_copy(toy_encoders, name):
+    def embed_joint(images: list[Image.Image]) -> torch.Tensor:
         return metrics.join_embeddings(
-            toy_encoders.embed_clip_images(pictures), toy_encoders.embed_dino_images(pictures)
+            toy_encoders.embed_clip_images(images),
+            toy_encoders.embed_dino_images(images),
         )
 
-    def worn(photo: Image.Image) -> Image.Image:
-        """As a model that learnt it by heart would draw it: small, soft and a little off."""
+    def wear_out(photo: Image.Image) -> Image.Image:
+        """Return the photo as a model that learnt it by heart would: small, soft and a little
+        off."""
         photo.resize((128, 128)).filter(ImageFilter.GaussianBlur(1)).save(
             buffer := BytesIO(), "JPEG", quality=70
         )
         return Image.open(buffer).convert("RGB")
 
-    toy, photos, rng = load(name).toy, photos_of(name), random.Random(2)
-    known = joint(photos)
-    assert not metrics.detect_copies(joint(in_places([toy] * 6, 3)), known).raised
-    assert metrics.detect_copies(joint([worn(photo) for photo in photos]), known).share > 0.5
-    seen = toy_encoders.embed_dino_images(photos)
-    same, others = (
-        metrics.subject_fidelity(toy_encoders.embed_dino_images(in_places(toys, 1)), seen).mean()
+    toy, photos, rng = load(name).toy, open_photos(name), random.Random(2)
+    photo_vectors = embed_joint(photos)
+    assert not metrics.detect_copies(embed_joint(render_toys([toy] * 6, 3)), photo_vectors).raised
+    assert (
+        metrics.detect_copies(
+            embed_joint([wear_out(photo) for photo in photos]), photo_vectors
+        ).share
+        > 0.5
+    )
+    photo_dino = toy_encoders.embed_dino_images(photos)
+    same, other_toys = (
+        metrics.subject_fidelity(
+            toy_encoders.embed_dino_images(render_toys(toys, 1)), photo_dino
+        ).mean()
         for toys in ([toy] * 6, [sample_other_toy(toy, rng) for _ in range(6)])
     )
-    assert same > others + 0.2
+    assert same > other_toys + 0.2
 
 
-def pictures(sizes=((64, 48), (40, 90), (32, 32), (51, 51))) -> list[Image.Image]:
+def make_pictures(sizes=((64, 48), (40, 90), (32, 32), (51, 51))) -> list[Image.Image]:
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """DINO sees crops that are smaller than its own size, as DINOv2-base does: it bends its
-    positions."""
+    """Save encoders; DINO interpolates its positions for smaller crops, as DINOv2-base does."""
     clip, dino = save_tiny_encoders(tmp_path_factory.mktemp("encoders"))
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     transformers.Dinov2Model(
@@ -249,35 +256,37 @@ def folders(tmp_path_factory):
     return clip, dino
 
 
-def test_encoders_by_folder_agree_with_the_whole_models_in_batches_of_any_size(folders, by_folder):
-    """Against CLIPModel's own forward pass and DINO's class token, one picture and text at a time,
-    as unit vectors."""
+def test_encoders_agree_with_whole_models_at_any_batch_size(folders, by_folder):
+    """Compare with CLIPModel's forward pass and DINO's class token, one image and text at a
+    time."""
     clip = transformers.CLIPModel.from_pretrained(folders[0])
     dino = transformers.Dinov2Model.from_pretrained(folders[1])
-    for_clip = transformers.CLIPImageProcessor.from_pretrained(folders[0])
-    for_dino = transformers.AutoImageProcessor.from_pretrained(folders[1])
+    clip_processor = transformers.CLIPImageProcessor.from_pretrained(folders[0])
+    dino_processor = transformers.AutoImageProcessor.from_pretrained(folders[1])
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folders[0])
     pixels, views = (
-        [p(one, return_tensors="pt").pixel_values for one in pictures()]
-        for p in (for_clip, for_dino)
+        [p(item, return_tensors="pt").pixel_values for item in make_pictures()]
+        for p in (clip_processor, dino_processor)
     )
-    words = [
+    token_ids = [
         tokenizer(t, truncation=True, max_length=77, return_tensors="pt").input_ids for t in TEXTS
     ]
     with torch.no_grad():
         images = torch.cat(
-            [clip.eval()(pixel_values=x, input_ids=words[0]).image_embeds for x in pixels]
+            [clip.eval()(pixel_values=x, input_ids=token_ids[0]).image_embeds for x in pixels]
         )
-        texts = torch.cat([clip(pixel_values=pixels[0], input_ids=w).text_embeds for w in words])
+        texts = torch.cat(
+            [clip(pixel_values=pixels[0], input_ids=w).text_embeds for w in token_ids]
+        )
         tokens = torch.cat([dino.eval()(view).pooler_output for view in views])
     for batch_size in (1, 2, 4, by_folder.batch_size):
-        one = replace(by_folder, batch_size=batch_size)
-        found = (
-            one.embed_clip_images(pictures()),
-            one.embed_clip_texts(TEXTS),
-            one.embed_dino_images(pictures()),
+        item = replace(by_folder, batch_size=batch_size)
+        vectors = (
+            item.embed_clip_images(make_pictures()),
+            item.embed_clip_texts(TEXTS),
+            item.embed_dino_images(make_pictures()),
         )
-        for ours, direct in zip(found, (images, texts, tokens), strict=True):
+        for ours, direct in zip(vectors, (images, texts, tokens), strict=True):
             assert (ours - normalize(direct.float(), dim=-1)).abs().max() < 1e-5
 
 
@@ -287,11 +296,11 @@ def by_folder(folders) -> metrics.Encoders:
 
 
 @pytest.mark.slow
-def test_another_model_is_no_encoder_with_made_up_weights(folders, by_folder, tmp_path):
+def test_a_wrong_or_missing_encoder_is_refused(folders, by_folder, tmp_path):
     assert by_folder.names == ("clip", "dino"), "names carry no path"
-    for clip, dino, said in (
+    for clip, dino, message in (
         (folders[1], folders[1], "is no CLIPModel: it has no "),
         (tmp_path / "nowhere", folders[1], "is not here and cannot be fetched"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             metrics.load_encoders(clip=clip, dino=dino)

@@ -1,4 +1,4 @@
-"""Whether to train at all: the same pictures by an adapter, by reference pictures, and by both."""
+"""Whether to train at all: the same prompts by an adapter, by reference images, and by both."""
 
 import json
 from dataclasses import replace
@@ -37,37 +37,54 @@ PLAN = EvaluationPlan(
 )
 
 
-def planted(dino: float, clip_t: float, spread: float) -> dict[str, np.ndarray]:
-    """Scores of six prompts and four seeds around these means."""
+def make_scores(dino: float, clip_t: float, spread: float) -> dict[str, np.ndarray]:
+    """Return scores of six prompts and four seeds around these means."""
     noise = np.random.default_rng(int(1000 * dino)).normal(size=(2, 6, 4)) * spread
     return {"dino": dino + noise[0], "clip_t": clip_t + noise[1]}
 
 
 @pytest.mark.parametrize(
-    "adapter, references_have, words",
+    "adapter, references, conclusion",
     [
-        (planted(0.80, 0.30, 0.02), planted(0.60, 0.30, 0.02), reference_arms.VERDICT_TRAIN),
-        (planted(0.55, 0.30, 0.02), planted(0.70, 0.30, 0.02), reference_arms.VERDICT_DO_NOT_TRAIN),
-        (planted(0.66, 0.30, 0.20), planted(0.62, 0.30, 0.20), reference_arms.VERDICT_UNKNOWN),
-        (planted(0.80, 0.20, 0.02), planted(0.60, 0.30, 0.02), reference_arms.VERDICT_MIXED),
+        (
+            make_scores(0.80, 0.30, 0.02),
+            make_scores(0.60, 0.30, 0.02),
+            reference_arms.VERDICT_TRAIN,
+        ),
+        (
+            make_scores(0.55, 0.30, 0.02),
+            make_scores(0.70, 0.30, 0.02),
+            reference_arms.VERDICT_DO_NOT_TRAIN,
+        ),
+        (
+            make_scores(0.66, 0.30, 0.20),
+            make_scores(0.62, 0.30, 0.20),
+            reference_arms.VERDICT_UNKNOWN,
+        ),
+        (
+            make_scores(0.80, 0.20, 0.02),
+            make_scores(0.60, 0.30, 0.02),
+            reference_arms.VERDICT_MIXED,
+        ),
     ],
 )
-def test_the_verdict_follows_the_intervals_of_the_paired_differences(
-    adapter, references_have, words
-):
-    found = reference_arms.compare_tables(adapter, references_have)
-    assert found.conclusion == words and str(found).startswith(words)
-    assert found.likeness.low <= found.likeness.mean <= found.likeness.high
+def test_the_verdict_follows_the_paired_intervals(adapter, references, conclusion):
+    verdict = reference_arms.compare_tables(adapter, references)
+    assert verdict.conclusion == conclusion and str(verdict).startswith(conclusion)
+    assert verdict.likeness.low <= verdict.likeness.mean <= verdict.likeness.high
 
 
-def test_one_picture_alone_decides_nothing():
-    one, other = planted(0.9, 0.3, 0.0), planted(0.1, 0.3, 0.0)
-    one, other = ({name: table[:1, :1] for name, table in found.items()} for found in (one, other))
-    assert reference_arms.compare_tables(one, other).conclusion == reference_arms.VERDICT_UNKNOWN
+def test_a_single_image_decides_nothing():
+    adapter, references = (
+        {name: table[:1, :1] for name, table in make_scores(dino, 0.3, 0.0).items()}
+        for dino in (0.9, 0.1)
+    )
+    verdict = reference_arms.compare_tables(adapter, references)
+    assert verdict.conclusion == reference_arms.VERDICT_UNKNOWN
 
 
 @pytest.mark.parametrize("name", slow_but((), ("flux2", "qwen_image21")))
-def test_a_base_draws_three_ways_and_the_report_says_the_verdict(name, tmp_path, monkeypatch):
+def test_three_arms_are_compared_and_the_report_has_a_verdict(name, tmp_path, monkeypatch):
     monkeypatch.setattr(SubjectPipeline, "resolution_px", 64)
     subject = SubjectPipeline(tiny_pipeline(name, tmp_path / "base"), "tiny")
     adapter = loaded(subject, tmp_path / "dog.safetensors")
@@ -75,52 +92,52 @@ def test_a_base_draws_three_ways_and_the_report_says_the_verdict(name, tmp_path,
     evaluator = Evaluator(PLAN, tiny_encoders(tmp_path), photos)
     judge = partial(evaluate_adapter, subject, adapter)
 
-    # What is shown to one arm is not shown to the base, which it may be the first to ask for.
-    alone = Evaluator(PLAN, evaluator.encoders, photos)
-    first = reference_arms.evaluate_references(alone, judge)
-    found = judge(evaluator)
-    assert np.array_equal(first.tables["dino_base"], found.tables["dino_base"])
-    found.beside = reference_arms.evaluate_arms(evaluator, found, judge, scale=1.0)
-    drawn = [one.pictures["subject"][0].tobytes() for one in found.beside.arms.values()]
-    drawn.append(found.pictures["subject_base"][0].tobytes())
-    assert len(set(drawn)) == 4
-    asked = found.beside.arms["references"].plan.subject_requests[0].prompt
-    assert asked.endswith("a duck on the beach, the same duck as in the reference pictures")
+    # References of an arm are not shown to the base, even if that arm is evaluated first.
+    reference_evaluator = Evaluator(PLAN, evaluator.encoders, photos)
+    first = reference_arms.evaluate_references(reference_evaluator, judge)
+    evaluation = judge(evaluator)
+    assert np.array_equal(first.tables["dino_base"], evaluation.tables["dino_base"])
+    evaluation.beside = reference_arms.evaluate_arms(evaluator, evaluation, judge, scale=1.0)
+    images = [arm.pictures["subject"][0].tobytes() for arm in evaluation.beside.arms.values()]
+    images.append(evaluation.pictures["subject_base"][0].tobytes())
+    assert len(set(images)) == 4
+    prompt = evaluation.beside.arms["references"].plan.subject_requests[0].prompt
+    assert prompt.endswith("a duck on the beach, the same duck as in the reference pictures")
 
-    # CLIP-T compares all three with the same words.
+    # CLIP-T compares all arms with the same texts.
     assert np.array_equal(
-        found.tables["clip_t_base"], found.beside.arms["references"].tables["clip_t_base"]
+        evaluation.tables["clip_t_base"], evaluation.beside.arms["references"].tables["clip_t_base"]
     )
-    about = report.ReportContext("dog", "tiny", ("clip", "dino"), 2, 4.0)
-    scores = report.build_scores_json(found, about)["references"]
-    assert scores["verdict"] == str(found.beside.verdict) and set(scores["arms"]) == {
+    context = report.ReportContext("dog", "tiny", ("clip", "dino"), 2, 4.0)
+    scores = report.build_scores_json(evaluation, context)["references"]
+    assert scores["verdict"] == str(evaluation.beside.verdict) and set(scores["arms"]) == {
         "adapter",
         "references",
         "both",
     }
-    assert str(found.beside.verdict) in report.render_report(found, about, photos)
+    assert str(evaluation.beside.verdict) in report.render_report(evaluation, context, photos)
 
 
 @pytest.mark.parametrize("name", slow_but((), ("flux2", "qwen_image21")))
-def test_guidance_acts_beside_references_as_it_does_without_them(name, tmp_path):
-    """Else the ways would be compared at different guidance."""
+def test_guidance_acts_with_and_without_references(name, tmp_path):
+    """Check that the arms are compared at the same guidance."""
     pipeline = tiny_pipeline(name, tmp_path / "base")
     embed = partial(SubjectPipeline(pipeline, "tiny").family.encode_prompts, pipeline)
     plain = Sampler(pipeline, embed, 64, torch.device("cpu"), inference_steps=2)
     requests = PLAN.subject_requests[:1]
-    for shown in ((), toy_pictures(TOY, ["on grass"])):
-        sampler = replace(plain, references=shown)
+    for references in ((), toy_pictures(TOY, ["on grass"])):
+        sampler = replace(plain, references=references)
         pictures = [next(replace(sampler, guidance_scale=scale)(requests)) for scale in (1.0, 4.0)]
         assert pictures[0].tobytes() != pictures[1].tobytes()
 
 
-def test_explain_says_what_the_report_says(tmp_path, capsys):
+def test_explain_prints_the_reports_verdict(tmp_path, capsys):
     run = tmp_path / "dog"
     (run / "evaluation").mkdir(parents=True)
     settings = {"instance_data_dir": str(tmp_path), "output_dir": str(run)}
     RunDir(run).config_path.write_text(json.dumps(settings))
     RunDir(run).metrics_path.write_text("")
-    told = {
+    scores = {
         "time": 1e12,
         "protocol": {"adapter_scale": 1.0},
         "scores": {},
@@ -130,12 +147,12 @@ def test_explain_says_what_the_report_says(tmp_path, capsys):
         "score": 0.5,
         "references": {"verdict": reference_arms.VERDICT_TRAIN},
     }
-    (run / "evaluation" / "scores.json").write_text(json.dumps(told))
+    (run / "evaluation" / "scores.json").write_text(json.dumps(scores))
     assert run_explain(SimpleNamespace(run=str(run))) == 0
     assert reference_arms.VERDICT_TRAIN in capsys.readouterr().out
 
 
-def test_a_base_without_references_is_told_in_one_line():
+def test_a_base_without_references_is_refused_in_one_line():
     with pytest.raises(UserError, match="takes no reference pictures") as error:
         check_references(Base.find("toy"), TrainConfig(), "--reference")
     assert "\n" not in str(error.value)

@@ -70,8 +70,10 @@ def photos():
     return toy_pictures(TOY, ["on grass", "on the beach", "in a kitchen"])
 
 
-def stub_pictures(requests: list[SampleRequest], on: bool = False) -> list[Image.Image]:
-    """A picture for each request that depends on nothing but the request."""
+def make_stub_pictures(
+    requests: list[SampleRequest], with_adapter: bool = False
+) -> list[Image.Image]:
+    """Return an image for each request that depends on the request alone."""
     seeds = [[*request.prompt.encode(), request.seed] for request in requests]
     return [
         Image.fromarray(np.random.default_rng(s).integers(0, 256, (32, 32, 3), dtype=np.uint8))
@@ -80,8 +82,7 @@ def stub_pictures(requests: list[SampleRequest], on: bool = False) -> list[Image
 
 
 def test_plans_by_kind_of_subject():
-    """The base is asked without the token, at the same seeds. Places that the captions name are not
-    asked for."""
+    """Check also that the base gets no token, and that places in captions are left out."""
     subject, base = PLAN.subject_requests, PLAN.base_requests
     assert subject[0] == SampleRequest("a photo of a sks duck on the beach", 0)
     assert base[0] == SampleRequest("a photo of a duck on the beach", 0)
@@ -116,20 +117,20 @@ def test_plans_by_kind_of_subject():
     )
 
 
-def all_of(*pictures: Image.Image):
-    """An adapter that draws these alone, in turn, on a base that draws `stub_pictures`."""
+def make_fixed_generator(*pictures: Image.Image):
+    """Return a generator of these images by the adapter, and of stub images by the base."""
 
-    def draw(requests: list[SampleRequest], on: bool) -> list[Image.Image]:
+    def draw(requests: list[SampleRequest], with_adapter: bool) -> list[Image.Image]:
         return (
             [pictures[n % len(pictures)] for n in range(len(requests))]
-            if on
-            else stub_pictures(requests)
+            if with_adapter
+            else make_stub_pictures(requests)
         )
 
     return draw
 
 
-def with_subject(folder):
+def write_subject(folder):
     (folder / "subject.json").write_text(
         json.dumps({"toy": TOY.to_dict(), "class_word": "duck", "token": "sks"})
     )
@@ -137,13 +138,13 @@ def with_subject(folder):
 
 
 def test_an_adapter_is_scored_in_tables_of_prompts_and_seeds(subject, encoders, photos, tmp_path):
-    """The same twice, nearly the same in a batch; an adapter that is off does not drift."""
+    """Score twice, in a batch, and with the adapter off, which does not drift."""
     subject.load_adapter(save_diffusers_lora(subject.pipeline.unet, tmp_path, size=2.0), "one")
     evaluator = Evaluator(PLAN, encoders, photos)
-    found, again, off = (
+    evaluation, again, off = (
         evaluate_adapter(subject, "one", evaluator, scale=scale) for scale in (1.0, 1.0, 0.0)
     )
-    assert {name: t.shape for name, t in found.tables.items()} == {
+    assert {name: t.shape for name, t in evaluation.tables.items()} == {
         **dict.fromkeys(
             ("dino", "clip_i", "clip_t", "dino_base", "clip_i_base", "clip_t_base", "copy_index"),
             (3, 2),
@@ -153,44 +154,43 @@ def test_an_adapter_is_scored_in_tables_of_prompts_and_seeds(subject, encoders, 
         "drift": (1, 2),
         "drift_base_spread": (1, 1),
     }
-    assert found.mean("drift") > 1e-4  # the adapter changed what the base draws
-    assert 0 <= found.score <= 1
-    assert len(found.pictures["subject"]) == len(found.pictures["subject_base"]) == 6
+    assert evaluation.mean("drift") > 1e-4  # the adapter changed what the base draws
+    assert 0 <= evaluation.score <= 1
+    assert len(evaluation.pictures["subject"]) == len(evaluation.pictures["subject_base"]) == 6
     assert off.mean("drift") == pytest.approx(0, abs=1e-6)
     assert off.mean("pres") == pytest.approx(off.mean("pres_base"), abs=1e-6)
-    one, six = (
+    single, batched = (
         evaluate_adapter(subject, "one", Evaluator(PLAN, encoders, photos), n) for n in (1, 6)
     )
-    for name, table in found.tables.items():
+    for name, table in evaluation.tables.items():
         assert np.array_equal(table, again.tables[name]), name
-        assert np.abs(one.tables[name] - six.tables[name]).max() < 0.02, name
+        assert np.abs(single.tables[name] - batched.tables[name]).max() < 0.02, name
 
 
 @pytest.mark.slow
-def test_on_a_gpu_that_is_too_small_for_all_models_they_take_turns(
-    tiny_base, encoders, photos, tmp_path, monkeypatch
-):
-    """All of them lay and drew in the CPU's memory there. What they get is where they compute."""
+def test_models_take_turns_on_a_small_gpu(tiny_base, encoders, photos, tmp_path, monkeypatch):
+    """Check that inputs go to the device where the model computes."""
     file = save_diffusers_lora(SubjectPipeline.from_base(tiny_base).pipeline.unet, tmp_path)
-    drawn_on = []
+    used_devices = []
 
-    def found(device: str) -> Evaluation:
+    def evaluate(device: str) -> Evaluation:
         subject = SubjectPipeline.from_base(tiny_base, device=device)
         subject.load_adapter(file, "one")
-        own = subject.pipeline.unet
-        own.register_forward_hook(lambda *_: drawn_on.append(devices.get_device(own)))
+        unet = subject.pipeline.unet
+        unet.register_forward_hook(lambda *_: used_devices.append(devices.get_device(unet)))
         return evaluate_adapter(
             subject, "one", Evaluator(PLAN.reduce_plan(1, 1, 1, 1, 1), encoders, photos)
         )
 
-    wanted = found("cpu")
+    expected = evaluate("cpu")
     monkeypatch.setattr(devices, "measure_free_gib", lambda device: 1e-6)
     monkeypatch.setattr(gpu_room, "MIN_FREE_BESIDE_MODEL_GIB", -1.0)
     assert all(
-        np.array_equal(table, wanted.tables[name]) for name, table in found("cpu:0").tables.items()
+        np.array_equal(table, expected.tables[name])
+        for name, table in evaluate("cpu:0").tables.items()
     )
-    half = len(drawn_on) // 2
-    assert drawn_on == [torch.device("cpu")] * half + [torch.device("cpu:0")] * half
+    half = len(used_devices) // 2
+    assert used_devices == [torch.device("cpu")] * half + [torch.device("cpu:0")] * half
     pipeline = SubjectPipeline.from_base(tiny_base).pipeline
     for model in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae):
         cpu_offload_with_hook(model, torch.device("meta"))
@@ -199,11 +199,11 @@ def test_on_a_gpu_that_is_too_small_for_all_models_they_take_turns(
     assert {tensor.device.type for tensor in (*text.values(), pixels)} == {"meta"}
 
 
-def test_the_bare_prompt_is_scored_beside_the_others_which_stay_as_they_were(encoders, photos):
-    """A picture for the bare prompt is a photo; for any other prompt it is none."""
+def test_the_bare_prompt_does_not_change_other_scores(encoders, photos):
+    """Return a photo for the bare prompt, and another image for any other prompt."""
 
     def draw(requests, on):
-        pictures = stub_pictures(requests)
+        pictures = make_stub_pictures(requests)
         return [
             photos[0] if r.prompt == "a photo of sks duck" else p
             for r, p in zip(requests, pictures)
@@ -211,43 +211,47 @@ def test_the_bare_prompt_is_scored_beside_the_others_which_stay_as_they_were(enc
 
     plan = replace(PLAN, bare_prompt="a photo of sks duck")
     assert set(plan.prompts) - set(PLAN.prompts) == {"a photo of sks duck"}
-    without, found = (Evaluator(one, encoders, photos)(draw) for one in (PLAN, plan))
-    assert found.tables["dino_bare"].shape == (1, 2) and len(found.pictures["bare"]) == 2
+    without, evaluation = (
+        Evaluator(each_plan, encoders, photos)(draw) for each_plan in (PLAN, plan)
+    )
+    assert evaluation.tables["dino_bare"].shape == (1, 2) and len(evaluation.pictures["bare"]) == 2
     likeness = encoders.embed_dino_images(photos)
-    assert found.mean("dino_bare") == pytest.approx(
+    assert evaluation.mean("dino_bare") == pytest.approx(
         float((likeness[:1] @ likeness.T).mean()), abs=1e-5
     )
-    assert {name for name in found.tables if name not in without.tables} == {"dino_bare"}
-    assert all(np.array_equal(table, found.tables[name]) for name, table in without.tables.items())
-    assert found.score == without.score and found.alarm == without.alarm
+    assert {name for name in evaluation.tables if name not in without.tables} == {"dino_bare"}
+    assert all(
+        np.array_equal(table, evaluation.tables[name]) for name, table in without.tables.items()
+    )
+    assert evaluation.score == without.score and evaluation.alarm == without.alarm
     swept = Evaluator(plan, encoders, photos).copy_subject_only()(draw)
     assert "dino_bare" not in swept.tables
 
 
 def test_drift_sees_a_change_of_place(encoders, photos):
-    """An encoder that looks at the thing alone finds no drift."""
+    """Use a DINO that sees nothing, as the real one sees no places."""
     blind = replace(encoders)
-    blind.embed_clip_images, blind.embed_clip_texts = small_pixels, encoders_of_length(192)
-    blind.embed_dino_images = encoders_of_length(4)
-    assert Evaluator(PLAN, blind, photos)(all_of(photos[0])).mean("drift") > 0.01
+    blind.embed_clip_images, blind.embed_clip_texts = embed_pixels, make_equal_encoder(192)
+    blind.embed_dino_images = make_equal_encoder(4)
+    assert Evaluator(PLAN, blind, photos)(make_fixed_generator(photos[0])).mean("drift") > 0.01
 
 
-def test_copies_of_the_photos_set_off_the_alarm_and_lower_the_score(encoders, photos):
-    pixels = replace(encoders)
-    pixels.embed_clip_images = pixels.embed_dino_images = small_pixels
-    pixels.embed_clip_texts = encoders_of_length(192)
+def test_copies_of_photos_raise_the_alarm_and_lower_the_score(encoders, photos):
+    pixel_encoders = replace(encoders)
+    pixel_encoders.embed_clip_images = pixel_encoders.embed_dino_images = embed_pixels
+    pixel_encoders.embed_clip_texts = make_equal_encoder(192)
     fresh, copies = (
-        Evaluator(PLAN, pixels, photos)(draw) for draw in (stub_pictures, all_of(*photos))
+        Evaluator(PLAN, pixel_encoders, photos)(draw)
+        for draw in (make_stub_pictures, make_fixed_generator(*photos))
     )
     assert copies.alarm.raised and copies.alarm.share == 1 and copies.score == 0
     assert copies.mean("copy_index") == pytest.approx(1, abs=1e-3)
     assert not fresh.alarm.raised
 
 
-def test_the_truth_is_found_beside_toy_photos_only(encoders, tmp_path):
-    """And asked of the toy base alone, in places that it knows."""
+def test_only_toy_photos_in_known_places_have_a_truth(encoders, tmp_path):
     assert find_truth(tmp_path, encoders) is None
-    assert find_truth(with_subject(tmp_path), encoders).toy == TOY
+    assert find_truth(write_subject(tmp_path), encoders).toy == TOY
     assert find_place("a photo of a {} on a checkered floor") == "on a checkered floor"
     elsewhere = replace(PLAN, templates=("a {} wearing a santa hat",))
     assert load_truth("toy", tmp_path, PLAN, encoders, 64).toy == TOY
@@ -267,29 +271,28 @@ def test_masks_give_the_background_alone_and_a_leak(encoders, photos):
         alone[40:, 40:] == np.array(photos[0])[40:, 40:]
     ).all()
     leaked = Evaluator(PLAN, encoders, photos, [mask, None, None])(
-        all_of(mask_subject(photos[0], mask))
+        make_fixed_generator(mask_subject(photos[0], mask))
     )
     assert leaked.mean("background_leak") > 0
 
 
 @pytest.mark.slow
-def test_true_renders_score_at_the_ceiling_and_others_at_the_floor(tmp_path, photos):
-    """With an encoder that sees colour (mean RGB), the individual and another of its kind are told
-    apart."""
+def test_true_renders_reach_the_ceiling_and_others_the_floor(tmp_path, photos):
+    """Use an encoder that sees colour (mean RGB), which tells two toys of a kind apart."""
     encoders = tiny_encoders(tmp_path / "encoders")
-    encoders.embed_dino_images = mean_colours
-    truth = find_truth(with_subject(tmp_path), encoders, size_px=64)
+    encoders.embed_dino_images = embed_mean_colours
+    truth = find_truth(write_subject(tmp_path), encoders, size_px=64)
     places = [find_place(template) for template in PLAN.templates]
-    drawn_in = [p for p in places for _ in PLAN.seeds]
-    true, other = (
-        toy_pictures(toy, drawn_in, seed=1)
+    image_places = [p for p in places for _ in PLAN.seeds]
+    true, other_toys = (
+        toy_pictures(toy, image_places, seed=1)
         for toy in (TOY, sample_other_toy(TOY, random.Random(3)))
     )
     soft = [picture.filter(ImageFilter.BoxBlur(2)) for picture in true]
-    photo_vectors = mean_colours(photos)
+    photo_vectors = embed_mean_colours(photos)
     good, bad, blurred = (
-        truth.compute_tables(PLAN, some, mean_colours(some), photo_vectors)
-        for some in (true, other, soft)
+        truth.compute_tables(PLAN, images, embed_mean_colours(images), photo_vectors)
+        for images in (true, other_toys, soft)
     )
     near, far, ceiling = good["truth"].mean(), bad["truth"].mean(), good["truth_ceiling"].mean()
     assert (
@@ -302,8 +305,8 @@ def test_true_renders_score_at_the_ceiling_and_others_at_the_floor(tmp_path, pho
             0
         ].numpy()
     )
-    said = encoders.embed_clip_images([renders]) @ encoders.embed_clip_texts(PLAN.texts).T
-    assert good["clip_t_ceiling"][1, 0] == pytest.approx(float(said[0, 1]), abs=1e-5)
+    fidelity = encoders.embed_clip_images([renders]) @ encoders.embed_clip_texts(PLAN.texts).T
+    assert good["clip_t_ceiling"][1, 0] == pytest.approx(float(fidelity[0, 1]), abs=1e-5)
     assert {f"judge_{name}{end}" for name in QUESTIONS for end in ("", "_ceiling")} <= good.keys()
     assert good["judge_kind_ceiling"].shape == (3, 3)
     assert good["toy_sharpness"].mean() > max(
@@ -311,28 +314,25 @@ def test_true_renders_score_at_the_ceiling_and_others_at_the_floor(tmp_path, pho
     )
 
 
-def test_the_judge_is_asked_for_all_looks_of_the_subject_in_the_place_of_each_prompt(
-    encoders, tmp_path
-):
-    truth = find_truth(with_subject(tmp_path), encoders, size_px=64)
+def test_the_judge_compares_looks_and_places(encoders, tmp_path):
+    truth = find_truth(write_subject(tmp_path), encoders, size_px=64)
     first = Reading("duck", "pink", "blue", "on the beach", frozenset({"top hat"}), (1.0,) * 5)
     wrong = replace(first, colour2="red", ornaments=frozenset({"top hat", "bow"}))
     truth.judge = SimpleNamespace(read=lambda images: [first, wrong, first, first, first, first])
     pictures = [Image.new("RGB", (64, 64))] * 6
-    found = truth._check_answers(
+    tables = truth._check_answers(
         [find_place(t) for t in PLAN.templates], stack_images(pictures), len(PLAN.seeds)
     )
     assert (
-        found["judge_ornaments"].tolist()
-        == found["judge_colour2"].tolist()
+        tables["judge_ornaments"].tolist()
+        == tables["judge_colour2"].tolist()
         == [[1, 0], [1, 1], [1, 1]]
     )
-    assert found["judge_place"].tolist() == [[1, 1], [0, 0], [0, 0]] and found["judge_kind"].all()
+    assert tables["judge_place"].tolist() == [[1, 1], [0, 0], [0, 0]] and tables["judge_kind"].all()
 
 
-def small_pixels(pictures: list[Image.Image]) -> torch.Tensor:
-    """Unit vectors of the pictures themselves at 8 x 8: an encoder that knows a copy from anything
-    else."""
+def embed_pixels(pictures: list[Image.Image]) -> torch.Tensor:
+    """Return unit vectors of the images at 8 x 8, which tell a copy from any other image."""
     small = [
         torch.from_numpy(np.array(p.resize((8, 8)), dtype=np.float32)).flatten() - 128
         for p in pictures
@@ -340,13 +340,14 @@ def small_pixels(pictures: list[Image.Image]) -> torch.Tensor:
     return normalize(torch.stack(small), dim=-1)
 
 
-def encoders_of_length(width: int):
-    """An encoder whose vectors are all equal, of this length."""
-    return lambda asked: normalize(torch.ones(len(asked), width), dim=-1)
+def make_equal_encoder(width: int):
+    """Return an encoder whose vectors are all equal, of this length."""
+    return lambda items: normalize(torch.ones(len(items), width), dim=-1)
 
 
-def mean_colours(pictures: list[Image.Image]) -> torch.Tensor:
-    """Unit vectors of the middle's mean colour, shifted so that colours differ in direction."""
+def embed_mean_colours(pictures: list[Image.Image]) -> torch.Tensor:
+    """Return unit vectors of the middle's mean colour, shifted so that colours differ in
+    direction."""
     middles = [
         torch.from_numpy(np.array(p)[16:48, 16:48].astype(np.float32)).mean((0, 1)) - 128
         for p in pictures
@@ -365,7 +366,6 @@ SMILE = Metric(
 )
 
 
-# Measures that not every evaluation has: of a bare prompt, of masks, of several subjects, of toys.
 OF_SOME = {
     "identity",
     "identity_of_photos",
@@ -385,12 +385,12 @@ OF_SOME = {
     "clip_t_of_ceiling",
     "sharpness_of_ceiling",
 }
+"""Measures of only some evaluations: with a bare prompt, masks, several subjects or toys."""
 
 
 def test_every_measure_is_computed_by_its_name(encoders, photos):
-    """One whose name no table has would be shown nowhere, and nothing would tell."""
-    found = Evaluator(PLAN, encoders, photos)(stub_pictures).summarize_scores()
-    assert METRICS.keys() - found.keys() == OF_SOME
+    scores = Evaluator(PLAN, encoders, photos)(make_stub_pictures).summarize_scores()
+    assert METRICS.keys() - scores.keys() == OF_SOME
 
 
 STYLE = {"dino": 0.9, "style": 0.6, "leak": 0.5, "leak_base": 0.2}
@@ -414,41 +414,38 @@ PERSON = {
         ({"dino": 0.5}, 0.5),
     ],
 )
-def test_the_scores_likeness_is_the_style_without_the_leak_and_the_face_beside_the_photos_own(
-    means, expected
-):
+def test_the_likeness_of_styles_and_persons(means, expected):
     tables = {name: np.array([mean - 0.05, mean + 0.05]) for name, mean in means.items()}
     assert compute_fidelity(tables) == pytest.approx(expected)
 
 
 def test_the_truth_overwrites_no_other_table(encoders, photos):
-    """It once had "sharpness", the name that a measure of all pictures would take."""
     truth = SimpleNamespace(
-        compute_tables=lambda *asked: {"dino": np.ones((3, 2)), "truth": np.ones((3, 2))}
+        compute_tables=lambda *_: {"dino": np.ones((3, 2)), "truth": np.ones((3, 2))}
     )
     with pytest.raises(ValueError, match=r"tables of the same name: \['dino'\]"):
-        Evaluator(PLAN, encoders, photos, truth=truth)(stub_pictures)
+        Evaluator(PLAN, encoders, photos, truth=truth)(make_stub_pictures)
 
 
-def test_a_row_of_the_table_is_all_that_a_measure_needs(encoders, photos, monkeypatch):
-    """Every measure that has a scale or a base names tables that exist."""
-    known = {*METRICS, "clip_i_base", "diversity_base", "toy_sharpness"}
-    known |= {f"{name}_ceiling" for name in ("dino", "clip_t", "toy_sharpness")}
+def test_a_measure_needs_only_a_row_of_the_table(encoders, photos, monkeypatch):
+    """Check also that the scale or base of every measure names an existing table."""
+    table_names = {*METRICS, "clip_i_base", "diversity_base", "toy_sharpness"}
+    table_names |= {f"{name}_ceiling" for name in ("dino", "clip_t", "toy_sharpness")}
     assert {
         name for row in METRICS.values() for name in (row.base, *(row.share or ())) if name
-    } <= known
+    } <= table_names
     like_base = Metric(
         "Smile, share of the base's", "share", share=("smile", "smile_base"), logged=True
     )
     monkeypatch.setitem(METRICS, "smile", SMILE)
     monkeypatch.setitem(METRICS, "smile_of_base", like_base)
-    found = Evaluator(PLAN, encoders, photos)(stub_pictures)
-    found.tables |= {"smile": np.full((3, 2), 0.625), "smile_base": np.full((3, 2), 0.5)}
-    about = replace(ABOUT, adapter_scale=0.5)
-    html = report.render_report(found, about, photos)
+    evaluation = Evaluator(PLAN, encoders, photos)(make_stub_pictures)
+    evaluation.tables |= {"smile": np.full((3, 2), 0.625), "smile_base": np.full((3, 2), 0.5)}
+    context = replace(ABOUT, adapter_scale=0.5)
+    html = report.render_report(evaluation, context, photos)
     assert (
         "adapter scale 0.5" in html
-        and report.build_scores_json(found, about)["protocol"]["adapter_scale"] == 0.5
+        and report.build_scores_json(evaluation, context)["protocol"]["adapter_scale"] == 0.5
     )
     for text in (
         "Smile",
@@ -458,8 +455,8 @@ def test_a_row_of_the_table_is_all_that_a_measure_needs(encoders, photos, monkey
         "1.250",
     ):
         assert f">{text}<" in html
-    assert "smile              0.625" in format_summary(found)
-    scores = found.list_logged_scores()
+    assert "smile              0.625" in format_summary(evaluation)
+    scores = evaluation.list_logged_scores()
     assert (scores["smile"], scores["smile_of_base"]) == (0.625, 1.25)
     event = {
         "type": StepEvaluated.kind,
@@ -476,26 +473,27 @@ def test_a_row_of_the_table_is_all_that_a_measure_needs(encoders, photos, monkey
 
 
 @pytest.fixture(scope="module")
-def both():
+def subject_photos():
     places = ["on grass", "on the beach", "in a kitchen"]
     return {"duck": toy_pictures(TOY, places), "rocket": toy_pictures(ROCKET, places)}
 
 
 @pytest.fixture(scope="module")
-def evaluators(both):
+def evaluators(subject_photos):
     encoders = load_encoders("toy")  # random ones see no difference
     plans = {
         word: replace(PLAN, subject=SubjectWords("sks", word), unrelated=("a photo of a red car",))
-        for word in both
+        for word in subject_photos
     }
-    duck, rocket = (Evaluator(plans[word], encoders, both[word]) for word in ("duck", "rocket"))
+    duck, rocket = (
+        Evaluator(plans[word], encoders, subject_photos[word]) for word in ("duck", "rocket")
+    )
     duck.rivals, rocket.rivals = [rocket.photos.dino], [duck.photos.dino]
     return [duck, rocket]
 
 
-def drawer(both, swapped=False):
-    """The adapter draws photos of the subject that a prompt names, or of the other one; the base,
-    noise."""
+def make_generator(subject_photos, swapped=False):
+    """Return a generator of photos of the prompted subject, or swapped; the base returns noise."""
     kinds = {
         "sks duck": "rocket" if swapped else "duck",
         "sks rocket": "duck" if swapped else "rocket",
@@ -503,72 +501,88 @@ def drawer(both, swapped=False):
 
     def draw(requests, with_adapter):
         if not with_adapter:
-            return stub_pictures(requests)
-        words = [next((w for w in kinds if w in request.prompt), None) for request in requests]
+            return make_stub_pictures(requests)
+        matches = [next((w for w in kinds if w in request.prompt), None) for request in requests]
         return [
-            both[kinds[word]][n % 3] if word else stub_pictures([requests[n]])[0]
-            for n, word in enumerate(words)
+            subject_photos[kinds[word]][n % 3] if word else make_stub_pictures([requests[n]])[0]
+            for n, word in enumerate(matches)
         ]
 
     return draw
 
 
 @pytest.fixture(scope="module")
-def right(evaluators, both):
-    """Of an adapter that draws what it is asked for."""
-    return [evaluator(drawer(both)) for evaluator in evaluators]
+def evaluations(evaluators, subject_photos):
+    """Return the evaluations of an adapter that follows its prompts."""
+    return [evaluator(make_generator(subject_photos)) for evaluator in evaluators]
 
 
-def test_confusion_is_the_way_from_the_own_photos_margin_to_the_others():
+def test_confusion_follows_its_definition():
     draws = torch.Generator().manual_seed(0)
-    own, other, drawn = (normalize(torch.randn(n, 8, generator=draws), dim=1) for n in (3, 4, 5))
+    own_photos, other_photos, images = (
+        normalize(torch.randn(n, 8, generator=draws), dim=1) for n in (3, 4, 5)
+    )
 
-    def without(photos, number):
+    def leave_out(photos, number):
         return torch.cat([photos[:number], photos[number + 1 :]])
 
-    def margin(picture, own, other):
-        return float((own @ picture).mean() - (other @ picture).mean())
+    def compute_margin(image, photos, rivals):
+        return float((photos @ image).mean() - (rivals @ image).mean())
 
-    at_own = np.mean([margin(photo, without(own, n), other) for n, photo in enumerate(own)])
-    at_other = np.mean([margin(photo, own, without(other, n)) for n, photo in enumerate(other)])
-    expected = [(at_own - margin(picture, own, other)) / (at_own - at_other) for picture in drawn]
-    assert metrics.confusion(drawn, own, other).tolist() == pytest.approx(expected, abs=1e-5)
-    assert torch.isfinite(metrics.confusion(own, own, own)).all()
-    assert torch.isfinite(metrics.confusion(own, own[:1], other[:1])).all()
+    at_own = np.mean(
+        [
+            compute_margin(photo, leave_out(own_photos, n), other_photos)
+            for n, photo in enumerate(own_photos)
+        ]
+    )
+    at_other = np.mean(
+        [
+            compute_margin(photo, own_photos, leave_out(other_photos, n))
+            for n, photo in enumerate(other_photos)
+        ]
+    )
+    expected = [
+        (at_own - compute_margin(picture, own_photos, other_photos)) / (at_own - at_other)
+        for picture in images
+    ]
+    assert metrics.confusion(images, own_photos, other_photos).tolist() == pytest.approx(
+        expected, abs=1e-5
+    )
+    assert torch.isfinite(metrics.confusion(own_photos, own_photos, own_photos)).all()
+    assert torch.isfinite(metrics.confusion(own_photos, own_photos[:1], other_photos[:1])).all()
 
 
-def test_pictures_of_the_other_subject_are_confused_and_all_together_are_their_prompts(
-    evaluators, both, right
-):
-    wrong = [evaluator(drawer(both, swapped=True)) for evaluator in evaluators]
-    for good, bad in zip(right, wrong, strict=True):
+def test_swapped_subjects_are_confused_and_merge_by_prompt(evaluators, subject_photos, evaluations):
+    wrong = [evaluator(make_generator(subject_photos, swapped=True)) for evaluator in evaluators]
+    for good, bad in zip(evaluations, wrong, strict=True):
         assert good.tables["confusion"].shape == (3, 2)
         assert good.mean("confusion") < 0.05 and bad.mean("confusion") > 0.95
         assert good.mean("dino") > bad.mean("dino")
-    whole = report.merge_evaluations(right)
+    whole = report.merge_evaluations(evaluations)
     assert whole.tables["dino"].shape == (6, 2) and whole.tables["pres"].shape == (4,)
-    assert whole.mean("dino") == pytest.approx(np.mean([one.mean("dino") for one in right]))
+    assert whole.mean("dino") == pytest.approx(np.mean([each.mean("dino") for each in evaluations]))
     assert (
-        whole.score == pytest.approx(np.mean([one.score for one in right])) and whole.alarm.raised
+        whole.score == pytest.approx(np.mean([each.score for each in evaluations]))
+        and whole.alarm.raised
     )
     assert (
         not any("sks" in name for name in whole.tables) and "confusion" in whole.summarize_scores()
     )
-    assert report.merge_evaluations(right[:1]) is right[0]
+    assert report.merge_evaluations(evaluations[:1]) is evaluations[0]
 
 
-def test_each_subject_has_a_report_and_all_have_scores(evaluators, right, tmp_path):
-    report.write_reports(tmp_path, evaluators, right, BOTH)
+def test_each_subject_has_a_report_and_all_have_scores(evaluators, evaluations, tmp_path):
+    report.write_reports(tmp_path, evaluators, evaluations, BOTH)
     scores = json.loads((tmp_path / "scores.json").read_text())
-    of_duck = scores["subjects"][0]["scores"]
-    confused, of_base = (of_duck[f"confusion{end}"] for end in ("", "_base"))
-    assert confused["low"] <= confused["mean"] < 0.05 < of_base["mean"]
-    assert [one["subject"]["class_word"] for one in scores["subjects"]] == ["duck", "rocket"]
+    duck_scores = scores["subjects"][0]["scores"]
+    confused, base_confusion = (duck_scores[f"confusion{end}"] for end in ("", "_base"))
+    assert confused["low"] <= confused["mean"] < 0.05 < base_confusion["mean"]
+    assert [entry["subject"]["class_word"] for entry in scores["subjects"]] == ["duck", "rocket"]
     assert "Confusion" in (tmp_path / "subject_2" / "report.html").read_text()
 
 
-def test_a_photo_of_something_else_is_named_by_explain(both, tmp_path):
-    for number, picture in enumerate([*both["duck"], both["rocket"][0]]):
+def test_a_photo_of_something_else_is_named_by_explain(subject_photos, tmp_path):
+    for number, picture in enumerate([*subject_photos["duck"], subject_photos["rocket"][0]]):
         picture.save(tmp_path / f"{number}.png")
     config = TrainConfig(
         pretrained_model_name_or_path="toy",
@@ -578,18 +592,16 @@ def test_a_photo_of_something_else_is_named_by_explain(both, tmp_path):
     )
     photos = build_photo_report(config).photos
     (evaluator,) = report.build_evaluators([config], photos, [PLAN], load_encoders("toy"), 128)
-    found = evaluator(lambda requests, with_adapter: stub_pictures(requests))
-    told = report.build_scores_json(found, BOTH)["dino_of_each_photo"]
-    assert list(told) == ["0.png", "1.png", "2.png", "3.png"]
-    assert np.mean(list(told.values())) == pytest.approx(found.photo_fidelity, abs=1e-3)
-    *_, sentence = list_advice(RunMetrics(config, photo_likeness=told))
+    evaluation = evaluator(lambda requests, with_adapter: make_stub_pictures(requests))
+    likeness = report.build_scores_json(evaluation, BOTH)["dino_of_each_photo"]
+    assert list(likeness) == ["0.png", "1.png", "2.png", "3.png"]
+    assert np.mean(list(likeness.values())) == pytest.approx(evaluation.photo_fidelity, abs=1e-3)
+    *_, sentence = list_advice(RunMetrics(config, photo_likeness=likeness))
     assert sentence.startswith("3.png may show") and sentence.endswith("--leave_out 3.png")
 
 
-def test_pictures_are_compared_with_real_photos_and_with_made_ones_where_there_are_no_others(
-    both, tmp_path
-):
-    for number, picture in enumerate([*both["duck"], both["rocket"][0]]):
+def test_synthetic_photos_count_only_if_no_photo_is_real(subject_photos, tmp_path):
+    for number, picture in enumerate([*subject_photos["duck"], subject_photos["rocket"][0]]):
         picture.save(tmp_path / f"{number}.png")
     config = TrainConfig(
         pretrained_model_name_or_path="toy",
@@ -599,10 +611,10 @@ def test_pictures_are_compared_with_real_photos_and_with_made_ones_where_there_a
     )
     photos = build_photo_report(config).photos
     encoders = load_encoders("toy")
-    made = [replace(photo, made_by="a model") for photo in photos]
-    for some, names in (
-        ([*photos[:1], *made[1:]], ["0.png"]),
-        (made, ["0.png", "1.png", "2.png", "3.png"]),
+    synthetic = [replace(photo, made_by="a model") for photo in photos]
+    for chosen_photos, names in (
+        ([*photos[:1], *synthetic[1:]], ["0.png"]),
+        (synthetic, ["0.png", "1.png", "2.png", "3.png"]),
     ):
-        (evaluator,) = report.build_evaluators([config], some, [PLAN], encoders, 128)
+        (evaluator,) = report.build_evaluators([config], chosen_photos, [PLAN], encoders, 128)
         assert evaluator.names == names and len(evaluator.photos.pictures) == len(names)

@@ -1,4 +1,4 @@
-"""A style's score and leak, against truth: the toy world is rendered in two styles."""
+"""Score and leak of a style, against truth: the toy world is rendered in two styles."""
 
 import random
 from copy import copy
@@ -24,8 +24,7 @@ INK = TrainConfig(
     instance_prompt="a picture in ink style", token="ink", subject="style", resolution=128
 )
 ROCKET = Toy("rocket", "white", "red", "striped", "glossy")
-# The colour and kind of each toy that the toy world's prompts of styles ask for
-ASKED = (
+PROMPTED = (
     ("yellow", "duck", "on the beach"),
     ("blue", "car", "on a city street"),
     ("red", "rocket", "in the snow"),
@@ -33,23 +32,26 @@ ASKED = (
     ("white", "teapot", "in a kitchen"),
     ("purple", "robot", "in the desert"),
 )
+"""Colour, kind and place of each toy in the toy world's prompts of styles."""
 
 
-def shown(toys: list[Toy], places: list[str], style: str = "", seed: int = 0) -> list:
+def render_toys(toys: list[Toy], places: list[str], style: str = "", seed: int = 0) -> list:
     rng = random.Random(seed)
     scenes = [sample_scene(rng, toy, place, held_out=None) for toy, place in zip(toys, places)]
-    pictures = [STYLES[style](one) if style else one for one in render(scenes, 64)]
+    pictures = [STYLES[style](image) if style else image for image in render(scenes, 64)]
     return [Image.fromarray(picture.numpy()) for picture in pictures]
 
 
 @pytest.fixture(scope="module")
 def evaluator() -> Evaluator:
-    """Of the ink style, whose pictures all show a white rocket."""
+    """Return an evaluator of the ink style, whose images all show a white rocket."""
     places = ["on grass", "in a forest", "on the moon", "on lava"]
-    photos = shown([ROCKET] * 4, places, "ink")
-    said = [f"a photo of a white rocket {place} in ink style" for place in places]
-    kept = [Photo(f"{n}.png", (64, 64), (caption,)) for n, caption in enumerate(said)]
-    plan = build_subject_plan(INK, kept, seeds=(0,))
+    photos = render_toys([ROCKET] * 4, places, "ink")
+    caption_texts = [f"a photo of a white rocket {place} in ink style" for place in places]
+    style_photos = [
+        Photo(f"{n}.png", (64, 64), (caption,)) for n, caption in enumerate(caption_texts)
+    ]
+    plan = build_subject_plan(INK, style_photos, seeds=(0,))
     assert (
         plan.things == ("white rocket",)
         and plan.texts[0] == "a photo of a yellow duck on the beach"
@@ -58,54 +60,57 @@ def evaluator() -> Evaluator:
     return Evaluator(plan, metrics.load_encoders("toy"), photos)
 
 
-def scored(evaluator: Evaluator, style: str, planted: int = 0, base_style: str = "") -> Evaluation:
-    """The toys that were asked for in a style; `planted` of them are white rockets instead."""
+def evaluate_style(
+    evaluator: Evaluator, style: str, planted: int = 0, base_style: str = ""
+) -> Evaluation:
+    """Evaluate the prompted toys in a style; `planted` of them are white rockets instead."""
 
-    def draw(requests, on):
+    def draw(requests, with_adapter):
         rng = random.Random(1)
-        asked = [one for one in ASKED for _ in range(len(requests) // len(ASKED) or 1)]
-        asked = asked[: len(requests)]
-        toys = [sample_toy(rng, kind, colour=colour) for colour, kind, _ in asked]
-        if on:
+        repeats = len(requests) // len(PROMPTED) or 1
+        prompted = [toy for toy in PROMPTED for _ in range(repeats)][: len(requests)]
+        toys = [sample_toy(rng, kind, colour=colour) for colour, kind, _ in prompted]
+        if with_adapter:
             toys[:planted] = [ROCKET] * planted
-        places = [place for *_, place in asked]
-        return shown(toys, places, style if on else base_style, seed=2)
+        places = [place for *_, place in prompted]
+        return render_toys(toys, places, style if with_adapter else base_style, seed=2)
 
     return evaluator(draw)
 
 
-def test_a_style_that_the_base_has_already_gets_no_score_and_the_report_says_why(evaluator):
-    """The rest of the distance to the photos' style was noise, and so was the score."""
+def test_a_style_of_the_base_has_no_score_and_a_reason(evaluator):
     inked = copy(evaluator)
     inked._base = {}
-    found = scored(inked, "ink", base_style="ink")
+    unscored = evaluate_style(inked, "ink", base_style="ink")
     reason = "about as like the photos' style as the photos are to each other"
-    assert found.score is None and "style" not in found.tables and "leak" in found.tables
-    assert f"score              none: {metrics.NO_STYLE_SCORE}" in format_summary(found)
-    scores = report.build_scores_json(found, ABOUT)
+    assert unscored.score is None and "style" not in unscored.tables and "leak" in unscored.tables
+    assert f"score              none: {metrics.NO_STYLE_SCORE}" in format_summary(unscored)
+    scores = report.build_scores_json(unscored, ABOUT)
     assert scores["score"] is None and reason in scores["no_score"]
-    page = report.render_report(found, ABOUT, inked.photos.pictures)
+    page = report.render_report(unscored, ABOUT, inked.photos.pictures)
     assert reason.replace("'", "&#39;") in page and "<b>Score" not in page
-    assert "score" not in found.list_logged_scores() and found.list_logged_scores()["leak"] >= 0
-    whole = scored(evaluator, "ink")
+    assert (
+        "score" not in unscored.list_logged_scores() and unscored.list_logged_scores()["leak"] >= 0
+    )
+    whole = evaluate_style(evaluator, "ink")
     assert report.build_scores_json(whole, ABOUT)[
         "no_score"
     ] == "" and "none" not in format_summary(whole)
 
-    # Of several subjects the mean is of those that have a score.
-    both = report.merge_evaluations([found, whole])
-    assert both.score == whole.score and both.no_score == found.no_score
-    assert report.merge_evaluations([found, found]).score is None
+    # The score of several subjects is the mean of those that have one.
+    merged = report.merge_evaluations([unscored, whole])
+    assert merged.score == whole.score and merged.no_score == unscored.no_score
+    assert report.merge_evaluations([unscored, unscored]).score is None
 
 
 @pytest.mark.slow
-def test_the_style_is_told_from_another_and_from_none_and_a_planted_thing_is_named(evaluator):
-    ink, dusk, none = (scored(evaluator, style) for style in ("ink", "dusk", ""))
+def test_styles_are_told_apart_and_a_leaked_thing_is_named(evaluator):
+    ink, dusk, none = (evaluate_style(evaluator, style) for style in ("ink", "dusk", ""))
     assert none.mean("style") == pytest.approx(0, abs=0.05)
     assert ink.mean("style") > 0.5 > dusk.mean("style") and ink.mean("style") > none.mean("style")
 
-    # Five of six pictures show the thing that nobody asked for there; CLIP sees most of them.
-    planted = scored(evaluator, "ink", planted=5)
+    # Five of six images show the unprompted thing; CLIP recognises most of them.
+    planted = evaluate_style(evaluator, "ink", planted=5)
     assert planted.mean("leak") >= 0.5 and planted.mean("leak") > ink.mean("leak") + 0.2
     assert planted.leaked == "white rocket" and planted.score < ink.score
     assert report.build_scores_json(planted, ABOUT)["leaked"] == "white rocket"
@@ -114,24 +119,24 @@ def test_the_style_is_told_from_another_and_from_none_and_a_planted_thing_is_nam
     assert "= style × (1 − the content leak above the base&#39;s) × CLIP-T" in page, "it said DINO"
 
 
-def test_the_nearest_thing_counts_only_where_it_is_nearer_than_what_was_asked_for():
-    one = torch.eye(3)
-    found = metrics.find_leaked_things(one, one[[0, 0, 0]], one[[1, 2]])
-    assert found.tolist() == [-1, 0, 1]
+def test_a_thing_leaks_only_if_nearer_than_the_prompted_one():
+    vectors = torch.eye(3)
+    leaked = metrics.find_leaked_things(vectors, vectors[[0, 0, 0]], vectors[[1, 2]])
+    assert leaked.tolist() == [-1, 0, 1]
 
 
-def test_a_style_has_a_name_and_no_class_and_its_captions_say_the_content():
-    chosen = defaults.Choices({"subject": "style", "pretrained_model_name_or_path": "toy"})
-    defaults.choose_prompts(chosen, "ink")
-    assert chosen.settings["instance_prompt"] == "a picture in ink style"
-    assert chosen.settings["with_prior_preservation"] is False
-    assert "class_prompt" not in chosen.settings
+def test_a_style_has_a_name_no_class_and_content_captions():
+    choices = defaults.Choices({"subject": "style", "pretrained_model_name_or_path": "toy"})
+    defaults.choose_prompts(choices, "ink")
+    assert choices.settings["instance_prompt"] == "a picture in ink style"
+    assert choices.settings["with_prior_preservation"] is False
+    assert "class_prompt" not in choices.settings
 
-    # Nothing of the recipe is left without effect.
-    defaults.choose_recipe(chosen, None)
-    assert "prior_loss_weight" in chosen.settings
-    defaults.choose_prompts(chosen, "ink")
-    assert not [name for name in chosen.settings if name.startswith("prior")]
+    # Settings of the prior are removed, as they have no effect.
+    defaults.choose_recipe(choices, None)
+    assert "prior_loss_weight" in choices.settings
+    defaults.choose_prompts(choices, "ink")
+    assert not [name for name in choices.settings if name.startswith("prior")]
     assert "Say nothing about how it is drawn" in captions.build_question(INK, "picture")
-    said = ["a photo of a red duck on grass in ink style", "a picture in ink style"]
-    assert collect_nouns(said) == ("red duck",)
+    texts = ["a photo of a red duck on grass in ink style", "a picture in ink style"]
+    assert collect_nouns(texts) == ("red duck",)

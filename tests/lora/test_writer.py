@@ -367,8 +367,8 @@ def test_raw_files_round_trip_and_stock_loaders_refuse_them(options, tmp_path):
     with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
         loaded_by_diffusers(tiny_unet(), tmp_path / RAW_NAME)
     if "conv1" in options.get("target_modules", ()):
-        folded, publish_dog = reader.fold_raw(tmp_path / RAW_NAME), fold(components["unet"])
-        for path, layer in publish_dog.items():
+        folded, folded_live = reader.fold_raw(tmp_path / RAW_NAME), fold(components["unet"])
+        for path, layer in folded_live.items():
             assert torch.equal(folded["unet"][path].down, layer.down)
             assert torch.allclose(folded["unet"][path].up, layer.up, atol=1e-6)
         assert describe(tmp_path / RAW_NAME)["kind"].startswith("raw")
