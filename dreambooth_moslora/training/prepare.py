@@ -131,11 +131,11 @@ def prepare_inputs(
 
     # Latents and text embeddings. The VAE and the encoders then leave memory.
     dataloader = load_photos(config, context, pipeline, family, photos, digests)
-    encode_photos(context, dataloader, sample_count)
+    fill_latents_cache(context, dataloader, sample_count)
     release_vae(config, context, pipeline, dataloader.instance.encoder)
     text_cache = build_text_cache(config, pipeline, family, digests)
     move_encoders(pipeline, family, device)
-    encode_prompts(config, context, dataloader, text_cache, prompts)
+    fill_text_cache(config, context, dataloader, text_cache, prompts)
     release_encoders(config, context, pipeline, family, text_cache)
 
     # The denoiser has the memory to itself.
@@ -349,7 +349,7 @@ def choose_device(models: Sequence[torch.nn.Module], device: torch.device) -> to
     return device if fits else torch.device("cpu")
 
 
-def encode_photos(
+def fill_latents_cache(
     context: reporter.RunContext, dataloader: dataset.TrainDataLoader, sample_count: int
 ) -> None:
     """Fill the latents cache, if there is one, with every crop of the first `sample_count` samples.
@@ -371,7 +371,7 @@ def encode_photos(
         pass
 
 
-def encode_prompts(
+def fill_text_cache(
     config: train_config.TrainConfig,
     context: reporter.RunContext,
     dataloader: dataset.TrainDataLoader,

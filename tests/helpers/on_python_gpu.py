@@ -87,7 +87,7 @@ def watch_encoding() -> None:
         return pipelines[0]
 
     base_loading.load_base = load
-    for name in ("encode_photos", "encode_prompts"):
+    for name in ("fill_latents_cache", "fill_text_cache"):
         setattr(prepare, name, noting(name, getattr(prepare, name)))
 
 

@@ -298,6 +298,6 @@ def test_on_a_card_that_is_short_photos_are_encoded_in_tiles_before_the_texts_an
 ):
     """Together they were the peak of a small card: the UNet comes last."""
     short, usual = run_on_device(free_gib=0.005), run_on_device(**TRAININGS["plain"])
-    parts = {"encode_photos": ["vae"], "encode_prompts": ["text_encoder", "text_encoder_2"]}
+    parts = {"fill_latents_cache": ["vae"], "fill_text_cache": ["text_encoder", "text_encoder_2"]}
     assert short["encoded"] == usual["encoded"] == parts
     assert (short["side_px"], usual["side_px"]) == (32, 64) and len(short["losses"]) == 2
