@@ -1,5 +1,6 @@
 """Summary that an adapter's file header gives, for the lists of the page."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +31,9 @@ class AdapterSummary:
 
     def format_sentence(self) -> str:
         """Return in one line how the adapter is used."""
-        parts = []
-        if self.subject:
-            parts.append(f"say “{self.subject}”")
-        if self.base:
-            parts.append(f"for {self.base}")
-        return " · ".join(parts)
+        prompt_hint = f"say “{self.subject}”" if self.subject else ""
+        base_hint = f"for {self.base}" if self.base else ""
+        return " · ".join(filter(None, (prompt_hint, base_hint)))
 
 
 def read_summary(file: Path) -> AdapterSummary:
@@ -43,10 +41,9 @@ def read_summary(file: Path) -> AdapterSummary:
 
     The header is only a hint: the file is checked when it is loaded.
     """
-    try:
+    facts = None
+    with suppress(UserError, OSError):
         facts = parse_metadata(run_folder.read_header(file))
-    except (UserError, OSError):
-        return AdapterSummary()
     if facts is None:
         return AdapterSummary()
     return AdapterSummary(

@@ -77,6 +77,11 @@ def wrap_errors(handler: Callable) -> Callable:
     return run_guarded
 
 
+def get_event_value(event: gr.EventData, name: str) -> str:
+    """Return the value that the page's script sends with an event; "" if it sends none."""
+    return str(event._data.get(name)) if isinstance(event._data, dict) else ""
+
+
 def render_mistake(error: Exception, translate: Callable[[str], str] = str) -> str:
     """Return an error's message as HTML, for a handler that shows it among its values. `translate`
     rewrites it in the words of a form.

@@ -243,14 +243,12 @@ class PublicPageGuard:
         self.app = app
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        refusal = self.find_refusal(scope) if scope["type"] == "http" else None
+        refusal = None
+        if scope["type"] == "http":
+            refusal = refuse_long_body(scope)
+            if scope["path"].rstrip("/").rpartition("/")[2] in FILE_ENDPOINTS:
+                refusal = PlainTextResponse("this page takes no files", 404)
         await (refusal or self.app)(scope, receive, send)
-
-    def find_refusal(self, scope: dict) -> PlainTextResponse | None:
-        """Return the answer to a request that is refused, or None if it may pass."""
-        if scope["path"].rstrip("/").rpartition("/")[2] in FILE_ENDPOINTS:
-            return PlainTextResponse("this page takes no files", 404)
-        return refuse_long_body(scope)
 
 
 def refuse_long_body(scope: dict) -> PlainTextResponse | None:
@@ -285,7 +283,8 @@ class LoginGuard:
 
         async def send_without_names(message: dict) -> None:
             # Wait for the body of a page, whose length changes.
-            if message["type"] == "http.response.start" and is_html(message):
+            content_type = dict(message.get("headers", ())).get(b"content-type", b"")
+            if message["type"] == "http.response.start" and b"text/html" in content_type:
                 started.append(message)
                 return
             if started:
@@ -299,13 +298,6 @@ class LoginGuard:
         # A compressed page could not be searched.
         headers = [pair for pair in scope["headers"] if pair[0] != b"accept-encoding"]
         await self.app(scope | {"headers": headers}, receive, send_without_names)
-
-
-def is_html(start: dict) -> bool:
-    """Return whether an answer that begins so is a page."""
-    return any(
-        name == b"content-type" and b"text/html" in value for name, value in start["headers"]
-    )
 
 
 def is_logged_in(scope: dict) -> bool:

@@ -75,11 +75,6 @@ def render_faint(text: str) -> str:
     return f'<div class="faint">{escape(text)}</div>'
 
 
-def render_log(text: str) -> str:
-    """Render lines of a log. CSS scrolls `#log` from its end, so it opens at the newest line."""
-    return f"<pre>{escape(text)}</pre>"
-
-
 def render_remarks(lines: list[str], title: str = "") -> str:
     """Render a list under a title; "" if both are empty."""
     heading = f"<b>{escape(title)}</b>" if title else ""

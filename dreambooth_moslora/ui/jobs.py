@@ -281,9 +281,10 @@ class Jobs:
         if was_stopped_early:
             message = processes.STOPPED_EARLY_MESSAGE
         elif not (message or end or alive):
-            stop_requested = bool(job.stop_requested_sec)
             message = processes.explain_ending(
-                None, processes.read_log_tail(job.run_dir), is_stop_requested=stop_requested
+                None,
+                processes.read_log_tail(job.run_dir),
+                is_stop_requested=bool(job.stop_requested_sec),
             )
         return JobState(
             state=state,

@@ -194,7 +194,7 @@ class AppContext:
         if base is self.current_base:
             return
         # Two large bases do not fit. A page that needs the present one loads it again.
-        if not self.turns.is_small:
+        if not self.current_base.is_small:
             self.release_pipeline()
         began = time.monotonic()
         loading = self._start_loading(base)
@@ -318,18 +318,13 @@ class GpuLock:
         # No RLock: the generator may be closed by another thread than the one that locked.
         self._lock = threading.Lock()
 
-    @property
-    def is_small(self) -> bool:
-        """Return whether the present base fits beside a run."""
-        return self._ctx.current_base.is_small
-
     @contextmanager
     def reserve_for_images(self) -> Iterator[None]:
         """Wrap all images of a request.
 
         Raises UserError while a run trains that leaves no room for the base.
         """
-        if self.is_small:
+        if self._ctx.current_base.is_small:
             yield
             return
         # Load outside the lock, as it takes long.
@@ -345,7 +340,8 @@ class GpuLock:
         """Wrap a run's start: wait for the current images, then make room."""
         with self._lock:
             # A pipeline that is still loading is in RAM.
-            pipeline = None if self.is_small else self._ctx.get_loaded_pipeline()
-            if pipeline is not None and pipeline.has_gpu:
+            pipeline = self._ctx.get_loaded_pipeline()
+            is_small = self._ctx.current_base.is_small
+            if pipeline is not None and pipeline.has_gpu and not is_small:
                 pipeline.rest()
             yield

@@ -196,7 +196,7 @@ def test_failed_base_choice_keeps_the_old_base(context):
         512,
         new,
     )
-    assert not ctx.turns.is_small
+    assert not ctx.current_base.is_small
 
 
 INSPECTED_WHILE_LOADING = '''

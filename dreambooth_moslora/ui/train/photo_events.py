@@ -12,6 +12,7 @@ from dreambooth_moslora.ui.events import (
     GPU_EVENT,
     MESSAGE_EVENT,
     UNQUEUED_EVENT,
+    get_event_value,
     on,
     render_mistake,
 )
@@ -85,7 +86,7 @@ def _connect_adding(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts:
 
     @on(rows.drop, inputs_kwargs=fields, outputs=review_outputs, show_progress="hidden", **changing)
     def drop(event: gr.EventData, **values) -> tuple:
-        train_photos.remove_photo(ctx.workspace, get_photo_digest(event))
+        train_photos.remove_photo(ctx.workspace, get_event_value(event, "photo"))
         return render_review(ctx, values)
 
     # Update the grid when the page is loaded, or a field has changed that decides the crops.
@@ -148,11 +149,6 @@ def _connect_prompts(ctx: state.AppContext, fields: dict, parts: dict) -> None:
             return gr.HTML(visible=False)
         class_note = f" and tells it from “{class_prompt}”" if class_prompt else ""
         return gr.HTML(html.render_faint(f"Learns “{instance}”{class_note}."), visible=True)
-
-
-def get_photo_digest(event: gr.EventData) -> str:
-    """Return the digest that a row's button sends; "" if a script sends none."""
-    return str(event._data.get("photo")) if isinstance(event._data, dict) else ""
 
 
 def render_review(

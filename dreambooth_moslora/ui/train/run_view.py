@@ -104,7 +104,8 @@ def _list_values(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) ->
         "sheet": gr.Image(sheet, visible=bool(sheet)),
         "details": gr.Accordion(visible=True),
         "plot": gr.Image(plot, visible=bool(plot)),
-        "log": html.render_log(read_log_tail(job.run_dir)),
+        # CSS scrolls the log from its end, so it opens at the newest line.
+        "log": f"<pre>{html.escape(read_log_tail(job.run_dir))}</pre>",
     }
 
 

@@ -306,7 +306,9 @@ class TrainForm:
         # The form's own values come first, then those of the base's recipe.
         choices = plan.Choices(self.collect_settings(base, resolution_px, photos_dir, run_dir))
         scores_choice = self.scores
-        exposures = plan.choose_recipe(choices, measure_recipe_gib(base, is_later=is_queued))
+        # The embedded base needs no GPU, whatever its memory.
+        free_gib = None if toy_bases.is_toy(base) else measure_free_gib(is_later=is_queued)
+        exposures = plan.choose_recipe(choices, free_gib)
         # The settings that follow from the words, the photos, and the files on this machine.
         plan.choose_prompts(choices, clean_whitespace(self.class_word))
         photos = list(photos) or find_usable_photos(photos_dir, resolution_px)
@@ -366,19 +368,18 @@ PRIOR_FLAGS_PATTERN = r"--with_prior_preservation --prior adapter_off --class_pr
 def replace_flags(advice: str) -> str:
     """Replace flags in advice, or in an error, by the form's labels; other flags stay."""
     # Pattern of a flag -> the label that replaces it.
+    rows = [row for row in list_form_fields().values() if row.setting]
     labels = {
         r"--exposures_per_photo \d+": "a greater “Length”, or more “Steps”",
         PRIOR_FLAGS_PATTERN: f"“{list_form_fields()['prior_preservation'].label}”",
     }
-    for row in list_form_fields().values():
-        if row.setting and row.switch_values:
+    for row in rows:
+        if row.switch_values:
             labels[f"--{row.setting} {row.switch_values[1]}"] = f"“{row.label}”"
-        elif row.setting and row.is_number:
+        elif row.is_number:
             labels[rf"--{row.setting} ([\d.e-]+)"] = rf"“{row.label}” \1"
     # A flag without its value, as in errors.
-    for row in list_form_fields().values():
-        if row.setting:
-            labels[rf"--{row.setting}\b"] = f"“{row.label}”"
+    labels |= {rf"--{row.setting}\b": f"“{row.label}”" for row in rows}
     for flag, label in labels.items():
         advice = re.sub(flag, label, advice)
     return advice
@@ -400,14 +401,6 @@ def measure_free_gib(*, is_later: bool = False) -> float | None:
     # The memory that this process has reserved is released before the run begins.
     free_gib, total_gib = torch.cuda.mem_get_info()
     return (total_gib if is_later else free_gib + torch.cuda.memory_reserved()) / GIB
-
-
-def measure_recipe_gib(base: str, *, is_later: bool = False) -> float | None:
-    """Measure free GPU memory for the choice of recipe, GiB.
-
-    None without a GPU, and for the embedded base, which needs none.
-    """
-    return None if toy_bases.is_toy(base) else measure_free_gib(is_later=is_later)
 
 
 def find_usable_photos(photos_dir: Path, resolution_px: int) -> list[Photo]:

@@ -5,7 +5,7 @@ from typing import Any
 import gradio as gr
 
 from dreambooth_moslora.ui import html
-from dreambooth_moslora.ui.events import MESSAGE_EVENT, UNQUEUED_EVENT, on
+from dreambooth_moslora.ui.events import MESSAGE_EVENT, UNQUEUED_EVENT, get_event_value, on
 from dreambooth_moslora.ui.state import AppContext
 from dreambooth_moslora.ui.train.queue_view import QUEUE_WIDGETS, list_queue_changes
 from dreambooth_moslora.ui.train.run_list import list_runs
@@ -59,7 +59,7 @@ def _connect_list(parts: dict) -> None:
 
     @on(parts["runs"].choose, UNQUEUED_EVENT, inputs=None, outputs=parts["run"])
     def choose(event: gr.EventData) -> str:
-        return str(event._data.get("run")) if isinstance(event._data, dict) else ""
+        return get_event_value(event, "run")
 
     parts["runs"].choose(None, js=SHOW_STATUS_SCRIPT, **UNQUEUED_EVENT)
 
