@@ -77,22 +77,22 @@ def test_what_a_base_says_of_itself(row, world, tiny_base):
     name, source, is_here, family, side, refusal, unreachable = row
     name = name.format(world=world, tiny=tiny_base)
     settings = {"pretrained_model_name_or_path": name, "cache_dir": str(world)}
-    found = Base.of(settings)
-    assert found == Base.of(TrainConfig(**settings)) == Base.find(name, cache_dir=str(world))
-    assert Base.find(found) is found and hash(found) == hash(pickle.loads(pickle.dumps(found)))
-    assert (found.name, found.source, found.is_toy) == (name, source, "toy" in name)
-    assert (found.folder is not None, found.resolution_px) == (is_here, side)
+    base = Base.of(settings)
+    assert base == Base.of(TrainConfig(**settings)) == Base.find(name, cache_dir=str(world))
+    assert Base.find(base) is base and hash(base) == hash(pickle.loads(pickle.dumps(base)))
+    assert (base.name, base.source, base.is_toy) == (name, source, "toy" in name)
+    assert (base.folder is not None, base.resolution_px) == (is_here, side)
     if isinstance(family, str):
         with pytest.raises(UserError, match=family):
-            _ = found.facts
+            _ = base.facts
     else:
-        assert found.facts is family
+        assert base.facts is family
     with pytest.raises(UserError, match=refusal) if refusal else nullcontext():
-        found.check()
+        base.check()
     if unreachable:
-        assert unreachable in found.unreachable and found.index is None
+        assert unreachable in base.unreachable and base.index is None
     else:
-        assert found.unreachable is None
+        assert base.unreachable is None
 
 
 NO_BASE = {
@@ -137,11 +137,11 @@ def test_another_variant_is_looked_at(tiny_base, tmp_path):
 
 
 def test_a_run_that_was_moved_away_from_its_cache_is_drawn_with_the_usual_one(tmp_path):
-    here, gone = str(tmp_path), str(tmp_path / "gone")
+    cache, missing = str(tmp_path), str(tmp_path / "gone")
     config = {"pretrained_model_name_or_path": "owner/model", "revision": "v1", "variant": "fp16"}
-    for cache_dir, told in ((here, here), (gone, None)):
-        found = Base.of_run(TrainConfig(**config, cache_dir=cache_dir))
-        assert found == Base.find("owner/model", revision="v1", cache_dir=told)
+    for cache_dir, expected in ((cache, cache), (missing, None)):
+        base = Base.of_run(TrainConfig(**config, cache_dir=cache_dir))
+        assert base == Base.find("owner/model", revision="v1", cache_dir=expected)
 
 
 def test_to_ask_a_base_takes_no_torch():

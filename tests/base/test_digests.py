@@ -112,8 +112,8 @@ def test_a_single_file_of_a_unet_decides_all_parts_and_its_tokenizers_lie_beside
     assert not {*digests(Base.find(file)).values()} & {*second.values()}
 
     # Another VAE is told by its own files.
-    other = digests(Base.find(file, vae=str(tiny_base / "vae")))
-    assert other["vae"] == digests(Base.find(tiny_base))["vae"]
+    with_vae = digests(Base.find(file, vae=str(tiny_base / "vae")))
+    assert with_vae["vae"] == digests(Base.find(tiny_base))["vae"]
 
 
 def test_a_transformers_file_decides_it_alone(tmp_path):

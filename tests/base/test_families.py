@@ -38,11 +38,11 @@ NAMES = slow_but(("flux", "z_image"), TINY_FAMILIES)
 PX = 64
 PROMPTS = list(TinyFamily.prompts)
 CROPS = torch.tensor([[PX, PX, 0, 0, PX, PX]] * 2, dtype=torch.float32)
-each = pytest.mark.parametrize("made", NAMES, indirect=True)
+each = pytest.mark.parametrize("loaded", NAMES, indirect=True)
 
 
 @pytest.fixture
-def made(request, tmp_path):
+def loaded(request, tmp_path):
     pipe, row = tiny_pipeline(request.param, tmp_path), TINY_FAMILIES[request.param]
     options = build_encoding_options(row.settings) | row.instructed
     return pipe, build_family(pipe, embedded_guidance=3.5, options=options)
@@ -84,51 +84,51 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 @torch.no_grad()
 @each
-def test_the_pipelines_own_step_is_ours(made):
-    ours, theirs, _ = steps_of_both(*made, drawn_together(made[1]))
+def test_the_pipelines_own_step_is_ours(loaded):
+    ours, theirs, _ = steps_of_both(*loaded, drawn_together(loaded[1]))
     assert relative(ours, theirs) < 2e-6
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("made", ["qwen_image"], indirect=True)
-def test_texts_of_one_length_go_to_qwen_image_without_a_mask_as_by_its_pipeline(made):
-    ours, theirs, calls = steps_of_both(*made, ["a photo of sks dog", "a photo of sks cat"])
+@pytest.mark.parametrize("loaded", ["qwen_image"], indirect=True)
+def test_texts_of_one_length_go_to_qwen_image_without_a_mask_as_by_its_pipeline(loaded):
+    ours, theirs, calls = steps_of_both(*loaded, ["a photo of sks dog", "a photo of sks cat"])
     assert relative(ours, theirs) < 2e-6
-    masks = [
-        given[2] if given else named["encoder_hidden_states_mask"] for given, named, _ in calls
-    ]
+    masks = [args[2] if args else kwargs["encoder_hidden_states_mask"] for args, kwargs, _ in calls]
     assert len(masks) == 4 and all(mask is None for mask in masks)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("made", ["krea2"], indirect=True)
-def test_krea_2_predicts_without_the_padding_of_its_texts_what_it_predicts_with_it(made):
+@pytest.mark.parametrize("loaded", ["krea2"], indirect=True)
+def test_krea_2_predicts_without_the_padding_of_its_texts_what_it_predicts_with_it(loaded):
     """Filled up to the longest text of a batch alone."""
-    pipe, family = made
+    pipe, family = loaded
     z, t = family.encode_latents(pipe.vae, pixels()), torch.tensor([300.0, 700.0])
     padded = dict(zip(family.names, pipe.encode_prompt(PROMPTS)))
     lengths = padded["prompt_embeds_mask"].sum(1)
-    words = family.collate(family.encode_prompts(pipe, PROMPTS))
-    assert words["prompt_embeds"].shape[1] == lengths.max() < padded["prompt_embeds"].shape[1]
-    assert words["prompt_embeds_mask"].sum(1).tolist() == lengths.tolist()
+    unpadded = family.collate(family.encode_prompts(pipe, PROMPTS))
+    assert unpadded["prompt_embeds"].shape[1] == lengths.max() < padded["prompt_embeds"].shape[1]
+    assert unpadded["prompt_embeds_mask"].sum(1).tolist() == lengths.tolist()
 
-    found = [family.predict(pipe.transformer, z, t, CROPS, **said) for said in (words, padded)]
-    assert relative(*found) < 1e-6
+    predictions = [
+        family.predict(pipe.transformer, z, t, CROPS, **text) for text in (unpadded, padded)
+    ]
+    assert relative(*predictions) < 1e-6
 
 
 def steps_of_both(pipe, family, prompts: list[str]) -> tuple[Tensor, Tensor, list]:
     """Our prediction and the pipeline's at its first step, and the calls of the denoiser: the
     pipeline's three, then ours; each its arguments, the named ones and the result."""
     denoiser = getattr(pipe, family.facts.denoiser)
-    words = family.collate(family.encode_prompts(pipe, prompts))
+    text = family.collate(family.encode_prompts(pipe, prompts))
     noise = torch.randn(
         family.encode_latents(pipe.vae, pixels()).shape, generator=torch.Generator().manual_seed(1)
     )
-    calls, seen = [], []
+    calls, steps = [], []
     denoiser.register_forward_hook(lambda module, *call: calls.append(call), with_kwargs=True)
 
     def on_step(pipe, number, t, tensors):
-        seen.append((float(t), tensors["latents"].clone()))
+        steps.append((float(t), tensors["latents"].clone()))
         return tensors
 
     options = {
@@ -137,14 +137,14 @@ def steps_of_both(pipe, family, prompts: list[str]) -> tuple[Tensor, Tensor, lis
         "callback_on_step_end": on_step,
         **unguided(family),
     }
-    pipe(**words, latents=as_taken(family, noise).clone(), **options)
-    t, after = torch.full((2,), seen[0][0]), as_latents(seen[0][1], noise)
+    pipe(**text, latents=as_taken(family, noise).clone(), **options)
+    t, after = torch.full((2,), steps[0][0]), as_latents(steps[0][1], noise)
     if family.facts.style == "ddpm":
-        (z, *_), _, found = calls[0]
-        theirs = found[0]
+        (z, *_), _, output = calls[0]
+        theirs = output[0]
     else:
         z, theirs = noise, (after - noise) / (pipe.scheduler.sigmas[1] - pipe.scheduler.sigmas[0])
-    return family.predict(denoiser, z, t, CROPS, **words), theirs, calls
+    return family.predict(denoiser, z, t, CROPS, **text), theirs, calls
 
 
 class DecodedError(Exception):
@@ -153,46 +153,46 @@ class DecodedError(Exception):
 
 @torch.no_grad()
 @each
-def test_the_pipeline_decodes_our_latents_to_the_posteriors_mean(made, monkeypatch):
+def test_the_pipeline_decodes_our_latents_to_the_posteriors_mean(loaded, monkeypatch):
     """With an answer of zeros a flow stays where it is."""
-    pipe, family = made
+    pipe, family = loaded
     z = family.encode_latents(pipe.vae, pixels())
 
-    def decode(given: Tensor, *_, **__):
-        raise DecodedError(given)
+    def decode(decoded: Tensor, *_, **__):
+        raise DecodedError(decoded)
 
     if family.facts.style == "ddpm":
-        given = z / pipe.vae.config.scaling_factor
+        decoded = z / pipe.vae.config.scaling_factor
     else:
         monkeypatch.setattr(pipe.vae, "decode", decode)
         getattr(pipe, family.facts.denoiser).register_forward_hook(
-            lambda m, a, found: zeros_like(found)
+            lambda m, a, output: zeros_like(output)
         )
-        words = family.collate(family.encode_prompts(pipe, drawn_together(family)))
+        text = family.collate(family.encode_prompts(pipe, drawn_together(family)))
         with pytest.raises(DecodedError) as reached:
             pipe(
-                **words,
+                **text,
                 latents=as_taken(family, z).clone(),
                 num_inference_steps=2,
                 **unguided(family),
             )
-        given = reached.value.args[0]
-    shown = pixels()
+        decoded = reached.value.args[0]
+    images = pixels()
     if pipe.vae.config.get("in_channels") == 4:
-        shown = torch.cat([shown, torch.ones_like(shown[:, :1])], dim=1)  # opaque
-    encoded = pipe.vae.encode(shown[:, :, None] if given.ndim == 5 else shown)
+        images = torch.cat([images, torch.ones_like(images[:, :1])], dim=1)  # opaque
+    encoded = pipe.vae.encode(images[:, :, None] if decoded.ndim == 5 else images)
     assert (
         relative(
-            given, encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+            decoded, encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
         )
         < 2e-6
     )
 
 
-def zeros_like(found):
-    first = found[0]
+def zeros_like(output):
+    first = output[0]
     return (
-        [torch.zeros_like(one) for one in first]
+        [torch.zeros_like(latent) for latent in first]
         if isinstance(first, list)
         else torch.zeros_like(first),
     )
@@ -200,49 +200,56 @@ def zeros_like(found):
 
 @torch.no_grad()
 @each
-def test_prompts_of_unequal_length_give_in_a_batch_what_each_gives_alone(made):
-    pipe, family = made
+def test_prompts_of_unequal_length_give_in_a_batch_what_each_gives_alone(loaded):
+    pipe, family = loaded
     denoiser, texts = getattr(pipe, family.facts.denoiser), family.encode_prompts(pipe, PROMPTS)
     z, t = family.encode_latents(pipe.vae, pixels()), torch.tensor([300.0, 700.0])
     together = family.predict(denoiser, z, t, CROPS, **family.collate(texts))
     for row in range(2):
-        one = slice(row, row + 1)
-        alone = family.predict(denoiser, z[one], t[one], CROPS[one], **family.collate(texts[one]))
-        assert relative(together[one], alone) < 1e-5
+        rows = slice(row, row + 1)
+        alone = family.predict(
+            denoiser, z[rows], t[rows], CROPS[rows], **family.collate(texts[rows])
+        )
+        assert relative(together[rows], alone) < 1e-5
 
 
 @each
-def test_recomputation_changes_no_gradient(made):
-    pipe, family = made
+def test_recomputation_changes_no_gradient(loaded):
+    pipe, family = loaded
     denoiser = getattr(pipe, family.facts.denoiser).train()
     weights = [layer.weight for layer in denoiser.modules() if isinstance(layer, torch.nn.Linear)]
-    found = [gradients_of(family, pipe, weights)]
+    gradients = [gradients_of(family, pipe, weights)]
     denoiser.enable_gradient_checkpointing()
-    found.append(gradients_of(family, pipe, weights))
-    assert [one is None for one in found[0]] == [other is None for other in found[1]]
-    pairs = [pair for pair in zip(*found) if pair[0] is not None]
+    gradients.append(gradients_of(family, pipe, weights))
+    assert [plain is None for plain in gradients[0]] == [
+        recomputed is None for recomputed in gradients[1]
+    ]
+    pairs = [pair for pair in zip(*gradients) if pair[0] is not None]
     assert (
         len(pairs) > 10
-        and max(relative(one, other) for one, other in pairs if other.norm() > 1e-9) < 1e-4
+        and max(
+            relative(plain, recomputed) for plain, recomputed in pairs if recomputed.norm() > 1e-9
+        )
+        < 1e-4
     )
 
 
 @torch.no_grad()
 def predicted(family, pipe) -> Tensor:
     """Of two prompts."""
-    words, z = (
+    text, z = (
         family.collate(family.encode_prompts(pipe, PROMPTS)),
         family.encode_latents(pipe.vae, pixels()),
     )
     return family.predict(
-        getattr(pipe, family.facts.denoiser), z, torch.tensor([300.0, 700.0]), CROPS, **words
+        getattr(pipe, family.facts.denoiser), z, torch.tensor([300.0, 700.0]), CROPS, **text
     )
 
 
 def gradients_of(family, pipe, weights: list[Tensor]) -> list[Tensor | None]:
     """Of the squared prediction for two prompts."""
     with torch.no_grad():
-        words, z = (
+        text, z = (
             family.collate(family.encode_prompts(pipe, PROMPTS)),
             family.encode_latents(pipe.vae, pixels()),
         )
@@ -250,7 +257,7 @@ def gradients_of(family, pipe, weights: list[Tensor]) -> list[Tensor | None]:
         weight.requires_grad_().grad = None
     denoiser = getattr(pipe, family.facts.denoiser)
     family.predict(
-        denoiser, z, torch.tensor([300.0, 700.0]), CROPS, **words
+        denoiser, z, torch.tensor([300.0, 700.0]), CROPS, **text
     ).square().mean().backward()
     return [weight.grad for weight in weights]
 
@@ -264,58 +271,60 @@ def test_chroma_has_other_gradients_when_it_is_recomputed_and_so_is_no_family():
         for name, size in (("hidden_dim", 8), ("layers", 1), ("num_channels", 8))
     }
     torch.manual_seed(0)
-    denoiser, found = diffusers.ChromaTransformer2DModel(**sizes).train(), []
-    words, z, mask = (
+    denoiser, gradients = diffusers.ChromaTransformer2DModel(**sizes).train(), []
+    text, z, mask = (
         torch.randn(1, 5, 8),
         torch.randn(1, 4, 4),
         torch.tensor([[1.0] * 2 + [0.0] * 3 + [1.0] * 4]),
     )
-    places = {"img_ids": torch.zeros(4, 3), "txt_ids": torch.zeros(5, 3), "attention_mask": mask}
-    for begin in (denoiser.disable_gradient_checkpointing, denoiser.enable_gradient_checkpointing):
-        begin()
+    ids = {"img_ids": torch.zeros(4, 3), "txt_ids": torch.zeros(5, 3), "attention_mask": mask}
+    for switch in (denoiser.disable_gradient_checkpointing, denoiser.enable_gradient_checkpointing):
+        switch()
         denoiser.zero_grad()
-        denoiser(z, words, torch.tensor([0.5]), **places).sample.square().mean().backward()
-        found.append(denoiser.x_embedder.weight.grad)
-    assert relative(*found) > 1e-2
+        denoiser(z, text, torch.tensor([0.5]), **ids).sample.square().mean().backward()
+        gradients.append(denoiser.x_embedder.weight.grad)
+    assert relative(*gradients) > 1e-2
 
 
 @torch.no_grad()
 @each
-def test_a_picture_is_drawn_from_kept_texts_when_the_encoders_are_gone(made):
+def test_a_picture_is_drawn_from_kept_texts_when_the_encoders_are_gone(loaded):
     """Guided; alone and beside another; and it is what the pipeline draws of the same words."""
-    pipe, family = made
+    pipe, family = loaded
     prompts = drawn_together(family)
-    taken = inspect.signature(pipe.__call__).parameters
-    against = "a cat" if family.facts.has_negative and "negative_prompt" in taken else ""
-    said = {"prompt": [*prompts], **family.options} | (
-        {"negative_prompt": [against] * 2} if against else {}
+    parameters = inspect.signature(pipe.__call__).parameters
+    negative = "a cat" if family.facts.has_negative and "negative_prompt" in parameters else ""
+    arguments = {"prompt": [*prompts], **family.options} | (
+        {"negative_prompt": [negative] * 2} if negative else {}
     )
-    said |= {name: False for name in ("use_resolution_binning",) if name in taken}
+    arguments |= {name: False for name in ("use_resolution_binning",) if name in parameters}
 
-    def draw(rows: list[int], **words) -> Tensor:
+    def draw(rows: list[int], **text) -> Tensor:
         seeds = [torch.Generator().manual_seed(row) for row in rows]
         options = {
             family.facts.guidance_name: family.facts.guidance,
             "num_inference_steps": 2,
             "output_type": "pt",
         }
-        words = drop_unused_negative(family.facts, words, family.facts.guidance)
-        return pipe(**words, generator=seeds, height=PX, width=PX, **options).images
+        text = drop_unused_negative(family.facts, text, family.facts.guidance)
+        return pipe(**text, generator=seeds, height=PX, width=PX, **options).images
 
     theirs, texts, empty = (
-        draw([0, 1], **said),
+        draw([0, 1], **arguments),
         family.encode_prompts(pipe, prompts),
-        family.encode_negative(pipe, against),
+        family.encode_negative(pipe, negative),
     )
     pipe.register_modules(**dict.fromkeys(family.facts.encoders))
 
-    def kept(rows: list[int]) -> dict:
+    def collate_rows(rows: list[int]) -> dict:
         return family.add_negative(
             family.collate([texts[row] for row in rows]), family.collate([empty] * len(rows))
         )
 
-    both, one = draw([0, 1], **kept([0, 1])), draw([0], **kept([0]))
-    assert both.shape[0] == 2 and relative(both[:1], one) < 1e-4 and relative(both, theirs) < 1e-4
+    pair, single = draw([0, 1], **collate_rows([0, 1])), draw([0], **collate_rows([0]))
+    assert (
+        pair.shape[0] == 2 and relative(pair[:1], single) < 1e-4 and relative(pair, theirs) < 1e-4
+    )
 
 
 def test_each_family_has_methods_and_the_class_of_its_pipeline_and_another_is_refused_by_name():
@@ -338,10 +347,10 @@ def test_each_family_has_methods_and_the_class_of_its_pipeline_and_another_is_re
 
 
 @each
-def test_the_fused_path_has_the_gradients_of_peft(made):
+def test_the_fused_path_has_the_gradients_of_peft(loaded):
     """With working copies: projections of pictures and of texts, with biases or without. Switched
     off, it is the base bit for bit."""
-    pipe, family = made
+    pipe, family = loaded
     denoiser = getattr(pipe, family.facts.denoiser)
     paths = [path for path in get_matrix_layers(denoiser) if is_adapted(path, family.facts.targets)]
     of_base = predicted(family, pipe)
@@ -359,7 +368,9 @@ def test_the_fused_path_has_the_gradients_of_peft(made):
         gradients_of(family, pipe, weights)
         step.collect()
     fast = [weight.grad for weight in weights]
-    assert max(relative(one, other) for one, other in zip(fast, slow) if other is not None) < 1e-4
+    assert (
+        max(relative(fused, plain) for fused, plain in zip(fast, slow) if plain is not None) < 1e-4
+    )
     with disable_layers(list(get_adapter_layers(denoiser).values())):
         assert torch.equal(predicted(family, pipe), of_base)
 
@@ -390,11 +401,11 @@ print(*told, asked)
 
 def test_a_base_on_the_hub_is_asked_once_which_family_it_is():
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", HUB], env=environment, capture_output=True, text=True, check=True
     )
-    asked = (
+    requests = (
         "['/some/Z-Image/resolve/main/model_index.json', "
         "'/some/other/resolve/main/model_index.json']"
     )
-    assert found.stdout.strip() == f"z_image None {asked}"
+    assert result.stdout.strip() == f"z_image None {requests}"

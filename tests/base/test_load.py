@@ -87,14 +87,14 @@ def test_text_equals_what_the_pipeline_itself_encodes(pipeline):
     for force_zeros in (True, False):
         pipeline.register_to_config(force_zeros_for_empty_prompt=force_zeros)
         texts = load.SDXL_FAMILY.encode_prompts(pipeline, ["", "a photo of sks dog"])
-        found, found_pooled = embeds_of(texts), pooled_of(texts)
-        embeds, nothing, pooled, pooled_nothing = pipeline.encode_prompt(
+        encoded, encoded_pooled = embeds_of(texts), pooled_of(texts)
+        embeds, negative, pooled, pooled_negative = pipeline.encode_prompt(
             ["a photo of sks dog"], negative_prompt=None
         )
-        assert found.shape == (2, 77, 48) and found_pooled.shape == (2, 32)
-        assert torch.allclose(found, torch.cat([nothing, embeds]), atol=1e-5)
-        assert torch.allclose(found_pooled, torch.cat([pooled_nothing, pooled]), atol=1e-5)
-        assert bool(found[0].any()) is not force_zeros
+        assert encoded.shape == (2, 77, 48) and encoded_pooled.shape == (2, 32)
+        assert torch.allclose(encoded, torch.cat([negative, embeds]), atol=1e-5)
+        assert torch.allclose(encoded_pooled, torch.cat([pooled_negative, pooled]), atol=1e-5)
+        assert bool(encoded[0].any()) is not force_zeros
 
 
 def drawn(vae, latents):
@@ -179,7 +179,9 @@ def test_one_latent_is_decoded_at_a_time_and_tiling_and_free_memory_are_as_they_
     latents = torch.randn(4, 4, 8, 8)
     pixels = decode.decode_pixels(vae, latents)
     assert vae.shapes == [(1, 8, 8)] * 4
-    assert torch.equal(pixels, torch.cat([decode.decode_pixels(vae, one[None]) for one in latents]))
+    assert torch.equal(
+        pixels, torch.cat([decode.decode_pixels(vae, latent[None]) for latent in latents])
+    )
 
     # By a pipeline that decodes by itself, too.
     vae.shapes.clear()
@@ -199,10 +201,10 @@ def test_one_latent_is_decoded_at_a_time_and_tiling_and_free_memory_are_as_they_
             with decode.enable_tiling(vae, (1024, 1024), vae.device, bytes_per_pixel):
                 assert vae.tile_latent_min_size == side
     assert vae.use_tiling and vae.tile_latent_min_size == 8
-    gib, seen = 2**30, {"mem_get_info": (3, 8), "memory_reserved": 4, "memory_allocated": 2}
-    for name, found in seen.items():
-        found = tuple(gib * n for n in found) if isinstance(found, tuple) else gib * found
-        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    gib, measured = 2**30, {"mem_get_info": (3, 8), "memory_reserved": 4, "memory_allocated": 2}
+    for name, value in measured.items():
+        value = tuple(gib * n for n in value) if isinstance(value, tuple) else gib * value
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert devices.measure_free_gib(torch.device("cuda")) == 5.0
     assert devices.measure_free_gib(torch.device("cpu")) is None
 
@@ -274,11 +276,11 @@ DAMAGES = {
 def test_a_damaged_base_is_one_line_and_the_same_in_dry_run_and_in_training(name, base):
     damage, says = DAMAGES[name]
     damage(base)
-    with pytest.raises(UserError, match=says) as seen:
+    with pytest.raises(UserError, match=says) as checked:
         Base.find(base).check()
     with pytest.raises(UserError, match=says) as loaded:
         load.load_pipeline(base)
-    assert str(seen.value) == str(loaded.value) and "\n" not in str(seen.value)
+    assert str(checked.value) == str(loaded.value) and "\n" not in str(checked.value)
 
 
 def test_what_only_the_loader_can_see_is_one_line_too(base, tiny_base):
@@ -357,9 +359,9 @@ def test_a_base_that_is_here_in_fp16_alone_is_drawn_with_from_these_files(
             "cache_dir": str(tmp_path),
         }
         RunDir(tmp_path).config_path.write_text(json.dumps(run))
-        told = find_runs_base([str(tmp_path)])
-        assert told == Base.of_run(TrainConfig(**run))
-        assert SubjectPipeline.from_base(told).pipeline.unet.num_parameters()
+        base = find_runs_base([str(tmp_path)])
+        assert base == Base.of_run(TrainConfig(**run))
+        assert SubjectPipeline.from_base(base).pipeline.unet.num_parameters()
         with pytest.raises(UserError, match="owner/half cannot be loaded"):
             SubjectPipeline.from_base("owner/half")
     load.load_pipeline(tiny_base).unet.save_pretrained(folder / "unet")
@@ -384,10 +386,10 @@ def test_it_is_the_same_model_as_the_folder(checkpoint, tiny_base):
         (getattr(ours, part), getattr(truth, part))
         for part in ("unet", "vae", "text_encoder", "text_encoder_2")
     ]
-    for one, other in pairs:
-        found, wanted = one.state_dict(), other.state_dict()
-        assert found.keys() == wanted.keys() and all(
-            torch.equal(found[name], wanted[name]) for name in wanted
+    for ours_part, truth_part in pairs:
+        actual, expected = ours_part.state_dict(), truth_part.state_dict()
+        assert actual.keys() == expected.keys() and all(
+            torch.equal(actual[name], expected[name]) for name in expected
         )
 
 
@@ -467,8 +469,8 @@ VAE_ATTENTION = {
 
 def attention_name(name):
     """Of a VAE's attention, as its authors call it."""
-    start, middle, rest = name.partition("mid_block.attentions.0.")
-    part, dot, kind = rest.rpartition(".")
+    start, middle, suffix = name.partition("mid_block.attentions.0.")
+    part, dot, kind = suffix.rpartition(".")
     return f"{start}mid.attn_1.{VAE_ATTENTION[part]}{dot}{kind}" if middle else name
 
 
@@ -496,16 +498,16 @@ def family_file(request, tmp_path):
     }
     save_file(tensors, tmp_path / "model.safetensors")
     facts = next(facts for facts in FAMILIES if facts.name == request.param)
-    own = (facts.denoiser,) if facts.style == "flow" else (facts.denoiser, "vae", "text_encoder")
+    parts = (facts.denoiser,) if facts.style == "flow" else (facts.denoiser, "vae", "text_encoder")
 
-    def others(folder, names):
+    def list_weights(folder, names):
         return [
             name
             for name in names
-            if name.endswith(".safetensors") and any(f"/{part}" in folder for part in own)
+            if name.endswith(".safetensors") and any(f"/{part}" in folder for part in parts)
         ]
 
-    shutil.copytree(tmp_path / "folder", tmp_path / "model", ignore=others)
+    shutil.copytree(tmp_path / "folder", tmp_path / "model", ignore=list_weights)
     return facts, tmp_path / "folder", tmp_path / "model.safetensors"
 
 
@@ -519,7 +521,7 @@ def test_a_file_is_the_same_model_as_its_folder_and_trains(family_file, tmp_path
     assert ours.keys() == truth.keys() and all(
         torch.equal(ours[name], truth[name]) for name in truth
     )
-    found, photos = [], paint_photos(tmp_path / "photos")
+    adapters, photos = [], paint_photos(tmp_path / "photos")
     for base in (folder, file):
         out = tmp_path / base.stem / "run"
         train(
@@ -531,8 +533,8 @@ def test_a_file_is_the_same_model_as_its_folder_and_trains(family_file, tmp_path
                 max_train_steps=1,
             )
         )
-        found.append(load_file(out / "pytorch_lora_weights.safetensors"))
-    torch.testing.assert_close(*found, rtol=0, atol=5e-5)
+        adapters.append(load_file(out / "pytorch_lora_weights.safetensors"))
+    torch.testing.assert_close(*adapters, rtol=0, atol=5e-5)
 
 
 def test_a_file_without_the_rest_is_known_by_its_tensors_and_refused_by_the_familys_name(
@@ -541,9 +543,9 @@ def test_a_file_without_the_rest_is_known_by_its_tensors_and_refused_by_the_fami
     facts, _, file = family_file
     shutil.rmtree(file.with_suffix(""))
     assert base_size.find_base_size(Base.find(file), ()).family is Base.find(file).facts is facts
-    rest = "configs that belong to them could not be fetched"
+    message = "configs that belong to them could not be fetched"
     with pytest.raises(
-        UserError, match=rest if facts.style == "ddpm" else "holds Z-Image's transformer alone"
+        UserError, match=message if facts.style == "ddpm" else "holds Z-Image's transformer alone"
     ):
         load.load_pipeline(file)
 
@@ -618,8 +620,8 @@ def test_a_base_chooses_no_kernel_and_runs_no_pickle(tiny_base, tmp_path):
     """A kernel on the hub is code; without it the base did not load."""
     base = shutil.copytree(tiny_base, tmp_path / "base")
     config = base / "text_encoder" / "config.json"
-    named = {"attn_implementation": "owner/kernel", "_attn_implementation": "owner/kernel"}
-    config.write_text(json.dumps(json.loads(config.read_text()) | named))
+    kernels = {"attn_implementation": "owner/kernel", "_attn_implementation": "owner/kernel"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | kernels))
     loaded = load.load_pipeline(base).text_encoder
     assert "owner" not in str(loaded.config._attn_implementation)
 
@@ -635,16 +637,18 @@ def test_a_flows_picture_is_decoded_in_tiles_where_memory_is_short(name, tmp_pat
     """By the pipeline itself: Qwen-Image's decoder takes 6.8 GiB for a whole picture of 1024 px."""
     pipe = tiny_pipeline(name, tmp_path)
     family = families.build_family(pipe)
-    said, empty = (family.collate(family.encode_prompts(pipe, [words])) for words in ("a dog", " "))
-    seen, whole = [], pipe.vae.decode
+    text, empty = (
+        family.collate(family.encode_prompts(pipe, [prompt])) for prompt in ("a dog", " ")
+    )
+    tiling, whole = [], pipe.vae.decode
 
-    def noted(*given, **options):
-        seen.append(pipe.vae.use_tiling)
-        return whole(*given, **options)
+    def record_tiling(*args, **options):
+        tiling.append(pipe.vae.use_tiling)
+        return whole(*args, **options)
 
-    monkeypatch.setattr(pipe.vae, "decode", noted)
+    monkeypatch.setattr(pipe.vae, "decode", record_tiling)
     for free in (None, 1e-4):
         monkeypatch.setattr(devices, "measure_free_gib", lambda device, free=free: free)
-        words = family.add_negative(said, empty)
-        sampling.generate_pixels(pipe, words, [0], (64, 64), num_inference_steps=1)
-    assert seen == [False, True] and not pipe.vae.use_tiling
+        prompt = family.add_negative(text, empty)
+        sampling.generate_pixels(pipe, prompt, [0], (64, 64), num_inference_steps=1)
+    assert tiling == [False, True] and not pipe.vae.use_tiling

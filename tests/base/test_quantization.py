@@ -61,12 +61,12 @@ def test_only_projections_in_blocks_that_the_kernels_can_take_are_quantised(
     assert not caplog.text
     inject(unet, LoraConfig(r=4, target_modules=["to_q"]))
     assert type(layers["to_q"]) is KINDS[kind][1]
-    seen, move = [], bnb.Linear4bit.to
+    devices, move = [], bnb.Linear4bit.to
     monkeypatch.setattr(
-        bnb.Linear4bit, "to", lambda self, device: seen.append(str(device)) or move(self, device)
+        bnb.Linear4bit, "to", lambda self, device: devices.append(str(device)) or move(self, device)
     )
     quantize(Unet(), "nf4", torch.float32, "cpu:0")
-    assert seen == ["cpu:0", "cpu"]
+    assert devices == ["cpu:0", "cpu"]
 
 
 def of_4_bit(weight: torch.Tensor) -> torch.Tensor:
@@ -96,16 +96,21 @@ def test_a_dense_layer_is_forgotten_before_the_next_is_quantised(kind, monkeypat
     unet.transformer_blocks = nn.ModuleList(blocks)
     dense = [weakref.ref(block["to_q"]) for block in blocks]
     del blocks
-    left = []
-    packing = quantization.quantize_layer
+    live_counts = []
+    pack = quantization.quantize_layer
 
-    def counted(*given, **options):
-        left.append(sum(one() is not None for one in dense))
-        return packing(*given, **options)
+    def count_and_pack(*args, **options):
+        live_counts.append(sum(layer_ref() is not None for layer_ref in dense))
+        return pack(*args, **options)
 
-    monkeypatch.setattr(quantization, "quantize_layer", counted)
+    monkeypatch.setattr(quantization, "quantize_layer", count_and_pack)
     quantize(unet, kind, torch.float32)
-    assert left == [4, 3, 2, 1] or left == [4, 4, 3, 2]  # the one before may wait in a name
+    assert live_counts == [4, 3, 2, 1] or live_counts == [
+        4,
+        4,
+        3,
+        2,
+    ]  # the one before may wait in a name
 
     # And it is not moved: its weights are, and go again.
     layer = nn.Linear(64, 64)
@@ -127,11 +132,11 @@ def test_an_outlier_coarsens_its_group_alone_and_zeros_stay(dtype):
     """As do numbers beyond what fp16 squares, where bitsandbytes casts activations to fp16."""
     weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
     weight[0, 3], weight[1] = 1000.0, 0.0
-    found = dequantize_weight(*quantize_weight(weight, dtype)).float()
-    assert (found[2:] - weight[2:]).norm() < 0.01 * weight[2:].norm()
-    assert (found[0, 128:] - weight[0, 128:]).norm() < 0.01 * weight[0, 128:].norm()
-    assert found[0, 3] == pytest.approx(1000, rel=0.01) and not found[1].any()
-    assert found.isfinite().all()
+    restored = dequantize_weight(*quantize_weight(weight, dtype)).float()
+    assert (restored[2:] - weight[2:]).norm() < 0.01 * weight[2:].norm()
+    assert (restored[0, 128:] - weight[0, 128:]).norm() < 0.01 * weight[0, 128:].norm()
+    assert restored[0, 3] == pytest.approx(1000, rel=0.01) and not restored[1].any()
+    assert restored.isfinite().all()
 
 
 def test_a_layer_in_8_bit_computes_as_its_unpacked_weights_and_keeps_none_of_them():
@@ -142,14 +147,14 @@ def test_a_layer_in_8_bit_computes_as_its_unpacked_weights_and_keeps_none_of_the
     dense.weight.data = layer.dequantize()
     assert layer.weight.nbytes + layer.scales.nbytes < 0.52 * dense.weight.nbytes
     x = (1e5 * torch.randn(3, 5, 64)).to(torch.bfloat16)
-    results, kept = [], []
-    for one in (dense, layer):
-        given = x.clone().requires_grad_()
+    results, saved_dtypes = [], []
+    for model in (dense, layer):
+        inputs = x.clone().requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda saved: kept.append(saved.dtype) or saved, lambda saved: saved
+            lambda saved: saved_dtypes.append(saved.dtype) or saved, lambda saved: saved
         ):
-            found = one(given)
-        found.float().square().sum().backward()
-        results.append((found, given.grad))
+            outputs = model(inputs)
+        outputs.float().square().sum().backward()
+        results.append((outputs, inputs.grad))
     assert all(map(torch.equal, *results)) and results[0][0].isfinite().all()
-    assert kept == [torch.bfloat16, torch.int8, torch.bfloat16]
+    assert saved_dtypes == [torch.bfloat16, torch.int8, torch.bfloat16]

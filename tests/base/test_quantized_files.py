@@ -53,9 +53,9 @@ def fp8_by_blocks(weight, size=128, **beside):
     counts = [math.ceil(length / size) for length in weight.shape]
     factors = torch.empty(*counts)
     for row, column in product(*map(range, counts)):
-        own = slice(size * row, size * row + size), slice(size * column, size * column + size)
-        factors[row, column] = weight[own].abs().max() / 448
-        quantized[own] = (weight[own] / factors[row, column]).to(E4M3)
+        block = slice(size * row, size * row + size), slice(size * column, size * column + size)
+        factors[row, column] = weight[block].abs().max() / 448
+        quantized[block] = (weight[block] / factors[row, column]).to(E4M3)
     return {"weight": quantized, "weight_scale_inv": factors, **beside}
 
 

@@ -37,18 +37,18 @@ def gradients(
     copied = fast_linear.WorkingCopies(denoiser)
 
     # The pass of the prior without gradients, then a step.
-    words = family.collate(family.encode_prompts(pipeline, ["a dog"]))
+    text = family.collate(family.encode_prompts(pipeline, ["a dog"]))
     z = torch.randn(1, *latent_shape(name, denoiser))
-    crops = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
+    time_ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
     t = torch.tensor([500.0])
     with copied.attach_copies() as step:
         with torch.no_grad():
-            family.predict(denoiser, z, t, crops, **words)
-        found = family.predict(denoiser, z, t, crops, **words)
-        found.square().sum().backward()
+            family.predict(denoiser, z, t, time_ids, **text)
+        prediction = family.predict(denoiser, z, t, time_ids, **text)
+        prediction.square().sum().backward()
         step.collect()
-    learnt = [weight.grad for weight in denoiser.parameters() if weight.grad is not None]
-    return found.detach(), learnt, (denoiser, streamed)
+    learned = [weight.grad for weight in denoiser.parameters() if weight.grad is not None]
+    return prediction.detach(), learned, (denoiser, streamed)
 
 
 TARGETS = ("to_q", "to_qkv_mlp_proj")
@@ -73,8 +73,8 @@ def test_streamed_blocks_give_the_same_gradients_bit_for_bit(name, kind, tmp_pat
     """With recomputation and packed, though copies end late and each place is overwritten."""
     copies = LateCopies()
     whole, expected, _ = gradients(name, tmp_path / "whole", kind, copies=None)
-    found, learnt, (denoiser, streamed) = gradients(name, tmp_path / "streamed", kind, copies)
-    assert torch.equal(found, whole) and len(learnt) == len(expected) > 0
+    prediction, learnt, (denoiser, streamed) = gradients(name, tmp_path / "streamed", kind, copies)
+    assert torch.equal(prediction, whole) and len(learnt) == len(expected) > 0
     assert all(map(torch.equal, learnt, expected))
 
     # Three passes bring each block once, but for the two that the backward pass finds there.
@@ -83,7 +83,9 @@ def test_streamed_blocks_give_the_same_gradients_bit_for_bit(name, kind, tmp_pat
 
     # No more than two are on the device: all blocks' weights lie in two buffers.
     buffers = {place.untyped_storage().data_ptr() for place in streamed.buffers}
-    weights = [one.weight for _, own in streaming.list_streamed_blocks(denoiser) for one in own]
+    weights = [
+        layer.weight for _, layers in streaming.list_streamed_blocks(denoiser) for layer in layers
+    ]
     assert len(buffers) == 2
     assert {weight.untyped_storage().data_ptr() for weight in weights} <= buffers
 
@@ -108,13 +110,13 @@ def test_passes_of_a_drawing_wait_for_no_block_but_the_very_first(name, tmp_path
     copies = LateCopies()
     watched = WatchedBlocks(denoiser, torch.device("cpu"), copies)
     family = families.build_family(pipeline)
-    conditioning = family.collate(family.encode_prompts(pipeline, ["a dog"]))
-    z, crops = (
+    text = family.collate(family.encode_prompts(pipeline, ["a dog"]))
+    z, time_ids = (
         torch.randn(1, *latent_shape(name, denoiser)),
         torch.tensor([[64.0, 64, 0, 0, 64, 64]]),
     )
     predictions = [
-        family.predict(denoiser, z, torch.tensor([500.0]), crops, **conditioning) for _ in range(3)
+        family.predict(denoiser, z, torch.tensor([500.0]), time_ids, **text) for _ in range(3)
     ]
     count = len(watched.blocks)
     passes = [(number, step + number > 0) for step in range(3) for number in range(count)]
@@ -125,7 +127,7 @@ def test_passes_of_a_drawing_wait_for_no_block_but_the_very_first(name, tmp_path
     # What nobody waited for ends before its memory is given back.
     watched.end()
     assert copies.ended == copies.started
-    again = family.predict(denoiser, z, torch.tensor([500.0]), crops, **conditioning)
+    again = family.predict(denoiser, z, torch.tensor([500.0]), time_ids, **text)
     assert torch.equal(again, predictions[0])
 
 

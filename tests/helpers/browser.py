@@ -51,10 +51,10 @@ class Visit:
     def reload(self) -> None:
         """Load the page again. Gradio's client tells of the requests that the page drops as it
         leaves."""
-        told = len(self.errors)
+        count = len(self.errors)
         self.page.reload()
         self.page.wait_for_selector("#run")
-        del self.errors[told:]
+        del self.errors[count:]
 
 
 @contextmanager
@@ -90,20 +90,20 @@ def visit(browser: Browser, url: str, *, size: tuple[int, int] = (1280, 900)) ->
         context.close()
 
 
-def says(page: Page, elem_id: str, words: str) -> None:
+def says(page: Page, elem_id: str, text: str) -> None:
     """Wait until the element says so. Raises AssertionError, with what it says instead."""
     from playwright.sync_api import TimeoutError
 
     inside = "([id, words]) => document.getElementById(id)?.innerText.includes(words)"
     try:
-        page.wait_for_function(inside, arg=[elem_id, words])
+        page.wait_for_function(inside, arg=[elem_id, text])
     except TimeoutError as error:
-        said = page.evaluate("id => document.getElementById(id)?.innerText", elem_id)
-        raise AssertionError(f"{elem_id} says {said!r}, not {words!r}") from error
+        actual = page.evaluate("id => document.getElementById(id)?.innerText", elem_id)
+        raise AssertionError(f"{elem_id} says {actual!r}, not {text!r}") from error
 
 
-def put(page: Page, elem_id: str, words: str) -> None:
-    page.fill(f"#{elem_id} textarea, #{elem_id} input", words)
+def put(page: Page, elem_id: str, text: str) -> None:
+    page.fill(f"#{elem_id} textarea, #{elem_id} input", text)
 
 
 def open_tab(page: Page, name: str) -> None:

@@ -26,6 +26,6 @@ def swap_ids(base: Path, tokenizer: str = "tokenizer_2") -> None:
     """Let two letters of a tokenizer change places."""
     file = base / tokenizer / "tokenizer.json"
     content = json.loads(file.read_text())
-    words = content["model"]["vocab"]
-    words["a"], words["b"] = words["b"], words["a"]
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     file.write_text(json.dumps(content))

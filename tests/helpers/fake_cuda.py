@@ -18,8 +18,8 @@ class Stream:
         self.done.add(work)
         return before
 
-    def wait_stream(self, other: "Stream") -> None:
-        self.done |= other.done
+    def wait_stream(self, stream: "Stream") -> None:
+        self.done |= stream.done
 
     def record_event(self) -> frozenset[str]:
         return frozenset(self.done)

@@ -25,6 +25,6 @@ def few_pictures(
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            during_training, "build_small_plan", lambda *given: plan_of(*given).reduce_plan(*size)
+            during_training, "build_small_plan", lambda *args: plan_of(*args).reduce_plan(*size)
         )
         yield

@@ -134,8 +134,8 @@ def measure(kind: str, variant: str, folder: Path) -> dict[str, float]:
     live = adapt(copy.deepcopy(base), kind, variant)
     components = {"unet": live}
     publish(components, folder, "table", build_adapter_metadata(components))
-    wanted = output(live)
-    effect = float((wanted - output(base)).abs().max())
+    expected = output(live)
+    effect = float((expected - output(base)).abs().max())
     kohya = folder / f"table{KOHYA_SUFFIX}"
     twins = {"diffusers": loaded_by_diffusers(copy.deepcopy(base), folder / PUBLISHED_NAME)}
     if variant == "DoRA":
@@ -145,5 +145,5 @@ def measure(kind: str, variant: str, folder: Path) -> dict[str, float]:
     else:
         twins["kohya"] = loaded_by_diffusers(copy.deepcopy(base), kohya)
     return {
-        form: float((output(unet) - wanted).abs().max()) / effect for form, unet in twins.items()
+        form: float((output(unet) - expected).abs().max()) / effect for form, unet in twins.items()
     }

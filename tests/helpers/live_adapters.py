@@ -47,10 +47,10 @@ def live(with_text: bool = False, **options) -> dict[str, torch.nn.Module]:
 
 
 def facts_of(components: dict, **more) -> AdapterMetadata:
-    given = {
+    args = {
         "base_id": "some/base",
         "trigger_words": ("sks dog",),
         "class_word": "dog",
         "resolution_px": 1024,
     }
-    return build_adapter_metadata(components, **given | more)
+    return build_adapter_metadata(components, **args | more)

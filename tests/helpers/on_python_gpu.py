@@ -53,9 +53,9 @@ class WatchedTrainStep(train_step.TrainStep):
 
     def update_adapter(self, losses):
         with Watch() as watch:
-            found = super().update_adapter(losses)
+            result = super().update_adapter(losses)
         updates.append(watch)
-        return found
+        return result
 
 
 def accelerator_on_device(config, run_dir):
@@ -78,8 +78,8 @@ def watch_encoding() -> None:
     VAE's widest input."""
     load_base = base_loading.load_base
 
-    def load(*words, **options):
-        pipelines[:] = [load_base(*words, **options)]
+    def load(*args, **options):
+        pipelines[:] = [load_base(*args, **options)]
         sides_px.clear()
         pipelines[0].vae.encoder.register_forward_pre_hook(
             lambda _, inputs: sides_px.append(inputs[0].shape[-1])
@@ -92,8 +92,8 @@ def watch_encoding() -> None:
 
 
 def noting(name: str, encode):
-    def noted(*words):
-        encode(*words)
+    def noted(*args):
+        encode(*args)
         parts = {
             part: getattr(pipelines[0], part)
             for part in ("vae", "text_encoder", "text_encoder_2", "unet")
@@ -136,9 +136,13 @@ def trained(base: str, photos: str, output: str, changes: dict) -> dict:
 def train_what_is_asked() -> None:
     loop.TrainStep = WatchedTrainStep
     watch_encoding()
-    given = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-    answers = given.with_suffix(f".{os.environ['RANK']}").open("w") if given else sys.stdout
-    for line in given.read_text().splitlines() if given else sys.stdin:
+    requests_path = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    answers = (
+        requests_path.with_suffix(f".{os.environ['RANK']}").open("w")
+        if requests_path
+        else sys.stdout
+    )
+    for line in requests_path.read_text().splitlines() if requests_path else sys.stdin:
         try:
             with contextlib.redirect_stdout(sys.stderr), few_steps():
                 answer = trained(**json.loads(line))

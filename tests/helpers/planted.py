@@ -28,13 +28,13 @@ def planted(subject: Subject, good: int = 20, wrong: int = 12, copied: int = 8) 
     the photo and of the good ones."""
     draws = random.Random(f"planted {subject.name}")
     places = [PLACES[number % len(PLACES)] for number in range(good)]
-    seen = [view_of(draws, subject.toy, place) for place in places]
-    others = []
+    views = [view_of(draws, subject.toy, place) for place in places]
+    foreign = []
     for number in range(wrong):
         kind = draws.choice([kind for kind in KINDS if kind != subject.toy.kind])
         toy = sample_other_toy(subject.toy, draws) if number % 2 else sample_toy(draws, kind)
-        others.append(view_of(draws, toy, draws.choice(PLACES)))
-    photo, *pictures = pictures_of([sample_photo_scenes(subject)[0], *seen, *others])
+        foreign.append(view_of(draws, toy, draws.choice(PLACES)))
+    photo, *pictures = pictures_of([sample_photo_scenes(subject)[0], *views, *foreign])
 
     # Copies come after what they are copies of.
     candidates = [(picture, True) for picture in pictures[:good]]

@@ -55,8 +55,8 @@ class Watched(TrainStep):
 
     found: list[TrainStep] = []  # noqa: RUF012
 
-    def __init__(self, *arguments, **named):
-        super().__init__(*arguments, **named)
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
         self.shown: list[tuple[int, list[str], str]] = []
         self.found.append(self)
 
@@ -110,17 +110,17 @@ class Scene:
         )
         return {"code": code, **learnt, **self.done}
 
-    def noting(self, place: str, whole: Callable, what: Callable) -> Callable:
+    def noting(self, place: str, whole: Callable, describe: Callable) -> Callable:
         """`whole`, which comes to that place first: there it does `what` its arguments say."""
-        return lambda *given, **options: self.at(place, what(*given)) or whole(*given, **options)
+        return lambda *args, **options: self.at(place, describe(*args)) or whole(*args, **options)
 
-    def at(self, place: str, what: object) -> None:
+    def at(self, place: str, event: object) -> None:
         logging.getLogger("a library").warning("every process says: %s", place)
         if (place, RANK, len(self.done[place])) == (self.place, self.rank, self.after):
             if self.end == "full":
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), place)
             os.kill(os.getpid(), signal.SIGTERM if self.end == "stop" else signal.SIGKILL)
-        self.done[place].append(what)
+        self.done[place].append(event)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def unet_layout(state: Tensors, layers: int) -> Tensors:
 
 def vae_layout(state: Tensors) -> Tensors:
     blocks = 1 + max(
-        int(found[1]) for name in state if (found := re.search(r"up_blocks\.(\d+)", name))
+        int(match[1]) for name in state if (match := re.search(r"up_blocks\.(\d+)", name))
     )
     return {vae_name(name, blocks): value for name, value in state.items()}
 
@@ -91,26 +91,26 @@ def unet_name(name: str, layers: int, state: Tensors) -> str:
     end = next((end for end in UNET_ENDS if name.startswith(end + ".")), None)
     if end is not None:
         return UNET_ENDS[end] + name.removeprefix(end)
-    side, rest = name.split("_block", 1)
+    side, suffix = name.split("_block", 1)
     if side == "mid":
-        kind, number, rest = rest.removeprefix(".").split(".", 2)
+        kind, number, suffix = suffix.removeprefix(".").split(".", 2)
         place = 1 if kind == "attentions" else 2 * int(number)
-        return f"middle_block.{place}.{renamed(rest, RESNET) if kind == 'resnets' else rest}"
-    block, kind, number, rest = rest.removeprefix("s.").split(".", 3)
+        return f"middle_block.{place}.{renamed(suffix, RESNET) if kind == 'resnets' else suffix}"
+    block, kind, number, suffix = suffix.removeprefix("s.").split(".", 3)
     at = int(block) * (layers + 1) + int(number)
     if kind == "downsamplers":
         place = 1 + int(block) * (layers + 1) + layers
-        return f"input_blocks.{place}.0.op.{rest.removeprefix('conv.')}"
+        return f"input_blocks.{place}.0.op.{suffix.removeprefix('conv.')}"
     if kind == "upsamplers":
         place = 2 if any(key.startswith(f"up_blocks.{block}.attentions") for key in state) else 1
-        return f"output_blocks.{int(block) * (layers + 1) + layers}.{place}.{rest}"
+        return f"output_blocks.{int(block) * (layers + 1) + layers}.{place}.{suffix}"
     home = f"input_blocks.{1 + at}" if side == "down" else f"output_blocks.{at}"
-    return f"{home}.1.{rest}" if kind == "attentions" else f"{home}.0.{renamed(rest, RESNET)}"
+    return f"{home}.1.{suffix}" if kind == "attentions" else f"{home}.0.{renamed(suffix, RESNET)}"
 
 
 def vae_name(name: str, blocks: int) -> str:
-    name = re.sub(r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}", name)
-    name = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{blocks - 1 - int(found[1])}", name)
+    name = re.sub(r"mid_block\.resnets\.(\d)", lambda match: f"mid.block_{int(match[1]) + 1}", name)
+    name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{blocks - 1 - int(match[1])}", name)
     names = {
         "down_blocks": "down",
         "resnets": "block",
@@ -130,9 +130,9 @@ def open_clip_layout(state: Tensors) -> Tensors:
     for name, value in clip_layout(state).items():
         if name == "text_projection.weight":
             layout["text_projection"] = value.T
-        elif (found := re.fullmatch(r"(.+\.self_attn)\.q_proj\.(weight|bias)", name)) is not None:
-            three = [state.get(f"text_model.{found[1]}.{p}_proj.{found[2]}") for p in "qkv"]
-            layout[renamed(found[1], OPEN_CLIP) + f".in_proj_{found[2]}"] = torch.cat(three)
+        elif (match := re.fullmatch(r"(.+\.self_attn)\.q_proj\.(weight|bias)", name)) is not None:
+            three = [state.get(f"text_model.{match[1]}.{p}_proj.{match[2]}") for p in "qkv"]
+            layout[renamed(match[1], OPEN_CLIP) + f".in_proj_{match[2]}"] = torch.cat(three)
         elif not re.search(r"\.[kv]_proj\.", name):
             layout[renamed(name, OPEN_CLIP)] = value
     return layout
@@ -145,7 +145,7 @@ def z_image_layout(state: Tensors) -> Tensors:
         for ours, theirs in Z_IMAGE.items():
             name = name.replace(ours, theirs)
         if "attention.to_q." in name:
-            three = [state[name.replace("to_q", f"to_{one}")] for one in "qkv"]
+            three = [state[name.replace("to_q", f"to_{letter}")] for letter in "qkv"]
             layout[PREFIX + name.replace("to_q", "qkv")] = torch.cat(three)
         elif not name.endswith(("to_k.weight", "to_v.weight")):
             layout[PREFIX + name] = value

@@ -13,27 +13,27 @@ PATIENCE_S = 20
 def as_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list]:
     """Returns a function: it does `work(accelerator)` in `count` processes, `on_machine` of which
     share a machine, and returns the result or the error of each."""
-    here = local()
+    thread = local()
 
-    def gather(own: list) -> list:
-        here.wire[here.process] = own
-        here.barrier.wait(PATIENCE_S)
-        told = [one for process in sorted(here.wire) for one in here.wire[process]]
-        here.barrier.wait(PATIENCE_S)
-        return told
+    def gather(values: list) -> list:
+        thread.wire[thread.process] = values
+        thread.barrier.wait(PATIENCE_S)
+        gathered = [one for process in sorted(thread.wire) for one in thread.wire[process]]
+        thread.barrier.wait(PATIENCE_S)
+        return gathered
 
     monkeypatch.setattr("accelerate.utils.gather_object", gather)
 
     def run(count: int, work: Callable, on_machine: int | None = None) -> list:
         wire, barrier = {}, Barrier(count)
 
-        def one(process: int) -> object:
-            here.process, here.wire, here.barrier = process, wire, barrier
+        def one(rank: int) -> object:
+            thread.process, thread.wire, thread.barrier = rank, wire, barrier
             accelerator = SimpleNamespace(
                 num_processes=count,
-                process_index=process,
-                is_main_process=process == 0,
-                is_local_main_process=process % (on_machine or count) == 0,
+                process_index=rank,
+                is_main_process=rank == 0,
+                is_local_main_process=rank % (on_machine or count) == 0,
             )
             try:
                 return work(accelerator)

@@ -8,7 +8,7 @@ import pytest
 
 def slow_but(fast: Collection[str], names: Iterable[str]) -> list[Any]:
     """Parameters of `parametrize`: rows named in `fast` in each run, the others by `-m slow`."""
-    found = []
+    rows = []
     for name in names:
-        found.append(name if name in fast else pytest.param(name, marks=pytest.mark.slow))
-    return found
+        rows.append(name if name in fast else pytest.param(name, marks=pytest.mark.slow))
+    return rows

@@ -26,9 +26,9 @@ RESOLUTION_PX = 64
 
 def byte_alphabet() -> list[str]:
     """The 256 printable stand-ins for bytes of GPT-2's byte-level BPE."""
-    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in kept]
-    return [chr(b) for b in kept] + [chr(256 + i) for i in range(len(others))]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    unprintable = [b for b in range(256) if b not in printable]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(unprintable))]
 
 
 def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -150,10 +150,11 @@ def pooled_of(texts: Sequence[TextEmbedding]) -> Tensor:
     return torch.stack([text["pooled_prompt_embeds"] for text in texts])
 
 
-def equal(texts: Sequence[TextEmbedding], others: Sequence[TextEmbedding]) -> bool:
+def equal(texts: Sequence[TextEmbedding], expected: Sequence[TextEmbedding]) -> bool:
     return all(
-        one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-        for one, other in zip(texts, others, strict=True)
+        text.keys() == expected_text.keys()
+        and all(torch.equal(text[name], expected_text[name]) for name in text)
+        for text, expected_text in zip(texts, expected, strict=True)
     )
 
 
@@ -161,10 +162,10 @@ def equal(texts: Sequence[TextEmbedding], others: Sequence[TextEmbedding]) -> bo
 def few_steps(count: int = 2) -> Iterator[None]:
     """SDXL's pictures in so many steps while it is open: the program asks for 25, and for 50 for
     class images."""
-    drawn = StableDiffusionXLPipeline.__call__
+    original = StableDiffusionXLPipeline.__call__
 
     def draw(self: StableDiffusionXLPipeline, *args: object, **options: object) -> object:
-        return drawn(self, *args, **{**options, "num_inference_steps": count})
+        return original(self, *args, **{**options, "num_inference_steps": count})
 
     with patch.object(StableDiffusionXLPipeline, "__call__", draw):
         yield

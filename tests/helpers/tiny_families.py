@@ -79,11 +79,11 @@ def t5(width: int, number: str) -> dict:
 def plain_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Bytes, with an end after each text."""
     special = ("<pad>", "</s>", "<unk>", "<bos>")
-    words = {token: number for number, token in enumerate([*special, *byte_alphabet()])}
-    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
+    vocabulary = {token: number for number, token in enumerate([*special, *byte_alphabet()])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    end = [("</s>", words["</s>"])]
+    end = [("</s>", vocabulary["</s>"])]
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=end)
     names = dict(zip(("pad_token", "eos_token", "unk_token", "bos_token"), special))
     options = {"model_max_length": 512, "padding_side": "right", **names}
@@ -92,8 +92,8 @@ def plain_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 def qwen_tokenizer() -> transformers.Qwen2Tokenizer:
     special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    words = {token: number for number, token in enumerate([*byte_alphabet(), *special])}
-    tokenizer = transformers.Qwen2Tokenizer(vocab=words, merges=[])
+    vocabulary = {token: number for number, token in enumerate([*byte_alphabet(), *special])}
+    tokenizer = transformers.Qwen2Tokenizer(vocab=vocabulary, merges=[])
     tokenizer.chat_template = CHAT
     return tokenizer
 
@@ -289,8 +289,8 @@ def qwen3_vl_processor() -> transformers.Qwen3VLProcessor:
     """Bytes for a text, and 2 x 2 patches of 16 px a token for a picture."""
     special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>")
     special += ("<|vision_start|>", "<|vision_end|>")
-    words = {token: number for number, token in enumerate([*byte_alphabet(), *special])}
-    tokenizer = transformers.Qwen2Tokenizer(vocab=words, merges=[])
+    vocabulary = {token: number for number, token in enumerate([*byte_alphabet(), *special])}
+    tokenizer = transformers.Qwen2Tokenizer(vocab=vocabulary, merges=[])
     tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
     chat = CHAT.replace("m['content']", "m['content'][0]['text']")
     patches = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}

@@ -61,8 +61,8 @@ def adapter_sha256(run_dir: Path) -> str:
     return hashlib.sha256(content[start:]).hexdigest()
 
 
-def largest_difference(one: Path, other: Path) -> float:
+def largest_difference(first: Path, second: Path) -> float:
     """Of two runs' published adapters, number by number."""
-    first, second = load_file(one / PUBLISHED_NAME), load_file(other / PUBLISHED_NAME)
+    first, second = load_file(first / PUBLISHED_NAME), load_file(second / PUBLISHED_NAME)
     assert first.keys() == second.keys()
     return max(float((first[name] - second[name]).abs().max()) for name in first)

@@ -41,15 +41,15 @@ def denied(path: str, winerror: int) -> PermissionError:
 
 def open_files() -> set[str]:
     """Of this process, with those that are mapped into its memory."""
-    found = set()
+    paths = set()
     for entry in os.scandir("/proc/self/fd"):
         try:
-            found.add(os.readlink(entry.path))
+            paths.add(os.readlink(entry.path))
         except OSError:  # the one that lists them
             continue
     for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
-        found.add(line[line.index("/") :] if "/" in line else "")
-    return found
+        paths.add(line[line.index("/") :] if "/" in line else "")
+    return paths
 
 
 def refuse_open(path: str, dir_fd: int | None = None) -> None:
@@ -89,9 +89,9 @@ def answer_as_windows(patch: pytest.MonkeyPatch) -> None:
         refuse_open(path, dir_fd)
         unlink(path, dir_fd=dir_fd)
 
-    def begun(process: Popen, *words, **options) -> None:
+    def begun(process: Popen, *args, **options) -> None:
         assert not options.get("pass_fds"), "no file is handed on"
-        begin(process, *words, **options)
+        begin(process, *args, **options)
 
     patch.setattr(os, "kill", no_signal)
     patch.setattr(os, "open", opened)

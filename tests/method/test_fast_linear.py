@@ -90,9 +90,9 @@ def test_two_projections_of_one_input_keep_it_once():
     general = block(lambda base: base.bfloat16(), bias=False)
     x, counts = torch.randn(64, 12, dtype=torch.bfloat16, requires_grad=True), []
     for model in (general, fast_copy(general)):
-        kept: dict[int, Tensor] = {}
-        keep = lambda t, kept=kept: (  # noqa: E731
-            kept.setdefault(t.data_ptr(), t) if t.numel() == x.numel() else t
+        saved: dict[int, Tensor] = {}
+        keep = lambda t, saved=saved: (  # noqa: E731
+            saved.setdefault(t.data_ptr(), t) if t.numel() == x.numel() else t
         )
         with (
             WorkingCopies(model).attach_copies(),
@@ -100,7 +100,7 @@ def test_two_projections_of_one_input_keep_it_once():
             torch.autocast("cpu", torch.bfloat16),
         ):
             outputs = model.to_q(x), model.to_k(x)
-        counts.append(len(kept) if outputs else 0)
+        counts.append(len(saved) if outputs else 0)
     assert counts == [2, 1]
 
 
@@ -224,8 +224,8 @@ def test_a_packed_base_gives_the_same_gradients(kind, dtype, tolerance):
     general = quantised(kind, dtype)
     fast = fast_copy(general)
     assert not slow_projections(fast)
-    found = step_on_copies(fast, [quantised_loss])
-    assert_same(found, plain_step(general, [quantised_loss]), tolerance)
+    gradients = step_on_copies(fast, [quantised_loss])
+    assert_same(gradients, plain_step(general, [quantised_loss]), tolerance)
     disable_fast_path(fast)
     assert torch.equal(quantised_loss(fast), quantised_loss(general))
 
@@ -237,10 +237,10 @@ def test_a_base_in_8_bit_gives_the_gradients_of_its_unpacked_weights_bit_for_bit
     for name in ("to_q", "to_k"):
         weight = model["transformer_blocks"].get_submodule(name).dequantize()
         dense["transformer_blocks"].get_submodule(name).weight.data = weight
-    found, wanted = (adapted(one, use_dora=use_dora) for one in (model, dense))
-    for one in (found, wanted):
-        assert enable_fast_path(one) == (0 if use_dora else 2)
-    assert_same(*(step_on_copies(one, [quantised_loss]) for one in (found, wanted)), 0)
+    packed, unpacked = (adapted(base, use_dora=use_dora) for base in (model, dense))
+    for base in (packed, unpacked):
+        assert enable_fast_path(base) == (0 if use_dora else 2)
+    assert_same(*(step_on_copies(base, [quantised_loss]) for base in (packed, unpacked)), 0)
 
 
 def test_it_can_be_switched_off_and_leaves_the_state_dict_alone():
@@ -318,15 +318,15 @@ def test_a_layer_that_is_not_used_has_no_gradient():
     x = torch.ones(4, 12)
     for options in (KINDS["learnt mixer"], KINDS["no mixer"]):
         model = fast_copy(block(bias=False, **options))
-        found = step_on_copies(model, [lambda block: block.to_q(x).sum()])
-        assert {name.split(".")[0] for name in found} == {"to_q"} and x.grad is None
+        gradients = step_on_copies(model, [lambda block: block.to_q(x).sum()])
+        assert {name.split(".")[0] for name in gradients} == {"to_q"} and x.grad is None
         step_on_copies(model, [lambda block: block(x).sum()])
         assert all(p.grad.stride() == p.stride() for p in model.parameters() if p.requires_grad)
 
 
 def test_layers_of_the_general_path_and_calls_that_take_it_keep_their_gradients():
     model, x = fast_copy(block(bias=False)), torch.randn(4, 12)
-    wanted = {
+    expected = {
         name: 2 * grad
         for name, grad in plain_step(copy.deepcopy(model), [lambda b: b(x).sum()]).items()
     }
@@ -335,7 +335,7 @@ def test_layers_of_the_general_path_and_calls_that_take_it_keep_their_gradients(
         names = {"adapter_names": ["default"] * 4}
         return block(x).sum() + (block.to_q(x, **names).tanh() * block.to_k(x, **names)).sum()
 
-    assert_same(step_on_copies(model, [both_ways]), wanted, 1e-5)
+    assert_same(step_on_copies(model, [both_ways]), expected, 1e-5)
 
 
 def test_the_product_is_made_once_for_all_micro_batches_and_recomputations(monkeypatch):
@@ -405,11 +405,11 @@ def test_fp32_adapters_on_a_base_of_either_dtype_get_fp32_gradients(options, dty
     for layer in get_adapter_layers(model).values():
         layer.base_layer.to(dtype)
     losses = [pair_loss, lambda pair: 3 * pair_loss(pair).sqrt()]
-    found = step_on_copies(fast_copy(model), losses)
-    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+    gradients = step_on_copies(fast_copy(model), losses)
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
     each = [step_on_copies(fast_copy(model), [loss]) for loss in losses]
-    assert_same(found, {name: each[0][name] + each[1][name] for name in each[0]}, 1e-6)
-    assert_same(found, plain_step(model, losses), tolerance)
+    assert_same(gradients, {name: each[0][name] + each[1][name] for name in each[0]}, 1e-6)
+    assert_same(gradients, plain_step(model, losses), tolerance)
 
 
 def test_weights_that_were_cast_since_are_not_computed_from_the_old_ones():
@@ -419,9 +419,9 @@ def test_weights_that_were_cast_since_are_not_computed_from_the_old_ones():
     with copies.attach_copies() as step:
         pair_loss(model).backward()
         step.collect()
-    found = given(model)
+    gradients = given(model)
     model.zero_grad()
-    assert_same(found, plain_step(model, [pair_loss]), 1e-8)
+    assert_same(gradients, plain_step(model, [pair_loss]), 1e-8)
 
 
 @pytest.mark.slow
@@ -436,18 +436,18 @@ def test_a_compiled_block_is_one_graph():
 def inputs_of(number: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     g = torch.Generator().manual_seed(number)
     shapes = [(ROWS, 4, 8, 8), (ROWS, 77, 48), (ROWS, 32)]
-    latents, words, pooled = (torch.randn(shape, generator=g).to(dtype) for shape in shapes)
+    latents, text, pooled = (torch.randn(shape, generator=g).to(dtype) for shape in shapes)
     return (
         latents,
         torch.randint(1000, (ROWS,), generator=g),
-        words,
+        text,
         pooled,
         torch.full((ROWS, 6), 64.0, dtype=dtype),
     )
 
 
 def prediction(unet: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-    latents, times, words, pooled, sizes = inputs
+    latents, times, text, pooled, sizes = inputs
     return unet(
-        latents, times, words, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}
+        latents, times, text, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}
     ).sample

@@ -33,12 +33,12 @@ from tests.method.test_moslora import Net, config
 def test_the_mixers_start_as_they_are_named(kind):
     start = build_initial_mixer(kind, 6, seed=1, path="a.b").double()
     halves = torch.eye(3).repeat(2, 2).double()
-    wanted = {
+    expected = {
         "orthogonal": torch.eye(6).double(),
         "identity": torch.eye(6).double(),
         "butterfly": 2 * halves,
     }
-    assert torch.allclose(start @ start.T, wanted[kind], atol=1e-6)
+    assert torch.allclose(start @ start.T, expected[kind], atol=1e-6)
     assert (kind == "orthogonal") == (not torch.equal(start, start.round()))
     kaiming = build_initial_mixer("kaiming", 64, seed=0, path="x")  # uniform within 1 / sqrt(r)
     assert 0.95 / 8 < kaiming.abs().max() <= 1 / 8 and abs(kaiming.std() - 1 / 8 / 3**0.5) < 0.005
@@ -81,8 +81,8 @@ print(states + [is_patched()])
 @pytest.mark.slow
 def test_peft_is_patched_only_from_the_first_config_with_a_mixer_on():
     run = [sys.executable, "-c", PATCH_STATE]
-    said = subprocess.run(run, stdout=subprocess.PIPE, check=True).stdout
-    assert said.decode().strip() == "[False, False, True]"
+    output = subprocess.run(run, stdout=subprocess.PIPE, check=True).stdout
+    assert output.decode().strip() == "[False, False, True]"
 
 
 def test_what_cannot_carry_a_mixer_is_named_for_pefts_own_models_too():
@@ -128,6 +128,6 @@ def test_flag_page_training_files_and_descriptions_know_a_new_mixer(
         torch.allclose(mixer, torch.eye(len(mixer)).flip(0), atol=1e-4) for mixer in mixers
     )
     with safe_open(tmp_path / "run" / PUBLISHED_NAME, "pt") as file:
-        told = AdapterMetadata.from_json(file.metadata()["moslora"])
-    assert metadata.mixer == told.mixer == "reversed"
+        published = AdapterMetadata.from_json(file.metadata()["moslora"])
+    assert metadata.mixer == published.mixer == "reversed"
     assert describe(tmp_path / "run" / PUBLISHED_NAME)["mixer"] == "reversed, folded"

@@ -268,8 +268,8 @@ BLOCK_NAMES = {
 def test_blocks_and_patterns_name_layers_too():
     paths = list(moslora.get_matrix_layers(tiny_unet()))
     for name, is_meant in BLOCK_NAMES.items():
-        found = [path for path in paths if is_target(path, name)]
-        assert found and found == [path for path in paths if is_meant(path)], name
+        layers = [path for path in paths if is_target(path, name)]
+        assert layers and layers == [path for path in paths if is_meant(path)], name
 
 
 FOLD = """
@@ -327,12 +327,12 @@ def test_forward_and_merge_of_a_convolution_are_the_formula(name, kind):
     base, down, lora_b = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"]
     up = lora_b.weight.flatten(1) if kind == "none" else lora_b.up @ lora_b.mixer
     delta = 6 / 4 * torch.einsum("or,rihw->oihw", up, down)
-    wanted = F.conv2d(PIXELS, base.weight + delta, base.bias, base.stride, base.padding)
-    assert torch.allclose(layer(PIXELS), wanted, atol=1e-5)
+    expected = F.conv2d(PIXELS, base.weight + delta, base.bias, base.stride, base.padding)
+    assert torch.allclose(layer(PIXELS), expected, atol=1e-5)
     assert torch.allclose(fold(net)[name].delta, delta, atol=1e-6)
     for change in (layer.merge, layer.unmerge):
         change()
-        assert torch.allclose(layer(PIXELS), wanted, atol=1e-5)
+        assert torch.allclose(layer(PIXELS), expected, atol=1e-5)
 
 
 CANNOT_CARRY = ["grouped", "dilated", "seamless", "line"]
@@ -365,8 +365,8 @@ def llava() -> transformers.LlavaForConditionalGeneration:
         "num_attention_heads": 2,
     }
     vision = transformers.CLIPVisionConfig(image_size=16, patch_size=8, **sizes)
-    both = {"vision_config": vision, "text_config": transformers.LlamaConfig(**LLAMA)}
-    config = transformers.LlavaConfig(image_token_index=31, image_seq_length=4, **both)
+    configs = {"vision_config": vision, "text_config": transformers.LlamaConfig(**LLAMA)}
+    config = transformers.LlavaConfig(image_token_index=31, image_seq_length=4, **configs)
     return transformers.LlavaForConditionalGeneration(config)
 
 
@@ -374,8 +374,8 @@ def forward_of(model: nn.Module) -> torch.Tensor:
     """Scores of a fixed input, whatever the model."""
     torch.manual_seed(1)
     if isinstance(model, transformers.LlavaForConditionalGeneration):
-        words = torch.cat([torch.full((1, 4), 31), WORDS], dim=1)
-        return model(input_ids=words, pixel_values=torch.randn(1, 3, 16, 16)).logits
+        tokens = torch.cat([torch.full((1, 4), 31), WORDS], dim=1)
+        return model(input_ids=tokens, pixel_values=torch.randn(1, 3, 16, 16)).logits
     if isinstance(model, transformers.LlamaForCausalLM):
         return model(input_ids=WORDS).logits
     if isinstance(model, (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)):
@@ -474,10 +474,10 @@ def test_state_dicts_with_and_without_a_mixer_never_fit_each_other(tmp_path):
         loaded_by_diffusers(tiny_unet(), tmp_path / "pytorch_lora_weights.safetensors")
 
 
-GIVEN = [{"lora_bias": True, "init_lora_weights": True}, {"init_lora_weights": "pissa"}]
+EXCLUDED = [{"lora_bias": True, "init_lora_weights": True}, {"init_lora_weights": "pissa"}]
 
 
-@pytest.mark.parametrize("given", GIVEN)
-def test_a_variant_that_peft_computes_without_the_mixer_is_refused(given):
-    with pytest.raises(UserError, match=f"{next(iter(given))}.* excludes a mixer"):
-        moslora.MoSLoraConfig(**given)
+@pytest.mark.parametrize("options", EXCLUDED)
+def test_a_variant_that_peft_computes_without_the_mixer_is_refused(options):
+    with pytest.raises(UserError, match=f"{next(iter(options))}.* excludes a mixer"):
+        moslora.MoSLoraConfig(**options)
