@@ -22,7 +22,7 @@ from dreambooth_moslora.settings.config_files import load_settings
 from dreambooth_moslora.settings.family_facts import FAMILIES
 from dreambooth_moslora.settings.train_config import SETTINGS, TrainConfig
 from tests.helpers.tiny_training import paint_photos
-from tests.test_readme import blocks, command_lines
+from tests.test_readme import list_blocks, list_commands
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = ("from_diffusers", "from_kohya", "from_onetrainer")
@@ -185,7 +185,7 @@ RUN_ELSEWHERE = ("pip install ", "python -m venv ", "python -m dreambooth_moslor
 runs the doctor."""
 LINES = list(
     dict.fromkeys(
-        line for page in ("comfyui", *PAGES) for line in command_lines(DOCS / f"{page}.md")
+        line for page in ("comfyui", *PAGES) for line in list_commands(DOCS / f"{page}.md")
     )
 )
 TRAININGS = [line for line in LINES if " train_dreambooth.py " in line or " train " in line]
@@ -196,7 +196,7 @@ PLANNED = [
 """To look for a checkpoint imports diffusers and PEFT."""
 WALK = [
     line
-    for line in command_lines(DOCS / "comfyui.md")
+    for line in list_commands(DOCS / "comfyui.md")
     if not line.startswith(RUN_ELSEWHERE) and not any(base in line for base in OTHERS)
 ]
 SHORTER = {
@@ -254,7 +254,7 @@ def test_the_checkpoint_that_is_exported_is_one_that_the_recipe_keeps():
     steps = range(recipe["max_train_steps"], 0, -recipe["checkpointing_steps"])[
         : recipe["checkpoints_total_limit"]
     ]
-    exported = [line for line in command_lines(DOCS / "troubleshooting.md") if " export " in line]
+    exported = [line for line in list_commands(DOCS / "troubleshooting.md") if " export " in line]
     assert exported and all(
         re.search(r"runs/dog/checkpoint-(\d+) ", line)[1] in map(str, steps) for line in exported
     )
@@ -275,7 +275,7 @@ def test_the_files_of_a_run_that_the_page_names_are_a_runs():
 
 
 def test_the_study_of_the_page_is_one(tmp_path):
-    (text,) = [text for text in blocks(DOCS / "evaluating.md", "toml") if "[study]" in text]
+    (text,) = [text for text in list_blocks(DOCS / "evaluating.md", "toml") if "[study]" in text]
     (tmp_path / "study.toml").write_text(text)
     (tmp_path / "photos" / "duck").mkdir()
     study = load_study(tmp_path / "study.toml")
@@ -318,7 +318,7 @@ def test_the_whole_walk_on_the_embedded_base(capsys):
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_steps")
 def test_the_program_of_the_api_page_trains_and_draws_outside_the_clone():
-    (program,) = blocks(DOCS / "api.md", "python")
+    (program,) = list_blocks(DOCS / "api.md", "python")
     assert all(code in program for code in FEWER)
     for code, fewer in FEWER.items():
         program = program.replace(code, fewer)

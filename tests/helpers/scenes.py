@@ -34,7 +34,7 @@ from dreambooth_moslora.training.step import TrainStep
 
 RANK = int(os.environ.get("RANK", "0"))
 whole_call = StableDiffusionXLPipeline.__call__
-generate, sample, keep = class_images.generate_images, Sampler._draw, EncodingCache._write
+generate, sample, keep = class_images.generate_images, Sampler._generate, EncodingCache._write
 save_checkpoint, average, append = (
     checkpoint.save_checkpoint,
     TrainStep._average_gradients,
@@ -87,7 +87,9 @@ class Scene:
         class_images.generate_images = self.noting(
             "drawn", generate, lambda pipeline, prompt, seeds, *_: seeds
         )
-        Sampler._draw = self.noting("sampled", sample, lambda sampler, requests: requests[0].seed)
+        Sampler._generate = self.noting(
+            "sampled", sample, lambda sampler, requests: requests[0].seed
+        )
         EncodingCache._write = self.noting("encoded", keep, lambda cache, key, value: key)
         checkpoint.save_checkpoint = self.noting(
             "saved", save_checkpoint, lambda path, *_: path.name
