@@ -107,8 +107,8 @@ def describe_target(config: train_config.TrainConfig) -> str:
 def format_report(report: "PhotoReport", target: str, crops: str | None = None) -> str:
     """The lines of an examined report, one of them about the picture of the `crops`, if it is
     there. `judged` says for which model."""
-    from dreambooth_moslora.photos.faults import list_faults
     from dreambooth_moslora.photos.photo_file import format_captions
+    from dreambooth_moslora.photos.quality import list_faults
 
     # Each file, with what the user should know of it
     lines = []
@@ -133,8 +133,7 @@ def format_report(report: "PhotoReport", target: str, crops: str | None = None) 
 
 def format_verdict(report: "PhotoReport") -> str:
     """Which photos to leave out, and whether the others are enough."""
-    from dreambooth_moslora.photos.faults import list_faults
-    from dreambooth_moslora.photos.quality import MIN_GOOD_PHOTOS
+    from dreambooth_moslora.photos.quality import MIN_GOOD_PHOTOS, list_faults
 
     faulty = [photo.path.name for photo in filter(list_faults, report.photos)]
     good = len(report.photos) - len(faulty)

@@ -1,10 +1,10 @@
-"""What training cuts out of a photo: planned as numbers, then cut.
+"""Plan and cut the crops of a photo: size, position, mirroring and zoom.
 
     photo (h, w) --resize: shorter side = r·zoom--> (h', w') --mirror?--> crop (r, r) at (top, left)
 
 With `--enable_bucket` the crop is a rectangle of about the same area, whose shape is nearest to the
 photo's. SDXL is conditioned on these numbers (Podell et al. 2023, arXiv 2307.01952, section 2.2).
-Sizes are (height, width) px of the upright picture.
+Sizes are (height, width) px of the upright image.
 """
 
 import math
@@ -16,12 +16,12 @@ from PIL import Image, ImageOps
 
 from dreambooth_moslora.settings import train_config
 
-# (left, top, right, bottom) px of a face in the upright photo
 Box = tuple[float, float, float, float]
-# Of the crop's side, that a face fills in a near crop; that is every other one
+"""(left, top, right, bottom) px of a face in the upright photo."""
 NEAR_FACE_SHARE = 0.4
-# Around a face, of its size: hair and chin
+"""Share of the crop's side that a face fills in a near crop, which is every other one."""
 FACE_MARGIN = 0.4
+"""Margin around a face, as a share of its size: hair and chin."""
 
 
 @dataclass(frozen=True)
@@ -32,53 +32,53 @@ class CropPlan:
     resized: tuple[int, int]  # after scaling
     crop_top_left: tuple[int, int]  # (y, x) in the resized and mirrored photo
     target_size: tuple[int, int]  # (h, w) of the crop
-    is_mirrored: bool = False  # once it is cut
+    is_mirrored: bool = False  # after cropping
 
     @property
     def time_ids(self) -> tuple[int, ...]:
-        """SDXL's size and crop conditioning: original height, width, crop top, left, target height,
-        width; px."""
+        """Return SDXL's size and crop conditioning: original height, width, crop top, left, target
+        height, width; px."""
         return *self.original_size, *self.crop_top_left, *self.target_size
 
     def get_box(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """(left, top, right, bottom) of the crop in the photo, which is not mirrored, shown at
-        (width, height)."""
+        """Return (left, top, right, bottom) of the crop in the unmirrored photo scaled to (width,
+        height)."""
         crop_height, crop_width = self.target_size
         whole_height, whole_width = self.resized
-        top, left = self.crop_top_left
+        crop_top, crop_left = self.crop_top_left
 
         # The plan counts from the left of the mirrored photo.
         if self.is_mirrored:
-            left = whole_width - crop_width - left
+            crop_left = whole_width - crop_width - crop_left
 
         # From px of the resized photo to px of the shown one
         across = width / whole_width
         down = height / whole_height
-        right = left + crop_width
-        bottom = top + crop_height
-        return left * across, top * down, right * across, bottom * down
+        crop_right = crop_left + crop_width
+        crop_bottom = crop_top + crop_height
+        return crop_left * across, crop_top * down, crop_right * across, crop_bottom * down
 
 
 def compute_resized_size(size_px: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """(h, w) of the photo scaled to the smallest size that covers `target` (h, w)."""
+    """Return (h, w) of the photo scaled to the smallest size that covers `target` (h, w)."""
     height, width = size_px
-    least_height, least_width = target
-    if least_height * width >= least_width * height:
-        return least_height, max(least_width, width * least_height // height)
-    return max(least_height, height * least_width // width), least_width
+    min_height, min_width = target
+    if min_height * width >= min_width * height:
+        return min_height, max(min_width, width * min_height // height)
+    return max(min_height, height * min_width // width), min_width
 
 
 def choose_bucket(size_px: tuple[int, int], resolution_px: int, step_px: int) -> tuple[int, int]:
-    """(h, w), multiples of `step_px`, of at most the square's area, with the shape nearest to
-    `size_px`'s."""
+    """Return the crop size (h, w) whose shape is nearest to that of `size_px`. Its sides are
+    multiples of `step_px`, and its area is at most that of the square."""
     # All rectangles with sides from half the resolution to twice, as wide as the area allows
     shapes: set[tuple[int, int]] = set()
     shortest = step_px * math.ceil(resolution_px / 2 / step_px)
     longest = 2 * resolution_px
     for side in range(shortest, longest + 1, step_px):
-        other = min(resolution_px**2 // side, longest) // step_px * step_px
-        if other:
-            shapes |= {(side, other), (other, side)}
+        long_side = min(resolution_px**2 // side, longest) // step_px * step_px
+        if long_side:
+            shapes |= {(side, long_side), (long_side, side)}
 
     # The nearest shape; of equally near ones the largest
     ratio = size_px[0] / size_px[1]
@@ -93,24 +93,24 @@ def choose_bucket(size_px: tuple[int, int], resolution_px: int, step_px: int) ->
 def find_nearest_shape(
     size_px: tuple[int, int], shapes: Iterable[tuple[int, int]]
 ) -> tuple[int, int]:
-    """Of `shapes` (h, w), the one nearest to that of `size_px` (h, w)."""
+    """Return the shape (h, w) that is nearest to that of `size_px` (h, w)."""
     ratio = size_px[0] / size_px[1]
     return min(sorted(shapes), key=lambda shape: abs(math.log(shape[0] / shape[1] / ratio)))
 
 
 @dataclass(frozen=True)
 class CropRule:
-    """How training cuts photos."""
+    """Rule by which training crops photos."""
 
     resolution_px: int  # side of the square
     center_crop: bool = False
-    random_flip: bool = False  # of which half are mirrored
-    crops_per_photo: int | None = 1  # different ones; None: always new ones
-    zoom: float = 1.0  # most, at random, within a photo's own pixels
-    bucket_step_px: int | None = None  # to the rectangle of `choose_bucket` instead
+    random_flip: bool = False  # mirrors half of the crops
+    crops_per_photo: int | None = 1  # None: a new crop at each exposure
+    zoom: float = 1.0  # maximum of the random zoom; it never enlarges a photo's pixels
+    bucket_step_px: int | None = None  # for the rectangles of `choose_bucket`; None: squares
 
     def get_target_size(self, size_px: tuple[int, int]) -> tuple[int, int]:
-        """(h, w) of the crops of a photo of `size_px` (h, w)."""
+        """Return (h, w) of the crops of a photo of `size_px` (h, w)."""
         if self.bucket_step_px is None:
             return self.resolution_px, self.resolution_px
         return choose_bucket(size_px, self.resolution_px, self.bucket_step_px)
@@ -122,30 +122,34 @@ class CropRule:
         target: tuple[int, int] | None = None,
         face: Box | None = None,
     ) -> CropPlan:
-        """Where to cut `target` (h, w), else the rule's own, out of a photo of `size_px` (h, w).
-        Draws four numbers. Half of the crops come near the `face`, and none cuts it."""
-        # Always all, so that a setting does not move the draws of the others.
-        mirror = rng.random()
-        down = rng.random()
-        right = rng.random()
-        closer = rng.random()
+        """Plan a crop of `target` (h, w), by default the rule's size, of a photo of `size_px` (h,
+        w).
+
+        Takes four random numbers from `rng`. No crop cuts the `face`, and half of them zoom in on
+        it.
+        """
+        # Always take all four, so that a setting does not change the numbers of the others.
+        mirror_draw = rng.random()
+        top_draw = rng.random()
+        left_draw = rng.random()
+        zoom_draw = rng.random()
 
         # The zoom, bounded by the photo's own pixels: enlarging would only blur
         target_height, target_width = target = target or self.get_target_size(size_px)
         side = min(target)
-        own = min(size_px[0] * side // target_height, size_px[1] * side // target_width)
-        zoomed = round(side * (1 + (self.zoom - 1) * closer))
-        if face is not None and closer >= 0.5:
+        max_side = min(size_px[0] * side // target_height, size_px[1] * side // target_width)
+        zoomed = round(side * (1 + (self.zoom - 1) * zoom_draw))
+        if face is not None and zoom_draw >= 0.5:
             height = (face[3] - face[1]) / min(size_px)
             zoomed = max(zoomed, round(side * NEAR_FACE_SHARE / height))
-        shorter = max(side, min(zoomed, own))
+        shorter = max(side, min(zoomed, max_side))
 
         # The smallest resized photo that covers the zoomed target
         covered = (target_height * shorter // side, target_width * shorter // side)
         height, width = compute_resized_size(size_px, covered)
 
-        # The place of the crop in it: anywhere, or where the face is whole
-        is_mirrored = self.random_flip and mirror < 0.5
+        # The offset of the crop in it: anywhere, or where the face is whole
+        is_mirrored = self.random_flip and mirror_draw < 0.5
         tops = (0, height - target_height)
         lefts = (0, width - target_width)
         if face is not None:
@@ -156,15 +160,15 @@ class CropRule:
                 first, last = lefts
                 lefts = (width - target_width - last, width - target_width - first)
         if self.center_crop:
-            top = (height - target_height) // 2
-            left = (width - target_width) // 2
+            crop_top = (height - target_height) // 2
+            crop_left = (width - target_width) // 2
         else:
-            top = tops[0] + int(down * (tops[1] - tops[0] + 1))
-            left = lefts[0] + int(right * (lefts[1] - lefts[0] + 1))
+            crop_top = tops[0] + int(top_draw * (tops[1] - tops[0] + 1))
+            crop_left = lefts[0] + int(left_draw * (lefts[1] - lefts[0] + 1))
         return CropPlan(
             original_size=size_px,
             resized=(height, width),
-            crop_top_left=(top, left),
+            crop_top_left=(crop_top, crop_left),
             target_size=target,
             is_mirrored=is_mirrored,
         )
@@ -173,7 +177,7 @@ class CropRule:
 def compute_face_range(
     face: tuple[float, float], scale: float, target: int, whole: int
 ) -> tuple[int, int]:
-    """The first and the last place, px, of a crop along one axis that holds a face.
+    """Return the first and the last offset, px, at which a crop holds the face, along one axis.
 
     face: its two ends in the photo, px
     scale: from the photo's px to those of the resized photo
@@ -192,7 +196,7 @@ def compute_face_range(
 
 
 def build_crop_rule(config: train_config.TrainConfig) -> CropRule:
-    """The rule that these settings describe."""
+    """Return the crop rule of these settings."""
     step_px = config.bucket_reso_steps or (64 if config.resolution > 256 else 8)
     return CropRule(
         resolution_px=config.resolution,
@@ -208,9 +212,16 @@ def build_crop_rule(config: train_config.TrainConfig) -> CropRule:
 def apply_crop(
     image: Image.Image, plan: CropPlan, resampling: Image.Resampling = Image.Resampling.LANCZOS
 ) -> Image.Image:
-    """The crop, of `target_size`, of the photo or its mask at any scale. Only the crop is
-    resampled."""
-    left, top, right, bottom = plan.get_box(image.width, image.height)
-    box = (left, top, min(right, image.width), min(bottom, image.height))
+    """Return the crop, of `target_size`, of a photo or its mask at any scale.
+
+    Only the crop is resampled.
+    """
+    x0, y0, x1, y1 = plan.get_box(image.width, image.height)
+    box = (x0, y0, min(x1, image.width), min(y1, image.height))
     crop = image.resize(plan.target_size[::-1], resampling, box=box)
+    return augment(crop, plan)
+
+
+def augment(crop: Image.Image, plan: CropPlan) -> Image.Image:
+    """Return the crop, mirrored if its plan says so."""
     return ImageOps.mirror(crop) if plan.is_mirrored else crop

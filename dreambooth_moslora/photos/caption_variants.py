@@ -1,15 +1,15 @@
-"""Which captions training shows of a photo: with a prefix, tags in several orders, and the bare
+"""Build the captions that training shows of a photo: prefixed, with shuffled tags, and the bare
 instance prompt.
 
-Tags of image boards have no order, so they are shuffled, in a fixed number of orders a caption, by
-the run's seed:
+Tags of image boards have no order, so they are shuffled by the run's seed, in a fixed number of
+orders for each caption:
 
     prefix  sks dog, red collar, on grass, side view
 
-With `--keep_tokens 1` the first tag, `sks dog`, stays where it is.
+With `--keep_tokens 1` the first tag, `sks dog`, stays first.
 
-If all captions of a photo name a place, the bare instance prompt would not draw the subject. So
-such a photo is shown with it in a share of its exposures.
+If every caption of a photo names its surroundings, the bare instance prompt would not generate the
+subject. So such a photo is shown with the bare prompt in a share of its exposures.
 """
 
 from collections.abc import Sequence
@@ -20,60 +20,62 @@ from dreambooth_moslora.seeds import seed_rng
 from dreambooth_moslora.settings.prompts import join_caption
 from dreambooth_moslora.settings.train_config import TrainConfig
 
-# Orders of each caption, including the written one
 TAG_ORDERS = 16
+"""Orders of each caption, including the written one."""
 
 
 def prepare_captions(config: TrainConfig, photo: Photo) -> Photo:
-    """The photo, with the prefix on its own captions, and with its bare prompt if none of
-    them is the instance prompt."""
+    """Return the photo with prefixed captions, and with a `bare_prompt` if none of its captions is
+    the instance prompt."""
     prompt = config.instance_prompt
     prefix = (config.caption_prefix or "").strip()
-    found = []
+    captions = []
     for caption in photo.captions:
-        found.append(caption if caption == prompt else join_caption(prefix, caption))
-    is_there = normalize_prompt(prompt) in map(normalize_prompt, found)
-    return replace(photo, captions=tuple(found), bare_prompt=None if is_there else prompt)
+        captions.append(caption if caption == prompt else join_caption(prefix, caption))
+    has_prompt = normalize_prompt(prompt) in map(normalize_prompt, captions)
+    return replace(photo, captions=tuple(captions), bare_prompt=None if has_prompt else prompt)
 
 
 def normalize_prompt(prompt: str) -> str:
-    """The prompt as the text encoders hear it: they know neither case nor the width of spaces. A
-    full stop at its end is left out too."""
+    """Return the prompt as the text encoders read it: lower case, with single spaces, and without a
+    full stop at its end."""
     return " ".join(prompt.lower().split()).rstrip(".")
 
 
 def describe_bare_prompts(config: TrainConfig, photos: Sequence[Photo]) -> str | None:
-    """What happens to the photos with a `bare_prompt`; None when there are none."""
+    """Return a line about the photos with a `bare_prompt`; None when there are none."""
     count = sum(photo.bare_prompt is not None for photo in photos)
     if not count:
         return None
     share = config.bare_prompt_share
-    said = f"captions: {count} of {len(photos)} photos have none that is the instance prompt itself"
-    done = f"{share:.0%} of their exposures show it" if share else "they are never shown with it"
-    return f"{said}; {done} (--instance_prompt_share)"
+    subject = (
+        f"captions: {count} of {len(photos)} photos have none that is the instance prompt itself"
+    )
+    effect = f"{share:.0%} of their exposures show it" if share else "they are never shown with it"
+    return f"{subject}; {effect} (--instance_prompt_share)"
 
 
 def shuffle_captions(config: TrainConfig, captions: tuple[str, ...]) -> tuple[str, ...]:
-    """The captions; with `--shuffle_caption` ORDERS orders of each, without the prefix and kept
-    tags."""
+    """Return the captions; with `--shuffle_caption` TAG_ORDERS orders of each. The prefix and the
+    first `--keep_tokens` tags stay in front."""
     if not config.shuffle_caption:
         return captions
-    found = []
+    variants = []
     for caption in captions:
         head, tags = split_tags(config, caption)
-        kept = tags[: config.keep_tokens]
+        first_tags = tags[: config.keep_tokens]
 
         # The written order first, then the drawn ones
-        found.append(caption)
+        variants.append(caption)
         for number in range(1, TAG_ORDERS):
-            others = tags[config.keep_tokens :]
-            seed_rng(config.seed, "tags", caption, number).shuffle(others)
-            found.append(join_caption(head, ", ".join([*kept, *others])))
-    return tuple(found)
+            last_tags = tags[config.keep_tokens :]
+            seed_rng(config.seed, "tags", caption, number).shuffle(last_tags)
+            variants.append(join_caption(head, ", ".join([*first_tags, *last_tags])))
+    return tuple(variants)
 
 
 def split_tags(config: TrainConfig, caption: str) -> tuple[str, list[str]]:
-    """A caption's prefix and tags. The instance prompt got no prefix."""
+    """Return a caption's prefix and tags. The instance prompt has no prefix."""
     head = ""
     prefix = join_caption((config.caption_prefix or "").strip())
     if caption != config.instance_prompt and caption.startswith(prefix):

@@ -1,9 +1,9 @@
-"""Captions made for photos that have none: the models that describe, and the files they leave.
+"""Caption photos that have no caption: the captioning models, and the files that they write.
 
-A model describes the surroundings of the subject, but not the subject: for photographs Qwen3-VL 2B
-(Apache 2.0), or another with a chat template, which continues the text "A photo of a dog"; the
-embedded base reads place and light by its own CLIP. torch is imported only to load a model. What
-the user wrote is never changed. The made captions lie
+A model describes the surroundings of the subject, but not the subject. For photographs it is
+Qwen3-VL 2B (Apache 2.0), or another model with a chat template, which continues the text "A photo
+of a dog"; for the embedded base its own CLIP names place and light. torch is imported only to load
+a model. Captions of the user are never changed. Generated ones are saved
 
 beside the photos    `dog.txt`, as a user would write it (the command `caption`)
 in a run folder      `captions.json` (`--captions auto`), so that a resumed run does not make it
@@ -33,9 +33,8 @@ from dreambooth_moslora.settings import prompts, subject_kinds, toy_bases, train
 
 logger = logging.getLogger(__name__)
 
-# The chat model by default
 DEFAULT_CAPTION_MODEL = "Qwen/Qwen3-VL-2B-Instruct"
-# What it is asked, what of the looks, and the beginning of its answer, which it continues
+"""Default chat model."""
 SUBJECT_QUESTION = (
     "Write the end of a caption: in at most twenty words, where the {word} is, what is around "
     "it, the light and the side from which it is seen. {looks}"
@@ -47,38 +46,46 @@ STYLE_QUESTION = (
 STYLE_ANSWER_START = "A picture that shows"
 NO_LOOKS_INSTRUCTION = "Say nothing about how the {word} itself looks."
 ANSWER_START = "A photo of a {word}"
-# The photo's longer side as the model sees it: more pixels cost time and change few words
+"""Questions for the chat model, and the beginnings of its answer, which it continues."""
 MAX_INPUT_PX = 768
-# What is said where the embedded base's own captioner sees other photos
+"""The photo's longer side as the model sees it: more pixels cost time and change few words."""
 TOY_CAPTIONER_WARNING = (
     "captions: the toy knows its own world alone, and invents where other things are: write them "
     "yourself, or train a larger base"
 )
-# Bounds of an answer: SDXL reads 77 tokens
+"""Warning when the embedded base's own captioner reads photos of other things."""
 MAX_ANSWER_TOKENS = 60
 MAX_ANSWER_WORDS = 30
+"""Bounds of an answer: SDXL reads 77 tokens."""
 
 
 @dataclass(frozen=True)
 class Captioner:
+    """Captioning model, loaded at its first caption."""
+
     name: str  # the model's public name
-    word: str  # what the photos show, and the traits that were asked for or left out
-    surroundings: Callable[[Image.Image], str]  # of an RGB picture: "on the beach at sunset", or ""
+    word: str  # class word, with the traits that the caption names or omits
+    surroundings: Callable[[Image.Image], str]  # of an RGB image: "on the beach at sunset", or ""
 
 
 def load_captioner(config: train_config.TrainConfig, device: Any = "cpu") -> Captioner:
-    """The captioner of `--caption_model`, by default the embedded base's own CLIP or Qwen3-VL,
-    loaded onto the torch device at the first caption. Raises UserError without a class word, and
-    later for a missing model."""
-    own = toy_bases.CLIP_FOLDER.name
+    """Return the captioner of `--caption_model`: by default the embedded base's own CLIP, or
+    Qwen3-VL.
+
+    The model is loaded onto the torch device at the first caption. Raises UserError without a class
+    word, and later for a missing model.
+    """
+    toy_model = toy_bases.CLIP_FOLDER.name
     default = (
-        own if toy_bases.is_toy(config.pretrained_model_name_or_path) else DEFAULT_CAPTION_MODEL
+        toy_model
+        if toy_bases.is_toy(config.pretrained_model_name_or_path)
+        else DEFAULT_CAPTION_MODEL
     )
     name = os.path.expanduser(config.caption_model or default)
 
     # The word is what the model must not describe.
     kind = subject_kinds.get_subject_kind(config.each_subject[0])
-    word = prompts.get_class_word(config) or ("toy" if name == own else "")
+    word = prompts.get_class_word(config) or ("toy" if name == toy_model else "")
     word = "picture" if kind.is_style and not word else word
     if not word:
         raise UserError(
@@ -88,38 +95,39 @@ def load_captioner(config: train_config.TrainConfig, device: Any = "cpu") -> Cap
 
     # Photos of toys have their facts beside them.
     folder = config.each_subject[0].instance_data_dir
-    if name == own and folder and not (Path(folder) / SUBJECT_FILE).is_file():
+    if name == toy_model and folder and not (Path(folder) / SUBJECT_FILE).is_file():
         logger.warning(TOY_CAPTIONER_WARNING)
 
     # A vision-language model has gigabytes. Loading waits until a photo needs a caption.
     @cache
     def reader() -> Callable[[Image.Image], str]:
-        if name == own:
+        if name == toy_model:
             return load_toy_captioner(word, device)
         return load_chat_captioner(name, word, device, build_question(config, word))
 
     # Captions that say other traits are made again.
-    left_out = (f"no {trait}" for trait in subject_kinds.list_omitted_traits(config))
-    asked = " ".join((word, *config.describe, *left_out))
-    return Captioner(get_public_name(name), asked, lambda image: reader()(image))
+    omitted = (f"no {trait}" for trait in subject_kinds.list_omitted_traits(config))
+    subject = " ".join((word, *config.describe, *omitted))
+    return Captioner(get_public_name(name), subject, lambda image: reader()(image))
 
 
 def build_question(config: train_config.TrainConfig, word: str) -> str:
-    """What the model is asked: the surroundings, and of the looks what `--describe` names."""
+    """Return the prompt for the chat model: it asks for the surroundings, and for the traits of
+    `--describe`."""
     if subject_kinds.get_subject_kind(config).is_style:
         return STYLE_QUESTION
     looks = NO_LOOKS_INSTRUCTION.format(word=word)
     if config.describe:
         looks = f"Say too how the {word}'s {' and '.join(config.describe)} look, and nothing else"
         looks += f" about the {word}."
-    left_out = subject_kinds.list_omitted_traits(config)
-    if left_out:
-        looks += f" Do not mention {', '.join(left_out)} or the face."
+    omitted = subject_kinds.list_omitted_traits(config)
+    if omitted:
+        looks += f" Do not mention {', '.join(omitted)} or the face."
     return SUBJECT_QUESTION.format(word=word, looks=looks)
 
 
 def load_toy_captioner(word: str, device: Any) -> Callable[[Image.Image], str]:
-    """A captioner by the CLIP of the embedded base."""
+    """Return a captioner by the CLIP of the embedded base."""
     from dreambooth_moslora.photos.toy_readers import SurroundingsReader, format_surroundings
 
     clip = SurroundingsReader(toy_bases.CLIP_FOLDER, device)
@@ -134,8 +142,8 @@ def load_toy_captioner(word: str, device: Any) -> Callable[[Image.Image], str]:
 def load_chat_captioner(
     name: str, word: str, device: Any, question: str
 ) -> Callable[[Image.Image], str]:
-    """A captioner by a chat model, decoded greedily: a photo always gets the same words. Raises
-    UserError."""
+    """Return a captioner by a chat model. Greedy decoding gives a photo the same caption each time.
+    Raises UserError."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -176,10 +184,10 @@ def load_chat_captioner(
         tokens = model.generate(**inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
 
         # The model returns the question too; the answer lies behind it.
-        asked = inputs["input_ids"].shape[1]
-        answer = processor.decode(tokens[0, asked:], skip_special_tokens=True)
-        found = parse_surroundings(answer)
-        return shows + found if found else ""
+        question_tokens = inputs["input_ids"].shape[1]
+        answer = processor.decode(tokens[0, question_tokens:], skip_special_tokens=True)
+        surroundings = parse_surroundings(answer)
+        return shows + surroundings if surroundings else ""
 
     return read
 
@@ -187,33 +195,38 @@ def load_chat_captioner(
 def build_conversation(
     image: Image.Image, word: str, question: str, start: str = ANSWER_START
 ) -> list[dict[str, Any]]:
-    """The question about a shrunk copy of the picture, and the beginning of the answer, as chat
-    templates take them."""
+    """Return a chat of the question about a shrunk copy of the image, and the beginning of the
+    answer."""
     small = image.copy()
     small.thumbnail((MAX_INPUT_PX, MAX_INPUT_PX))
-    asked = [
+    user_content = [
         {"type": "image", "image": small},
         {"type": "text", "text": question},
     ]
-    begun = [{"type": "text", "text": start.format(word=word)}]
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": begun}]
+    answer_start = [{"type": "text", "text": start.format(word=word)}]
+    return [
+        {"role": "user", "content": user_content},
+        {"role": "assistant", "content": answer_start},
+    ]
 
 
 def parse_surroundings(answer: str) -> str:
-    """The first sentence of an answer that continues START, without its full stop; "" when there is
-    none."""
+    """Return the first sentence of an answer that continues `start`, without its full stop; "" when
+    there is none."""
     sentence = re.split(r"[.!?](?:\s|$)|\n", answer.strip(), maxsplit=1)[0]
     printable = "".join(letter for letter in sentence if letter.isprintable())
-    words = printable.strip(" \"'“”,;:").split()[:MAX_ANSWER_WORDS]
-    return " ".join(words).rstrip(",;:")
+    first_words = printable.strip(" \"'“”,;:").split()[:MAX_ANSWER_WORDS]
+    return " ".join(first_words).rstrip(",;:")
 
 
 @dataclass(frozen=True)
 class GeneratedCaption:
+    """Caption of a photo, or the reason why it has none."""
+
     photo: photo_file.Photo
-    caption: str | None  # None: why is the `remark`
+    caption: str | None  # None: `remark` says why
     remark: str = ""
-    key: str = ""  # it is not kept yet
+    key: str = ""  # of a caption that is not saved yet
 
 
 def write_caption_files(
@@ -228,43 +241,44 @@ def write_caption_files(
         reason = photo_file.explain_name_conflict(photo, target, photos)
         if photo.is_captioned:
             reason = "it has a caption, which is kept"
-        made = (
+        generated = (
             GeneratedCaption(photo, None, reason)
             if reason
             else make_caption(photo, captioner, prompt)
         )
-        if made.caption is not None:
-            write_atomic(target, f"{made.caption}\n")
-        yield made
+        if generated.caption is not None:
+            write_atomic(target, f"{generated.caption}\n")
+        yield generated
 
 
 def make_run_caption(
     photo: photo_file.Photo, captioner: Captioner, prompt: str, path: Path
 ) -> GeneratedCaption:
-    """A caption for `keep` to write into the file `path`. If that file has one of the same photo,
-    model and words, it is taken."""
-    old = sidecars.read_saved_captions(path).get(photo.run_file_name)
+    """Return a caption, which `save_caption` adds to the file `path`. A caption in that file by the
+    same model, from the same photo and question, is used again."""
+    saved = sidecars.read_saved_captions(path).get(photo.run_file_name)
     key = photo.compute_key(model=captioner.name, word=captioner.word, prompt=prompt)
-    if old and old["made_from"] == key:
-        return GeneratedCaption(photo, old["caption"])
+    if saved and saved["made_from"] == key:
+        return GeneratedCaption(photo, saved["caption"])
     return make_caption(photo, captioner, prompt)
 
 
 def save_caption(path: Path, generated: GeneratedCaption, prompt: str) -> None:
-    """Add a new caption to those in the file. Where the model said nothing, the `prompt` is kept,
-    so that it is not asked again."""
+    """Add a new caption to those in the file. For an empty answer the `prompt` is saved, so that a
+    resumed run does not caption the photo again."""
     if generated.key:
         entry = {"caption": generated.caption or prompt, "made_from": generated.key}
-        known = sidecars.read_saved_captions(path) | {generated.photo.run_file_name: entry}
+        captions = sidecars.read_saved_captions(path) | {generated.photo.run_file_name: entry}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(known, indent=1, sort_keys=True, ensure_ascii=False))
+        write_atomic(path, json.dumps(captions, indent=1, sort_keys=True, ensure_ascii=False))
 
 
 def make_caption(photo: photo_file.Photo, captioner: Captioner, prompt: str) -> GeneratedCaption:
-    """The prompt with the surroundings that the captioner sees in the photo. Nothing is written."""
-    found = captioner.surroundings(photo_file.open_rgb(photo))
+    """Return the prompt followed by the surroundings that the captioner sees in the photo. Nothing
+    is written."""
+    surroundings = captioner.surroundings(photo_file.open_rgb(photo))
     key = photo.compute_key(model=captioner.name, word=captioner.word, prompt=prompt)
-    if not found:
+    if not surroundings:
         remark = "the model says nothing, so no caption is written"
         return GeneratedCaption(photo, caption=None, remark=remark, key=key)
-    return GeneratedCaption(photo, prompts.join_caption(prompt, found), key=key)
+    return GeneratedCaption(photo, prompts.join_caption(prompt, surroundings), key=key)

@@ -1,7 +1,6 @@
-"""Faces: where they are in a picture, and whose they are.
+"""Find and compare faces, by YuNet and SFace through OpenCV.
 
-YuNet finds them and SFace compares them, both through OpenCV. Their weights come from the hub at
-the first use.
+The weights come from the hub at the first use.
 """
 
 import os
@@ -19,43 +18,47 @@ from dreambooth_moslora.photos.augment import Box
 from dreambooth_moslora.settings import subject_kinds, train_config
 from dreambooth_moslora.settings.metric_kinds import SFACE, YUNET
 
-# The picture's longer side as YuNet sees it: it finds faces of 10 to 300 px
 MAX_INPUT_PX = 640
-# Of YuNet: a box below this is no face
+"""Longer side of YuNet's input, in which it finds faces of 10 to 300 px."""
 MIN_CERTAINTY = 0.8
-# A face that fills less of the photo's shorter side is a dozen latents of a 1024 px crop
+"""YuNet's certainty below which a box is no face."""
 MIN_FACE_SHARE = 0.1
-# A face with this share of the largest one's side, or more, is of a second person, no passer-by
+"""Share of the photo's shorter side below which a face has a dozen latents in a 1024 px crop."""
 SECOND_SHARE = 0.5
+"""A face with this share of the largest one's side, or more, is of a second person, no
+passer-by."""
 
 
 @dataclass(frozen=True)
 class Face:
-    box: Box  # in the upright picture
-    detection: Any = None  # what the finder says of it, for the comparer
+    """Face in an upright image."""
+
+    box: Box  # in the upright image
+    detection: Any = None  # the detector's row of it, which the comparer reads
 
 
 @dataclass(frozen=True)
 class FaceReader:
-    """What finds and compares faces."""
+    """Functions that find and compare faces."""
 
-    find: Callable[[Image.Image], list[Face]]  # in an RGB picture, the largest first
+    find: Callable[[Image.Image], list[Face]]  # in an RGB image, the largest first
     vector: Callable[[Image.Image, Face], np.ndarray]  # a unit vector (D,) of a face
-    load: Callable[[], object] = bool  # what compares, so that a missing file is told early
+    load: Callable[[], object] = bool  # the comparer, so that a missing file is reported early
 
     def embed_faces(self, images: Sequence[Image.Image]) -> list[np.ndarray | None]:
-        """The unit vector (D,) of each picture's largest face; None where there is no face."""
-        found = []
+        """Return the unit vector (D,) of each image's largest face; None for an image without a
+        face."""
+        embeddings = []
         for image in images:
             rgb = image.convert("RGB")
             faces = self.find(rgb)
-            found.append(self.vector(rgb, faces[0]) if faces else None)
-        return found
+            embeddings.append(self.vector(rgb, faces[0]) if faces else None)
+        return embeddings
 
 
 def load_face_reader() -> FaceReader:
-    """YuNet and SFace, each loaded at its first use. Raises UserError without OpenCV, and later for
-    weights that are not here."""
+    """Return YuNet and SFace, each loaded at its first use. Raises UserError without OpenCV, and
+    later for missing weights."""
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # OpenCV 5 warns of its own engine
     try:
         import cv2
@@ -79,13 +82,13 @@ def load_face_reader() -> FaceReader:
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         finder().setInputSize(size)
         _, rows = finder().detect(to_bgr(image.resize(size)))
-        found = []
+        faces = []
         for row in [] if rows is None else rows:
             row = np.asarray(row, dtype=np.float32).copy()
             row[:14] /= scale
-            left, top, width, height = map(float, row[:4])
-            found.append(Face(box=(left, top, left + width, top + height), detection=row))
-        return sorted(found, key=get_area, reverse=True)
+            x0, y0, width, height = map(float, row[:4])
+            faces.append(Face(box=(x0, y0, x0 + width, y0 + height), detection=row))
+        return sorted(faces, key=get_area, reverse=True)
 
     def vector(image: Image.Image, face: Face) -> np.ndarray:
         # SFace wants the face turned upright, by its five points.
@@ -97,23 +100,25 @@ def load_face_reader() -> FaceReader:
 
 
 def to_bgr(image: Image.Image) -> np.ndarray:
-    """uint8 (height, width, 3) in OpenCV's order of colours."""
+    """Return the pixels as uint8 (height, width, 3), in OpenCV's order of colours."""
     return np.ascontiguousarray(np.asarray(image)[:, :, ::-1])
 
 
 def longer_side(face: Face) -> float:
     """Return the longer side of a face's box, px."""
-    left, top, right, bottom = face.box
-    return max(right - left, bottom - top)
+    x0, y0, x1, y1 = face.box
+    return max(x1 - x0, y1 - y0)
 
 
 def get_area(face: Face) -> float:
-    left, top, right, bottom = face.box
-    return (right - left) * (bottom - top)
+    """Return the area of a face's box, px²."""
+    x0, y0, x1, y1 = face.box
+    return (x1 - x0) * (y1 - y0)
 
 
 def download_weights(repository: str, file: str) -> str:
-    """The path of a model's file from the hub. Raises UserError when it cannot be had."""
+    """Return the path of a model's file from the hub. Raises UserError when it cannot be
+    downloaded."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -127,33 +132,34 @@ def download_weights(repository: str, file: str) -> str:
 def add_faces(
     config: train_config.TrainConfig, photos: Sequence[photo_file.Photo]
 ) -> list[photo_file.Photo]:
-    """The photos; those of a person with the box of the face, and a remark on one that is small or
+    """Return the photos, with the face's box on those of a person and a remark where it is small or
     not found. Raises UserError."""
     if not subject_kinds.has_face_subject(config.each_subject):
         return list(photos)
     kinds = [subject_kinds.get_subject_kind(subject) for subject in config.each_subject]
     reader = load_face_reader()
-    found = []
+    checked_photos = []
     for photo in photos:
         if kinds[photo.subject].has_face:
             photo = add_face(photo, reader.find(photo_file.open_rgb(photo)))
-        found.append(photo)
-    return found
+        checked_photos.append(photo)
+    return checked_photos
 
 
 def add_face(photo: photo_file.Photo, faces: Sequence[Face]) -> photo_file.Photo:
-    """The photo with its largest face, and a remark where that shows little, or is not alone."""
+    """Return the photo with its largest face, and with a remark if that is small, or not the only
+    one."""
     if not faces:
         return replace(photo, reasons=(*photo.reasons, "no face was found"))
     reasons = photo.reasons
 
-    # How large it is.
+    # Its size
     sides = [longer_side(face) for face in faces]
     share = sides[0] / min(photo.size_px)
     if share < MIN_FACE_SHARE:
         reasons = (*reasons, f"small face: {share:.0%} of the frame")
 
-    # Who else is there.
+    # Other people in the photo
     people = sum(side >= SECOND_SHARE * sides[0] for side in sides)
     if people > 1:
         advice = "the largest is taken for the person's; crop the others away"

@@ -1,20 +1,22 @@
-"""A folder of photos as a report: the photos, the files beside them, and why a file is left out.
+"""Read a folder of photos into a report: the photos, their sidecars, and the skipped files with
+reasons.
 
-No file in the folder can stop the program: unusable files are listed with a reason. A photo's
-captions and mask are found by `beside`, and by `caption_variants` what training shows of them.
+No file in the folder can stop the program: unusable files are listed with a reason. `sidecars` finds a photo's captions and mask, and
+`caption_variants` prepares the captions for training.
 """
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from dreambooth_moslora.disk.contents import hash_file
 from dreambooth_moslora.disk.paths import SUBJECT_FILE
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError, escape_control_characters
-from dreambooth_moslora.photos import faults, photo_file, synthetic
+from dreambooth_moslora.photos import photo_file, quality, synthetic
 from dreambooth_moslora.photos.caption_variants import prepare_captions
+from dreambooth_moslora.photos.photo_file import PhotoReport, SkippedFile
 from dreambooth_moslora.photos.sidecars import (
     MASK_SUFFIX,
     METADATA_NAME,
@@ -28,36 +30,16 @@ from dreambooth_moslora.settings.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-# A photo that is enlarged more times than this is at fault; up to it only a little soft.
 MAX_ENLARGEMENT = 1.5
-# Files that systems and programs leave in folders, by lower-case name
+"""Enlargement above which a photo is too small; up to it the photo is only a little soft."""
 JUNK_NAMES = {".ds_store", "thumbs.db", "desktop.ini", "manifest.json", METADATA_NAME}
-# What this program puts among photos, beside captions and masks
+"""Lower-case names of files that systems and programs leave in folders."""
 PROGRAM_FILES = {SUBJECT_FILE, synthetic.RECORD_NAME, synthetic.REJECTED_NAME}
-
-
-@dataclass(frozen=True)
-class SkippedFile:
-    """A file of the folder that is not used."""
-
-    path: Path
-    reason: str
-    is_photo: bool = False  # it was meant to be one
-    size_px: tuple[int, int] | None = None  # None when unreadable
-
-
-@dataclass(frozen=True)
-class PhotoReport:
-    """What was found in a folder, or in those of all subjects."""
-
-    photos: list[photo_file.Photo] = field(default_factory=list)
-    skipped: list[SkippedFile] = field(default_factory=list)
-    sidecars: list[Path] = field(default_factory=list)  # captions and masks in use
-    remarks: tuple[str, ...] = ()  # on all photos together, once they are examined
+"""Names that this program writes among photos, apart from captions and masks."""
 
 
 def log_strays(report: PhotoReport) -> None:
-    """Mention the files that are no photos in one line of the log."""
+    """Log the files that are no photos, in one line."""
     strays = []
     for item in report.skipped:
         if not item.is_photo and not item.path.name.startswith("."):
@@ -68,7 +50,7 @@ def log_strays(report: PhotoReport) -> None:
 
 
 def list_usable_photos(report: PhotoReport) -> list[photo_file.Photo]:
-    """The report's photos; each photo that was left out is logged with its reason."""
+    """Return the report's photos, and log each skipped photo with its reason."""
     for skipped in report.skipped:
         if skipped.is_photo:
             logger.warning(
@@ -79,38 +61,38 @@ def list_usable_photos(report: PhotoReport) -> list[photo_file.Photo]:
 
 
 def build_photo_report(config: TrainConfig) -> PhotoReport:
-    """The photos of all subjects, numbered by subject. Raises UserError for a subject without a
-    usable photo."""
-    found = PhotoReport()
+    """Return the photos of all subjects, numbered by subject. Raises UserError for a subject
+    without a usable photo."""
+    merged = PhotoReport()
     for number, subject in enumerate(config.each_subject):
         report = build_subject_report(subject, number)
-        found.skipped.extend(report.skipped)
-        found.sidecars.extend(report.sidecars)
+        merged.skipped.extend(report.skipped)
+        merged.sidecars.extend(report.sidecars)
 
         # Photos that the user leaves out stay in the report, with that reason.
         used = []
         for photo in report.photos:
             if photo.path.name in config.leave_out:
                 reason = "left out by --leave_out"
-                found.skipped.append(SkippedFile(photo.path, reason, size_px=photo.size_px))
+                merged.skipped.append(SkippedFile(photo.path, reason, size_px=photo.size_px))
             else:
                 used.append(photo)
         if not used:
             raise UserError("--leave_out leaves no photo; name fewer.")
-        found.photos.extend(used)
-    found.photos[:] = add_saved_sidecars(config, found.photos)
+        merged.photos.extend(used)
+    merged.photos[:] = add_saved_sidecars(config, merged.photos)
 
     # A mistyped name would silently leave nothing out.
-    named = {item.path.name for item in found.skipped}
-    unknown = [name for name in config.leave_out if name not in named]
+    skipped_names = {item.path.name for item in merged.skipped}
+    unknown = [name for name in config.leave_out if name not in skipped_names]
     if unknown:
         raise UserError(f"--leave_out {unknown[0]}: there is no such photo.")
-    return found
+    return merged
 
 
 def build_subject_report(config: TrainConfig, number: int) -> PhotoReport:
-    """The photos of `--instance_data_dir`, as those of subject `number`. Raises UserError when
-    there is none."""
+    """Return the photos of `--instance_data_dir` as those of subject `number`. Raises UserError
+    when there is none."""
     if not config.instance_data_dir:
         raise UserError("give the photos: --instance_data_dir FOLDER.")
     folder = Path(config.instance_data_dir)
@@ -124,18 +106,18 @@ def build_subject_report(config: TrainConfig, number: int) -> PhotoReport:
 def add_saved_sidecars(
     config: TrainConfig, photos: Iterable[photo_file.Photo]
 ) -> list[photo_file.Photo]:
-    """The photos; with `--captions auto` and `--masks auto` with what training has made in the run
-    folder by now."""
+    """Return the photos, those of `--captions auto` and `--masks auto` with the sidecars that
+    training has saved in the run folder so far."""
     photos = list(photos)
     run_dir = RunDir(config.output_dir)
     if config.captions == "auto":
-        kept = read_saved_captions(run_dir.captions_path)
+        saved = read_saved_captions(run_dir.captions_path)
         subjects = config.each_subject
-        for number, photo in enumerate(photos):
-            made = kept.get(photo.run_file_name)
-            if made and not photo.is_captioned:
-                captioned = replace(photo, captions=(made["caption"],))
-                photos[number] = prepare_captions(subjects[photo.subject], captioned)
+        for index, photo in enumerate(photos):
+            saved_caption = saved.get(photo.run_file_name)
+            if saved_caption and not photo.is_captioned:
+                captioned = replace(photo, captions=(saved_caption["caption"],))
+                photos[index] = prepare_captions(subjects[photo.subject], captioned)
     if config.masks != "given":
         photos = photo_file.add_saved_masks(photos, run_dir.masks_dir)
     return photos
@@ -153,16 +135,18 @@ def hash_files(report: PhotoReport) -> dict[str, str]:
 
 
 def summarize_skipped(report: PhotoReport) -> str:
-    """The first three skipped files with their reasons, photos first, and how many more there
-    are."""
+    """Return the first three skipped files with their reasons, photos first, and the number of
+    further ones."""
     first = sorted(report.skipped, key=lambda item: not item.is_photo)[:3]
-    shown = [f"{item.path.name} ({item.reason})" for item in first]
-    more = len(report.skipped) - len(shown)
-    return ("; ".join(shown) or "it is empty") + (f"; and {more} more." if more else ".")
+    descriptions = [f"{item.path.name} ({item.reason})" for item in first]
+    remaining = len(report.skipped) - len(descriptions)
+    return ("; ".join(descriptions) or "it is empty") + (
+        f"; and {remaining} more." if remaining else "."
+    )
 
 
 def require_photo_folder(folder: Path) -> None:
-    """Raises UserError when there is no such folder."""
+    """Raise UserError when there is no such folder."""
     if not folder.is_dir():
         reason = "not a folder" if folder.exists() else "no such folder"
         raise UserError(f"{folder}: {reason}; give a folder of photos.")
@@ -171,17 +155,17 @@ def require_photo_folder(folder: Path) -> None:
 def find_photos(
     folder: Path, instance_prompt: str, resolution_px: int, *, alpha: str = "mask"
 ) -> PhotoReport:
-    """Open every file of `folder` (not of its subfolders), by name. Raises UserError when there is
-    none."""
+    """Open every file of `folder`, not of its subfolders, in the order of names. Raises UserError
+    when there is no such folder."""
     require_photo_folder(folder)
     paths = sorted(folder.iterdir())
     captions = FolderCaptions(folder, find_sidecars(paths))
     report = PhotoReport()
 
-    # Which of them a model made
-    made: dict[str, synthetic.SyntheticRecord] = {}
+    # The record of synthetic photos
+    record: dict[str, synthetic.SyntheticRecord] = {}
     try:
-        made = synthetic.read_record(folder)
+        record = synthetic.read_record(folder)
     except UserError as error:
         report.skipped.append(SkippedFile(folder / synthetic.RECORD_NAME, f"not read: {error}"))
 
@@ -193,19 +177,21 @@ def find_photos(
             path, captions, prompt=instance_prompt, resolution_px=resolution_px, alpha=alpha
         )
         if isinstance(item, photo_file.Photo):
-            made_by = synthetic.format_maker(made[path.name]) if path.name in made else ""
-            report.photos.append(replace(item, made_by=made_by))
+            maker = synthetic.format_maker(record[path.name]) if path.name in record else ""
+            report.photos.append(replace(item, made_by=maker))
         else:
             report.skipped.append(item)
 
-    # The files beside them: in use, or without a photo of their name
+    # Sidecars: in use, or without a photo of that name
     stems = {photo.path.stem for photo in report.photos}
     for path in filter(is_sidecar_name, paths):
-        named = parse_sidecar_name(path)
+        parsed_name = parse_sidecar_name(path)
         reason = explain_not_file(path)
         if reason:
             report.skipped.append(SkippedFile(path, reason))
-        elif named is None or (named[0] in stems and captions.sidecars[named] == path):
+        elif parsed_name is None or (
+            parsed_name[0] in stems and captions.sidecars[parsed_name] == path
+        ):
             report.sidecars.append(path)
         else:
             report.skipped.append(SkippedFile(path, "stray: belongs to no photo"))
@@ -216,7 +202,7 @@ def find_photos(
 def read_photo(
     path: Path, captions: FolderCaptions, prompt: str, resolution_px: int, alpha: str
 ) -> photo_file.Photo | SkippedFile:
-    """One file of a folder.
+    """Return a file of a folder as a photo, or as skipped.
 
     path: of the file
     captions: of its folder
@@ -224,7 +210,7 @@ def read_photo(
     resolution_px: shorter side that training needs; a photo far below it is skipped
     alpha: `mask` if the opaque part of a transparent photo is its mask
     """
-    # What is no photo by its name or kind is not opened.
+    # Files that are no photos by name or kind are not opened.
     reason = explain_not_file(path)
     if reason is None and (path.name.lower() in JUNK_NAMES or path.name.startswith(".")):
         reason = "stray: a file of the system"
@@ -233,8 +219,10 @@ def read_photo(
     try:
         image = photo_file.open_image(path)
     except photo_file.UnreadableImageError as error:
-        claims = path.suffix.lower() in photo_file.IMAGE_SUFFIXES
-        return SkippedFile(path, str(error) if claims else "stray: not a photo", is_photo=claims)
+        is_image_name = path.suffix.lower() in photo_file.IMAGE_SUFFIXES
+        return SkippedFile(
+            path, str(error) if is_image_name else "stray: not a photo", is_photo=is_image_name
+        )
 
     # Its size: a photo that would be enlarged more than eight times shows nothing.
     height, width = photo_file.get_upright_size(image)
@@ -245,28 +233,33 @@ def read_photo(
         reason = f"tiny: {width} x {height} px for a resolution of {resolution_px}"
         return SkippedFile(path, reason, is_photo=True, size_px=(height, width))
     if shorter < resolution_px:
-        times = resolution_px / shorter
-        if times > MAX_ENLARGEMENT:
-            reasons.append(faults.make_reason("too small", width=width, height=height, times=times))
+        enlargement = resolution_px / shorter
+        if enlargement > MAX_ENLARGEMENT:
+            reasons.append(
+                quality.make_reason("too small", width=width, height=height, times=enlargement)
+            )
         else:
-            reasons.append(f"a little small: {width} x {height} px is enlarged {times:.1f} times")
+            reasons.append(
+                f"a little small: {width} x {height} px is enlarged {enlargement:.1f} times"
+            )
 
-    # What lies beside it
-    beside = captions.sidecars.get((path.stem, MASK_SUFFIX))
-    mask_path, remarks = photo_file.find_mask(path, image, beside, alpha_is_mask=alpha == "mask")
-    own = captions.get_captions(path)
+    # Its mask and captions
+    sidecar = captions.sidecars.get((path.stem, MASK_SUFFIX))
+    mask_path, remarks = photo_file.find_mask(path, image, sidecar, alpha_is_mask=alpha == "mask")
+    own_captions = captions.get_captions(path)
     return photo_file.Photo(
         path=path,
         size_px=(height, width),
-        captions=own or (prompt,),
+        captions=own_captions or (prompt,),
         mask_path=mask_path,
         reasons=(*reasons, *remarks),
-        is_captioned=bool(own),
+        is_captioned=bool(own_captions),
     )
 
 
 def explain_not_file(path: Path) -> str | None:
-    """What the path is when it is not a file; None for a file. Reading a pipe might have no end."""
+    """Return what the path is when it is not a file; None for a file. Reading a pipe might never
+    end."""
     if path.is_dir():
         return "stray: a folder; photos inside it are not read"
     return None if path.is_file() else "stray: not a file"

@@ -1,11 +1,11 @@
-"""Masks made for photos that have none: the models that find the subject, and the files they leave.
+"""Make masks for photos that have none: the segmentation models, and the files that they write.
 
-CLIPSeg (Lüddecke and Ecker, CVPR 2022) reads a word and a picture; the embedded base has the toy
-world's own net. Both give a probability for each pixel, in fp32. The mask has the pixels of at
+CLIPSeg (Lüddecke and Ecker, CVPR 2022) reads a word and an image; the embedded base has the toy
+world's own network. Both give a probability for each pixel, in fp32. The mask has the pixels of at
 least half of the largest one: CLIPSeg's certainty depends more on the word than on the outline.
 torch is imported only to load a model.
 
-The user's own masks are never changed. The made ones lie
+The user's own masks are never changed. Generated ones are saved
 
 beside the photos    `name.mask.png`, as a user would write it (`check --make_masks`)
 in a run folder      `masks/dog.jpg.mask.png` (`--masks auto`); its header records the photo,
@@ -31,21 +31,21 @@ from dreambooth_moslora.photos import photo_file
 from dreambooth_moslora.photos.pretrained import load_frozen, load_pretrained
 from dreambooth_moslora.settings import prompts, toy_bases, train_config
 
-# The text chunk of a kept mask that says from which photo, model and word it was made
 KEY_CHUNK = "made-from"
-# The models by default: of photographs, and of the embedded base
+"""PNG text chunk of a saved mask, with a key of its photo, model and word."""
 DEFAULT_MASK_MODEL = "CIDAS/clipseg-rd64-refined"
 TOY_SEGMENTER = toy_bases.SEGMENTER_FOLDER.name
-# If no pixel's probability is above this, the subject was not found
+"""Default models: for photographs, and for the embedded base."""
 MIN_PEAK = 0.2
-# Shares of the photo; a mask outside is probably wrong
+"""Minimum probability of the likeliest pixel; below it the subject was not found."""
 MIN_MASK_SHARE = 0.005
 MAX_MASK_SHARE = 0.9
+"""Shares of the photo between which a mask is plausible."""
 
 
 def get_segmenter_name(config: train_config.TrainConfig) -> str:
-    """The model of `--mask_model`; by default the embedded base's own net, or CLIPSeg for other
-    bases."""
+    """Return the model of `--mask_model`: by default the embedded base's own network, or CLIPSeg
+    for other bases."""
     if config.mask_model:
         return os.path.expanduser(config.mask_model)
     return (
@@ -56,8 +56,8 @@ def get_segmenter_name(config: train_config.TrainConfig) -> str:
 
 
 def get_mask_word(config: train_config.TrainConfig) -> str:
-    """What CLIPSeg looks for: `--mask_prompt`, else the class word; "" for the toy world's net.
-    Raises UserError."""
+    """Return the word that CLIPSeg looks for: `--mask_prompt`, else the class word; "" for the toy
+    world's network. Raises UserError."""
     if get_segmenter_name(config) == TOY_SEGMENTER:
         return ""
     word = config.mask_prompt or prompts.get_class_word(config)
@@ -70,21 +70,24 @@ def get_mask_word(config: train_config.TrainConfig) -> str:
 
 @dataclass(frozen=True)
 class Segmenter:
+    """Segmentation model, loaded at its first mask."""
+
     name: str  # its public name
-    word: str  # what it looks for ("" for toys)
-    probabilities: Callable[[Image.Image], Any]  # of an RGB picture: fp32 (height, width) in [0, 1]
+    word: str  # the subject's word ("" for toys)
+    probabilities: Callable[[Image.Image], Any]  # of an RGB image: fp32 (height, width) in [0, 1]
 
     def mask(self, image: Image.Image) -> Image.Image:
-        """L of the picture's size: 255 on the subject, 0 elsewhere; all 0 when it was not found."""
-        found = np.asarray(self.probabilities(image))
-        peak = float(found.max())
-        white = (found >= peak / 2) & (peak >= MIN_PEAK)
-        return Image.fromarray(white.astype(np.uint8) * 255)
+        """Return the mask (L) at the image's size: 255 on the subject, 0 elsewhere; all 0 when no
+        subject was found."""
+        probabilities = np.asarray(self.probabilities(image))
+        peak = float(probabilities.max())
+        is_subject = (probabilities >= peak / 2) & (peak >= MIN_PEAK)
+        return Image.fromarray(is_subject.astype(np.uint8) * 255)
 
 
 def load_segmenter(config: train_config.TrainConfig, device: Any = "cpu") -> Segmenter:
-    """The segmenter of `--mask_model`, loaded at the first mask. Raises UserError when no word says
-    what to look for."""
+    """Return the segmenter of `--mask_model`, which is loaded at the first mask. Raises UserError
+    when no word names the subject."""
     name = get_segmenter_name(config)
     word = get_mask_word(config)
 
@@ -101,7 +104,7 @@ def load_segmenter(config: train_config.TrainConfig, device: Any = "cpu") -> Seg
 
 
 def load_toy_segmenter(device: Any) -> Callable[[Image.Image], Any]:
-    """A function from an RGB picture of the toy world to probabilities (height, width)."""
+    """Return a function from an RGB image of the toy world to probabilities (height, width)."""
     import torch
 
     from dreambooth_moslora.photos.toy_readers import load_segmenter_net
@@ -116,8 +119,7 @@ def load_toy_segmenter(device: Any) -> Callable[[Image.Image], Any]:
 
 
 def load_clipseg(name: str, word: str, device: Any) -> Callable[[Image.Image], Any]:
-    """A function from an RGB picture (width, height) to probabilities (height, width). Raises
-    UserError."""
+    """Return a function from an RGB image to probabilities (height, width). Raises UserError."""
     import torch
     from torch.nn.functional import interpolate
     from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
@@ -133,15 +135,17 @@ def load_clipseg(name: str, word: str, device: Any) -> Callable[[Image.Image], A
         logits = model(**inputs.to(device)).logits
 
         # CLIPSeg answers at its own square size; the photo's shape comes back here.
-        chances = logits.view(1, 1, *logits.shape[-2:]).sigmoid()
+        probabilities = logits.view(1, 1, *logits.shape[-2:]).sigmoid()
         size = (image.height, image.width)
-        return interpolate(chances, size=size, mode="bilinear")[0, 0].cpu()
+        return interpolate(probabilities, size=size, mode="bilinear")[0, 0].cpu()
 
     return find
 
 
 @dataclass(frozen=True)
 class GeneratedMask:
+    """Mask of a photo, or the reason why it has none."""
+
     photo: photo_file.Photo
     path: Path | None  # of its mask, if one was made
     remark: str = ""  # for the user
@@ -156,7 +160,7 @@ def write_mask_files(
     for photo in photos:
         target = photo.path.with_name(f"{photo.path.stem}.mask.png")
 
-        # What the user drew is never written over.
+        # A user's mask is never written over.
         reason = photo_file.explain_name_conflict(photo, target, photos)
         if photo.mask_path:
             reason = "it has a mask, which is kept"
@@ -164,8 +168,8 @@ def write_mask_files(
 
 
 def make_run_mask(photo: photo_file.Photo, segmenter: Segmenter, folder: Path) -> GeneratedMask:
-    """Write the photo's mask into `folder`. One made before from the same photo, model and word is
-    kept."""
+    """Write the photo's mask into `folder`. An earlier one of the same photo, model and word is
+    used again."""
     key = photo.compute_key(model=segmenter.name, word=segmenter.word)
     target = photo_file.get_saved_mask_path(photo, folder)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +186,7 @@ def make_run_mask(photo: photo_file.Photo, segmenter: Segmenter, folder: Path) -
 def make_mask(
     photo: photo_file.Photo, target: Path, segmenter: Segmenter, key: str = ""
 ) -> GeneratedMask:
-    """Find the subject and write the mask to `target`, with the `key` if there is one."""
+    """Write the mask of the photo's subject to `target`, with the `key` if there is one."""
     mask = segmenter.mask(photo_file.open_rgb(photo))
 
     # A mask without a white pixel would train on nothing, so the photo is used without one.
@@ -201,7 +205,7 @@ def make_mask(
 
 
 def describe_mask_quality(mask: Image.Image) -> str:
-    """What looks wrong with a mask (L, not all black), in words; "" when nothing does."""
+    """Return a remark on a mask (L, not all black) that looks wrong; "" for a plausible one."""
     share = float((np.asarray(mask) > 127).mean())
     if share < MIN_MASK_SHARE:
         return f"nearly empty: {share:.1%} of the photo"

@@ -1,14 +1,14 @@
-"""One photo: its file from any phone or program as upright sRGB pixels, its captions and its mask.
+"""Open one photo, from any phone or program, as upright sRGB pixels with its captions and mask.
 
 Only this module handles orientation (EXIF), colour profiles, transparency (on white), CMYK,
-palettes and greys. Sizes are (height, width) px of the upright picture.
+palettes and greys. Sizes are (height, width) px of the upright image.
 """
 
 import errno
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -20,14 +20,15 @@ from dreambooth_moslora.errors import UserError, format_error
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000")
 """Formats that are read as photos; none runs an interpreter (EPS) or fetches anything."""
-# Suffixes of files that claim to be photos; any file of FORMATS is read, whatever its name
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp"}
     | {".heic", ".heif", ".hif", ".avif"}
     | {".tif", ".tiff", ".gif", ".bmp", ".ppm", ".pgm", ".jp2"}
 )
-# An alpha channel whose least value is this or more shows nothing through
+"""Suffixes of files that are reported as photos. Any file of `IMAGE_FORMATS` is read, whatever its
+name."""
 MIN_OPAQUE_ALPHA = 250
+"""Minimum of an alpha channel that counts as opaque."""
 ORIENTATION_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -37,14 +38,15 @@ ORIENTATION_TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> the transposition that makes the picture upright."""
+"""EXIF orientation -> the transposition that makes the image upright."""
 
 MACHINE_ERRORS = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
-"""Errors of the machine, not of the picture, which may be readable next time."""
+"""Errors of the machine, not of the image, which may be readable next time."""
 
 
 class UnreadableImageError(Exception):
-    """The file cannot be read as a picture; the text says why, without the file's name."""
+    """Error for a file that cannot be read as an image; its text says why, without the file's
+    name."""
 
 
 @cache
@@ -56,7 +58,8 @@ def register_heif() -> None:
 
 
 def open_image(path: Path) -> Image.Image:
-    """The first frame as stored. Raises UnreadableImageError; OSError by the machine."""
+    """Return the first frame as stored. Raises UnreadableImageError; OSError for errors of the
+    machine."""
     register_heif()
     try:
         with warnings.catch_warnings():
@@ -64,10 +67,10 @@ def open_image(path: Path) -> Image.Image:
             image = Image.open(path, formats=IMAGE_FORMATS)
             image.load()
 
-    # Each reason in words for the person who chose the folder
+    # A reason for the person who chose the folder
     except Image.DecompressionBombError:
-        most = 2 * Image.MAX_IMAGE_PIXELS / 1e6
-        raise UnreadableImageError(f"enormous: more than {most:.0f} megapixels") from None
+        max_megapixels = 2 * Image.MAX_IMAGE_PIXELS / 1e6
+        raise UnreadableImageError(f"enormous: more than {max_megapixels:.0f} megapixels") from None
     except Image.UnidentifiedImageError:
         raise UnreadableImageError("broken: not a picture, or damaged") from None
     except Exception as error:  # decoders raise any error on damaged bytes
@@ -82,7 +85,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def read_orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 is upright."""
+    """Return the EXIF orientation, 1 to 8; 1 is upright."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged EXIF: the picture itself is fine
@@ -90,24 +93,24 @@ def read_orientation(image: Image.Image) -> int:
 
 
 def get_upright_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) of the upright picture: EXIF orientations from 5 on swap the sides."""
-    turned = read_orientation(image) in (5, 6, 7, 8)
-    return (image.width, image.height) if turned else (image.height, image.width)
+    """Return (height, width) of the upright image: EXIF orientations from 5 on swap the sides."""
+    has_swapped_sides = read_orientation(image) in (5, 6, 7, 8)
+    return (image.width, image.height) if has_swapped_sides else (image.height, image.width)
 
 
 def rotate_upright(image: Image.Image) -> Image.Image:
-    """The pixels turned upright. EXIF is dropped: encoding it again fails on damaged entries."""
-    turn = ORIENTATION_TRANSPOSES.get(read_orientation(image))
-    if turn is None:
+    """Return the upright pixels. EXIF is dropped: encoding it again fails on damaged entries."""
+    transpose = ORIENTATION_TRANSPOSES.get(read_orientation(image))
+    if transpose is None:
         return image
-    turned = image.transpose(turn)
-    kept = ("icc_profile", "transparency")
-    turned.info = {key: image.info[key] for key in kept if key in image.info}
-    return turned
+    upright = image.transpose(transpose)
+    kept_keys = ("icc_profile", "transparency")
+    upright.info = {key: image.info[key] for key in kept_keys if key in image.info}
+    return upright
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An opened image as upright RGB; transparent parts become white."""
+    """Return an opened image as upright RGB; transparent parts become white."""
     image = rotate_upright(image)
     if get_alpha(image) is None:
         return to_srgb(image)
@@ -121,7 +124,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def get_alpha(image: Image.Image) -> Image.Image | None:
-    """The upright alpha channel as L; None when everything is opaque."""
+    """Return the upright alpha channel as L; None when everything is opaque."""
     if image.mode not in ("RGBA", "LA", "La", "RGBa", "PA") and "transparency" not in image.info:
         return None
     try:
@@ -132,7 +135,8 @@ def get_alpha(image: Image.Image) -> Image.Image | None:
 
 
 def to_srgb(image: Image.Image, profile: bytes | None = None) -> Image.Image:
-    """Any mode without transparency -> RGB, by the embedded profile if that fits."""
+    """Convert an image of any mode without transparency to RGB, by the embedded profile if that
+    fits."""
     profile = profile or image.info.get("icc_profile")
 
     # Palettes and the rest become RGB first: profiles are written for these three modes.
@@ -159,15 +163,15 @@ def apply_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
 
 @dataclass(frozen=True)
 class Photo:
-    """A usable photo of a folder, with what lies beside it."""
+    """Usable photo of a folder, with its sidecars."""
 
     path: Path
     size_px: tuple[int, int]  # (h, w) upright
     captions: tuple[str, ...]  # each exposure uses one
     mask_path: Path | None = None  # `path` if the transparency is the mask
-    # remarks for the user; none forbids its use. Those of `faults` are a `faults.Reason`
+    # remarks for the user; none forbids its use. Faults are a `quality.Reason`
     reasons: tuple[str, ...] = ()
-    is_captioned: bool = False  # the captions are its own
+    is_captioned: bool = False  # by captions of its own
     # the instance prompt, if no caption is it (`--instance_prompt_share`)
     bare_prompt: str | None = None
     subject: int = 0  # its number in the run, from 0
@@ -177,34 +181,54 @@ class Photo:
 
     @property
     def run_file_name(self) -> str:
-        """Name of files that a run folder keeps for it; those of further subjects are in `1/` and
-        so on."""
+        """Return the name of the photo's files in a run folder; those of further subjects are in
+        `1/` and so on."""
         return f"{self.subject}/{self.path.name}" if self.subject else self.path.name
 
     @property
     def has_mask_file(self) -> bool:
-        """Whether the mask is a file, not the photo's own transparency."""
+        """Return whether the mask is a file, not the photo's own transparency."""
         return self.mask_path not in (None, self.path)
 
     def compute_key(self, **maker: str) -> str:
-        """A key of what is made for the photo. It changes with the photo's content, and with the
-        model and words that make it."""
+        """Return a key of what is made for the photo. It changes with the photo's content, and with
+        the model and words that make it."""
         return hash_values(photo=hash_file(self.path), **maker)
 
 
+@dataclass(frozen=True)
+class SkippedFile:
+    """File of the folder that is not used."""
+
+    path: Path
+    reason: str
+    is_photo: bool = False  # it was meant to be one
+    size_px: tuple[int, int] | None = None  # None when unreadable
+
+
+@dataclass(frozen=True)
+class PhotoReport:
+    """Photos, sidecars and skipped files of one folder, or of those of all subjects."""
+
+    photos: list[Photo] = field(default_factory=list)
+    skipped: list[SkippedFile] = field(default_factory=list)
+    sidecars: list[Path] = field(default_factory=list)  # captions and masks in use
+    remarks: tuple[str, ...] = ()  # on all photos together (`quality.find_photo_faults`)
+
+
 def count_photos(photos: Iterable[Photo]) -> list[int]:
-    """How many photos each subject has, in the order of the subjects."""
+    """Return the number of photos of each subject, in the order of the subjects."""
     counts = Counter(photo.subject for photo in photos)
     return [counts[subject] for subject in sorted(counts)]
 
 
 def format_captions(photo: Photo) -> str:
-    """The photo's captions in quotation marks."""
+    """Return the photo's captions in quotation marks."""
     return " or ".join(f"“{caption}”" for caption in photo.captions)
 
 
 def require_image(path: Path) -> Image.Image:
-    """A file that could be read before. Raises UserError when it cannot any more."""
+    """Open a file that was read before. Raises UserError when it cannot be read any more."""
     try:
         return open_image(path)
     except UnreadableImageError as error:
@@ -212,17 +236,17 @@ def require_image(path: Path) -> Image.Image:
 
 
 def open_rgb(photo: Photo) -> Image.Image:
-    """The photo's pixels: RGB, upright, on white. Raises UserError when it cannot be read any
-    more."""
+    """Return the photo's pixels: RGB, upright, on white. Raises UserError when it cannot be read
+    any more."""
     return to_rgb(require_image(photo.path))
 
 
 def explain_name_conflict(photo: Photo, target: Path, photos: Sequence[Photo]) -> str:
-    """Why `target` is not made beside a photo, or "": something has its name, or two photos would
-    share it."""
+    """Return why `target` is not written beside a photo: it exists, or two photos would share it.
+    "" without a conflict."""
     if target.exists():
         return f"{target.name} exists but cannot be used; it is kept"
-    if sum(other.path.stem == photo.path.stem for other in photos) > 1:
+    if sum(candidate.path.stem == photo.path.stem for candidate in photos) > 1:
         return f"another photo has the name {photo.path.stem} too: rename one of them"
     return ""
 
@@ -230,7 +254,7 @@ def explain_name_conflict(photo: Photo, target: Path, photos: Sequence[Photo]) -
 def find_mask(
     path: Path, photo: Image.Image, sidecar: Path | None, *, alpha_is_mask: bool
 ) -> tuple[Path | None, list[str]]:
-    """The file that holds the photo's mask, or None, and remarks for the user.
+    """Return the file that holds the photo's mask, or None, and remarks for the user.
 
     path: of the photo
     photo: as opened
@@ -239,7 +263,7 @@ def find_mask(
     """
     reasons = []
 
-    # What the user drew comes first.
+    # A mask of the user comes first.
     if sidecar and sidecar.is_file():
         problem = explain_unusable_mask(sidecar, get_upright_size(photo))
         if problem is None:
@@ -258,7 +282,7 @@ def find_mask(
 
 
 def explain_unusable_mask(path: Path, photo_px: tuple[int, int]) -> str | None:
-    """Why a mask file cannot be used with a photo of this (height, width), or None."""
+    """Return why a mask file cannot be used with a photo of size (height, width), or None."""
     try:
         mask = to_grey_mask(open_image(path))
     except UnreadableImageError as error:
@@ -273,16 +297,16 @@ def explain_unusable_mask(path: Path, photo_px: tuple[int, int]) -> str | None:
 
 
 def to_grey_mask(image: Image.Image) -> Image.Image:
-    """The mask as L, white on the subject: the brightness, or else the opacity, with a maximum of
-    255."""
+    """Return the mask as L, white on the subject: the brightness, or else the opacity, with a
+    maximum of 255."""
     alpha = get_alpha(image)
     if alpha is None:
         grey = to_rgb(image).convert("L")
     else:
-        # A picture that is black where it is opaque was drawn with its transparency alone.
+        # An image that is black where it is opaque has its mask in the transparency alone.
         brightness = rotate_upright(image).convert("LA").getchannel("L")
-        seen = ImageChops.multiply(brightness, alpha)
-        grey = alpha if seen.getextrema()[1] == 0 else seen
+        visible = ImageChops.multiply(brightness, alpha)
+        grey = alpha if visible.getextrema()[1] == 0 else visible
 
     # Some programs write 0 and 1 in place of 0 and 255.
     brightest = max(grey.getextrema()[1], 1)
@@ -290,7 +314,8 @@ def to_grey_mask(image: Image.Image) -> Image.Image:
 
 
 def open_mask(photo: Photo) -> Image.Image | None:
-    """L, 255 on the subject and 0 elsewhere; None without a mask. Raises UserError."""
+    """Return the mask as L, 255 on the subject and 0 elsewhere; None without a mask. Raises
+    UserError."""
     if photo.mask_path is None:
         return None
     image = require_image(photo.mask_path)
@@ -298,14 +323,15 @@ def open_mask(photo: Photo) -> Image.Image | None:
 
 
 def get_saved_mask_path(photo: Photo, folder: Path) -> Path:
-    """The photo's mask in `folder`; `dog.jpg` and `dog.png` have different ones."""
+    """Return the path of the photo's mask in `folder`; `dog.jpg` and `dog.png` have different
+    ones."""
     return folder / f"{photo.run_file_name}.mask.png"
 
 
 def add_saved_masks(photos: Iterable[Photo], folder: Path) -> list[Photo]:
-    """The photos; those without a mask of their own get the one that training made, if it is there
-    and fits."""
-    found = []
+    """Return the photos; those without a mask of their own get the one that training saved in
+    `folder`, if it exists and fits."""
+    masked_photos = []
     for photo in photos:
         path = get_saved_mask_path(photo, folder)
         photo = drop_saved_mask(photo, folder)
@@ -315,12 +341,12 @@ def add_saved_masks(photos: Iterable[Photo], folder: Path) -> list[Photo]:
             and not explain_unusable_mask(path, photo.size_px)
         ):
             photo = replace(photo, mask_path=path)
-        found.append(photo)
-    return found
+        masked_photos.append(photo)
+    return masked_photos
 
 
 def drop_saved_mask(photo: Photo, folder: Path) -> Photo:
-    """The photo, without its mask if training made that."""
+    """Return the photo, without its mask if training made that."""
     return (
         replace(photo, mask_path=None)
         if photo.mask_path == get_saved_mask_path(photo, folder)

@@ -1,5 +1,5 @@
-"""Loads the models that look at pictures: whole, from a folder or the hub, without running code of
-the repository."""
+"""Load pretrained vision models, from a folder or the hub, without running code of the
+repository."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from dreambooth_moslora.errors import UserError, format_error
 
 
 def load_pretrained(kind: Any, name: str | Path, flag: str, **options: Any) -> Any:
-    """`kind.from_pretrained(name)`.
+    """Load `kind.from_pretrained(name)`.
 
     kind: a class of transformers
     name: a folder or an id of the hub
@@ -22,18 +22,21 @@ def load_pretrained(kind: Any, name: str | Path, flag: str, **options: Any) -> A
     try:
         return kind.from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, HFValidationError) as error:
-        missing = "is not here and cannot be fetched: connect to the hub once, or name a folder"
-        raise UserError(f"{flag} {name} {missing}") from error
+        problem = "is not here and cannot be fetched: connect to the hub once, or name a folder"
+        raise UserError(f"{flag} {name} {problem}") from error
     except Exception as error:  # files of other models may raise any error
         reason = format_error(f"{type(error).__name__} {error}")
         raise UserError(f"{flag} {name} cannot be read as a {kind.__name__}: {reason}") from error
 
 
 def load_frozen(kind: Any, name: str | Path, flag: str, device: Any, **options: Any) -> Any:
-    """A complete model on the torch device, for inference; arguments as of `loaded`. Raises
-    UserError for missing weights, which transformers would fill with random ones."""
+    """Load a complete model onto the torch device, for inference; the other arguments are those of
+    `load_pretrained`.
+
+    Raises UserError for missing weights, which transformers would fill with random ones.
+    """
     model, info = load_pretrained(kind, name, flag, output_loading_info=True, **options)
-    lacking = sorted(info["missing_keys"])
-    if lacking:
-        raise UserError(f"{flag} {name} is no {kind.__name__}: it has no {lacking[0]}")
+    missing_keys = sorted(info["missing_keys"])
+    if missing_keys:
+        raise UserError(f"{flag} {name} is no {kind.__name__}: it has no {missing_keys[0]}")
     return model.requires_grad_(False).eval().to(device)

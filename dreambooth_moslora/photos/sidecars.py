@@ -1,8 +1,8 @@
-"""The files that lie beside photos: captions and masks by their names, and what the captions say.
+"""Find the captions and masks beside photos by their names, and read the captions.
 
 A photo's captions are the lines of `name.txt` beside it, else its line in `metadata.jsonl`
-({"file_name", "text"}, the format of the datasets library), else a caption kept in the run folder
-by `captions`, else the instance prompt. Its mask is `name.mask.png` or another image format.
+({"file_name", "text"}, the format of the datasets library), else a caption that `captions` saved in
+the run folder, else the instance prompt. Its mask is `name.mask.png` or another image format.
 """
 
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
@@ -16,21 +16,21 @@ from dreambooth_moslora.disk.contents import parse_json, read_json
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.photo_file import IMAGE_SUFFIXES
 
-# The file of a folder that holds the captions of many photos
 METADATA_NAME = "metadata.jsonl"
-# `dog.txt` and `dog.mask.png` lie beside `dog.jpg`
+"""File with the captions of a folder's photos."""
 CAPTION_SUFFIX = ".txt"
 MASK_SUFFIX = ".mask"
-# Of one photo's captions: more is no caption, and would keep the tokenizer busy for minutes
+"""Suffixes of the sidecars: `dog.txt` and `dog.mask.png` lie beside `dog.jpg`."""
 MAX_CAPTION_BYTES = 32 * 1024
 TOO_LONG_MESSAGE = f"longer than captions may be, {MAX_CAPTION_BYTES // 1024} KiB"
-# Keys of METADATA that hold a caption; the first with a text is taken
+"""Maximum size of a photo's captions: more would keep the tokenizer busy for minutes."""
 CAPTION_KEYS = ("text", "caption", "prompt")
+"""Keys of `METADATA_NAME` that hold a caption; the first with a text is used."""
 
 
 def parse_sidecar_name(path: Path) -> tuple[str, str] | None:
-    """`dog.Mask.PNG` -> ("dog", ".mask"); None for a file that is neither caption nor mask by its
-    name."""
+    """Return the photo's stem and the sidecar's kind: `dog.Mask.PNG` -> ("dog", ".mask"); None for
+    a name of neither a caption nor a mask."""
     if path.suffix.lower() == CAPTION_SUFFIX:
         return path.stem, CAPTION_SUFFIX
     inner = Path(path.stem)
@@ -40,23 +40,23 @@ def parse_sidecar_name(path: Path) -> tuple[str, str] | None:
 
 
 def find_sidecars(paths: Iterable[Path]) -> dict[tuple[str, str], Path]:
-    """{(photo's stem, suffix): file}. If both spellings exist, the lower-case file is used; it
-    sorts last."""
-    found = {}
+    """Return {(photo's stem, suffix): file}. If both spellings exist, the lower-case file is used;
+    it sorts last."""
+    sidecars = {}
     for path in sorted(paths):
-        named = parse_sidecar_name(path)
-        if named:
-            found[named] = path
-    return found
+        key = parse_sidecar_name(path)
+        if key:
+            sidecars[key] = path
+    return sidecars
 
 
 def is_sidecar_name(path: Path) -> bool:
-    """Whether it is named like a file of captions or a mask."""
+    """Return whether the name is that of a file of captions or of a mask."""
     return path.name == METADATA_NAME or parse_sidecar_name(path) is not None
 
 
 class FolderCaptions:
-    """Captions of one folder. `complaints` are (file, reason) of what could not be read."""
+    """Captions of one folder. `complaints` are (file, reason) of unreadable files and lines."""
 
     def __init__(self, folder: Path, sidecars: dict[tuple[str, str], Path]):
         self.complaints: list[tuple[Path, str]] = []
@@ -71,20 +71,22 @@ class FolderCaptions:
                 self._read_row(metadata, number, line)
 
     def get_captions(self, photo: Path) -> tuple[str, ...]:
-        """The photo's own captions, one line each; () when it has none."""
+        """Return the captions of the photo's sidecar or its line of metadata; () when it has
+        none."""
         # The text file beside the photo
-        beside = self.sidecars.get((photo.stem, CAPTION_SUFFIX))
-        if beside and beside.is_file():
-            lines = self._read_lines(beside)
+        sidecar = self.sidecars.get((photo.stem, CAPTION_SUFFIX))
+        if sidecar and sidecar.is_file():
+            lines = self._read_lines(sidecar)
             if lines:
                 return lines
 
-        # Else its line in METADATA
-        named = self._by_name.get(photo.name)
-        return (named,) if named else ()
+        # Else its line in METADATA_NAME
+        metadata_caption = self._by_name.get(photo.name)
+        return (metadata_caption,) if metadata_caption else ()
 
     def _read_lines(self, path: Path) -> tuple[str, ...]:
-        """The lines of a text file, without empty ones; () and a complaint when it has none."""
+        """Return the lines of a text file, without empty ones; () and a complaint when it has
+        none."""
         if path.stat().st_size > MAX_CAPTION_BYTES:
             self.complaints.append((path, f"captions not read: {TOO_LONG_MESSAGE}"))
             return ()
@@ -95,8 +97,8 @@ class FolderCaptions:
         return lines
 
     def _read_text(self, path: Path) -> str:
-        """Text in UTF-8, or in UTF-16 with a mark, as Windows' Notepad writes it; else "" and a
-        complaint."""
+        """Return text in UTF-8, or in UTF-16 with a mark, as Windows' Notepad writes it; else ""
+        and a complaint."""
         content = path.read_bytes()
         is_wide = content.startswith((BOM_UTF16_LE, BOM_UTF16_BE))
         try:
@@ -107,7 +109,7 @@ class FolderCaptions:
             return ""
 
     def _read_row(self, path: Path, number: int, line: str) -> None:
-        """Keep the caption in a line of METADATA, or complain of the line."""
+        """Store the caption of a line of METADATA_NAME, or complain of the line."""
         row = {}
         with suppress(UserError):
             row = parse_json(line)
@@ -120,15 +122,15 @@ class FolderCaptions:
 
 
 class SavedCaption(TypedDict):
-    """A made caption in a file, with the key of what it was made from."""
+    """Generated caption in a file, with the key of its photo, model and question."""
 
     caption: str
     made_from: str
 
 
 def read_saved_captions(path: Path) -> dict[str, SavedCaption]:
-    """{photo's file name: {"caption", "made_from"}} of made captions; empty if the file is damaged,
-    or is none."""
+    """Return the generated captions of a file, {photo's file name: {"caption", "made_from"}}; empty
+    for a damaged or missing file."""
     if path.is_file():
         with suppress(UserError):
             return read_json(path, dict[str, SavedCaption])
@@ -136,5 +138,6 @@ def read_saved_captions(path: Path) -> dict[str, SavedCaption]:
 
 
 def clean_whitespace(text: str) -> str:
-    """The text on one line. Half a character, which JSON can spell, becomes a question mark."""
+    """Return the text on one line. A lone surrogate, which JSON can spell, becomes a question
+    mark."""
     return " ".join(text.encode("utf-8", "replace").decode().split())

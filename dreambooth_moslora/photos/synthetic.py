@@ -1,7 +1,7 @@
-"""Photos that a model made (`enlarge`): the record that lies beside them, and what is said of them.
+"""Read and write the record of photos that a model made (`enlarge`), which lies beside them.
 
-RECORD is {file name: `SyntheticRecord`}, of the kept photos and of those in REJECTED. Where a photo
-lies decides whether it is used; the record says what it is wherever it lies.
+`RECORD_NAME` is {file name: `SyntheticRecord`}, of the photos in the folder and of those in
+`REJECTED_NAME`. Only the photos in the folder itself are used; the record describes all of them.
 """
 
 import json
@@ -16,13 +16,13 @@ from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.errors import escape_control_characters, format_error
 from dreambooth_moslora.photos.photo_file import Photo
 
-# In a folder of photos: the record, and the folder of the photos that were sorted out
 RECORD_NAME = "made_by.json"
 REJECTED_NAME = "rejected"
+"""Names in a folder of photos: the record, and the folder of rejected photos."""
 
 
 class SyntheticRecord(TypedDict):
-    """How a photo was made, and what the sorting found."""
+    """Origin of a synthetic photo, and the result of sorting."""
 
     base: str
     licence: str  # the base's
@@ -34,32 +34,34 @@ class SyntheticRecord(TypedDict):
 
 
 def read_record(folder: Path) -> dict[str, SyntheticRecord]:
-    """The record of a folder; {} where there is none. Raises UserError for a damaged one."""
+    """Return the record of a folder; {} if it has none. Raises UserError for a damaged one."""
     path = folder / RECORD_NAME
     return read_json(path, dict[str, SyntheticRecord]) if path.is_file() else {}
 
 
 def write_record(folder: Path, record: dict[str, SyntheticRecord]) -> None:
+    """Write the record of a folder, atomically."""
     write_atomic(folder / RECORD_NAME, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def format_maker(record: SyntheticRecord) -> str:
-    """The model and its licence, for sentences: one line, whoever wrote the record."""
+    """Return the model and its licence on one line, without control characters."""
     return escape_control_characters(format_error(f"{record['base']}, licence {record['licence']}"))
 
 
 def filter_real_photos(photos: Sequence[Photo]) -> list[Photo]:
-    """The photos that no model made, with which pictures are compared; all if there is no other."""
+    """Return the photos that no model made, with which images are compared; all photos if no photo
+    is real."""
     return [photo for photo in photos if not photo.made_by] or list(photos)
 
 
 def describe_synthetic(photos: Sequence[Photo], weight: float) -> list[str]:
-    """How many photos each model made, and what their loss weighs; none without such photos."""
+    """Return a line for each model: how many photos it made, and the weight of their loss."""
     counts = Counter(photo.made_by for photo in photos if photo.made_by)
-    said = []
+    lines = []
     for name, count in counts.items():
-        said.append(
+        lines.append(
             f"{count} of {len(photos)} photos were made by {name}; "
             f"their loss has the weight {weight:g} (--synthetic_weight)"
         )
-    return said
+    return lines

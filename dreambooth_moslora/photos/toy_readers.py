@@ -1,14 +1,13 @@
-"""What the embedded base's own networks read in a photo: which pixels are its toy, and where the
-toy stands.
+"""Read photos by the embedded base's own networks: the toy's pixels, and its surroundings.
 
     # (N,3,H,W) in [-1, 1] -> (N,H,W), above 0 at toys
-    load_net(folder).logits(pixels)
+    load_segmenter_net(folder).compute_logits(pixels)
     # ("on the beach", "sunset")
     SurroundingsReader(folder).read(image, "duck")
 
 The segmenter is a small U-Net (Ronneberger et al., 2015), trained on renders by
 `toybox.learning.train_segmenter`. The base's own CLIP reads the surroundings, zero shot (`python -m
-toybox.measures.surroundings` measures how well).
+toybox.measures.surroundings` measures its accuracy).
 """
 
 from functools import cache
@@ -28,28 +27,31 @@ from transformers import (
 
 from dreambooth_moslora.settings.toy_bases import PLACES
 
-# The segmenter's weights in its folder
 WEIGHTS_NAME = "model.safetensors"
-# Shorter side of its training pictures
+"""Name of the segmenter's weights in its folder."""
 TRAINING_PX = 128
-# The pixels of 2 x 2 patches become channels: a quarter of the work for the same outline
+"""Shorter side of its training images."""
 PATCH_PX = 2
-# Channels of each level; each has half the sides of the one before
+"""Side of the patches whose pixels become channels: a quarter of the work for the same outline."""
 LEVEL_CHANNELS = (24, 32, 40, 48)
-# Sides must be multiples of this
+"""Channels of each level; each has half the sides of the one before."""
 SIDE_MULTIPLE_PX = PATCH_PX * 2 ** (len(LEVEL_CHANNELS) - 1)
+"""Divisor of the input's sides."""
 
 
 def _build_convolution(inputs: int, outputs: int, stride: int = 1) -> torch.nn.Sequential:
-    """Convolution, normalization and SiLU. (N, inputs, h, w) -> (N, outputs, h / stride,
-    w / stride)."""
+    """Return convolution, normalization and SiLU: (N, inputs, h, w) -> (N, outputs, h / stride, w /
+    stride)."""
     convolution = torch.nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
     return torch.nn.Sequential(convolution, torch.nn.GroupNorm(8, outputs), torch.nn.SiLU())
 
 
 class ToySegmenter(torch.nn.Module):
-    """Pixels (N,3,H,W) in [-1, 1], sides multiples of 16 -> logits (N,H,W). Each halving of the
-    sides is followed by a bilinear doubling, to which the features of that size are added."""
+    """Small U-Net: pixels (N,3,H,W) in [-1, 1], sides multiples of 16 -> logits (N,H,W).
+
+    Each halving of the sides is followed by a bilinear doubling, to which the features of that size
+    are added.
+    """
 
     def __init__(self):
         super().__init__()
@@ -64,7 +66,7 @@ class ToySegmenter(torch.nn.Module):
         self.head = torch.nn.Conv2d(LEVEL_CHANNELS[0], PATCH_PX**2, 1)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(N,3,H,W) in [-1, 1] -> logits (N,H,W)."""
+        """Return logits (N,H,W) of pixels (N,3,H,W) in [-1, 1]."""
         # Down: features of each size, from fine to coarse
         levels = [self.stem(pixel_unshuffle(pixels, PATCH_PX))]
         for down in self.down:
@@ -79,27 +81,26 @@ class ToySegmenter(torch.nn.Module):
 
     @torch.no_grad()
     def compute_logits(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(N,3,H,W) of any size -> (N,H,W); computed with the shorter side scaled to about
-        128 px."""
+        """Return logits (N,H,W) of pixels (N,3,H,W) of any size, computed with the shorter side
+        scaled to about 128 px."""
         sides = pixels.shape[-2:]
         scale = TRAINING_PX / min(sides)
-        seen = [
+        input_sides = [
             max(SIDE_MULTIPLE_PX, round(side * scale / SIDE_MULTIPLE_PX) * SIDE_MULTIPLE_PX)
             for side in sides
         ]
-        small = interpolate(pixels, size=seen, mode="bilinear", antialias=True)
+        small = interpolate(pixels, size=input_sides, mode="bilinear", antialias=True)
         return interpolate(self(small)[:, None], size=sides, mode="bilinear")[:, 0]
 
 
 def load_segmenter_net(folder: Path) -> ToySegmenter:
-    """The segmenter of a folder, in fp32, whatever its file has."""
+    """Return the segmenter of a folder, in fp32, whatever its file has."""
     net = ToySegmenter().eval().requires_grad_(False)
     weights = load_file(folder / WEIGHTS_NAME)
     net.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return net
 
 
-# The toy world's lights, as captions say them
 LIGHT_PHRASES = {
     "day": "",
     "sunset": "at sunset",
@@ -109,7 +110,7 @@ LIGHT_PHRASES = {
     "rain": "in the rain",
     "snowfall": "in falling snow",
 }
-# Places with a lamp: they have day and night, but no weather
+"""Lights of the toy world -> their phrase in a caption."""
 INDOOR_PLACES = (
     "on a wooden floor",
     "on a purple rug",
@@ -120,6 +121,7 @@ INDOOR_PLACES = (
 PLACE_LIGHTS = dict.fromkeys(PLACES, tuple(LIGHT_PHRASES)) | dict.fromkeys(
     INDOOR_PLACES, ("day", "night")
 )
+"""Places with a lamp: they have day and night, but no weather."""
 PLACE_LIGHTS |= dict.fromkeys(
     ("on the beach", "on water", "on autumn leaves"), tuple(LIGHT_PHRASES)[:-1]
 )
@@ -131,12 +133,12 @@ SURROUNDINGS = tuple((place, light) for place, lights in PLACE_LIGHTS.items() fo
 
 
 def format_surroundings(place: str, light: str) -> str:
-    """The words of a caption: "on the beach at sunset"; daylight adds none."""
+    """Return the end of a caption: "on the beach at sunset"; daylight adds nothing."""
     return f"{place} {LIGHT_PHRASES[light]}".strip()
 
 
 class SurroundingsReader:
-    """Both towers of the CLIP inside a diffusers folder, fp32."""
+    """Image and text towers of the CLIP inside a diffusers folder, fp32."""
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu"):
         self.vision = CLIPVisionModelWithProjection.from_pretrained(
@@ -155,17 +157,19 @@ class SurroundingsReader:
         self.vectors = cache(self._embed_captions)
 
     def _embed_captions(self, kind: str) -> torch.Tensor:
-        """Unit vectors (S, P) of a caption for each of the S surroundings."""
+        """Return unit vectors (S, P) of a caption for each of the S surroundings."""
         captions = [
             f"a photo of a {kind} {format_surroundings(place, light)}"
             for place, light in SURROUNDINGS
         ]
-        words = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-        return normalize(self.text(words.input_ids.to(self.device)).text_embeds, dim=-1)
+        tokens = self.tokenizer(
+            captions, padding="max_length", truncation=True, return_tensors="pt"
+        )
+        return normalize(self.text(tokens.input_ids.to(self.device)).text_embeds, dim=-1)
 
     @torch.no_grad()
     def read(self, image: Image.Image, kind: str = "toy") -> tuple[str, str]:
-        """Place and light of an RGB picture of any size that shows a `kind`."""
+        """Return place and light of an RGB image of any size that shows a `kind`."""
         pixels = self.processor(image, return_tensors="pt").pixel_values
-        seen = normalize(self.vision(pixels.to(self.device)).image_embeds, dim=-1)
-        return SURROUNDINGS[int((self.vectors(kind) @ seen[0]).argmax())]
+        embedding = normalize(self.vision(pixels.to(self.device)).image_embeds, dim=-1)
+        return SURROUNDINGS[int((self.vectors(kind) @ embedding[0]).argmax())]

@@ -16,15 +16,15 @@ Result = TypeVar("Result")
 
 
 def is_single_process() -> bool:
-    """Whether a launcher started no other process of this run."""
+    """Return whether a launcher started no other process of this run."""
     return get_world_size() < 2
 
 
 def agree_on_result(
     find: Callable[[], Result], format_result: Callable[[Result], str] = lambda found: ""
 ) -> Result:
-    """What each process finds. Raises UserError on all where one has other `words`, or where `find`
-    raises it."""
+    """Return what each process finds. Raises UserError on all where one has other `words`, or where
+    `find` raises it."""
     if is_single_process():
         return find()
     from dreambooth_moslora.plan.distributed import join_processes, require_agreement
@@ -35,12 +35,12 @@ def agree_on_result(
 
 
 def check_same_settings(config: train_config.TrainConfig) -> None:
-    """Raises UserError on all processes where one has other settings."""
+    """Raise UserError on all processes where one has other settings."""
     agree_on_result(lambda: config, lambda own: format_settings(own.to_dict()))
 
 
 def format_settings(settings: Mapping[str, Any]) -> str:
-    """A line for each setting that the processes must share, given or not."""
+    """Return a line for each setting that the processes must share, given or not."""
     apart = {*train_config.list_settings("secret"), *train_config.list_settings("per_process")}
     lines = []
     for name, item in train_config.SETTINGS.items():
@@ -51,8 +51,8 @@ def format_settings(settings: Mapping[str, Any]) -> str:
 
 
 def get_min_free_gib() -> float | None:
-    """GiB that are free on the GPU of the process that has the least, so that all choose the same;
-    None without a GPU. All must call it."""
+    """Return GiB that are free on the GPU of the process that has the least, so that all choose the
+    same; None without a GPU. All must call it."""
     own = devices.measure_free_gpu_gib()
     if is_single_process():
         return own

@@ -11,7 +11,8 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.devices import OUTPUTS_PER_BLOCK
 from dreambooth_moslora.settings import family_facts, field_facts
 
-DEFAULT_MODEL = family_facts.SDXL.models[0]  # Whose counts an unknown base is taken to have.
+DEFAULT_MODEL = family_facts.SDXL.models[0]
+"""Whose counts an unknown base is taken to have."""
 FLOW_BLOCK_PATH = re.compile(r"(\w*transformer_blocks|layers|\w*refiner)\.\d+\.")
 UNET_BLOCK_PATH = re.compile(r".*transformer_blocks\.\d+\.")
 """Paths of a denoiser's repeated blocks, whose linear layers are quantised."""
@@ -45,11 +46,11 @@ class BaseSize:
 
 
 def find_base_size(base: Base, target_modules: tuple[str, ...]) -> BaseSize:
-    """The size of a base with the adapter on these layers, counted in its folder where that is
-    whole. Else it is assumed, with the adapter on the family's usual layers, by the model that is
-    known by its id, or that a single file is nearest to; of another base by the largest model of
-    its family, or by SDXL where the family is not known either. Raises UserError for damaged files.
-    """
+    """Return the size of a base with the adapter on these layers, counted in its folder where that
+    is whole. Else it is assumed, with the adapter on the family's usual layers, by the model that
+    is known by its id, or that a single file is nearest to; of another base by the largest model of
+    its family, or by SDXL where the family is not known either. Raises UserError for damaged
+    files."""
     if base.shapes and all(base.shapes.values()):
         return compute_base_size(base.facts, base.shapes, target_modules)
 
@@ -87,7 +88,7 @@ def compute_base_size(
     shapes: Mapping[str, dict[str, list[int]]],
     target_modules: tuple[str, ...],
 ) -> BaseSize:
-    """The same by the shapes of each part's weights; a part may be missing."""
+    """Return the same by the shapes of each part's weights; a part may be missing."""
     count = {part: sum(map(math.prod, found.values())) for part, found in shapes.items()}
     texts = sum(number for part, number in count.items() if part.startswith("text_encoder"))
 

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from dreambooth_moslora.photos.folder import PhotoReport
     from dreambooth_moslora.photos.photo_file import Photo
 
-DEFAULT_TOKEN = "sks"  # The rare word, if none is given.
+DEFAULT_TOKEN = "sks"
+"""The rare word, if none is given."""
 MIN_OBLONG_RATIO = (
     1.1  # Photos whose sides differ by more than this factor are cropped in their own shapes.
 )
@@ -46,7 +47,8 @@ RUN_SETTINGS = (
     "max_train_steps",
 )
 """What a recipe names that is another run's, or is chosen here."""
-FACE_CROPS_PER_PHOTO = 4  # Of each photo of a person: about half of them come near the face.
+FACE_CROPS_PER_PHOTO = 4
+"""Of each photo of a person: about half of them come near the face."""
 NO_SAMPLE_SETTINGS = {"num_validation_images": 0, "validation_steps": None}
 """Chosen on a CPU, where each picture of a large base takes minutes."""
 
@@ -75,7 +77,7 @@ class Choices:
 
     @property
     def lines(self) -> list[str]:
-        """The sentences with their flags, for the terminal."""
+        """Return the sentences with their flags, for the terminal."""
         found = []
         for words, flags in self.notes:
             named = ", ".join(f"--{get_flag_name(flag)}" for flag in flags)
@@ -147,7 +149,7 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
 
 
 def choose_resolution(choices: Choices) -> None:
-    """The base's own, unless given; the default is SDXL's."""
+    """Return the base's own, unless given; the default is SDXL's."""
     if "resolution" in choices.all_settings:
         return
     with suppress(UserError):  # of a base that cannot be used, which is refused later
@@ -157,9 +159,9 @@ def choose_resolution(choices: Choices) -> None:
 
 
 def load_recipe(base: Base) -> tuple[str, dict[str, Any]]:
-    """The file in `assets/configs` for this base's family, and its settings, with what the recipes
-    leave open: bases without fp16 files, and the precision that the GPU, or the CPU where there is
-    none, computes fast."""
+    """Return the file in `assets/configs` for this base's family, and its settings, with what the
+    recipes leave open: bases without fp16 files, and the precision that the GPU, or the CPU where
+    there is none, computes fast."""
     folder = get_assets_folder() / "configs"
     if base.is_toy:
         name = "toy_zimage.toml" if base.is_flow else "toy.toml"
@@ -272,7 +274,7 @@ def choose_shapes(choices: Choices, photos: Sequence["Photo"]) -> None:
 
 
 def count_steps(choices: Choices, photos: list["Photo"]) -> int:
-    """The steps of the run, as far as it is chosen."""
+    """Return the steps of the run, as far as it is chosen."""
     from dreambooth_moslora.photos.photo_file import count_photos
     from dreambooth_moslora.plan.plan import plan_steps
 
@@ -283,9 +285,9 @@ def count_steps(choices: Choices, photos: list["Photo"]) -> int:
 def choose_scores(
     choices: Choices, photos: list["Photo"], is_requested: bool | None = None
 ) -> None:
-    """The embedded base has its own encoders; others are used where they are, as nobody asked for a
-    download. `is_wanted`: the user has asked for scores, or has refused them; None when neither.
-    Given steps of 0 refuse them."""
+    """Return the embedded base has its own encoders; others are used where they are, as nobody
+    asked for a download. `is_wanted`: the user has asked for scores, or has refused them; None when
+    neither. Given steps of 0 refuse them."""
     given = choices.user_settings.get("evaluate_steps")
     is_open = is_requested is None and (given or "evaluate_steps" not in choices.user_settings)
     missing = list_missing_encoders(choices.base.name, choices.all_settings.get("subject", "thing"))
@@ -302,12 +304,12 @@ def choose_scores(
 
 
 def has_encoders(base: str) -> bool:
-    """Whether a run of a thing can be scored without a download."""
+    """Return whether a run of a thing can be scored without a download."""
     return not list_missing_encoders(base, "thing")
 
 
 def list_missing_encoders(base: str, kind: str) -> list[str]:
-    """Names of what scores need and is not in the hub's cache. The embedded base has encoders; a
+    """Name of what scores need and is not in the hub's cache. The embedded base has encoders; a
     kind of KINDS with a face needs what compares faces, too."""
     from huggingface_hub import try_to_load_from_cache
 

@@ -23,24 +23,26 @@ from dreambooth_moslora.disk.atomic import clean_temporaries
 from dreambooth_moslora.errors import StopRequestedError, UserError, format_error, is_out_of_memory
 from dreambooth_moslora.settings.train_config import TrainConfig
 
-PROCESS_TIMEOUT = timedelta(days=7)  # For other processes: class images and pictures can take hours
-# What accelerate may be set to, and adapters do not need.
+PROCESS_TIMEOUT = timedelta(days=7)
+"""For other processes: class images and pictures can take hours."""
 SHARDING_MODES = ("FSDP", "DeepSpeed", "Megatron-LM")
-# The precisions of accelerate that a run can have.
+"""What accelerate may be set to, and adapters do not need."""
 PRECISION_DTYPES = {
     "no": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "fp32": torch.float32,
 }
+"""The precisions of accelerate that a run can have."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Processes = Accelerator | PartialState  # Of a run, or of one that has no precision yet
+Processes = Accelerator | PartialState
+"""Of a run, or of one that has no precision yet."""
 
 
 def reduce_any(accelerator: Accelerator, vote: bool) -> bool:
-    """Whether any process says yes. All must call it, and all get the same answer."""
+    """Return whether any process says yes. All must call it, and all get the same answer."""
     if accelerator.num_processes == 1:
         return vote
     votes = torch.tensor(float(vote), device=accelerator.device)
@@ -49,8 +51,8 @@ def reduce_any(accelerator: Accelerator, vote: bool) -> bool:
 
 
 def reduce_mean(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
-    """The mean of the processes' `values`, of one shape. All must call it. Raises UserError when a
-    process has gone."""
+    """Return the mean of the processes' `values`, of one shape. All must call it. Raises UserError
+    when a process has gone."""
     if accelerator.num_processes == 1:
         return values
     with detect_lost_process():
@@ -78,9 +80,9 @@ def share_work(
     items: Sequence[Item],
     work: Callable[[Sequence[Item]], Generator[Result, None, None]],
 ) -> Iterator[Result]:
-    """The results of `items`, equal in all processes, in their order; of n processes each works on
-    every n-th. `work` yields one picklable result for each of its items. An error or stop of one is
-    raised on all after an item."""
+    """Return the results of `items`, equal in all processes, in their order; of n processes each
+    works on every n-th. `work` yields one picklable result for each of its items. An error or stop
+    of one is raised on all after an item."""
     with closing(work(select_share(accelerator, items))) as own:
         for first in range(0, len(items), accelerator.num_processes):
             has_one = first + accelerator.process_index < len(items)
@@ -89,7 +91,7 @@ def share_work(
 
 
 def select_share(accelerator: Accelerator, items: Sequence[Item]) -> Sequence[Item]:
-    """What this process works on in `share_work`."""
+    """Return what this process works on in `share_work`."""
     return items[accelerator.process_index :: accelerator.num_processes]
 
 
@@ -101,7 +103,7 @@ def require_agreement(
         "the photos, --class_data_dir and --output_dir must be on a disk that all machines share."
     ),
 ) -> Result:
-    """What each process finds, where all find the same.
+    """Return what each process finds, where all find the same.
 
     accelerator: of the process
     find: its own look, such as a reading of the photos
@@ -126,12 +128,12 @@ def require_agreement(
 
 
 def format_extra_lines(reference: str, text: str) -> str:
-    """The lines of `own` that are not in `others`, as one."""
+    """Return the lines of `own` that are not in `others`, as one."""
     return ", ".join(line for line in text.splitlines() if line not in reference.splitlines())
 
 
 def call_safely(work: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
-    """The result of `work`, or its error."""
+    """Return the result of `work`, or its error."""
     try:
         return work(), None
     except Exception as error:
@@ -141,8 +143,8 @@ def call_safely(work: Callable[[], Result]) -> tuple[Result | None, Exception | 
 def gather_results(
     accelerator: Processes, local_results: list[Result], error: Exception | None
 ) -> list[Result]:
-    """The results of all processes, in their order. One's `error` is raised on all; an error is
-    more than a stop."""
+    """Return the results of all processes, in their order. One's `error` is raised on all; an error
+    is more than a stop."""
     # Each tells its results, and how it ended: whether by a stop, and in which words.
     is_stop = isinstance(error, StopRequestedError)
     ending = None
@@ -239,8 +241,8 @@ def set_deterministic(is_enabled: bool) -> None:
 
 
 def join_processes() -> PartialState:
-    """The processes that a launcher started, before their precision is known. Raises UserError if
-    they are apart."""
+    """Return the processes that a launcher started, before their precision is known. Raises
+    UserError if they are apart."""
     refuse_sharding()
     try:
         state = PartialState(
@@ -252,7 +254,7 @@ def join_processes() -> PartialState:
 
 
 def refuse_sharding() -> None:
-    """Raises UserError when `accelerate config` or `launch` asks to shard the model."""
+    """Raise UserError when `accelerate config` or `launch` asks to shard the model."""
     for name in SHARDING_MODES:
         if is_variable_true(f"ACCELERATE_USE_{name.upper().replace('-', '_')}"):
             remedy = "adapters need no sharding; use accelerate launch --multi_gpu."

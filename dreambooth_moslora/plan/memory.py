@@ -27,30 +27,36 @@ QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.016}
 precision."""
 STREAMED_BYTES = {"nf4": 0.5, "int8": 1.0}
 """The same without the scales, which stay on the device."""
-AVERAGE_BYTES = 4  # Further bytes per parameter of a checkpoint with an average.
-GRADIENT_BYTES = 4  # Of those of the optimizer, what no checkpoint holds.
+AVERAGE_BYTES = 4
+"""Further bytes per parameter of a checkpoint with an average."""
+GRADIENT_BYTES = 4
+"""Of those of the optimizer, what no checkpoint holds."""
 STEP_GIB = 5.24
 STEP_GIB_PER_RANK = 0.00102
 """GiB of a step's image of 1024 px without recomputation, and in addition for each rank."""
 ATTENTION_SCORES_GIB = (12.2, 1.75)
 """What Apple's attention adds, which keeps all scores for the backward pass (pytorch #179294):
 without and with recomputation, counted with attention in single operations."""
-FEED_FORWARD_GIB = 2.15  # GiB of them that recomputing the feed-forward blocks saves.
-STEP_TEXT_GIB = 0.025  # The same of its text, which does not grow with the image.
+FEED_FORWARD_GIB = 2.15
+"""GiB of them that recomputing the feed-forward blocks saves."""
+STEP_TEXT_GIB = 0.025
+"""The same of its text, which does not grow with the image."""
 TRAINED_TEXT_GIB = 0.125
 """GiB of a prompt's pass through SDXL's text encoders where they are trained;
 counted like a step."""
-RECOMPUTED_TEXT_RATIO = 0.1  # What is left of them with recomputation, as of SDXL's UNet.
+RECOMPUTED_TEXT_RATIO = 0.1
+"""What is left of them with recomputation, as of SDXL's UNet."""
 PEFT_STEP_RATIO = 1.4
 PEFT_RECOMPUTED_RATIO = 1.1
 """Factors where PEFT's own layers compute the adapter: DoRA, or dropout."""
-TEXT_ENCODING_GIB = 0.1  # Peak of encoding one prompt, beside the encoders.
+TEXT_ENCODING_GIB = 0.1
+"""Peak of encoding one prompt, beside the encoders."""
 RESIDENT_TEXT_ENCODER_RATIO = 0.3
 """Of the text encoders' weights, what is on a device that streams their blocks: of Gemma 2. Of
 small ones it is more, which is little."""
-# GiB of the UNet's pass with and without a prompt, for an image of 1024 px in half precision.
 SAMPLING_GIB = 0.31
 PNG_BYTES_PER_PIXEL = 1.6  # Of a picture of a run on the disk.
+"""GiB of the UNet's pass with and without a prompt, for an image of 1024 px in half precision."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class MemoryEstimate:
 def estimate_memory(
     config: train_config.TrainConfig, size: BaseSize, total_steps: int
 ) -> MemoryEstimate:
-    """The device memory of each phase, and the disk space, GiB."""
+    """Return the device memory of each phase, and the disk space, GiB."""
     # The frozen weights of each part, and of the denoiser's those that the host keeps.
     unet = estimate_denoiser_gib(config, size)
     texts = size.text_encoders * PRECISION_BYTES[get_precision(config)] / devices.GIB
@@ -119,19 +125,19 @@ def estimate_memory(
 
 
 def estimate_denoiser_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
-    """The denoiser's frozen weights, wherever they lie."""
+    """Return the denoiser's frozen weights, wherever they lie."""
     number = PRECISION_BYTES[get_precision(config)]
     in_blocks = size.projections * QUANTIZED_BYTES.get(config.base_quantization, number)
     return ((size.unet - size.projections) * number + in_blocks) / devices.GIB
 
 
 def estimate_host_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
-    """What of them the host keeps while a step computes."""
+    """Return what of them the host keeps while a step computes."""
     return estimate_streamed_away_gib(config, size) if config.stream_blocks else 0.0
 
 
 def estimate_streamed_away_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
-    """What of them the host keeps where blocks are streamed."""
+    """Return what of them the host keeps where blocks are streamed."""
     return estimate_streamed_gib(config, size) - estimate_streamed_gib(
         config, size, devices.RESIDENT_BLOCKS
     )
@@ -140,22 +146,22 @@ def estimate_streamed_away_gib(config: train_config.TrainConfig, size: BaseSize)
 def estimate_streamed_gib(
     config: train_config.TrainConfig, size: BaseSize, blocks: int | None = None
 ) -> float:
-    """The weights of so many blocks that are streamed, or of all."""
+    """Return the weights of so many blocks that are streamed, or of all."""
     number = STREAMED_BYTES.get(config.base_quantization, PRECISION_BYTES[get_precision(config)])
     count = size.streamed if blocks is None else blocks * size.largest_block
     return min(count, size.streamed) * number / devices.GIB
 
 
 def get_vae_number_bytes(config: train_config.TrainConfig, size: BaseSize) -> float:
-    """Bytes of a number in the VAE: that of a UNet works in fp32."""
+    """Return bytes of a number in the VAE: that of a UNet works in fp32."""
     return PRECISION_BYTES[get_precision(config)] if size.family.style == "flow" else 4.0
 
 
 def estimate_tile_gib(
     config: train_config.TrainConfig, size: BaseSize, bytes_per_pixel: int
 ) -> float:
-    """What the VAE takes beside its weights in its smallest tiles, as where memory is short; so
-    many `bytes_per_pixel` in fp32."""
+    """Return what the VAE takes beside its weights in its smallest tiles, as where memory is short;
+    so many `bytes_per_pixel` in fp32."""
     side = min(config.resolution, size.family.tile_px)
     return side**2 * bytes_per_pixel * get_vae_number_bytes(config, size) / 4 / devices.GIB
 
@@ -163,7 +169,7 @@ def estimate_tile_gib(
 def estimate_preparing_gib(
     config: train_config.TrainConfig, size: BaseSize, unet: float, texts: float, vae: float
 ) -> float:
-    """The most before the first step: photos are encoded, then texts. GiB.
+    """Return the most before the first step: photos are encoded, then texts. GiB.
 
     config: of the run
     size: of its base
@@ -210,7 +216,8 @@ def count_adapter_parameters(config: train_config.TrainConfig, size: BaseSize) -
 
 
 def estimate_sampling_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
-    """Memory of a step of denoising one picture. A transformer's largest block decides it."""
+    """Return memory of a step of denoising one picture. A transformer's largest block decides
+    it."""
     memory = size.family.memory
     if memory is None:
         return SAMPLING_GIB * compute_cost_ratio(config, size)
@@ -229,9 +236,9 @@ def estimate_sampling_gib(config: train_config.TrainConfig, size: BaseSize) -> f
 
 
 def compute_cost_ratio(config: train_config.TrainConfig, size: BaseSize) -> float:
-    """Cost relative to an image of 1024 px in half precision of SDXL, or of the model that the
-    family was counted on; a narrower model needs less, about as its width. A transformer's grows
-    with all tokens, those of the text too."""
+    """Return cost relative to an image of 1024 px in half precision of SDXL, or of the model that
+    the family was counted on; a narrower model needs less, about as its width. A transformer's
+    grows with all tokens, those of the text too."""
     memory = size.family.memory
     if memory:
         width = math.sqrt(size.unet / memory.parameters)
@@ -245,13 +252,13 @@ def compute_cost_ratio(config: train_config.TrainConfig, size: BaseSize) -> floa
 def compute_token_ratio(
     config: train_config.TrainConfig, memory: family_facts.ActivationMemory
 ) -> float:
-    """Tokens of a picture and its text, relative to those of 1024 px."""
+    """Return tokens of a picture and its text, relative to those of 1024 px."""
     tokens = (config.resolution / 16) ** 2 + memory.text_tokens
     return tokens / (4096 + memory.text_tokens)
 
 
 def estimate_step_gib(config: train_config.TrainConfig, size: BaseSize, adapter: int) -> float:
-    """Memory of one forward and backward pass, without weights and gradients."""
+    """Return memory of one forward and backward pass, without weights and gradients."""
     images = config.images_per_pass
     is_pefts = config.use_dora or config.lora_dropout > 0
     scale = compute_cost_ratio(config, size) * images
@@ -279,7 +286,7 @@ def estimate_step_gib(config: train_config.TrainConfig, size: BaseSize, adapter:
 
 
 def estimate_text_training_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
-    """What a step's prompts keep in text encoders for the backward pass."""
+    """Return what a step's prompts keep in text encoders for the backward pass."""
     if not config.train_text_encoder:
         return 0.0
     prompts = config.images_per_pass * size.text_widths / BaseSize.text_widths
@@ -290,7 +297,7 @@ def estimate_text_training_gib(config: train_config.TrainConfig, size: BaseSize)
 def estimate_disk_gib(
     config: train_config.TrainConfig, adapter: int, checkpoint_gib: float, total_steps: int
 ) -> float:
-    """The disk space of a run, GiB.
+    """Return the disk space of a run, GiB.
 
     config: of the run
     adapter: its parameters, a count

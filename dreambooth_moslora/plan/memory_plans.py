@@ -32,10 +32,10 @@ from dreambooth_moslora.plan.base_size import BaseSize, find_base_size
 from dreambooth_moslora.plan.memory import estimate_memory, estimate_streamed_gib
 from dreambooth_moslora.settings import family_facts, rules, train_config
 
-# Runs that need less fit every GPU: then neither the driver is asked nor PyTorch loaded.
 MIN_CHECKED_GIB = 2.0
-# Usable fraction of the free memory: libraries' workspaces and fragmentation take the rest.
+"""Runs that need less fit every GPU: then neither the driver is asked nor PyTorch loaded."""
 USABLE_RATIO = 0.9
+"""Usable fraction of the free memory: libraries' workspaces and fragmentation take the rest."""
 # Of the host's memory, for streamed blocks: as much as Windows lets a driver pin.
 MAX_HOST_RATIO = 0.5
 LOADED_BASE_SETTINGS = {
@@ -52,9 +52,9 @@ MemoryPlan = Mapping[str, Any]
 def choose_memory_settings(
     config: train_config.TrainConfig, base: Base, free_gib: float | None = None
 ) -> dict[str, Any]:
-    """The settings that its `--memory` chooses; none without that option. `free_gib` is the GPU's,
-    if another process will train; else all processes of the run must call it. Raises UserError for
-    damaged files."""
+    """Return the settings that its `--memory` chooses; none without that option. `free_gib` is the
+    GPU's, if another process will train; else all processes of the run must call it. Raises
+    UserError for damaged files."""
     if config.memory is None:
         return {}
     free = get_min_free_gib() if free_gib is None else free_gib
@@ -67,9 +67,9 @@ def choose_memory_settings(
 
 
 def read_saved_plan(config: train_config.TrainConfig) -> dict[str, Any] | None:
-    """What `--memory` chose for a run that goes on from a checkpoint with the same word: another
-    plan would change the result's bytes. None for a fresh run, and for one that began with another
-    word."""
+    """Return what `--memory` chose for a run that goes on from a checkpoint with the same word:
+    another plan would change the result's bytes. None for a fresh run, and for one that began with
+    another word."""
     run_dir = RunDir(config.output_dir)
     if not config.resume_from_checkpoint or run_dir.find_latest_checkpoint() is None:
         return None
@@ -84,7 +84,7 @@ def read_saved_plan(config: train_config.TrainConfig) -> dict[str, Any] | None:
 
 
 def reset_plan_settings(config: train_config.TrainConfig) -> train_config.TrainConfig:
-    """The same settings, with the defaults in place of what a plan sets."""
+    """Return the same settings, with the defaults in place of what a plan sets."""
     names = [name for name in train_config.MEMORY_PLAN_SETTINGS if name != "images_at_once"]
     return replace(config, **{name: train_config.SETTINGS[name].default for name in names})
 
@@ -102,8 +102,8 @@ def choose_precision_settings(
 def choose_plan_settings(
     config: train_config.TrainConfig, size: BaseSize, free_gib: float | None
 ) -> dict[str, Any]:
-    """The plan that `--memory` names, or with `auto` the first whose smallest pass fits, with its
-    largest that fits."""
+    """Return the plan that `--memory` names, or with `auto` the first whose smallest pass fits,
+    with its largest that fits."""
     passes = list_pass_settings(config)
     plan = get_plan_settings(config, choose_plan(config, size, free_gib))
     if free_gib is None:
@@ -116,8 +116,8 @@ def choose_plan_settings(
 
 
 def choose_plan(config: train_config.TrainConfig, size: BaseSize, free_gib: float | None) -> str:
-    """The plan of `--memory`; for `auto`, the first whose smallest pass fits, or else the leanest
-    possible one, which a later check refuses."""
+    """Return the plan of `--memory`; for `auto`, the first whose smallest pass fits, or else the
+    leanest possible one, which a later check refuses."""
     if config.memory != "auto":
         return config.memory
     if free_gib is None:
@@ -128,9 +128,9 @@ def choose_plan(config: train_config.TrainConfig, size: BaseSize, free_gib: floa
 
 
 def list_pass_settings(config: train_config.TrainConfig) -> list[dict[str, int]]:
-    """The passes to choose from, as settings: all images of a step together, half of them, and so
-    on down to one; the given one, and a micro-batch where texts are trained, alone. A pass of one
-    micro-batch sets nothing."""
+    """Return the passes to choose from, as settings: all images of a step together, half of them,
+    and so on down to one; the given one, and a micro-batch where texts are trained, alone. A pass
+    of one micro-batch sets nothing."""
     if config.images_at_once is not None or rules.list_exclusions("images_at_once", config):
         return [{}]
     found = []
@@ -143,7 +143,7 @@ def list_pass_settings(config: train_config.TrainConfig) -> list[dict[str, int]]
 
 
 def get_plan_settings(config: train_config.TrainConfig, name: str) -> dict[str, Any]:
-    """What the plan adds to the given settings; a given quantisation stays."""
+    """Return what the plan adds to the given settings; a given quantisation stays."""
     plan = dict(train_config.MEMORY_PLANS[name])
     if config.base_quantization != "none":
         plan.pop("base_quantization", None)
@@ -166,14 +166,16 @@ def estimate_plans(config: train_config.TrainConfig, size: BaseSize) -> dict[str
 
 
 def measure_host_gib() -> float:
-    """The memory of this machine that a process of the run has, GiB: each keeps its own blocks."""
+    """Return the memory of this machine that a process of the run has, GiB: each keeps its own
+    blocks."""
     return psutil.virtual_memory().total / devices.GIB / devices.get_local_world_size()
 
 
 def is_plan_possible(
     name: str, config: train_config.TrainConfig, facts: family_facts.FamilyFacts
 ) -> bool:
-    """Whether a run can take this plan, with its settings, its family and the packages here."""
+    """Return whether a run can take this plan, with its settings, its family and the packages
+    here."""
     plan = train_config.MEMORY_PLANS[name]
     # Apple's attention keeps all scores unless blocks are recomputed; it has no bitsandbytes, and
     # its GPU computes in the host's memory.
@@ -194,9 +196,9 @@ def is_plan_possible(
 def find_leaner_settings(
     config: train_config.TrainConfig, facts: family_facts.FamilyFacts
 ) -> tuple[str, dict[str, Any]] | None:
-    """What takes less memory than these settings, of what a loaded base can change to: as a flag,
-    and as settings. First half as many images at once, which computes nothing twice, then the next
-    plan. None if nothing is left."""
+    """Return what takes less memory than these settings, of what a loaded base can change to: as a
+    flag, and as settings. First half as many images at once, which computes nothing twice, then the
+    next plan. None if nothing is left."""
     images = math.ceil(config.images_per_pass / 2)
     if images < config.images_per_pass and not rules.list_exclusions("images_at_once", config):
         return f"--images_at_once {images}", {"images_at_once": images}
@@ -223,7 +225,7 @@ def find_leaner_settings(
 
 
 def can_switch_plan(plan: MemoryPlan, config: train_config.TrainConfig) -> bool:
-    """Whether a base that is loaded for these settings can change to the plan."""
+    """Return whether a base that is loaded for these settings can change to the plan."""
     # Layers are quantised once. DoRA's magnitudes are those of the dense weights, and streamed ones
     # cannot be quantised.
     kind, loaded = plan.get("base_quantization", "none"), config.base_quantization
@@ -254,8 +256,8 @@ def format_plans(config: train_config.TrainConfig, size: BaseSize) -> list[str]:
 
 
 def check_memory(config: train_config.TrainConfig, size: BaseSize) -> None:
-    """Raises UserError, with settings that fit, for a base of known size that needs more memory
-    than can be used, by the same bound as `--memory auto`."""
+    """Raise UserError, with settings that fit, for a base of known size that needs more memory than
+    can be used, by the same bound as `--memory auto`."""
     need = estimate_memory(config, size, 1).peak_gib
     is_known = size.is_measured or (bool(size.hub_id) and not size.is_assumed)
     if need < MIN_CHECKED_GIB or not is_known:
@@ -271,7 +273,7 @@ def check_memory(config: train_config.TrainConfig, size: BaseSize) -> None:
 
 
 def format_memory_advice(config: train_config.TrainConfig, size: BaseSize, free_gib: float) -> str:
-    """The fewest changes to these settings that fit."""
+    """Return the fewest changes to these settings that fit."""
     # A resumed run's plan is kept by the same word, so that another word must be named.
     start = config
     is_kept = config.memory == "auto" and read_saved_plan(config) is not None

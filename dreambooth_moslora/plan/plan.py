@@ -22,7 +22,8 @@ from dreambooth_moslora.plan import agreement, memory, memory_plans, validation
 from dreambooth_moslora.settings import subject_kinds
 from dreambooth_moslora.settings.train_config import TrainConfig
 
-MIN_EXPOSURES = 20  # Exposures of a photo below which hardly anything of a subject is learnt
+MIN_EXPOSURES = 20
+"""Exposures of a photo below which hardly anything of a subject is learnt."""
 EXPOSURES_ADVICE = "a subject needs 100 or more"
 
 
@@ -46,7 +47,7 @@ class StepPlan:
         return self.exposures_per_subject / max(self.photo_counts)
 
     def describe(self) -> str:
-        """The plan in words, for a dry run and the log."""
+        """Return the plan in words, for a dry run and the log."""
         counts = " + ".join(map(str, self.photo_counts)) + " photos"
         seen = f"each photo is seen about {self.exposures_per_photo:.0f} times"
         if len(self.photo_counts) > 1:
@@ -61,7 +62,7 @@ class StepPlan:
 
 
 def plan_steps(config: TrainConfig, photos: int | Sequence[int], world_size: int = 1) -> StepPlan:
-    """The steps of a run.
+    """Return the steps of a run.
 
     config: its settings
     photos: how many there are, or how many of each subject
@@ -126,7 +127,7 @@ def make_plan(
     free_gib: float | None = None,
     is_later: bool = False,
 ) -> RunPlan:
-    """The plan of a run whose folders `check_folders` allows, in all its processes.
+    """Return the plan of a run whose folders `check_folders` allows, in all its processes.
 
     config: the settings, as they were given
     report: of photos that were read before

@@ -29,7 +29,7 @@ class Speed:
     has_cudnn_search: bool
 
     def describe(self) -> str:
-        """The same in words, for a dry run and the log."""
+        """Return the same in words, for a dry run and the log."""
         said = "transformer blocks compiled, which makes later steps faster"
         if not self.is_compiled:
             said = "transformer blocks not compiled, which pays in a longer run on a GPU"
@@ -39,7 +39,7 @@ class Speed:
 
 
 def choose_speed(config: train_config.TrainConfig, device_type: str, steps: int) -> Speed:
-    """The choice for `steps` optimizer steps on such a device."""
+    """Return the choice for `steps` optimizer steps on such a device."""
     images = count_images(config, steps)
     pays = device_type == "cuda" and images >= MIN_COMPILED_IMAGES
     by_itself = config.compile == "auto" and pays
@@ -54,13 +54,14 @@ def choose_speed(config: train_config.TrainConfig, device_type: str, steps: int)
 
 
 def choose_local_speed(config: train_config.TrainConfig, steps: int) -> Speed:
-    """The choice on this machine, for a dry run. It looks for a GPU only where that matters."""
+    """Return the choice on this machine, for a dry run. It looks for a GPU only where that
+    matters."""
     is_long = count_images(config, steps) >= MIN_COMPILED_IMAGES
     is_on_gpu = is_long and not devices.is_variable_true("ACCELERATE_USE_CPU")
     return choose_speed(config, devices.get_best_device().type if is_on_gpu else "cpu", steps)
 
 
 def count_images(config: train_config.TrainConfig, steps: int) -> float:
-    """Images of 1024 px that so many steps pass through the denoiser."""
+    """Return images of 1024 px that so many steps pass through the denoiser."""
     images = steps * config.gradient_accumulation_steps * config.images_per_micro_batch
     return images * (config.resolution / 1024) ** 2

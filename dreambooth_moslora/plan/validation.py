@@ -29,8 +29,8 @@ from dreambooth_moslora.settings import (
 )
 from dreambooth_moslora.settings.family_facts import SDXL, FamilyFacts
 
-# diffusers reads no such layers from a kohya file: they cannot be verified
 UNREADABLE_PREFIX = "add_embedding."
+"""Diffusers reads no such layers from a kohya file: they cannot be verified."""
 
 
 def check_layers(
@@ -39,7 +39,7 @@ def check_layers(
     use_dora: bool,
     facts: FamilyFacts = SDXL,
 ) -> None:
-    """Raises UserError for names of layers that get no adapter.
+    """Raise UserError for names of layers that get no adapter.
 
     targets: the names in `--target_modules`
     layers: the path of each layer of the denoiser -> dimensions of its weight
@@ -73,7 +73,7 @@ def check_layers(
 
 
 def format_layer_hint(name: str, layers: Iterable[str]) -> str:
-    """Names what was probably meant: a layer's path, or its last name; else ""."""
+    """Name what was probably meant: a layer's path, or its last name; else ""."""
     known = set(layers) if "." in name else {get_last_name(layer) for layer in layers}
     close = field_facts.find_nearest_name(field_facts.expand_layer_name(name), sorted(known))
     return f"did you mean {close}?" if close else ""
@@ -98,7 +98,7 @@ def get_last_name(path: str) -> str:
 
 
 def check_folders(config: train_config.TrainConfig) -> None:
-    """Raises UserError when the run folder is unsuitable or gives the adapter no name. Creates
+    """Raise UserError when the run folder is unsuitable or gives the adapter no name. Creates
     nothing."""
     if not config.output_dir.strip():
         raise UserError("--output_dir is empty: name a folder for the run.")
@@ -121,7 +121,7 @@ def check_folders(config: train_config.TrainConfig) -> None:
 
 
 def check_photo_folders(config: train_config.TrainConfig, run_dir: run_folder.RunDir) -> None:
-    """Raises UserError for photos at the top of the run folder, or where a run replaces and moves
+    """Raise UserError for photos at the top of the run folder, or where a run replaces and moves
     its own files."""
     photos = config.instance_data_dir
     images = config.class_data_dir
@@ -163,7 +163,7 @@ def check_photo_folders(config: train_config.TrainConfig, run_dir: run_folder.Ru
 
 
 def check_writable_folders(config: train_config.TrainConfig, run_dir: run_folder.RunDir) -> None:
-    """Raises UserError when a place that the run writes to cannot be written."""
+    """Raise UserError when a place that the run writes to cannot be written."""
     for name, folder in config.output_folders.items():
         require_writable(name, str(folder))
 
@@ -174,7 +174,7 @@ def check_writable_folders(config: train_config.TrainConfig, run_dir: run_folder
 
 
 def require_writable(name: str, value: str) -> None:
-    """Raises UserError unless a file can be made there: permissions alone do not tell."""
+    """Raise UserError unless a file can be made there: permissions alone do not tell."""
     try:
         TemporaryFile(dir=find_existing_folder(Path(value))).close()
     except OSError as error:
@@ -182,21 +182,21 @@ def require_writable(name: str, value: str) -> None:
 
 
 def require_output_folder(path: str | Path) -> Path:
-    """The folder of --output_dir, checked before anything is drawn. Raises UserError when it cannot
-    be written."""
+    """Return the folder of --output_dir, checked before anything is drawn. Raises UserError when it
+    cannot be written."""
     folder = expand_user_path(path)
     require_writable("output_dir", str(folder))
     return folder
 
 
 def find_existing_folder(path: Path) -> Path:
-    """The path itself, or its nearest existing parent."""
+    """Return the path itself, or its nearest existing parent."""
     path = Path(os.path.abspath(path))
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def check_foreign_files(run_dir: run_folder.RunDir) -> None:
-    """Raises UserError for a model card or pictures that have a run's file names but come from no
+    """Raise UserError for a model card or pictures that have a run's file names but come from no
     run."""
     if not run_dir.path.is_dir():
         return
@@ -228,7 +228,7 @@ def validate_run(
 
 
 def validate_settings(config: train_config.TrainConfig, base: Base) -> None:
-    """The checks of `preflight` that concern no memory. Raises UserError."""
+    """Return the checks of `preflight` that concern no memory. Raises UserError."""
     # What the settings alone tell, before the base is looked at.
     if config.instance_data_dir:
         require_photo_folder(Path(config.instance_data_dir))
@@ -257,8 +257,8 @@ def validate_settings(config: train_config.TrainConfig, base: Base) -> None:
 
 
 def check_adapted_layers(config: train_config.TrainConfig, base: Base) -> None:
-    """Raises UserError for layers that the base lacks or that cannot have this adapter. They are
-    not known before the base's files are here."""
+    """Raise UserError for layers that the base lacks or that cannot have this adapter. They are not
+    known before the base's files are here."""
     shapes = base.denoiser_shapes
     weights = {name: shape for name, shape in shapes.items() if len(shape) > 1}
     layers = {name.removesuffix(".weight"): len(shape) for name, shape in weights.items()}
@@ -268,7 +268,7 @@ def check_adapted_layers(config: train_config.TrainConfig, base: Base) -> None:
 
 
 def check_text_layers(numbers: Sequence[str], base: Base) -> None:
-    """Raises UserError where the text encoder's layers of these numbers, side by side, are not as
+    """Raise UserError where the text encoder's layers of these numbers, side by side, are not as
     wide as what the transformer reads. Widths are not known before the base's files are here."""
     read = base.denoiser_shapes.get("context_embedder.weight")
     encoder = base.shapes.get("text_encoder", {}).get("model.embed_tokens.weight")
@@ -283,7 +283,7 @@ def check_text_layers(numbers: Sequence[str], base: Base) -> None:
 
 
 def check_distilled(base: Base, companion: str | None) -> None:
-    """Raises UserError for a distilled base without the LoRA that undoes it."""
+    """Raise UserError for a distilled base without the LoRA that undoes it."""
     if base.distilled and not companion:
         raise UserError(
             f"--base {base.name}: {base.distilled}, or give the LoRA that undoes it as --companion."
@@ -291,8 +291,8 @@ def check_distilled(base: Base, companion: str | None) -> None:
 
 
 def get_family_settings(config: train_config.TrainConfig, base: Base) -> dict[str, Any]:
-    """What the base's family says where nothing was chosen. Raises UserError for what it cannot
-    obey."""
+    """Return what the base's family says where nothing was chosen. Raises UserError for what it
+    cannot obey."""
     facts = base.facts
     if facts is not None:
         check_family(config, facts)
@@ -314,8 +314,8 @@ def get_family_settings(config: train_config.TrainConfig, base: Base) -> dict[st
 
 
 def get_bucket_step(config: train_config.TrainConfig, base: Base) -> dict[str, int]:
-    """The setting of a small base's family for crops in the photos' shapes, unless given. Raises
-    UserError."""
+    """Return the setting of a small base's family for crops in the photos' shapes, unless given.
+    Raises UserError."""
     is_open = config.enable_bucket and not config.bucket_reso_steps
     is_small = config.resolution <= MAX_SMALL_BASE_PX
     if not (is_open and is_small and base.facts):
@@ -324,7 +324,7 @@ def get_bucket_step(config: train_config.TrainConfig, base: Base) -> dict[str, i
 
 
 def check_sides(config: train_config.TrainConfig, facts: FamilyFacts) -> None:
-    """Raises UserError for crops whose sides the family's patches do not divide."""
+    """Raise UserError for crops whose sides the family's patches do not divide."""
     for name in ("resolution", "bucket_reso_steps"):
         px = getattr(config, name) or 0
         if px % facts.multiple_px:
@@ -336,8 +336,8 @@ def check_sides(config: train_config.TrainConfig, facts: FamilyFacts) -> None:
 
 
 def get_target_modules(config: train_config.TrainConfig, base: Base) -> tuple[str, ...]:
-    """The family's layers unless others were named, in the blocks of `--lora_blocks`. The last
-    block may lack some of the family's, which are left out where the base's files tell."""
+    """Return the family's layers unless others were named, in the blocks of `--lora_blocks`. The
+    last block may lack some of the family's, which are left out where the base's files tell."""
     is_usual = config.target_modules == field_facts.ATTENTION_LAYERS
     names = base.facts.targets if is_usual else config.target_modules
     if not config.lora_blocks:
@@ -357,7 +357,7 @@ def get_target_modules(config: train_config.TrainConfig, base: Base) -> tuple[st
 
 
 def check_family(config: train_config.TrainConfig, facts: FamilyFacts) -> None:
-    """Raises UserError for a setting of other models, named with the family."""
+    """Raise UserError for a setting of other models, named with the family."""
     # Which settings these are.
     is_flow = facts.style == "flow"
     others = family_facts.UNET_SETTINGS if is_flow else family_facts.FLOW_SETTINGS
@@ -382,7 +382,7 @@ def check_family(config: train_config.TrainConfig, facts: FamilyFacts) -> None:
 
 
 def check_init_adapter(adapter: str) -> None:
-    """Raises UserError for a missing or damaged adapter."""
+    """Raise UserError for a missing or damaged adapter."""
     try:
         if not Path(adapter).exists():
             raise UserError("there is no such file or folder")
@@ -392,7 +392,7 @@ def check_init_adapter(adapter: str) -> None:
 
 
 def check_hub_upload(config: train_config.TrainConfig) -> None:
-    """Raises UserError for a name or token that the hub rejects; an unreachable hub is no error."""
+    """Raise UserError for a name or token that the hub rejects; an unreachable hub is no error."""
     from huggingface_hub import HfApi
     from huggingface_hub.constants import is_offline_mode
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
@@ -412,7 +412,7 @@ def check_hub_upload(config: train_config.TrainConfig) -> None:
 
 
 def check_references(base: Base, config: train_config.TrainConfig, flag: str) -> None:
-    """Raises UserError for a base that takes no reference pictures, and for a style. `said` is what
+    """Raise UserError for a base that takes no reference pictures, and for a style. `said` is what
     asks for them."""
     if base.facts is None or not base.facts.takes_references:
         title = base.facts.title if base.facts else base.public_name

@@ -9,9 +9,14 @@ import pytest
 from PIL import Image, ImageFilter
 
 from dreambooth_moslora.cli.command_check import format_report
-from dreambooth_moslora.photos.faults import FAULTS, list_faults
 from dreambooth_moslora.photos.folder import find_photos
-from dreambooth_moslora.photos.quality import MIN_SHARPNESS, find_photo_faults, measure_sharpness
+from dreambooth_moslora.photos.quality import (
+    FAULTS,
+    MIN_SHARPNESS,
+    find_photo_faults,
+    list_faults,
+    measure_sharpness,
+)
 from dreambooth_moslora.training import loop
 from tests.helpers.tiny_training import tiny_config
 
