@@ -1,8 +1,8 @@
 """Read a folder of photos into a report: the photos, their sidecars, and the skipped files with
 reasons.
 
-No file in the folder can stop the program: unusable files are listed with a reason. `sidecars` finds a photo's captions and mask, and
-`caption_variants` prepares the captions for training.
+No file in the folder can stop the program: unusable files are listed with a reason. `sidecars`
+finds a photo's captions and mask, and `caption_variants` prepares the captions for training.
 """
 
 import logging

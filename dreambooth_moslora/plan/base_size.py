@@ -1,5 +1,5 @@
-"""How large a base is: its parameters, and those of the layers that get an adapter, counted in its
-files or known of its family's published models."""
+"""Count a base's parameters, and those of the layers that get an adapter, in its files or by its
+family's published models."""
 
 import math
 import re
@@ -46,11 +46,14 @@ class BaseSize:
 
 
 def find_base_size(base: Base, target_modules: tuple[str, ...]) -> BaseSize:
-    """Return the size of a base with the adapter on these layers, counted in its folder where that
-    is whole. Else it is assumed, with the adapter on the family's usual layers, by the model that
-    is known by its id, or that a single file is nearest to; of another base by the largest model of
-    its family, or by SDXL where the family is not known either. Raises UserError for damaged
-    files."""
+    """Return the size of a base with the adapter on these layers, counted in its files where they
+    are complete.
+
+    Else it is taken from the published model with its id, or for a single file from the one nearest
+    in size, with the adapter on the family's usual layers. For another base it is that of the
+    largest model of its family, or of SDXL where the family is not known. Raises UserError for
+    damaged files.
+    """
     if base.shapes and all(base.shapes.values()):
         return compute_base_size(base.facts, base.shapes, target_modules)
 
@@ -63,7 +66,7 @@ def find_base_size(base: Base, target_modules: tuple[str, ...]) -> BaseSize:
     if facts in (None, family_facts.SDXL):
         return BaseSize(hub_id=model.hub_id if model else "", is_assumed=facts is None)
     is_assumed = model is None
-    model = model or max(facts.models, key=lambda one: one.parameters)
+    model = model or max(facts.models, key=lambda candidate: candidate.parameters)
 
     clip = [family_facts.CLIP_LAYERS[name] for name in facts.adapted_encoders]
     return BaseSize(
@@ -88,8 +91,11 @@ def compute_base_size(
     shapes: Mapping[str, dict[str, list[int]]],
     target_modules: tuple[str, ...],
 ) -> BaseSize:
-    """Return the same by the shapes of each part's weights; a part may be missing."""
-    count = {part: sum(map(math.prod, found.values())) for part, found in shapes.items()}
+    """Return the size of a base, counted by the shapes of each part's weights; a part may be
+    missing."""
+    count = {
+        part: sum(map(math.prod, part_shapes.values())) for part, part_shapes in shapes.items()
+    }
     texts = sum(number for part, number in count.items() if part.startswith("text_encoder"))
 
     # The denoiser's layers, and those that get an adapter.

@@ -1,12 +1,12 @@
-"""Chooses the settings of a run when only photos and a word are given, the same on the command line
-and the page.
+"""Choose the settings of a run when only photos and a word are given, for the command line and the
+page alike.
 
-    given settings --choose_…--> chosen settings and lines about them
+    user's settings --choose_…--> chosen settings and lines about them
 
-A given setting always wins.
+A setting of the user always wins.
 
-The base's family decides the recipe from `assets/configs`; how memory is saved is left to
-`--memory auto`.
+The base's family decides the recipe from `assets/configs`; how memory is saved is left to `--memory
+auto`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,8 +55,11 @@ NO_SAMPLE_SETTINGS = {"num_validation_images": 0, "validation_steps": None}
 
 @dataclass
 class Choices:
-    """`said` has a sentence about each choice and its flags; `photo_report` is set if the photos
-    were read for one. `closing_lines` are lines to be said just before the run begins."""
+    """Settings that were chosen for the user, and notes about them.
+
+    `notes` has a sentence about each choice and its flags; `photo_report` is set if the photos were
+    read for one. `closing_lines` are logged just before the run begins.
+    """
 
     user_settings: Mapping[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
@@ -65,11 +68,12 @@ class Choices:
     closing_lines: Sequence[str] = ()
 
     def add(self, text: str, *flags: str, **settings: Any) -> None:
-        """Choose these settings unless given. `words` are said if any was chosen, unless they are
-        empty."""
-        chosen = {name: value for name, value in settings.items() if name not in self.user_settings}
-        self.settings |= chosen
-        if chosen and text:
+        """Choose these settings unless the user set them. `text` is noted if any was chosen."""
+        new_settings = {
+            name: value for name, value in settings.items() if name not in self.user_settings
+        }
+        self.settings |= new_settings
+        if new_settings and text:
             self.add_note(text, *flags)
 
     def add_note(self, text: str, *flags: str) -> None:
@@ -78,11 +82,11 @@ class Choices:
     @property
     def lines(self) -> list[str]:
         """Return the sentences with their flags, for the terminal."""
-        found = []
-        for words, flags in self.notes:
-            named = ", ".join(f"--{get_flag_name(flag)}" for flag in flags)
-            found.append(f"{words} ({named})" if flags else words)
-        return found
+        lines = []
+        for text, flags in self.notes:
+            flag_names = ", ".join(f"--{get_flag_name(flag)}" for flag in flags)
+            lines.append(f"{text} ({flag_names})" if flags else text)
+        return lines
 
     @property
     def all_settings(self) -> dict[str, Any]:
@@ -90,14 +94,15 @@ class Choices:
 
     @cached_property
     def base(self) -> Base:
-        """Ask for it once the base is chosen: it stays. Raises UserError."""
+        """Return the base, which must be chosen by then. Raises UserError."""
         return Base.of(self.all_settings)
 
 
 def choose_recipe(choices: Choices, free_gib: float | None) -> int:
-    """Choose the settings of the base's recipe, but those that were given or are not a recipe's.
+    """Choose the settings of the base's recipe, except those that the user set and those that are
+    not a recipe's.
 
-    choices: gets the settings and what is said of them
+    choices: gets the settings and the notes
     free_gib: of the GPU; None without one
 
     Returns the exposures of each photo in the recipe.
@@ -110,25 +115,25 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
     exposures = recipe["max_train_steps"] * photos_a_step // RECIPE_PHOTOS
 
     # What of the recipe is another run's, or chosen by other settings.
-    left_out = set(RUN_SETTINGS)
+    omitted = set(RUN_SETTINGS)
     # It gives way to what was given and cannot stand beside it.
-    for setting, others in EXCLUSIONS.items():
+    for setting, excluded in EXCLUSIONS.items():
         if choices.user_settings.get(setting):
-            left_out.update(others)
-        if any(choices.user_settings.get(other) for other in others):
-            left_out.add(setting)
+            omitted.update(excluded)
+        if any(choices.user_settings.get(excluded_setting) for excluded_setting in excluded):
+            omitted.add(setting)
     if base.facts and not base.is_toy and base.is_flow:
-        left_out.update(family_facts.UNET_SETTINGS)
+        omitted.update(family_facts.UNET_SETTINGS)
     # The rate of an optimizer that a recipe names is that optimizer's alone.
-    named = recipe.get("optimizer", "").lower()
-    if named and str(choices.user_settings.get("optimizer", named)).lower() != named:
-        left_out.add("learning_rate")
+    optimizer = recipe.get("optimizer", "").lower()
+    if optimizer and str(choices.user_settings.get("optimizer", optimizer)).lower() != optimizer:
+        omitted.add("learning_rate")
     layers = recipe.get("target_modules")
     if layers and choices.user_settings.get("use_dora"):  # which is of projections alone
         recipe["target_modules"] = [name for name in layers if "conv" not in name]
     if choices.user_settings.get("with_prior_preservation") is False:
-        left_out.update(key for key in recipe if "prior" in key)
-    recipe = {key: value for key, value in recipe.items() if key not in left_out}
+        omitted.update(key for key in recipe if "prior" in key)
+    recipe = {key: value for key, value in recipe.items() if key not in omitted}
 
     # A UNet may have been trained at another size than the models that its recipe is for.
     if base.facts and not base.is_toy and not base.is_flow:
@@ -149,19 +154,23 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
 
 
 def choose_resolution(choices: Choices) -> None:
-    """Return the base's own, unless given; the default is SDXL's."""
+    """Choose the base's own resolution, unless the user set one; the default is SDXL's."""
     if "resolution" in choices.all_settings:
         return
     with suppress(UserError):  # of a base that cannot be used, which is refused later
-        own = choices.base.resolution_px
-        if own != TrainConfig.resolution:
-            choices.add(f"resolution: {own} px, the base's own", "resolution", resolution=own)
+        base_px = choices.base.resolution_px
+        if base_px != TrainConfig.resolution:
+            choices.add(
+                f"resolution: {base_px} px, the base's own", "resolution", resolution=base_px
+            )
 
 
 def load_recipe(base: Base) -> tuple[str, dict[str, Any]]:
-    """Return the file in `assets/configs` for this base's family, and its settings, with what the
-    recipes leave open: bases without fp16 files, and the precision that the GPU, or the CPU where
-    there is none, computes fast."""
+    """Return the name of the file in `assets/configs` for this base's family, and its settings.
+
+    They include what the recipes leave open: the variant of bases without fp16 files, and the
+    precision that the GPU, or the CPU where there is none, computes fast.
+    """
     folder = get_assets_folder() / "configs"
     if base.is_toy:
         name = "toy_zimage.toml" if base.is_flow else "toy.toml"
@@ -184,33 +193,33 @@ def load_recipe(base: Base) -> tuple[str, dict[str, Any]]:
 
 
 def choose_prompts(choices: Choices, word: str) -> None:
-    """Choose the prompts, and prior preservation by the frozen base unless it was refused."""
+    """Choose the prompts, and prior preservation by the frozen base unless the user refused it."""
     kind = SUBJECT_KINDS[choices.all_settings.get("subject", TrainConfig.subject)]
     if kind.is_style:
         choose_style(choices, word)
         return
     token = choices.user_settings.get("token") or DEFAULT_TOKEN
     prompt = f"a photo of a {token} {word}"
-    of_class = f"a photo of a {kind.class_word or word}"
+    class_prompt = f"a photo of a {kind.class_word or word}"
     if "instance_prompt" not in choices.user_settings:
         # the whole: a prompt's words from "with" on count as its context
         choices.add("", class_word=word)
     choices.add(f"words: “{prompt}”", "instance_prompt", "token", instance_prompt=prompt)
     if choices.user_settings.get("with_prior_preservation") is not False:
-        said = choices.user_settings.get("class_prompt", of_class)
+        used_class_prompt = choices.user_settings.get("class_prompt", class_prompt)
         choices.add(
-            f"the class: “{said}” stays as the base draws it",
+            f"the class: “{used_class_prompt}” stays as the base draws it",
             "no_with_prior_preservation",
             "class_prompt",
             with_prior_preservation=True,
-            class_prompt=of_class,
+            class_prompt=class_prompt,
             prior="adapter_off",
         )
 
 
 def choose_style(choices: Choices, name: str) -> None:
-    """Choose the prompt of a style, which has no class to be preserved, and the blocks that hold
-    style where the family is known to have them."""
+    """Choose the prompt of a style, which has no class to preserve, and the blocks that hold style
+    in families where they are known."""
     prompt = f"a picture in {name} style"
     choices.add(f"words: “{prompt}”", "instance_prompt", instance_prompt=prompt, token=name)
     choices.add("", with_prior_preservation=False)
@@ -225,7 +234,7 @@ def choose_style(choices: Choices, name: str) -> None:
 
 
 def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> None:
-    """Choose masks and shapes, and unless the steps were given, the number that shows each photo
+    """Choose masks and crop shapes, and unless the user set the steps, as many as show each photo
     `exposures` times."""
     from dreambooth_moslora.photos.photo_file import count_photos
 
@@ -240,8 +249,8 @@ def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> Non
     # The photos are named first, whatever was chosen before.
     counts = count_photos(photos)
     masked = sum(photo.mask_path is not None for photo in photos)
-    shown = " + ".join(map(str, counts))
-    line = f"photos: {shown}, {masked} with a mask (name.mask.png beside each)"
+    photo_counts = " + ".join(map(str, counts))
+    line = f"photos: {photo_counts}, {masked} with a mask (name.mask.png beside each)"
     choices.notes.insert(0, (line, ()))
 
     # Masks for those without one. A style is in the whole picture.
@@ -263,9 +272,11 @@ def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> Non
 
 
 def choose_shapes(choices: Choices, photos: Sequence["Photo"]) -> None:
-    """Crop photos in their own shapes unless all are nearly square, and a person's near and far.
-    Square crops of 4:3 photos followed the prompts less on the sample subjects
-    (`docs/studies.md`)."""
+    """Choose crops in the photos' own shapes unless all are nearly square, and near and far crops
+    of a person.
+
+    Square crops of 4:3 photos followed the prompts less on the sample subjects (`docs/studies.md`).
+    """
     if SUBJECT_KINDS[choices.all_settings.get("subject", TrainConfig.subject)].has_face:
         line = f"crops: {FACE_CROPS_PER_PHOTO} of each photo, near the face and far"
         choices.add(line, "crops_per_photo", crops_per_photo=FACE_CROPS_PER_PHOTO)
@@ -274,7 +285,7 @@ def choose_shapes(choices: Choices, photos: Sequence["Photo"]) -> None:
 
 
 def count_steps(choices: Choices, photos: list["Photo"]) -> int:
-    """Return the steps of the run, as far as it is chosen."""
+    """Return the steps of the run by the settings chosen so far."""
     from dreambooth_moslora.photos.photo_file import count_photos
     from dreambooth_moslora.plan.plan import plan_steps
 
@@ -285,20 +296,22 @@ def count_steps(choices: Choices, photos: list["Photo"]) -> int:
 def choose_scores(
     choices: Choices, photos: list["Photo"], is_requested: bool | None = None
 ) -> None:
-    """Return the embedded base has its own encoders; others are used where they are, as nobody
-    asked for a download. `is_wanted`: the user has asked for scores, or has refused them; None when
-    neither. Given steps of 0 refuse them."""
-    given = choices.user_settings.get("evaluate_steps")
-    is_open = is_requested is None and (given or "evaluate_steps" not in choices.user_settings)
+    """Choose scores, unless they need a download. The embedded base has its own encoders.
+
+    is_requested: whether the user asked for scores or refused them; None for neither. An
+    `evaluate_steps` of 0 refuses them.
+    """
+    user_steps = choices.user_settings.get("evaluate_steps")
+    is_open = is_requested is None and (user_steps or "evaluate_steps" not in choices.user_settings)
     missing = list_missing_encoders(choices.base.name, choices.all_settings.get("subject", "thing"))
     is_scored = not missing if is_open else is_requested
     if is_scored:
         # Four times in the run, unless the steps were given.
-        every = given or max(1, count_steps(choices, photos) // 4)
-        wanted = {"evaluate_steps": every, "validation_steps": every}
-        line = f"scores: every {every} steps, the best in best/"
-        choices.add(line, "evaluate_steps", **wanted)
-    elif is_open and not given:
+        steps = user_steps or max(1, count_steps(choices, photos) // 4)
+        settings = {"evaluate_steps": steps, "validation_steps": steps}
+        line = f"scores: every {steps} steps, the best in best/"
+        choices.add(line, "evaluate_steps", **settings)
+    elif is_open and not user_steps:
         line = f"scores: none, as they take {' and '.join(missing)} from the hub"
         choices.add_note(line, "evaluate_steps")
 
@@ -309,17 +322,19 @@ def has_encoders(base: str) -> bool:
 
 
 def list_missing_encoders(base: str, kind: str) -> list[str]:
-    """Name of what scores need and is not in the hub's cache. The embedded base has encoders; a
-    kind of KINDS with a face needs what compares faces, too."""
+    """Return the names of encoders that scores need and that are not in the hub's cache. The
+    embedded base has encoders; a kind of subject with a face needs SFace too."""
     from huggingface_hub import try_to_load_from_cache
 
-    def is_here(repo: str, file: str) -> bool:
+    def is_cached(repo: str, file: str) -> bool:
         return isinstance(try_to_load_from_cache(repo, file), str)
 
     missing = []
-    own = toy_bases.is_toy(base)
-    if not own and not all(is_here(name, "model.safetensors") for name in (CLIP_REPO, DINO_REPO)):
+    is_toy = toy_bases.is_toy(base)
+    if not is_toy and not all(
+        is_cached(name, "model.safetensors") for name in (CLIP_REPO, DINO_REPO)
+    ):
         missing += ["CLIP", "DINOv2"]
-    if SUBJECT_KINDS[kind].has_face and not is_here(*SFACE):
+    if SUBJECT_KINDS[kind].has_face and not is_cached(*SFACE):
         missing.append("SFace")
     return missing

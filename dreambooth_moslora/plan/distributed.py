@@ -1,7 +1,7 @@
-"""The processes of a run: they share work, agree on what they find, and end together.
+"""Share work and results between the processes of a run, and end them together.
 
-A process that raised alone would leave the others waiting. So each tells the others how its part of
-the work ended. `make_accelerator` joins them and chooses the precision.
+A process that raised alone would leave the others waiting. So each reports to the others how its
+part of the work ended. `make_accelerator` joins them and sets the precision.
 """
 
 import os
@@ -42,7 +42,8 @@ Processes = Accelerator | PartialState
 
 
 def reduce_any(accelerator: Accelerator, vote: bool) -> bool:
-    """Return whether any process says yes. All must call it, and all get the same answer."""
+    """Return whether `vote` is true on any process. All must call it, and all get the same
+    answer."""
     if accelerator.num_processes == 1:
         return vote
     votes = torch.tensor(float(vote), device=accelerator.device)
@@ -52,7 +53,7 @@ def reduce_any(accelerator: Accelerator, vote: bool) -> bool:
 
 def reduce_mean(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
     """Return the mean of the processes' `values`, of one shape. All must call it. Raises UserError
-    when a process has gone."""
+    when a process has ended."""
     if accelerator.num_processes == 1:
         return values
     with detect_lost_process():
@@ -60,15 +61,15 @@ def reduce_mean(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
 
 
 def run_on_main(accelerator: Processes, work: Callable[[], Result]) -> Result:
-    """Do `work` on the main process; all get its small, picklable result, or its error or stop."""
+    """Run `work` on the main process; all get its small, picklable result, or its error or stop."""
     is_main = accelerator.is_main_process
     result, error = call_safely(work) if is_main else (None, None)
-    told = gather_results(accelerator, [result] if is_main else [], error)
-    return result if is_main else told[0]
+    results = gather_results(accelerator, [result] if is_main else [], error)
+    return result if is_main else results[0]
 
 
 def run_on_each(accelerator: Processes, work: Callable[[], Result]) -> Result:
-    """Do `work` on each process, which gets its own result. An error or stop of one is raised on
+    """Run `work` on each process, which gets its own result. An error or stop of one is raised on
     all."""
     result, error = call_safely(work)
     gather_results(accelerator, [], error)
@@ -80,18 +81,21 @@ def share_work(
     items: Sequence[Item],
     work: Callable[[Sequence[Item]], Generator[Result, None, None]],
 ) -> Iterator[Result]:
-    """Return the results of `items`, equal in all processes, in their order; of n processes each
-    works on every n-th. `work` yields one picklable result for each of its items. An error or stop
-    of one is raised on all after an item."""
-    with closing(work(select_share(accelerator, items))) as own:
+    """Yield the results of `items`, equal in all processes, in their order; of n processes each
+    works on every n-th.
+
+    `work` yields one picklable result for each of its items. An error or stop of one process is
+    raised on all after an item.
+    """
+    with closing(work(select_share(accelerator, items))) as local_results:
         for first in range(0, len(items), accelerator.num_processes):
-            has_one = first + accelerator.process_index < len(items)
-            result, error = call_safely(lambda: next(own)) if has_one else (None, None)
-            yield from gather_results(accelerator, [result] if has_one else [], error)
+            has_item = first + accelerator.process_index < len(items)
+            result, error = call_safely(lambda: next(local_results)) if has_item else (None, None)
+            yield from gather_results(accelerator, [result] if has_item else [], error)
 
 
 def select_share(accelerator: Accelerator, items: Sequence[Item]) -> Sequence[Item]:
-    """Return what this process works on in `share_work`."""
+    """Return the items of this process in `share_work`."""
     return items[accelerator.process_index :: accelerator.num_processes]
 
 
@@ -103,32 +107,32 @@ def require_agreement(
         "the photos, --class_data_dir and --output_dir must be on a disk that all machines share."
     ),
 ) -> Result:
-    """Return what each process finds, where all find the same.
+    """Return each process's result of `find`, where the results of all have the same text.
 
     accelerator: of the process
-    find: its own look, such as a reading of the photos
-    format_result: lines that are equal where the findings are
-    remedy: what the person can do
+    find: the work of each process, such as reading the photos
+    format_result: lines that are equal where the results are
+    remedy: advice for the user
 
-    Raises UserError on all where one's words differ from the main process's, with the lines that
-    differ. An error of `find` is raised on all too.
+    Raises UserError on all where the text of one process differs from the main process's, with the
+    lines that differ. An error of `find` is raised on all too.
     """
     if accelerator.num_processes == 1:
         return find()
 
     # Processes tell their words, which are small; what they found stays with each.
-    found, error = call_safely(find)
-    told = gather_results(accelerator, [] if error else [format_result(found)], error)
-    for number, said in enumerate(told):
-        if said != told[0]:
-            theirs = format_extra_lines(told[0], said)
-            ours = format_extra_lines(said, told[0])
+    result, error = call_safely(find)
+    texts = gather_results(accelerator, [] if error else [format_result(result)], error)
+    for number, text in enumerate(texts):
+        if text != texts[0]:
+            theirs = format_extra_lines(texts[0], text)
+            ours = format_extra_lines(text, texts[0])
             raise UserError(f"process {number} has {theirs}, and the main process {ours}: {remedy}")
-    return found
+    return result
 
 
 def format_extra_lines(reference: str, text: str) -> str:
-    """Return the lines of `own` that are not in `others`, as one."""
+    """Return the lines of `text` that are not in `reference`, as one."""
     return ", ".join(line for line in text.splitlines() if line not in reference.splitlines())
 
 
@@ -143,25 +147,29 @@ def call_safely(work: Callable[[], Result]) -> tuple[Result | None, Exception | 
 def gather_results(
     accelerator: Processes, local_results: list[Result], error: Exception | None
 ) -> list[Result]:
-    """Return the results of all processes, in their order. One's `error` is raised on all; an error
-    is more than a stop."""
+    """Return the results of all processes, in their order. The `error` of one is raised on all; an
+    error takes precedence over a stop."""
     # Each tells its results, and how it ended: whether by a stop, and in which words.
     is_stop = isinstance(error, StopRequestedError)
     ending = None
     if error is not None:
         ending = (is_stop, str(error) or type(error).__name__)
-    told = [(local_results, ending)]
+    reports = [(local_results, ending)]
     if accelerator.num_processes > 1:
         with detect_lost_process():
-            told = utils.gather_object(told)
+            reports = utils.gather_object(reports)
 
-    endings = [(process, ended) for process, (_, ended) in enumerate(told) if ended is not None]
+    endings = [
+        (process, ending_text)
+        for process, (_, ending_text) in enumerate(reports)
+        if ending_text is not None
+    ]
     if not endings:
-        return [result for results, _ in told for result in results]
+        return [result for results, _ in reports for result in results]
 
     # All end by the first error, or by a stop if there is no error. The process whose own it is
     # raises it with its traceback.
-    process, (all_stop, text) = min(endings, key=lambda found: found[1][0])
+    process, (all_stop, text) = min(endings, key=lambda ending: ending[1][0])
     if error is not None and is_stop == all_stop:
         raise error
     if all_stop:
@@ -172,8 +180,8 @@ def gather_results(
 
 @contextmanager
 def detect_lost_process() -> Iterator[None]:
-    """Within it the processes exchange values. Raises UserError when one has gone, as when it was
-    killed."""
+    """Raise UserError when a process ends, as when it is killed, while the others exchange values
+    in the block."""
     try:
         yield
     except RuntimeError as error:
@@ -187,8 +195,8 @@ def detect_lost_process() -> Iterator[None]:
 
 
 def make_accelerator(config: TrainConfig, run_dir: run_folder.RunDir) -> Accelerator:
-    """Device, processes and precision: by `--mixed_precision`, else `accelerate launch`. Raises
-    UserError."""
+    """Create the accelerator: device, processes, and the precision of `--mixed_precision`, else of
+    `accelerate launch`. Raises UserError."""
     # What cannot work, before anything is made.
     check_bf16(config)
     refuse_sharding()
@@ -230,9 +238,12 @@ def make_accelerator(config: TrainConfig, run_dir: run_folder.RunDir) -> Acceler
 
 
 def set_deterministic(is_enabled: bool) -> None:
-    """With it PyTorch takes kernels that sum in one order, and raises RuntimeError where it has
-    none. To warn is not enough: attention would go on as usual (pytorch #182551). Call it before
-    the first product on the GPU."""
+    """Enable or disable PyTorch's deterministic kernels; where there is none it raises
+    RuntimeError.
+
+    A warning is not enough: attention would continue as usual (pytorch #182551). Call it before the
+    first product on the GPU.
+    """
     torch.use_deterministic_algorithms(is_enabled)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it only shows errors of programs
     if is_enabled:
@@ -242,7 +253,7 @@ def set_deterministic(is_enabled: bool) -> None:
 
 def join_processes() -> PartialState:
     """Return the processes that a launcher started, before their precision is known. Raises
-    UserError if they are apart."""
+    UserError if they cannot be joined."""
     refuse_sharding()
     try:
         state = PartialState(
@@ -262,7 +273,7 @@ def refuse_sharding() -> None:
 
 
 def make_accelerate_error(error: ValueError) -> UserError:
-    """accelerate's message, with the places of its settings."""
+    """Return accelerate's message with the places of its settings."""
     return UserError(
         f"accelerate says: {format_error(error, 300).rstrip('.')}; look at --mixed_precision, at "
         "`accelerate config` and at ACCELERATE_… in the environment."
@@ -270,8 +281,8 @@ def make_accelerate_error(error: ValueError) -> UserError:
 
 
 def choose_seed(seed: int | None, accelerator: Accelerator) -> int:
-    """`--seed`, or a random one that all processes share. It is saved, so that the run can be
-    resumed."""
+    """Return `--seed`, or a random one that all processes share. It is saved, so that the run can
+    be resumed."""
     return run_on_main(
         accelerator, lambda: SystemRandom().randrange(2**31) if seed is None else seed
     )

@@ -1,11 +1,11 @@
-"""Estimates what a run needs: the GPU's memory in each phase, and the disk.
+"""Estimate the GPU's memory in each phase of a run, and the disk space.
 
 Weights and adapters are counted exactly, from the headers of the base's files. The memory of a step
 was counted on SDXL's UNet operation by operation (`benchmarks.gpu_memory`: bf16, images of 1024
 px), and on a model of each flow family (`benchmarks.family_memory`); it is scaled by pixels or
 tokens, images and bytes.
 
-What a setting that saves memory takes away is counted in one place:
+Each setting that saves memory is counted in one function:
 
     base_quantization                                  `estimate_denoiser_gib`
     stream_blocks                                      `estimate_host_gib`
@@ -61,7 +61,7 @@ PNG_BYTES_PER_PIXEL = 1.6  # Of a picture of a run on the disk.
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """All in GiB, but `count_adapter_parameters`, which is a count."""
+    """Estimates in GiB, and the count `adapter_parameters`."""
 
     adapter_parameters: int
     encoding_gib: float
@@ -106,9 +106,9 @@ def estimate_memory(
     # A sample between two steps: the UNet and the decoder work one after the other.
     decoder = estimate_tile_gib(config, size, size.family.decoder_bytes_per_pixel)
     denoising = estimate_sampling_gib(config, size)
-    drawing = vae + max(decoder, denoising)
+    sampling = vae + max(decoder, denoising)
     if not (config.sample_count or config.is_scored):
-        drawing = 0
+        sampling = 0
 
     # A checkpoint has the states, and no gradients.
     in_checkpoint = bytes_each - GRADIENT_BYTES + AVERAGE_BYTES * kind.averages
@@ -117,7 +117,7 @@ def estimate_memory(
         adapter_parameters=adapter,
         encoding_gib=devices.CONTEXT_GIB + preparing,
         training_gib=devices.CONTEXT_GIB + weights + step,
-        sampling_gib=devices.CONTEXT_GIB + weights + drawing,
+        sampling_gib=devices.CONTEXT_GIB + weights + sampling,
         checkpoint_gib=checkpoint,
         disk_gib=estimate_disk_gib(config, adapter, checkpoint, total_steps),
         size=size,
@@ -125,19 +125,19 @@ def estimate_memory(
 
 
 def estimate_denoiser_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
-    """Return the denoiser's frozen weights, wherever they lie."""
+    """Return the size of the denoiser's frozen weights, on the device and on the host, GiB."""
     number = PRECISION_BYTES[get_precision(config)]
     in_blocks = size.projections * QUANTIZED_BYTES.get(config.base_quantization, number)
     return ((size.unet - size.projections) * number + in_blocks) / devices.GIB
 
 
 def estimate_host_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
-    """Return what of them the host keeps while a step computes."""
+    """Return the size of those that the host keeps during a step, GiB."""
     return estimate_streamed_away_gib(config, size) if config.stream_blocks else 0.0
 
 
 def estimate_streamed_away_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
-    """Return what of them the host keeps where blocks are streamed."""
+    """Return the size of the weights that the host keeps when blocks are streamed, GiB."""
     return estimate_streamed_gib(config, size) - estimate_streamed_gib(
         config, size, devices.RESIDENT_BLOCKS
     )
@@ -146,22 +146,22 @@ def estimate_streamed_away_gib(config: train_config.TrainConfig, size: BaseSize)
 def estimate_streamed_gib(
     config: train_config.TrainConfig, size: BaseSize, blocks: int | None = None
 ) -> float:
-    """Return the weights of so many blocks that are streamed, or of all."""
+    """Return the size of the weights of so many streamed `blocks`, or of all, GiB."""
     number = STREAMED_BYTES.get(config.base_quantization, PRECISION_BYTES[get_precision(config)])
     count = size.streamed if blocks is None else blocks * size.largest_block
     return min(count, size.streamed) * number / devices.GIB
 
 
 def get_vae_number_bytes(config: train_config.TrainConfig, size: BaseSize) -> float:
-    """Return bytes of a number in the VAE: that of a UNet works in fp32."""
+    """Return the bytes of a number in the VAE: that of a UNet works in fp32."""
     return PRECISION_BYTES[get_precision(config)] if size.family.style == "flow" else 4.0
 
 
 def estimate_tile_gib(
     config: train_config.TrainConfig, size: BaseSize, bytes_per_pixel: int
 ) -> float:
-    """Return what the VAE takes beside its weights in its smallest tiles, as where memory is short;
-    so many `bytes_per_pixel` in fp32."""
+    """Return the VAE's memory beside its weights for its smallest tiles, GiB, as where memory is
+    short. `bytes_per_pixel` are for fp32."""
     side = min(config.resolution, size.family.tile_px)
     return side**2 * bytes_per_pixel * get_vae_number_bytes(config, size) / 4 / devices.GIB
 
@@ -169,7 +169,7 @@ def estimate_tile_gib(
 def estimate_preparing_gib(
     config: train_config.TrainConfig, size: BaseSize, unet: float, texts: float, vae: float
 ) -> float:
-    """Return the most before the first step: photos are encoded, then texts. GiB.
+    """Return the peak before the first step, GiB: photos are encoded, then texts.
 
     config: of the run
     size: of its base
@@ -197,7 +197,8 @@ def estimate_preparing_gib(
 
 
 def count_adapter_parameters(config: train_config.TrainConfig, size: BaseSize) -> int:
-    """Of A, B and the mixers. Patterns count only where the layers' paths are known."""
+    """Count the parameters of A, B and the mixers. Patterns count only where the layers' paths are
+    known."""
     layers = [
         (train_config.get_rank_and_alpha(config, "unet", path)[0], width)
         for path, width in size.widths
@@ -216,8 +217,8 @@ def count_adapter_parameters(config: train_config.TrainConfig, size: BaseSize) -
 
 
 def estimate_sampling_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
-    """Return memory of a step of denoising one picture. A transformer's largest block decides
-    it."""
+    """Return the memory of a denoising step of one image, GiB. A transformer's largest block
+    decides it."""
     memory = size.family.memory
     if memory is None:
         return SAMPLING_GIB * compute_cost_ratio(config, size)
@@ -236,9 +237,12 @@ def estimate_sampling_gib(config: train_config.TrainConfig, size: BaseSize) -> f
 
 
 def compute_cost_ratio(config: train_config.TrainConfig, size: BaseSize) -> float:
-    """Return cost relative to an image of 1024 px in half precision of SDXL, or of the model that
-    the family was counted on; a narrower model needs less, about as its width. A transformer's
-    grows with all tokens, those of the text too."""
+    """Return the cost relative to an image of 1024 px in half precision of SDXL, or of the model on
+    which the family was counted.
+
+    A narrower model needs less, about in proportion to its width. A transformer's cost grows with
+    all tokens, also those of the text.
+    """
     memory = size.family.memory
     if memory:
         width = math.sqrt(size.unet / memory.parameters)
@@ -252,46 +256,46 @@ def compute_cost_ratio(config: train_config.TrainConfig, size: BaseSize) -> floa
 def compute_token_ratio(
     config: train_config.TrainConfig, memory: family_facts.ActivationMemory
 ) -> float:
-    """Return tokens of a picture and its text, relative to those of 1024 px."""
+    """Return the number of tokens of an image and its text, relative to those of 1024 px."""
     tokens = (config.resolution / 16) ** 2 + memory.text_tokens
     return tokens / (4096 + memory.text_tokens)
 
 
 def estimate_step_gib(config: train_config.TrainConfig, size: BaseSize, adapter: int) -> float:
-    """Return memory of one forward and backward pass, without weights and gradients."""
+    """Return the memory of a forward and backward pass, without weights and gradients, GiB."""
     images = config.images_per_pass
-    is_pefts = config.use_dora or config.lora_dropout > 0
+    uses_peft = config.use_dora or config.lora_dropout > 0
     scale = compute_cost_ratio(config, size) * images
     memory = size.family.memory
-    kept_scores = ATTENTION_SCORES_GIB if devices.is_on_apple() and not memory else (0.0, 0.0)
+    attention_gib = ATTENTION_SCORES_GIB if devices.is_on_apple() and not memory else (0.0, 0.0)
 
     # Whole blocks are recomputed: little more than their inputs is kept.
     if config.gradient_checkpointing:
-        recomputed = (memory or size.family).recomputed_gib + kept_scores[1]
-        return recomputed * scale * (PEFT_RECOMPUTED_RATIO if is_pefts else 1)
+        recomputed = (memory or size.family).recomputed_gib + attention_gib[1]
+        return recomputed * scale * (PEFT_RECOMPUTED_RATIO if uses_peft else 1)
 
     # A transformer was counted as a whole.
     if memory:
-        return memory.full_gib * scale * (PEFT_STEP_RATIO if is_pefts else 1)
+        return memory.full_gib * scale * (PEFT_STEP_RATIO if uses_peft else 1)
 
     # The UNet's grows with the rank, of which patterns change the average.
     plain = count_adapter_parameters(replace(config, rank_pattern=()), size)
     rank = adapter * config.rank / max(1, plain)
     image = STEP_GIB + STEP_GIB_PER_RANK * rank * size.adapted_layers / 560
-    image *= PEFT_STEP_RATIO if is_pefts else 1
-    image += kept_scores[0] - (FEED_FORWARD_GIB if config.recompute_feed_forward else 0)
+    image *= PEFT_STEP_RATIO if uses_peft else 1
+    image += attention_gib[0] - (FEED_FORWARD_GIB if config.recompute_feed_forward else 0)
     text = STEP_TEXT_GIB * images * math.sqrt(size.unet / BaseSize.unet)
     casts = adapter * 2 / devices.GIB
     return image * scale + text + casts
 
 
 def estimate_text_training_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
-    """Return what a step's prompts keep in text encoders for the backward pass."""
+    """Return the memory of a step's prompts in trained text encoders for the backward pass, GiB."""
     if not config.train_text_encoder:
         return 0.0
     prompts = config.images_per_pass * size.text_widths / BaseSize.text_widths
-    kept = TRAINED_TEXT_GIB * prompts * PRECISION_BYTES[get_precision(config)] / 2
-    return kept * (RECOMPUTED_TEXT_RATIO if config.gradient_checkpointing else 1)
+    activations = TRAINED_TEXT_GIB * prompts * PRECISION_BYTES[get_precision(config)] / 2
+    return activations * (RECOMPUTED_TEXT_RATIO if config.gradient_checkpointing else 1)
 
 
 def estimate_disk_gib(
@@ -305,15 +309,17 @@ def estimate_disk_gib(
     total_steps: optimizer steps
     """
     # Checkpoints, with one at the end if its step is no multiple.
-    checkpoints, rest = divmod(total_steps, config.checkpointing_steps)
-    checkpoints = min(checkpoints, config.checkpoints_total_limit or checkpoints) + (rest > 0)
+    checkpoints, last_steps = divmod(total_steps, config.checkpointing_steps)
+    checkpoints = min(checkpoints, config.checkpoints_total_limit or checkpoints) + (last_steps > 0)
 
     # Pictures: samples, and the class images that have no folder of the user's.
     subjects = config.each_subject
     times = 2 + total_steps // (config.validation_steps or max(1, total_steps))
     samples = len(subjects) * config.sample_count * times
     classes = {
-        one.class_prompt for one in subjects if one.uses_class_images and not one.class_data_dir
+        subject.class_prompt
+        for subject in subjects
+        if subject.uses_class_images and not subject.class_data_dir
     }
     pixels = (samples + len(classes) * config.num_class_images) * config.resolution**2
 

@@ -1,16 +1,16 @@
-"""`--memory`: one word for precision, recomputation, caching and quantisation, one of the plans in
-`settings.train_config.MEMORY_PLANS`.
+"""Choose the memory plan of `--memory`: precision, recomputation, caching and quantisation, by a
+row of `settings.train_config.MEMORY_PLANS`.
 
-It only adds to the given flags; on a GPU it also chooses half precision, unless a precision was
-given. `auto` is the first plan that is possible and fits the GPU's free memory; without a GPU it is
+It only adds to the user's settings; on a GPU it also chooses half precision, unless the user set
+one. `auto` is the first plan that is possible and fits the GPU's free memory; without a GPU it is
 the first of all. On Apple's, whose attention keeps all scores, it is always one that recomputes.
 
-Gradients of these differ at most by rounding, but for quantised plans, and so do those of one large
-pass and of several small ones (`--images_at_once`). A plan fits if its smallest pass does: photos
-and their prior one after the other keep half the activations, and recompute nothing. Of the plan,
-the largest pass that fits is taken.
+Gradients of the plans differ at most by rounding, but for quantised plans, and so do those of one
+large pass and of several small ones (`--images_at_once`). A plan fits if its smallest pass does:
+photos and their prior one after the other keep half the activations, and recompute nothing. Then
+the largest pass that fits is chosen.
 
-A plan is known by its settings alone, never by its name.
+A plan is identified by its settings alone, never by its name.
 """
 
 import math
@@ -52,24 +52,27 @@ MemoryPlan = Mapping[str, Any]
 def choose_memory_settings(
     config: train_config.TrainConfig, base: Base, free_gib: float | None = None
 ) -> dict[str, Any]:
-    """Return the settings that its `--memory` chooses; none without that option. `free_gib` is the
-    GPU's, if another process will train; else all processes of the run must call it. Raises
-    UserError for damaged files."""
+    """Return the settings that `--memory` chooses; none without that option.
+
+    free_gib: of the GPU, if another process will train; without it all processes of the run must
+    call this
+
+    Raises UserError for damaged files.
+    """
     if config.memory is None:
         return {}
     free = get_min_free_gib() if free_gib is None else free_gib
-    kept = read_saved_plan(config)
-    if kept is not None:
-        return kept
+    saved_plan = read_saved_plan(config)
+    if saved_plan is not None:
+        return saved_plan
     size = find_base_size(base, config.target_modules)
     precision = choose_precision_settings(config, size.family, free)
     return precision | choose_plan_settings(replace(config, **precision), size, free)
 
 
 def read_saved_plan(config: train_config.TrainConfig) -> dict[str, Any] | None:
-    """Return what `--memory` chose for a run that goes on from a checkpoint with the same word:
-    another plan would change the result's bytes. None for a fresh run, and for one that began with
-    another word."""
+    """Return the plan of a run that is resumed with the same `--memory`; None for a fresh run, and
+    for another `--memory`. Another plan would change the result's bytes."""
     run_dir = RunDir(config.output_dir)
     if not config.resume_from_checkpoint or run_dir.find_latest_checkpoint() is None:
         return None
@@ -77,14 +80,14 @@ def read_saved_plan(config: train_config.TrainConfig) -> dict[str, Any] | None:
         saved = read_json(run_dir.config_path)
         if saved.get("memory") == config.memory:
             # What a word of `--memory` decides, but for what was given.
-            decided = train_config.SETTINGS["memory"].metadata["replaces"]
-            names = [name for name in decided if not rules.format_flag(config, name)]
+            plan_settings = train_config.SETTINGS["memory"].metadata["replaces"]
+            names = [name for name in plan_settings if not rules.format_flag(config, name)]
             return {name: saved[name] for name in names if name in saved}
     return None
 
 
 def reset_plan_settings(config: train_config.TrainConfig) -> train_config.TrainConfig:
-    """Return the same settings, with the defaults in place of what a plan sets."""
+    """Return the settings with the defaults in place of those of a plan."""
     names = [name for name in train_config.MEMORY_PLAN_SETTINGS if name != "images_at_once"]
     return replace(config, **{name: train_config.SETTINGS[name].default for name in names})
 
@@ -92,7 +95,8 @@ def reset_plan_settings(config: train_config.TrainConfig) -> train_config.TrainC
 def choose_precision_settings(
     config: train_config.TrainConfig, facts: family_facts.FamilyFacts, free_gib: float | None
 ) -> dict[str, str]:
-    """Half precision on a GPU, if the family has one there, unless a precision was given."""
+    """Return half precision on a GPU, if the family has one there, unless the user set a
+    precision."""
     is_given = config.mixed_precision is not None or devices.get_precision(config) != "no"
     if free_gib is None or is_given:
         return {}
@@ -102,8 +106,8 @@ def choose_precision_settings(
 def choose_plan_settings(
     config: train_config.TrainConfig, size: BaseSize, free_gib: float | None
 ) -> dict[str, Any]:
-    """Return the plan that `--memory` names, or with `auto` the first whose smallest pass fits,
-    with its largest that fits."""
+    """Return the settings of the plan that `--memory` names, or with `auto` of the first whose
+    smallest pass fits, with its largest pass that fits."""
     passes = list_pass_settings(config)
     plan = get_plan_settings(config, choose_plan(config, size, free_gib))
     if free_gib is None:
@@ -116,8 +120,8 @@ def choose_plan_settings(
 
 
 def choose_plan(config: train_config.TrainConfig, size: BaseSize, free_gib: float | None) -> str:
-    """Return the plan of `--memory`; for `auto`, the first whose smallest pass fits, or else the
-    leanest possible one, which a later check refuses."""
+    """Return the name of the plan: that of `--memory`, or for `auto` the first whose smallest pass
+    fits, or else the leanest possible one, which a later check refuses."""
     if config.memory != "auto":
         return config.memory
     if free_gib is None:
@@ -129,21 +133,24 @@ def choose_plan(config: train_config.TrainConfig, size: BaseSize, free_gib: floa
 
 def list_pass_settings(config: train_config.TrainConfig) -> list[dict[str, int]]:
     """Return the passes to choose from, as settings: all images of a step together, half of them,
-    and so on down to one; the given one, and a micro-batch where texts are trained, alone. A pass
-    of one micro-batch sets nothing."""
+    and so on down to one.
+
+    There is no choice if `--images_at_once` is set, or if texts are trained, which takes a
+    micro-batch. A pass of one micro-batch sets nothing.
+    """
     if config.images_at_once is not None or rules.list_exclusions("images_at_once", config):
         return [{}]
-    found = []
+    image_counts = []
     images = config.gradient_accumulation_steps * config.images_per_micro_batch
-    while images not in found:
-        found.append(images)
+    while images not in image_counts:
+        image_counts.append(images)
         images = math.ceil(images / 2)
     usual = config.images_per_micro_batch
-    return [{} if images == usual else {"images_at_once": images} for images in found]
+    return [{} if images == usual else {"images_at_once": images} for images in image_counts]
 
 
 def get_plan_settings(config: train_config.TrainConfig, name: str) -> dict[str, Any]:
-    """Return what the plan adds to the given settings; a given quantisation stays."""
+    """Return the settings that the plan adds to the user's; a quantisation of the user stays."""
     plan = dict(train_config.MEMORY_PLANS[name])
     if config.base_quantization != "none":
         plan.pop("base_quantization", None)
@@ -151,8 +158,8 @@ def get_plan_settings(config: train_config.TrainConfig, name: str) -> dict[str, 
 
 
 def estimate_plans(config: train_config.TrainConfig, size: BaseSize) -> dict[str, float]:
-    """Plan -> peak memory in GiB, for those that these settings and packages allow."""
-    found = {}
+    """Return {plan: peak memory in GiB}, for the plans that these settings and packages allow."""
+    needs = {}
     for name, plan in train_config.MEMORY_PLANS.items():
         if not is_plan_possible(name, config, size.family):
             continue
@@ -161,21 +168,20 @@ def estimate_plans(config: train_config.TrainConfig, size: BaseSize) -> dict[str
         is_large = "stream_blocks" in plan and plan.get("base_quantization") != "nf4"
         if is_large and estimate_streamed_gib(tried, size) > MAX_HOST_RATIO * measure_host_gib():
             continue
-        found[name] = estimate_memory(tried, size, 1).peak_gib
-    return found
+        needs[name] = estimate_memory(tried, size, 1).peak_gib
+    return needs
 
 
 def measure_host_gib() -> float:
-    """Return the memory of this machine that a process of the run has, GiB: each keeps its own
-    blocks."""
+    """Return the memory of this machine per process of the run, GiB: each keeps its own blocks."""
     return psutil.virtual_memory().total / devices.GIB / devices.get_local_world_size()
 
 
 def is_plan_possible(
     name: str, config: train_config.TrainConfig, facts: family_facts.FamilyFacts
 ) -> bool:
-    """Return whether a run can take this plan, with its settings, its family and the packages
-    here."""
+    """Return whether a run can take this plan, with its settings, its family and the installed
+    packages."""
     plan = train_config.MEMORY_PLANS[name]
     # Apple's attention keeps all scores unless blocks are recomputed; it has no bitsandbytes, and
     # its GPU computes in the host's memory.
@@ -196,9 +202,11 @@ def is_plan_possible(
 def find_leaner_settings(
     config: train_config.TrainConfig, facts: family_facts.FamilyFacts
 ) -> tuple[str, dict[str, Any]] | None:
-    """Return what takes less memory than these settings, of what a loaded base can change to: as a
-    flag, and as settings. First half as many images at once, which computes nothing twice, then the
-    next plan. None if nothing is left."""
+    """Return a flag and its settings that take less memory, and to which a loaded base can change;
+    None if there is none.
+
+    Half as many images at once come first, as nothing is computed twice; then the next plan.
+    """
     images = math.ceil(config.images_per_pass / 2)
     if images < config.images_per_pass and not rules.list_exclusions("images_at_once", config):
         return f"--images_at_once {images}", {"images_at_once": images}
@@ -215,13 +223,13 @@ def find_leaner_settings(
         return None
 
     # Layers in 8 bit cannot become those in 4 bit, which take less: they come last.
-    found = min(
+    name = min(
         later, key=lambda name: train_config.MEMORY_PLANS[name].get("base_quantization") == "int8"
     )
 
     # A block that is recomputed as a whole would recompute its feed-forward part twice.
-    settings = {"recompute_feed_forward": False} | get_plan_settings(config, found)
-    return f"--memory {found}", settings
+    settings = {"recompute_feed_forward": False} | get_plan_settings(config, name)
+    return f"--memory {name}", settings
 
 
 def can_switch_plan(plan: MemoryPlan, config: train_config.TrainConfig) -> bool:
@@ -239,7 +247,7 @@ def can_switch_plan(plan: MemoryPlan, config: train_config.TrainConfig) -> bool:
 
 
 def format_plans(config: train_config.TrainConfig, size: BaseSize) -> list[str]:
-    """For `--dry_run`: what each plan would need, and what the GPU has free."""
+    """Return a line for `--dry_run`: the memory that each plan needs, and the GPU's free memory."""
     if config.memory is None:
         return []
     free = devices.measure_free_gpu_gib()
@@ -264,16 +272,17 @@ def check_memory(config: train_config.TrainConfig, size: BaseSize) -> None:
         return
     free = devices.measure_free_gpu_gib()
     if free is not None and need > USABLE_RATIO * free:
-        of = f" of {size.family.title}" if size.family.memory else ""
+        family_suffix = f" of {size.family.title}" if size.family.memory else ""
         raise UserError(
-            f"this run{of} needs about {need:.1f} GiB of GPU memory and {free:.1f} GiB are free, "
+            f"this run{family_suffix} needs about {need:.1f} GiB of GPU memory "
+            f"and {free:.1f} GiB are free, "
             f"of which it can use {USABLE_RATIO * free:.1f}: "
             f"{format_memory_advice(config, size, free)}"
         )
 
 
 def format_memory_advice(config: train_config.TrainConfig, size: BaseSize, free_gib: float) -> str:
-    """Return the fewest changes to these settings that fit."""
+    """Return the smallest change to these settings that fits."""
     # A resumed run's plan is kept by the same word, so that another word must be named.
     start = config
     is_kept = config.memory == "auto" and read_saved_plan(config) is not None

@@ -1,4 +1,4 @@
-"""The plan of a run, made once, before the base is loaded: a dry run and the page print it, the
+"""Plan a run once, before the base is loaded: a dry run and the page print the plan, and the
 trainer follows it.
 
 settings --memory--> settings --checks--> base --photos--> steps --estimate--> cost
@@ -7,8 +7,8 @@ samples per epoch = photos × repeats, or the number of class images if larger
 steps per epoch = ⌈⌈samples / (batch × processes)⌉ / accumulation⌉, as diffusers' script counts
 exposures of a photo = steps × accumulation × batch × processes / photos
 
-Several subjects are shown equally often. Each counts as if it had as many photos as the largest
-one: an epoch shows each photo of that subject once, and photos of the others more often.
+Subjects are shown equally often. Each counts as if it had as many photos as the largest one: an
+epoch shows each photo of that subject once, and photos of smaller ones more often.
 """
 
 import math
@@ -29,7 +29,7 @@ EXPOSURES_ADVICE = "a subject needs 100 or more"
 
 @dataclass(frozen=True)
 class StepPlan:
-    """How many steps a run has, and what they show."""
+    """Numbers of steps and exposures of a run."""
 
     photo_counts: tuple[int, ...]  # of each subject
     repeats: int
@@ -43,21 +43,21 @@ class StepPlan:
 
     @property
     def exposures_per_photo(self) -> float:
-        """Exposures of a photo of the subject with the most photos."""
+        """Return the exposures of a photo of the subject with the most photos."""
         return self.exposures_per_subject / max(self.photo_counts)
 
     def describe(self) -> str:
-        """Return the plan in words, for a dry run and the log."""
+        """Return the plan as a sentence, for a dry run and the log."""
         counts = " + ".join(map(str, self.photo_counts)) + " photos"
-        seen = f"each photo is seen about {self.exposures_per_photo:.0f} times"
+        exposures = f"each photo is seen about {self.exposures_per_photo:.0f} times"
         if len(self.photo_counts) > 1:
             counts = f"{len(self.photo_counts)} subjects, {counts}"
-            seen = f"each subject is seen about {self.exposures_per_subject:.0f} times"
+            exposures = f"each subject is seen about {self.exposures_per_subject:.0f} times"
         epochs = self.total_steps / self.steps_per_epoch
         return (
             f"{counts} × {self.repeats} repeats, {self.photos_per_step} a step: "
             f"{self.steps_per_epoch} steps an epoch; "
-            f"{self.total_steps} steps = {epochs:.1f} epochs; {seen}"
+            f"{self.total_steps} steps = {epochs:.1f} epochs; {exposures}"
         )
 
 
@@ -65,7 +65,7 @@ def plan_steps(config: TrainConfig, photos: int | Sequence[int], world_size: int
     """Return the steps of a run.
 
     config: its settings
-    photos: how many there are, or how many of each subject
+    photos: their number, or the number of each subject
     world_size: processes that share each step
 
     Raises ZeroDivisionError without photos (see `build_photo_report`).
@@ -98,16 +98,16 @@ def plan_steps(config: TrainConfig, photos: int | Sequence[int], world_size: int
 def split_total(sizes: Mapping[tuple[int, int], int], total: int) -> dict[tuple[int, int], int]:
     """Split `total` in proportion to the photos of each size (h, w), each at least 1 if it can."""
     exact = {size: total * count / sum(sizes.values()) for size, count in sorted(sizes.items())}
-    found = dict.fromkeys(exact, int(total >= len(exact)))
+    shares = dict.fromkeys(exact, int(total >= len(exact)))
     # One by one, to the size that lacks most of its exact share.
-    for _ in range(total - sum(found.values())):
-        found[max(exact, key=lambda size: exact[size] - found[size])] += 1
-    return found
+    for _ in range(total - sum(shares.values())):
+        shares[max(exact, key=lambda size: exact[size] - shares[size])] += 1
+    return shares
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run will do, and what it costs. The trainer follows it."""
+    """Plan of a run and its cost, which the trainer follows."""
 
     config: TrainConfig  # after its `--memory`
     base: Base
@@ -129,12 +129,12 @@ def make_plan(
 ) -> RunPlan:
     """Return the plan of a run whose folders `check_folders` allows, in all its processes.
 
-    config: the settings, as they were given
+    config: the user's settings
     report: of photos that were read before
     free_gib: of the GPU on which another process will train
-    is_later: whether another process trains, so that this one's memory is not asked
+    is_later: whether another process trains, so that the memory of this one is not checked
 
-    Raises UserError for what training would refuse.
+    Raises UserError for anything that training would refuse.
     """
     # All processes must begin with the same settings: they make the same plan.
     agreement.check_same_settings(config)

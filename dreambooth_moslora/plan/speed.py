@@ -1,5 +1,5 @@
-"""What makes a run on a GPU faster and changes only rounding. On a CPU all is off; `--compile on`
-turns on the first.
+"""Choose compilation and cuDNN's search, which make a run on a GPU faster and change only rounding.
+On a CPU both are off; `--compile on` enables the first.
 
 blocks compiled    `torch.compile` of the transformer blocks, each kind once (`--compile`)
 cuDNN's search     tries algorithms at each convolution's first call; sizes must be fixed; not on
@@ -19,7 +19,7 @@ here: others report about a minute to compile the blocks, and a tenth of a secon
 
 @dataclass(frozen=True)
 class Speed:
-    """What is on.
+    """Choice of compilation and cuDNN's search.
 
     is_compiled: whether the blocks are
     has_cudnn_search: whether cuDNN searches algorithms
@@ -29,13 +29,13 @@ class Speed:
     has_cudnn_search: bool
 
     def describe(self) -> str:
-        """Return the same in words, for a dry run and the log."""
-        said = "transformer blocks compiled, which makes later steps faster"
+        """Return the choice as a sentence, for a dry run and the log."""
+        sentence = "transformer blocks compiled, which makes later steps faster"
         if not self.is_compiled:
-            said = "transformer blocks not compiled, which pays in a longer run on a GPU"
+            sentence = "transformer blocks not compiled, which pays in a longer run on a GPU"
         if self.has_cudnn_search:
-            said += ", cuDNN searches algorithms"
-        return said
+            sentence += ", cuDNN searches algorithms"
+        return sentence
 
 
 def choose_speed(config: train_config.TrainConfig, device_type: str, steps: int) -> Speed:
@@ -62,6 +62,6 @@ def choose_local_speed(config: train_config.TrainConfig, steps: int) -> Speed:
 
 
 def count_images(config: train_config.TrainConfig, steps: int) -> float:
-    """Return images of 1024 px that so many steps pass through the denoiser."""
+    """Return the number of images of 1024 px that so many steps pass through the denoiser."""
     images = steps * config.gradient_accumulation_steps * config.images_per_micro_batch
     return images * (config.resolution / 1024) ** 2

@@ -1,8 +1,9 @@
-"""Checks before a run, for `--dry_run` and training alike. They load no model and need no torch.
+"""Validate the settings of a run, for `--dry_run` and training alike, without loading a model or
+torch.
 
-`check_folders`: a run must not write over photos, nor over files that no run has made. `preflight`:
-the settings fit the base and each other, the packages that they need are installed, and the GPU has
-the memory.
+`check_folders`: a run must not write over photos, nor over files that no run has made.
+`validate_run`: the settings fit the base and each other, the packages that they need are installed,
+and the GPU has the memory.
 """
 
 import os
@@ -48,8 +49,8 @@ def check_layers(
     """
     for name in targets:
         # The layers of that name.
-        meant = [layer for layer in layers if field_facts.is_target(layer, name)]
-        if not meant:
+        matching_layers = [layer for layer in layers if field_facts.is_target(layer, name)]
+        if not matching_layers:
             usual = "to_q, to_k, to_v and to_out.0 are those of attention."
             if facts.denoiser != "unet":
                 usual = f"diffusers' script takes {', '.join(facts.targets)}."
@@ -59,7 +60,7 @@ def check_layers(
             )
 
         # Each of them can have the adapter.
-        for layer in meant:
+        for layer in matching_layers:
             # The published file could not name it.
             if layer.startswith(UNREADABLE_PREFIX):
                 raise UserError(
@@ -73,15 +74,15 @@ def check_layers(
 
 
 def format_layer_hint(name: str, layers: Iterable[str]) -> str:
-    """Name what was probably meant: a layer's path, or its last name; else ""."""
-    known = set(layers) if "." in name else {get_last_name(layer) for layer in layers}
-    close = field_facts.find_nearest_name(field_facts.expand_layer_name(name), sorted(known))
+    """Return a question with the nearest layer's path, or last name; else ""."""
+    names = set(layers) if "." in name else {get_last_name(layer) for layer in layers}
+    close = field_facts.find_nearest_name(field_facts.expand_layer_name(name), sorted(names))
     return f"did you mean {close}?" if close else ""
 
 
 def check_patterns(config: train_config.TrainConfig, layers: Iterable[str]) -> None:
-    """`layers` are all of the denoiser's. Raises UserError for a pattern that matches no layer with
-    an adapter."""
+    """Raise UserError for a pattern that matches no layer with an adapter. `layers` are all of the
+    denoiser's."""
     adapted = [layer for layer in layers if field_facts.is_adapted(layer, config.target_modules)]
     for flag in ("rank_pattern", "alpha_pattern"):
         for text in getattr(config, flag):
@@ -92,7 +93,8 @@ def check_patterns(config: train_config.TrainConfig, layers: Iterable[str]) -> N
 
 
 def get_last_name(path: str) -> str:
-    """`….attn1.to_q` -> `to_q`, `….attn1.to_out.0` -> `to_out.0`."""
+    """Return the last name of a path: `….attn1.to_q` -> `to_q`, `….attn1.to_out.0` ->
+    `to_out.0`."""
     *_, parent, name = f".{path}".split(".")
     return f"{parent}.{name}" if name.isdigit() else name
 
@@ -104,10 +106,11 @@ def check_folders(config: train_config.TrainConfig) -> None:
         raise UserError("--output_dir is empty: name a folder for the run.")
 
     # A run would fill the root or the home folder with files.
-    place = Path(config.output_dir).resolve()
-    if place in (Path(place.anchor), Path(os.path.expanduser("~")).resolve()):
+    run_path = Path(config.output_dir).resolve()
+    if run_path in (Path(run_path.anchor), Path(os.path.expanduser("~")).resolve()):
         raise UserError(
-            f"--output_dir {config.output_dir} is {place} itself: name a folder of the run's own."
+            f"--output_dir {config.output_dir} is {run_path} itself: "
+            "name a folder of the run's own."
         )
 
     # What lies there already, and what else the run reads and writes.
@@ -145,7 +148,7 @@ def check_photo_folders(config: train_config.TrainConfig, run_dir: run_folder.Ru
 
         # Folders in it may be its class images, or folders that no run touches.
         first = folder.relative_to(home).parts[0]
-        own = [
+        run_folders = [
             run_dir.samples_dir,
             run_dir.best_dir,
             run_dir.last_dir,
@@ -153,9 +156,9 @@ def check_photo_folders(config: train_config.TrainConfig, run_dir: run_folder.Ru
             run_dir.evaluation_dir,
         ]
         if name != "class_data_dir":
-            own.append(run_dir.class_images_dir)
+            run_folders.append(run_dir.class_images_dir)
         is_checkpoint = run_folder.parse_checkpoint_step(Path(first)) is not None
-        if is_checkpoint or first in {path.name for path in own}:
+        if is_checkpoint or first in {path.name for path in run_folders}:
             raise UserError(
                 f"--{name} {value}: the run writes to {first} in its folder; keep the photos "
                 "elsewhere."
@@ -163,7 +166,7 @@ def check_photo_folders(config: train_config.TrainConfig, run_dir: run_folder.Ru
 
 
 def check_writable_folders(config: train_config.TrainConfig, run_dir: run_folder.RunDir) -> None:
-    """Raise UserError when a place that the run writes to cannot be written."""
+    """Raise UserError when a folder that the run writes to cannot be written."""
     for name, folder in config.output_folders.items():
         require_writable(name, str(folder))
 
@@ -182,8 +185,8 @@ def require_writable(name: str, value: str) -> None:
 
 
 def require_output_folder(path: str | Path) -> Path:
-    """Return the folder of --output_dir, checked before anything is drawn. Raises UserError when it
-    cannot be written."""
+    """Return the folder of --output_dir, checked before any image is generated. Raises UserError
+    when it cannot be written."""
     folder = expand_user_path(path)
     require_writable("output_dir", str(folder))
     return folder
@@ -196,7 +199,7 @@ def find_existing_folder(path: Path) -> Path:
 
 
 def check_foreign_files(run_dir: run_folder.RunDir) -> None:
-    """Raise UserError for a model card or pictures that have a run's file names but come from no
+    """Raise UserError for a model card or images that have a run's file names but come from no
     run."""
     if not run_dir.path.is_dir():
         return
@@ -207,9 +210,9 @@ def check_foreign_files(run_dir: run_folder.RunDir) -> None:
             f"{run_dir.card_path} is not a run's and would be overwritten: name another "
             "--output_dir."
         )
-    known = run_folder.list_card_pictures(card or "")
+    run_images = run_folder.list_card_pictures(card or "")
     for path in sorted(run_dir.path.glob("image_*.png")):
-        if path.name not in known:
+        if path.name not in run_images:
             raise UserError(
                 f"{path} is not a run's and would be taken for its picture: name another "
                 "--output_dir."
@@ -219,7 +222,8 @@ def check_foreign_files(run_dir: run_folder.RunDir) -> None:
 def validate_run(
     config: train_config.TrainConfig, base: Base, *, is_later: bool = False
 ) -> BaseSize:
-    """Check settings and memory (not `is_later`). Returns the base's size. Raises UserError."""
+    """Validate settings, and memory unless `is_later`. Returns the base's size. Raises
+    UserError."""
     validate_settings(config, base)
     size = find_base_size(base, config.target_modules)
     if not is_later:
@@ -228,7 +232,8 @@ def validate_run(
 
 
 def validate_settings(config: train_config.TrainConfig, base: Base) -> None:
-    """Return the checks of `preflight` that concern no memory. Raises UserError."""
+    """Raise UserError for settings that do not fit the base or each other; memory is not
+    checked."""
     # What the settings alone tell, before the base is looked at.
     if config.instance_data_dir:
         require_photo_folder(Path(config.instance_data_dir))
@@ -269,16 +274,16 @@ def check_adapted_layers(config: train_config.TrainConfig, base: Base) -> None:
 
 def check_text_layers(numbers: Sequence[str], base: Base) -> None:
     """Raise UserError where the text encoder's layers of these numbers, side by side, are not as
-    wide as what the transformer reads. Widths are not known before the base's files are here."""
-    read = base.denoiser_shapes.get("context_embedder.weight")
+    wide as the transformer's input. Widths are not known before the base's files are here."""
+    input_shape = base.denoiser_shapes.get("context_embedder.weight")
     encoder = base.shapes.get("text_encoder", {}).get("model.embed_tokens.weight")
-    if not (numbers and read and encoder):
+    if not (numbers and input_shape and encoder):
         return
-    wanted = read[1] // encoder[1]
-    if len(numbers) != wanted:
+    layer_count = input_shape[1] // encoder[1]
+    if len(numbers) != layer_count:
         raise UserError(
             f"--text_encoder_out_layers: {len(numbers)} given; this base's transformer reads "
-            f"{wanted}."
+            f"{layer_count}."
         )
 
 
@@ -291,8 +296,8 @@ def check_distilled(base: Base, companion: str | None) -> None:
 
 
 def get_family_settings(config: train_config.TrainConfig, base: Base) -> dict[str, Any]:
-    """Return what the base's family says where nothing was chosen. Raises UserError for what it
-    cannot obey."""
+    """Return the family's settings where the user set none. Raises UserError for settings that the
+    family cannot follow."""
     facts = base.facts
     if facts is not None:
         check_family(config, facts)
@@ -302,20 +307,20 @@ def get_family_settings(config: train_config.TrainConfig, base: Base) -> dict[st
     check_sides(config, facts)
 
     # The family's own choices.
-    found: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "target_modules": get_target_modules(config, base),
         "lora_blocks": (),  # the layers above name them
         "weighting_scheme": config.weighting_scheme or facts.weighting_scheme,
     }
-    found |= get_bucket_step(config, base)
+    settings |= get_bucket_step(config, base)
     if config.precondition_outputs is None and facts.precondition_outputs:
-        found["precondition_outputs"] = True
-    return found
+        settings["precondition_outputs"] = True
+    return settings
 
 
 def get_bucket_step(config: train_config.TrainConfig, base: Base) -> dict[str, int]:
-    """Return the setting of a small base's family for crops in the photos' shapes, unless given.
-    Raises UserError."""
+    """Return the bucket step of a small base's family for crops in the photos' shapes, unless the
+    user set one."""
     is_open = config.enable_bucket and not config.bucket_reso_steps
     is_small = config.resolution <= MAX_SMALL_BASE_PX
     if not (is_open and is_small and base.facts):
@@ -336,39 +341,46 @@ def check_sides(config: train_config.TrainConfig, facts: FamilyFacts) -> None:
 
 
 def get_target_modules(config: train_config.TrainConfig, base: Base) -> tuple[str, ...]:
-    """Return the family's layers unless others were named, in the blocks of `--lora_blocks`. The
-    last block may lack some of the family's, which are left out where the base's files tell."""
+    """Return the family's layers unless the user named others, in the blocks of `--lora_blocks`.
+
+    The last block may lack some of the family's layers, which are left out where the base's files
+    are here.
+    """
     is_usual = config.target_modules == field_facts.ATTENTION_LAYERS
     names = base.facts.targets if is_usual else config.target_modules
     if not config.lora_blocks:
         return names
 
     # Each name in each block.
-    named = []
+    block_names = []
     for block in config.lora_blocks:
-        named += [f"transformer_blocks.{block}.{name}" for name in names]
+        block_names += [f"transformer_blocks.{block}.{name}" for name in names]
     if not is_usual:
-        return tuple(named)
+        return tuple(block_names)
 
     # Of the family's own names, those that the base has; without its files, all.
     paths = [path.removesuffix(".weight") for path in base.denoiser_shapes]
-    there = [name for name in named if any(field_facts.is_target(path, name) for path in paths)]
-    return tuple(there or named)
+    present = [
+        name for name in block_names if any(field_facts.is_target(path, name) for path in paths)
+    ]
+    return tuple(present or block_names)
 
 
 def check_family(config: train_config.TrainConfig, facts: FamilyFacts) -> None:
-    """Raise UserError for a setting of other models, named with the family."""
+    """Raise UserError for a setting of other models, with the family's name."""
     # Which settings these are.
     is_flow = facts.style == "flow"
-    others = family_facts.UNET_SETTINGS if is_flow else family_facts.FLOW_SETTINGS
-    others += tuple(name for name in family_facts.TEXT_OPTIONS if name not in facts.text_options)
+    foreign_settings = family_facts.UNET_SETTINGS if is_flow else family_facts.FLOW_SETTINGS
+    foreign_settings += tuple(
+        name for name in family_facts.TEXT_OPTIONS if name not in facts.text_options
+    )
     if not facts.has_level_shift:
-        others += ("shift_timesteps",)
+        foreign_settings += ("shift_timesteps",)
     if config.train_text_encoder and not facts.adapted_encoders:
-        others += ("train_text_encoder",)
+        foreign_settings += ("train_text_encoder",)
 
     # The first that was given.
-    for name in others:
+    for name in foreign_settings:
         flag = rules.format_flag(config, name)
         if flag:
             raise UserError(f"{flag} is not for {facts.title}; leave it out.")
@@ -412,8 +424,8 @@ def check_hub_upload(config: train_config.TrainConfig) -> None:
 
 
 def check_references(base: Base, config: train_config.TrainConfig, flag: str) -> None:
-    """Raise UserError for a base that takes no reference pictures, and for a style. `said` is what
-    asks for them."""
+    """Raise UserError for a base that takes no reference images, and for a style. `flag` is the
+    option that asks for them."""
     if base.facts is None or not base.facts.takes_references:
         title = base.facts.title if base.facts else base.public_name
         raise UserError(f"{flag}: {title} takes no reference pictures; leave it out.")
