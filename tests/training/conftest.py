@@ -1,4 +1,4 @@
-"""What several tests of training begin with."""
+"""Fixtures and helpers that several tests of training share."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A base of its own, whose tokenizers get new words."""
+    """Save a base for the module alone: its tokenizers get new words."""
     return save_tiny_sdxl(tmp_path_factory.mktemp("base"))
 
 
@@ -44,7 +44,7 @@ def two_steps():
         patch.setattr(
             sampling,
             "generate_pixels",
-            lambda *given, **options: generate_pixels(*given, **options | FEW),
+            lambda *arguments, **options: generate_pixels(*arguments, **options | FEW),
         )
         yield
 
@@ -60,8 +60,10 @@ def prepare_base(photos, tmp_path) -> Callable[..., TrainInputs]:
         accelerator = make_accelerator(config, run_dir)
         report = reporter.Reporter(run_dir, accelerator, None)
         context = reporter.RunContext(run_dir, accelerator, report, lambda: False)
-        found = find_photos(photos, config.instance_prompt, 64).photos
-        return prepare_inputs(config, Base.of(config), context, found, sample_count=1, prompts=[])
+        found_photos = find_photos(photos, config.instance_prompt, 64).photos
+        return prepare_inputs(
+            config, Base.of(config), context, found_photos, sample_count=1, prompts=[]
+        )
 
     return prepare_base
 
@@ -83,16 +85,20 @@ def play(tmp_path, free_port) -> Callable[..., tuple]:
                 scene["flags"] = [["--config", str(config)]] * count
         file = tmp_path / "scenes.json"
         file.write_text(json.dumps(scenes))
-        words = [sys.executable, "-m", *(launch or [MODULE]), str(file)]
-        started = [start(words, rank, count, free_port) for rank in range(1 if launch else count)]
+        command = [sys.executable, "-m", *(launch or [MODULE]), str(file)]
+        started = [start(command, rank, count, free_port) for rank in range(1 if launch else count)]
         try:
-            said = [process.communicate(timeout=600)[1] for process in started]
+            outputs = [process.communicate(timeout=600)[1] for process in started]
         finally:
             for process in started:
                 process.kill()
-        left = [file.with_name(f"scenes_{rank}.json") for rank in range(count)]
-        ended = [(process.returncode, words) for process, words in zip(started, said, strict=True)]
-        return ended, [json.loads(file.read_text()) if file.exists() else [] for file in left]
+        result_paths = [file.with_name(f"scenes_{rank}.json") for rank in range(count)]
+        ended = [
+            (process.returncode, output) for process, output in zip(started, outputs, strict=True)
+        ]
+        return ended, [
+            json.loads(file.read_text()) if file.exists() else [] for file in result_paths
+        ]
 
     return play
 
@@ -111,7 +117,7 @@ def flipped(content: bytes, place: int) -> bytes:
     return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
-def start(words: list[str], rank: int, count: int, port: int) -> subprocess.Popen[str]:
+def start(command: list[str], rank: int, count: int, port: int) -> subprocess.Popen[str]:
     """On the CPU, as one of several; a launcher gives its own processes their own numbers."""
     ranks = {
         "RANK": rank,
@@ -120,6 +126,6 @@ def start(words: list[str], rank: int, count: int, port: int) -> subprocess.Pope
         "LOCAL_WORLD_SIZE": count,
         "MASTER_PORT": port,
     }
-    own = {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment = {**os.environ, **own, **{name: str(value) for name, value in ranks.items()}}
-    return subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    fixed = {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **fixed, **{name: str(value) for name, value in ranks.items()}}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)

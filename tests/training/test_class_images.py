@@ -62,29 +62,27 @@ def auto(tiny_base, photos, tmp_path):
 
 
 @pytest.fixture
-def found_everywhere(monkeypatch):
+def lowest_peak(monkeypatch):
     """A random CLIPSeg finds nothing: its probabilities are taken as they come, without the least
     peak."""
     monkeypatch.setattr("dreambooth_moslora.photos.masks.MIN_PEAK", 0.0)
 
 
 @pytest.mark.slow
-def test_masks_are_made_once_weigh_the_loss_and_spare_the_photos(
-    auto, photos, tmp_path, found_everywhere, monkeypatch
-):
-    asked, ask = [], Segmenter.mask
+def test_masks_are_made_once_and_weigh_the_loss(auto, photos, tmp_path, lowest_peak, monkeypatch):
+    asked_words, ask = [], Segmenter.mask
     monkeypatch.setattr(
-        Segmenter, "mask", lambda self, image: asked.append(self.word) or ask(self, image)
+        Segmenter, "mask", lambda self, image: asked_words.append(self.word) or ask(self, image)
     )
     before = sorted(path.name for path in photos.iterdir())
     train(auto)
     assert sorted(path.name for path in photos.iterdir()) == before
-    made = sorted(path.name for path in (tmp_path / "run" / "masks").iterdir())
-    assert made == ["0.png.mask.png", "1.png.mask.png"]
+    mask_names = sorted(path.name for path in (tmp_path / "run" / "masks").iterdir())
+    assert mask_names == ["0.png.mask.png", "1.png.mask.png"]
     assert all(open_mask(photo) is not None for photo in build_photo_report(auto).photos)
     first = adapter_sha256(tmp_path / "run")
     train(auto)
-    assert asked == ["dog", "dog"] and adapter_sha256(tmp_path / "run") == first
+    assert asked_words == ["dog", "dog"] and adapter_sha256(tmp_path / "run") == first
     train(replace(auto, masks="given", output_dir=str(tmp_path / "plain")))
     assert adapter_sha256(tmp_path / "plain") != first
     for photo in build_photo_report(auto).photos:  # a person's masks need no model
@@ -98,38 +96,36 @@ def test_masks_are_made_once_weigh_the_loss_and_spare_the_photos(
 
 
 @pytest.mark.parametrize("asked_for", MISSING)
-def test_a_model_that_is_not_there_ends_the_run_before_the_base_is_loaded(
-    asked_for, tiny_base, photos, tmp_path
-):
+def test_missing_model_ends_the_run_before_loading_the_base(asked_for, tiny_base, photos, tmp_path):
     events, config = [], tiny_config(tiny_base, photos, tmp_path / "run", **{asked_for: "auto"})
     with pytest.raises(UserError, match=f"--{MISSING[asked_for]} is not here"):
         train(config, events.append)
     assert not [event for event in events if getattr(event, "phase", None) == "loading"]
 
 
-def test_evaluate_takes_a_moved_runs_masks_and_none_of_them_for_other_photos(
-    auto, photos, tmp_path, found_everywhere
+def test_evaluate_uses_masks_of_a_moved_run_for_its_photos_only(
+    auto, photos, tmp_path, lowest_peak
 ):
     train(auto)
-    moved, other = tmp_path / "moved", tmp_path / "other"
+    moved, other_photos = tmp_path / "moved", tmp_path / "other"
     (tmp_path / "run").rename(moved)
-    shutil.copytree(photos, other)
+    shutil.copytree(photos, other_photos)
 
-    def masked(*flags: str) -> list[bool]:
+    def list_masked(*flags: str) -> list[bool]:
         parser = argparse.ArgumentParser()
         command_evaluate.evaluate_arguments(parser)
         config = command_evaluate.resolve_config(parser.parse_args([str(moved), *flags]))
         return [photo.mask_path is not None for photo in build_photo_report(config).photos]
 
-    assert masked() == [True, True]
-    assert masked("--photos", str(other)) == [False, False]
+    assert list_masked() == [True, True]
+    assert list_masked("--photos", str(other_photos)) == [False, False]
 
 
 @pytest.mark.slow
-def test_captions_are_made_are_learnt_and_leave_the_photos_alone(tiny_base, tmp_path, monkeypatch):
+def test_captions_are_made_once_and_learnt(tiny_base, tmp_path, monkeypatch):
     """The captioner answers by the photo's number of pixels."""
-    photos, run, asked = paint_photos(tmp_path / "photos", count=3), tmp_path / "run", []
-    answer = lambda image: asked.append(image) or f"beside {image.width} trees"  # noqa: E731
+    photos, run, captioned = paint_photos(tmp_path / "photos", count=3), tmp_path / "run", []
+    answer = lambda image: captioned.append(image) or f"beside {image.width} trees"  # noqa: E731
     monkeypatch.setattr(
         class_images, "load_captioner", lambda *_, **__: Captioner("model", "dog", answer)
     )
@@ -137,17 +133,17 @@ def test_captions_are_made_are_learnt_and_leave_the_photos_alone(tiny_base, tmp_
     before = sorted(path.name for path in photos.iterdir())
     auto = tiny_config(tiny_base, photos, run, captions="auto", max_train_steps=2)
     train(auto)
-    assert len(asked) == 2 and sorted(path.name for path in photos.iterdir()) == before
-    kept = {
+    assert len(captioned) == 2 and sorted(path.name for path in photos.iterdir()) == before
+    captions = {
         name: facts["caption"]
         for name, facts in json.loads((run / "captions.json").read_text()).items()
     }
-    assert kept["0.png"] == "a photo of sks dog beside 96 trees" and list(kept) == [
+    assert captions["0.png"] == "a photo of sks dog beside 96 trees" and list(captions) == [
         "0.png",
         "2.png",
     ]
     train(replace(auto, captions="given", output_dir=str(tmp_path / "plain")))
-    for name, caption in kept.items():
+    for name, caption in captions.items():
         (photos / name).with_suffix(".txt").write_text(caption)
     train(replace(auto, captions="given", output_dir=str(tmp_path / "written")))
     assert (
@@ -158,21 +154,21 @@ def test_captions_are_made_are_learnt_and_leave_the_photos_alone(tiny_base, tmp_
 
 
 @pytest.fixture
-def made(monkeypatch, tmp_path):
-    """Make masks and captions of three dogs and two cats by so many processes; returns what each
-    found or its error, how many answers each asked for, and the files. `is_full(process, answers so
+def make_in_processes(monkeypatch, tmp_path):
+    """Make masks and captions of three dogs and two cats in some processes. Returns each one's
+    photos or error, how many answers each asked for, and the files. `is_full(process, answers so
     far)` ends one."""
     each = [
-        find_photos(paint_photos(tmp_path / words, count), words, 64)
-        for words, count in zip(WORDS, (3, 2))
+        find_photos(paint_photos(tmp_path / prompt, count), prompt, 64)
+        for prompt, count in zip(WORDS, (3, 2))
     ]
     pets = [
         replace(photo, subject=number)
-        for number, found in enumerate(each)
-        for photo in found.photos
+        for number, report in enumerate(each)
+        for photo in report.photos
     ]
     run = as_processes(monkeypatch)
-    tables = [{"instance_data_dir": words, "instance_prompt": words} for words in WORDS]
+    tables = [{"instance_data_dir": prompt, "instance_prompt": prompt} for prompt in WORDS]
 
     def make(
         count: int, is_full=lambda process, done: False
@@ -200,7 +196,7 @@ def made(monkeypatch, tmp_path):
             class_images, "load_captioner", asking(Captioner, lambda i: f"beside {i.width} trees")
         )
 
-        def one(accelerator):
+        def work(accelerator):
             accelerator.device = torch.device("cpu", accelerator.process_index)
             accelerator.reduce = lambda votes, kind: votes  # nobody asks for a stop
             report = SimpleNamespace(
@@ -213,54 +209,54 @@ def made(monkeypatch, tmp_path):
                 (photo.captions, photo.mask_path.name) for photo in add_saved_sidecars(config, pets)
             ]
 
-        found = run(count, one)
+        results = run(count, work)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        return found, done, {str(path.relative_to(folder)): path.read_bytes() for path in files}
+        return results, done, {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
     return make
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_each_process_makes_a_part_and_the_files_are_those_of_one(made, count):
-    (alone,), asked, files = made(1)
-    assert asked == [10] and len(files) == 6 and alone[0][0] == ("sks dog beside 96 trees",)
-    found, asked, shared = made(count)
-    assert shared == files and found == [alone] * count
-    assert sum(asked) == 10 and min(asked) >= 2
-    assert made(count)[1] == [0] * count, "what was made stays"
+def test_processes_share_captions_and_masks(make_in_processes, count):
+    (alone,), counts, files = make_in_processes(1)
+    assert counts == [10] and len(files) == 6 and alone[0][0] == ("sks dog beside 96 trees",)
+    results, counts, shared = make_in_processes(count)
+    assert shared == files and results == [alone] * count
+    assert sum(counts) == 10 and min(counts) >= 2
+    assert make_in_processes(count)[1] == [0] * count, "what was made stays"
 
 
-def test_an_error_of_one_ends_all_and_the_next_start_goes_on(made):
-    own, heard = made(2, lambda process, done: (process, done) == (0, 4))[0]
-    assert str(own) == "full" and str(heard) == "the main process ended: full"
-    found, asked, files = made(2)
-    assert sum(asked) == 3 and len(files) == 6 and found[0] == found[1]
+def test_error_in_one_process_ends_all_and_restart_continues(make_in_processes):
+    own_error, heard = make_in_processes(2, lambda process, done: (process, done) == (0, 4))[0]
+    assert str(own_error) == "full" and str(heard) == "the main process ended: full"
+    results, counts, files = make_in_processes(2)
+    assert sum(counts) == 3 and len(files) == 6 and results[0] == results[1]
 
 
-def dogs(folder, seed=7, size=(8, 8)):
+def build_dog_images(folder, seed=7, size=(8, 8)):
     return ClassImages(folder, "a dog", "toy", seed, size)
 
 
-def wanted(count):
+def build_prior_config(count):
     return train_config.TrainConfig(
         with_prior_preservation=True, class_prompt="a dog", num_class_images=count, resolution=8
     )
 
 
-def taken(folder, *sets):
+def list_used_images(folder, *sets):
     """The names of the pictures that are taken of these sets, with so many of each."""
     count = sum(number for _, number in sets)
     return [
         photo.path.name
-        for photo in find_usable_class_photos(folder, wanted(max(count, 3)), list(sets))
+        for photo in find_usable_class_photos(folder, build_prior_config(max(count, 3)), list(sets))
     ]
 
 
-def pictures_in(folder):
+def read_images(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.png")}
 
 
-def top_up(images, count, batch_size=4):
+def add_missing_images(images, count, batch_size=4):
     """Paint what is missing, as a run does, in colours that tell their seed; returns the seeds of
     each call."""
     calls = []
@@ -278,39 +274,50 @@ def top_up(images, count, batch_size=4):
 
 
 @pytest.mark.parametrize("damage", [None, b"", b"half a picture"])
-def test_the_batch_of_what_is_missing_or_cannot_be_read_is_generated_again(damage, tmp_path):
+def test_batch_with_a_missing_or_broken_image_is_regenerated(damage, tmp_path):
     """An image that was drawn alone had other bytes than in its batch."""
-    images = dogs(tmp_path)
-    (_, drawn) = top_up(images, 8)
-    before, path = pictures_in(tmp_path), images.get_path(5)
+    images = build_dog_images(tmp_path)
+    (_, seeds) = add_missing_images(images, 8)
+    before, path = read_images(tmp_path), images.get_path(5)
     path.unlink() if damage is None else path.write_bytes(damage)
-    assert top_up(images, 8) == [drawn]
-    assert pictures_in(tmp_path) == before
-    assert top_up(images, 8) == [] and len(top_up(images, 10)) == 1
-    assert [seeds[:2] for seeds in top_up(images, 12)] == top_up(dogs(tmp_path / "new"), 10)[2:]
+    assert add_missing_images(images, 8) == [seeds]
+    assert read_images(tmp_path) == before
+    assert add_missing_images(images, 8) == [] and len(add_missing_images(images, 10)) == 1
+    assert [seeds[:2] for seeds in add_missing_images(images, 12)] == add_missing_images(
+        build_dog_images(tmp_path / "new"), 10
+    )[2:]
 
 
-def test_images_of_another_prompt_or_size_are_not_taken_and_a_persons_own_are(tmp_path):
+def test_class_images_match_prompt_and_size_or_are_the_users(tmp_path):
     """Sets of several sizes stand beside each other."""
-    square, wide = dogs(tmp_path), dogs(tmp_path, size=(8, 16))
+    square, wide = build_dog_images(tmp_path), build_dog_images(tmp_path, size=(8, 16))
     cats = ClassImages(tmp_path, "a cat", "toy", 7, (8, 8))
     for images, count in ((square, 1), (wide, 2), (cats, 2)):
-        top_up(images, count)
+        add_missing_images(images, count)
     assert Image.open(wide.get_path(1)).size == (16, 8)
-    assert top_up(wide, 2) == top_up(square, 1) == []
+    assert add_missing_images(wide, 2) == add_missing_images(square, 1) == []
     of_both = [square.get_path(0).name, wide.get_path(0).name, wide.get_path(1).name]
-    assert sorted(taken(tmp_path, (square, 1), (wide, 2))) == sorted(of_both)
+    assert sorted(list_used_images(tmp_path, (square, 1), (wide, 2))) == sorted(of_both)
     Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
-    assert taken(tmp_path, (cats, 2)) == ["mine.png", cats.get_path(0).name, cats.get_path(1).name]
+    assert list_used_images(tmp_path, (cats, 2)) == [
+        "mine.png",
+        cats.get_path(0).name,
+        cats.get_path(1).name,
+    ]
 
 
-def test_images_drawn_with_other_text_options_stay_and_are_not_taken(tmp_path):
-    told = {"text_encoder_out_layers": (9, 18, 27)}
-    plain, other = dogs(tmp_path), replace(dogs(tmp_path), text_options=told)
-    for images in (plain, other):
-        assert len(top_up(images, 3)) == 1
-        assert taken(tmp_path, (images, 3)) == [images.get_path(index).name for index in range(3)]
-    assert top_up(plain, 3) == top_up(other, 3) == []
+def test_class_images_match_text_options(tmp_path):
+    text_options = {"text_encoder_out_layers": (9, 18, 27)}
+    plain, with_options = (
+        build_dog_images(tmp_path),
+        replace(build_dog_images(tmp_path), text_options=text_options),
+    )
+    for images in (plain, with_options):
+        assert len(add_missing_images(images, 3)) == 1
+        assert list_used_images(tmp_path, (images, 3)) == [
+            images.get_path(index).name for index in range(3)
+        ]
+    assert add_missing_images(plain, 3) == add_missing_images(with_options, 3) == []
 
 
 CHANGED = {
@@ -332,7 +339,7 @@ CHANGED = {
 @pytest.mark.parametrize(
     "name", slow_but(("the last number of the UNet", "another seed"), tuple(CHANGED))
 )
-def test_class_images_of_another_base_or_seed_stay_and_are_not_taken(
+def test_class_images_of_another_base_or_seed_are_not_used(
     name, tiny_base, prepare_base, tmp_path, caplog
 ):
     """One line says it. A person's own are taken in any case."""
@@ -349,8 +356,8 @@ def test_class_images_of_another_base_or_seed_stay_and_are_not_taken(
         return [photo.path.name for photo in inputs.dataloader.prior.datasets[0].photos]
 
     first = take(tiny_base)
-    drawn = pictures_in(folder)
-    assert sorted(first) == sorted(drawn) and len(drawn) == 2 and not caplog.messages
+    generated = read_images(folder)
+    assert sorted(first) == sorted(generated) and len(generated) == 2 and not caplog.messages
     second = take(base, **settings)
     assert first[0] == second[0] == "mine.png" and first[1] != second[1]
     (line,) = caplog.messages
@@ -359,17 +366,17 @@ def test_class_images_of_another_base_or_seed_stay_and_are_not_taken(
 
     # Both stay, each for its own run.
     assert take(tiny_base) == first
-    assert pictures_in(folder).items() >= drawn.items() and len(caplog.messages) == 1
+    assert read_images(folder).items() >= generated.items() and len(caplog.messages) == 1
 
 
-def test_of_two_runs_that_draw_in_one_folder_the_first_image_stays(tmp_path):
+def test_second_run_keeps_the_class_images_of_the_first(tmp_path):
     """The other run may have read it already."""
-    first, second = dogs(tmp_path), dogs(tmp_path)
+    first, second = build_dog_images(tmp_path), build_dog_images(tmp_path)
     (late,) = second.list_missing(2, batch_size=2)
-    top_up(first, 2)
-    before = pictures_in(tmp_path)
+    add_missing_images(first, 2)
+    before = read_images(tmp_path)
     late.keep([b"another picture"] * 2)
-    assert pictures_in(tmp_path) == before
+    assert read_images(tmp_path) == before
 
 
 STREAMED = {
@@ -383,30 +390,28 @@ STREAMED = {
 }
 
 
-def test_a_base_that_was_streamed_drew_the_same_and_is_whole_again(tiny_base, monkeypatch):
+def test_streamed_base_generates_equal_images_and_is_restored(tiny_base, monkeypatch):
     pipeline = load.load_pipeline(tiny_base)
     weights = {name: weight.clone() for name, weight in pipeline.unet.state_dict().items()}
     draw = partial(generate_images, pipeline, "a dog", [1, 2], (64, 64))
-    wanted = [picture.tobytes() for picture in draw()]
+    expected = [picture.tobytes() for picture in draw()]
     for name in ("is_memory_short", "is_too_small"):
         monkeypatch.setattr(offload.Placement, name, True)
     place = offload.Placement(pipeline, torch.device("cpu"))
     place.enter()
-    assert [picture.tobytes() for picture in draw()] == wanted and place.streamed
+    assert [picture.tobytes() for picture in draw()] == expected and place.streamed
     place.end()
-    found = pipeline.unet.state_dict()
-    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+    restored = pipeline.unet.state_dict()
+    assert all(torch.equal(restored[name], weight) for name, weight in weights.items())
     assert not any(part._forward_pre_hooks for part in pipeline.unet.modules())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STREAMED)
-def test_class_images_of_a_base_that_is_streamed_are_the_same_and_so_is_what_is_learnt(
-    name, photos, tmp_path, monkeypatch
-):
+def test_streamed_base_trains_equal_adapter(name, photos, tmp_path, monkeypatch):
     """As on a card that is smaller than the base. Then the base is whole again, and is trained."""
     tiny_pipeline(name.split()[0], tmp_path / "files").save_pretrained(tmp_path / "base")
-    made, streamed, stream = [], [], offload.Placement.stream
+    results, streamed, stream = [], [], offload.Placement.stream
     monkeypatch.setattr(
         offload.Placement, "stream", lambda self: streamed.append(1) or stream(self)
     )
@@ -416,41 +421,45 @@ def test_class_images_of_a_base_that_is_streamed_are_the_same_and_so_is_what_is_
         monkeypatch.setattr(offload.Placement, "is_too_small", is_small)
         changes = {"with_prior_preservation": True, "class_data_dir": str(folder / "class")}
         train(tiny_config(tmp_path / "base", photos, folder / "run", **changes, **STREAMED[name]))
-        made.append((pictures_in(folder / "class"), adapter_sha256(folder / "run")))
-    assert made[0] == made[1] and len(made[0][0]) == 3 and streamed == [1]
+        results.append((read_images(folder / "class"), adapter_sha256(folder / "run")))
+    assert results[0] == results[1] and len(results[0][0]) == 3 and streamed == [1]
 
 
-def test_a_base_that_draws_nan_ends_the_run_and_leaves_no_class_image(photos, tmp_path):
+def test_base_that_generates_nan_leaves_no_class_image(photos, tmp_path):
     pipeline = tiny_sdxl(tmp_path)
     pipeline.unet.conv_out.weight.data.fill_(float("nan"))
     pipeline.save_pretrained(tmp_path / "model")
     changes = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class")}
-    with pytest.raises(UserError, match=r"pictures that are not finite .* --mixed_precision bf16"):
+    with pytest.raises(UserError, match=r"images that are not finite .* --mixed_precision bf16"):
         train(tiny_config(tmp_path / "model", photos, tmp_path / "run", **changes))
     assert not list((tmp_path / "class").iterdir())
 
 
-def test_a_persons_own_class_images_are_taken_first_and_too_few_are_a_mistake(tmp_path):
+def test_users_class_images_come_first_and_too_few_are_refused(tmp_path):
     """What a killed run was writing is removed."""
-    images = dogs(tmp_path)
-    top_up(images, 2)
+    images = build_dog_images(tmp_path)
+    add_missing_images(images, 2)
     with pytest.raises(UserError, match="only 2 of 3 class images"):
-        taken(tmp_path, (images, 3))
+        list_used_images(tmp_path, (images, 3))
     for number in range(2):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"dog_{number}.png")
-    assert taken(tmp_path, (images, 1)) == ["dog_0.png", "dog_1.png", images.get_path(0).name]
+    assert list_used_images(tmp_path, (images, 1)) == [
+        "dog_0.png",
+        "dog_1.png",
+        images.get_path(0).name,
+    ]
     (stale := tmp_path / ".class_1_00000.png.999999999-5e526a9a.new").touch()
-    plan_class_images(tmp_path, wanted(1), {(8, 8): 1}, {})
+    plan_class_images(tmp_path, build_prior_config(1), {(8, 8): 1}, {})
     assert not stale.exists()
 
 
-def test_class_images_are_shared_by_the_photos_of_each_size_and_each_size_gets_one():
-    known = [
+def test_class_images_are_split_by_photo_sizes():
+    cases = [
         ((5,), 7, (7,)),
         ((3, 1), 8, (6, 2)),
         ((98, 1, 1), 10, (8, 1, 1)),
         ((2, 2, 1), 1, (1, 0, 0)),
     ]
-    for counts, total, shared in (*known, ((1, 2), 0, (0, 0))):
+    for counts, total, shared in (*cases, ((1, 2), 0, (0, 0))):
         sizes = {(8, 8 * number): count for number, count in enumerate(counts, start=1)}
         assert tuple(split_total(sizes, total).values()) == shared

@@ -55,9 +55,7 @@ def bases(tmp_path_factory):
 
 
 @pytest.mark.parametrize("quantization", slow_but(("int8",), ("none", "int8")))
-def test_a_run_with_a_companion_publishes_what_a_run_on_the_merged_base_publishes(
-    quantization, bases, tmp_path
-):
+def test_companion_trains_like_a_merged_base(quantization, bases, tmp_path):
     """So the companion was on and frozen, and the published change has none of it."""
     base, file, merged = bases
     photos = paint_photos(tmp_path / "photos")
@@ -73,15 +71,17 @@ def test_a_run_with_a_companion_publishes_what_a_run_on_the_merged_base_publishe
     assert largest_difference(with_it, without_it) < 1e-7
 
     # Samples are drawn with it.
-    one, other = (folder / "samples" / "step_000002_0.png" for folder in (with_it, without_it))
-    assert one.read_bytes() == other.read_bytes()
+    with_companion, merged_sample = (
+        folder / "samples" / "step_000002_0.png" for folder in (with_it, without_it)
+    )
+    assert with_companion.read_bytes() == merged_sample.read_bytes()
     assert "Companion in training, no part of the file | undo.safetensors" in (
         RunDir(with_it).read_card()
     )
 
 
 @torch.no_grad()
-def test_a_companion_of_a_base_in_half_precision_is_rounded_once(bases, tmp_path):
+def test_companion_is_rounded_once_in_half_precision(bases, tmp_path):
     """Of a file in half precision too, as most are, with a scale of 3/4."""
     base, file, _ = bases
     halves = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
@@ -99,7 +99,7 @@ def test_a_companion_of_a_base_in_half_precision_is_rounded_once(bases, tmp_path
         assert (layer.weight != truth).float().mean() < 1e-3, path
 
 
-def test_a_distilled_base_is_refused_without_one_and_a_companion_is_a_plain_lora(bases, tmp_path):
+def test_distilled_base_needs_a_plain_lora_as_companion(bases, tmp_path):
     base, _, _ = bases
     photos = paint_photos(tmp_path / "photos")
     run = {"target_modules": field_facts.ATTENTION_LAYERS}
@@ -122,13 +122,15 @@ def test_another_companion_is_another_base_to_go_on_from(
     """Also where the base is quantized."""
     base, file, merged = bases
     denoiser = load.load_pipeline(merged).transformer
-    other = save_companion(tmp_path / "other.safetensors", denoiser, scale=0.3)
+    other_companion = save_companion(tmp_path / "other.safetensors", denoiser, scale=0.3)
     usual = {"target_modules": field_facts.ATTENTION_LAYERS, "base_quantization": quantization}
-    held = prepare_base(base, companion=str(file), **usual).base_identity
-    compare = partial(compare_bases, TrainConfig(), Path("checkpoint-1"), Position(1, 0, base=held))
+    identity = prepare_base(base, companion=str(file), **usual).base_identity
+    compare = partial(
+        compare_bases, TrainConfig(), Path("checkpoint-1"), Position(1, 0, base=identity)
+    )
     again = Path(shutil.copy(file, tmp_path / "again.safetensors"))
     assert compare(prepare_base(base, companion=str(again), **usual).base_identity) == []
-    for another in (other, None):
+    for another in (other_companion, None):
         digests = prepare_base(base, companion=another and str(another), **usual).base_identity
         with pytest.raises(UserError, match="trained on a base with other weights"):
             compare(digests)
@@ -139,21 +141,26 @@ def test_another_companion_is_another_base_to_go_on_from(
 def test_a_run_goes_on_with_its_companion_alone(quantization, bases, tmp_path):
     _, file, base = bases
     photos = paint_photos(tmp_path / "photos")
-    other = save_companion(
+    other_companion = save_companion(
         tmp_path / "other.safetensors", load.load_pipeline(base).transformer, scale=0.3
     )
 
-    def run(given, **more):
+    def run(companion_path, **more):
         usual = {"target_modules": field_facts.ATTENTION_LAYERS, "base_quantization": quantization}
         train(
             tiny_config(
-                base, photos, tmp_path / "run", companion=given and str(given), **usual, **more
+                base,
+                photos,
+                tmp_path / "run",
+                companion=companion_path and str(companion_path),
+                **usual,
+                **more,
             )
         )
 
     run(file, max_train_steps=2, checkpointing_steps=1)
     resumed = {"max_train_steps": 3, "resume_from_checkpoint": "latest"}
-    for another in (None, other):
+    for another in (None, other_companion):
         with pytest.raises(UserError, match="trained on a base with other weights"):
             run(another, **resumed)
     run(file, **resumed)

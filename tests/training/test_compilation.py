@@ -15,7 +15,9 @@ TURNING = ("z_image", "qwen_image", "qwen_image21", "lumina2")
 """Families with complex numbers in their blocks."""
 
 
-def gradients(family: Family, denoiser: torch.nn.Module, words: dict) -> list[torch.Tensor]:
+def compute_gradients(
+    family: Family, denoiser: torch.nn.Module, conditioning: dict
+) -> list[torch.Tensor]:
     """The prediction (2, C, 8, 8), and its gradients: the latents' and the adapter's."""
     draws = torch.Generator().manual_seed(1)
     z = torch.randn(2, denoiser.config.in_channels, 8, 8, generator=draws)
@@ -24,12 +26,12 @@ def gradients(family: Family, denoiser: torch.nn.Module, words: dict) -> list[to
     z.requires_grad_()
     copies = WorkingCopies(denoiser)
     with copies.attach_copies() as step:
-        found = family.predict(denoiser, z, torch.tensor([300.0, 700.0]), None, **words)
-        found.square().mean().backward()
+        prediction = family.predict(denoiser, z, torch.tensor([300.0, 700.0]), None, **conditioning)
+        prediction.square().mean().backward()
         step.collect()
-    given = [weight.grad for _, weight in list_adapter_parameters(denoiser)]
+    adapter_gradients = [weight.grad for _, weight in list_adapter_parameters(denoiser)]
     denoiser.zero_grad()
-    return [found.detach(), z.grad, *given]
+    return [prediction.detach(), z.grad, *adapter_gradients]
 
 
 def test_a_turn_in_real_numbers_is_the_complex_one():
@@ -38,26 +40,28 @@ def test_a_turn_in_real_numbers_is_the_complex_one():
     pairs = torch.randn(2, 5, 3, 8, 2, generator=draws, requires_grad=True)
     angles = torch.rand(2, 5, 1, 8, generator=draws) * 100
     turns = torch.polar(torch.ones_like(angles), angles)
-    found, wanted = (
+    rotated, expected = (
         turn(pairs, turns) for turn in (compilation.rotate_real, compilation.rotate_complex)
     )
-    assert (found - wanted).norm() <= 1e-6 * wanted.norm()
-    weights = torch.randn(found.shape, generator=draws)
-    one, other = (torch.autograd.grad(turn, pairs, weights)[0] for turn in (found, wanted))
-    assert (one - other).norm() <= 1e-6 * other.norm()
+    assert (rotated - expected).norm() <= 1e-6 * expected.norm()
+    weights = torch.randn(rotated.shape, generator=draws)
+    gradient, expected_gradient = (
+        torch.autograd.grad(turn, pairs, weights)[0] for turn in (rotated, expected)
+    )
+    assert (gradient - expected_gradient).norm() <= 1e-6 * expected_gradient.norm()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("name", TURNING)
-def test_compiled_blocks_turn_in_real_numbers_and_give_the_same_gradients(
+def test_compiled_blocks_rotate_in_reals_with_equal_gradients(
     name, quantization, tmp_path, monkeypatch
 ):
     # A family with an adapter that does something.
     pipe, row = tiny_pipeline(name, tmp_path), TINY_FAMILIES[name]
     family = build_family(pipe, options=build_encoding_options(row.settings) | row.instructed)
     with torch.no_grad():
-        words = family.collate(family.encode_prompts(pipe, list(row.prompts)))
+        conditioning = family.collate(family.encode_prompts(pipe, list(row.prompts)))
     denoiser = pipe.transformer.train()
     quantize(denoiser, quantization, torch.float32)
     inject(denoiser, MoSLoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"]))
@@ -65,7 +69,7 @@ def test_compiled_blocks_turn_in_real_numbers_and_give_the_same_gradients(
         for _, weight in list_adapter_parameters(denoiser):
             weight.add_(0.1 * torch.randn_like(weight))
     assert enable_fast_path(denoiser)
-    plain = gradients(family, denoiser, words)
+    plain = compute_gradients(family, denoiser, conditioning)
 
     # Traced and differentiated ahead of time: inductor takes minutes.
     traced = []
@@ -77,8 +81,8 @@ def test_compiled_blocks_turn_in_real_numbers_and_give_the_same_gradients(
     monkeypatch.setattr(compilation, "BACKEND", eager)
     torch._dynamo.reset()
     compilation.compile_blocks(denoiser)
-    real = gradients(family, denoiser, words)
+    real = compute_gradients(family, denoiser, conditioning)
     assert any("view_as_real" in code for code in traced)
     assert not any("view_as_complex" in code for code in traced)
-    for one, other in zip(real, plain, strict=True):
-        assert (one - other).norm() <= 5e-6 * other.norm()
+    for gradient, expected_gradient in zip(real, plain, strict=True):
+        assert (gradient - expected_gradient).norm() <= 5e-6 * expected_gradient.norm()

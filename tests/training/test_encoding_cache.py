@@ -70,9 +70,7 @@ def encode_ahead(stream: PhotoDataset, sample_count: int) -> int:
     return len([stream.encoder.encode(*view) for view in stream.list_crops(sample_count)])
 
 
-def test_latents_are_those_of_the_crop_and_every_photo_keeps_its_own_size_and_caption(
-    pipeline, read
-):
+def test_latents_size_and_caption_belong_to_each_photo(pipeline, read):
     """Whatever the shuffle. The base as prior doubles the batch, with its own prompts."""
     view, _ = stream_of(read[2:], pipeline.vae, EncodingCache())[0]
     pixels = torch.tensor(
@@ -99,10 +97,10 @@ def test_latents_are_those_of_the_crop_and_every_photo_keeps_its_own_size_and_ca
     assert sorted(map(tuple, batch.photo_inputs["time_ids"][:6, :2].tolist())) == sorted(
         [(64, 96), (80, 64), (72, 72)] * 2
     )
-    both = collate([stream[0], stream[1]], 2).add_base_prior(["a dog", "a cat"])
-    assert both.instance_count == 2 and len(both.latents) == 4
-    assert both.prompts[2:] == ["a dog", "a cat"] and torch.equal(
-        both.latents[:2], both.latents[2:]
+    with_prior = collate([stream[0], stream[1]], 2).add_base_prior(["a dog", "a cat"])
+    assert with_prior.instance_count == 2 and len(with_prior.latents) == 4
+    assert with_prior.prompts[2:] == ["a dog", "a cat"] and torch.equal(
+        with_prior.latents[:2], with_prior.latents[2:]
     )
 
 
@@ -115,14 +113,14 @@ def test_a_view_is_encoded_once_and_several_crops_differ(pipeline, read):
         stream = stream_of(
             read[:1], pipeline.vae, EncodingCache(), CropRule(64, crops_per_photo=crops)
         )
-        found = {
+        time_ids = {
             tuple(stream[position][0].photo_inputs["time_ids"][2:4].tolist())
             for position in range(count)
         }
-        assert len(found) >= differing
+        assert len(time_ids) >= differing
 
 
-def test_a_second_run_reuses_the_disk_and_a_changed_photo_does_not(pipeline, read, tmp_path):
+def test_disk_cache_is_reused_unless_the_photo_changed(pipeline, read, tmp_path):
     def encode() -> int:
         cache = EncodingCache(tmp_path / "cache")
         encode_ahead(stream_of(read, pipeline.vae, cache), 100)
@@ -148,9 +146,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_changed_entry_of_the_disk_cache_and_one_of_another_vae_are_made_anew(
-    name, pipeline, read, tmp_path
-):
+def test_damaged_entry_or_other_vae_is_encoded_anew(name, pipeline, read, tmp_path):
     """Digests tell weights and types apart."""
     first, second = torch.ones(3, 30), torch.ones(3, 30)
     assert digest_tensors({"weight": first}) == digest_tensors({"weight": second})
@@ -168,21 +164,19 @@ def test_a_changed_entry_of_the_disk_cache_and_one_of_another_vae_are_made_anew(
     assert stream[0] and cache.computed_count == 3
 
 
-def test_latents_in_another_scale_from_the_same_weights_are_not_taken_from_the_cache(
-    tiny_base, read, tmp_path
-):
+def test_cache_distinguishes_latent_scales_of_equal_weights(tiny_base, read, tmp_path):
     vae, cache = load.load_pipeline(tiny_base).vae, EncodingCache(tmp_path / "cache")
     usual = stream_of(read[:1], vae, cache)[0][0].latents
     for constants in ({"scaling_factor": 2.0}, {"latents_mean": [1] * 4, "latents_std": [2] * 4}):
         vae.register_to_config(**constants)
-        other = stream_of(read[:1], vae, cache)[0][0].latents
-        assert torch.equal(other, stream_of(read[:1], vae, None)[0][0].latents) and not torch.equal(
-            other, usual
-        )
+        scaled = stream_of(read[:1], vae, cache)[0][0].latents
+        assert torch.equal(
+            scaled, stream_of(read[:1], vae, None)[0][0].latents
+        ) and not torch.equal(scaled, usual)
     assert cache.computed_count == 3
 
 
-def test_a_mask_comes_along_at_the_latents_size_around_it_weighs_as_told(pipeline, tmp_path):
+def test_mask_has_the_latents_size_and_background_weight(pipeline, tmp_path):
     """Around a transparent photo nothing."""
     folder, cache = paint_photos(tmp_path / "photos", count=3), EncodingCache(tmp_path / "cache")
     first, second, third = sorted(folder.glob("*.png"))
@@ -202,11 +196,11 @@ def test_a_mask_comes_along_at_the_latents_size_around_it_weighs_as_told(pipelin
     clear.save(second)
     photos = find_photos(folder, "a photo of sks dog", 64).photos[:2]
     for weight in (0.2, 0.7):
-        own = PhotoEncoder(
+        encoder = PhotoEncoder(
             pipeline.vae, cache, CropRule(64, center_crop=True), unmasked_weight=weight
         )
         views = {
-            photo.path: own.encode(photo, own.rule.plan_crop(photo.size_px, Random(0)))
+            photo.path: encoder.encode(photo, encoder.rule.plan_crop(photo.size_px, Random(0)))
             for photo in photos
         }
         assert (
@@ -216,12 +210,10 @@ def test_a_mask_comes_along_at_the_latents_size_around_it_weighs_as_told(pipelin
     assert cache.computed_count == 2
 
 
-def test_a_prompt_that_the_disk_loses_while_its_encoders_are_trained_is_encoded_by_the_base(
-    tiny_base, tmp_path
-):
+def test_lost_prompt_of_trained_encoders_is_encoded_by_the_base(tiny_base, tmp_path):
     """An encoding by the trained adapters would be the prior's target, and stay in the cache for
     other runs. The empty prompt of another pipeline is not found in the cache."""
-    pipeline, prompt, found = load.load_pipeline(tiny_base), ["a photo of a dog"], []
+    pipeline, prompt, sums = load.load_pipeline(tiny_base), ["a photo of a dog"], []
     config = TrainConfig(caching="disk", cache_dir=str(tmp_path))
     prompt_embeds = build_text_cache(config, pipeline, load.SDXL_FAMILY, {})
     before = prompt_embeds(prompt)
@@ -229,13 +221,13 @@ def test_a_prompt_that_the_disk_loses_while_its_encoders_are_trained_is_encoded_
     content = file.read_bytes()
     for force_zeros in (False, True):
         pipeline.register_to_config(force_zeros_for_empty_prompt=force_zeros)
-        found.append(
+        sums.append(
             embeds_of(build_text_cache(config, pipeline, load.SDXL_FAMILY, {})([""]))
             .abs()
             .sum()
             .item()
         )
-    assert found[0] > 0 == found[1]
+    assert sums[0] > 0 == sums[1]
     for model in (pipeline.text_encoder, pipeline.text_encoder_2):
         moslora.inject(model, moslora.MoSLoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
         for _, weights in moslora.list_adapter_parameters(model):
@@ -277,16 +269,14 @@ def test_encodings_of_another_base_are_not_taken_from_the_disk(
 
     # What it trains on is what it encodes itself.
     prompt = ["a photo of sks dog"]
-    own = load.SDXL_FAMILY.encode_prompts(load.load_pipeline(base), prompt)
-    assert equal(second.text_cache(prompt), own)
+    expected = load.SDXL_FAMILY.encode_prompts(load.load_pipeline(base), prompt)
+    assert equal(second.text_cache(prompt), expected)
 
 
-def test_words_are_asked_once_and_what_the_disk_withholds_after_the_encoders_left_ends_the_run(
-    pipeline, read, tmp_path
-):
-    asked = []
+def test_prompt_lost_after_the_encoders_were_freed_ends_the_run(pipeline, read, tmp_path):
+    encoded_prompts = []
     texts = partial(load.SDXL_FAMILY.encode_prompts, pipeline)
-    encode = lambda prompts: asked.extend(prompts) or texts(prompts)  # noqa: E731
+    encode = lambda prompts: encoded_prompts.extend(prompts) or texts(prompts)  # noqa: E731
     in_memory, on_disk = (
         TextEmbeddingCache(encode, cache, "tiny")
         for cache in (EncodingCache(), EncodingCache(tmp_path / "w"))
@@ -296,7 +286,7 @@ def test_words_are_asked_once_and_what_the_disk_withholds_after_the_encoders_lef
         prompt_embeds.release_encoders()
         again = prompt_embeds(["a cat", "a dog", "a dog"])
         assert equal([again[0], again[2]], [first[1], first[0]])
-    assert asked == ["a dog", "a cat"] * 2
+    assert encoded_prompts == ["a dog", "a cat"] * 2
     with pytest.raises(UserError, match="a bird"):
         in_memory(["a bird"])
     stream = stream_of(read[:1], pipeline.vae, EncodingCache(tmp_path / "cache"))
@@ -322,9 +312,9 @@ def filled(monkeypatch):
     def fill_all(caches, on_machine=None, should_stop=lambda process, key: False):
         def work(accelerator):
             process = accelerator.process_index
-            asked = iter(KEYS[process :: len(caches)])
+            keys = iter(KEYS[process :: len(caches)])
             context = reporter.RunContext(
-                None, accelerator, None, lambda: should_stop(process, next(asked))
+                None, accelerator, None, lambda: should_stop(process, next(keys))
             )
             entries = {key: lambda key=key: {"value": torch.tensor([float(key)])} for key in KEYS}
             assert list(fill_cache(caches[process], context, entries)) == [1, 2, 3, 4, 5]
@@ -340,9 +330,7 @@ def values_in(cache: EncodingCache) -> list[float]:
     return [float(cache.get(key, lambda: {"value": torch.tensor([-1.0])})["value"]) for key in KEYS]
 
 
-def test_each_process_encodes_its_share_and_has_all_and_a_machine_writes_each_file_once(
-    filled, tmp_path, monkeypatch
-):
+def test_processes_share_encoding_and_write_each_file_once(filled, tmp_path, monkeypatch):
     """In memory, on one disk, and on machines that share no disk."""
     for count in (1, 2, 3):
         caches = [EncodingCache() for _ in range(count)]
@@ -362,7 +350,7 @@ def test_each_process_encodes_its_share_and_has_all_and_a_machine_writes_each_fi
     assert [values_in(cache) for cache in caches] == [[0, 1, 2, 3, 4]] * 4
 
 
-def test_a_stop_in_one_process_ends_all_and_what_is_encoded_stays(filled, tmp_path):
+def test_stop_in_one_process_ends_all_and_keeps_encodings(filled, tmp_path):
     caches = [EncodingCache(tmp_path) for _ in range(2)]
     ended = filled(caches, should_stop=lambda process, key: key == "03")
     assert [type(end) for end in ended] == [StopRequestedError] * 2
@@ -388,18 +376,22 @@ def test_processes_that_see_other_photos_end_in_one_line(monkeypatch):
 def test_the_vae_leaves_memory_unless_it_is_needed_again(
     changes, tiny_base, photos, tmp_path, monkeypatch
 ):
-    load, loaded, seen = base_loading.load_base, [], []
+    load, loaded, is_vae_alive = base_loading.load_base, [], []
 
-    def load_base(*given, **options):
-        pipeline = load(*given, **options)
+    def load_base(*arguments, **options):
+        pipeline = load(*arguments, **options)
         loaded.append(ref(pipeline.vae))
         return pipeline
 
     monkeypatch.setattr(base_loading, "load_base", load_base)
-    note = lambda event: seen.append(loaded[0]() is not None) if event.kind == "step" else None  # noqa: E731
+
+    def note(event):
+        if event.kind == "step":
+            is_vae_alive.append(loaded[0]() is not None)
+
     with few_steps():
         train(tiny_config(tiny_base, photos, tmp_path / "run", max_train_steps=1, **changes), note)
-    assert seen == [bool(changes)]
+    assert is_vae_alive == [bool(changes)]
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
@@ -412,9 +404,7 @@ def test_text_encoders_that_do_not_fit_the_gpu_encode_on_the_cpu(kind, gpu, monk
     assert places == [kind, "cpu"]
 
 
-def test_a_slow_precision_is_warned_of_once_and_only_for_a_base_like_sdxl(
-    tiny_base, caplog, monkeypatch
-):
+def test_fp32_warns_once_for_a_base_as_large_as_sdxl(tiny_base, caplog, monkeypatch):
     single, half = torch.float32, torch.bfloat16
     cases = [("cuda", single, half, f"--mixed_precision {half}") for half in ("bf16", "fp16")]
     cases += [("cuda", single, "no", None), ("cuda", half, "bf16", None)]
@@ -449,16 +439,19 @@ def config(tiny_base, photos, tmp_path, file):
     return lambda **changes: tiny_config(tiny_base, photos, tmp_path / "run", **start | changes)
 
 
-def test_at_a_rate_of_zero_the_published_file_is_the_one_it_began_with(
-    config, file, tmp_path, caplog
-):
+def test_zero_learning_rate_publishes_the_initial_adapter(config, file, tmp_path, caplog):
     train(config(learning_rate=0.0, max_train_steps=1, rank=5, lora_alpha=2))
-    found, given = deltas(RunDir(tmp_path / "run").adapter_path), deltas(file)
-    assert found and all(torch.dist(found[n], given[n]) < 1e-5 * given[n].norm() for n in found)
-    said = [line for line in caplog.messages if "--init_adapter" in line]
-    left_out = len(given) - len(found)
-    assert len(said) == 1 and f": {len(found)} layers go on from it, 0 begin anew, and " in said[0]
-    assert f"{left_out} of its layers are left out." in said[0]
+    published, initial = deltas(RunDir(tmp_path / "run").adapter_path), deltas(file)
+    assert published and all(
+        torch.dist(published[n], initial[n]) < 1e-5 * initial[n].norm() for n in published
+    )
+    messages = [line for line in caplog.messages if "--init_adapter" in line]
+    left_out = len(initial) - len(published)
+    assert (
+        len(messages) == 1
+        and f": {len(published)} layers go on from it, 0 begin anew, and " in messages[0]
+    )
+    assert f"{left_out} of its layers are left out." in messages[0]
 
 
 def deltas(path):
@@ -474,16 +467,18 @@ def deltas(path):
 @pytest.mark.slow
 def test_it_learns_on_and_a_resumed_run_needs_the_file_no_more(config, file, tmp_path):
     train(config(seed=1, max_train_steps=3))
-    unbroken, given = adapter_sha256(tmp_path / "run"), deltas(file)
-    found = deltas(RunDir(tmp_path / "run").adapter_path)
-    assert all(1e-4 < torch.dist(found[n], given[n]) / given[n].norm() < 0.9 for n in found)
+    unbroken, initial = adapter_sha256(tmp_path / "run"), deltas(file)
+    published = deltas(RunDir(tmp_path / "run").adapter_path)
+    assert all(
+        1e-4 < torch.dist(published[n], initial[n]) / initial[n].norm() < 0.9 for n in published
+    )
     train(config(seed=1, max_train_steps=3), *stop_at(2))
     file.unlink()
     train(config(seed=1, max_train_steps=3, resume_from_checkpoint="latest"))
     assert adapter_sha256(tmp_path / "run") == unbroken
 
 
-def test_a_file_that_cannot_be_gone_on_from_is_said_before_the_base_is_loaded(config, file):
+def test_unusable_initial_adapter_is_refused_before_loading(config, file):
     def said() -> str:
         with pytest.raises(UserError, match=r"--init_adapter .*: ") as error:
             validate_run(config(), Base.of(config()))

@@ -103,7 +103,12 @@ def trained(request, base_of, photos, two_steps, tmp_path_factory):
     config = tiny_config(
         base_of(facts.name), photos, folder / "run", **settings_of(facts.name, **more)
     )
-    encoders, found, load_pipeline, load_denoiser = [], [], load.load_pipeline, load.load_denoiser
+    encoders, alive_encoders, load_pipeline, load_denoiser = (
+        [],
+        [],
+        load.load_pipeline,
+        load.load_denoiser,
+    )
 
     def loaded(*arguments, **options):
         pipeline = load_pipeline(*arguments, **options)
@@ -112,19 +117,24 @@ def trained(request, base_of, photos, two_steps, tmp_path_factory):
 
     def denoiser(pipeline, *arguments, **options):
         gc.collect()
-        found.append([getattr(pipeline, facts.denoiser), *(reference() for reference in encoders)])
+        alive_encoders.append(
+            [getattr(pipeline, facts.denoiser), *(reference() for reference in encoders)]
+        )
         load_denoiser(pipeline, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(load, "load_pipeline", loaded)
         patch.setattr(load, "load_denoiser", denoiser)
         train(config)
-    return facts, config, found
+    return facts, config, alive_encoders
 
 
-def same_files(config, other, names=("pytorch_lora_weights.safetensors", "image_0.png")) -> bool:
+def same_files(
+    config, other_config, names=("pytorch_lora_weights.safetensors", "image_0.png")
+) -> bool:
     return all(
-        (Path(config.output_dir) / n).read_bytes() == (Path(other.output_dir) / n).read_bytes()
+        (Path(config.output_dir) / n).read_bytes()
+        == (Path(other_config.output_dir) / n).read_bytes()
         for n in names
     )
 
@@ -142,42 +152,40 @@ def test_photos_become_files_that_say_what_they_are(trained):
     assert describe(run.adapter_path)["modules"] == {facts.denoiser: len(keys) // 2}
 
 
-def test_the_encoders_are_gone_before_the_denoiser_comes_and_a_resumed_run_is_equal(
-    trained, tmp_path
-):
+def test_encoders_leave_before_the_denoiser_and_resume_is_equal(trained, tmp_path):
     """sd1's UNet comes with its small encoder."""
-    facts, whole, found = trained
-    assert facts.name == "sd1" or found == [[None] * (1 + len(facts.encoders))]
+    facts, whole, alive_encoders = trained
+    assert facts.name == "sd1" or alive_encoders == [[None] * (1 + len(facts.encoders))]
     config, done = replace(whole, output_dir=str(tmp_path / "run")), []
     train(config, lambda event: done.append(event.kind), lambda: "step" in done)
     assert train(replace(config, resume_from_checkpoint="latest")).step == 3
     assert same_files(config, whole)
 
 
-def test_a_dry_run_goes_on_from_a_checkpoint_whose_layers_the_family_names(trained):
+def test_dry_run_resumes_a_checkpoint_with_family_layers(trained):
     _, config, _ = trained
     assert "photos" in describe_run(replace(config, resume_from_checkpoint="latest"))
 
 
-def test_the_adapter_is_loaded_and_drawn_and_at_scale_zero_is_the_base(trained):
+def test_adapter_loads_and_at_scale_zero_equals_the_base(trained):
     _, config, _ = trained
     plain, subject = (
         SubjectPipeline.from_base(config.pretrained_model_name_or_path) for _ in range(2)
     )
     adapter = subject.load_adapter(config.output_dir)
 
-    def drawn(pipeline, *adapters):
+    def generate_pixels(pipeline, *adapters):
         params = GenerationParams(
             "a photo of sks dog", steps=2, height_px=64, width_px=64, adapters=adapters
         )
         return np.asarray(pipeline.draw(params)[0].pixels)
 
-    without = drawn(plain)
-    assert np.array_equal(drawn(subject, (adapter, 0.0)), without)
-    assert not np.array_equal(drawn(subject, (adapter, 1.0)), without)
+    without = generate_pixels(plain)
+    assert np.array_equal(generate_pixels(subject, (adapter, 0.0)), without)
+    assert not np.array_equal(generate_pixels(subject, (adapter, 1.0)), without)
 
 
-def test_a_device_too_small_for_a_model_draws_the_same_by_its_blocks(trained, monkeypatch):
+def test_streamed_blocks_generate_equal_images(trained, monkeypatch):
     """Again after it rested, and with an adapter that is there already or comes meanwhile. The
     device is the CPU; late copies show that no block computes before it has come."""
     facts, config, _ = trained
@@ -191,14 +199,14 @@ def test_a_device_too_small_for_a_model_draws_the_same_by_its_blocks(trained, mo
                 weight.data = weight.data.clone()
         return subject
 
-    def drawn(subject):
+    def generate_pixels(subject):
         plain = subject.draw(params)
         with_it = replace(params, adapters=((subject.load_adapter(config.output_dir), 1.0),))
-        found = [plain, subject.draw(with_it), subject.draw(with_it), subject.draw(params)]
-        return [np.asarray(image.pixels).tolist() for (image,) in found]
+        images = [plain, subject.draw(with_it), subject.draw(with_it), subject.draw(params)]
+        return [np.asarray(image.pixels).tolist() for (image,) in images]
 
-    wanted = drawn(base())
-    assert wanted[0] != wanted[1]
+    expected = generate_pixels(base())
+    assert expected[0] != expected[1]
     monkeypatch.setattr(devices, "measure_free_gib", lambda device: 2**-20)
     monkeypatch.setattr(streaming, "BlockCopier", LateCopies)
     for is_there in (False, True):
@@ -206,7 +214,7 @@ def test_a_device_too_small_for_a_model_draws_the_same_by_its_blocks(trained, mo
         subject.home.is_resting = True
         if is_there:
             subject.load_adapter(config.output_dir)
-        assert drawn(subject) == wanted
+        assert generate_pixels(subject) == expected
 
     # Two blocks of each model are on the device, as all weights lie in two places, and none later.
     subject.home.enter()
@@ -215,7 +223,9 @@ def test_a_device_too_small_for_a_model_draws_the_same_by_its_blocks(trained, mo
     for blocks in streamed:
         weights = [layer.weight for _, layers in blocks.blocks for layer in layers]
         places = {place.untyped_storage().data_ptr() for place in blocks.buffers}
-        assert {one.untyped_storage().data_ptr() for one in weights} == places and len(places) == 2
+        assert {weight.untyped_storage().data_ptr() for weight in weights} == places and len(
+            places
+        ) == 2
         gone += map(weakref.ref, blocks.buffers)
     subject.home.leave()
     assert [place() for place in gone] == [None] * 2 * len(streamed)
@@ -244,7 +254,7 @@ def test_in_bf16_samples_are_drawn_too(name, base_of, photos, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "said"),
+    ("name", "changes", "message"),
     [
         (
             "flux",
@@ -286,11 +296,9 @@ def test_in_bf16_samples_are_drawn_too(name, base_of, photos, tmp_path):
         ),
     ],
 )
-def test_a_setting_of_other_models_is_refused_by_the_familys_name(
-    name, changes, said, base_of, photos, tmp_path
-):
+def test_setting_of_another_family_is_refused(name, changes, message, base_of, photos, tmp_path):
     config = tiny_config(base_of(name), photos, tmp_path / "run", **settings_of(name, **changes))
-    with pytest.raises(UserError, match=said.replace(".", r"\.")):
+    with pytest.raises(UserError, match=message.replace(".", r"\.")):
         make_plan(config)
     assert not (tmp_path / "run").exists()
 
@@ -303,11 +311,13 @@ def test_patterns_of_rank_and_alpha_are_for_transformers_too():
     } == parts
 
 
-def test_a_size_that_the_family_does_not_draw_is_refused_by_its_name():
+def test_size_that_the_family_cannot_generate_is_refused():
     for facts in map(facts_named, ("sdxl", "sd1", "flux")):
         check_sides((facts.multiple_px, 2 * facts.multiple_px), facts)
-        said = f"a side of 100 px: {facts.title} needs multiples of {facts.multiple_px}, such as 96"
-        with pytest.raises(UserError, match=said):
+        message = (
+            f"a side of 100 px: {facts.title} needs multiples of {facts.multiple_px}, such as 96"
+        )
+        with pytest.raises(UserError, match=message):
             check_sides((96, 100), facts)
 
 
@@ -315,11 +325,13 @@ def test_nothing_but_two_files_asks_for_a_family_by_its_name():
     package = Path(training.__file__).parents[1]
     # the self-test and its recipes are SDXL's own
     names = {facts.name for facts in family_facts.FAMILIES} - {"sdxl"}
-    asked = re.compile(rf"""["']({"|".join(names)})["']""")
-    found = [
-        path for path in package.rglob("*.py") if asked.search(path.read_text(encoding="utf-8"))
+    family_name = re.compile(rf"""["']({"|".join(names)})["']""")
+    paths = [
+        path
+        for path in package.rglob("*.py")
+        if family_name.search(path.read_text(encoding="utf-8"))
     ]
-    assert {str(path.relative_to(package)) for path in found} == {
+    assert {str(path.relative_to(package)) for path in paths} == {
         "settings/family_facts.py",
         "base/families.py",
     }
@@ -346,7 +358,7 @@ def test_the_draws_and_weights_of_a_flow_are_those_of_diffusers():
         assert torch.equal(z.timesteps, FlowMatchEulerDiscreteScheduler(shift=3.0).timesteps[index])
 
 
-def test_levels_are_shifted_as_the_familys_own_scheduler_shifts_them():
+def test_noise_levels_are_shifted_like_the_scheduler():
     """By the number of tokens: 1024 px, a wide picture, 256 px."""
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     schedule, tokens = build_noise_schedule(scheduler), torch.tensor([4096.0, 1024.0, 256.0])
@@ -358,20 +370,20 @@ def test_levels_are_shifted_as_the_familys_own_scheduler_shifts_them():
     assert build_noise_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0)).shift_line is None
 
 
-def test_a_solver_of_flows_such_as_sanas_gives_the_levels_of_its_own_shift():
+def test_flow_solver_gives_levels_of_its_shift():
     """The published bases are saved with it; a flow's own scheduler of that shift has the same
     levels."""
     flow = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
-    found, wanted = map(
+    schedule, expected = map(
         build_noise_schedule,
         (DPMSolverMultistepScheduler(**flow), FlowMatchEulerDiscreteScheduler(shift=3)),
     )
-    assert found.style == "flow" and torch.equal(found.sigmas, wanted.sigmas)
-    assert torch.equal(found.timesteps, wanted.timesteps) and found.shift_line is None
+    assert schedule.style == "flow" and torch.equal(schedule.sigmas, expected.sigmas)
+    assert torch.equal(schedule.timesteps, expected.timesteps) and schedule.shift_line is None
 
 
 @pytest.mark.parametrize(("name", "shift", "share"), [("lumina2", 6.0, 0.77), ("sana", 3.0, 0.68)])
-def test_the_mean_share_of_noise_is_what_the_page_says_beside_diffusers_scripts(name, shift, share):
+def test_mean_noise_share_equals_the_documented_one(name, shift, share):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     schedule, draws = build_noise_schedule(scheduler), torch.Generator().manual_seed(1)
     scheme = facts_named(name).weighting_scheme
@@ -379,7 +391,7 @@ def test_the_mean_share_of_noise_is_what_the_page_says_beside_diffusers_scripts(
     assert float(scheduler.sigmas[index].mean()) == pytest.approx(share, abs=0.005)
 
 
-def test_preconditioned_errors_are_those_of_the_latents_as_in_the_script_for_sd3():
+def test_preconditioned_error_equals_that_of_the_latents():
     schedule, index = (
         build_noise_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0)),
         torch.tensor([0, 500, 900]),
@@ -397,9 +409,7 @@ def test_preconditioned_errors_are_those_of_the_latents_as_in_the_script_for_sd3
         torch.testing.assert_close(compute_weights(config, schedule, index, 3) * errors, theirs)
 
 
-def test_the_plan_takes_layers_and_levels_of_the_family_and_blocks_are_chosen_by_number(
-    base_of, photos, tmp_path
-):
+def test_plan_uses_family_layers_levels_and_block_numbers(base_of, photos, tmp_path):
     base = base_of("sd3")
 
     def planned(**changes):
@@ -435,20 +445,20 @@ NAMED = {  # a base's name -> the word that says that it is distilled
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_the_name_of_a_base_says_that_it_is_distilled_unless_that_was_undone(name):
-    said = family_facts.explain_distilled({}, name, facts_named("flux"))
+def test_distillation_is_recognised_by_the_name(name):
+    message = family_facts.explain_distilled({}, name, facts_named("flux"))
     if word := NAMED[name]:
-        assert f"“{word}” says that it is distilled" in said
-        assert said.endswith("black-forest-labs/FLUX.1-dev")
+        assert f"“{word}” says that it is distilled" in message
+        assert message.endswith("black-forest-labs/FLUX.1-dev")
     else:
-        assert not said
+        assert not message
     assert family_facts.explain_distilled({"is_distilled": True}, name, facts_named("flux"))
 
 
-def test_a_base_that_is_distilled_or_of_an_unknown_family_is_refused(base_of, photos, tmp_path):
+def test_distilled_or_unknown_base_is_refused(base_of, photos, tmp_path):
     """A distilled one is refused with the one to train."""
     flux2, sd1 = (shutil.copytree(base_of(name), tmp_path / name) for name in ("flux2", "sd1"))
-    for base, old, new, said in (
+    for base, old, new, message in (
         (
             flux2,
             '"is_distilled": false',
@@ -464,7 +474,7 @@ def test_a_base_that_is_distilled_or_of_an_unknown_family_is_refused(base_of, ph
     ):
         index = base / "model_index.json"
         index.write_text(index.read_text().replace(old, new))
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             make_plan(tiny_config(base, photos, tmp_path / "run", **settings_of("flux2")))
 
 
@@ -512,20 +522,18 @@ def case(request, base_of, tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(case, encoders, two_steps) -> Path:
     """A run with all of `WHOLE`, with samples and scores."""
-    drawn = {
+    sample_settings = {
         "num_validation_images": 1,
         "validation_steps": 2,
         "evaluate_steps": 1,
     }
     with few_pictures(inference_steps=2):
-        plan = make_plan(case.config("whole", **WHOLE, **drawn))
+        plan = make_plan(case.config("whole", **WHOLE, **sample_settings))
         train(plan, evaluator=TrainingEvaluator(plan.config, plan.photos, encoders))
     return case.folder / "whole"
 
 
-def test_a_run_makes_its_class_images_samples_and_scores_and_the_next_takes_its_encodings(
-    case, whole, capsys
-):
+def test_class_images_samples_scores_and_reused_encodings(case, whole, capsys):
     assert len(list((case.folder / "class").rglob("*.png"))) == 2
     assert (whole / "image_0.png").is_file() and (whole / "contact_sheet.png").is_file()
     assert main(["explain", str(whole)]) == 0
@@ -536,10 +544,10 @@ def test_a_run_makes_its_class_images_samples_and_scores_and_the_next_takes_its_
 
 
 def test_several_subjects_in_shapes_of_their_own_without_a_cache(case):
-    others = paint_photos(case.folder / "cat", 3)
+    cat_photos = paint_photos(case.folder / "cat", 3)
     tables = [
         {"instance_data_dir": str(case.photos), "instance_prompt": "a photo of sks dog"},
-        {"instance_data_dir": str(others), "instance_prompt": "a photo of zwx cat"},
+        {"instance_data_dir": str(cat_photos), "instance_prompt": "a photo of zwx cat"},
     ]
     changes = {"enable_bucket": True, "caching": "off", "class_data_dir": None}
     card = (case.train("several", subjects=tables, **changes) / "README.md").read_text()
@@ -578,7 +586,7 @@ def test_evaluate_judges_the_run_and_its_file_alone(trained, photos, tmp_path, m
 def test_generate_and_the_cards_snippet_draw(case, whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     size = ["--width", "64", "--height", "64", "--steps", "2", "--output_dir", "pictures"]
-    words = [
+    flags = [
         "generate",
         "--prompt",
         "a photo of sks dog",
@@ -587,7 +595,7 @@ def test_generate_and_the_cards_snippet_draw(case, whole, tmp_path, monkeypatch)
         "--adapter",
         str(whole),
     ]
-    assert main([*words, *size]) == 0
+    assert main([*flags, *size]) == 0
     assert list((tmp_path / "pictures").glob("*.png"))
     (code,) = re.findall(r"```python\n(.+?)```", (whole / "README.md").read_text(), re.DOTALL)
     code = code.replace("path/to/the/base", str(case.base)).replace(
@@ -600,7 +608,7 @@ def test_generate_and_the_cards_snippet_draw(case, whole, tmp_path, monkeypatch)
     assert isinstance(scope["image"], Image.Image)
 
 
-def test_text_encoders_are_trained_where_the_family_has_small_ones(case):
+def test_small_text_encoders_can_be_trained(case):
     if not case.facts.adapted_encoders:
         pytest.skip("it has none")
     case.train("words", train_text_encoder=True)
@@ -609,7 +617,7 @@ def test_text_encoders_are_trained_where_the_family_has_small_ones(case):
 def test_one_word_takes_the_familys_recipe(case):
     name, recipe = load_recipe(Base.find(case.base))
     assert name == f"{case.facts.name}.toml"
-    words = [
+    flags = [
         str(case.photos),
         "dog",
         "--pretrained_model_name_or_path",
@@ -618,25 +626,23 @@ def test_one_word_takes_the_familys_recipe(case):
         "64",
     ]
     config = parse_train_config(
-        [*words, "--output_dir", str(case.folder / "word"), "--base_quantization", "none"]
+        [*flags, "--output_dir", str(case.folder / "word"), "--base_quantization", "none"]
     )
     assert make_plan(config, is_later=True).config.prior == "adapter_off" and recipe
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, row in TINY_FAMILIES.items() if row.one_layer])
-def test_the_flags_that_diffusers_own_tests_give_its_scripts_do_here_what_they_ask_for(
-    name, base_of, photos, tmp_path
-):
+def test_flags_of_diffusers_script_tests_work(name, base_of, photos, tmp_path):
     """One layer, numbered checkpoints, no more than two of them, and a run that goes on from one
     with more steps."""
-    words = [
+    flags = [
         "--pretrained_model_name_or_path",
         str(base_of(name)),
         "--instance_data_dir",
         str(photos),
     ]
-    words += [
+    flags += [
         "--output_dir",
         str(tmp_path),
         "--instance_prompt",
@@ -644,12 +650,12 @@ def test_the_flags_that_diffusers_own_tests_give_its_scripts_do_here_what_they_a
         "--resolution=64",
         "--train_batch_size=1",
     ]
-    words += [
+    flags += [
         "--gradient_accumulation_steps=1",
         "--checkpointing_steps=2",
         "--num_validation_images=0",
     ]
-    words += [
+    flags += [
         "--learning_rate=5.0e-04",
         "--scale_lr",
         "--lr_scheduler",
@@ -657,18 +663,18 @@ def test_the_flags_that_diffusers_own_tests_give_its_scripts_do_here_what_they_a
         "--lr_warmup_steps=0",
     ]
     row = TINY_FAMILIES[name]
-    words += ["--cache_latents", "--lora_layers", row.one_layer]
+    flags += ["--cache_latents", "--lora_layers", row.one_layer]
     if "max_sequence_length" in facts_named(name).text_options:
-        words += ["--max_sequence_length", "16"]
+        flags += ["--max_sequence_length", "16"]
     for setting, values in row.settings.items():
-        words += [f"--{setting}", *values]
-    assert train_main([*words, "--max_train_steps=4"]) == 0
+        flags += [f"--{setting}", *values]
+    assert train_main([*flags, "--max_train_steps=4"]) == 0
     limited = [
         "--resume_from_checkpoint=checkpoint-4",
         "--checkpoints_total_limit=2",
         "--max_train_steps=8",
     ]
-    assert train_main([*words, *limited]) == 0
+    assert train_main([*flags, *limited]) == 0
     assert {path.name for path in tmp_path.glob("checkpoint*")} == {"checkpoint-6", "checkpoint-8"}
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as opened:
         keys, header = set(opened.keys()), json.loads(opened.metadata()["lora_adapter_metadata"])
@@ -684,5 +690,5 @@ def test_class_images_are_drawn_as_samples_are(name, tmp_path):
     pipe = tiny_pipeline(name, tmp_path)
     texts = partial(build_family(pipe).encode_prompts, pipe)
     (sample,) = Sampler(pipe, texts, 64, torch.device("cpu"), 2)([SampleRequest("a dog", 3)])
-    (made,) = generate_images(pipe, "a dog", [3], (64, 64))
-    assert np.array_equal(np.asarray(sample), np.asarray(made))
+    (image,) = generate_images(pipe, "a dog", [3], (64, 64))
+    assert np.array_equal(np.asarray(sample), np.asarray(image))

@@ -76,8 +76,8 @@ def test_the_run_folder_and_its_events_are_what_the_design_says(shown_run):
     names += "checkpoint-2 checkpoint-4 last contact_sheet.png loss.png logs"
     names = {*names.split(), *(f"image_{n}.png" for n in range(6))}
     assert {path.name for path in folder.iterdir()} == names
-    drawn = sorted(path.name for path in (folder / "samples").iterdir())
-    assert drawn == [f"step_{step:06d}_{n}.png" for step in (0, 2, 4, 5) for n in (0, 1)]
+    sample_names = sorted(path.name for path in (folder / "samples").iterdir())
+    assert sample_names == [f"step_{step:06d}_{n}.png" for step in (0, 2, 4, 5) for n in (0, 1)]
     assert result.proof.max_relative_difference < 1e-5
     assert (
         json.loads(json.dumps([build_record(event) for event in events]))
@@ -114,17 +114,15 @@ def test_samples_differ_between_steps_only_by_the_adapter(step, with_adapter, sh
         pipeline.load_lora_weights(str(folder))
     options = {"num_inference_steps": 25, "guidance_scale": 5.0, "height": 64, "width": 64}
     generator = torch.Generator().manual_seed(sample.seeds[0])
-    drawn = np.asarray(pipeline(sample.prompts[0], generator=generator, **options).images[0])
+    pixels = np.asarray(pipeline(sample.prompts[0], generator=generator, **options).images[0])
     names = sample.files[0], f"samples/step_{5 - step:06d}_0.png"
-    assert [differs(np.asarray(Image.open(folder / name)), drawn) for name in names] == [
+    assert [differs(np.asarray(Image.open(folder / name)), pixels) for name in names] == [
         False,
         True,
     ]
 
 
-def test_the_config_that_was_written_trains_the_same_and_nothing_private_is_shared(
-    shown_run, photos, tmp_path
-):
+def test_saved_config_trains_equally_and_holds_no_secrets(shown_run, photos, tmp_path):
     folder, _, _ = shown_run
     for path in (folder / "README.md", *folder.glob("*.safetensors")):
         content = path.read_bytes()
@@ -139,26 +137,26 @@ def test_the_config_that_was_written_trains_the_same_and_nothing_private_is_shar
     assert adapter_sha256(tmp_path) == adapter_sha256(folder)
 
 
-def test_the_forecast_counts_steps_and_neither_samples_nor_scores(run, monkeypatch):
+def test_eta_counts_steps_without_samples_and_scores(run, monkeypatch):
     """By a clock that goes on by a second when it is asked, and by an hour for pictures."""
     now = count()
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(now)))
     monkeypatch.setattr(loop.Training, "sample_when_due", lambda self: deque(islice(now, 3600), 0))
-    found = [(event.step_sec, event.eta_sec) for event in steps(run(max_train_steps=3)[0])]
-    assert found == [(1, 2), (1, 1), (1, 0)]
+    times = [(event.step_sec, event.eta_sec) for event in steps(run(max_train_steps=3)[0])]
+    assert times == [(1, 2), (1, 1), (1, 0)]
 
 
 @pytest.fixture
 def train_steps(monkeypatch):
     """The TrainStep of each training, as it was left."""
-    found, original = [], TrainStep.__init__
+    steps_made, original = [], TrainStep.__init__
 
-    def note(self, *arguments, **named):
-        original(self, *arguments, **named)
-        found.append(self)
+    def note(self, *arguments, **options):
+        original(self, *arguments, **options)
+        steps_made.append(self)
 
     monkeypatch.setattr(TrainStep, "__init__", note)
-    return found
+    return steps_made
 
 
 def test_the_adapter_lowers_the_loss_on_equal_noise(tiny_base, tmp_path, train_steps):
@@ -183,13 +181,13 @@ def test_the_adapter_lowers_the_loss_on_equal_noise(tiny_base, tmp_path, train_s
     assert trained < 0.95 * untrained  # 0.89 was seen
 
 
-def test_gradient_checkpointing_and_a_cache_on_disk_change_nothing(run, monkeypatch, tmp_path):
+def test_checkpointing_and_disk_cache_keep_results_equal(run, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     changes = {"gradient_checkpointing": True, "caching": "disk"}
     assert run("a", max_train_steps=2)[1] == run("b", max_train_steps=2, **changes)[1]
 
 
-class Left:
+class RunResults:
     """What a run of two steps left: its steps, the raw adapter's tensors by their last name, the
     optimizer's states."""
 
@@ -202,7 +200,7 @@ class Left:
             by_kind[name.rpartition(".")[2]].append(tensor)
         self.modules = {name.split(".")[0] for name in raw}
         self.tensors = {
-            kind: torch.cat([t.flatten() for t in found]) for kind, found in by_kind.items()
+            kind: torch.cat([t.flatten() for t in parts]) for kind, parts in by_kind.items()
         }
         self.states = torch.load(checkpoint / "optimizer.pt", weights_only=True)
         self.is_8_bit = any(
@@ -215,36 +213,40 @@ class Left:
     def size(self, kind):
         return float(self.tensors[kind].norm())
 
-    def mixers_are_far_from(self, other):
-        return not torch.allclose(self.tensors["mixer"], other.tensors["mixer"], atol=0.02)
+    def has_far_mixers(self, other_run):
+        return not torch.allclose(self.tensors["mixer"], other_run.tensors["mixer"], atol=0.02)
 
 
-def is_other(left, plain):
-    return left.loss != plain.loss
+def has_other_loss(results, plain):
+    return results.loss != plain.loss
 
 
-def is_other_later(left, plain):
-    return left.loss == plain.loss and left.steps[1].loss != plain.steps[1].loss
+def has_later_loss_change(results, plain):
+    return results.loss == plain.loss and results.steps[1].loss != plain.steps[1].loss
 
 
-def is_clipped(left, plain):
+def is_clipped(results, plain):
     return (
-        left.size("lora_B") < plain.size("lora_B") / 10
-        and left.steps[0].grad_norm == plain.steps[0].grad_norm
+        results.size("lora_B") < plain.size("lora_B") / 10
+        and results.steps[0].grad_norm == plain.steps[0].grad_norm
     )
 
 
-def is_told(left, plain):
+def check_recorded_settings(results, plain):
     """What the files say."""
-    assert 2 * len(left.tensors["lora_A"]) == len(plain.tensors["lora_A"])
-    assert left.tensors.keys() > plain.tensors.keys()
-    assert (left.facts.mixer, left.facts.alpha, left.facts.use_rslora) == ("identity", 8, True)
-    assert left.loss == plain.loss
-    return left.lr[1] < left.lr[0] == plain.lr[0]
+    assert 2 * len(results.tensors["lora_A"]) == len(plain.tensors["lora_A"])
+    assert results.tensors.keys() > plain.tensors.keys()
+    assert (results.facts.mixer, results.facts.alpha, results.facts.use_rslora) == (
+        "identity",
+        8,
+        True,
+    )
+    assert results.loss == plain.loss
+    return results.lr[1] < results.lr[0] == plain.lr[0]
 
 
-TOLD = {"rank": 2, "mixer": "identity", "lora_alpha": 8, "use_rslora": True, "use_dora": True}
-TOLD |= {"lr_scheduler": "cosine", "lr_warmup_steps": 1}
+RECORDED = {"rank": 2, "mixer": "identity", "lora_alpha": 8, "use_rslora": True, "use_dora": True}
+RECORDED |= {"lr_scheduler": "cosine", "lr_warmup_steps": 1}
 TEXT = {"text_encoder", "text_encoder_2"}
 ROUNDED = (
     ("bf16", {"mixed_precision": "bf16"}),
@@ -252,36 +254,36 @@ ROUNDED = (
     ("int8", {"base_quantization": "int8"}),
 )
 OPTIONS = {
-    "seed": ({"seed": 4}, is_other),
-    "rank, mixer, alpha, rslora, dora, cosine": (TOLD, is_told),
+    "seed": ({"seed": 4}, has_other_loss),
+    "rank, mixer, alpha, rslora, dora, cosine": (RECORDED, check_recorded_settings),
     "frozen mixer": (
         {"train_mixer": False},
-        lambda left, plain: left.is_orthogonal and not plain.is_orthogonal,
+        lambda results, plain: results.is_orthogonal and not plain.is_orthogonal,
     ),
     "mixer_lr_scale": (
         {"mixer_lr_scale": 10.0},
-        lambda left, plain: left.mixers_are_far_from(plain),
+        lambda results, plain: results.has_far_mixers(plain),
     ),
-    "dropout": ({"lora_dropout": 0.5}, is_other_later),  # nothing to drop while B is zero
-    "min-SNR": ({"snr_gamma": 1e-3}, lambda left, plain: left.loss < 0.9 * plain.loss),
-    "noise offset": ({"noise_offset": 0.1}, is_other),
-    "debiased": ({"debiased_estimation_loss": True}, is_other),
-    "edm": ({"do_edm_style_training": True}, is_other),
+    "dropout": ({"lora_dropout": 0.5}, has_later_loss_change),  # nothing to drop while B is zero
+    "min-SNR": ({"snr_gamma": 1e-3}, lambda results, plain: results.loss < 0.9 * plain.loss),
+    "noise offset": ({"noise_offset": 0.1}, has_other_loss),
+    "debiased": ({"debiased_estimation_loss": True}, has_other_loss),
+    "edm": ({"do_edm_style_training": True}, has_other_loss),
     **{
-        name: (changes, lambda left, plain: 0 < abs(left.loss / plain.loss - 1) < 0.05)
+        name: (changes, lambda results, plain: 0 < abs(results.loss / plain.loss - 1) < 0.05)
         for name, changes in ROUNDED
     },
     "text encoder": (
         {"train_text_encoder": True},
-        lambda left, plain: left.modules - plain.modules == TEXT,
+        lambda results, plain: results.modules - plain.modules == TEXT,
     ),
-    "8-bit": ({"use_8bit_adam": True, "rank": 128}, lambda left, plain: left.is_8_bit),
+    "8-bit": ({"use_8bit_adam": True, "rank": 128}, lambda results, plain: results.is_8_bit),
     "clipping": ({"max_grad_norm": 1e-6, "adam_epsilon": 1e-4}, is_clipped),
     "weight decay": (
         {"adam_weight_decay": 5.0},
-        lambda left, plain: left.size("lora_A") < 0.97 * plain.size("lora_A"),
+        lambda results, plain: results.size("lora_A") < 0.97 * plain.size("lora_A"),
     ),
-    "center_crop": ({"center_crop": True}, is_other),
+    "center_crop": ({"center_crop": True}, has_other_loss),
 }
 """Changes, and what they must show beside the run without them."""
 
@@ -290,7 +292,7 @@ OPTIONS = {
 def plain_run(tiny_base, photos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
     train(tiny_config(tiny_base, photos, folder, max_train_steps=2))
-    return Left(folder)
+    return RunResults(folder)
 
 
 @pytest.mark.slow
@@ -298,8 +300,8 @@ def plain_run(tiny_base, photos, tmp_path_factory):
 def test_every_option_acts_as_its_name_says_and_stays_finite(name, run, plain_run, tmp_path):
     changes, acts = OPTIONS[name]
     run(max_train_steps=2, **changes)
-    left = Left(tmp_path / "run")
-    assert all(math.isfinite(step.loss) for step in left.steps) and acts(left, plain_run)
+    results = RunResults(tmp_path / "run")
+    assert all(math.isfinite(step.loss) for step in results.steps) and acts(results, plain_run)
 
 
 def test_a_v_prediction_base_is_trained_on_velocity(tmp_path, photos, monkeypatch):
@@ -310,10 +312,10 @@ def test_a_v_prediction_base_is_trained_on_velocity(tmp_path, photos, monkeypatc
     )
     add_noise, loss = objective.add_noise, objective.compute_loss
     monkeypatch.setattr(
-        objective, "add_noise", lambda *given: noised.append(given) or add_noise(*given)
+        objective, "add_noise", lambda *arguments: noised.append(arguments) or add_noise(*arguments)
     )
-    noted = lambda answer, target, *given, **named: (  # noqa: E731
-        targets.append(target) or loss(answer, target, *given, **named)
+    noted = lambda answer, target, *arguments, **options: (  # noqa: E731
+        targets.append(target) or loss(answer, target, *arguments, **options)
     )
     monkeypatch.setattr(objective, "compute_loss", noted)
     train(tiny_config(base, photos, tmp_path / "run", max_train_steps=2))
@@ -324,25 +326,23 @@ def test_a_v_prediction_base_is_trained_on_velocity(tmp_path, photos, monkeypatc
         )
 
 
-def test_prior_losses_are_logged_apart_and_every_second_prompt_is_the_class_s(
-    run, tiny_base, photos, tmp_path
-):
+def test_prior_losses_are_logged_and_class_prompts_alternate(run, tiny_base, photos, tmp_path):
     events, _ = run(with_prior_preservation=True, prior_loss_weight=0.5, max_train_steps=2)
     for event in steps(events):
         assert event.loss == pytest.approx(event.loss_instance + 0.5 * event.loss_prior, rel=1e-5)
     config = tiny_config(tiny_base, photos, tmp_path, prior_prompts=("a car", "a cup"))
     classes = [config.class_prompt] * 50
-    drawn = Counter(
+    counts = Counter(
         prompt for turn in (0, 1) for prompt in sample_prior_prompts(config, classes, turn)
     )
     assert (
-        35 < drawn["a photo of a dog"] < 65
-        and min(drawn["a car"], drawn["a cup"]) > 10
-        and len(drawn) == 3
+        35 < counts["a photo of a dog"] < 65
+        and min(counts["a car"], counts["a cup"]) > 10
+        and len(counts) == 3
     )
 
 
-def test_the_base_is_its_own_prior_so_the_first_prior_loss_is_zero_for_class_and_other_prompts(run):
+def test_first_adapter_off_prior_loss_is_zero(run):
     prior = {
         "with_prior_preservation": True,
         "prior": "adapter_off",
@@ -350,8 +350,8 @@ def test_the_base_is_its_own_prior_so_the_first_prior_loss_is_zero_for_class_and
         "max_train_steps": 3,
     }
     digests = set()
-    for name, others in (("plain", ()), ("others", ("a red car in the snow", "a cup"))):
-        events, digest = run(name, **prior, prior_prompts=others)
+    for name, prior_prompts in (("plain", ()), ("others", ("a red car in the snow", "a cup"))):
+        events, digest = run(name, **prior, prior_prompts=prior_prompts)
         losses = [event.loss_prior for event in steps(events)]
         assert losses[0] < 1e-9 < losses[2]
         digests.add(digest)
@@ -370,22 +370,22 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(run, monkeypatch, tm
     assert RunDir(tmp_path / "run").find_latest_checkpoint().name == "checkpoint-2"
 
 
-def test_memory_holds_no_text_encoder_the_adapter_is_fp32_and_sizes_reach_a_bf16_base_unrounded(
+def test_bf16_run_frees_encoders_and_keeps_fp32_inputs(
     tiny_base, tmp_path, monkeypatch, train_steps
 ):
     """bf16 has eight bits: a photo of 1365 px would be one of 1368."""
-    seen, forward = [], UNet2DConditionModel.forward
+    inputs_seen, forward = [], UNet2DConditionModel.forward
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (1365, 683)).save(tmp_path / "photos" / "wide.png")
 
     def look(self, *arguments, added_cond_kwargs, **options):
-        seen.append(added_cond_kwargs["time_ids"][0, :2].tolist())
+        inputs_seen.append(added_cond_kwargs["time_ids"][0, :2].tolist())
         return forward(self, *arguments, added_cond_kwargs=added_cond_kwargs, **options)
 
     monkeypatch.setattr(UNet2DConditionModel, "forward", look)
     changes = {"mixed_precision": "bf16", "caching": "off", "max_train_steps": 1}
     train(tiny_config(tiny_base, tmp_path / "photos", tmp_path / "run", **changes))
-    assert seen == [[683, 1365]]
+    assert inputs_seen == [[683, 1365]]
     pipeline = train_steps[0].inputs.pipeline
     assert pipeline.text_encoder is None and pipeline.text_encoder_2 is None
     assert pipeline.unet.dtype == torch.bfloat16 and pipeline.vae.dtype == torch.float32
@@ -407,13 +407,15 @@ def test_a_tracker_that_fails_at_the_end_loses_no_finished_run(config, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("weight_decay", "says", "kept"),
+    ("weight_decay", "says", "checkpoint_names"),
     [
         (1e38, "the adapter is not finite after step 1", []),
         (1e30, "the gradient is nan at step 2", ["checkpoint-1"]),
     ],
 )
-def test_an_adapter_that_is_not_finite_becomes_no_checkpoint(weight_decay, says, kept, config):
+def test_an_adapter_that_is_not_finite_becomes_no_checkpoint(
+    weight_decay, says, checkpoint_names, config
+):
     """The loss before a step knows nothing of what that step does: here it overflows."""
     sizes = {
         "adam_weight_decay": weight_decay,
@@ -423,7 +425,7 @@ def test_an_adapter_that_is_not_finite_becomes_no_checkpoint(weight_decay, says,
     }
     with pytest.raises(UserError, match=f"{says}: lower --learning_rate"):
         train(replace(config, **sizes))
-    assert [path.name for path in RunDir(config.output_dir).list_checkpoints()] == kept
+    assert [path.name for path in RunDir(config.output_dir).list_checkpoints()] == checkpoint_names
 
 
 HOLD = """
@@ -436,9 +438,7 @@ with lock_folder(Path(sys.argv[1])):
 """
 
 
-def test_a_second_run_in_a_folder_is_refused_and_one_after_a_killed_process_is_not(
-    tiny_base, photos, tmp_path
-):
+def test_folder_of_a_live_run_is_refused_after_a_kill_not(tiny_base, photos, tmp_path):
     pytest.importorskip("fcntl")
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(

@@ -87,7 +87,7 @@ def stepped(name):
     return before, weights, optimizer
 
 
-def test_adafactor_steps_by_the_given_rate_whatever_the_size_of_the_weights():
+def test_adafactor_step_size_ignores_weight_size():
     before, after, _ = stepped("adafactor")
     for old, new in zip(before, after, strict=True):
         assert torch.allclose(old - new, torch.full_like(new, 3e-2), rtol=1e-3)
@@ -120,7 +120,7 @@ def of_groups(optimizer):
 
 
 @pytest.mark.parametrize("name", each_optimizer())
-def test_the_estimate_counts_what_an_optimizer_keeps_and_its_row_names_what_it_learns(name):
+def test_memory_estimate_equals_optimizer_states(name):
     """Prodigy keeps two states more, a third of a GiB for SDXL at rank 32."""
     kind = OPTIMIZERS[name]
     _, weights, optimizer = stepped(name)
@@ -135,13 +135,13 @@ def test_the_estimate_counts_what_an_optimizer_keeps_and_its_row_names_what_it_l
     # What it keeps of each parameter. In a checkpoint there are no gradients, and with an average
     # there are the weights behind it too.
     in_checkpoint = kind.bytes_each - 4 + (4 if kind.averages else 0)
-    kept = [
+    tensors = [
         tensor
         for weight in weights
         for tensor in (weight, weight.grad, *optimizer.state[weight].values())
     ]
     size = sum(
-        tensor.nbytes for tensor in kept if isinstance(tensor, torch.Tensor) and tensor.dim()
+        tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.dim()
     )
     assert size <= kind.bytes_each * sum(weight.numel() for weight in weights)
     for in_8_bit, expected in (
@@ -152,9 +152,7 @@ def test_the_estimate_counts_what_an_optimizer_keeps_and_its_row_names_what_it_l
         assert cost.checkpoint_gib * 2**30 == pytest.approx(expected * cost.adapter_parameters)
 
 
-def test_an_optimizer_is_one_row_by_which_flag_estimate_step_and_checkpoint_know_it(
-    tmp_path, tiny_base, monkeypatch
-):
+def test_new_optimizer_needs_one_row(tmp_path, tiny_base, monkeypatch):
     """A library that is missing is one line."""
     kind = OptimizerKind(
         import_path="torch.optim:RAdam",
@@ -163,19 +161,19 @@ def test_an_optimizer_is_one_row_by_which_flag_estimate_step_and_checkpoint_know
         bytes_each=1000,
     )
     monkeypatch.setitem(OPTIMIZERS, "RAdam", kind)
-    words = [
+    flags = [
         "--pretrained_model_name_or_path",
         "toy",
         "--instance_prompt",
         "a photo of sks cup",
         "--instance_data_dir",
     ]
-    flagged = parse_train_config([*words, "assets/subjects/duck", "--optimizer", "RAdam"])
-    known, other = (
+    flagged = parse_train_config([*flags, "assets/subjects/duck", "--optimizer", "RAdam"])
+    radam, adamw = (
         estimate_memory(replace(flagged, optimizer=name), BaseSize(), 1)
         for name in ("RAdam", "AdamW")
     )
-    assert known.training_gib > other.training_gib
+    assert radam.training_gib > adamw.training_gib
     assert rules.list_remarks(replace(flagged, adam_beta1=0.8, adam_epsilon=1e-7)) == [
         "--adam_epsilon has no effect with --optimizer RAdam"
     ]

@@ -31,12 +31,12 @@ def card(monkeypatch):
     def card(fits: Fits, free_passes: int = 0) -> None:
         passes = []
 
-        def limited(unet: nn.Module, z: torch.Tensor, *given, **named):
-            found = forward(unet, z, *given, **named)
+        def limited(unet: nn.Module, z: torch.Tensor, *arguments, **options):
+            output = forward(unet, z, *arguments, **options)
             passes.append(z)
             if len(passes) > free_passes and not fits(unet, z):
                 raise torch.OutOfMemoryError(NO_ROOM)
-            return found
+            return output
 
         monkeypatch.setattr(UNet2DConditionModel, "forward", limited)
 
@@ -99,7 +99,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("usual", "fits", "changes", "flags"), WAYS)
-def test_the_first_step_is_done_again_as_by_a_run_that_began_with_less(
+def test_retried_first_step_equals_a_leaner_run(
     usual, fits, changes, flags, card, tiny_base, photos, tmp_path, caplog, monkeypatch
 ):
     """The same bytes, though it ran out in the second of its passes. The run's folder tells. In 8
@@ -111,9 +111,9 @@ def test_the_first_step_is_done_again_as_by_a_run_that_began_with_less(
     train(tiny_config(tiny_base, photos, tmp_path / "recovered", **usual))
 
     assert adapter_sha256(tmp_path / "recovered") == adapter_sha256(tmp_path / "begun")
-    said = [line for line in caplog.messages if "out of memory" in line]
-    told = "the first step ran out of memory: it is done again with"
-    assert said == [f"{told} {flag}." for flag in flags]
+    messages = [line for line in caplog.messages if "out of memory" in line]
+    prefix = "the first step ran out of memory: it is done again with"
+    assert messages == [f"{prefix} {flag}." for flag in flags]
     settings = json.loads(RunDir(tmp_path / "recovered").config_path.read_text())
     assert settings.items() >= changes.items()
 
@@ -139,12 +139,12 @@ def test_pictures_are_drawn_half_as_many_at_once(card, tiny_base, caplog):
     embed = partial(load.SDXL_FAMILY.encode_prompts, pipeline)
     sampler = Sampler(pipeline, embed, 64, torch.device("cpu"), inference_steps=2)
     requests = [SampleRequest("a dog", seed) for seed in range(5)]
-    wanted = list(sampler(requests, batch_size=1))
+    expected = list(sampler(requests, batch_size=1))
 
     card(lambda unet, z: len(z) <= 2)  # a picture with guidance passes twice
-    assert list(sampler(requests, batch_size=4)) == wanted
-    said = "out of memory while generating images: continuing with batches of %d."
-    assert caplog.messages == [said % 2, said % 1]
+    assert list(sampler(requests, batch_size=4)) == expected
+    message = "out of memory while generating images: continuing with batches of %d."
+    assert caplog.messages == [message % 2, message % 1]
 
     card(lambda unet, z: False)
     with pytest.raises(torch.OutOfMemoryError):
@@ -156,14 +156,17 @@ def test_pictures_are_drawn_half_as_many_at_once(card, tiny_base, caplog):
 def test_class_images_are_drawn_half_as_many_at_once(card, tiny_base, photos, tmp_path, caplog):
     """Each once, and the same; the number that found room is kept for the batches after it."""
     card(lambda unet, z: len(z) <= 2)
-    drawn = []
+    images = []
     for size in (1, 4):
         folder = tmp_path / str(size)
         changes = {"with_prior_preservation": True, "num_class_images": 6}
         changes |= {"sample_batch_size": size, "max_train_steps": 1}
         train(tiny_config(tiny_base, photos, folder, **changes))
         pictures = sorted(RunDir(folder).class_images_dir.glob("*.png"))
-        drawn.append([path.read_bytes() for path in pictures])
-    assert drawn[0] == drawn[1] and len(drawn[0]) == 6
-    said = "out of memory while generating images: continuing with batches of %d."
-    assert [line for line in caplog.messages if "ran out" in line] == [said % 2, said % 1]
+        images.append([path.read_bytes() for path in pictures])
+    assert images[0] == images[1] and len(images[0]) == 6
+    message = "out of memory while generating images: continuing with batches of %d."
+    assert [line for line in caplog.messages if "while generating" in line] == [
+        message % 2,
+        message % 1,
+    ]

@@ -43,9 +43,7 @@ def watched(monkeypatch):
     return Watched.found
 
 
-def test_two_processes_show_and_learn_one_adapter_of_several_subjects_as_one_with_accumulation_two(
-    tiny_base, tmp_path, play, watched
-):
+def test_two_processes_equal_one_with_accumulation(tiny_base, tmp_path, play, watched):
     tables = [
         {
             "instance_data_dir": str(paint_photos(tmp_path / kind, count)),
@@ -62,31 +60,31 @@ def test_two_processes_show_and_learn_one_adapter_of_several_subjects_as_one_wit
     }
     changes |= {"train_batch_size": 2, "lr_scheduler": "linear", "lr_warmup_steps": 2}
     changes |= {"caption_dropout": 0.5}
-    both = {"config": tiny_config(tiny_base, None, tmp_path / "2", **changes)}
-    ended, played = play([both], launch=(*LAUNCH, "--multi_gpu", "--module", MODULE))
-    ((main,), (other,)) = played
-    assert main["adapter"] == other["adapter"] and ended[0][0] == main["code"] == 0, ended
+    run_scene = {"config": tiny_config(tiny_base, None, tmp_path / "2", **changes)}
+    ended, played = play([run_scene], launch=(*LAUNCH, "--multi_gpu", "--module", MODULE))
+    ((main,), (second,)) = played
+    assert main["adapter"] == second["adapter"] and ended[0][0] == main["code"] == 0, ended
     train(tiny_config(tiny_base, None, tmp_path / "1", gradient_accumulation_steps=2, **changes))
-    shown = sorted(tuple(note) for (scene,) in played for note in scene["shown"])
-    assert shown == watched[-1].shown
-    classes = [prompt for _, found, _ in shown for prompt in found[2:]]
+    shown_batches = sorted(tuple(note) for (scene,) in played for note in scene["shown"])
+    assert shown_batches == watched[-1].shown
+    classes = [prompt for _, prompts, _ in shown_batches for prompt in prompts[2:]]
     assert len(classes) == 16 and all(len(set(classes[at : at + 3])) == 3 for at in range(0, 15, 3))
     assert [logged(tmp_path / count, "start")[0]["processes"] for count in "21"] == [2, 1]
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
     assert largest_difference(tmp_path / "2", tmp_path / "1") < 1e-5
 
 
-def test_two_processes_whose_blocks_are_streamed_learn_the_same_adapter(
-    tiny_base, photos, tmp_path, play
-):
+def test_two_processes_with_streaming_learn_equal_adapter(tiny_base, photos, tmp_path, play):
     """Each streams its own: only gradients are shared, which are the same bit for bit. In bf16 no
     weight lies as in the file, where few are aligned."""
     changes = {"max_train_steps": 2, "gradient_checkpointing": True, "mixed_precision": "bf16"}
     changes |= {"with_prior_preservation": True, "prior": "adapter_off", "class_prompt": "a dog"}
     runs = {name: {"stream_blocks": name == "streamed"} for name in ("whole", "streamed")}
     scenes = []
-    for name, own in runs.items():
-        scenes.append({"config": tiny_config(tiny_base, photos, tmp_path / name, **changes, **own)})
+    for name, own_changes in runs.items():
+        scenes.append(
+            {"config": tiny_config(tiny_base, photos, tmp_path / name, **changes, **own_changes)}
+        )
     ended, played = play(scenes)
     assert [code for code, _ in ended] == [0, 0], ended
     assert len({scene["adapter"] for of_one in played for scene in of_one}) == 1
@@ -101,7 +99,7 @@ def test_launched_on_cpus_without_mpi_it_is_one_process(tiny_base, photos, tmp_p
             tiny_config(tiny_base, photos, tmp_path / "launched", max_train_steps=1).to_dict()
         )
     )
-    words = [
+    command = [
         sys.executable,
         "-m",
         *LAUNCH,
@@ -111,7 +109,7 @@ def test_launched_on_cpus_without_mpi_it_is_one_process(tiny_base, photos, tmp_p
         str(file),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     train(tiny_config(tiny_base, photos, tmp_path / "plain", max_train_steps=1))
     assert adapter_sha256(tmp_path / "launched") == adapter_sha256(tmp_path / "plain")
@@ -137,8 +135,8 @@ CHANGES |= {"max_train_steps": 2, "caching": "disk", "crops_per_photo": 2}
 
 
 def digests(folder: Path, pattern: str = "**/*") -> dict[str, str]:
-    found = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
-    return {str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() for path in found}
+    paths = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
+    return {str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 @pytest.fixture
@@ -167,10 +165,10 @@ def test_two_processes_share_the_work_and_leave_the_files_of_one(
         {"config": config("killed" if name == "killed" else "two"), **SCENES[name]}
         for name in SCENES
     ]
-    ((main_code, main_said), (other_code, other_said)), (main, other) = play(scenes)
+    ((main_code, main_said), (other_code, other_said)), (main, second) = play(scenes)
 
     assert [scene["code"] for scene in main] == [2, 130, 2, 2, 2, 0, 2], main_said + other_said
-    assert [scene["code"] for scene in other] == [2, 130, 2, 2, 2, 0], main_said + other_said
+    assert [scene["code"] for scene in second] == [2, 130, 2, 2, 2, 0], main_said + other_said
     assert main_code == 0 and other_code == -9
     errors = [line for line in main_said.splitlines() if line.startswith("error: ")]
     assert "process 1 ended: [Errno 28]" in errors[0] and "process 1 ended: [Errno 28]" in errors[2]
@@ -182,24 +180,24 @@ def test_two_processes_share_the_work_and_leave_the_files_of_one(
     for pattern in ("class_images/*", "samples/step_000000_*"):
         assert digests(tmp_path / "two", pattern) == digests(tmp_path / "one", pattern) != {}
     assert digests(tmp_path / "two_cache") == digests(tmp_path / "one_cache") != {}
-    assert share_of_each(main, other, "drawn") == [[2, 1], [2, 1], [1, 0], [0, 0], [0, 0], [0, 0]]
-    keys = [key for rank in (main, other) for scene in rank for key in scene["encoded"]]
-    assert len(keys) == len(set(keys)) and min(share_of_each(main, other, "encoded")[3]) > 2
+    assert count_shares(main, second, "drawn") == [[2, 1], [2, 1], [1, 0], [0, 0], [0, 0], [0, 0]]
+    keys = [key for rank in (main, second) for scene in rank for key in scene["encoded"]]
+    assert len(keys) == len(set(keys)) and min(count_shares(main, second, "encoded")[3]) > 2
 
     shutil.copytree(tmp_path / "two", tmp_path / "again")
-    for drawn in [
+    for image_path in [
         *(tmp_path / "again").glob("image_*.png"),
         *RunDir(tmp_path / "again").samples_dir.iterdir(),
     ]:
-        drawn.unlink()
+        image_path.unlink()
     train(config("again", resume_from_checkpoint="latest"))
     for pattern in ("samples/step_000002_*.png", "image_*.png"):
         assert digests(tmp_path / "two", pattern) == digests(tmp_path / "again", pattern) != {}
 
 
-def share_of_each(main: list[dict], other: list[dict], place: str) -> list[list[int]]:
+def count_shares(main: list[dict], second: list[dict], place: str) -> list[list[int]]:
     """How much each process did there in each scene."""
-    return [[len(one[place]), len(two[place])] for one, two in zip(main, other)]
+    return [[len(main_scene[place]), len(two[place])] for main_scene, two in zip(main, second)]
 
 
 def checkpoints(folder) -> list[str]:
@@ -214,9 +212,7 @@ def short(tiny_base, photos, tmp_path):
     )
 
 
-def test_a_stop_and_what_the_main_process_cannot_write_end_both_and_its_kill_the_other(
-    play, short, tmp_path
-):
+def test_stop_write_error_or_kill_ends_both_processes(play, short, tmp_path):
     """The other hears the stop while photos are encoded. What a library warns of the main process
     alone shows."""
     full = {"rank": 0, "end": "full"}
@@ -226,23 +222,21 @@ def test_a_stop_and_what_the_main_process_cannot_write_end_both_and_its_kill_the
         {"config": short("1"), "place": "reported", "after": 1, **full},
         {"config": short("2"), "place": "averaged", "rank": 0, "after": 1, "end": "kill"},
     ]
-    ((main_code, main_said), (other_code, other_said)), (main, other) = play(scenes)
+    ((main_code, main_said), (other_code, other_said)), (main, second) = play(scenes)
     assert [scene["code"] for scene in main] == [130, 2, 2] and main_code == -9, main_said
-    assert [scene["code"] for scene in other] == [130, 2, 2, 2] and other_code == 0, other_said
+    assert [scene["code"] for scene in second] == [130, 2, 2, 2] and other_code == 0, other_said
     assert "stopped before the first step" in main_said
-    assert ["every process says: encoded" in words for words in (main_said, other_said)] == [
+    assert ["every process says: encoded" in output for output in (main_said, other_said)] == [
         True,
         False,
     ]
     assert other_said.count("error: the main process ended: [Errno 28]") == 2
     assert other_said.count(f"error: {GONE}") == 1 and "Traceback" not in main_said + other_said
-    left = [checkpoints(tmp_path / name) for name in ("stopped", *"012")]
-    assert left == [[], [], ["checkpoint-1", "checkpoint-2"], ["checkpoint-1"]]
+    checkpoint_names = [checkpoints(tmp_path / name) for name in ("stopped", *"012")]
+    assert checkpoint_names == [[], [], ["checkpoint-1", "checkpoint-2"], ["checkpoint-1"]]
 
 
-def test_cards_of_different_memory_train_by_the_smaller_and_different_flags_end_both_in_one_line(
-    play, tiny_base, photos, tmp_path
-):
+def test_smaller_card_decides_and_unequal_flags_end_both(play, tiny_base, photos, tmp_path):
     file, own_file = tmp_path / "config.json", tmp_path / "own.json"
     one_word = [
         str(photos),
@@ -257,49 +251,49 @@ def test_cards_of_different_memory_train_by_the_smaller_and_different_flags_end_
     planned = tiny_config(tiny_base, photos, tmp_path / "plan", max_train_steps=2, memory="auto")
     file.write_text(json.dumps(planned.to_dict()))
     own_file.write_text(json.dumps(tiny_config(tiny_base, photos, tmp_path / "run").to_dict()))
-    own = ["--config", str(own_file)]
+    own_flags = ["--config", str(own_file)]
     pairs = [
-        [[*own, "--rank", "2"], [*own, "--rank", "4"]],
-        [own, [*own, "--rank", "many"]],
-        [[*own, "--memory", "auto"], own],
+        [[*own_flags, "--rank", "2"], [*own_flags, "--rank", "4"]],
+        [own_flags, [*own_flags, "--rank", "many"]],
+        [[*own_flags, "--memory", "auto"], own_flags],
         [[str(photos), "dog"], [str(photos), "cat"]],
     ]
     free_and_flags = [([23.2, 20.8], [one_word] * 2)]
     free_and_flags += [([23.2, 0.01], [["--config", str(file)]] * 2)]
     free_and_flags += [([23.2, 3.0], pair) for pair in pairs]
-    ended, both = play([{"free": free, "flags": flags} for free, flags in free_and_flags])
-    said = [words for _, words in ended]
-    for main, other in zip(*(played[:2] for played in both), strict=True):
+    ended, processes = play([{"free": free, "flags": flags} for free, flags in free_and_flags])
+    outputs = [output for _, output in ended]
+    for main, second in zip(*(played[:2] for played in processes), strict=True):
         assert (
-            main["adapter"] == other["adapter"]
-            and main["code"] == other["code"] == 0
+            main["adapter"] == second["adapter"]
+            and main["code"] == second["code"] == 0
             and main["adapter"]
-        ), said
+        ), outputs
     word, plan = (
         json.loads((tmp_path / name / "train_config.json").read_text()) for name in ("word", "plan")
     )
     assert word["rank"] == 16 and plan["gradient_checkpointing"] is True
-    assert "recipe: assets/configs/sdxl.toml (" in said[0]
+    assert "recipe: assets/configs/sdxl.toml (" in outputs[0]
     assert all(
-        (end["code"], end["adapter"]) == (2, None) for played in both for end in played[2:]
-    ), said
-    main, other = (
-        [line for line in words.splitlines() if line.startswith("error: ")] for words in said
+        (end["code"], end["adapter"]) == (2, None) for played in processes for end in played[2:]
+    ), outputs
+    main, second = (
+        [line for line in output.splitlines() if line.startswith("error: ")] for output in outputs
     )
-    assert len(main) == len(other) == len(pairs), said
+    assert len(main) == len(second) == len(pairs), outputs
     same = "give all processes the same flags and files."
     assert (
         main[0]
-        == other[0]
+        == second[0]
         == f"error: process 1 has --rank 4, and the main process --rank 2: {same}"
     )
     assert (
-        main[1] == f"error: process 1 ended: {other[1].removeprefix('error: ')}"
-        and "many" in other[1]
+        main[1] == f"error: process 1 ended: {second[1].removeprefix('error: ')}"
+        and "many" in second[1]
     )
     assert (
         main[2]
         == f"error: process 1 has --memory None, and the main process --memory 'auto': {same}"
     )
     assert main[3] == f"error: process 1 has cat, and the main process dog: {same}"
-    assert not any("Traceback" in words for words in said)
+    assert not any("Traceback" in output for output in outputs)

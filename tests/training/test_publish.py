@@ -55,11 +55,14 @@ def card(use_dora: bool = False, **changes) -> str:
 
 
 def test_the_card_says_which_photos_a_model_made():
-    said = "2 of 3 photos were made by owner/editor, licence Apache-2.0"
-    assert f"\n\n{said}.\n\n## Proof" in card(synthetic_lines=(said,)) and "made by" not in card()
+    sentence = "2 of 3 photos were made by owner/editor, licence Apache-2.0"
+    assert (
+        f"\n\n{sentence}.\n\n## Proof" in card(synthetic_lines=(sentence,))
+        and "made by" not in card()
+    )
 
 
-def test_the_card_says_how_it_reloads_for_which_programs_and_whether_the_run_ended():
+def test_card_tells_proof_programs_and_end_of_run():
     """0.29 and 0.33 of diffusers ignore `dtype=` and load fp32."""
     assert "from_pretrained('owner/base', torch_dtype=torch.float16)" in card()
     assert "is the same adapter for ComfyUI" in card() and "DoRA" not in card()
@@ -77,20 +80,22 @@ def test_the_card_says_how_it_reloads_for_which_programs_and_whether_the_run_end
     assert "# dog: a practice adapter of the embedded base `toy` for “a" in card(adapter=toy)
 
 
-def test_the_card_names_the_programs_that_the_guide_says_read_the_kohya_file():
+def test_card_and_guide_name_equal_programs():
     """It named Fooocus, which nobody has tried, and not Forge."""
     guide = (DOCS / "comfyui.md").read_text(encoding="utf-8")
     readers = set(re.findall(r"^\| ([^|]+) \| yes", guide, re.MULTILINE))
     libraries = {"diffusers", "kohya's sd-scripts", "OneTrainer"}
-    named = re.search("is the same adapter for (.+) and (.+)\\.", card())
-    assert {*named[1].split(", "), named[2]} == readers - libraries != set()
+    programs = re.search("is the same adapter for (.+) and (.+)\\.", card())
+    assert {*programs[1].split(", "), programs[2]} == readers - libraries != set()
 
 
-def test_the_card_of_a_transformer_says_the_bases_licence_and_the_options_of_text():
+def test_transformer_card_tells_licence_and_text_options():
     structures = {"transformer": {"class": "FluxTransformer2DModel", "config": {}}}
     facts = AdapterMetadata(rank=4, alpha=4.0, base_id="owner/base", structures=structures)
-    said = "| Base | owner/base |\n| Licence of FLUX.1 | FLUX.1 dev Non-Commercial |\n| Adapter |"
-    assert said in card(adapter=facts) and "ComfyUI reads the same file." in card(adapter=facts)
+    sentence = (
+        "| Base | owner/base |\n| Licence of FLUX.1 | FLUX.1 dev Non-Commercial |\n| Adapter |"
+    )
+    assert sentence in card(adapter=facts) and "ComfyUI reads the same file." in card(adapter=facts)
     assert "reads the same" not in card(True, adapter=facts) and "drops DoRA's" in card(
         True, adapter=facts
     )
@@ -106,15 +111,15 @@ def test_the_card_of_a_transformer_says_the_bases_licence_and_the_options_of_tex
 def test_the_card_says_whether_comfyui_reads_the_familys_file(family):
     structures = {"transformer": {"class": family.model, "config": {}}}
     facts = AdapterMetadata(rank=4, alpha=4.0, structures=structures)
-    reads, said = not family.not_in_comfyui, "ComfyUI reads the same file."
+    reads, sentence = not family.not_in_comfyui, "ComfyUI reads the same file."
     if not reads:
-        said = f"ComfyUI does not read this file: {family.not_in_comfyui}."
-    assert said in card(adapter=facts)
+        sentence = f"ComfyUI does not read this file: {family.not_in_comfyui}."
+    assert sentence in card(adapter=facts)
     assert ("drops DoRA's magnitudes" in card(use_dora=True, adapter=facts)) == reads
-    assert (said in card(use_dora=True, adapter=facts)) != reads
+    assert (sentence in card(use_dora=True, adapter=facts)) != reads
 
 
-def test_the_cards_front_matter_is_yaml_and_names_the_pictures_and_no_other_file():
+def test_front_matter_is_yaml_and_names_only_images():
     odd = 'a "sks": dog # \u2028 \x1b 🦆 \x85 ---\n---\n'
     front = ModelCard(card(images=(("image_0.png", odd),))).data
     assert front.base_model == "owner/base" and front.instance_prompt == 'a photo of "sks": dog'
@@ -136,15 +141,13 @@ def test_the_cards_front_matter_is_yaml_and_names_the_pictures_and_no_other_file
 @pytest.mark.parametrize(
     "name", ["dog", "dog[1]", "dog]", "a*b?", "[!d]og", "dog [of mine", "{dog}"]
 )
-def test_only_the_adapter_its_card_and_its_pictures_are_pushed_also_by_names_that_read_as_patterns(
-    name, tmp_path, monkeypatch
-):
-    asked = []
+def test_only_public_files_are_pushed_whatever_their_names(name, tmp_path, monkeypatch):
+    patterns = []
 
     class Hub:
         def __init__(self, token):
             self.create_repo = lambda *_, **__: SimpleNamespace(repo_id="owner/dog")
-            self.upload_folder = lambda allow_patterns, **_: asked.extend(allow_patterns)
+            self.upload_folder = lambda allow_patterns, **_: patterns.extend(allow_patterns)
 
     monkeypatch.setattr(hub, "HfApi", Hub)
     public = [
@@ -167,8 +170,11 @@ def test_only_the_adapter_its_card_and_its_pictures_are_pushed_also_by_names_tha
         (tmp_path / name).touch()
     assert list_public_files(tmp_path) == sorted(public)
     push_to_hub(tmp_path, "owner/dog", None)
-    others = ["dog1.kohya.safetensors", "axxbx.kohya.safetensors", "log.kohya.safetensors"]
-    assert list(filter_repo_objects([*public, *private, *others], allow_patterns=asked)) == public
+    other_names = ["dog1.kohya.safetensors", "axxbx.kohya.safetensors", "log.kohya.safetensors"]
+    assert (
+        list(filter_repo_objects([*public, *private, *other_names], allow_patterns=patterns))
+        == public
+    )
 
 
 class Unreachable(HfApi):
@@ -180,9 +186,7 @@ class Unreachable(HfApi):
     whoami = create_repo
 
 
-def test_a_push_that_cannot_be_done_is_one_line_and_name_and_token_are_checked_before(
-    tmp_path, monkeypatch, caplog
-):
+def test_failed_push_is_one_line_and_token_is_checked_first(tmp_path, monkeypatch, caplog):
     """The name is that of the run."""
 
     def refuse(*_):
@@ -207,7 +211,7 @@ def test_a_push_that_cannot_be_done_is_one_line_and_name_and_token_are_checked_b
         check_hub_upload(TrainConfig())
 
 
-def test_a_contact_sheet_has_every_row_and_a_loss_plot_is_drawn_with_and_without_prior(tmp_path):
+def test_contact_sheet_rows_and_loss_plots(tmp_path):
     """A row of no picture is none. Pictures are whole: a portrait was cut to a square, without its
     head."""
     tile = Image.new("RGB", (40, 30), (255, 0, 0))
@@ -239,25 +243,23 @@ def config(tiny_base, tmp_path):
     )
 
 
-def test_a_push_that_fails_costs_no_picture_and_comes_before_them(config, tmp_path, monkeypatch):
-    there = []
+def test_failed_push_still_draws_plot_and_sheet(config, tmp_path, monkeypatch):
+    pushed_names = []
 
     def push(folder, *_):
-        there.extend(path.name for path in folder.iterdir())
+        pushed_names.extend(path.name for path in folder.iterdir())
         raise UserError("no hub")
 
     monkeypatch.setattr(publish, "push_to_hub", push)
     with pytest.raises(UserError, match="no hub"):
         train(config(max_train_steps=1, push_to_hub=True))
     assert {"README.md", "pytorch_lora_weights.safetensors"} <= set(
-        there
-    ) and "loss.png" not in there
+        pushed_names
+    ) and "loss.png" not in pushed_names
     assert (tmp_path / "run" / "loss.png").is_file()
 
 
-def test_a_stop_in_the_first_pictures_is_heard_within_one_before_they_are_all_drawn(
-    config, tmp_path
-):
+def test_stop_while_sampling_ends_within_one_image(config, tmp_path):
     tensors = {"latents": 1}
     assert build_stop_callback(lambda: False)(None, 0, None, tensors) is tensors
     with pytest.raises(StopRequestedError):
@@ -269,25 +271,25 @@ def test_a_stop_in_the_first_pictures_is_heard_within_one_before_they_are_all_dr
     assert not RunDir(tmp_path / "run").list_checkpoints()
 
 
-def test_a_gpus_unused_memory_is_freed_between_the_stages_of_a_run(config, monkeypatch):
+def test_unused_gpu_memory_is_freed_between_stages(config, monkeypatch):
     """After photos, after prompts, and after pictures and scores: the next stage has it."""
-    seen = []
-    monkeypatch.setattr(reporter, "free_unused_blocks", lambda device: seen.append("free"))
+    stages = []
+    monkeypatch.setattr(reporter, "free_unused_blocks", lambda device: stages.append("free"))
 
     def note(event):
         name = getattr(event, "phase", event.kind)
-        if seen[-1:] != [name]:
-            seen.append(name)
+        if stages[-1:] != [name]:
+            stages.append(name)
 
     def evaluator(sampler, step):
         return {"score": 1}
 
     evaluator.prompts = ()
-    drawn = {"num_validation_images": 1, "validation_steps": 2}
-    train(config(max_train_steps=2, evaluate_steps=2, **drawn), note, evaluator=evaluator)
+    sample_settings = {"num_validation_images": 1, "validation_steps": 2}
+    train(config(max_train_steps=2, evaluate_steps=2, **sample_settings), note, evaluator=evaluator)
     prepared = "start loading caching free free"
     first, last = "sampling sample free step", "evaluating free evaluation sampling sample free"
-    assert " ".join(seen).startswith(f"{prepared} {first} {last} ")
+    assert " ".join(stages).startswith(f"{prepared} {first} {last} ")
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
@@ -300,9 +302,7 @@ def test_unused_memory_goes_back_to_the_driver_of_each_gpu(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("is_typed", [False, True])
-def test_an_evaluator_of_ones_own_gives_scores_alone_and_the_run_keeps_the_best(
-    is_typed, config, tmp_path
-):
+def test_custom_evaluator_scores_and_best_step_is_kept(is_typed, config, tmp_path):
     """Whole numbers were left out of `metrics.jsonl`, and scores without `best` ended the run."""
     scores = {1: {"score": 0.25, "count": 3}, 2: {"score": 1, "count": 4}, 3: {"likeness": 2}}
 
@@ -311,14 +311,16 @@ def test_an_evaluator_of_ones_own_gives_scores_alone_and_the_run_keeps_the_best(
 
     evaluator.prompts = ()
     train(config(evaluate_steps=1), evaluator=evaluator)
-    found = logged(tmp_path / "run", "evaluation")
-    assert [event.get("score") for event in found] == [0.25, 1, None]
-    assert [event.get("count") for event in found] == [3, 4, None] and found[2]["likeness"] == 2
-    assert [event["best"] for event in found[1:]] == [{"step": 2, "score": 1, "since": 0}] * 2
+    evaluations = logged(tmp_path / "run", "evaluation")
+    assert [event.get("score") for event in evaluations] == [0.25, 1, None]
+    assert [event.get("count") for event in evaluations] == [3, 4, None] and evaluations[2][
+        "likeness"
+    ] == 2
+    assert [event["best"] for event in evaluations[1:]] == [{"step": 2, "score": 1, "since": 0}] * 2
     assert RunDir(tmp_path / "run").best_dir.is_dir()
 
 
-def test_a_run_whose_evaluator_gives_no_score_ends_without_a_best_step(config, tmp_path):
+def test_run_without_scores_has_no_best_step(config, tmp_path):
     def evaluator(sampler, step):
         return {"likeness": 0.5}
 
@@ -331,24 +333,24 @@ def test_a_run_whose_evaluator_gives_no_score_ends_without_a_best_step(config, t
 
 
 @pytest.mark.slow
-def test_a_stop_in_the_scores_and_pictures_of_a_step_saves_it_and_they_are_made_afterwards(
-    config, tmp_path
-):
-    run, asked, both = RunDir(tmp_path / "run"), [], DRAWN | {"evaluate_steps": 2}
+def test_stop_while_scoring_saves_and_resume_catches_up(config, tmp_path):
+    run, steps_asked, settings = RunDir(tmp_path / "run"), [], DRAWN | {"evaluate_steps": 2}
 
     def evaluator(sampler, step):
         """It is interrupted the first time."""
-        asked.append(step)
-        if len(asked) == 1:
+        steps_asked.append(step)
+        if len(steps_asked) == 1:
             raise StopRequestedError
         return {"score": 1.0, "best": {"step": step, "score": 1.0, "since": 0}}
 
     evaluator.prompts = ()
-    result = train(config(**both), evaluator=evaluator, should_stop=lambda: bool(asked))
+    result = train(config(**settings), evaluator=evaluator, should_stop=lambda: bool(steps_asked))
     assert result.interrupted and result.step == 2 and run.adapter_path.is_file()
     assert not (run.samples_dir / "step_000002_1.png").exists()
-    assert train(config(resume_from_checkpoint="latest", **both), evaluator=evaluator).step == 3
-    assert asked == [2, 2] and [event["step"] for event in logged(run.path, "evaluation")] == [2]
+    assert train(config(resume_from_checkpoint="latest", **settings), evaluator=evaluator).step == 3
+    assert steps_asked == [2, 2] and [
+        event["step"] for event in logged(run.path, "evaluation")
+    ] == [2]
     assert [event["step"] for event in logged(run.path, "sample")] == [0, 2, 3]
 
 
@@ -360,10 +362,10 @@ def note_first(samples: ValidationSamples) -> None:
     samples.run_dir.record_event(build_record(SamplesSaved(0, [""] * len(seeds), prompts, seeds)))
 
 
-def test_pictures_of_step_0_are_on_the_sheet_under_the_prompts_that_they_were_drawn_for(tmp_path):
+def test_sheet_shows_step_0_images_under_their_prompts(tmp_path):
     """A resumed run may ask for another prompt, or for another number of pictures."""
     config = TrainConfig(num_validation_images=2, validation_prompt="a dog", seed=3)
-    begun, more, other = (
+    begun, more, other_prompt = (
         ValidationSamples.from_config(replace(config, **changes), RunDir(tmp_path), 1)
         for changes in ({}, {"num_validation_images": 3}, {"validation_prompt": "a cat"})
     )
@@ -375,33 +377,35 @@ def test_pictures_of_step_0_are_on_the_sheet_under_the_prompts_that_they_were_dr
         len(row.images) == 2 for row in rows
     )
     assert (
-        publish.build_sheet_rows(replace(config, validation_prompt="a cat"), [], other, [])[
+        publish.build_sheet_rows(replace(config, validation_prompt="a cat"), [], other_prompt, [])[
             1
         ].images
         == []
     )
 
 
-def test_trackers_get_numbers_switches_and_choices_and_no_text_of_the_users():
-    def told_of(**settings) -> dict:
+def test_trackers_get_settings_without_user_text():
+    def start_and_get_config(**settings) -> dict:
         got = {}
         accelerator = SimpleNamespace(init_trackers=lambda _, config: got.update(config))
         reporter.Reporter(RunDir("run"), accelerator, None).start_trackers(TrainConfig(**settings))
         return got
 
-    told = told_of(optimizer="Prodigy", learning_rate=1.0, random_flip=True)
-    assert (told["optimizer"], told["learning_rate"], told["random_flip"]) == ("Prodigy", 1.0, True)
+    tracked = start_and_get_config(optimizer="Prodigy", learning_rate=1.0, random_flip=True)
+    assert (tracked["optimizer"], tracked["learning_rate"], tracked["random_flip"]) == (
+        "Prodigy",
+        1.0,
+        True,
+    )
     for name in [name for name, (kind, _) in FIELD_TYPES.items() if kind is str]:
         if not SETTINGS[name].metadata["choices"]:
-            assert "alice" not in told_of(**{name: "alice"}).values(), name
+            assert "alice" not in start_and_get_config(**{name: "alice"}).values(), name
 
 
-def test_a_tracker_that_fails_is_said_once_and_one_that_cannot_start_is_a_mistake(
-    config, tmp_path, monkeypatch, caplog
-):
+def test_failing_tracker_warns_once_or_refuses_to_start(config, tmp_path, monkeypatch, caplog):
     """That ends the run before anything is loaded."""
     (tmp_path / "run" / "logs").mkdir(parents=True)
-    file, asked, log, events = (
+    file, steps_asked, log, events = (
         tmp_path / "run" / "logs" / "dreambooth_moslora",
         [],
         TensorBoardTracker.log,
@@ -416,14 +420,14 @@ def test_a_tracker_that_fails_is_said_once_and_one_that_cannot_start_is_a_mistak
     file.unlink()
 
     def fail_later(self, values, step, **options):
-        asked.append(step)
+        steps_asked.append(step)
         if step > 1:
             raise ConnectionError("no\nnetwork")
         log(self, values, step, **options)
 
     monkeypatch.setattr(TensorBoardTracker, "log", fail_later)
     assert train(config(report_to="tensorboard")).proof is not None
-    assert asked == [1, 2]
+    assert steps_asked == [1, 2]
     assert (
         caplog.text.count(
             "tensorboard failed and is not used again in this run: ConnectionError no network"

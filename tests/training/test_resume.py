@@ -127,11 +127,11 @@ def photos(tmp_path_factory):
     return paint_photos(folder / "photos")
 
 
-def left_by(folder: Path) -> dict[str, bytes]:
+def read_results(folder: Path) -> dict[str, bytes]:
     """The published files, the last checkpoint's adapter and the class images, whole."""
-    found = [*folder.glob("*.safetensors"), *folder.glob("last/*.safetensors")]
-    found += RunDir(folder).class_images_dir.rglob("*.*")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+    paths = [*folder.glob("*.safetensors"), *folder.glob("last/*.safetensors")]
+    paths += RunDir(folder).class_images_dir.rglob("*.*")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_interrupted_and_resumed_equals_unbroken(kind, tiny_base, photos, tmp_pa
     )
     again, run = replace(config, resume_from_checkpoint="latest"), RunDir(tmp_path / "run")
     train(config)
-    unbroken = left_by(run.path)
+    unbroken = read_results(run.path)
     shutil.rmtree(run.path)
     for step in STOPS.get(kind, (2,)):
         heard = (
@@ -158,18 +158,16 @@ def test_interrupted_and_resumed_equals_unbroken(kind, tiny_base, photos, tmp_pa
         )
         result = train(again, *heard)
         assert result.interrupted and result.step == step
-        found = left_by(run.path)
-        assert found != unbroken and found.keys() <= unbroken.keys()
+        results = read_results(run.path)
+        assert results != unbroken and results.keys() <= unbroken.keys()
         assert not step or run.find_latest_checkpoint().name == "last"
     result = train(again)
     assert not result.interrupted and result.step == config.max_train_steps
-    assert left_by(run.path) == unbroken
+    assert read_results(run.path) == unbroken
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_stopped_and_go_on_equal_two_unbroken_ones(
-    tiny_base, photos, tmp_path, play
-):
+def test_two_resumed_processes_equal_unbroken_ones(tiny_base, photos, tmp_path, play):
     """The second hears the signal in its second step."""
     settings = {"max_train_steps": 4, **KINDS["class_images_and_captions"]}
     whole, torn = (
@@ -182,26 +180,24 @@ def test_two_processes_that_are_stopped_and_go_on_equal_two_unbroken_ones(
         stopped,
         {"config": replace(torn, resume_from_checkpoint="latest")},
     ]
-    ended, both = play(scenes)
-    for played in both:
+    ended, played_scenes = play(scenes)
+    for played in played_scenes:
         assert [scene["code"] for scene in played] == [0, 130, 0], ended
         assert [scene["averaged"] for scene in played[1:]] == [[0, 1], [2, 3]]
-    assert left_by(tmp_path / "torn" / "run") == left_by(tmp_path / "whole" / "run") != {}
+    assert read_results(tmp_path / "torn" / "run") == read_results(tmp_path / "whole" / "run") != {}
 
 
 @pytest.mark.slow
-def test_a_resumed_run_has_each_step_once_the_new_learning_rate_and_the_seed_it_drew(
-    tiny_base, photos, tmp_path
-):
+def test_resume_logs_each_step_once_with_new_rate_and_old_seed(tiny_base, photos, tmp_path):
     rate = {"learning_rate": 5e-3, "resume_from_checkpoint": "latest"}
     train(tiny_config(tiny_base, photos, tmp_path / "run", seed=None), *stop_at(2))
-    drawn = RunDir(tmp_path / "run").read_events()[0]["config"]["seed"]
+    seed = RunDir(tmp_path / "run").read_events()[0]["config"]["seed"]
     train(tiny_config(tiny_base, photos, tmp_path / "run", seed=None, **rate))
     rates = [(event["step"], event["lr"]) for event in logged(tmp_path / "run")]
     assert rates == [*((step, 1e-2) for step in (1, 2)), *((step, 5e-3) for step in (3, 4, 5))]
     assert [event["state"] for event in logged(tmp_path / "run", "end")] == ["done"]
-    train(tiny_config(tiny_base, photos, tmp_path / "again", seed=drawn), *stop_at(2))
-    train(tiny_config(tiny_base, photos, tmp_path / "again", seed=drawn, **rate))
+    train(tiny_config(tiny_base, photos, tmp_path / "again", seed=seed), *stop_at(2))
+    train(tiny_config(tiny_base, photos, tmp_path / "again", seed=seed, **rate))
     assert adapter_sha256(tmp_path / "again") == adapter_sha256(tmp_path / "run")
 
 
@@ -219,9 +215,7 @@ def test_latest_without_a_checkpoint_begins_anew_and_says_so(tiny_base, photos, 
 
 
 @pytest.mark.slow
-def test_numbered_checkpoints_are_those_of_diffusers_script_and_the_end_is_called_last(
-    tiny_base, photos, tmp_path
-):
+def test_checkpoint_names_equal_those_of_diffusers_script(tiny_base, photos, tmp_path):
     """Multiples of `--checkpointing_steps`, the newest `--checkpoints_total_limit` of them."""
     run = RunDir(tmp_path / "run")
 
@@ -246,15 +240,15 @@ def test_numbered_checkpoints_are_those_of_diffusers_script_and_the_end_is_calle
 
 def test_a_later_best_goes_aside(tiny_base, photos, tmp_path, monkeypatch):
     """An earlier one stays. A run in a fresh folder can be watched while it is prepared."""
-    seen, prepare, run = [], loop.prepare_inputs, RunDir(tmp_path / "run")
+    events_seen, prepare, run = [], loop.prepare_inputs, RunDir(tmp_path / "run")
 
-    def prepare_seen(*given, **named):
-        seen.extend(run.read_events())
-        return prepare(*given, **named)
+    def prepare_seen(*arguments, **options):
+        events_seen.extend(run.read_events())
+        return prepare(*arguments, **options)
 
     monkeypatch.setattr(loop, "prepare_inputs", prepare_seen)
     train(tiny_config(tiny_base, photos, run.path, max_train_steps=3, checkpointing_steps=2))
-    assert [event["type"] for event in seen] == ["start"]
+    assert [event["type"] for event in events_seen] == ["start"]
     run.best_dir.mkdir()
     run.record_event(
         {"type": "evaluation", "step": 4, "best": {"step": 3, "score": 1.0, "since": 1}}
@@ -276,12 +270,12 @@ def finished(tiny_base, photos, tmp_path_factory):
     return folder, config
 
 
-def test_a_checkpoint_before_the_end_tells_its_step_also_exported(finished, tmp_path):
+def test_exported_checkpoint_tells_its_step(finished, tmp_path):
     """The exported file said that it was the whole run's."""
-    for step, told in ((1, 1), (2, None)):
+    for step, expected_step in ((1, 1), (2, None)):
         source, out = RunDir(finished[0]).get_checkpoint_path(step), tmp_path / str(step)
         assert main(["export", str(source), "--out", str(out)]) == 0
-        assert load_published(out)[1].step == told
+        assert load_published(out)[1].step == expected_step
 
 
 @pytest.fixture
@@ -305,9 +299,7 @@ CHANGES |= dict.fromkeys(OFF, (True, "has False; you ask for True"))
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_setting_that_the_checkpoint_has_otherwise_is_refused_with_both_values(
-    name, finished, checkpoint
-):
+def test_fixed_setting_that_differs_on_resume_is_refused(name, finished, checkpoint):
     value, says = CHANGES[name]
     with pytest.raises(UserError, match=f"--{name}: checkpoint-1 {says}: resume without it"):
         check_resumed_settings(
@@ -360,16 +352,14 @@ CHANGED = {
 }
 
 
-def told_of(records) -> list[str]:
+def list_changes_logged(records) -> list[str]:
     """What a run said of its checkpoint, without the checkpoint's name."""
     end = " (since checkpoint-1)"
     lines = [record.getMessage() for record in records]
     return [line.removesuffix(end) for line in lines if line.endswith(end)]
 
 
-def test_a_resumed_run_says_each_setting_and_photo_that_changed_and_an_unchanged_one_nothing(
-    tmp_path, monkeypatch, caplog
-):
+def test_resume_logs_changed_settings_and_photos(tmp_path, monkeypatch, caplog):
     """On the embedded base; a dry run says the same."""
     monkeypatch.chdir(tmp_path)
     paint_photos(tmp_path / "photos", 4)
@@ -382,13 +372,13 @@ def test_a_resumed_run_says_each_setting_and_photo_that_changed_and_an_unchanged
 
     train(config(**begun, **again))
     dry_run.describe_run(config(**begun, **again))
-    assert told_of(caplog.records) == []
+    assert list_changes_logged(caplog.records) == []
 
     # A photo goes, one comes, one gets another content, a caption is rewritten.
-    others = Path(shutil.copytree(tmp_path / "photos", tmp_path / "others"))
-    (others / "0.png").rename(others / "4.png")
-    shutil.copy(others / "4.png", others / "1.png")
-    (others / "3.txt").write_text("sks dog at home")
+    other_photos = Path(shutil.copytree(tmp_path / "photos", tmp_path / "others"))
+    (other_photos / "0.png").rename(other_photos / "4.png")
+    shutil.copy(other_photos / "4.png", other_photos / "1.png")
+    (other_photos / "3.txt").write_text("sks dog at home")
     of_photos = ["0.png: removed", "1.png: replaced", "3.txt: replaced", "4.png: added"]
     changed = {name: after for name, (_, after, _) in CHANGED.items()}
     expected = sorted([line for *_, line in CHANGED.values()] + of_photos)
@@ -396,21 +386,21 @@ def test_a_resumed_run_says_each_setting_and_photo_that_changed_and_an_unchanged
     block = next(block for block in report.split("\n\n") if block.startswith("changed since"))
     assert sorted(block.split("\n  ")[1:]) == expected
     train(config(**changed, **again))
-    assert sorted(told_of(caplog.records)) == expected
-    assert all(record.levelname == "WARNING" for record in caplog.records if told_of([record]))
+    assert sorted(list_changes_logged(caplog.records)) == expected
+    assert all(
+        record.levelname == "WARNING" for record in caplog.records if list_changes_logged([record])
+    )
 
 
-def test_a_checkpoint_tells_what_it_was_trained_with_and_one_of_an_earlier_version_goes_on(
-    finished, checkpoint
-):
+def test_checkpoint_records_settings_and_old_ones_resume(finished, checkpoint):
     """Its folder's last run may have had other settings. Many photos are counted."""
     position = verify_checkpoint(checkpoint)
     config = finished[1](checkpointing_steps=1, seed=None)
     photos = position.photos
     assert checkpoints.list_changes(position, config, photos) == []
     many = {f"{number}.png": "" for number in range(1, 30)}
-    told = checkpoints.list_changes(position, config, many)
-    assert told == ["photos and the files beside them: 27 added, 1 removed, 2 replaced"]
+    changes = checkpoints.list_changes(position, config, many)
+    assert changes == ["photos and the files beside them: 27 added, 1 removed, 2 replaced"]
 
     # The first versions wrote neither settings nor photos.
     earlier = replace(position, settings={}, photos={}, digest="")
@@ -419,9 +409,9 @@ def test_a_checkpoint_tells_what_it_was_trained_with_and_one_of_an_earlier_versi
     facts = {name: getattr(position, name) for name in ("step", "seed", "optimizer", "base")}
     facts["digest"] = hash_values(**facts, digest="", files=files)
     (checkpoint / "position.json").write_text(json.dumps(facts))
-    found = verify_checkpoint(checkpoint)
-    assert replace(found, digest="") == earlier
-    assert checkpoints.list_changes(found, finished[1](learning_rate=1.0), photos) == []
+    position_read = verify_checkpoint(checkpoint)
+    assert replace(position_read, digest="") == earlier
+    assert checkpoints.list_changes(position_read, finished[1](learning_rate=1.0), photos) == []
 
 
 def flip_unet(base: Path) -> None:
@@ -472,7 +462,7 @@ where it is refused."""
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_another_denoiser_is_refused_in_any_precision_and_other_encoders_are_told(
+def test_other_denoiser_is_refused_and_other_encoders_logged(
     name, tiny_base, checkpoint, prepare_base, tmp_path
 ):
     change, settings, lines = OTHERS[name]
@@ -488,34 +478,31 @@ def test_another_denoiser_is_refused_in_any_precision_and_other_encoders_are_tol
         compare(position, digests)
 
     # The first versions told no digests, and their checkpoints go on as they did.
-    held = "torch.float32 none None 0f6ad33c"
-    assert compare(replace(position, base=held), digests) == []
+    identity = "torch.float32 none None 0f6ad33c"
+    assert compare(replace(position, base=identity), digests) == []
 
 
-def test_a_resumed_run_says_which_parts_of_the_base_were_replaced(
-    tiny_base, goes_on, tmp_path, caplog
-):
+def test_resume_logs_replaced_parts_of_the_base(tiny_base, goes_on, tmp_path, caplog):
     base = Path(shutil.copytree(tiny_base, tmp_path / tiny_base.name))
     change_token(base)
     flip_vae(base)
     goes_on(pretrained_model_name_or_path=str(base))
-    told = ["text_encoder: replaced", "vae: replaced"]
-    assert [line for line in told_of(caplog.records) if "replaced" in line] == told
+    replaced = ["text_encoder: replaced", "vae: replaced"]
+    lines = list_changes_logged(caplog.records)
+    assert [line for line in lines if line.endswith(": replaced")] == replaced
 
 
 @pytest.mark.slow
-def test_a_base_with_other_weights_is_refused_and_one_in_another_folder_or_precision_is_not(
-    tiny_base, goes_on, tmp_path
-):
-    other = Path(shutil.copytree(tiny_base, tmp_path / "other"))
-    goes_on(pretrained_model_name_or_path=str(other))
-    (file,) = (other / "unet").glob("*.safetensors")
+def test_base_is_recognised_by_weights_not_folder_or_dtype(tiny_base, goes_on, tmp_path):
+    other_base = Path(shutil.copytree(tiny_base, tmp_path / "other"))
+    goes_on(pretrained_model_name_or_path=str(other_base))
+    (file,) = (other_base / "unet").glob("*.safetensors")
     save_file({name: tensor + 0.01 for name, tensor in load_file(file).items()}, file)
     with pytest.raises(
         UserError,
         match="checkpoint-1 was trained on a base with other weights: resume with that one",
     ):
-        goes_on(pretrained_model_name_or_path=str(other))
+        goes_on(pretrained_model_name_or_path=str(other_base))
     goes_on(mixed_precision="bf16")
 
 
@@ -542,17 +529,15 @@ def test_a_damaged_checkpoint_is_named_in_one_line(name, number, finished, check
     (checkpoint / name).write_bytes(
         (checkpoint / name).read_bytes()[:-200] if content is None else content
     )
-    with pytest.raises(UserError, match=f"checkpoint-1 is damaged .{name}") as found:
+    with pytest.raises(UserError, match=f"checkpoint-1 is damaged .{name}") as error:
         if name == "position.json":
             verify_checkpoint(checkpoint)
         check_resumed_settings(finished[1](), checkpoint, position)
         checkpoints.load_states(checkpoint, "optimizer.pt")
-    assert "\n" not in str(found.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_checkpoint_with_a_file_missing_is_not_the_latest_and_is_refused_by_name(
-    checkpoint, tmp_path
-):
+def test_incomplete_checkpoint_is_never_resumed(checkpoint, tmp_path):
     run = RunDir(tmp_path)
     for missing in DAMAGE:
         shutil.copytree(checkpoint, run.get_checkpoint_path(2), dirs_exist_ok=True)
@@ -563,9 +548,7 @@ def test_a_checkpoint_with_a_file_missing_is_not_the_latest_and_is_refused_by_na
 
 
 @pytest.mark.slow
-def test_latest_passes_by_a_checkpoint_that_was_changed_and_the_run_ends_as_it_was(
-    finished, tmp_path, caplog
-):
+def test_latest_skips_a_damaged_checkpoint(finished, tmp_path, caplog):
     config = finished[1](output_dir=str(tmp_path / "run"), max_train_steps=4, checkpointing_steps=2)
     train(config)
     run = RunDir(tmp_path / "run")
@@ -621,7 +604,7 @@ def test_a_mistake_touches_no_finished_run(name, finished):
     assert [event.state for event in events[-1:]] == (["failed"] if name == "rank" else [])
 
 
-def test_a_run_that_is_stopped_before_it_begins_touches_nothing_and_a_resumed_one_only_says_so(
+def test_stop_before_the_first_step_changes_no_files(
     finished,
 ):
     folder, config = finished
@@ -657,9 +640,7 @@ def test_what_another_program_left_under_our_names_is_set_aside(source, finished
     assert (run / "checkpoint-2" / "position.json").is_file()
 
 
-def test_an_earlier_run_goes_aside_with_its_scores_also_where_the_folder_had_another_name(
-    finished, tmp_path
-):
+def test_earlier_run_is_moved_aside_with_its_scores(finished, tmp_path):
     folder, config = finished
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
@@ -676,7 +657,7 @@ def test_an_earlier_run_goes_aside_with_its_scores_also_where_the_folder_had_ano
     assert [path.name for path in RunDir(moved).list_checkpoints()] == ["last"]
 
 
-def test_an_earlier_runs_curves_go_aside_and_those_of_a_run_that_goes_on_stay(finished, tmp_path):
+def test_earlier_curves_are_moved_aside_unless_resumed(finished, tmp_path):
     """Tensorboard drew the curves of both as one: it reads all files of a folder."""
     config = partial(finished[1], output_dir=tmp_path / "run", report_to="tensorboard")
     steps = lambda folder: [  # noqa: E731

@@ -100,7 +100,7 @@ FAULTS = {
 """Figures with one fault, and what the advice has to say of it."""
 
 
-def test_good_figures_get_no_advice_and_bad_ones_three_lines_at_most():
+def test_good_metrics_get_no_advice_bad_ones_three_lines():
     assert list_advice(GOOD) == [] and run_advice.list_closing_advice(GOOD) == [
         run_advice.NO_ADVICE
     ]
@@ -128,9 +128,11 @@ def test_two_odd_photos_are_spoken_of_as_two():
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_named_alone_with_figure_and_flag(name):
-    run, words = FAULTS[name]
+    run, expected_parts = FAULTS[name]
     (sentence,) = list_advice(run)
-    assert all(word in sentence for word in words.split("; ")) and "\n" not in sentence, sentence
+    assert all(word in sentence for word in expected_parts.split("; ")) and "\n" not in sentence, (
+        sentence
+    )
 
 
 RUN = Path("runs/dog")
@@ -199,11 +201,11 @@ def test_the_command_that_explain_names_ends_a_stopped_run(tiny_base, photos, tm
 
     stop_after(0)
     assert main(explained) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     start = f"nothing was trained; to start again: {run_advice.format_train_command(run)}\n"
-    assert said.splitlines()[0].startswith("it was stopped after 0 of 3 steps") and said.endswith(
-        start
-    )
+    assert output.splitlines()[0].startswith(
+        "it was stopped after 0 of 3 steps"
+    ) and output.endswith(start)
     stop_after(2)
     assert main(explained) == 0
     first, lead, *_ = capsys.readouterr().out.splitlines()
@@ -220,8 +222,8 @@ def test_a_style_is_told_of_no_masks_and_of_no_class():
     """Its pictures have no subject to be masked, and a style has no class."""
     style = replace(CONFIG, subject="style")
     run = replace(with_scores(clip_t_of_base=0.4, drift_of_spread=1.8), config=style)
-    (said,) = list_advice(run)
-    assert "1.8 times" in said and said.endswith("try --max_train_steps 160")
+    (sentence,) = list_advice(run)
+    assert "1.8 times" in sentence and sentence.endswith("try --max_train_steps 160")
     # DINO compares things, which a style leaves free: that its likeness rises says nothing.
     assert list_advice(RISING) and not list_advice(replace(RISING, config=style))
 
@@ -249,14 +251,14 @@ def test_a_run_that_has_the_remedy_gets_the_next_one():
     assert "add masks" in masks and "leak" not in masks
 
 
-def test_what_the_captions_lack_is_read_from_the_photos_of_a_run_that_did_not_note_it(tmp_path):
+def test_bare_prompt_count_is_read_from_photos_if_missing(tmp_path):
     photos = paint_photos(tmp_path / "photos", 2)
     (photos / "0.txt").write_text("a photo of sks dog on grass")
     config = replace(CONFIG, instance_data_dir=str(photos), resolution=64)
     run = RunDir(tmp_path)
-    for count, known in ((2, {}), (5, {"count": 5})):
+    for count, photo_facts in ((2, {}), (5, {"count": 5})):
         run.config_path.write_text(json.dumps(config.to_dict()))
-        run.record_event({"type": "evaluation", "photos": known})
+        run.record_event({"type": "evaluation", "photos": photo_facts})
         assert (load_run_metrics(run).photos, load_run_metrics(run).without_bare_prompt) == (
             count,
             1,
@@ -267,11 +269,11 @@ def test_what_the_captions_lack_is_read_from_the_photos_of_a_run_that_did_not_no
     assert (load_run_metrics(run).photos, load_run_metrics(run).without_bare_prompt) == (5, 0)
 
 
-def test_more_exposures_are_advised_as_the_flag_counts_them_of_the_largest_subject(tmp_path):
+def test_advised_exposures_count_the_largest_subject(tmp_path):
     """With the mean over 4 and 20 photos, half as many again was 2.5 times the steps."""
     pets = [
-        dict(one, instance_data_dir=str(tmp_path / one["instance_data_dir"]))
-        for one in (DOGS, CATS)
+        dict(subject, instance_data_dir=str(tmp_path / subject["instance_data_dir"]))
+        for subject in (DOGS, CATS)
     ]
     config = replace(TWICE.config, resolution=64, max_train_steps=400, subjects=tuple(pets))
     for pet, count in zip(pets, (4, 20)):
@@ -279,11 +281,11 @@ def test_more_exposures_are_advised_as_the_flag_counts_them_of_the_largest_subje
     run = RunDir(tmp_path)
     run.config_path.write_text(json.dumps(config.to_dict()))
     run.record_event({"type": "step", "step": 400})
-    found = load_run_metrics(run)
+    metrics = load_run_metrics(run)
     longer = replace(
-        config, max_train_steps=None, exposures_per_photo=run_advice.compute_more_exposures(found)
+        config, max_train_steps=None, exposures_per_photo=run_advice.compute_more_exposures(metrics)
     )
-    assert found.photos == 24 and 600 <= plan_steps(longer, [4, 20]).total_steps <= 700
+    assert metrics.photos == 24 and 600 <= plan_steps(longer, [4, 20]).total_steps <= 700
 
 
 def test_a_later_report_of_evaluate_is_taken(tmp_path):
@@ -304,18 +306,18 @@ def test_a_later_report_of_evaluate_is_taken(tmp_path):
         "score": 0.4,
     }
     (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(report))
-    found = load_run_metrics(run)
+    metrics = load_run_metrics(run)
     assert (
-        found.scores
+        metrics.scores
         == {
             "dino": 0.6,
             "drift_of_spread": 1.7,
             "copied": 0.3,
             "score": 0.4,
         }
-        and found.copy_alarm
-        and found.leaked == "a red rocket"
-        and found.photo_likeness == {"0.jpg": 0.6}
+        and metrics.copy_alarm
+        and metrics.leaked == "a red rocket"
+        and metrics.photo_likeness == {"0.jpg": 0.6}
     )
     for moment, score in ((1.0, 0.5), (3.0, 0.6)):
         run.metrics_path.write_text(
@@ -337,25 +339,24 @@ def test_a_folder_without_a_run_is_one_line(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_one_word_trains_scores_and_explains_both_faults_and_the_adapter_wants_no_weak_scale(
-    tmp_path, capsys
-):
+def test_rocket_run_trains_scores_and_explains_faults(tmp_path, capsys):
     shutil.copytree(find_asset("assets/subjects/rocket"), tmp_path / "rocket")
     with chdir(tmp_path), few_pictures(templates=2, class_images=2):
         assert main(["train", "rocket", "rocket", *FAULTY, "--num_validation_images=0"]) == 0
-    run, said = RunDir(tmp_path / "runs" / "rocket"), capsys.readouterr().err
+    run, output = RunDir(tmp_path / "runs" / "rocket"), capsys.readouterr().err
     kinds = {event["type"] for event in run.read_events()}
     assert {"evaluation", "export", "end"} <= kinds and run.best_dir.is_dir()
-    assert 1 <= said.count("try next: ") <= 3
-    assert re.search("try next: every rocket turns into yours.* --with_prior_preservation", said)
-    said = list_advice(load_run_metrics(run))
+    assert 1 <= output.count("try next: ") <= 3
+    assert re.search("try next: every rocket turns into yours.* --with_prior_preservation", output)
+    output = list_advice(load_run_metrics(run))
     assert any(
-        "each photo was shown 10 times" in line and "--exposures_per_photo" in line for line in said
-    ), said
+        "each photo was shown 10 times" in line and "--exposures_per_photo" in line
+        for line in output
+    ), output
 
 
 @pytest.mark.slow
-def test_without_a_share_the_bare_prompt_is_said_to_lag_and_with_the_usual_one_it_lags_less(
+def test_bare_prompt_share_reduces_the_bare_prompts_lag(
     tmp_path,
 ):
     """On the sample photos, of whose captions only those with a place stay."""
@@ -373,6 +374,8 @@ def test_without_a_share_the_bare_prompt_is_said_to_lag_and_with_the_usual_one_i
         trained(tmp_path / "usual"),
     )
     assert never.without_bare_prompt == usual.without_bare_prompt == 5
-    said = [line for line in list_advice(never) if "alone shows" in line]
-    assert len(said) == 1 and said[0].endswith("--instance_prompt_share 0.25"), never.scores
+    sentences = [line for line in list_advice(never) if "alone shows" in line]
+    assert len(sentences) == 1 and sentences[0].endswith("--instance_prompt_share 0.25"), (
+        never.scores
+    )
     assert usual.compute_shift("dino_bare") > never.compute_shift("dino_bare") + 0.2

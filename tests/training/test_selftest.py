@@ -29,10 +29,10 @@ HAS_PYTHON_DEVICES = hasattr(backend_registration, "_setup_privateuseone_for_pyt
 DEVICE = "tests.helpers.on_python_gpu"
 
 
-def test_losses_are_compared_step_by_step_and_what_does_not_hold_or_fails_is_told(tmp_path):
+def test_selftest_compares_losses_and_reports_failures(tmp_path):
     far = [([1.0, 2.0], 0.0), ([1.0, 2.2], 0.1), ([1.0], math.inf), ([1.0, math.nan], math.inf)]
-    for found, difference in far:
-        assert selftest.compute_largest_difference(found, [1.0, 2.0]) == pytest.approx(difference)
+    for losses, difference in far:
+        assert selftest.compute_largest_difference(losses, [1.0, 2.0]) == pytest.approx(difference)
     page = selftest.format_page(
         {"torch": "2.13"}, [Finding("resumed", False, "other bytes than an unbroken run")]
     )
@@ -59,9 +59,9 @@ def test_a_run_that_is_resumed_is_judged_beside_two_equal_runs(
 ):
     """By the tensors without the header; where equal runs differ, by runs that are told to sum in
     one order."""
-    asked = []
+    calls = []
     monkeypatch.setattr(
-        SelfTest, "train", lambda self, name, **changes: asked.append((name, changes))
+        SelfTest, "train", lambda self, name, **changes: calls.append((name, changes))
     )
     names = (
         ("device_no", "again", "resumed")
@@ -76,7 +76,7 @@ def test_a_run_that_is_resumed_is_judged_beside_two_equal_runs(
     repeated, resumed = SelfTest(tmp_path).check_resume()
     assert repeated.holds and ("other bytes" in repeated.line) == (len(weights) == 4)
     assert resumed.holds == holds and all(
-        "deterministic" in words for name, words in asked[1:]
+        "deterministic" in call_settings for name, call_settings in calls[1:]
     ) == (len(weights) == 4)
 
 
@@ -97,23 +97,25 @@ def test_compiled_blocks_are_compared_and_so_are_two_processes(tmp_path, monkeyp
     monkeypatch.setattr(selftest, "TRAIN_STEPS", 2)
     test = SelfTest(tmp_path, env=CPU_ENV, launcher=selftest.TWO_GPU_COMMAND)
     test.train("device_no")
-    found = test.check_cards()
-    assert found.holds and found.line.startswith("2 losses of two processes"), found
+    finding = test.check_cards()
+    assert finding.holds and finding.line.startswith("2 losses of two processes"), finding
     if shutil.which("g++"):
-        found = test.check_compiled()
-        assert found.holds and found.line.startswith("losses with compiled blocks, at most "), found
+        finding = test.check_compiled()
+        assert finding.holds and finding.line.startswith("losses with compiled blocks, at most "), (
+            finding
+        )
         assert "transformer blocks compiled" in (tmp_path / "compiled.log").read_text()
 
 
 def test_a_step_of_full_size_is_left_out_where_memory_is_short(tmp_path):
-    found = SelfTest(tmp_path, env=CPU_ENV).measure_step(4.0)
-    assert found.holds and found.line.startswith(
+    finding = SelfTest(tmp_path, env=CPU_ENV).measure_step(4.0)
+    assert finding.holds and finding.line.startswith(
         "left out: 4.0 GiB are free; --memory at 512 px needs full "
     )
 
 
 @pytest.mark.slow
-def test_a_step_is_measured_beside_the_floor_in_a_process_of_its_own(tmp_path):
+def test_step_is_measured_in_its_own_process(tmp_path):
     step = SelfTest(tmp_path, env=CPU_ENV, compiles=True).measure_step(99.0, size="small")
     assert step.holds and "(full); --memory at 512 px needs" in step.line, step
     numbers = re.match(r"([\d.]+) s at 512 px, the floor ([\d.]+) s, peak ([\d.]+) GiB", step.line)
@@ -125,18 +127,20 @@ def test_random_materials_have_all_that_a_step_reads():
     step = TrainStep(
         config, build_random_inputs("small", 64), build_bf16_accelerator(), max_train_steps=1
     )
-    found = step.update_adapter(step.accumulate_gradients())
-    assert 0 < found.total < 10 and found.grad_norm > 0
+    update = step.update_adapter(step.accumulate_gradients())
+    assert 0 < update.total < 10 and update.grad_norm > 0
 
 
 @pytest.mark.slow
-def test_everything_holds_on_a_gpu_written_in_python_or_on_this_cpu(tmp_path):
+def test_selftest_passes_on_the_python_gpu_or_cpu(tmp_path):
     """Beside one training on the CPU. The picture is drawn on the CPU in both cases."""
     program = (sys.executable, "-m", DEVICE) if HAS_PYTHON_DEVICES else PROGRAM
-    found = {finding.name: finding for finding in SelfTest(tmp_path, program=program).run_tests()}
-    assert list(found) == ["losses, fp32", "published", "repeated", "resumed", "generated"]
-    assert all(finding.holds for finding in found.values()), found
-    far = float(re.search(r"at most (\S+) from", found["losses, fp32"].line)[1])
+    findings = {
+        finding.name: finding for finding in SelfTest(tmp_path, program=program).run_tests()
+    }
+    assert list(findings) == ["losses, fp32", "published", "repeated", "resumed", "generated"]
+    assert all(finding.holds for finding in findings.values()), findings
+    far = float(re.search(r"at most (\S+) from", findings["losses, fp32"].line)[1])
     assert far < 1e-4
 
 
@@ -197,8 +201,8 @@ os._exit(0)
 def test_the_stand_in_refuses_what_a_card_refuses():
     """Of a table on the CPU, indexed by numbers on the device, it once made a tensor of the
     device."""
-    said = subprocess.check_output([sys.executable, "-c", STAND_IN], text=True, cwd=ROOT)
-    assert said.splitlines()[-1] == "[] {'backward': 1} {}", said
+    output = subprocess.check_output([sys.executable, "-c", STAND_IN], text=True, cwd=ROOT)
+    assert output.splitlines()[-1] == "[] {'backward': 1} {}", output
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +211,7 @@ def run_on_device(tiny_base, photos, tmp_path_factory, few_steps):
     losses of the steps, and what the last micro-batch did. Equal trainings are made once."""
     if not HAS_PYTHON_DEVICES:
         pytest.skip("this PyTorch has no devices written in Python")
-    folder, command, known = tmp_path_factory.mktemp("device"), [sys.executable, "-m", DEVICE], {}
+    folder, command, answers = tmp_path_factory.mktemp("device"), [sys.executable, "-m", DEVICE], {}
     with (
         (folder / "stderr.txt").open("w") as errors,
         subprocess.Popen(
@@ -216,84 +220,86 @@ def run_on_device(tiny_base, photos, tmp_path_factory, few_steps):
     ):
 
         def run(**changes) -> dict:
-            words = {
+            request = {
                 "base": str(tiny_base),
                 "photos": str(photos),
-                "output": str(folder / f"gpu_{len(known)}"),
+                "output": str(folder / f"gpu_{len(answers)}"),
             }
-            if (asked := json.dumps(changes)) not in known:
+            if (key := json.dumps(changes)) not in answers:
                 process.stdin.write(
-                    json.dumps(words | {"changes": {"max_train_steps": 2} | changes}) + "\n"
+                    json.dumps(request | {"changes": {"max_train_steps": 2} | changes}) + "\n"
                 )
                 process.stdin.flush()
                 answer = process.stdout.readline()
                 assert answer, f"the process ended: {(folder / 'stderr.txt').read_text()[-3000:]}"
-                known[asked] = json.loads(answer)
-            assert "error" not in known[asked], known[asked]["error"]
-            return known[asked]
+                answers[key] = json.loads(answer)
+            assert "error" not in answers[key], answers[key]["error"]
+            return answers[key]
 
         yield run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("training", TRAININGS)
-def test_a_training_mixes_no_devices_has_the_cpu_s_losses_and_waits_once_a_step(
+def test_device_training_equals_cpu_and_syncs_once_a_step(
     run_on_device, tiny_base, photos, tmp_path, training
 ):
     """The losses of two steps; bf16 rounds in another order there."""
     settings = TRAININGS[training]
-    found = run_on_device(**settings)
+    device_run = run_on_device(**settings)
     loop.train(tiny_config(tiny_base, photos, tmp_path / "cpu", max_train_steps=2, **settings))
     expected = [event["loss"] for event in logged(tmp_path / "cpu")]
-    assert found["losses"] == pytest.approx(
+    assert device_run["losses"] == pytest.approx(
         expected, rel=1e-2 if "mixed_precision" in settings else 1e-5
     )
     if training in COUNTED:
-        assert sum(found["waits"].values()) == 0, found["waits"]
-        assert sum(found["update_waits"].values()) == 1, found["update_waits"]
-        assert sum(found["copies"].values()) == settings.get("gradient_accumulation_steps", 1), (
-            found["copies"]
-        )
+        assert sum(device_run["waits"].values()) == 0, device_run["waits"]
+        assert sum(device_run["update_waits"].values()) == 1, device_run["update_waits"]
+        assert sum(device_run["copies"].values()) == settings.get(
+            "gradient_accumulation_steps", 1
+        ), device_run["copies"]
 
 
 @pytest.mark.slow
-def test_two_processes_each_on_a_device_train_what_one_trains_with_two_micro_batches(
+def test_two_device_processes_equal_two_micro_batches(
     run_on_device, tiny_base, photos, tmp_path, free_port
 ):
     alone, half = (
         run_on_device(**ACCUMULATED),
         ACCUMULATED | {"max_train_steps": 2, "gradient_accumulation_steps": 1},
     )
-    words = {
+    request = {
         "base": str(tiny_base),
         "photos": str(photos),
         "output": str(tmp_path / "two"),
         "changes": half,
     }
-    (tmp_path / "two.json").write_text(json.dumps(words))
+    (tmp_path / "two.json").write_text(json.dumps(request))
     command = [sys.executable, "-m", DEVICE, str(tmp_path / "two.json")]
     ended = [
         process.communicate(timeout=600)[1]
         for process in [start(command, rank, 2, free_port) for rank in (0, 1)]
     ]
     for rank in (0, 1):
-        found = json.loads((tmp_path / f"two.{rank}").read_text())
-        assert found.get("losses") == pytest.approx(alone["losses"], rel=1e-4), (found, ended)
-        assert sum(found["waits"].values()) <= 2 and sum(found["update_waits"].values()) <= 2, found
+        results = json.loads((tmp_path / f"two.{rank}").read_text())
+        assert results.get("losses") == pytest.approx(alone["losses"], rel=1e-4), (results, ended)
+        assert sum(results["waits"].values()) <= 2 and sum(results["update_waits"].values()) <= 2, (
+            results
+        )
 
 
 @pytest.mark.slow
 def test_fp16_that_overflows_on_the_device_makes_the_step_again(run_on_device):
     """The scaler asks the device once whether a gradient is infinite, and the losses are read with
     the norm."""
-    found, usual = run_on_device(fp16_scale=2.0**23), run_on_device(mixed_precision="bf16")
-    assert found["skipped"] > 2 and len(found["losses"]) == 2
-    assert found["losses"] == pytest.approx(usual["losses"], rel=2e-2)
-    assert sum(found["update_waits"].values()) <= 2, found["update_waits"]
+    device_run, usual = run_on_device(fp16_scale=2.0**23), run_on_device(mixed_precision="bf16")
+    assert device_run["skipped"] > 2 and len(device_run["losses"]) == 2
+    assert device_run["losses"] == pytest.approx(usual["losses"], rel=2e-2)
+    assert sum(device_run["update_waits"].values()) <= 2, device_run["update_waits"]
 
 
 @pytest.mark.slow
-def test_on_a_card_that_is_short_photos_are_encoded_in_tiles_before_the_texts_and_apart_from_them(
+def test_small_card_encodes_photos_in_tiles_before_prompts(
     run_on_device,
 ):
     """Together they were the peak of a small card: the UNet comes last."""
