@@ -37,11 +37,11 @@ REQUIRED_PACKAGES = (
 """What the sections import."""
 
 
-def make_bundle(file: Path, remote_root: Path | None, wheels: Path | None) -> None:
+def make_bundle(file: Path, remote_packages: Path | None, wheels: Path | None) -> None:
     """Write the archive, and print which wheels that machine lacks and what to run there.
 
     file: the archive, .tar.xz
-    there: lines NAME==VERSION of what that machine has; None for nothing but torch
+    remote_packages: lines NAME==VERSION of what that machine has; None for nothing but torch
     wheels: a folder of wheels; None for none
 
     Raises UserError when it is larger than can be carried.
@@ -52,10 +52,10 @@ def make_bundle(file: Path, remote_root: Path | None, wheels: Path | None) -> No
         for wheel in sorted(wheels.glob("*.whl")) if wheels else ():
             add_wheel(bundle, wheel)
 
-    # What it needs there.
+    # List what that machine needs.
     has = {"torch": metadata.version("torch"), "torchvision": metadata.version("torchvision")}
-    if remote_root:
-        lines = remote_root.read_text(encoding="utf-8").splitlines()
+    if remote_packages:
+        lines = remote_packages.read_text(encoding="utf-8").splitlines()
         has = dict(line.split("==", 1) for line in lines if "==" in line)
     names = list_missing_packages(has)
     print("wheels that it needs there:", " ".join(names) or "none")

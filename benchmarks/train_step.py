@@ -229,8 +229,8 @@ def list_pairs(options: argparse.Namespace) -> list[tuple[str, int]]:
 
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
-    if options.explain_missing_parts:
-        arm, px = options.explain_missing_parts.split(":")
+    if options.alone:
+        arm, px = options.alone.split(":")
         settings = {name: getattr(options, name) for name in ARM_SETTINGS}
         print(json.dumps(measure(arm, resolution_px=int(px), **settings)))
         return

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-from mkdocs.structure.render_pages import Page
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE_LINK_PATTERN = re.compile(r"\]\(\.\./(assets/[^)\s]+\.(?:png|jpg))\)")

@@ -163,7 +163,7 @@ def test_the_clock_ends_a_command_and_its_rows_stay(tmp_path):
 
 def test_a_bundle_can_be_carried_and_says_which_wheels_it_lacks(tmp_path):
     file = tmp_path / "bundle.tar.xz"
-    bundle.make_bundle(file, there=None, wheels=None)
+    bundle.make_bundle(file, remote_packages=None, wheels=None)
     assert file.stat().st_size < 60 * 2**20
     assert any(
         name.startswith("diffusers==") for name in bundle.list_missing_packages({"torch": "2.11.0"})

@@ -197,15 +197,15 @@ def test_a_run_in_two_parts_has_the_rates_of_one_and_the_networks_beside_it_and_
 SHARED = """
 import sys, torch
 from torch import nn
-from toybox.learning.training import MasterWeights, rank_and_world
+from toybox.learning.training import MasterWeights, get_rank_and_world
 torch.manual_seed(0)
 model = nn.Linear(8, 2)
 weights = MasterWeights(model, adamw_lr=1e-2, dtype=torch.float32)
-rank, world = rank_and_world()
+rank, world = get_rank_and_world()
 x = torch.randn(8, 8, generator=torch.Generator().manual_seed(1)).split(8 // world)[rank]
 model(x).square().mean().backward()
 weights.step(1.0)
-torch.save(weights.averaged(), f"{sys.argv[1]}/{rank}_of_{world}.pt")
+torch.save(weights.get_averaged(), f"{sys.argv[1]}/{rank}_of_{world}.pt")
 """
 
 

@@ -156,7 +156,7 @@ def train(args: argparse.Namespace) -> AutoencoderKL:
             new = old = scale_bands(before.decode(decoded).sample.float(), gains)
         if step >= WARMUP:
             x = to_channels_last(
-                sample_batch(renders, leaves, args.sample_batch - half, args.crop_px, generator).to(
+                sample_batch(renders, leaves, args.batch - half, args.crop_px, generator).to(
                     args.device
                 )
             )

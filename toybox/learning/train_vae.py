@@ -134,9 +134,7 @@ def train(args: argparse.Namespace) -> AutoencoderKL:
     for step in run:
         generator = run.seed_generator(step, salt=args.salt)
         x = to_channels_last(
-            sample_batch(renders, leaves, args.sample_batch, args.crop_px, generator).to(
-                args.device
-            )
+            sample_batch(renders, leaves, args.batch, args.crop_px, generator).to(args.device)
         )
         posterior = vae.encode(x).latent_dist
         z = posterior.mean + posterior.std * torch.randn(
