@@ -1,4 +1,4 @@
-"""`doctor`: is this machine ready to train?"""
+"""`doctor`: look for problems of this machine before training."""
 
 import argparse
 import os
@@ -19,7 +19,7 @@ LIBRARIES = (
     "accelerate",
     "safetensors",
     "gradio",
-    # those that only some settings need
+    # needed by some settings only
     "bitsandbytes",
     *(kind.package for kind in OPTIMIZERS.values() if kind.package),
     "tensorboard",
@@ -27,47 +27,37 @@ LIBRARIES = (
     "trackio",
     "torchvision",
 )
-"""Those whose versions are told."""
+"""Packages whose versions are printed."""
 
 
 @dataclass
 class Findings:
-    """What the doctor found."""
+    """Facts and warnings about the machine."""
 
     facts: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)  # each is a line with a remedy
 
 
 def doctor_arguments(_: argparse.ArgumentParser) -> None:
-    """It takes none."""
+    """Add no arguments: `doctor` has none."""
 
 
 def run_doctor(_: argparse.Namespace) -> int:
-    """Look for problems and print what was found."""
-    found = Findings()
-    collect_versions(found)
-    collect_machine_facts(found)
-    print(format_findings(found))
+    """Look for problems and print the versions and the machine's facts."""
+    findings = Findings(facts={"python": platform.python_version()})
+    for name in LIBRARIES:
+        findings.facts[name] = find_package_version(name) or "-"
+    collect_machine_facts(findings)
+
+    # Warnings come first, then facts.
+    lines = [f"warning  {line}" for line in findings.warnings] or ["no problems found"]
+    lines += [f"  {name:16} {value}" for name, value in findings.facts.items()]
+    print("\n".join(lines))
     return 0
 
 
-def format_findings(findings: Findings) -> str:
-    """The findings as lines: warnings, then facts."""
-    lines = [f"warning  {line}" for line in findings.warnings]
-    lines = lines or ["no problems found"]
-    lines += [f"  {name:16} {value}" for name, value in findings.facts.items()]
-    return "\n".join(lines).rstrip()
-
-
-def collect_versions(findings: Findings) -> None:
-    """Python and the libraries."""
-    findings.facts["python"] = platform.python_version()
-    for name in LIBRARIES:
-        findings.facts[name] = find_package_version(name) or "-"
-
-
 def collect_machine_facts(findings: Findings) -> None:
-    """Processor, disk, GPU and what PyTorch can do on it."""
+    """Add processor, disk, GPU and PyTorch's abilities on it to the findings."""
     import psutil
 
     free = shutil.disk_usage(".").free / 2**30
@@ -82,21 +72,20 @@ def collect_machine_facts(findings: Findings) -> None:
         return
     from dreambooth_moslora.base.devices import explain_unused_gpu, measure_apple_memory
 
-    # The device that trains
+    # Describe the device that trains.
     if torch.cuda.is_available():
         facts = torch.cuda.get_device_properties(0)
         gib = facts.total_memory / 2**30
-        count = torch.cuda.device_count()
-        findings.facts["device"] = f"{facts.name}, {gib:.1f} GiB, {count} of them"
+        findings.facts["device"] = (
+            f"{facts.name}, {gib:.1f} GiB, {torch.cuda.device_count()} of them"
+        )
     elif torch.backends.mps.is_available():
         findings.facts["device"] = (
             f"Apple GPU (mps), {measure_apple_memory()[0]:.1f} GiB for a process"
         )
     else:
         findings.facts["device"] = "CPU"
-        line = explain_unused_gpu()
-        if line:
-            findings.warnings.append(line)
+        findings.warnings += filter(None, [explain_unused_gpu()])
         findings.warnings.append("no GPU: the embedded base trains in minutes, SDXL in hours")
         return
     has_bf16 = choose_half_precision() == "bf16"

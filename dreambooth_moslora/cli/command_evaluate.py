@@ -1,5 +1,8 @@
-"""`evaluate RUN_OR_FILE --photos DIR`: report.html and scores.json of one adapter. `explain RUN`:
-what a run's figures mean, and which flag to try next."""
+"""Commands `evaluate` and `explain`.
+
+`evaluate RUN_OR_FILE --photos DIR` writes report.html and scores.json of one adapter. `explain RUN`
+tells what a run's figures mean, and which flag to try next.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -32,11 +35,12 @@ if TYPE_CHECKING:
 EVALUATE_EPILOG = """examples:
   evaluate runs/dog
   evaluate dog.safetensors --photos photos/dog --base stabilityai/stable-diffusion-xl-base-1.0"""
+"""End of the help."""
 
 
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `evaluate`."""
-    # What to judge; the run or the file says most of it
+    # What to judge; most of it is read from the run or the file
     parser.epilog = EVALUATE_EPILOG
     parser.add_argument(
         "adapter", metavar="RUN_OR_FILE", help="a run folder, its best/ folder, or a LoRA file"
@@ -56,49 +60,64 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "--instance_prompt", help='"a photo of sks dog" (default: what the run or the file says)'
     )
     parser.add_argument(
-        "--class_word", help="the kind of thing it is (default: found in the prompt)"
+        "--class_word", help="the kind of thing it is (default: read from the prompt)"
     )
-    about_reference = (
-        "also draw by the base with photos as references, without the adapter and with it, and say "
-        "whether training was worth it; for families that take references"
+    parser.add_argument(
+        "--reference",
+        action="store_true",
+        help="also generate with the base and photos as references, without the adapter and with "
+        "it, and say whether training was worth it; for families that take references",
     )
-    parser.add_argument("--reference", action="store_true", help=about_reference)
-    about_folder = (
-        "where the report goes (default: evaluation/ in the run; for its best/ best_evaluation/)"
+    parser.add_argument(
+        "--output_dir",
+        metavar="DIR",
+        help="where the report goes (default: evaluation/ in the run; for its best/ "
+        "best_evaluation/)",
     )
-    parser.add_argument("--output_dir", metavar="DIR", help=about_folder)
 
     # How to judge it
     group = parser.add_argument_group("protocol")
-    about = (
-        "auto (default), object, live, person, toy, style, toy_style, or a text file with a prompt "
-        "on each line, {} for the subject"
+    group.add_argument(
+        "--prompts",
+        default="auto",
+        help="auto (default), object, live, person, toy, style, toy_style, or a text file with a "
+        "prompt on each line, {} for the subject",
     )
-    group.add_argument("--prompts", default="auto", help=about)
     group.add_argument(
         "--num_prompts", type=int, help="how many of them to use, evenly spread (default: all)"
     )
-    about = "pictures of each, of seeds 0, 1, … (default: 4)"
-    group.add_argument("--images_per_prompt", type=int, default=4, help=about)
     group.add_argument(
-        "--class_images", type=int, default=16, help="pictures of the bare class (default: 16)"
+        "--images_per_prompt",
+        type=int,
+        default=4,
+        help="images of each, of seeds 0, 1, … (default: 4)",
+    )
+    group.add_argument(
+        "--class_images", type=int, default=16, help="images of the bare class (default: 16)"
     )
     group.add_argument(
         "--inference_steps", type=int, default=25, help="denoising steps (default: 25)"
     )
-    about_guidance = "how closely to follow prompts (default: the base's own)"
-    group.add_argument("--guidance_scale", type=float, help=about_guidance)
+    group.add_argument(
+        "--guidance_scale",
+        type=float,
+        help="how closely to follow prompts (default: the base's own)",
+    )
     group.add_argument(
         "--scale", type=float, default=1.0, help="the adapter's strength (default: 1)"
     )
-    about = "by hub id or folder (default: ViT-L/14 and dinov2-base, for the toy its own)"
-    group.add_argument("--clip", default="", help=f"CLIP {about}")
-    group.add_argument("--dino", default="", help=f"DINOv2 {about}")
+    for flag, title in (("--clip", "CLIP"), ("--dino", "DINOv2")):
+        group.add_argument(
+            flag,
+            default="",
+            help=f"{title} by hub id or folder (default: ViT-L/14 and dinov2-base, for the toy "
+            "its own)",
+        )
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    """Draw, score and report. Raises UserError."""
-    # All that can be wrong with the arguments, before torch is imported
+    """Generate, score and report. Raises UserError."""
+    # Check the arguments before torch is imported.
     check_paths(args)
     folder = require_output_folder(args.output_dir or get_default_folder(args))
     config = resolve_config(args)
@@ -112,14 +131,17 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
     disable_library_notes()
 
-    # The photos, and what is asked of each subject
-    folders = build_photo_report(config)
-    log_strays(folders)
+    # Plan the evaluation of each subject by its photos.
+    photo_report = build_photo_report(config)
+    log_strays(photo_report)
     subjects = config.each_subject
-    of_each = report.split_photos(folders.photos, len(subjects))
-    plans = [build_plan(args, subject, own) for subject, own in zip(subjects, of_each)]
+    photos_by_subject = report.split_photos(photo_report.photos, len(subjects))
+    plans = [
+        build_plan(args, subject, subject_photos)
+        for subject, subject_photos in zip(subjects, photos_by_subject)
+    ]
 
-    # The models: what draws, and what looks
+    # Load the pipeline and the encoders.
     pipeline = SubjectPipeline.from_base(base)
     name = pipeline.load_adapter(find_asset(args.adapter))
     guidance = args.guidance_scale
@@ -127,17 +149,17 @@ def run_evaluate(args: argparse.Namespace) -> int:
         guidance = load.get_default_guidance(pipeline.pipeline)
     evaluators = report.build_evaluators(
         subjects=subjects,
-        photos=folders.photos,
+        photos=photo_report.photos,
         plans=plans,
         encoders=load_device_encoders(args, config, pipeline),
         size_px=pipeline.resolution_px,
     )
 
-    # Pictures and scores of each subject
-    found = evaluate_subjects(args, config, evaluators, pipeline, name, guidance)
+    # Generate and score the images of each subject.
+    evaluations = evaluate_subjects(args, config, evaluators, pipeline, name, guidance)
 
-    # The files, and the figures on the terminal
-    about = report.ReportContext(
+    # Write the report, and print its summary.
+    context = report.ReportContext(
         adapter=name,
         base=pipeline.base_name,
         encoders=evaluators[0].encoders.names,
@@ -146,12 +168,12 @@ def run_evaluate(args: argparse.Namespace) -> int:
         adapter_scale=args.scale,
     )
     files = report.write_reports(
-        folder=folder, evaluators=evaluators, evaluations=found, context=about
+        folder=folder, evaluators=evaluators, evaluations=evaluations, context=context
     )
-    print(format_summary(report.merge_evaluations(found)))
-    for one in found:
-        if one.beside:
-            print(f"{'references':18} {one.beside.verdict}")
+    print(format_summary(report.merge_evaluations(evaluations)))
+    for evaluation in evaluations:
+        if evaluation.beside:
+            print(f"{'references':18} {evaluation.beside.verdict}")
     for file in files:
         print(file)
     return 0
@@ -160,7 +182,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 def load_device_encoders(
     args: argparse.Namespace, config: train_config.TrainConfig, pipeline: "SubjectPipeline"
 ) -> "Encoders":
-    """What looks at the pictures, on the device where the pipeline draws them."""
+    """Load the encoders that score the images, on the device where the pipeline generates them."""
     from dreambooth_moslora.base import families
     from dreambooth_moslora.evaluation import metrics
 
@@ -181,40 +203,42 @@ def evaluate_subjects(
     name: str,
     guidance: float,
 ) -> "list[Evaluation]":
-    """The evaluation of each subject, with one bar over all pictures.
+    """Return the evaluation of each subject, with one bar over all images.
 
     args: of the command
     config: the run's settings
     evaluators: of the subjects
-    pipeline: that draws
+    pipeline: that generates the images
     name: of the adapter in it
-    guidance: of all pictures
+    guidance: scale of all images
     """
     from dreambooth_moslora.evaluation import reference_arms, scoring
 
-    # References are drawn without the adapter and with it.
+    # Reference images are generated without the adapter and with it.
     plans = [evaluator.plan for evaluator in evaluators]
-    count = sum(map(count_images, plans))
+    image_count = sum(map(count_images, plans))
     if args.reference:
-        count += 2 * sum(len(plan.subject_requests) for plan in plans)
-    with create_bar(count, "drawing pictures", "picture") as shown:
-        judge = partial(
+        image_count += 2 * sum(len(plan.subject_requests) for plan in plans)
+    with create_bar(image_count, "generating images", "image") as bar:
+        evaluate = partial(
             scoring.evaluate_adapter,
             pipeline,
             name,
-            on_picture=shown.update,
+            on_picture=bar.update,
             guidance_scale=guidance,
             text_options=get_text_options(config),
         )
-        found = [judge(evaluator, scale=args.scale) for evaluator in evaluators]
+        evaluations = [evaluate(evaluator, scale=args.scale) for evaluator in evaluators]
         if args.reference:
-            for evaluator, one in zip(evaluators, found):
-                one.beside = reference_arms.evaluate_arms(evaluator, one, judge, args.scale)
-    return found
+            for evaluator, evaluation in zip(evaluators, evaluations):
+                evaluation.beside = reference_arms.evaluate_arms(
+                    evaluator, evaluation, evaluate, args.scale
+                )
+    return evaluations
 
 
 def check_paths(args: argparse.Namespace) -> None:
-    """Raises UserError for a file or folder that is not there, before torch is imported."""
+    """Raise UserError for a missing file or folder, before torch is imported."""
     path = Path(find_asset(args.adapter))
     if not any(RunDir(folder).config_path.is_file() for folder in (path, path.parent)):
         find_weights(path)
@@ -225,60 +249,54 @@ def check_paths(args: argparse.Namespace) -> None:
 
 
 def count_images(plan: "EvaluationPlan") -> int:
-    """How many pictures are drawn, by the adapter and by the base."""
-    by_both = len(plan.subject_requests) + plan.class_images + len(plan.unrelated_requests)
-    return 2 * by_both + len(plan.bare_requests)
+    """Return how many images are generated, with the adapter and by the base."""
+    shared_count = len(plan.subject_requests) + plan.class_images + len(plan.unrelated_requests)
+    return 2 * shared_count + len(plan.bare_requests)
 
 
 def resolve_config(args: argparse.Namespace) -> train_config.TrainConfig:
-    """What to evaluate, from the arguments, the run folder's configuration and the file's header.
-    Raises UserError."""
-    known = infer_settings(Path(find_asset(args.adapter)))
+    """Return the settings to evaluate: arguments, then the run folder's configuration, then the
+    file's header. Raises UserError."""
+    settings = infer_settings(Path(find_asset(args.adapter)))
 
-    # Several subjects, as the run has them
-    if known.get("subjects"):
+    # Several subjects come from the run alone.
+    if settings.get("subjects"):
         if args.photos or args.instance_prompt or args.class_word:
             raise UserError(
                 "it has several subjects, which are judged together: leave out --photos, "
                 "--instance_prompt and --class_word."
             )
         if args.base:
-            known = known | {"pretrained_model_name_or_path": args.base}
-        return train_config.TrainConfig.from_dict(known)
+            settings["pretrained_model_name_or_path"] = args.base
+        return train_config.TrainConfig.from_dict(settings)
 
-    # A single one: what the arguments say, else what the run or the file says
-    base = args.base or known.get("pretrained_model_name_or_path")
-    prompt = args.instance_prompt or known.get("instance_prompt")
-    photos = args.photos or known.get("instance_data_dir")
-    for value, flag in ((base, "--base"), (prompt, "--instance_prompt"), (photos, "--photos")):
-        if not value:
+    # A single subject: arguments override the run or the file.
+    overrides = {}
+    for name, flag, value in (
+        ("pretrained_model_name_or_path", "--base", args.base),
+        ("instance_prompt", "--instance_prompt", args.instance_prompt),
+        ("instance_data_dir", "--photos", args.photos),
+    ):
+        overrides[name] = value or settings.get(name)
+        if not overrides[name]:
             raise UserError(f"{args.adapter} does not say it: give {flag}.")
-    chosen = {
-        "pretrained_model_name_or_path": base,
-        "instance_prompt": prompt,
-        "instance_data_dir": photos,
-    }
     if args.class_word:
-        chosen["class_word"] = args.class_word
+        overrides["class_word"] = args.class_word
 
-    # Masks and captions that the run has made belong to its own photos.
+    # Masks and captions that the run has made belong to its photos, not to others.
     if args.photos:
-        there = Path(find_asset(photos))
-        left_out = [name for name in known.get("leave_out", ()) if (there / name).exists()]
-        chosen |= {
-            "masks": "given",
-            "captions": "given",
-            "leave_out": left_out,
-        }
-    return train_config.TrainConfig.from_dict(known | chosen)
+        folder = Path(find_asset(args.photos))
+        left_out = [name for name in settings.get("leave_out", ()) if (folder / name).exists()]
+        overrides |= {"masks": "given", "captions": "given", "leave_out": left_out}
+    return train_config.TrainConfig.from_dict(settings | overrides)
 
 
 def infer_settings(path: Path) -> dict:
-    """The settings of the run with the file or folder; else those in the header of a file that we
-    published."""
+    """Return the settings of the run with the file or folder, or else those in the header of a file
+    that this program has published."""
     from dreambooth_moslora.lora.metadata import parse_metadata
 
-    # A run's folder, which may have been moved, or one in it
+    # A run's folder, which may have been moved, or a folder in it
     for folder in (path, path.parent):
         config = RunDir(folder).config_path
         if config.is_file():
@@ -287,24 +305,25 @@ def infer_settings(path: Path) -> dict:
             }
 
     # A file alone
-    facts = parse_metadata(read_header(find_weights(path)))
-    if facts is None or not facts.trigger_words:
+    metadata = parse_metadata(read_header(find_weights(path)))
+    if metadata is None or not metadata.trigger_words:
         return {}
-    base = "toy" if facts.base_id == "toy-sdxl" else facts.base_id
-    known = {"pretrained_model_name_or_path": base}
-    if facts.subject_prompts:  # of several the user must choose one
-        return known
-    known["instance_prompt"] = f"a photo of {facts.trigger_words[0]}"
-    known["class_word"] = facts.class_word
-    if facts.resolution_px:
-        known["resolution"] = facts.resolution_px
-    return known
+    base = "toy" if metadata.base_id == "toy-sdxl" else metadata.base_id
+    settings = {"pretrained_model_name_or_path": base}
+    if metadata.subject_prompts:  # several subjects: the user must choose one
+        return settings
+    settings["instance_prompt"] = f"a photo of {metadata.trigger_words[0]}"
+    settings["class_word"] = metadata.class_word
+    if metadata.resolution_px:
+        settings["resolution"] = metadata.resolution_px
+    return settings
 
 
 def build_plan(
     args: argparse.Namespace, subject: train_config.TrainConfig, photos: Sequence[Photo]
 ) -> "EvaluationPlan":
-    """The flags' plan for a subject, without places in its photos' captions. Raises UserError."""
+    """Return the flags' plan for a subject, without places that its photos' captions name. Raises
+    UserError."""
     from dreambooth_moslora.evaluation.protocol import build_subject_plan, pick_evenly
 
     file = expand_user_path(args.prompts)
@@ -317,7 +336,7 @@ def build_plan(
         inference_steps=args.inference_steps,
     )
 
-    # The user's own prompts
+    # A file of the user replaces the prompts.
     if file.is_file():
         try:
             lines = map(str.strip, read_small_text(file).splitlines())
@@ -331,67 +350,74 @@ def build_plan(
 
 
 def get_default_folder(args: argparse.Namespace) -> Path:
-    """Where the report goes by default. That of `best/` or of a checkpoint lies beside it, as the
+    """Return the default folder of the report. For `best/` or a checkpoint it is a sibling, as the
     run replaces or removes these."""
     path = expand_user_path(args.adapter)
-    home = RunDir(path)
+    run_dir = RunDir(path)
     parent = RunDir(path.parent)
-    is_whole = path.is_dir() and (home.config_path.is_file() or not parent.config_path.is_file())
-    return home.evaluation_dir if is_whole else path.with_name(f"{path.stem}_evaluation")
+    is_whole = path.is_dir() and (run_dir.config_path.is_file() or not parent.config_path.is_file())
+    return run_dir.evaluation_dir if is_whole else path.with_name(f"{path.stem}_evaluation")
 
 
 def format_summary(evaluation: "Evaluation") -> str:
-    """The chosen measures and the score, one a line."""
+    """Return the metrics of the summary and the score, one a line."""
     lines = []
     for name, row in metric_kinds.METRICS.items():
         if row.summary and name in evaluation.tables:
             lines.append(f"{name:18} {evaluation.interval(name)}")
     alarm = "no copy alarm"
     if evaluation.alarm.raised:
-        alarm = f"copy alarm: {evaluation.alarm.share:.0%} of the pictures are copies"
-    score = (
-        f"{evaluation.score:.3f}"
-        if evaluation.score is not None
-        else f"none: {evaluation.no_score}"
-    )
+        alarm = f"copy alarm: {evaluation.alarm.share:.0%} of the images are copies"
+    score = f"none: {evaluation.no_score}"
+    if evaluation.score is not None:
+        score = f"{evaluation.score:.3f}"
     return "\n".join([*lines, f"{'score':18} {score}  ({alarm})"])
 
 
-# State of a run -> how `explain` begins
 STATE_PHRASES = {"done": "it ended", "interrupted": "it was stopped", "failed": "it failed"}
+"""State of a run -> begin of the first line of `explain`."""
 
 
 def explain_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `explain`."""
     parser.add_argument(
         "run", metavar="RUN", help="a run folder; its scores, if any, are those of its evaluations"
     )
 
 
 def run_explain(args: argparse.Namespace) -> int:
-    """Print what a run's figures point to. Raises UserError for a folder without a run."""
-    found = load_run_metrics(RunDir(args.run))
+    """Print what a run's figures mean. Raises UserError for a folder without a run."""
+    run_metrics = load_run_metrics(RunDir(args.run))
 
-    # How far it came
-    shown = ""
-    if found.exposures is not None:
-        shown = f"; each of {found.photos:g} photos was shown {found.exposures:.0f} times"
-    is_early = found.planned_steps is not None and found.step < found.planned_steps
-    steps = f"{found.step} of {found.planned_steps} steps" if is_early else f"{found.step} steps"
+    # Say how far the run came.
+    exposures = ""
+    if run_metrics.exposures is not None:
+        exposures = (
+            f"; each of {run_metrics.photos:g} photos was shown {run_metrics.exposures:.0f} times"
+        )
+    is_early = (
+        run_metrics.planned_steps is not None and run_metrics.step < run_metrics.planned_steps
+    )
+    steps = (
+        f"{run_metrics.step} of {run_metrics.planned_steps} steps"
+        if is_early
+        else f"{run_metrics.step} steps"
+    )
     print(
         escape_control_characters(
-            f"{STATE_PHRASES.get(found.state, 'it has not ended')} after {steps}{shown}"
+            f"{STATE_PHRASES.get(run_metrics.state, 'it has not ended')} after {steps}{exposures}"
         )
     )
 
-    if found.verdict:
-        print(escape_control_characters(f"beside reference pictures: {found.verdict}"))
+    if run_metrics.verdict:
+        print(escape_control_characters(f"beside reference images: {run_metrics.verdict}"))
 
-    # How it goes on, and the advice
-    leads = run_advice.list_resume_hints(found)
-    advice = run_advice.list_advice(found)
-    for line in leads:
+    # Print how to resume, and the advice.
+    hints = run_advice.list_resume_hints(run_metrics)
+    advice = run_advice.list_advice(run_metrics)
+    for line in hints:
         print(escape_control_characters(line))
-    if not (leads or advice):
+    if not (hints or advice):
         advice = [run_advice.NO_ADVICE]
     if advice:
         print(escape_control_characters("\n  ".join(["what to try next", *advice])))

@@ -1,5 +1,8 @@
-"""`info FILE…`: what a LoRA file contains, whichever program wrote it. `export RAW_OR_CHECKPOINT
---out DIR`: raw weights to files for diffusers, ComfyUI and the others; needs no base."""
+"""Commands `info` and `export`.
+
+`info FILE…` describes LoRA files, whichever program wrote them. `export RAW_OR_CHECKPOINT --out
+DIR` turns raw weights into files for diffusers, ComfyUI and others; it needs no base.
+"""
 
 import argparse
 import json
@@ -18,8 +21,13 @@ from dreambooth_moslora.errors import UserError
 
 
 def info_arguments(parser: argparse.ArgumentParser) -> None:
-    about = "safetensors files, or folders with a published adapter"
-    parser.add_argument("files", nargs="+", metavar="FILE", help=about)
+    """Add the arguments of `info`."""
+    parser.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="safetensors files, or folders with a published adapter",
+    )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object a file instead of lines"
     )
@@ -33,7 +41,7 @@ def run_info(args: argparse.Namespace) -> int:
         if not file.is_file():
             raise UserError(f"there is no file {file}")
 
-        # It takes torch, which is not imported for a missing file.
+        # Import torch only for files that exist.
         print_loading()
         from dreambooth_moslora.lora.describe import describe, format_lines
 
@@ -45,13 +53,16 @@ def run_info(args: argparse.Namespace) -> int:
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `export`."""
-    about = "moslora_weights.safetensors, a checkpoint folder or a run folder"
-    parser.add_argument("source", metavar="RAW_OR_CHECKPOINT", help=about)
+    parser.add_argument(
+        "source",
+        metavar="RAW_OR_CHECKPOINT",
+        help="moslora_weights.safetensors, a checkpoint folder or a run folder",
+    )
     parser.add_argument(
         "--out",
         required=True,
         metavar="DIR",
-        help="folder of the two files; made if it is not there",
+        help="folder of the two files; created if missing",
     )
     parser.add_argument(
         "--name", help="title and name of the kohya file; by default that of the output folder"
@@ -66,7 +77,7 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_export(args: argparse.Namespace) -> int:
     """Write the published files. Raises UserError."""
-    # The source, before torch is imported
+    # Check the paths before torch is imported.
     source = find_raw_file(expand_user_path(args.source))
     out = expand_user_path(args.out)
     refuse_to_replace(out)
@@ -77,21 +88,15 @@ def run_export(args: argparse.Namespace) -> int:
 
     _, facts = raw_file.read_raw(source)
 
-    # Models that have the adapter's layers but not the base's weights, which the files do not need
-    components = {}
-    for part, structure in facts.structures.items():
-        components[part] = empty_models.build_empty_model(structure)
+    # Build models with the adapter's layers; the files need none of the base's weights.
+    components = {
+        part: empty_models.build_empty_model(structure)
+        for part, structure in facts.structures.items()
+    }
     raw_file.load_raw(source, components)
+    proof = writer.publish(components, out, name, facts, writer.FILE_DTYPES[args.dtype])
 
-    proof = writer.publish(
-        components,
-        out,
-        name,
-        facts,
-        writer.FILE_DTYPES[args.dtype],
-    )
-
-    # What was written, and what the comparison with the raw weights says
+    # Report the files, and their comparison with the raw weights.
     for file in proof.files:
         size = (out / file).stat().st_size / 2**20
         print(f"{out / file}  {size:.2f} MiB")
@@ -102,17 +107,17 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def refuse_to_replace(out: Path) -> None:
-    """Raises UserError when `out` is a run, or its best/: the run's own adapter would go."""
+    """Raise UserError if `out` is a run or its best/: the run's adapter would be replaced."""
     run_dir = RunDir(out.parent if out.name == BEST_NAME else out)
     if run_dir.config_path.is_file():
         raise UserError(
-            f"--out {out}: it is a run's folder, and its own {PUBLISHED_NAME} would be replaced; "
+            f"--out {out}: it is a run's folder, and its {PUBLISHED_NAME} would be replaced; "
             f"give another folder, such as {run_dir.path}_export."
         )
 
 
 def find_raw_file(path: Path) -> Path:
-    """The raw file: the path itself, or the file in a checkpoint's folder, or in a run's last
+    """Return the raw file: the path itself, or the file in a checkpoint's folder or in a run's last
     complete checkpoint. Raises UserError."""
     if path.is_file():
         return path

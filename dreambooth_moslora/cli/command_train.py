@@ -1,13 +1,13 @@
-"""The command `train`: from flags and files to settings, a plan and a run; defaults < --config <
-flags.
+"""Command `train`: from flags and files to settings, a plan and a run; defaults < --config < flags.
 
-`train photos/dog dog` chooses every other setting for a folder and a word; a --config file replaces
-the recipe. Nothing imports torch before the arguments are checked.
+`train photos/dog dog` chooses all other settings for a folder and a word; a --config file replaces
+the recipe. torch is not imported before the arguments are checked.
 """
 
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,36 +49,35 @@ logger = logging.getLogger(__name__)
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
-    """`python train_dreambooth.py …`, alone or under `accelerate launch`."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    return run_to_exit_code(lambda: run_train(words))
+    """Run `python train_dreambooth.py …`, alone or under `accelerate launch`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return run_to_exit_code(lambda: run_train(arguments))
 
 
 def run_train(argv: list[str], prog: str = SCRIPT) -> int:
-    """Describe or train the run of a command line; returns the exit code. Raises UserError."""
-    chosen = parse_training(argv, prog)
-    config = train_config.TrainConfig.from_dict(chosen.all_settings)
+    """Describe or train the run of a command line, and return the exit code. Raises UserError."""
+    choices = parse_training(argv, prog)
+    config = train_config.TrainConfig.from_dict(choices.all_settings)
 
-    # Only say what would be trained
+    # Only describe the run.
     if config.dry_run:
         from dreambooth_moslora.training.dry_run import describe_run
 
-        lines = [describe_run(config, chosen.photo_report), *chosen.closing_lines]
+        lines = [describe_run(config, choices.photo_report), *choices.closing_lines]
         print(escape_control_characters("\n".join(lines)))
         return EXIT_DONE
 
-    # Train it here. What cannot be is said before the log file creates or changes a folder, and
-    # before torch is imported.
+    # Train. Mistakes are reported before the log creates a folder and before torch is imported.
     with StopRequest() as stop:
         check_folders_and_base(config)
-        plan = plan_run(config, chosen.photo_report)
+        plan = plan_run(config, choices.photo_report)
         start_log(RunDir(config.output_dir))
 
-        # The log also says how the run ended; these records are not for the terminal.
+        # Log the beginning and the end of the run, not on the terminal.
         base = get_public_name(config.pretrained_model_name_or_path)
         logger.info("begins: version %s, base %s", __version__, base)
         try:
-            code = run_trainer(plan, stop, chosen.closing_lines)
+            code = run_trainer(plan, stop, choices.closing_lines)
         except Exception as error:
             logger.info("stopped: %s", error, exc_info=not isinstance(error, UserError))
             raise
@@ -95,38 +94,40 @@ def train_subject(
     should_stop: Callable[[], bool] | None = None,
     **settings: Any,
 ) -> "TrainResult":
-    """Teach a base one subject, as `train photos/dog dog` does: the program chooses all else.
+    """Teach a base one subject, as `train photos/dog dog` does: the program chooses all other
+    settings.
 
     photos: the folder of photos
-    word: what they show, such as "dog"
-    base: a folder, a hub id, a .safetensors file or "toy"; without it SDXL on a GPU, else "toy"
-    on_event: gets every event of the run; without it a bar on standard error shows the progress
-    should_stop: whether the run should stop after this step, and save
-    settings: any of `TrainConfig`; a given one wins
+    word: the kind of thing that they show, such as "dog"
+    base: a folder, a hub id, a .safetensors file or "toy"; by default SDXL on a GPU, else "toy"
+    on_event: called with every event of the run; by default a bar on standard error
+    should_stop: returns whether to stop after this step, and save
+    settings: any of `TrainConfig`, which are not chosen then
 
-    The adapter is in the `run_dir` of what is returned, `runs/dog` or a free name like it. Raises
-    UserError.
+    The result's `run_dir` holds the adapter, `runs/dog` or a free name like it. Raises UserError.
     """
     if base is not None:
         settings["pretrained_model_name_or_path"] = str(base)
-    # The given settings are checked before the rest is chosen.
-    given = train_config.check_values(settings)
-    chosen = one_word.choose_settings([str(photos), word], given, has_recipe=False)
-    for line in filter(None, chosen.closing_lines):
+
+    # Check the user's settings before choosing the rest.
+    user_settings = train_config.check_values(settings)
+    choices = one_word.choose_settings([str(photos), word], user_settings, has_recipe=False)
+    for line in filter(None, choices.closing_lines):
         logger.warning("%s", line)
-    config = train_config.TrainConfig.from_dict(chosen.all_settings)
+    config = train_config.TrainConfig.from_dict(choices.all_settings)
     check_folders_and_base(config)
 
+    # Train.
     progress = on_event or TerminalProgress()
     try:
-        return train_plan(plan_run(config, chosen.photo_report), progress, should_stop)
+        return train_plan(plan_run(config, choices.photo_report), progress, should_stop)
     finally:
         if on_event is None:
             progress.close()
 
 
 def check_folders_and_base(config: train_config.TrainConfig) -> None:
-    """Raises UserError for folders and a base that cannot be used, before anything is written."""
+    """Raise UserError for folders and a base that cannot be used, before anything is written."""
     from dreambooth_moslora.plan.validation import check_folders
 
     check_folders(config)
@@ -136,13 +137,13 @@ def check_folders_and_base(config: train_config.TrainConfig) -> None:
 
 
 def plan_run(config: train_config.TrainConfig, report: "PhotoReport | None") -> "RunPlan":
-    """The plan of a run. Raises UserError, also for a disk that it would fill."""
+    """Return the plan of a run. Raises UserError, also for a disk that it would fill."""
     from dreambooth_moslora.plan.plan import make_plan
     from dreambooth_moslora.training.dry_run import describe_disk_lack
 
     plan = make_plan(config, report)
 
-    # What a run that goes on writes is partly there.
+    # A resumed run has written part of its files already.
     lack = describe_disk_lack(plan)
     if lack and not config.resume_from_checkpoint:
         raise UserError(f"{lack[0]}: free some of it, or give --output_dir on another disk.")
@@ -155,7 +156,7 @@ def train_plan(
     """Train, with the scores that the run's settings ask for. Raises UserError."""
     from dreambooth_moslora.training.loop import train
 
-    # The encoders that score load with a bar each.
+    # Each encoder of the scores would show a bar while it is loaded.
     disable_library_notes()
     evaluator = None
     if plan.config.is_scored:
@@ -166,28 +167,30 @@ def train_plan(
 
 
 def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> defaults.Choices:
-    """The settings of a command line, and what was chosen for them. Raises UserError; SystemExit
-    for --help and --version."""
-    # All processes of a launcher must have been given the same.
-    given = agreement.agree_on_result(
+    """Return the settings of a command line, completed by the program's choices. Raises UserError;
+    SystemExit for --help and --version."""
+    # All processes of a launcher must have the same arguments.
+    command_line = agreement.agree_on_result(
         lambda: parse_command_line(argv, prog),
-        lambda own: "\n".join([*own.positionals, agreement.format_settings(own.settings)]),
+        lambda command_line: "\n".join(
+            [*command_line.positionals, agreement.format_settings(command_line.settings)]
+        ),
     )
 
-    # PHOTOS WORD leaves the rest to the program.
-    chosen = defaults.Choices(given.settings)
-    if given.positionals:
-        chosen = one_word.choose_settings(
-            given.positionals, given.settings, has_recipe=given.has_recipe
+    # After PHOTOS WORD the program chooses the rest.
+    choices = defaults.Choices(command_line.settings)
+    if command_line.positionals:
+        choices = one_word.choose_settings(
+            command_line.positionals, command_line.settings, has_recipe=command_line.has_recipe
         )
-        print_lines(chosen.lines)
-    require_settings(chosen.all_settings)
-    defaults.choose_resolution(chosen)
-    return chosen
+        print_lines(choices.lines)
+    require_settings(choices.all_settings)
+    defaults.choose_resolution(choices)
+    return choices
 
 
 class CommandLine(NamedTuple):
-    """What a command line gives."""
+    """Parsed command line."""
 
     positionals: list[str]
     settings: dict[str, Any]
@@ -195,35 +198,34 @@ class CommandLine(NamedTuple):
 
 
 def parse_command_line(argv: Sequence[str], prog: str) -> CommandLine:
-    """Words and settings of a command line, with those of its files. Raises UserError; SystemExit
-    for --help and --version."""
+    """Return positionals and settings of a command line, with those of its files. Raises UserError;
+    SystemExit for --help and --version."""
     if not argv:
-        asked = f"say which photos to train, and what they show, {one_word.USAGE_EXAMPLE}"
-        raise UserError(f"{asked}; --help shows the flags.")
+        raise UserError(
+            "say which photos to train, and what they show, "
+            f"{one_word.USAGE_EXAMPLE}; --help shows the flags."
+        )
 
-    # PHOTOS WORD, then the flags
+    # PHOTOS WORD may come before the flags …
     argv = normalize_flags(argv)
-    flags_from = [number for number, word in enumerate(argv) if word.startswith("-")]
-    first_flag = flags_from[0] if flags_from else len(argv)
-    words = argv[:first_flag]
-    found, unknown = build_train_parser(prog).parse_known_args(argv[first_flag:])
+    positionals = list(takewhile(lambda argument: not argument.startswith("-"), argv))
+    flags, unknown = build_train_parser(prog).parse_known_args(argv[len(positionals) :])
 
-    # Or the words after the flags
-    if not words and len(unknown) == 2 and Path(find_asset(unknown[0])).is_dir():
-        words = unknown
-        unknown = []
+    # … or after them.
+    if not positionals and len(unknown) == 2 and Path(find_asset(unknown[0])).is_dir():
+        positionals, unknown = unknown, []
     if unknown:
         raise UserError(describe_unknown_flag(unknown[0]))
-    settings, has_recipe = resolve_settings(vars(found), without_words=bool(words))
-    return CommandLine(positionals=words, settings=settings, has_recipe=has_recipe)
+    settings, has_recipe = resolve_settings(vars(flags), without_words=bool(positionals))
+    return CommandLine(positionals, settings, has_recipe)
 
 
 def run_trainer(plan: "RunPlan", stop: Callable[[], bool], final_lines: Sequence[str] = ()) -> int:
     """Train a run, with its progress on the terminal.
 
     plan: of the run
-    stop: whether someone asked to stop
-    final_lines: said behind all remarks
+    stop: returns whether a stop was requested
+    final_lines: printed after all remarks
 
     Returns the exit code. Raises UserError.
     """
@@ -245,7 +247,7 @@ def run_trainer(plan: "RunPlan", stop: Callable[[], bool], final_lines: Sequence
 
 
 def format_ending(plan: "RunPlan", result: "TrainResult") -> list[str]:
-    """Where the adapter is, and of a run that was not stopped the most important advice of
+    """Return lines on where the adapter is, and after a finished run the most important advice of
     `explain`."""
     from dreambooth_moslora.training.run_advice import format_resume_command, list_closing_advice
     from dreambooth_moslora.training.run_metrics import load_run_metrics
@@ -254,10 +256,14 @@ def format_ending(plan: "RunPlan", result: "TrainResult") -> list[str]:
     step = result.step
     if result.interrupted and not step:
         return ["stopped before the first step: nothing was saved."]
-    figures = load_run_metrics(RunDir(folder), plan.photos)
+    metrics = load_run_metrics(RunDir(folder), plan.photos)
     if result.interrupted:
-        there = f"stopped at step {step}: the adapter so far is in {folder}"
-        return [f"{there}; {format_resume_command(figures)}"]
-    load = f'pipe.load_lora_weights("{folder}") loads the adapter'
-    text = f"done: {step} steps. {load}; {folder}/README.md says more."
-    return [text, *(f"try next: {line}" for line in list_closing_advice(figures))]
+        return [
+            f"stopped at step {step}: the adapter so far is in {folder}; "
+            f"{format_resume_command(metrics)}"
+        ]
+    return [
+        f'done: {step} steps. pipe.load_lora_weights("{folder}") loads the adapter; '
+        f"{folder}/README.md says more.",
+        *(f"try next: {line}" for line in list_closing_advice(metrics)),
+    ]

@@ -1,8 +1,8 @@
-"""The programs' entry point with commands. Exit codes: 0 done, 2 a user's mistake, 130 stopped, 1 a
-bug.
+"""Entry point of the program with its commands. Exit codes: 0 done, 2 a user's mistake, 130
+stopped, 1 a bug.
 
 python -m dreambooth_moslora COMMAND …  main, as is the installed `dreambooth-moslora COMMAND …`
-python train_dreambooth.py …            `train.train_main`
+python train_dreambooth.py …            `command_train.train_main`
 """
 
 import sys
@@ -27,15 +27,15 @@ COMMANDS = {
     ),
     "enlarge": (
         "cli.command_enlarge",
-        "make a folder of photos from one, by a model that takes reference pictures",
+        "make a folder of photos from one, by a model that takes reference images",
     ),
     "explain": (
         "cli.command_evaluate",
-        "say what a run's figures mean, and which flag to try next",
+        "explain a run's figures, and which flag to try next",
     ),
     "generate": (
         "cli.command_generate",
-        "make pictures with a base and adapters",
+        "generate images with a base and adapters",
     ),
     "evaluate": (
         "cli.command_evaluate",
@@ -43,8 +43,7 @@ COMMANDS = {
     ),
     "info": (
         "cli.command_export",
-        "say what a LoRA file is: kind, rank, alpha, modules, base, trigger words, "
-        "the mixer's figures",
+        "describe a LoRA file: kind, rank, alpha, modules, base, trigger words, mixer",
     ),
     "export": (
         "cli.command_export",
@@ -61,7 +60,7 @@ COMMANDS = {
     ),
     "serve": (
         "extras.serving.command_serve",
-        "answer HTTP requests with pictures of many adapters (Ray Serve)",
+        "answer HTTP requests with images of many adapters (Ray Serve)",
     ),
     "doctor": (
         "cli.command_doctor",
@@ -69,59 +68,60 @@ COMMANDS = {
     ),
     "selftest": (
         "extras.lab.command_selftest",
-        "train, resume and draw on this machine's device, and compare the results with its CPU",
+        "train, resume and generate on this machine's device, and compare the results with its CPU",
     ),
 }
-"""Each command: its module, which has `NAME_arguments(parser)` and `run_NAME(args)`, and its line
-of the help."""
-# The end of the help
+"""Command -> its module, which has `NAME_arguments(parser)` and `run_NAME(args)`, and its line of
+the help."""
 FIRST_STEPS = """
 first steps, with a folder of photos and a word for what they show:
   check photos/dog dog
   train photos/dog dog
   generate --adapter runs/dog --prompt "a photo of a sks dog\""""
-# The two ways to start `main`
+"""End of the help."""
 PROGRAM_NAME = "dreambooth-moslora"
+"""Name of the installed script that starts `main`."""
 MODULE_PROGRAM = "python -m dreambooth_moslora"
+"""Command line that starts `main` without it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line, by default the process's own; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    return terminal.run_to_exit_code(lambda: run_command(words))
+    """Run a command line, by default the process's, and return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return terminal.run_to_exit_code(lambda: run_command(arguments))
 
 
 def run_command(argv: list[str]) -> int:
-    """Run a command with its arguments; returns the exit code. Raises UserError."""
+    """Run a command with its arguments and return the exit code. Raises UserError."""
     program = PROGRAM_NAME if Path(sys.argv[0]).stem == PROGRAM_NAME else MODULE_PROGRAM
 
-    # The help, also for no words at all
+    # Help, also without arguments
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: {program} COMMAND …\n\ncommands (each has --help):")
         print("  train     teach a subject; the same as train_dreambooth.py")
         print("  app       open the page in the browser; the same as app.py")
-        for name, (_, about) in COMMANDS.items():
-            print(f"  {name:9} {about}")
+        for name, (_, help_line) in COMMANDS.items():
+            print(f"  {name:9} {help_line}")
         print(FIRST_STEPS)
         return terminal.EXIT_DONE if argv else terminal.EXIT_MISTAKE
-    name, *rest = argv
+    name, *arguments = argv
     if name == "--version":
         print(__version__)
         return terminal.EXIT_DONE
 
     # Commands that parse their own arguments, as their scripts do
     if name == "train":
-        return command_train.run_train(rest, f"{program} train")
+        return command_train.run_train(arguments, f"{program} train")
     if name == "app":
         from dreambooth_moslora.ui import app
 
-        return app.main(rest, f"{program} app")
+        return app.main(arguments, f"{program} app")
 
-    # The others; only the module of the command is imported.
+    # Other commands; only the module of this one is imported.
     if name not in COMMANDS:
-        known = ("train", "app", *COMMANDS)
-        close = find_nearest_name(name, known)
-        hint = f"did you mean {close}?" if close else f"choose one of {', '.join(known)}."
+        names = ("train", "app", *COMMANDS)
+        nearest = find_nearest_name(name, names)
+        hint = f"did you mean {nearest}?" if nearest else f"choose one of {', '.join(names)}."
         raise UserError(f"unknown command {name}: {hint}")
     add_arguments, run = load_command(name)
     parser = CommandParser(
@@ -130,11 +130,10 @@ def run_command(argv: list[str]) -> int:
         description=COMMANDS[name][1],
     )
     add_arguments(parser)
-    return run(parser.parse_args(normalize_flags(rest)))
+    return run(parser.parse_args(normalize_flags(arguments)))
 
 
 def load_command(name: str) -> tuple[Callable, Callable]:
-    """What adds the command's arguments to a parser, and what runs it."""
-    place, _ = COMMANDS[name]
-    module = import_module(f"dreambooth_moslora.{place}")
+    """Import a command; return the functions that add its arguments to a parser and that run it."""
+    module = import_module(f"dreambooth_moslora.{COMMANDS[name][0]}")
     return getattr(module, f"{name}_arguments"), getattr(module, f"run_{name}")

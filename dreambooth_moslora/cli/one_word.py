@@ -1,4 +1,4 @@
-"""`train photos/dog dog`: a folder and a word, and all other settings chosen for them."""
+"""`train photos/dog dog`: all settings chosen for a folder and a word."""
 
 import re
 from collections.abc import Sequence
@@ -15,32 +15,32 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan import agreement, defaults
 from dreambooth_moslora.settings import family_facts, train_config
 
-# Where runs go that have no --output_dir
 RUNS_FOLDER = Path("runs")
-# What a person is told where photographs are trained on the embedded base
-NO_GPU_NOTE = (
-    "No GPU here: the practice model (a 128 px toy) is trained, and it can draw toys alone."
+"""Folder of the runs that have no --output_dir."""
+NO_GPU_NOTES = (
+    "No GPU here: the practice model (a 128 px toy) is trained, and it can draw toys alone.",
+    "On a machine with a GPU this trains SDXL.",
 )
-GPU_HINT = "On a machine with a GPU this trains SDXL."
-# The end of messages about PHOTOS WORD
+"""Lines for photos of real things that are trained on the embedded base."""
 USAGE_EXAMPLE = "as in `train photos/dog dog`"
+"""End of messages about PHOTOS WORD."""
 
 
 def choose_settings(
     positionals: Sequence[str], overrides: dict[str, Any], *, has_recipe: bool
 ) -> defaults.Choices:
-    """All settings of a run.
+    """Choose all settings of a run.
 
     positionals: the folder of photos and the class
-    overrides: settings, which win
-    has_recipe: whether a file has taken the recipe's place
+    overrides: settings of the user, which are never replaced
+    has_recipe: whether a --config file replaces the recipe
 
     Raises UserError.
     """
     from dreambooth_moslora.photos.folder import build_photo_report
     from dreambooth_moslora.plan.validation import check_distilled
 
-    # The words, and a wrong base before PyTorch is imported to ask for the GPU's memory
+    # Check the arguments and the base before PyTorch is imported to measure the GPU's memory.
     folder, word = parse_folder_and_word(positionals)
     settings = {name: train_config.parse_setting(name, value) for name, value in overrides.items()}
     if settings.get("instance_data_dir"):
@@ -51,88 +51,92 @@ def choose_settings(
     if base:
         check_distilled(Base.find(base), settings.get("companion"))
 
-    # The base. For photos of one's own the GPU is asked, which needs PyTorch.
+    # Choose the base: for photos of real things by the GPU, which needs PyTorch.
     if not (folder / SUBJECT_FILE).is_file():
         print_loading()
-    chosen = defaults.Choices(settings, {"instance_data_dir": str(folder)})
-    if choose_base(chosen, folder):
-        chosen.closing_lines = ["", NO_GPU_NOTE, GPU_HINT, ""]
+    choices = defaults.Choices(settings, {"instance_data_dir": str(folder)})
+    if choose_base(choices, folder):
+        choices.closing_lines = ["", *NO_GPU_NOTES, ""]
 
-    # The recipe that fits the GPU's memory
-    free_gib = None if chosen.base.is_toy else agreement.get_min_free_gib()
+    # Choose the recipe that fits the GPU's memory.
+    free_gib = None if choices.base.is_toy else agreement.get_min_free_gib()
     exposures = defaults.DEFAULT_EXPOSURES
     if not has_recipe:
-        exposures = defaults.choose_recipe(chosen, free_gib)
+        exposures = defaults.choose_recipe(choices, free_gib)
 
-    # Prompts and the run's folder
-    defaults.choose_prompts(chosen, word)
+    # Choose prompts and the run's folder.
+    defaults.choose_prompts(choices, word)
     resumed_from = settings.get("resume_from_checkpoint")
     output = choose_run_folder(word, resumed_from)
-    goes_on = ", which goes on" if resumed_from and output.exists() else ""
-    chosen.add(f"output: {output}{goes_on}", "output_dir", output_dir=str(output))
+    note = ", which is resumed" if resumed_from and output.exists() else ""
+    choices.add(f"output: {output}{note}", "output_dir", output_dir=str(output))
 
-    # The photos are judged by the resolution; a recipe has it, a file may lack it.
-    defaults.choose_resolution(chosen)
-    chosen.photo_report = build_photo_report(
-        train_config.TrainConfig.from_dict(chosen.all_settings)
+    # Photos are judged by the resolution; a recipe has it, a file may lack it.
+    defaults.choose_resolution(choices)
+    choices.photo_report = build_photo_report(
+        train_config.TrainConfig.from_dict(choices.all_settings)
     )
 
-    # Steps and scores depend on how many photos there are.
-    defaults.choose_steps(chosen, exposures, chosen.photo_report.photos)
-    defaults.choose_scores(chosen, chosen.photo_report.photos)
-    return chosen
+    # Steps and scores depend on the number of photos.
+    defaults.choose_steps(choices, exposures, choices.photo_report.photos)
+    defaults.choose_scores(choices, choices.photo_report.photos)
+    return choices
 
 
-def choose_base(run_settings: defaults.Choices, folder: Path) -> bool:
-    """Choose the base unless it is given. Returns whether for lack of a GPU it is the embedded
-    one."""
-    is_given = "pretrained_model_name_or_path" in run_settings.user_settings
-    base = said = family_facts.SDXL_HUB_ID
-    is_for_lack = False
+def choose_base(choices: defaults.Choices, folder: Path) -> bool:
+    """Choose the base unless the user has. Return whether the embedded one was chosen for lack of a
+    GPU."""
+    is_set_by_user = "pretrained_model_name_or_path" in choices.user_settings
+    base = description = family_facts.SDXL_HUB_ID
+    has_no_gpu = False
 
     # Photos of toys
     if (folder / SUBJECT_FILE).is_file():
         base = "toy"
-        said = "the embedded one, as the photos are of its world"
+        description = "the embedded one, as the photos are of its world"
 
-    # No GPU. If PyTorch only cannot use the one that is there, that is put right first.
+    # No GPU. One that PyTorch cannot use must be set up first.
     elif agreement.get_min_free_gib() is None:
-        line = "" if is_given else devices.explain_unused_gpu()
-        if line:
-            without = "without it only the embedded base is trained, which knows toys alone"
-            raise UserError(f"{line.rstrip('.')}; {without}: --base toy")
+        problem = "" if is_set_by_user else devices.explain_unused_gpu()
+        if problem:
+            raise UserError(
+                f"{problem.rstrip('.')}; without it only the embedded base is trained, which "
+                "knows toys alone: --base toy"
+            )
         base = "toy"
-        said = "the embedded one, as there is no GPU here, and the embedded base knows toys alone"
-        is_for_lack = not is_given
-    run_settings.add(
-        f"base: {said}", "pretrained_model_name_or_path", pretrained_model_name_or_path=base
+        description = "the embedded one, as there is no GPU here, and it knows toys alone"
+        has_no_gpu = not is_set_by_user
+    choices.add(
+        f"base: {description}", "pretrained_model_name_or_path", pretrained_model_name_or_path=base
     )
-    return is_for_lack
+    return has_no_gpu
 
 
 def parse_folder_and_word(positionals: Sequence[str]) -> tuple[Path, str]:
-    """The folder of photos and the class. Raises UserError."""
+    """Return the folder of photos and the class. Raises UserError."""
     from dreambooth_moslora.photos.folder import require_photo_folder
 
     folder = Path(find_asset(positionals[0]))
     require_photo_folder(folder)
     word = " ".join(positionals[1:2]).strip()
 
-    # One word for the class, or several in quotes
+    # The class is one argument: one word, or several in quotes.
     if word.startswith("-"):
         raise UserError(describe_unknown_flag(word))
     if not word or "/" in word:
         raise UserError(f"{positionals[0]}: say in one word what it shows, {USAGE_EXAMPLE}.")
     if len(positionals) > 2:
-        said = f"`{positionals[2]}` belongs to no flag: a class of several words goes in quotes"
-        raise UserError(f'{said}, as in `train {positionals[0]} "{" ".join(positionals[1:])}"`.')
+        raise UserError(
+            f"`{positionals[2]}` belongs to no flag: a class of several words goes in quotes, "
+            f'as in `train {positionals[0]} "{" ".join(positionals[1:])}"`.'
+        )
     return folder, word
 
 
 def choose_run_folder(word: str, resumed_from: str | None = None) -> Path:
-    """`runs/dog`, or a free name like it; for a resumed run the folder of the named checkpoint,
-    else of the newest one; for several processes the first."""
-    # A named checkpoint lies in its run.
+    """Return `runs/dog`, or a free name like it; for a resumed run the folder of its checkpoint, by
+    default of the newest one; for several processes always `runs/dog`."""
+    # A checkpoint path lies in its run's folder.
     if resumed_from not in (None, "latest") and is_checkpoint(Path(resumed_from)):
         return Path(resumed_from).parent
 
@@ -142,21 +146,23 @@ def choose_run_folder(word: str, resumed_from: str | None = None) -> Path:
         return RUNS_FOLDER / name
     if not resumed_from:
         return RUNS_FOLDER / find_free_name(
-            name, lambda taken: has_results(RunDir(RUNS_FOLDER / taken))
+            name, lambda candidate: has_results(RunDir(RUNS_FOLDER / candidate))
         )
 
-    # `latest`: of dog, dog_2, … dog_10 the one whose checkpoint is the newest
-    own = re.compile(rf"{re.escape(name)}(_\d+)?")
-    there = [RunDir(path) for path in RUNS_FOLDER.glob("*") if own.fullmatch(path.name)]
-    saved = list(filter(None, map(RunDir.find_latest_checkpoint, there)))
-    newest = max(saved, key=lambda path: path.stat().st_mtime, default=RUNS_FOLDER / name / "last")
+    # `latest`: of dog, dog_2, … dog_10 the run with the newest checkpoint
+    pattern = re.compile(rf"{re.escape(name)}(_\d+)?")
+    runs = [RunDir(path) for path in RUNS_FOLDER.glob("*") if pattern.fullmatch(path.name)]
+    checkpoints = filter(None, map(RunDir.find_latest_checkpoint, runs))
+    newest = max(
+        checkpoints, key=lambda path: path.stat().st_mtime, default=RUNS_FOLDER / name / "last"
+    )
     return newest.parent
 
 
 def has_results(run: RunDir) -> bool:
-    """Whether a new run leaves the folder alone: it is there, and no run that ended in it without
+    """Return whether a new run must not use the folder: it exists, unless its run ended without
     saving anything."""
     if not run.path.exists():
         return False
-    is_empty = not (run.adapter_path.exists() or run.list_checkpoint_folders())
-    return not (is_empty and run.read_ending() in ("interrupted", "failed"))
+    has_weights = run.adapter_path.exists() or bool(run.list_checkpoint_folders())
+    return has_weights or run.read_ending() not in ("interrupted", "failed")

@@ -1,7 +1,7 @@
-"""A parser of the command line whose mistakes are one line, and flags of other trainers.
+"""Command-line parser whose mistakes are one line, and flags of other trainers.
 
-Flags may have underscores or hyphens. For a flag of another trainer the error says what to give
-instead.
+Flags may have underscores or hyphens. For a flag of another trainer the error names the
+replacement.
 """
 
 import argparse
@@ -17,15 +17,15 @@ FOREIGN_NAMES = {
         "not supported: no new tokens are learnt"
     ),
     "timestep_bias_strategy": "not supported: all noise levels are equally likely",
-    "system_prompt": "Lumina 2 is told its own sentence before each prompt; leave it out",
-    "complex_human_instruction": "Sana is told nothing before a prompt; leave it out",
+    "system_prompt": "Lumina 2's own sentence is put before each prompt; leave it out",
+    "complex_human_instruction": "nothing is put before Sana's prompts; leave it out",
     # its scripts for other models
     "bnb_quantization_config_path": "use --base_quantization nf4, or int8",
     "blocks_to_swap": "use --stream_blocks",
     "do_fp8_training": "not supported: --base_quantization int8 is nearest",
-    "skip_final_inference": "use --num_validation_images 0, which draws no samples at all",
+    "skip_final_inference": "use --num_validation_images 0, which generates no samples at all",
     "final_validation_prompt": (
-        "use --validation_prompt; the last samples are drawn at the end of the run"
+        "use --validation_prompt; the last samples are generated at the end of the run"
     ),
     "optimizer_type": (
         f"use --optimizer {{{','.join(train_config.SETTINGS['optimizer'].metadata['choices'])}}}"
@@ -69,76 +69,74 @@ FLAG_GUESSES = {
     "model": "base",
     "prompt": "instance_prompt",
 }
-"""What people try first -> the flag that they mean."""
-DEVICE_HINT = (
-    "the GPU is taken where there is one; CUDA_VISIBLE_DEVICES in the environment chooses one"
-)
+"""Names that people try first -> the setting that they mean."""
+DEVICE_HINT = "a GPU is used if there is one; CUDA_VISIBLE_DEVICES in the environment chooses one"
+"""End of the message for a flag that names a device."""
 
 
-# Each flag of other trainers -> what to give instead: those of FOREIGN, and the names that settings
-# of ours have elsewhere.
 FOREIGN_FLAGS = {
-    flag: f"use --{name}" for flag, name in train_config.map_aliases("elsewhere").items()
+    **{flag: f"use --{name}" for flag, name in train_config.map_aliases("elsewhere").items()},
+    **{flag: instead for flags, instead in FOREIGN_NAMES.items() for flag in flags.split()},
 }
-for flags, instead in FOREIGN_NAMES.items():
-    FOREIGN_FLAGS |= dict.fromkeys(flags.split(), instead)
+"""Each flag of other trainers -> what to give instead: FOREIGN_NAMES, and the names that our
+settings have elsewhere."""
 
 
 def parse_flag_name(flag: str) -> str:
-    """`--seed=1` -> `seed`."""
+    """Return the name of a flag: `--seed=1` -> `seed`."""
     return flag.partition("=")[0].lstrip("-")
 
 
 def describe_unknown_flag(word: str, flag_names: Collection[str] = ()) -> str:
-    """What to give in place of a word of the command line that is not understood. `known`: the
-    command's own flags, without their hyphens; those of a training if there are none."""
+    """Return what to give in place of an argument that is not understood. `flag_names`: the
+    command's flags, without their hyphens; by default those of a training."""
     if not word.startswith("-"):
         return f"`{word}` belongs to no flag: a prompt of several words goes in quotes."
     flag = word.partition("=")[0]
     name = parse_flag_name(word)
 
-    # Another trainer's flag, then a mistyped one of ours
+    # Look for another trainer's flag, then for a mistyped one of ours.
     if name in FOREIGN_FLAGS and not flag_names:
         return f"{flag}: {FOREIGN_FLAGS[name]}."
     if name in ("device", "gpu", "gpus"):
         return f"unknown flag {flag}: {DEVICE_HINT}."
     flag_names = flag_names or {*train_config.SETTINGS, *train_config.ALIASES}
-    close = FLAG_GUESSES.get(name)
-    if close not in flag_names:
-        close = field_facts.find_nearest_name(name.removeprefix("no_"), flag_names)
-    if close:
-        return f"unknown flag {flag}: did you mean --{train_config.get_flag_name(close)}?"
+    nearest = FLAG_GUESSES.get(name)
+    if nearest not in flag_names:
+        nearest = field_facts.find_nearest_name(name.removeprefix("no_"), flag_names)
+    if nearest:
+        return f"unknown flag {flag}: did you mean --{train_config.get_flag_name(nearest)}?"
     return f"unknown flag {flag}; see --help."
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError for a mistake. `has_settings`: it takes the
-    settings of a run."""
+    """ArgumentParser that raises UserError for a mistake. `has_settings`: it accepts the settings
+    of a run."""
 
     has_settings = False
 
     def __init__(self, *args: Any, **kwargs: Any):
-        # An abbreviation would mean another flag once a new one begins with the same letters.
+        # An abbreviation would change its meaning once a new flag begins with the same letters.
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        """Raises UserError, in place of argparse's usage of many lines and exit."""
+        """Raise UserError, in place of argparse's usage of many lines and exit."""
         unknown = message.removeprefix("unrecognized arguments: ")
         word = next(iter(unknown.split()), "")
         if unknown != message and (self.has_settings or word.startswith("-")):
-            own = [] if self.has_settings else map(parse_flag_name, self._option_string_actions)
-            raise UserError(describe_unknown_flag(word, list(own)))
+            flags = [] if self.has_settings else self._option_string_actions
+            raise UserError(describe_unknown_flag(word, list(map(parse_flag_name, flags))))
         raise UserError(f"{message}; see {self.prog} --help.")
 
 
 def normalize_flags(argv: Sequence[str]) -> list[str]:
-    """`--train-batch-size=1` -> `--train_batch_size=1`; values do not change."""
-    words = []
-    for word in argv:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            word = f"--{name.replace('-', '_')}{equals}{value}"
-        words.append(word)
-    return words
+    """Replace hyphens in the names of flags: `--train-batch-size=1` -> `--train_batch_size=1`."""
+    arguments = []
+    for argument in argv:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            argument = f"--{name.replace('-', '_')}{equals}{value}"
+        arguments.append(argument)
+    return arguments

@@ -1,4 +1,4 @@
-"""The flags of a training: the parser of `train`, its help, and the settings of flags and files.
+"""Flags of a training: the parser of `train`, its help, and the settings of flags and files.
 
 A switch may be written `--flag`, `--flag false` or `--no_flag`.
 """
@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.cli.ignored_flags import add_ignored_flags, describe_ignored
+from dreambooth_moslora.cli.ignored_flags import add_ignored_flags
 from dreambooth_moslora.cli.parser import CommandParser
 from dreambooth_moslora.cli.terminal import print_lines
 from dreambooth_moslora.errors import UserError
@@ -24,8 +24,8 @@ DESCRIPTION = (
     "Teach SDXL or another diffusion model one subject from a few photos, by a MoSLoRA "
     "(arXiv 2406.11909)."
 )
-# The name under which it is called as a script
 SCRIPT = "train_dreambooth.py"
+"""Name of the script that runs `train`."""
 EXAMPLES = """examples:
   {command} photos/dog dog
       a folder and a word: the program chooses and prints the rest, and any flag below overrides it
@@ -51,14 +51,14 @@ DAILY_FLAGS = (
     "resume_from_checkpoint",
     "dry_run",
 )
-"""The settings that `--help` shows."""
-# Type of a setting -> what its help calls a value
+"""Settings in the short help."""
 METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAME", Prompt: "TEXT", Subject: "DIR"}
+"""Type of a setting -> placeholder of its value in the help."""
 
 
 def build_train_parser(prog: str = SCRIPT, hidden: Collection[str] = ()) -> CommandParser:
-    """The parser of `train`'s flags; words come before them. `hidden` settings are not in the
-    help."""
+    """Create the parser of `train`'s flags, which follow PHOTOS WORD. `hidden` settings are left
+    out of the help."""
     parser = CommandParser(
         prog=prog,
         add_help=False,
@@ -67,14 +67,17 @@ def build_train_parser(prog: str = SCRIPT, hidden: Collection[str] = ()) -> Comm
         usage=f"{prog} [PHOTOS WORD] [--FLAG VALUE …]",
     )
 
-    # The short help is that of a parser which hides most settings. argparse's action `version`
+    # The short help comes from a parser that hides most settings. argparse's action `version`
     # prints any text and exits.
     if not hidden:
-        short = build_train_parser(
-            prog, hidden=train_config.SETTINGS.keys() - {*DAILY_FLAGS}
-        ).format_help()
-        about = "the flags in daily use"
-        parser.add_argument("-h", "--help", action="version", version=short, help=about)
+        rare_settings = train_config.SETTINGS.keys() - {*DAILY_FLAGS}
+        parser.add_argument(
+            "-h",
+            "--help",
+            action="version",
+            version=build_train_parser(prog, hidden=rare_settings).format_help(),
+            help="the flags in daily use",
+        )
     parser.add_argument("--help_all", action="help", help="all flags")
     parser.add_argument("--version", action="version", version=__version__)
     add_training_flags(parser, hidden)
@@ -84,15 +87,19 @@ def build_train_parser(prog: str = SCRIPT, hidden: Collection[str] = ()) -> Comm
 def add_training_flags(parser: CommandParser, hidden: Collection[str] = ()) -> None:
     """Add `--config`, a flag for each setting, and other trainers' flags that have no effect.
 
-    What is parsed has the given settings alone, and `ignored` if there are any. `hidden` settings
-    are understood, but not in the help.
+    The namespace has attributes for the flags of the command line alone, and `ignored` if there are
+    any. `hidden` settings are parsed, but left out of the help.
     """
     parser.has_settings = True
-    about = "settings from a .toml or .json file; flags override them"
-    parser.add_argument("--config", metavar="FILE", help=about)
-    for title, rows in groupby(train_config.SETTINGS.values(), lambda item: item.metadata["group"]):
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="settings from a .toml or .json file; flags override them",
+    )
+    settings = train_config.SETTINGS.values()
+    for title, items in groupby(settings, lambda item: item.metadata["group"]):
         group = parser.add_argument_group(title)
-        for item in rows:
+        for item in items:
             add_flag(group, item, is_hidden=item.name in hidden)
     add_ignored_flags(parser)
 
@@ -103,25 +110,25 @@ def add_flag(group: Any, item: Field, *, is_hidden: bool = False) -> None:
     facts = item.metadata
     default = item.default
 
-    # The help; argparse takes % for a format.
-    about = facts["help"]
+    # The help; argparse reads % as a format.
+    help_text = facts["help"]
     if not facts["required"] and default not in (None, False, ()):
-        about += f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
-    about = argparse.SUPPRESS if is_hidden else about.replace("%", "%%")
+        help_text += f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
+    help_text = argparse.SUPPRESS if is_hidden else help_text.replace("%", "%%")
 
-    # A flag that is not given leaves nothing behind: a file's setting is then seen.
+    # An absent flag sets no attribute, so that a file's setting applies.
     names = train_config.list_flags(item.name)
-    options: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": about}
+    options: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": help_text}
     if kind is bool:
         group.add_argument(*names, nargs="?", const=True, metavar="true|false", **options)
         options["help"] = argparse.SUPPRESS
         group.add_argument(f"--no_{item.name}", action="store_const", const=False, **options)
         return
-    choices_shown = "{" + ",".join(facts["choices"]) + "}"
+    choices = facts["choices"]
     group.add_argument(
         *names,
         nargs="+" if kind in (tuple, Prompt) else None,
-        metavar=choices_shown if facts["choices"] else METAVARS[kind],
+        metavar=f"{{{','.join(choices)}}}" if choices else METAVARS[kind],
         **options,
     )
 
@@ -129,29 +136,32 @@ def add_flag(group: Any, item: Field, *, is_hidden: bool = False) -> None:
 def resolve_settings(
     flags: Mapping[str, Any], *, without_words: bool = False
 ) -> tuple[dict[str, Any], bool]:
-    """The settings of flags and --config, and whether there is such a file. Flags that are ignored
-    are named on standard error. Raises UserError.
+    """Merge the settings of flags and --config. Return them and whether there is such a file.
 
-    flags: as parsed
-    without_words: leave out what the file says of its subject, which words on the command line name
+    flags: attributes of the parsed namespace; ignored ones are named on standard error
+    without_words: skip the file's settings of its subject, as PHOTOS WORD names another
+
+    Raises UserError.
     """
     flags = dict(flags)
     file = flags.pop("config")
-    print_lines(describe_ignored(flags.pop("ignored", [])))
+    ignored = ", ".join(flags.pop("ignored", []))
+    if ignored:
+        print_lines([f"Ignored, as they have no effect here: {ignored}."])
 
-    # A flag may replace another setting of the file, such as the photos by their other source. A
-    # switch that is turned off replaces none.
-    given = {
+    # A flag may replace another setting of the file, such as the photos by another source of
+    # photos. A switch that is turned off replaces none.
+    flag_names = {
         name
         for name, value in flags.items()
         if train_config.parse_setting(name, value) is not False
     }
     if without_words:
-        given.add(COMMAND_WORDS)
+        flag_names.add(COMMAND_WORDS)
     settings = {}
     for name, value in (config_files.load_settings(file) if file else {}).items():
         item = train_config.SETTINGS.get(name)
-        if item is None or not given.intersection(item.metadata["yields_to"]):
+        if item is None or not flag_names.intersection(item.metadata["yields_to"]):
             settings[name] = value
         elif name == "subjects":
             logger.warning("note: the subjects in %s are left out, as others are given", file)
@@ -159,14 +169,14 @@ def resolve_settings(
 
 
 def require_settings(settings: Mapping[str, Any]) -> None:
-    """Raises UserError for missing settings. An empty prompt is one, which captions may stand in
-    for."""
+    """Raise UserError for missing settings. An empty prompt counts as a prompt: captions may
+    replace it."""
     needed = ["pretrained_model_name_or_path"]
     if not settings.get("subjects"):
         needed += ["instance_prompt", "instance_data_dir"]
     missing = [f"--{train_config.get_flag_name(name)}" for name in needed if name not in settings]
     if missing:
-        flags = ", ".join(missing)
         raise UserError(
-            f"missing: {flags}; give it as a flag or in a --config file, or see --help."
+            f"missing: {', '.join(missing)}; give it as a flag or in a --config file, "
+            "or see --help."
         )

@@ -53,31 +53,31 @@ def test_a_folder_and_a_word_are_judged_as_train_would_and_end_in_a_verdict(tmp_
         sharp.filter(ImageFilter.GaussianBlur(8)).save("00 copy.jpg")
         sharp.resize((40, 40)).save("tiny.jpg")
     assert main(["check", ".", "rocket", "--no_picture"]) == 0
-    shown = capsys.readouterr()
+    captured = capsys.readouterr()
     assert (
-        "the embedded one, as there is no GPU here" in shown.err
-        and "“a photo of a sks rocket”" in shown.out
+        "the embedded one, as there is no GPU here" in captured.err
+        and "“a photo of a sks rocket”" in captured.out
     )
-    assert "40 x 40 px is enlarged 3.2 times" in shown.out, "to 128 px"
+    assert "40 x 40 px is enlarged 3.2 times" in captured.out, "to 128 px"
     few = "only 2 of 4 photos are without a fault: better ones help; training takes all"
     judged = f"for toy at 128 px; for SDXL add --base {SDXL_HUB_ID}"
-    assert shown.out.splitlines()[-1] == f"verdict: {few} ({judged})"
+    assert captured.out.splitlines()[-1] == f"verdict: {few} ({judged})"
     marks = [
         line.split()[0]
-        for line in shown.out.splitlines()
+        for line in captured.out.splitlines()
         if line.startswith("  ") and ".jpg" in line
     ]
     assert marks == ["bad", "ok", "ok", "bad"]
     assert main(["check", ".", "rocket", "--no_picture", "--resolution", "800"]) == 0
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert said.startswith("verdict: only 0 of 3 photos are without a fault: better ones help")
-    assert "at 800 px" in said
+    output = capsys.readouterr().out.splitlines()[-1]
+    assert output.startswith("verdict: only 0 of 3 photos are without a fault: better ones help")
+    assert "at 800 px" in output
     shutil.copy(ROOT / "assets" / "subjects" / "rocket" / "02.jpg", tmp_path / "02.jpg")
     assert main(["check", ".", "rocket", "--no_picture"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     bad = "leave out 00 copy.jpg, tiny.jpg (--leave_out '00 copy.jpg' tiny.jpg); "
     enough = f"verdict: {bad}3 good photos are there, enough to train ({judged})\n"
-    assert said.endswith(enough)
+    assert output.endswith(enough)
     (tmp_path / "tiny.jpg").rename("$(reboot).jpg")
     assert main(["check", ".", "rocket", "--no_picture"]) == 0
     assert "(--leave_out '$(reboot).jpg' '00 copy.jpg')" in capsys.readouterr().out, (
@@ -128,8 +128,8 @@ def test_the_picture_shows_every_photo_and_its_crops_and_never_lies_among_the_ph
     """There it would be one of them in the next check and in the training."""
     (tmp_path / "dog").mkdir()
     picture().save("dog/a.png")
-    words = ["--resolution", "64", "--crops-per-photo", "3"]
-    assert main(["check", "dog", "dog", *words]) == 0
+    flags = ["--resolution", "64", "--crops-per-photo", "3"]
+    assert main(["check", "dog", "dog", *flags]) == 0
     out = capsys.readouterr().out
     assert "a.png  128 x 96" in out and "the crops: dog_crops.png" in out
     with Image.open("dog_crops.png") as sheet:
@@ -137,7 +137,7 @@ def test_the_picture_shows_every_photo_and_its_crops_and_never_lies_among_the_ph
     assert len(colours) > 4
     os.unlink("dog_crops.png")
     monkeypatch.chdir("dog")
-    assert main(["check", ".", "dog", *words]) == 0
+    assert main(["check", ".", "dog", *flags]) == 0
     assert f"the crops: {tmp_path / 'dog_crops.png'}" in capsys.readouterr().out
     assert os.listdir() == ["a.png"] and (tmp_path / "dog_crops.png").is_file()
 
@@ -148,13 +148,13 @@ def test_crops_have_the_shapes_that_one_word_chooses_and_flags_or_a_recipe_win(t
     Path("square.toml").write_text("enable_bucket = false")
     Path("coarse.toml").write_text("enable_bucket = true\nbucket_reso_steps = 32")
 
-    def crops(*words: str) -> tuple[bytes, bool]:
-        assert main(["check", "photos", "dog", "--resolution", "64", *words]) == 0
+    def crops(*flags: str) -> tuple[bytes, bool]:
+        assert main(["check", "photos", "dog", "--resolution", "64", *flags]) == 0
         is_said = "crops: in the photos' own shapes (--no_enable_bucket)" in capsys.readouterr().err
         return Path("photos_crops.png").read_bytes(), is_said
 
-    own, square = crops("--enable_bucket"), crops("--no_enable_bucket")
-    assert own != square and crops() == (own[0], True)
+    bucketed, square = crops("--enable_bucket"), crops("--no_enable_bucket")
+    assert bucketed != square and crops() == (bucketed[0], True)
     coarse = crops("--config", "coarse.toml")
     square = crops("--config", "square.toml")
     assert coarse != square == crops("--config", "coarse.toml", "--no_enable_bucket")
@@ -163,17 +163,19 @@ def test_crops_have_the_shapes_that_one_word_chooses_and_flags_or_a_recipe_win(t
     Path("wrong.toml").write_text("reslution = 64")
     assert main(["check", "photos", "dog", "--config", "wrong.toml", "--no_picture"]) == 2
     assert "unknown setting `reslution`: did you mean `resolution`?" in capsys.readouterr().err
-    words = ["--config", "large.toml", "--resolution", "64", "--no_picture"]
-    assert main(["check", "photos", "dog", *words]) == 0
+    flags = ["--config", "large.toml", "--resolution", "64", "--no_picture"]
+    assert main(["check", "photos", "dog", *flags]) == 0
 
 
-@pytest.mark.parametrize(("base", "step", "other"), [("toy", "8", "16"), ("toy-zimage", "16", "8")])
-def test_crops_have_sides_that_the_bases_patches_divide(base, step, other, tmp_path):
+@pytest.mark.parametrize(
+    ("base", "step", "other_step"), [("toy", "8", "16"), ("toy-zimage", "16", "8")]
+)
+def test_crops_have_sides_that_the_bases_patches_divide(base, step, other_step, tmp_path):
     """As training's."""
     (tmp_path / "dog").mkdir()
     picture(size_px=(160, 90)).save("dog/a.png")
 
-    def crops(*words: str) -> bytes:
+    def crops(*flags: str) -> bytes:
         base_of = [
             "--pretrained_model_name_or_path",
             base,
@@ -181,10 +183,10 @@ def test_crops_have_sides_that_the_bases_patches_divide(base, step, other, tmp_p
             "128",
             "--enable_bucket",
         ]
-        assert main(["check", "dog", "dog", *base_of, *words]) == 0
+        assert main(["check", "dog", "dog", *base_of, *flags]) == 0
         return Path("dog_crops.png").read_bytes()
 
-    assert crops() == crops("--bucket_reso_steps", step) != crops("--bucket_reso_steps", other)
+    assert crops() == crops("--bucket_reso_steps", step) != crops("--bucket_reso_steps", other_step)
 
 
 @pytest.mark.slow
@@ -246,23 +248,23 @@ def test_photos_whose_names_are_no_text_are_trained_on_and_the_terminal_gets_no_
         "none",
     ]
     train += ["--max_train_steps", "1", "--num_validation_images", "0"]
-    for words in (
+    for arguments in (
         ["check", tmp_path, "dog", "--no_picture", *small],
         ["train", *train, "--dry_run"],
         ["train", *train],
     ):
-        assert main(list(map(str, words))) == 0
-        shown = "".join(capfd.readouterr())
-        assert "a\\x1b[31m\\x9b31m\\x0d\\x7f" in shown
-        assert "[31m" not in shown.replace("\\x1b[31m", "") and not {"\x7f", "\x9b"} & set(shown)
-        assert r"broken\udcff.png" in shown
+        assert main(list(map(str, arguments))) == 0
+        output = "".join(capfd.readouterr())
+        assert "a\\x1b[31m\\x9b31m\\x0d\\x7f" in output
+        assert "[31m" not in output.replace("\\x1b[31m", "") and not {"\x7f", "\x9b"} & set(output)
+        assert r"broken\udcff.png" in output
     log = (tmp_path / "run" / "train.log").read_text()
     assert (
         r"broken\udcff.png is left out" in log and "begins: version" in log and "ended: done" in log
     )
 
 
-def of_duck(folder: Path, *names: str) -> Path:
+def copy_duck_photos(folder: Path, *names: str) -> Path:
     (folder / "duck").mkdir()
     for name in names:
         shutil.copy(ROOT / "assets" / "subjects" / "duck" / name, folder / "duck" / name)
@@ -270,8 +272,8 @@ def of_duck(folder: Path, *names: str) -> Path:
 
 
 def test_masks_are_made_beside_the_photos_of_a_toy_and_darken_the_crops(tmp_path, capsys):
-    duck = of_duck(tmp_path, "00.jpg", "01.jpg", "01.mask.png")
-    own = (duck / "01.mask.png").read_bytes()
+    duck = copy_duck_photos(tmp_path, "00.jpg", "01.jpg", "01.mask.png")
+    user_mask = (duck / "01.mask.png").read_bytes()
     command = ["check", "duck", "duck", "--make_masks", *TOY]
     assert main(command) == 0
     captured = capsys.readouterr()
@@ -280,17 +282,17 @@ def test_masks_are_made_beside_the_photos_of_a_toy_and_darken_the_crops(tmp_path
         and "01.jpg  it has a mask, which is kept" in captured.err
     )
     assert captured.out.count("has a mask") == 2
-    assert (duck / "01.mask.png").read_bytes() == own
-    made = (duck / "00.mask.png").read_bytes()
-    assert main(command) == 0 and (duck / "00.mask.png").read_bytes() == made
+    assert (duck / "01.mask.png").read_bytes() == user_mask
+    new_mask = (duck / "00.mask.png").read_bytes()
+    assert main(command) == 0 and (duck / "00.mask.png").read_bytes() == new_mask
 
 
 def test_photos_get_captions_that_say_the_place_behind_the_subject(tmp_path, capsys):
-    duck = of_duck(tmp_path, "01.jpg", "03.jpg", "03.txt")
-    own = (duck / "03.txt").read_bytes()
+    duck = copy_duck_photos(tmp_path, "01.jpg", "03.jpg", "03.txt")
+    user_caption = (duck / "03.txt").read_bytes()
     assert main(["caption", "duck", "--subject", "sks duck", *TOY]) == 0
     assert (duck / "01.txt").read_text() == "a photo of a sks duck on a wooden floor\n"
-    assert (duck / "03.txt").read_bytes() == own
+    assert (duck / "03.txt").read_bytes() == user_caption
     out = capsys.readouterr().out
     assert "03.jpg  it has a caption, which is kept" in out and out.endswith(
         "2 photos, 1 captions written\n"
@@ -304,22 +306,24 @@ def test_photos_get_captions_that_say_the_place_behind_the_subject(tmp_path, cap
 
 def test_captions_say_the_looks_that_are_asked_for(tmp_path, monkeypatch, capsys):
     """The help of `caption` spoke of a person's other looks, which it is never told of."""
-    asked = []
+    described_looks = []
     monkeypatch.setattr(
         "dreambooth_moslora.photos.captions.load_captioner",
-        lambda config, device: asked.append(config.describe) or Captioner("x", "y", lambda _: "z"),
+        lambda config, device: (
+            described_looks.append(config.describe) or Captioner("x", "y", lambda _: "z")
+        ),
     )
-    of_duck(tmp_path, "01.jpg")
+    copy_duck_photos(tmp_path, "01.jpg")
     for looks in ([], ["--describe", "hair", "clothes"]):
         assert main(["caption", "duck", "--subject", "sks duck", *TOY, *looks]) == 0
-    assert asked == [(), ("hair", "clothes")]
+    assert described_looks == [(), ("hair", "clothes")]
     with pytest.raises(SystemExit):
         main(["caption", "--help"])
     assert "of a person" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("command_line", "says"),
     [
         ("check x dog --resolution 7", "--resolution 7"),
         ("check x dog --config missing.toml", "--config missing.toml"),
@@ -336,8 +340,8 @@ def test_captions_say_the_looks_that_are_asked_for(tmp_path, monkeypatch, capsys
         ),
     ],
 )
-def test_a_mistake_is_one_line_and_writes_nothing(words, says, tmp_path, capsys):
+def test_a_mistake_is_one_line_and_writes_nothing(command_line, says, tmp_path, capsys):
     picture(size_px=(1100, 1100)).save("a.png")
-    assert main(shlex.split(words)) == 2
+    assert main(shlex.split(command_line)) == 2
     error = capsys.readouterr().err
     assert says in error.splitlines()[-1] and os.listdir() == ["a.png"]

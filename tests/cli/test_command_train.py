@@ -35,12 +35,12 @@ def flags(tmp_path):
 
 def test_help_shows_the_flags_in_daily_use_and_all_of_it_each(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    shown = {}
-    for words in ("--help", "--help_all"):
+    help_texts = {}
+    for flag in ("--help", "--help_all"):
         with pytest.raises(SystemExit):
-            main(["train", words])
-        shown[words] = capsys.readouterr().out
-    daily, each = shown["--help"], shown["--help_all"]
+            main(["train", flag])
+        help_texts[flag] = capsys.readouterr().out
+    daily, each = help_texts["--help"], help_texts["--help_all"]
     assert all(f"  {list_flags(name)[0]} " in each for name in SETTINGS)
     assert len(daily.splitlines()) <= 60 < len(each.splitlines())
     assert "train photos/dog dog" in daily and "--help_all" in daily
@@ -53,21 +53,23 @@ def test_the_usage_of_many_flags_is_one_line(command, capsys):
     """`generate` named its flags twice."""
     with pytest.raises(SystemExit):
         main([command, "--help"])
-    said = capsys.readouterr().out
-    assert re.match(rf"usage: \S.* {command} \[ARGUMENT …\] \[--FLAG VALUE …\]\n\n", said)
-    assert not re.search(r"--\w+-", said) and ("examples:" in said) == (command != "check")
+    message = capsys.readouterr().out
+    assert re.match(rf"usage: \S.* {command} \[ARGUMENT …\] \[--FLAG VALUE …\]\n\n", message)
+    assert not re.search(r"--\w+-", message) and ("examples:" in message) == (command != "check")
 
 
-@pytest.mark.parametrize(("given", "px"), [([], RESOLUTION_PX), (["--resolution", "128"], 128)])
+@pytest.mark.parametrize(
+    ("extra_flags", "px"), [([], RESOLUTION_PX), (["--resolution", "128"], 128)]
+)
 def test_a_base_that_was_trained_smaller_has_its_own_resolution(
-    given, px, flags, tiny_base, tmp_path
+    extra_flags, px, flags, tiny_base, tmp_path
 ):
     """So has a run that one word describes, alone or with a file: its photos were judged for 1024
     px, and left out."""
     base, file = ["--pretrained_model_name_or_path", str(tiny_base)], tmp_path / "a.toml"
     file.write_text("rank = 2")
-    for words in (flags, [flags[1], "dog"], [flags[1], "dog", "--config", str(file)]):
-        assert parse_train_config([*words, *base, *given]).resolution == px
+    for arguments in (flags, [flags[1], "dog"], [flags[1], "dog", "--config", str(file)]):
+        assert parse_train_config([*arguments, *base, *extra_flags]).resolution == px
 
 
 def test_the_own_side_is_read_in_a_folder_without_a_vae_and_beside_a_single_file(
@@ -104,16 +106,16 @@ def hub_says(monkeypatch):
     def say(answer, index=None) -> list:
         class Session:
             def get(self, url, **options):
-                asked.append(options["timeout"])
+                timeouts.append(options["timeout"])
                 if isinstance(answer, Exception):
                     raise answer
                 return type("Answer", (), {"status_code": answer, "json": lambda self: index})()
 
-        asked = []
+        timeouts = []
         fetch_index.cache_clear()
         if answer is not None:
             monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
-        return asked
+        return timeouts
 
     yield say
     fetch_index.cache_clear()
@@ -130,15 +132,15 @@ ANSWERS += [
 def test_a_base_that_the_hub_does_not_give_is_refused_at_once_and_leaves_no_folder(
     answer, why, flags, tmp_path, hub_says, capsys
 ):
-    asked = hub_says(answer)
+    timeouts = hub_says(answer)
     assert train_main([*flags, "--pretrained_model_name_or_path", "nobody/a-model-1.0"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert why in line and "hf download nobody/a-model-1.0" in line
-    assert asked == ([5] if answer is not None else []) and not (tmp_path / "run").exists()
+    assert timeouts == ([5] if answer is not None else []) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "message"),
     [
         (
             "Flux2KleinPipeline",
@@ -156,19 +158,19 @@ def test_a_base_that_the_hub_does_not_give_is_refused_at_once_and_leaves_no_fold
     ],
 )
 def test_a_dry_run_says_what_is_assumed_of_a_base_that_is_neither_here_nor_known(
-    kind, said, flags, hub_says, capsys
+    kind, message, flags, hub_says, capsys
 ):
-    asked = hub_says(200 if kind else 404, {"_class_name": kind})
-    words = [
+    timeouts = hub_says(200 if kind else 404, {"_class_name": kind})
+    arguments = [
         "--pretrained_model_name_or_path",
         "nobody/a-model-2.0",
         "--resolution",
         "64",
         "--dry_run",
     ]
-    assert train_main([*flags, *words]) == 0
+    assert train_main([*flags, *arguments]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "adapter: " in line)
-    assert said in line and len(asked) == 1
+    assert message in line and len(timeouts) == 1
 
 
 def test_a_distilled_base_of_the_hub_is_refused_before_it_is_fetched_and_the_one_to_train_is_named(
@@ -176,10 +178,10 @@ def test_a_distilled_base_of_the_hub_is_refused_before_it_is_fetched_and_the_one
 ):
     hub_says(200, {"_class_name": "Flux2KleinPipeline", "is_distilled": True})
     assert train_main([*flags, "--pretrained_model_name_or_path", "nobody/a-klein"]) == 2
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert (
-        "it is distilled to a few steps" in said
-        and "black-forest-labs/FLUX.2-klein-base-4B or" in said
+        "it is distilled to a few steps" in message
+        and "black-forest-labs/FLUX.2-klein-base-4B or" in message
     )
 
 
@@ -196,20 +198,20 @@ def test_the_launchers_fp16_is_refused_for_a_family_that_overflows_in_it(
 
 def test_a_dry_run_is_refused_where_training_would_be(flags, tiny_base, tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    words = [*flags, "--pretrained_model_name_or_path", str(tiny_base), "--dry_run"]
-    assert train_main(words) == 0
+    arguments = [*flags, "--pretrained_model_name_or_path", str(tiny_base), "--dry_run"]
+    assert train_main(arguments) == 0
     with lock_folder(tmp_path / "run"):
-        assert train_main(words) == 2
+        assert train_main(arguments) == 2
     assert "is training there" in capsys.readouterr().err
-    assert train_main(words) == 0
+    assert train_main(arguments) == 0
 
 
 def test_an_empty_instance_prompt_is_trained_with_and_remarked(flags, tiny_base, tmp_path, capsys):
     """diffusers' own tests of Lumina 2 and Sana give it. It was called missing."""
-    words = [*flags, "--pretrained_model_name_or_path", str(tiny_base), "--resolution", "64"]
-    words[words.index("--instance_prompt") + 1] = ""
-    assert train_main([*words, "--dry_run"]) == 0
-    said = capsys.readouterr()
-    assert "--instance_prompt is empty" in said.out + said.err
-    assert train_main([*words, "--max_train_steps", "1", "--num_validation_images", "0"]) == 0
+    arguments = [*flags, "--pretrained_model_name_or_path", str(tiny_base), "--resolution", "64"]
+    arguments[arguments.index("--instance_prompt") + 1] = ""
+    assert train_main([*arguments, "--dry_run"]) == 0
+    message = capsys.readouterr()
+    assert "--instance_prompt is empty" in message.out + message.err
+    assert train_main([*arguments, "--max_train_steps", "1", "--num_validation_images", "0"]) == 0
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()

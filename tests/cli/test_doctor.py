@@ -18,9 +18,9 @@ from dreambooth_moslora.settings.train_config import TrainConfig
 def test_doctor_reads_versions_and_the_machine(capsys, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=3 * 2**30))
     assert main(["doctor"]) == 0
-    said = capsys.readouterr().out
-    assert not said.startswith(" "), "what to do stands before the versions"
-    facts = {line.split()[0]: line for line in said.splitlines() if line}
+    output = capsys.readouterr().out
+    assert not output.startswith(" "), "what to do stands before the versions"
+    facts = {line.split()[0]: line for line in output.splitlines() if line}
     assert {"python", "torch", "peft", "device"} <= facts.keys()
     assert facts["processor"].endswith(" cores, 3.0 GiB")
 
@@ -30,12 +30,12 @@ def test_doctor_sees_apples_gpu_and_that_bf16_begins_with_macos_14(apple, macos,
     monkeypatch.setattr(
         torch.backends.mps, "is_macos_or_newer", lambda major, minor: major <= macos
     )
-    collect_machine_facts(found := Findings())
+    collect_machine_facts(findings := Findings())
     assert (
-        found.facts["device"] == "Apple GPU (mps), 21.3 GiB for a process"
-        and found.facts["bf16"] == says
+        findings.facts["device"] == "Apple GPU (mps), 21.3 GiB for a process"
+        and findings.facts["bf16"] == says
     )
-    assert not [line for line in found.warnings if "GPU" in line]
+    assert not [line for line in findings.warnings if "GPU" in line]
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from dreambooth_moslora.lora.writer import publish
 from tests.helpers.live_adapters import live
 
 
-def call(*words) -> int:
-    return main([str(word) for word in words])
+def run_main(*arguments) -> int:
+    return main([str(word) for word in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +31,14 @@ def checkpoint(tmp_path_factory):
 
 
 def test_export_needs_no_base_and_equals_the_file_of_the_live_adapter(checkpoint, tmp_path, capsys):
-    assert call("export", checkpoint, "--out", tmp_path / "dog") == 0
-    shown = capsys.readouterr().out
-    assert "largest relative difference" in shown and "dog.kohya.safetensors" in shown
+    assert run_main("export", checkpoint, "--out", tmp_path / "dog") == 0
+    captured = capsys.readouterr().out
+    assert "largest relative difference" in captured and "dog.kohya.safetensors" in captured
     files = load_file(checkpoint / PUBLISHED_NAME), load_file(tmp_path / "dog" / PUBLISHED_NAME)
     assert files[0].keys() == files[1].keys() and all(
         torch.equal(files[0][k], files[1][k]) for k in files[0]
     )
-    assert call("export", checkpoint / RAW_NAME, "--out", tmp_path, "--dtype", "fp16") == 0
+    assert run_main("export", checkpoint / RAW_NAME, "--out", tmp_path, "--dtype", "fp16") == 0
 
 
 def test_a_runs_own_file_is_not_replaced(checkpoint, tmp_path, capsys):
@@ -46,7 +46,7 @@ def test_a_runs_own_file_is_not_replaced(checkpoint, tmp_path, capsys):
     run.path.mkdir()
     run.config_path.write_text("{}")
     for out in (run.path, run.best_dir):
-        assert call("export", checkpoint, "--out", out) == 2
+        assert run_main("export", checkpoint, "--out", out) == 2
         assert f"give another folder, such as {run.path}_export." in capsys.readouterr().err
     assert [path.name for path in run.path.iterdir()] == [run.config_path.name]
 
@@ -56,7 +56,7 @@ def test_export_of_dora_says_what_other_programs_make_of_it(tmp_path, capsys):
     save_raw(
         components, tmp_path / RAW_NAME, build_adapter_metadata(components, base_id="some/base")
     )
-    assert call("export", tmp_path / RAW_NAME, "--out", tmp_path / "dog") == 0
+    assert run_main("export", tmp_path / RAW_NAME, "--out", tmp_path / "dog") == 0
     assert f"Note: {DORA_NOTE}." in capsys.readouterr().out
 
 
@@ -73,13 +73,13 @@ def test_an_export_that_cannot_be_is_one_line(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("here")
-    assert call("export", source or checkpoint, "--out", out) == 2
+    assert run_main("export", source or checkpoint, "--out", out) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and says in error and error.count("\n") == 1
 
 
 def test_info_of_our_three_files(checkpoint, capsys):
-    assert call("info", "--json", *sorted(checkpoint.glob("*.safetensors"))) == 0
+    assert run_main("info", "--json", *sorted(checkpoint.glob("*.safetensors"))) == 0
     kohya, raw, published = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     for facts in (kohya, raw, published):
         assert facts["base"] == "some/base" and facts["trigger_words"] == "sks dog"
@@ -102,14 +102,14 @@ def test_info_of_other_peoples_files(tmp_path, capsys):
     }
     save_file(old, tmp_path / "old.safetensors")
     save_file({"a.lokr_w1": up}, tmp_path / "lokr.safetensors")
-    wanted = {
+    expected = {
         "alpha": "2",
         "base": "sdxl_base_v1-0",
         "modules": {"text_encoder": 1},
     }
     assert (
         describe(tmp_path / "kohya.safetensors").items()
-        >= (wanted | {"trigger_words": "sks"}).items()
+        >= (expected | {"trigger_words": "sks"}).items()
     )
     assert describe(tmp_path / "old.safetensors")["modules"] == {"unet": 1}
     assert describe(tmp_path / "lokr.safetensors")["kind"] == "LyCORIS LoKr"
@@ -123,14 +123,14 @@ def test_info_of_other_peoples_files(tmp_path, capsys):
     )
     assert describe(tmp_path / "peft.safetensors")["kind"] == "MoSLoRA in PEFT's form, unfolded"
     save_file({"weight": up}, tmp_path / "model.safetensors")
-    assert call("info", tmp_path / "old.safetensors", tmp_path / "model.safetensors") == 2
-    shown = capsys.readouterr()
-    assert "holds no known LoRA" in shown.err and "old diffusers keys" in shown.out
-    assert "rank 8 in 1 layer\n" in shown.out and "DoRA:                    no\n" in shown.out
+    assert run_main("info", tmp_path / "old.safetensors", tmp_path / "model.safetensors") == 2
+    captured = capsys.readouterr()
+    assert "holds no known LoRA" in captured.err and "old diffusers keys" in captured.out
+    assert "rank 8 in 1 layer\n" in captured.out and "DoRA:                    no\n" in captured.out
 
 
 @pytest.mark.parametrize(
-    ("tensors", "header", "said"),
+    ("tensors", "header", "message"),
     [
         ({"alpha": torch.ones(2)}, {}, "x.safetensors is broken"),
         ({}, {"modelspec.title": "\x1b[31m\nred"}, ""),
@@ -138,22 +138,26 @@ def test_info_of_other_peoples_files(tmp_path, capsys):
         ({"dora_scale": torch.ones(2).to(torch.float8_e4m3fn)}, {}, ""),
     ],
 )
-def test_info_of_a_hostile_file_is_calm(tensors, header, said, tmp_path, capsys):
+def test_info_of_a_hostile_file_is_calm(tensors, header, message, tmp_path, capsys):
     pair = {"lora_down.weight": torch.ones(2, 3), "lora_up.weight": torch.ones(3, 2)}
     save_file(
         {f"lora_unet_x.{k}": t for k, t in (pair | tensors).items()},
         tmp_path / "x.safetensors",
         header,
     )
-    assert call("info", tmp_path / "x.safetensors") == (2 if said else 0)
-    shown = capsys.readouterr()
-    assert said in shown.err and shown.err.count("\n") <= 1 and "\x1b" not in shown.out + shown.err
+    assert run_main("info", tmp_path / "x.safetensors") == (2 if message else 0)
+    captured = capsys.readouterr()
+    assert (
+        message in captured.err
+        and captured.err.count("\n") <= 1
+        and "\x1b" not in captured.out + captured.err
+    )
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_a_black_picture_is_explained_as_on_the_page(tiny_base, state, tmp_path, capsys):
     save_file({key: value * 1e30 for key, value in state.items()}, tmp_path / "huge.safetensors")
-    words = [
+    arguments = [
         "generate",
         "--base",
         tiny_base,
@@ -164,14 +168,17 @@ def test_a_black_picture_is_explained_as_on_the_page(tiny_base, state, tmp_path,
         "--output_dir",
         tmp_path / "out",
     ]
-    for given, said in ((["--adapter", tmp_path / "huge.safetensors"], True), ([], False)):
-        assert call(*words, *given) == 0
+    for adapter_flags, message in (
+        (["--adapter", tmp_path / "huge.safetensors"], True),
+        ([], False),
+    ):
+        assert run_main(*arguments, *adapter_flags) == 0
         black = (
-            "note: of the pictures, 1 of them is black: "
+            "note: of the images, 1 of them is black: "
             "an adapter's values or its scale are too large"
         )
         error = capsys.readouterr().err
-        assert (black in error, "without --adapter the base draws alone" in error) == (
-            said,
-            not said,
+        assert (black in error, "without --adapter the base generates alone" in error) == (
+            message,
+            not message,
         )

@@ -29,11 +29,11 @@ def pipeline(tiny_base, tmp_path_factory):
     return subject
 
 
-def command(tiny_base, folder, *words) -> int:
+def run_generate(tiny_base, folder, *flags) -> int:
     parser = argparse.ArgumentParser()
     command_generate.generate_arguments(parser)
     base = ["--base", str(tiny_base)] if tiny_base else []
-    args = parser.parse_args([*base, "--output_dir", str(folder), "--steps", "2", *words])
+    args = parser.parse_args([*base, "--output_dir", str(folder), "--steps", "2", *flags])
     return command_generate.run_generate(args)
 
 
@@ -61,7 +61,7 @@ def test_the_base_is_that_of_the_first_adapters_run_also_where_it_is_the_embedde
 
 def test_the_command_writes_pictures_with_their_recipe(tiny_base, pipeline, tmp_path, capsys):
     adapter = save_diffusers_lora(pipeline.pipeline.unet, tmp_path / "runs" / "dog", seed=1).parent
-    words = [
+    flags = [
         "--adapter",
         f"{adapter}:0.5",
         "--prompt",
@@ -71,11 +71,11 @@ def test_the_command_writes_pictures_with_their_recipe(tiny_base, pipeline, tmp_
         "--num_images",
         "2",
     ]
-    assert command(tiny_base, tmp_path, *words) == 0
+    assert run_generate(tiny_base, tmp_path, *flags) == 0
     first, second = (tmp_path / f"image_{seed}.png" for seed in (5, 6))
     assert capsys.readouterr().out.split() == [str(first), str(second)]
     assert read_recipe(second).params.adapters == (("dog", 0.5),)
-    assert command(tiny_base, tmp_path, *words[:4], "--seed", "6") == 0
+    assert run_generate(tiny_base, tmp_path, *flags[:4], "--seed", "6") == 0
     again = PIL.Image.open(tmp_path / "image_6_2.png")
     assert np.array_equal(np.asarray(again), np.asarray(PIL.Image.open(second)))
 
@@ -89,13 +89,13 @@ def test_the_base_is_loaded_from_where_the_run_had_it_unless_another_is_given(
         SubjectPipeline, "from_base", lambda base: loaded.append(base) or from_base(base)
     )
     run = save_diffusers_lora(pipeline.pipeline.unet, tmp_path / "runs" / "dog", seed=1).parent
-    told = {"revision": "0" * 40, "cache_dir": str(tmp_path)}
+    base_settings = {"revision": "0" * 40, "cache_dir": str(tmp_path)}
     RunDir(run).config_path.write_text(
-        json.dumps({"pretrained_model_name_or_path": str(tiny_base), **told})
+        json.dumps({"pretrained_model_name_or_path": str(tiny_base), **base_settings})
     )
     for base in (None, tiny_base):
-        command(base, tmp_path, "--adapter", str(run), "--prompt", "dog")
-    assert loaded == [Base.find(tiny_base, **own) for own in (told, {})]
+        run_generate(base, tmp_path, "--adapter", str(run), "--prompt", "dog")
+    assert loaded == [Base.find(tiny_base, **settings) for settings in (base_settings, {})]
 
 
 def test_a_vae_that_overflows_in_fp16_draws_what_it_draws_in_fp32(tmp_path, monkeypatch):
@@ -115,7 +115,7 @@ def test_a_vae_that_overflows_in_fp16_draws_what_it_draws_in_fp32(tmp_path, monk
             SubjectPipeline, "from_base", lambda base, dtype=dtype: from_base(base, dtype)
         )
         folder = tmp_path / str(dtype)
-        assert command(base, folder, "--prompt", "a dog", "--seed", "5") == 0
+        assert run_generate(base, folder, "--prompt", "a dog", "--seed", "5") == 0
         pictures.append(np.asarray(PIL.Image.open(folder / "image_5.png"), int))
     half, full = pictures
     assert full.std() > 1 and np.abs(half - full).max() <= 8

@@ -24,7 +24,7 @@ WITHOUT_EFFECT = shlex.split("""
 """Flags of that script that have no effect here."""
 
 
-def ignored_lines(capsys) -> list[str]:
+def list_ignored_lines(capsys) -> list[str]:
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("Ignored")]
 
 
@@ -33,11 +33,11 @@ def test_a_full_command_of_diffusers_runs_and_its_flags_without_effect_are_named
 ):
     monkeypatch.chdir(tmp_path)
     assert train_main([*WITHOUT_EFFECT, *COMMAND, "--dry_run"]) == 0
-    (line,) = ignored_lines(capsys)
+    (line,) = list_ignored_lines(capsys)
     assert line.startswith("Ignored, as they have no effect here: --output_kohya_format (a UNet's")
     for flag in (
         "--dataloader_num_workers 4 (photos are encoded once",
-        "--prior_generation_precision fp16 (class images are drawn in the run's precision",
+        "--prior_generation_precision fp16 (class images are generated in the run's precision",
         "--local_rank -1 (",
         "--image_interpolation_mode nearest (photos are resized by Lanczos",
     ):
@@ -46,25 +46,25 @@ def test_a_full_command_of_diffusers_runs_and_its_flags_without_effect_are_named
 
 def test_the_settings_are_those_of_the_command_without_them(capsys):
     plain = parse_training(COMMAND).all_settings
-    assert ignored_lines(capsys) == []
+    assert list_ignored_lines(capsys) == []
     first_flags, last_flags = WITHOUT_EFFECT[:3], WITHOUT_EFFECT[3:]
     assert parse_training([*first_flags, *COMMAND, *last_flags]).all_settings == plain
 
 
 def test_a_switch_takes_no_word_and_a_flag_only_its_value(capsys):
     """Words may stand behind the flags."""
-    words = [find_asset("assets/subjects/bear"), "bear"]
+    positionals = [find_asset("assets/subjects/bear"), "bear"]
     for flags in (["--xformers"], ["--save_precision", "fp16"]):
-        settings = parse_training(["--base", "toy", *flags, *words]).all_settings
+        settings = parse_training(["--base", "toy", *flags, *positionals]).all_settings
         assert settings["instance_prompt"] == "a photo of a sks bear"
     with pytest.raises(UserError, match="--save_precision: expected 1 argument"):
         parse_training([*COMMAND, "--save_precision"])
 
 
 def test_check_takes_them_too(capsys):
-    words = [find_asset("assets/subjects/bear"), "bear", "--base", "toy", "--no_picture"]
-    assert main(["check", *words, *WITHOUT_EFFECT]) == 0
-    assert len(ignored_lines(capsys)) == 1
+    positionals = [find_asset("assets/subjects/bear"), "bear", "--base", "toy", "--no_picture"]
+    assert main(["check", *positionals, *WITHOUT_EFFECT]) == 0
+    assert len(list_ignored_lines(capsys)) == 1
 
 
 @pytest.mark.parametrize("flag", ["timestep_bias_strategy", "system_prompt", "use_ema"])

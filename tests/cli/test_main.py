@@ -61,8 +61,8 @@ print("saved", flush=True)
 """
 
 
-def needed(base, photos, run):
-    words = [
+def build_flags(base, photos, run):
+    arguments = [
         "--pretrained_model_name_or_path",
         base,
         "--instance_data_dir",
@@ -70,7 +70,15 @@ def needed(base, photos, run):
         "--instance_prompt",
         "x",
     ]
-    return [*map(str, words), "--output_dir", str(run), "--resolution", "64", "--report_to", "none"]
+    return [
+        *map(str, arguments),
+        "--output_dir",
+        str(run),
+        "--resolution",
+        "64",
+        "--report_to",
+        "none",
+    ]
 
 
 @pytest.fixture
@@ -78,35 +86,36 @@ def photos(tmp_path):
     return paint_photos(tmp_path / "photos")
 
 
-def python(*words, **options) -> subprocess.CompletedProcess:
+def run_python(*arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *words], env=ENVIRONMENT, capture_output=True, text=True, **options
+        [sys.executable, *arguments], env=ENVIRONMENT, capture_output=True, text=True, **options
     )
 
 
 IMPORTED = """
 import json, sys
 from dreambooth_moslora.cli.main import main
-for words, code, unneeded in json.loads(sys.argv[1]):
+for arguments, code, unneeded in json.loads(sys.argv[1]):
     try:
-        found = main(words)
+        exit_code = main(arguments)
     except SystemExit as ended:
-        found = ended.code
-    assert found == code and not sys.modules.keys() & set(unneeded.split()), (words, found)
+        exit_code = ended.code
+    imported = sys.modules.keys() & set(unneeded.split())
+    assert exit_code == code and not imported, (arguments, exit_code, imported)
 """
 
 
 def test_what_trains_nothing_imports_no_torch_and_info_nothing_but_torch(photos):
     before, libraries = sorted(photos.iterdir()), "torch diffusers numpy PIL"
-    asked = [
-        (["train", *words], code, libraries)
-        for words, code in ((["--help"], 0), (["--rnak", "3"], 2), ([], 2))
+    cases = [
+        (["train", *arguments], code, libraries)
+        for arguments, code in ((["--help"], 0), (["--rnak", "3"], 2), ([], 2))
     ]
-    asked += [(["train", *needed("toy", ".", folder)], 2, "torch") for folder in (".", "")]
-    asked += [(["train", *needed("toy", ".", "run"), "--dry_run"], 0, "torch")]
+    cases += [(["train", *build_flags("toy", ".", folder)], 2, "torch") for folder in (".", "")]
+    cases += [(["train", *build_flags("toy", ".", "run"), "--dry_run"], 0, "torch")]
     rocket = get_assets_folder() / "adapters" / "rocket.safetensors"
-    asked += [(["info", str(rocket)], 0, "diffusers transformers peft accelerate")]
-    done = python("-c", IMPORTED, json.dumps(asked), cwd=photos)
+    cases += [(["info", str(rocket)], 0, "diffusers transformers peft accelerate")]
+    done = run_python("-c", IMPORTED, json.dumps(cases), cwd=photos)
     assert done.returncode == 0, done.stderr
     assert sorted(photos.iterdir()) == before
 
@@ -114,15 +123,15 @@ def test_what_trains_nothing_imports_no_torch_and_info_nothing_but_torch(photos)
 def test_the_programs_own_files_are_found_from_another_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rocket, photos = "assets/adapters/rocket.safetensors", "assets/subjects/rocket"
-    words = ["train", photos, "rocket", "--init_adapter", rocket, "--dry_run"]
-    assert main(words) == 0, capsys.readouterr().err
+    arguments = ["train", photos, "rocket", "--init_adapter", rocket, "--dry_run"]
+    assert main(arguments) == 0, capsys.readouterr().err
     assert open_catalogue(["assets/adapters"]).list_names() == ["rocket"]
 
 
 def test_the_overview_names_every_command_and_the_first_steps_of_the_readme(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"  {name:9} {about}\n" in out for name, (_, about) in COMMANDS.items())
+    assert all(f"  {name:9} {help_line}\n" in out for name, (_, help_line) in COMMANDS.items())
     steps, readme = (
         out.partition("first steps")[2].splitlines()[1:],
         (ROOT / "README.md").read_text(encoding="utf-8"),
@@ -138,7 +147,7 @@ import sys
 # to import them raises an error
 sys.modules["torch"] = sys.modules["diffusers"] = sys.modules["gradio"] = None
 from dreambooth_moslora.cli.main import main
-print([main(words.split()) for words in sys.argv[1:]])
+print([main(line.split()) for line in sys.argv[1:]])
 """
 ABSENT = {
     "info x.safetensors": "there is no file x.safetensors",
@@ -194,8 +203,8 @@ def test_a_path_that_is_not_there_is_told_before_torch_is_imported(tmp_path):
         for line in done.stderr.splitlines()
         if not line.startswith("base: ./gone, which the run in ")
     ]
-    for line, said in zip(errors, ABSENT.values(), strict=True):
-        assert line.startswith(f"error: {said.format(here=tmp_path)}")
+    for line, message in zip(errors, ABSENT.values(), strict=True):
+        assert line.startswith(f"error: {message.format(here=tmp_path)}")
 
 
 UNFINISHED = {
@@ -208,26 +217,26 @@ UNFINISHED = {
 }
 
 
-@pytest.mark.parametrize("words", UNFINISHED)
-def test_a_mistyped_or_unfinished_command_is_one_line(words, capsys):
-    assert main(words.split()) == 2
+@pytest.mark.parametrize("arguments", UNFINISHED)
+def test_a_mistyped_or_unfinished_command_is_one_line(arguments, capsys):
+    assert main(arguments.split()) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {UNFINISHED[words]}") and error.count("\n") == 1
+    assert error.startswith(f"error: {UNFINISHED[arguments]}") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["check", "compare"])
 @pytest.mark.parametrize(
-    ("flag", "said"),
+    ("flag", "message"),
     [
         ("--flag=a b", "unknown flag --flag; see"),
         ("-x y", "unknown flag -x y"),
         ("--rnak=4 5", "--rank?"),
     ],
 )
-def test_a_flag_that_is_none_is_no_word_of_the_subject(command, flag, said, tmp_path, capsys):
+def test_a_flag_that_is_none_is_no_word_of_the_subject(command, flag, message, tmp_path, capsys):
     assert main([command, str(tmp_path), flag]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and said in error and error.count("\n") == 1
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
 GUESSED = {
@@ -244,19 +253,19 @@ GUESSED = {
 }
 
 
-@pytest.mark.parametrize("words", GUESSED)
-def test_a_flag_that_people_try_first_is_answered_with_the_one_that_they_mean(words, capsys):
+@pytest.mark.parametrize("arguments", GUESSED)
+def test_a_flag_that_people_try_first_is_answered_with_the_one_that_they_mean(arguments, capsys):
     """`train --steps` was said to be unknown, and `--base` to be `--base_quantization`."""
-    assert main(words.split()) == 2
+    assert main(arguments.split()) == 2
     error = capsys.readouterr().err
-    flag = next(word for word in words.split() if word.startswith("--"))
+    flag = next(word for word in arguments.split() if word.startswith("--"))
     assert error.startswith(f"error: unknown flag {flag}") and error.count("\n") == 1
-    assert GUESSED[words] in error
+    assert GUESSED[arguments] in error
 
 
 @pytest.mark.parametrize("flag", ["--base", "--pretrained_model_name_or_path"])
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         "train {photos} dog",
         "check {photos} dog",
@@ -268,11 +277,11 @@ def test_a_flag_that_people_try_first_is_answered_with_the_one_that_they_mean(wo
         "app",
     ],
 )
-def test_every_command_takes_the_base_by_both_names(words, flag, photos, monkeypatch, capsys):
+def test_every_command_takes_the_base_by_both_names(arguments, flag, photos, monkeypatch, capsys):
     """Its name was `--base` in one half of them, and diffusers' in the other."""
     monkeypatch.chdir(photos.parent)
     Path("dog.safetensors").touch()
-    assert main([*words.format(photos=photos).split(), flag, "my models/x"]) == 2
+    assert main([*arguments.format(photos=photos).split(), flag, "my models/x"]) == 2
     assert "the base my models/x does not exist" in capsys.readouterr().err
 
 
@@ -290,12 +299,12 @@ def test_a_file_names_the_base_as_a_flag_does_and_once(photos, monkeypatch, caps
 def test_generate_takes_the_names_that_diffusers_gives_its_parameters(tmp_path):
     add_arguments, _ = load_command("generate")
     add_arguments(parser := CommandParser())
-    words = "--num_inference_steps 9 --guidance_scale 2 --num_images_per_prompt 3"
-    args = parser.parse_args(words.split())
+    arguments = "--num_inference_steps 9 --guidance_scale 2 --num_images_per_prompt 3"
+    args = parser.parse_args(arguments.split())
     assert (args.steps, args.guidance_scale, args.num_images) == (9, 2.0, 3)
 
 
-def fail(error):
+def raise_error(error):
     raise error
 
 
@@ -343,7 +352,7 @@ OUT_OF_MEMORY = (
     ],
 )
 def test_ends_have_their_codes(error, code, says, capsys):
-    assert run_to_exit_code(lambda: fail(error)) == code
+    assert run_to_exit_code(lambda: raise_error(error)) == code
     assert says in capsys.readouterr().err
 
 
@@ -367,8 +376,8 @@ SLOW = [
 ]
 DUCK = str(get_assets_folder() / "subjects" / "duck")
 SLOW += [
-    pytest.param(words, marks=pytest.mark.slow)
-    for words in (
+    pytest.param(arguments, marks=pytest.mark.slow)
+    for arguments in (
         ["info", "dog.safetensors"],
         ["export", "dog.safetensors", "--out", "exported"],
         ["check", "photos", "dog"],
@@ -380,8 +389,8 @@ SLOW += [
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a terminal")
-@pytest.mark.parametrize("words", SLOW, ids=lambda words: words[0])
-def test_a_person_is_told_that_pytorch_is_loaded_before_it_is(words, photos, tmp_path):
+@pytest.mark.parametrize("arguments", SLOW, ids=lambda arguments: arguments[0])
+def test_a_person_is_told_that_pytorch_is_loaded_before_it_is(arguments, photos, tmp_path):
     """On a busy machine nothing was said for two minutes. The import is interrupted here."""
     (tmp_path / "sitecustomize.py").write_text(
         INTERRUPTER.replace('== "dreambooth_moslora.errors"', 'in ("torch", "gradio")')
@@ -391,14 +400,14 @@ def test_a_person_is_told_that_pytorch_is_loaded_before_it_is(words, photos, tmp
     )
     environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     ours, theirs = os.openpty()
-    command = [sys.executable, "-m", "dreambooth_moslora", *words]
+    command = [sys.executable, "-m", "dreambooth_moslora", *arguments]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=theirs)
     os.close(theirs)
     assert process.wait(timeout=100) == EXIT_INTERRUPTED
-    said = os.read(ours, 10_000).decode()
+    message = os.read(ours, 10_000).decode()
     os.close(ours)
-    loading = "starting the page" if words[0] == "app" else "loading PyTorch"
-    assert said == f"{loading} …\r\ninterrupted\r\n"
+    loading = "starting the page" if arguments[0] == "app" else "loading PyTorch"
+    assert message == f"{loading} …\r\ninterrupted\r\n"
 
 
 @pytest.mark.parametrize(
@@ -425,9 +434,9 @@ def test_an_error_of_the_machine_ends_the_page_in_one_line_as_any_command():
 
 @pytest.mark.slow
 def test_a_run_that_may_write_no_large_file_ends_in_one_line(photos, tiny_base, tmp_path):
-    done = python(
+    done = run_python(
         SCRIPT,
-        *needed(tiny_base, photos, tmp_path / "run"),
+        *build_flags(tiny_base, photos, tmp_path / "run"),
         *("--max_train_steps", "1", "--train_batch_size", "1", "--num_validation_images", "0"),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
     )
@@ -437,20 +446,29 @@ def test_a_run_that_may_write_no_large_file_ends_in_one_line(photos, tiny_base, 
 
 @pytest.mark.slow
 def test_a_console_that_is_not_utf_8_gets_what_it_has_letters_for(photos, tmp_path):
-    words = ["train", str(photos), "dög雪", "--pretrained_model_name_or_path", "toy", "--dry_run"]
+    arguments = [
+        "train",
+        str(photos),
+        "dög雪",
+        "--pretrained_model_name_or_path",
+        "toy",
+        "--dry_run",
+    ]
     environment = ENVIRONMENT | {"PYTHONIOENCODING": "cp1252"}
-    command = [sys.executable, "-m", "dreambooth_moslora", *words]
+    command = [sys.executable, "-m", "dreambooth_moslora", *arguments]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "“a photo of a sks dög\\u96ea”".encode("cp1252") in done.stderr
 
 
-def started(*words, **extra):
+def start_process(*arguments, **extra):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, *map(str, words)], env=ENVIRONMENT | extra, **pipes)
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)], env=ENVIRONMENT | extra, **pipes
+    )
 
 
-def send(process, signals, pause_sec):
+def send_signals(process, signals, pause_sec):
     for number in signals:
         process.send_signal(number)
         time.sleep(pause_sec)
@@ -458,9 +476,9 @@ def send(process, signals, pause_sec):
 
 @pytest.mark.parametrize("signals", [[signal.SIGINT] * 2, [signal.SIGTERM] * 4, [signal.SIGHUP]])
 def test_signals_ask_and_never_tear(signals):
-    process = started("-c", STOPPER)
+    process = start_process("-c", STOPPER)
     assert process.stdout.readline() == b"ready\n"
-    send(process, signals, 0.05)
+    send_signals(process, signals, 0.05)
     out, err = process.communicate(timeout=60)
     assert (
         out == b"saving\nsaved\n" and process.returncode == 0 and b"stopping after this step" in err
@@ -470,15 +488,17 @@ def test_signals_ask_and_never_tear(signals):
 def test_a_third_ctrl_c_leaves_at_once_and_a_file_asks_as_a_signal_does_and_goes_with_the_run(
     tmp_path,
 ):
-    hanging, asked = (
-        started("-c", STOPPER, HANG="1"),
-        started("-c", STOPPER, **{STOP_FILE_VARIABLE: str(tmp_path / "job.stop")}),
+    hanging, stopping = (
+        start_process("-c", STOPPER, HANG="1"),
+        start_process("-c", STOPPER, **{STOP_FILE_VARIABLE: str(tmp_path / "job.stop")}),
     )
-    assert hanging.stdout.readline() == asked.stdout.readline() == b"ready\n"
-    send(hanging, [signal.SIGINT] * 3, 0.1)
+    assert hanging.stdout.readline() == stopping.stdout.readline() == b"ready\n"
+    send_signals(hanging, [signal.SIGINT] * 3, 0.1)
     send_stop_request(tmp_path)
     assert hanging.wait(timeout=20) == 130
-    assert asked.communicate(timeout=60)[0] == b"saving\nsaved\n" and not list(tmp_path.iterdir())
+    assert stopping.communicate(timeout=60)[0] == b"saving\nsaved\n" and not list(
+        tmp_path.iterdir()
+    )
 
 
 def test_a_closed_terminal_stops_nothing_under_nohup():
@@ -495,19 +515,19 @@ def test_a_closed_terminal_stops_nothing_under_nohup():
 @pytest.mark.slow
 def test_two_ctrl_c_during_training_leave_a_checkpoint_and_an_adapter(photos, tiny_base, tmp_path):
     """And `2>&1 | tee log` is gone before the training is asked to stop."""
-    run, words = (
+    run, arguments = (
         RunDir(tmp_path / "run"),
         ["--train_batch_size", 1, "--max_train_steps", 100000, "--seed", 1],
     )
-    process = started(
-        SCRIPT, *needed(tiny_base, photos, run.path), *words, "--num_validation_images", 0
+    process = start_process(
+        SCRIPT, *build_flags(tiny_base, photos, run.path), *arguments, "--num_validation_images", 0
     )
     while not any(event["type"] == "step" for event in run.read_events()):
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.1)
     for pipe in (process.stdout, process.stderr):
         pipe.close()
-    send(process, [signal.SIGINT] * 2, 0.2)
+    send_signals(process, [signal.SIGINT] * 2, 0.2)
     assert process.wait(timeout=120) == 130
     (checkpoint,) = run.list_checkpoints()
     with safe_open(run.adapter_path, "pt") as file:
@@ -535,9 +555,9 @@ def test_a_bug_ends_with_1_and_its_traceback_once_on_the_terminal_and_in_the_log
     photos, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(
-        distributed, "make_accelerator", lambda *_: fail(ZeroDivisionError("unforeseen"))
+        distributed, "make_accelerator", lambda *_: raise_error(ZeroDivisionError("unforeseen"))
     )
-    assert train_main(needed("toy", photos, tmp_path / "run")) == 1
+    assert train_main(build_flags("toy", photos, tmp_path / "run")) == 1
     assert (tmp_path / "run" / "train.log").read_text().count("ZeroDivisionError: unforeseen") == 1
     assert capsys.readouterr().err.count("ZeroDivisionError: unforeseen") == 1
 
@@ -577,10 +597,14 @@ def test_a_mistake_that_is_found_late_is_one_line_too(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("no folder")
-    words, says = LATE_MISTAKES[name]
-    words = [*words, "--exposures_per_photo", "100"]  # enough that no note stands beside the error
+    arguments, says = LATE_MISTAKES[name]
+    arguments = [
+        *arguments,
+        "--exposures_per_photo",
+        "100",
+    ]  # enough that no note stands beside the error
     for dry in ([], ["--dry_run"]):
-        assert train_main([*needed(tiny_base, photos, "run"), *words, *dry]) == 2
+        assert train_main([*build_flags(tiny_base, photos, "run"), *arguments, *dry]) == 2
         lines = [
             line
             for line in capfd.readouterr().err.splitlines()
@@ -593,8 +617,8 @@ def test_dry_run_prints_cost_steps_photos_and_changed_settings_and_does_nothing(
     photos, tiny_base, tmp_path, capsys
 ):
     (photos / "notes.md").write_text("x")
-    words = [
-        *needed(tiny_base, photos, tmp_path / "run"),
+    arguments = [
+        *build_flags(tiny_base, photos, tmp_path / "run"),
         "--repeats",
         "4",
         "--train_batch_size",
@@ -602,8 +626,8 @@ def test_dry_run_prints_cost_steps_photos_and_changed_settings_and_does_nothing(
         "--rank",
         "3",
     ]
-    words += ["--gradient_accumulation_steps", "2", "--num_train_epochs", "5", "--dry_run"]
-    assert train_main([*words, "--class_prompt", "a toy", "--prior", "adapter_off"]) == 0
+    arguments += ["--gradient_accumulation_steps", "2", "--num_train_epochs", "5", "--dry_run"]
+    assert train_main([*arguments, "--class_prompt", "a toy", "--prior", "adapter_off"]) == 0
     out = capsys.readouterr().out
     titles = [line.partition(" ")[0] for line in out.splitlines() if line and line[0] != " "]
     assert titles == ["cost", "steps", "photos", "settings", "remarks"]
@@ -621,7 +645,7 @@ def test_dry_run_prints_cost_steps_photos_and_changed_settings_and_does_nothing(
     expected = sum(3 * (m.in_features + m.out_features) + 9 for m in layers)
     assert f"{expected:,} parameters on {len(layers)} layers" in out
     assert not (tmp_path / "run").exists()
-    assert train_main([*words, "--num_train_epochs", "1"]) == 0
+    assert train_main([*arguments, "--num_train_epochs", "1"]) == 0
     assert "set --exposures_per_photo" in capsys.readouterr().out
 
 
@@ -634,19 +658,19 @@ def test_a_run_shows_its_phases_the_time_left_and_both_losses(photos, tiny_base,
     }
     stream = io.StringIO()
     train(tiny_config(tiny_base, photos, tmp_path / "run", **changes), TerminalProgress(stream))
-    seen = stream.getvalue()
-    for words in (
+    output = stream.getvalue()
+    for arguments in (
         "loading the base",
         "class images",
         "encoding photos",
-        "drawing samples",
+        "generating samples",
         "saving and verifying",
     ):
-        assert words in seen, words
-    assert "step 2: checkpoint" in seen and "step 0: 1 sample images" in seen
-    last = [line for line in seen.replace("\r", "\n").splitlines() if line.startswith("training")][
-        -1
-    ]
+        assert arguments in output, arguments
+    assert "step 2: checkpoint" in output and "step 0: 1 sample images" in output
+    last = [
+        line for line in output.replace("\r", "\n").splitlines() if line.startswith("training")
+    ][-1]
     assert "5/5 [" in last and "left=00:00" in last
     assert "loss=" in last and "prior=" not in last
 
@@ -660,7 +684,7 @@ def test_loading_a_base_shows_no_bars_and_the_bar_of_the_steps_fits_100_columns(
     assert len(line) == 100 and line.endswith("left=99:59:59, loss=0.123]")
 
 
-def shown(*events) -> str:
+def format_events(*events) -> str:
     stream = io.StringIO()
     progress = TerminalProgress(stream)
     for event in events:
@@ -678,22 +702,23 @@ def test_a_stopped_run_says_where_its_adapter_is_and_the_command_that_goes_on(
     write_settings(config, RunDir(tmp_path / "run"))
     RunDir(tmp_path / "run").metrics_path.touch()
     result = TrainResult(tmp_path / "run", 4, interrupted=True, proof=None)
-    (said,) = format_ending(make_plan(config), result)
-    assert f"stopped at step 4: the adapter so far is in {tmp_path / 'run'}; " in said
+    (message,) = format_ending(make_plan(config), result)
+    assert f"stopped at step 4: the adapter so far is in {tmp_path / 'run'}; " in message
     command = f"train --config {tmp_path / 'run' / 'train_config.json'}"
     assert (
-        f"to go on: python -m dreambooth_moslora {command} --resume_from_checkpoint latest" in said
+        f"to go on: python -m dreambooth_moslora {command} --resume_from_checkpoint latest"
+        in message
     )
 
 
 def test_a_resumed_run_counts_from_its_step_a_new_one_from_nowhere_and_a_line_of_scores_has_words():
     """There were fourteen of the program's own names in it."""
-    seen = shown(RunStarted(100), StepDone(41, loss=1.0, lr=1e-4, eta_sec=125.0))
-    assert "41/100" in seen and "0/100" not in seen.replace("40/100", "")
-    assert "left=02:05" in seen and "step/s" not in seen
+    output = format_events(RunStarted(100), StepDone(41, loss=1.0, lr=1e-4, eta_sec=125.0))
+    assert "41/100" in output and "0/100" not in output.replace("40/100", "")
+    assert "left=02:05" in output and "step/s" not in output
     scores = StepEvaluated(1, {"dino": 0.5, "dino_base": 0.1, "clip_t": 0.25, "score": 0.75})
-    seen = shown(RunStarted(2), StepDone(1, loss=1.0, lr=1e-4), scores)
-    assert "step 1: subject 0.500, prompt 0.250, score 0.750\n" in seen
+    output = format_events(RunStarted(2), StepDone(1, loss=1.0, lr=1e-4), scores)
+    assert "step 1: subject 0.500, prompt 0.250, score 0.750\n" in output
 
 
 def test_a_run_says_before_it_begins_what_will_go_badly(photos, tiny_base, tmp_path, caplog):
@@ -707,9 +732,9 @@ def test_a_run_that_would_fill_the_disk_does_not_begin_and_a_dry_run_says_it_fir
     photos, tiny_base, tmp_path, capsys
 ):
     """It was a note, and the last line of a dry run."""
-    words = needed(tiny_base, photos, tmp_path / "run")
-    words += ["--max_train_steps", "1000000000", "--checkpointing_steps", "1"]
-    assert train_main([*words, "--dry_run"]) == 0
+    arguments = build_flags(tiny_base, photos, tmp_path / "run")
+    arguments += ["--max_train_steps", "1000000000", "--checkpointing_steps", "1"]
+    assert train_main([*arguments, "--dry_run"]) == 0
     assert capsys.readouterr().out.startswith("not enough room\n  the disk has too little room: ")
-    assert train_main(words) == 2
+    assert train_main(arguments) == 2
     assert "free some of it, or give --output_dir on another disk" in capsys.readouterr().err

@@ -52,10 +52,16 @@ def test_a_toy_is_trained_as_the_recipe_says(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = parse_train_config(TOYS)
     toy = load_settings(CONFIGS / "toy.toml")
-    own = {"instance_data_dir", "output_dir", "instance_prompt", "class_prompt", "max_train_steps"}
-    own |= {"validation_steps"}  # pictures come with the scores
-    assert {name: config.to_dict()[name] for name in toy.keys() - own} == {
-        n: toy[n] for n in toy.keys() - own
+    own_settings = {
+        "instance_data_dir",
+        "output_dir",
+        "instance_prompt",
+        "class_prompt",
+        "max_train_steps",
+    }
+    own_settings |= {"validation_steps"}  # pictures come with the scores
+    assert {name: config.to_dict()[name] for name in toy.keys() - own_settings} == {
+        n: toy[n] for n in toy.keys() - own_settings
     }
     assert plan_steps(config, 5).total_steps == toy["max_train_steps"]
     assert (config.instance_prompt, config.class_prompt) == (
@@ -64,13 +70,14 @@ def test_a_toy_is_trained_as_the_recipe_says(tmp_path, monkeypatch, capsys):
     )
     assert config.output_dir == "runs/bear"
     assert config.evaluate_steps == config.validation_steps == 120
-    said = capsys.readouterr().err
-    flags = set(re.findall(r"--(\w+)", said))
+    message = capsys.readouterr().err
+    flags = set(re.findall(r"--(\w+)", message))
     assert len(flags) > 8 and flags <= {
         f.lstrip("-") for f in build_train_parser()._option_string_actions
     }
     assert (
-        "photos: 5, 5 with a mask" in said and "steps: 480, which show each photo 384 times" in said
+        "photos: 5, 5 with a mask" in message
+        and "steps: 480, which show each photo 384 times" in message
     )
 
 
@@ -95,9 +102,10 @@ def test_photos_without_masks_get_them_where_nothing_is_fetched_for_it(photos, c
 def test_photos_that_are_not_square_are_cropped_in_their_own_shapes(photos, tmp_path, capsys):
     (oblong := tmp_path / "wide").mkdir()
     Image.new("RGB", (160, 128)).save(oblong / "0.png")
-    for words in (photos, [str(oblong), "dog", "--no_enable_bucket"]):
+    for arguments in (photos, [str(oblong), "dog", "--no_enable_bucket"]):
         assert (
-            not parse_train_config(words).enable_bucket and "crops: " not in capsys.readouterr().err
+            not parse_train_config(arguments).enable_bucket
+            and "crops: " not in capsys.readouterr().err
         )
     assert parse_train_config([str(oblong), "dog"]).enable_bucket
     assert "crops: in the photos' own shapes (--no_enable_bucket)" in capsys.readouterr().err
@@ -122,9 +130,10 @@ def test_flags_win_before_and_behind_and_are_not_said_to_be_chosen(photos, capsy
         and not config.with_prior_preservation
         and not config.prior_prompts
     )
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert (
-        not re.search("^(output|base|steps|the class)", said, re.MULTILINE) and "recipe: " in said
+        not re.search("^(output|base|steps|the class)", message, re.MULTILINE)
+        and "recipe: " in message
     )
 
 
@@ -140,7 +149,7 @@ def test_the_class_is_the_whole_word_that_was_given(photos):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (
             "--evaluate_steps 500",
@@ -156,9 +165,9 @@ def test_the_class_is_the_whole_word_that_was_given(photos):
         ),
     ],
 )
-def test_the_lines_say_what_flags_and_choices_give_together(flags, said, capsys):
+def test_the_lines_say_what_flags_and_choices_give_together(flags, message, capsys):
     parse_train_config([*TOYS, *flags.split()])
-    assert f"\n{said}" in capsys.readouterr().err
+    assert f"\n{message}" in capsys.readouterr().err
 
 
 def test_a_dry_run_ends_in_what_check_says_of_all_photos(photos, capsys):
@@ -176,8 +185,8 @@ def test_dora_leaves_the_convolutions_of_the_recipe_out():
     """It was refused for layers that nobody had named."""
     layers = parse_train_config([*TOYS, "--use_dora"]).target_modules
     assert {*layers} == {*parse_train_config(TOYS).target_modules} - {"conv1", "conv2"}
-    given = parse_train_config([*TOYS, "--use_dora", "--target_modules", "conv1"])
-    assert given.target_modules == ("conv1",)
+    config = parse_train_config([*TOYS, "--use_dora", "--target_modules", "conv1"])
+    assert config.target_modules == ("conv1",)
 
 
 def test_scores_are_refused_by_steps_of_0(capsys):
@@ -249,8 +258,8 @@ def test_a_gpu_that_pytorch_does_not_see_is_told_and_nothing_is_trained_in_its_p
     assert main(["train", *photos, "--dry_run"]) == (2 if says else 0)
     assert (says or "there is no GPU here") in capsys.readouterr().err
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # by which a person asks for the CPU
-    for words in (photos, [*photos, "--pretrained_model_name_or_path", "toy"]):
-        assert parse_train_config(words).pretrained_model_name_or_path == "toy"
+    for arguments in (photos, [*photos, "--pretrained_model_name_or_path", "toy"]):
+        assert parse_train_config(arguments).pretrained_model_name_or_path == "toy"
 
 
 def test_without_a_gpu_the_embedded_base_is_taken_and_another_than_stock_sdxl_has_no_variant(
@@ -261,11 +270,11 @@ def test_without_a_gpu_the_embedded_base_is_taken_and_another_than_stock_sdxl_ha
     assert another.variant is None and another.mixed_precision == "bf16"
     monkeypatch.setattr(agreement, "get_min_free_gib", lambda: None)
     assert parse_train_config(photos).pretrained_model_name_or_path == "toy"
-    assert "the embedded base knows toys alone (--base)" in capsys.readouterr().err
+    assert "as there is no GPU here, and it knows toys alone (--base)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("words", "is_said"),
+    ("arguments", "is_said"),
     [
         ("dog dog", True),
         ("dog dog --pretrained_model_name_or_path toy", False),
@@ -274,7 +283,7 @@ def test_without_a_gpu_the_embedded_base_is_taken_and_another_than_stock_sdxl_ha
     ],
 )
 def test_photos_of_ones_own_are_said_last_to_be_beyond_the_practice_model_if_nobody_named_it(
-    photos, monkeypatch, capsys, words, is_said
+    photos, monkeypatch, capsys, arguments, is_said
 ):
     """It was line 2 of eleven, and nobody saw it; then it gave a command without the flags that
     were given, such as --subject. The run is asked to stop before its first step."""
@@ -283,26 +292,26 @@ def test_photos_of_ones_own_are_said_last_to_be_beyond_the_practice_model_if_nob
         "\nNo GPU here: the practice model (a 128 px toy) is trained, and it can draw toys alone.\n"
         "On a machine with a GPU this trains SDXL.\n\n"
     )
-    assert main(["train", *words.split(), "--dry_run"]) == 0
+    assert main(["train", *arguments.split(), "--dry_run"]) == 0
     assert capsys.readouterr().out.endswith(last) == is_said
     Path("job.stop").touch()
     monkeypatch.setenv(STOP_FILE_VARIABLE, "job.stop")
-    assert main(["train", *words.split(), "--max_train_steps", "9"]) == EXIT_INTERRUPTED
-    said = capsys.readouterr().err
-    assert (last in said) == is_said
-    assert not is_said or said.index("note: each photo is seen") < said.index(last) < said.index(
-        "stopped before"
-    )
+    assert main(["train", *arguments.split(), "--max_train_steps", "9"]) == EXIT_INTERRUPTED
+    message = capsys.readouterr().err
+    assert (last in message) == is_said
+    assert not is_said or message.index("note: each photo is seen") < message.index(
+        last
+    ) < message.index("stopped before")
 
 
 def test_on_a_gpu_one_recipe_is_taken_and_memory_alone_goes_by_what_is_free(photos, monkeypatch):
     """`tests/plan/test_memory_plans.py` says which plan each card gets."""
-    found = []
+    configs = []
     for free in (3.8, 12.0, 79.1):
         monkeypatch.setattr(agreement, "get_min_free_gib", lambda free=free: free)
-        found.append(parse_train_config(photos))
-    config, recipe = found[0], load_settings(CONFIGS / "sdxl.toml")
-    assert found == [config] * 3 and config.memory == "auto"
+        configs.append(parse_train_config(photos))
+    config, recipe = configs[0], load_settings(CONFIGS / "sdxl.toml")
+    assert configs == [config] * 3 and config.memory == "auto"
     assert config.pretrained_model_name_or_path == SDXL_HUB_ID and config.rank == recipe["rank"]
     assert (
         config.with_prior_preservation
@@ -330,24 +339,24 @@ def test_sdxl_is_scored_where_both_encoders_are_here(photos, tmp_path, monkeypat
 def test_a_recipe_or_a_file_gives_way_to_another_weighting(flag, photos):
     """SDXL's recipe weighs by min-SNR, and who gave one flag was told to give one of two."""
     sdxl = [*photos, "--pretrained_model_name_or_path", SDXL_HUB_ID]
-    for words in (sdxl, [*sdxl, "--config", str(CONFIGS / "sdxl.toml")]):
-        chosen = parse_train_config([*words, flag])
-        assert getattr(chosen, flag[2:]) and chosen.snr_gamma is None
-        assert parse_train_config(words).snr_gamma == 5.0
-        assert parse_train_config([*words, flag, "false"]).snr_gamma == 5.0
+    for arguments in (sdxl, [*sdxl, "--config", str(CONFIGS / "sdxl.toml")]):
+        config = parse_train_config([*arguments, flag])
+        assert getattr(config, flag[2:]) and config.snr_gamma is None
+        assert parse_train_config(arguments).snr_gamma == 5.0
+        assert parse_train_config([*arguments, flag, "false"]).snr_gamma == 5.0
         with pytest.raises(UserError, match=f"--snr_gamma and {flag}: .*; give one of them"):
-            parse_train_config([*words, flag, "--snr_gamma", "5"])
+            parse_train_config([*arguments, flag, "--snr_gamma", "5"])
 
 
 def test_a_cpu_without_bf16_trains_sdxl_in_fp32(photos, monkeypatch, capsys):
     monkeypatch.setattr(precision, "has_fast_bf16", lambda: False)
-    words = [*photos, "--pretrained_model_name_or_path", SDXL_HUB_ID]
-    chosen = parse_train_config(words)
-    assert chosen.mixed_precision == "no"
+    arguments = [*photos, "--pretrained_model_name_or_path", SDXL_HUB_ID]
+    config = parse_train_config(arguments)
+    assert config.mixed_precision == "no"
     assert "precision: fp32, as this CPU has no bf16 (--mixed_precision)" in capsys.readouterr().err
     # the trainer draws none there
-    assert (chosen.num_validation_images, chosen.validation_steps) == (0, None)
-    assert parse_train_config([*words, "--mixed_precision", "bf16"]).mixed_precision == "bf16"
+    assert (config.num_validation_images, config.validation_steps) == (0, None)
+    assert parse_train_config([*arguments, "--mixed_precision", "bf16"]).mixed_precision == "bf16"
 
 
 SAME = (
@@ -358,7 +367,7 @@ SAME = (
 
 def test_a_program_trains_what_the_command_trains_and_prints_nothing(photos, capsys):
     """It is stopped before its first step."""
-    wanted = parse_train_config([*photos, "--base", "toy", "--rank", "3"])
+    expected = parse_train_config([*photos, "--base", "toy", "--rank", "3"])
     events = []
     capsys.readouterr()
     result = train_subject(
@@ -366,18 +375,20 @@ def test_a_program_trains_what_the_command_trains_and_prints_nothing(photos, cap
     )
     assert result.interrupted and str(result.run_dir) == "runs/dog" and events
     assert capsys.readouterr() == ("", "")
-    found = read_json(RunDir(result.run_dir).config_path)
-    assert {name: found[name] for name in SAME} == {name: getattr(wanted, name) for name in SAME}
-    for words, settings, said in (
+    saved_config = read_json(RunDir(result.run_dir).config_path)
+    assert {name: saved_config[name] for name in SAME} == {
+        name: getattr(expected, name) for name in SAME
+    }
+    for positionals, settings, message in (
         (["nowhere", "dog"], {}, "no such folder"),
         (photos, {"rnak": 3}, "did you mean `rank`"),
         (photos, {"base": "my models/x"}, "does not exist"),
     ):
-        with pytest.raises(UserError, match=said):
-            train_subject(*words, **settings)
+        with pytest.raises(UserError, match=message):
+            train_subject(*positionals, **settings)
 
 
-def run_of(name: str, state: str, at: float | None = None) -> None:
+def write_ended_run(name: str, state: str, at: float | None = None) -> None:
     """A run's folder that ended so; with a checkpoint of the time `at`, if there is one."""
     run = RunDir(Path("runs") / name)
     run.record_event({"type": "end", "state": state, "step": 4})
@@ -392,13 +403,13 @@ def run_of(name: str, state: str, at: float | None = None) -> None:
 def test_the_run_of_the_newest_checkpoint_goes_on_and_one_that_saved_nothing_is_used_again(
     photos, capsys
 ):
-    run_of("dog", "interrupted", at=200)
-    run_of("dog_2", "interrupted", at=100)
-    run_of("dog_3", "done", at=50)
-    run_of("dog_4", "failed")
+    write_ended_run("dog", "interrupted", at=200)
+    write_ended_run("dog_2", "interrupted", at=100)
+    write_ended_run("dog_3", "done", at=50)
+    write_ended_run("dog_4", "failed")
     resumed = [*photos, "--resume_from_checkpoint", "latest"]
     assert parse_train_config(resumed).output_dir == "runs/dog"
-    assert "output: runs/dog, which goes on (--output_dir)" in capsys.readouterr().err
+    assert "output: runs/dog, which is resumed (--output_dir)" in capsys.readouterr().err
     assert parse_train_config(photos).output_dir == "runs/dog_4"
 
 
@@ -417,8 +428,10 @@ def test_a_taken_name_is_left_alone_and_a_run_that_goes_on_takes_the_latest(phot
     shutil.copytree("runs/dog/checkpoint-1", "runs/dog_2/checkpoint-1")
     os.utime("runs/dog/checkpoint-1", (1, 1))
     assert parse_train_config(resumed).output_dir == "runs/dog_2"
-    named = parse_train_config([*photos, "--resume_from_checkpoint", "runs/dog/checkpoint-1"])
-    assert named.output_dir == "runs/dog", "the other run would have been moved aside"
+    resumed_config = parse_train_config(
+        [*photos, "--resume_from_checkpoint", "runs/dog/checkpoint-1"]
+    )
+    assert resumed_config.output_dir == "runs/dog", "the other run would have been moved aside"
     monkeypatch.setenv("WORLD_SIZE", "2")  # each process would find another free name
     assert one_word.choose_run_folder("dog") == Path("runs/dog")
 
@@ -443,10 +456,10 @@ MISTAKES += [(["dog", "dog", "--rank", "much"], "--rank 'much'")]
 MISTAKES += [(["--instance_prompt", "a", "sks", "dog"], "belongs to no flag")]
 
 
-@pytest.mark.parametrize(("words", "said"), MISTAKES)
-def test_a_mistake_is_one_line(photos, capsys, words, said):
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_a_mistake_is_one_line(photos, capsys, arguments, message):
     Path("empty").mkdir()
     for run in (train_main, lambda argv: main(["train", *argv])):
-        assert run(words) == 2
+        assert run(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert said in line
+        assert message in line

@@ -126,16 +126,16 @@ def test_files_that_are_no_png_or_say_nothing_are_refused(name, tmp_path):
         read_recipe(file)
 
 
-@pytest.mark.parametrize("given", ["rex", ["rex"], (("rex", 1.0),), [["rex", 1]]])
-def test_an_adapter_is_given_by_its_name_or_with_a_scale(given):
+@pytest.mark.parametrize("adapters", ["rex", ["rex"], (("rex", 1.0),), [["rex", 1]]])
+def test_an_adapter_is_given_by_its_name_or_with_a_scale(adapters):
     """`((name, 1.0),)` invited a missing comma."""
-    assert GenerationParams("dog", adapters=given).adapters == (("rex", 1.0),)
+    assert GenerationParams("dog", adapters=adapters).adapters == (("rex", 1.0),)
 
 
 def test_tags_become_adapters_and_leave_the_prompt_and_each_image_has_its_own_seed():
     """A negative seed is drawn."""
-    found = parse_lora_tags("a dog <lora:rex:0.8> in snow <lora:style>")
-    assert found == ("a dog in snow", (("rex", 0.8), ("style", 1.0)))
+    parsed = parse_lora_tags("a dog <lora:rex:0.8> in snow <lora:style>")
+    assert parsed == ("a dog in snow", (("rex", 0.8), ("style", 1.0)))
     assert parse_lora_tags("a  dog") == ("a  dog", ())
     written = "<lora:a:.5> <lora:b: 0.5> <lora:c:+1>"
     assert parse_lora_tags(written) == ("", (("a", 0.5), ("b", 0.5), ("c", 1.0)))

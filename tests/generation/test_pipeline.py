@@ -24,8 +24,7 @@ from safetensors.torch import load_file, save
 from dreambooth_moslora.base import devices, load
 from dreambooth_moslora.disk.run_folder import RAW_NAME
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation import offload as gpu_room
-from dreambooth_moslora.generation import previews, sampling
+from dreambooth_moslora.generation import offload, previews, sampling
 from dreambooth_moslora.generation.image_params import (
     SCHEDULERS,
     GenerationParams,
@@ -70,7 +69,7 @@ def pipeline(tiny_base, files):
     return subject
 
 
-def picture(subject, params=PARAMS, **changes) -> np.ndarray:
+def generate_first(subject, params=PARAMS, **changes) -> np.ndarray:
     """The first one that is streamed."""
     images = [
         event for event in subject.generate(replace(params, **changes)) if isinstance(event, Image)
@@ -78,11 +77,11 @@ def picture(subject, params=PARAMS, **changes) -> np.ndarray:
     return np.asarray(images[0].pixels)
 
 
-def with_adapters(subject, **scales) -> np.ndarray:
-    return picture(subject, adapters=tuple(scales.items()))
+def generate_with(subject, **scales) -> np.ndarray:
+    return generate_first(subject, adapters=tuple(scales.items()))
 
 
-def differs(a, b) -> bool:
+def has_difference(a, b) -> bool:
     return bool(np.abs(a.astype(int) - b.astype(int)).max() > 2)
 
 
@@ -90,10 +89,12 @@ def test_an_image_does_not_depend_on_how_many_are_made_and_every_step_is_reporte
     pipeline,
 ):
     """The image comes last."""
-    alone = [picture(pipeline, seed=PARAMS.seed + i) for i in range(2)]
+    alone = [generate_first(pipeline, seed=PARAMS.seed + i) for i in range(2)]
     events = list(pipeline.generate(replace(PARAMS, num_images=2)))
-    both = [np.asarray(event.pixels) for event in events if isinstance(event, Image)]
-    assert all(np.array_equal(a, b) for a, b in zip(both, alone, strict=True)) and differs(*both)
+    together = [np.asarray(event.pixels) for event in events if isinstance(event, Image)]
+    assert all(
+        np.array_equal(a, b) for a, b in zip(together, alone, strict=True)
+    ) and has_difference(*together)
     kinds = [type(event) for event in events]
     assert kinds == [Step, previews.Preview] * 3 + [Image] + [Step, previews.Preview] * 3 + [Image]
     assert [(e.index, e.step, e.steps, e.num_images) for e in events if isinstance(e, Step)][3] == (
@@ -122,26 +123,31 @@ def test_the_png_gives_the_same_picture_in_a_new_process_of_the_base(
     fresh = SubjectPipeline.from_base(tiny_base)
     for name, _ in recipe.params.adapters:
         fresh.load_adapter(files[name], name)
-    assert np.array_equal(picture(fresh, recipe.params), np.asarray(image.pixels))
+    assert np.array_equal(generate_first(fresh, recipe.params), np.asarray(image.pixels))
 
 
 def test_adapters_combine_and_switch_without_a_trace(pipeline, tiny_base):
     """Scale zero and no adapter are the untouched base bit for bit. A LoRA tag in the prompt
     acts."""
-    base = picture(SubjectPipeline.from_base(tiny_base))
+    base = generate_first(SubjectPipeline.from_base(tiny_base))
     dog, cat, less = (
-        with_adapters(pipeline, **{n: scale})
+        generate_with(pipeline, **{n: scale})
         for n, scale in (("dog", 1.0), ("cat", 1.0), ("dog", 0.3))
     )
-    both = with_adapters(pipeline, dog=1.0, cat=1.0)
-    assert differs(dog, cat) and differs(both, dog) and differs(both, cat) and differs(base, dog)
-    assert np.array_equal(with_adapters(pipeline, dog=1.0, cat=0.0), dog)
-    assert np.array_equal(with_adapters(pipeline, dog=0.0), base) and np.array_equal(
-        picture(pipeline), base
+    combined = generate_with(pipeline, dog=1.0, cat=1.0)
+    assert (
+        has_difference(dog, cat)
+        and has_difference(combined, dog)
+        and has_difference(combined, cat)
+        and has_difference(base, dog)
     )
-    assert not differs(with_adapters(pipeline, dog_kohya=1.0), dog)
-    tagged = picture(pipeline, prompt=PARAMS.prompt + " <lora:dog:0.3>")
-    assert differs(less, dog) and np.array_equal(tagged, less)
+    assert np.array_equal(generate_with(pipeline, dog=1.0, cat=0.0), dog)
+    assert np.array_equal(generate_with(pipeline, dog=0.0), base) and np.array_equal(
+        generate_first(pipeline), base
+    )
+    assert not has_difference(generate_with(pipeline, dog_kohya=1.0), dog)
+    tagged = generate_first(pipeline, prompt=PARAMS.prompt + " <lora:dog:0.3>")
+    assert has_difference(less, dog) and np.array_equal(tagged, less)
 
 
 def test_scales_of_equal_files_add_up(tiny_base, files, tmp_path):
@@ -150,20 +156,23 @@ def test_scales_of_equal_files_add_up(tiny_base, files, tmp_path):
     subject.load_adapter(files["dog"])
     subject.load_adapter(shutil.copy(files["dog"], tmp_path / "rex.safetensors"))
     assert np.array_equal(
-        with_adapters(subject, dog=0.5, rex=0.25), with_adapters(subject, dog=0.75)
+        generate_with(subject, dog=0.5, rex=0.25), generate_with(subject, dog=0.75)
     )
-    assert np.array_equal(with_adapters(subject, dog=0.5, rex=-0.5), picture(subject))
+    assert np.array_equal(generate_with(subject, dog=0.5, rex=-0.5), generate_first(subject))
 
 
 def test_all_schedulers_draw_something_of_their_own(pipeline):
     """Each has its class, its options, and the noise levels of the base."""
-    seen = [picture(pipeline, scheduler=scheduler) for scheduler in SCHEDULERS]
-    assert all(differs(a, b) for a, b in pairwise(seen))
-    for name, wanted in SCHEDULERS.items():
-        made = pipeline._build_scheduler(name)
-        assert type(made).__name__ == wanted.class_name
-        assert {key: made.config[key] for key in wanted.options} == wanted.options
-        assert (made.config.beta_start, made.config.beta_end) == (0.00085, 0.012)
+    images = [generate_first(pipeline, scheduler=scheduler) for scheduler in SCHEDULERS]
+    assert all(has_difference(a, b) for a, b in pairwise(images))
+    for name, expected in SCHEDULERS.items():
+        scheduler_object = pipeline._build_scheduler(name)
+        assert type(scheduler_object).__name__ == expected.class_name
+        assert {key: scheduler_object.config[key] for key in expected.options} == expected.options
+        assert (scheduler_object.config.beta_start, scheduler_object.config.beta_end) == (
+            0.00085,
+            0.012,
+        )
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -203,54 +212,59 @@ OWN_SCHEDULERS = [
 ]
 
 
-@pytest.mark.parametrize(("own", "name"), OWN_SCHEDULERS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    ("base_scheduler", "name"), OWN_SCHEDULERS, ids=lambda value: type(value).__name__
+)
 def test_a_base_is_drawn_with_its_own_scheduler_unless_another_is_asked_for(
-    own, name, tmp_path, tiny_base
+    base_scheduler, name, tmp_path, tiny_base
 ):
     """The picture says which; one that has no name here is drawn too, and previews never wait for
     what it lacks."""
-    assert find_scheduler_name(own) == name
-    if "FlowMatch" in type(own).__name__:
+    assert find_scheduler_name(base_scheduler) == name
+    if "FlowMatch" in type(base_scheduler).__name__:
         return
     pipeline = load.load_pipeline(tiny_base)
-    pipeline.scheduler = type(own).from_config({**pipeline.scheduler.config, **own.config})
+    pipeline.scheduler = type(base_scheduler).from_config(
+        {**pipeline.scheduler.config, **base_scheduler.config}
+    )
     subject = SubjectPipeline(pipeline, "tiny")
-    if "EDM" in type(own).__name__:
+    if "EDM" in type(base_scheduler).__name__:
         with pytest.raises(UserError, match="Euler does not know the noise levels"):
             subject.draw(replace(PARAMS, scheduler="euler"))
     *_, last, _, image = subject.generate(PARAMS)
     assert last.eta_sec == 0 and last.step == last.steps >= PARAMS.steps
-    kind = SCHEDULERS[name].class_name if name else type(own).__name__
+    kind = SCHEDULERS[name].class_name if name else type(base_scheduler).__name__
     assert type(pipeline.scheduler).__name__ == kind and np.asarray(image.pixels).std() > 0
     recipe = read_recipe(image.save(tmp_path / "one.png"))
     assert recipe.params.scheduler == image.params.scheduler == name
-    assert np.array_equal(picture(subject, recipe.params), np.asarray(image.pixels))
+    assert np.array_equal(generate_first(subject, recipe.params), np.asarray(image.pixels))
 
 
 def test_the_pipeline_keeps_its_own_scheduler_after_another_drew(tiny_base):
     """So that a second SubjectPipeline of it draws with the base's own."""
     pipeline = load.load_pipeline(tiny_base)
-    own, subject = pipeline.scheduler, SubjectPipeline(pipeline, "tiny")
-    assert differs(
-        picture(subject, PARAMS), picture(subject, replace(PARAMS, scheduler="dpmpp_2m_sde_karras"))
+    base_scheduler, subject = pipeline.scheduler, SubjectPipeline(pipeline, "tiny")
+    assert has_difference(
+        generate_first(subject, PARAMS),
+        generate_first(subject, replace(PARAMS, scheduler="dpmpp_2m_sde_karras")),
     )
-    assert pipeline.scheduler is own
+    assert pipeline.scheduler is base_scheduler
     assert np.array_equal(
-        picture(SubjectPipeline(pipeline, "tiny"), PARAMS), picture(subject, PARAMS)
+        generate_first(SubjectPipeline(pipeline, "tiny"), PARAMS), generate_first(subject, PARAMS)
     )
 
 
 def test_noise_that_a_scheduler_adds_is_the_same_in_any_batch(tiny_base):
     pipeline = load.load_pipeline(tiny_base)
     pipeline.scheduler = SubjectPipeline(pipeline, "tiny")._build_scheduler("dpmpp_2m_sde_karras")
-    words = partial(load.SDXL_FAMILY.encode_prompts, pipeline)
-    sampler = sampling.Sampler(pipeline, words, 64, torch.device("cpu"), 4)
+    encode = partial(load.SDXL_FAMILY.encode_prompts, pipeline)
+    sampler = sampling.Sampler(pipeline, encode, 64, torch.device("cpu"), 4)
     requests = [sampling.SampleRequest("a dog", seed) for seed in range(3)]
     together, alone = list(sampler(requests, 3)), list(sampler(requests, 1))
     assert all(
         np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1 for a, b in zip(together, alone)
     )
-    assert differs(np.asarray(alone[0]), np.asarray(alone[1]))
+    assert has_difference(np.asarray(alone[0]), np.asarray(alone[1]))
 
 
 class LinearVae(torch.nn.Module):
@@ -279,7 +293,7 @@ def test_preview_colours_are_those_of_the_vae(statistics):
 
 def test_stopping_ends_after_the_step_and_leaves_the_pipeline_usable(pipeline):
     """So does closing the iterator."""
-    stop, events, before = threading.Event(), [], picture(pipeline)
+    stop, events, before = threading.Event(), [], generate_first(pipeline)
     for event in pipeline.generate(
         replace(PARAMS, steps=50, num_images=4), should_stop=stop.is_set
     ):
@@ -291,7 +305,7 @@ def test_stopping_ends_after_the_step_and_leaves_the_pipeline_usable(pipeline):
     next(closed)
     closed.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "generate"]
-    assert np.array_equal(picture(pipeline), before)
+    assert np.array_equal(generate_first(pipeline), before)
 
 
 def test_what_cannot_be_drawn_is_said(pipeline, monkeypatch):
@@ -304,7 +318,7 @@ def test_what_cannot_be_drawn_is_said(pipeline, monkeypatch):
     freed = []
     monkeypatch.setattr(devices, "free_unused_blocks", freed.append)
     with pytest.raises(UserError, match="too little memory for 64 x 64 px"):
-        picture(pipeline)
+        generate_first(pipeline)
     assert freed == [pipeline.home.device]
 
 
@@ -342,12 +356,12 @@ def test_what_is_no_adapter_of_the_base_is_refused_in_one_line(pipeline, files, 
     torch.save(state, tmp_path / "old.bin")
     (tmp_path / "empty").mkdir()
     for name in (*(f"{name}.safetensors" for name in contents), "old.bin", "empty", "missing"):
-        both = (
+        message = (
             r"was made for another base: .*16×32 \(out×in\), which is 16×16 here"
             if name.startswith("wide")
             else None
         )
-        with pytest.raises(UserError, match=both) as error:
+        with pytest.raises(UserError, match=message) as error:
             pipeline.load_adapter(tmp_path / name)
         assert "\n" not in str(error.value), name
     assert pipeline.adapters == before
@@ -363,14 +377,14 @@ def test_the_least_used_adapter_makes_room_and_reloading_is_by_content(
     assert subject.load_adapter(files["dog"]) == "dog"
     assert subject.load_adapter(files["dog"].parent, "rex") == "rex"
     assert subject.pipeline.get_list_adapters() == {"unet": [subject.adapters["dog"].key]}
-    dog = with_adapters(subject, rex=1.0)
+    dog = generate_with(subject, rex=1.0)
     subject.load_adapter(files["cat"])
     subject.load_adapter(files["dog_kohya"])
     assert list(subject.adapters) == ["cat", "dog_kohya"]
     subject.load_adapter(files["cat"])
     subject.load_adapter(files["dog"])
     assert set(subject.adapters) == {"cat", "dog"} and np.array_equal(
-        with_adapters(subject, dog=1.0), dog
+        generate_with(subject, dog=1.0), dog
     )
     for name in list(subject.adapters):
         subject.unload_adapter(name)
@@ -388,17 +402,19 @@ def test_a_checkpoint_of_ours_computes_what_its_published_file_computes(pipeline
         for path in (tmp_path / "rex", tmp_path / "rex" / "checkpoint-20")
     ]
     assert names == ["rex", "rex@20"]
-    published, raw = (with_adapters(pipeline, **{name: 1.0}) for name in names)
-    assert not differs(published, raw) and differs(published, picture(pipeline))
+    published, raw = (generate_with(pipeline, **{name: 1.0}) for name in names)
+    assert not has_difference(published, raw) and has_difference(
+        published, generate_first(pipeline)
+    )
 
 
 def test_two_threads_wait_for_each_other_and_a_picture_that_is_drawn_at_once_is_the_same_file(
     pipeline, tmp_path
 ):
-    expected = {name: with_adapters(pipeline, **{name: 1.0}) for name in ("dog", "cat")}
+    expected = {name: generate_with(pipeline, **{name: 1.0}) for name in ("dog", "cat")}
     with ThreadPoolExecutor(2) as pool:
         got = {
-            n: [pool.submit(with_adapters, pipeline, **{n: 1.0}) for _ in range(3)]
+            n: [pool.submit(generate_with, pipeline, **{n: 1.0}) for _ in range(3)]
             for n in expected
         }
     assert all(
@@ -406,13 +422,13 @@ def test_two_threads_wait_for_each_other_and_a_picture_that_is_drawn_at_once_is_
     )
     params = replace(PARAMS, steps=2, num_images=2)
     streamed = [event for event in pipeline.generate(params) if hasattr(event, "save")]
-    drawn = pipeline.draw(params)
-    assert [image.png() for image in drawn] == [image.png() for image in streamed]
-    assert drawn[1].save(tmp_path / "one.png").read_bytes() == drawn[1].png()
+    images = pipeline.draw(params)
+    assert [image.png() for image in images] == [image.png() for image in streamed]
+    assert images[1].save(tmp_path / "one.png").read_bytes() == images[1].png()
     assert pipeline.draw(params, lambda: True) == []
 
 
-def pipeline_of(folder, dtype: torch.dtype, factor: float):
+def build_pipeline(folder, dtype: torch.dtype, factor: float):
     """With this factor on the VAE's first weights."""
     pipeline = tiny_sdxl(folder)
     with torch.no_grad():
@@ -420,7 +436,7 @@ def pipeline_of(folder, dtype: torch.dtype, factor: float):
     return pipeline.to(dtype)
 
 
-def last_preview_and_picture(pipeline) -> tuple[np.ndarray, np.ndarray]:
+def generate_last_preview_and_image(pipeline) -> tuple[np.ndarray, np.ndarray]:
     *_, preview, image = SubjectPipeline(pipeline, "tiny").generate(PARAMS)
     assert isinstance(preview, previews.Preview) and isinstance(image, Image)
     return np.asarray(preview.pixels).astype(int), np.asarray(image.pixels).astype(int)
@@ -429,12 +445,15 @@ def last_preview_and_picture(pipeline) -> tuple[np.ndarray, np.ndarray]:
 def test_a_vae_that_overflows_in_fp16_draws_what_it_draws_in_fp32(tmp_path):
     """Its activations leave fp16's range, and its norms take the factor out again."""
     half, full = (
-        pipeline_of(tmp_path / str(dtype), dtype, 3e5) for dtype in (torch.float16, torch.float32)
+        build_pipeline(tmp_path / str(dtype), dtype, 3e5)
+        for dtype in (torch.float16, torch.float32)
     )
-    found = last_preview_and_picture(half)
+    half_images = generate_last_preview_and_image(half)
     assert half.vae.dtype == torch.float16
-    for mine, wanted in zip(found, last_preview_and_picture(full), strict=True):
-        assert wanted.std() > 1 and np.abs(mine - wanted).max() <= 8
+    for half_image, full_image in zip(
+        half_images, generate_last_preview_and_image(full), strict=True
+    ):
+        assert full_image.std() > 1 and np.abs(half_image - full_image).max() <= 8
 
 
 @pytest.mark.parametrize("threshold", [1.1, -1.1])
@@ -448,10 +467,10 @@ def test_what_the_bases_safety_checker_refuses_is_black(threshold, tmp_path):
     checker.concept_embeds_weights.fill_(threshold)
     side = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     reader = transformers.CLIPImageProcessor(**side)
-    expected = picture(SubjectPipeline(base, "tiny"), height_px=64, width_px=64)
+    expected = generate_first(SubjectPipeline(base, "tiny"), height_px=64, width_px=64)
     base.register_modules(safety_checker=checker.eval(), feature_extractor=reader)
-    found = picture(SubjectPipeline(base, "tiny"), height_px=64, width_px=64)
-    assert np.array_equal(found, expected if threshold > 0 else 0 * expected)
+    result = generate_first(SubjectPipeline(base, "tiny"), height_px=64, width_px=64)
+    assert np.array_equal(result, expected if threshold > 0 else 0 * expected)
     (sample,) = sampling.generate_images(base, "a dog", [1], (64, 64))
     assert sample.getbbox()
 
@@ -465,18 +484,22 @@ def test_a_small_gpu_holds_one_model_at_a_time_decodes_in_tiles_and_draws_the_sa
         offloads.append(str(device)) or enable(self, gpu_id, device)
     )
     monkeypatch.setattr(StableDiffusionXLPipeline, "enable_model_cpu_offload", noted)
-    expected = picture(SubjectPipeline.from_base(tiny_base))
-    free(monkeypatch, 24.0)
+    expected = generate_first(SubjectPipeline.from_base(tiny_base))
+    set_free_gib(monkeypatch, 24.0)
     large = SubjectPipeline.from_base(tiny_base, device=OTHER_DEVICE)
-    assert np.array_equal(picture(large), expected) and not offloads and not large.home.is_resting
-    weights = gpu_room.measure_weights_gib(large.pipeline)
-    monkeypatch.setattr(gpu_room, "MIN_FREE_BESIDE_MODEL_GIB", 0.0)
-    free(monkeypatch, 1.4 * weights)
+    assert (
+        np.array_equal(generate_first(large), expected)
+        and not offloads
+        and not large.home.is_resting
+    )
+    weights = offload.measure_weights_gib(large.pipeline)
+    monkeypatch.setattr(offload, "MIN_FREE_BESIDE_MODEL_GIB", 0.0)
+    set_free_gib(monkeypatch, 1.4 * weights)
     small = SubjectPipeline.from_base(tiny_base, device=OTHER_DEVICE)
-    assert [picture(small).tolist() for _ in range(2)] == [expected.tolist()] * 2
+    assert [generate_first(small).tolist() for _ in range(2)] == [expected.tolist()] * 2
     assert set(offloads) == {OTHER_DEVICE}
     small.pipeline.vae.decoder.register_forward_pre_hook(lambda *_: offloads.append("decode"))
-    picture(small)
+    generate_first(small)
     assert offloads[-2:] == ["decode", OTHER_DEVICE]  # the VAE leaves when it has decoded
     hooked = [part for part in small.pipeline.components.values() if hasattr(part, "_hf_hook")]
     assert not hooked and small.pipeline.device == torch.device("cpu")
@@ -487,11 +510,11 @@ def test_a_small_gpu_holds_one_model_at_a_time_decodes_in_tiles_and_draws_the_sa
     monkeypatch.setattr(devices, "TILES_PX", (32,))
     # the tiny base has 0.6 MiB of weights
     monkeypatch.setattr(devices, "measure_free_gib", lambda device: 2**-20)
-    picture(subject)
+    generate_first(subject)
     assert max(tiles[1:]) == (4, 4)  # the first is no picture: previews learn their colours from it
 
 
-def free(monkeypatch, gib: float) -> None:
+def set_free_gib(monkeypatch, gib: float) -> None:
     monkeypatch.setattr(devices, "measure_free_gib", lambda device: gib)
 
 
@@ -504,10 +527,10 @@ def test_a_base_of_zero_terminal_snr_starts_at_noise_and_has_its_guidance_rescal
     base = shutil.copytree(velocity, tmp_path / "zero")
     file = base / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"rescale_betas_zero_snr": True}))
-    asked, call = [], StableDiffusionXLPipeline.__call__
+    rescales, call = [], StableDiffusionXLPipeline.__call__
 
     def noted(self, *arguments, **options):
-        asked.append(options.get("guidance_rescale"))
+        rescales.append(options.get("guidance_rescale"))
         return call(
             self, *arguments, num_inference_steps=options.pop("num_inference_steps", 2), **options
         )
@@ -520,21 +543,21 @@ def test_a_base_of_zero_terminal_snr_starts_at_noise_and_has_its_guidance_rescal
         scheduler = subject._build_scheduler(name)
         scheduler.set_timesteps(10)
         assert int(scheduler.timesteps[0]) == 999, name
-    drawn = [
-        picture(subject, guidance_scale=9.0),
+    images = [
+        generate_first(subject, guidance_scale=9.0),
         *sampling.generate_images(pipeline, "a dog", [1], (64, 64)),
     ]
-    assert asked == [0.7, 0.7] and all(np.asarray(one).std() > 0 for one in drawn)
-    for other in map(load.load_pipeline, (tiny_base, velocity)):
+    assert rescales == [0.7, 0.7] and all(np.asarray(image).std() > 0 for image in images)
+    for base in map(load.load_pipeline, (tiny_base, velocity)):
         assert (
-            load.get_guidance_rescale(other) == 0.0
-            and other.scheduler.config.timestep_spacing == "leading"
+            load.get_guidance_rescale(base) == 0.0
+            and base.scheduler.config.timestep_spacing == "leading"
         )
 
 
 def test_black_pictures_are_counted():
     black, grey = (PIL.Image.new("RGB", (8, 8), colour) for colour in ("black", "grey"))
-    drawn = [Image(0, pixels, PARAMS, Provenance()) for pixels in (black, grey, black)]
-    assert describe_black_images(drawn).startswith(
+    images = [Image(0, pixels, PARAMS, Provenance()) for pixels in (black, grey, black)]
+    assert describe_black_images(images).startswith(
         "2 of them are black: "
-    ) and not describe_black_images(drawn[1:2])
+    ) and not describe_black_images(images[1:2])

@@ -37,7 +37,7 @@ def subject(request, tmp_path_factory) -> SubjectPipeline:
     )
 
 
-def loaded(subject: SubjectPipeline, file: Path, **options) -> str:
+def load_adapter(subject: SubjectPipeline, file: Path, **options) -> str:
     """The name of an adapter with random weights, whose file says what one of a run with these
     settings says."""
     layers = {
@@ -62,7 +62,7 @@ def loaded(subject: SubjectPipeline, file: Path, **options) -> str:
     return subject.load_adapter(file)
 
 
-def drawn(
+def generate(
     subject: SubjectPipeline, *adapters: str, negative_prompt: str = "", **options
 ) -> np.ndarray:
     sides = {"height_px": 64, "width_px": 64, "adapters": tuple((name, 1.0) for name in adapters)}
@@ -77,15 +77,15 @@ def test_those_that_the_file_tells_are_taken_unless_others_are_given(option, sub
     facts, value = subject.family.facts, TOLD[option]
     if option not in facts.text_options:
         with pytest.raises(UserError, match=f"--{option} is not for {facts.title}; leave it out"):
-            drawn(subject, **{option: value})
+            generate(subject, **{option: value})
         return
-    adapter = loaded(subject, tmp_path / "own.safetensors", **{option: value})
-    plain = loaded(subject, tmp_path / "plain.safetensors")
-    usual, wanted = drawn(subject, plain), drawn(subject, plain, **{option: value})
-    assert not np.array_equal(usual, wanted) and np.array_equal(
-        drawn(subject, adapter, **{option: value}), wanted
+    adapter = load_adapter(subject, tmp_path / "own.safetensors", **{option: value})
+    plain = load_adapter(subject, tmp_path / "plain.safetensors")
+    usual, expected = generate(subject, plain), generate(subject, plain, **{option: value})
+    assert not np.array_equal(usual, expected) and np.array_equal(
+        generate(subject, adapter, **{option: value}), expected
     )
-    assert np.array_equal(drawn(subject, adapter), wanted)
+    assert np.array_equal(generate(subject, adapter), expected)
 
 
 def test_as_many_layers_are_read_as_the_transformer_is_wide(tmp_path):
@@ -111,7 +111,7 @@ def test_the_skipped_layers_of_stable_diffusion_1_5_are_counted_from_the_last(tm
     tokens = pipe.tokenizer("a dog", padding="max_length", max_length=77, return_tensors="pt")
     encoder = pipe.text_encoder
     states = encoder(tokens.input_ids, output_hidden_states=True).hidden_states
-    wanted = getattr(encoder, "text_model", encoder).final_layer_norm(states[-2])[0]
-    torch.testing.assert_close(texts[2], wanted)
+    expected = getattr(encoder, "text_model", encoder).final_layer_norm(states[-2])[0]
+    torch.testing.assert_close(texts[2], expected)
     torch.testing.assert_close(texts[1], texts[None])
     assert not torch.allclose(texts[2], texts[1])
