@@ -177,7 +177,7 @@ def test_the_evaluate_command_leaves_a_report_beside_the_run(run, evaluate):
     code, out, err = evaluate(run[1].path, *flags)
     assert (
         code == 0
-        and "drawing pictures: 100%" in err
+        and "generating images: 100%" in err
         and "Loading" not in err
         and "float32: []" not in err
     )
@@ -212,7 +212,7 @@ def test_mistakes_are_reported_before_any_image(run, tmp_path, evaluate):
         if not flags:
             (folder / "train_config.json").write_text("{")
         code, _, err = evaluate(folder, *flags)
-        assert code == 2 and message in err and "drawing" not in err
+        assert code == 2 and message in err and "generating" not in err
     code, _, err = evaluate(save_diffusers_lora(tiny_unet(), tmp_path))
     assert code == 2 and "give --base" in err
     plan = EvaluationPlan(prompts.SubjectWords("sks", "dog"), ("a {} in {curly} beside a {}",), ())

@@ -32,7 +32,7 @@ from dreambooth_moslora.lora.lora_settings import PEFT_SETTINGS_KEY
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.settings import field_facts
 from dreambooth_moslora.settings.train_config import MIXERS
-from tests.generation.test_pipeline import differs, picture
+from tests.generation.test_pipeline import generate_first, has_difference
 from tests.helpers.live_adapters import CONVOLUTIONS, PROJECTIONS, facts_of, live, shake
 from tests.helpers.tiers import slow_but
 from tests.helpers.tiny import tiny_sdxl, tiny_unet
@@ -121,12 +121,12 @@ def test_a_file_computes_what_diffusers_computes(kind, tiny_base, subject, tmp_p
     """Compare also the base afterwards: it is unchanged."""
     file, stock = HONEST[kind](tiny_base, tmp_path), SubjectPipeline.from_base(tiny_base)
     stock.pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
-    bare, before = picture(subject), base_bytes(subject.pipeline)
-    image = picture(load_into(subject, file), adapters=(("x", 1.0),))
-    assert np.array_equal(image, picture(stock)) and differs(image, bare)
-    assert np.array_equal(picture(subject), bare)
+    bare, before = generate_first(subject), base_bytes(subject.pipeline)
+    image = generate_first(load_into(subject, file), adapters=(("x", 1.0),))
+    assert np.array_equal(image, generate_first(stock)) and has_difference(image, bare)
+    assert np.array_equal(generate_first(subject), bare)
     subject.unload_adapter("x")
-    assert np.array_equal(picture(subject), bare) and base_bytes(subject.pipeline) == before
+    assert np.array_equal(generate_first(subject), bare) and base_bytes(subject.pipeline) == before
 
 
 FILES_OF_A_RUN = {
@@ -155,19 +155,19 @@ def test_an_adapter_of_only_the_text_encoder_works(tiny_base, state, subject, tm
         tmp_path / "words.safetensors",
     )
     save_file(state, tmp_path / "dog.safetensors")
-    bare = picture(subject)
-    encoder_image = picture(
+    bare = generate_first(subject)
+    encoder_image = generate_first(
         load_into(subject, tmp_path / "words.safetensors", "words"), adapters=(("words", 1.0),)
     )
-    dog_image = picture(
+    dog_image = generate_first(
         load_into(subject, tmp_path / "dog.safetensors", "dog"), adapters=(("dog", 1.0),)
     )
-    assert differs(encoder_image, bare) and differs(dog_image, encoder_image)
-    assert np.array_equal(picture(subject), bare)
-    assert np.array_equal(picture(subject, adapters=(("words", 1.0),)), encoder_image)
-    assert np.array_equal(picture(subject, adapters=(("dog", 1.0),)), dog_image)
+    assert has_difference(encoder_image, bare) and has_difference(dog_image, encoder_image)
+    assert np.array_equal(generate_first(subject), bare)
+    assert np.array_equal(generate_first(subject, adapters=(("words", 1.0),)), encoder_image)
+    assert np.array_equal(generate_first(subject, adapters=(("dog", 1.0),)), dog_image)
     fresh = load_into(SubjectPipeline.from_base(tiny_base), tmp_path / "dog.safetensors", "dog")
-    assert np.array_equal(picture(fresh, adapters=(("dog", 1.0),)), dog_image)
+    assert np.array_equal(generate_first(fresh, adapters=(("dog", 1.0),)), dog_image)
 
 
 def test_every_alpha_of_a_kohya_file_counts(tiny_base, tmp_path):
@@ -277,9 +277,9 @@ def test_a_hostile_file_is_refused_and_changes_nothing(name, state, subject, tmp
     images = {}
     if name in COMPARED:
         save_file(state, tmp_path / "good.safetensors")
-        images = {(): picture(subject)}
+        images = {(): generate_first(subject)}
         load_into(subject, tmp_path / "good.safetensors", "good")
-        images[("good", 1.0),] = picture(subject, adapters=(("good", 1.0),))
+        images[("good", 1.0),] = generate_first(subject, adapters=(("good", 1.0),))
     before = base_bytes(subject.pipeline)
     adapters_before = list(subject.adapters), subject.pipeline.get_list_adapters()
     with pytest.raises(UserError) as error:
@@ -288,7 +288,7 @@ def test_a_hostile_file_is_refused_and_changes_nothing(name, state, subject, tmp
     assert (list(subject.adapters), subject.pipeline.get_list_adapters()) == adapters_before
     assert base_bytes(subject.pipeline) == before
     for adapters, image in images.items():
-        assert np.array_equal(picture(subject, adapters=adapters), image)
+        assert np.array_equal(generate_first(subject, adapters=adapters), image)
 
 
 OTHER_SETTINGS = {
@@ -308,8 +308,8 @@ def test_other_settings_of_a_file_do_not_reach_peft(state, subject, tmp_path):
     """Give expressions, whole modules, unknown settings, and an attack on a class."""
     save_file(state, tmp_path / "plain.safetensors")
     plain, bare = (
-        picture(load_into(subject, tmp_path / "plain.safetensors"), adapters=(("x", 1.0),)),
-        picture(subject),
+        generate_first(load_into(subject, tmp_path / "plain.safetensors"), adapters=(("x", 1.0),)),
+        generate_first(subject),
     )
     before = base_bytes(subject.pipeline)
     load_into(subject, save_other(tmp_path, state, OTHER_SETTINGS), "settings")
@@ -320,8 +320,8 @@ def test_other_settings_of_a_file_do_not_reach_peft(state, subject, tmp_path):
         and config.modules_to_save is None
     )
     assert all(any(f"{name}." in key for key in state) for name in config.target_modules)
-    assert np.array_equal(picture(subject, adapters=(("settings", 1.0),)), plain)
-    assert np.array_equal(picture(subject), bare) and base_bytes(subject.pipeline) == before
+    assert np.array_equal(generate_first(subject, adapters=(("settings", 1.0),)), plain)
+    assert np.array_equal(generate_first(subject), bare) and base_bytes(subject.pipeline) == before
 
 
 @pytest.mark.slow
@@ -331,15 +331,15 @@ def test_a_failed_load_removes_the_whole_adapter(tiny_base, subject, tmp_path, m
     def fail(*_, **__):
         raise RuntimeError("no\nmemory")
 
-    before, bare = base_bytes(subject.pipeline), picture(subject)
+    before, bare = base_bytes(subject.pipeline), generate_first(subject)
     with monkeypatch.context() as patch:
         # the text encoders come before it
         patch.setattr(subject.pipeline, "load_lora_into_unet", fail)
         with pytest.raises(UserError, match="could not be put into the base: no memory"):
             subject.load_adapter(file)
     assert not subject.adapters and not any(subject.pipeline.get_list_adapters().values())
-    assert base_bytes(subject.pipeline) == before and np.array_equal(picture(subject), bare)
-    assert differs(picture(load_into(subject, file), adapters=(("x", 1.0),)), bare)
+    assert base_bytes(subject.pipeline) == before and np.array_equal(generate_first(subject), bare)
+    assert has_difference(generate_first(load_into(subject, file), adapters=(("x", 1.0),)), bare)
 
 
 def measure_changes(pipeline) -> dict[str, torch.Tensor]:

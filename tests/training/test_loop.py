@@ -32,7 +32,7 @@ from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import loop, objective
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.step import TrainStep, sample_prior_prompts
-from tests.generation.test_pipeline import differs
+from tests.generation.test_pipeline import has_difference
 from tests.helpers.tiny import save_tiny_sdxl
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
@@ -116,7 +116,7 @@ def test_samples_differ_between_steps_only_by_the_adapter(step, with_adapter, sh
     generator = torch.Generator().manual_seed(sample.seeds[0])
     pixels = np.asarray(pipeline(sample.prompts[0], generator=generator, **options).images[0])
     names = sample.files[0], f"samples/step_{5 - step:06d}_0.png"
-    assert [differs(np.asarray(Image.open(folder / name)), pixels) for name in names] == [
+    assert [has_difference(np.asarray(Image.open(folder / name)), pixels) for name in names] == [
         False,
         True,
     ]
