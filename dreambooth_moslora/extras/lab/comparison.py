@@ -93,10 +93,12 @@ def build_rate_curves(
     tuning_scores: dict = defaultdict(lambda: defaultdict(list))
     for result in results:
         cell = result.cell
-        if cell.stage == "tune":
-            tuning_scores[cell.arm, cell.rank][cell.learning_rate].append(result.scores["score"])
+        score = result.scores.get("score")
+        if cell.stage == "tune" and score is not None:
+            tuning_scores[cell.arm, cell.rank][cell.learning_rate].append(score)
 
-    # a rate whose training failed on a subject has too few scores, and is left out
+    # a rate whose training failed on a subject, or whose style has no score, has too few scores,
+    # and is left out
     curves: dict = defaultdict(dict)
     for key, by_rate in tuning_scores.items():
         for rate, scores in by_rate.items():

@@ -335,6 +335,13 @@ def test_each_arm_gets_the_rate_that_was_best_for_it():
     # the lower one at a tie
     assert choose_best_rates(study, results) == {("lora", 4): 1e-3, ("mix", 4): 1e-4}
 
+    # A style may have no score: that rate is left out.
+    unscored = [
+        replace(result, scores={}) if result.cell.learning_rate == 1e-3 else result
+        for result in results
+    ]
+    assert choose_best_rates(study, unscored) == {("lora", 4): 1e-4, ("mix", 4): 1e-4}
+
 
 def test_a_folder_and_a_word_are_a_study_of_its_mixers(capsys):
     """It trains as `train PHOTOS WORD` does, but for the mixer."""
