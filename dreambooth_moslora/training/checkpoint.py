@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from dreambooth_moslora.base.devices import get_precision
+from dreambooth_moslora.base.devices import get_precision, get_world_size
 from dreambooth_moslora.disk import events, run_folder
 from dreambooth_moslora.disk.atomic import rename_with_retry, write_atomic, write_atomic_directory
 from dreambooth_moslora.disk.contents import hash_file, hash_values, read_json
@@ -315,8 +315,12 @@ def compare_settings(
 
 
 def resolve_settings(config: train_config.TrainConfig) -> dict[str, Any]:
-    """Return the settings by name, as JSON, with the precision that accelerate uses."""
-    return config.to_dict() | {"mixed_precision": get_precision(config)}
+    """Return the settings by name, as JSON, with the precision and the processes that accelerate
+    uses."""
+    return config.to_dict() | {
+        "mixed_precision": get_precision(config),
+        "processes": get_world_size(),
+    }
 
 
 def list_changes(

@@ -392,7 +392,7 @@ def test_resume_logs_changed_settings_and_photos(tmp_path, monkeypatch, caplog):
     )
 
 
-def test_checkpoint_records_settings_and_old_ones_resume(finished, checkpoint):
+def test_checkpoint_records_settings_and_old_ones_resume(finished, checkpoint, monkeypatch):
     """Its folder's last run may have had other settings. Many photos are counted."""
     position = verify_checkpoint(checkpoint)
     config = finished[1](checkpointing_steps=1, seed=None)
@@ -401,6 +401,9 @@ def test_checkpoint_records_settings_and_old_ones_resume(finished, checkpoint):
     many = {f"{number}.png": "" for number in range(1, 30)}
     changes = checkpoints.list_changes(position, config, many)
     assert changes == ["photos and the files beside them: 27 added, 1 removed, 2 replaced"]
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        assert checkpoints.list_changes(position, config, photos) == ["processes: 1 -> 2"]
 
     # The first versions wrote neither settings nor photos.
     earlier = replace(position, settings={}, photos={}, digest="")
