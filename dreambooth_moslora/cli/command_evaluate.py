@@ -409,6 +409,9 @@ def run_explain(args: argparse.Namespace) -> int:
         )
     )
 
+    # Say what its evaluation found, or why it has no score.
+    if run_metrics.no_score and "score" not in run_metrics.scores:
+        print(escape_control_characters(f"no score: {run_metrics.no_score}"))
     if run_metrics.verdict:
         print(escape_control_characters(f"beside reference images: {run_metrics.verdict}"))
 

@@ -176,6 +176,7 @@ class StepEvaluated(Event):
     step: int
     scores: dict[str, float] = field(default_factory=dict)  # each a key of its own on disk
     best: Best | None = None  # by the highest of `scores["score"]`
+    no_score: str = ""  # why `scores` has no "score"
     copy_alarm: bool = False
     cost: dict[str, float] = field(default_factory=dict)  # of this evaluation
     # `count`, `largest`, `without_bare_prompt`

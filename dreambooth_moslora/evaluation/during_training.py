@@ -95,6 +95,7 @@ class TrainingEvaluator:
         return StepEvaluated(
             step,
             scores=merged.list_logged_scores() | subject_scores,
+            no_score=merged.no_score,
             copy_alarm=merged.alarm.raised,
             photos=self._summarize_photos(),
             cost={

@@ -42,6 +42,7 @@ class RunMetrics:
     leaked: the thing that came with a style
     photo_likeness: of each photo, by name, to the others
     verdict: whether reference images would do as well
+    no_score: why there is no score; "" where there is one
     """
 
     config: train_config.TrainConfig
@@ -64,6 +65,7 @@ class RunMetrics:
     leaked: str = ""
     photo_likeness: Mapping[str, float] = field(default_factory=dict)
     verdict: str = ""
+    no_score: str = ""
 
     @property
     def exposures(self) -> float | None:
@@ -110,6 +112,7 @@ def build_run_metrics(
         largest_subject_photos=photo_facts.get("largest"),
         without_bare_prompt=photo_facts.get("without_bare_prompt", 0),
         scores=filter_numbers(scores),
+        no_score=last.get("no_score", ""),
         copy_alarm=last.get("copy_alarm", False),
         likeness=build_curve(by_kind["evaluation"], "dino"),
         score=build_curve(by_kind["evaluation"], "score"),
@@ -202,6 +205,7 @@ def merge_report(metrics: RunMetrics, run_dir: RunDir) -> RunMetrics:
     return replace(
         metrics,
         scores=filter_numbers(values),
+        no_score=report.get("no_score", ""),
         copy_alarm=alarm["raised"],
         leaked=report["leaked"],
         photo_likeness=report.get("dino_of_each_photo", {}),

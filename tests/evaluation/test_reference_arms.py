@@ -22,7 +22,7 @@ from dreambooth_moslora.plan.validation import check_references
 from dreambooth_moslora.settings.prompts import SubjectWords
 from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.evaluation.test_scoring import TOY, toy_pictures
-from tests.generation.test_text_options import loaded
+from tests.generation.test_text_options import load_adapter
 from tests.helpers.tiers import slow_but
 from tests.helpers.tiny_encoders import tiny_encoders
 from tests.helpers.tiny_families import tiny_pipeline
@@ -87,7 +87,7 @@ def test_a_single_image_decides_nothing():
 def test_three_arms_are_compared_and_the_report_has_a_verdict(name, tmp_path, monkeypatch):
     monkeypatch.setattr(SubjectPipeline, "resolution_px", 64)
     subject = SubjectPipeline(tiny_pipeline(name, tmp_path / "base"), "tiny")
-    adapter = loaded(subject, tmp_path / "dog.safetensors")
+    adapter = load_adapter(subject, tmp_path / "dog.safetensors")
     photos = toy_pictures(TOY, ["on grass", "on the beach"])
     evaluator = Evaluator(PLAN, tiny_encoders(tmp_path), photos)
     judge = partial(evaluate_adapter, subject, adapter)
@@ -131,7 +131,7 @@ def test_guidance_acts_with_and_without_references(name, tmp_path):
         assert pictures[0].tobytes() != pictures[1].tobytes()
 
 
-def test_explain_prints_the_reports_verdict(tmp_path, capsys):
+def test_explain_prints_a_verdict_and_why_there_is_no_score(tmp_path, capsys):
     run = tmp_path / "dog"
     (run / "evaluation").mkdir(parents=True)
     settings = {"instance_data_dir": str(tmp_path), "output_dir": str(run)}
@@ -144,12 +144,14 @@ def test_explain_prints_the_reports_verdict(tmp_path, capsys):
         "relative": {},
         "copy_alarm": {"raised": False, "share": 0.0},
         "leaked": "",
-        "score": 0.5,
+        "score": None,
+        "no_score": "the base draws so",
         "references": {"verdict": reference_arms.VERDICT_TRAIN},
     }
     (run / "evaluation" / "scores.json").write_text(json.dumps(scores))
     assert run_explain(SimpleNamespace(run=str(run))) == 0
-    assert reference_arms.VERDICT_TRAIN in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert reference_arms.VERDICT_TRAIN in out and "no score: the base draws so\n" in out
 
 
 def test_a_base_without_references_is_refused_in_one_line():

@@ -32,8 +32,8 @@ NOT_LEARNED_SENTENCE = (
     "It hardly learned your subject: likeness to the photos was {:.0%}, and is {:.0%}."
 )
 """Verdict on a finished run with the likeness before and now, like the two above."""
-UNSCORED_SENTENCE = "Nothing was measured. Are the new pictures like your photos?"
-"""Verdict on a finished run without scores."""
+UNSCORED_SENTENCE = "{} Are the new pictures like your photos?"
+"""Verdict on a finished run without a score, with the reason."""
 COMFYUI_HINT = (
     "For ComfyUI: put the file into its folder models/loras, choose it in a LoRA loader, "
     "and write {} in the prompt."
@@ -75,7 +75,10 @@ def render_verdict(metrics: events.EventLog, run_dir: Path, has_best: bool) -> s
         now = None if now is None else min(now, 1.0)
         prompt_template = "“in {} style”"
     if now is None or before is None:
-        verdict = UNSCORED_SENTENCE
+        reason = run_metrics.no_score
+        verdict = UNSCORED_SENTENCE.format(
+            f"It has no score: {reason}." if reason else "Nothing was measured."
+        )
     else:
         learned = BEGUN_SENTENCE if is_too_short(run_metrics) else LEARNED_SENTENCE
         template = learned if now - before >= MIN_LIKENESS_GAIN else NOT_LEARNED_SENTENCE

@@ -107,6 +107,13 @@ def test_verdict_on_a_short_run(tmp_path):
         metrics = write_metrics(tmp_path, *whole, scores | {"dino": now})
         assert text.format(0, now) in render_verdict(metrics, tmp_path, has_best=False)
 
+    # A style without a score has been measured, and the page says why it has none.
+    style = {"type": "start", "config": {"instance_prompt": "in ink style", "subject": "style"}}
+    unscored = {"type": "evaluation", "step": 10, "dino": 0.47, "no_score": "the base draws so"}
+    verdict = render_verdict(write_metrics(tmp_path, style, unscored), tmp_path, has_best=False)
+    assert "It has no score: the base draws so. Are the new pictures like" in verdict
+    assert "Nothing was measured" not in verdict
+
 
 def test_verdict_on_a_style(tmp_path):
     """It told how like the things are to those of the photos, and to write “dusk” in the prompt."""
