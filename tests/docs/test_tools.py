@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.settings.metric_kinds import METRICS, Metric
 from dreambooth_moslora.settings.train_config import SETTINGS
-from tools import bare_photos, formats_table, pictures, systems, tables
+from tools import bare_photos, formats_table, pictures, systems, tables, words
 
 
 def photo_and_mask(box) -> tuple[Image.Image, Image.Image]:
@@ -83,3 +83,11 @@ def test_what_one_system_lacks_is_found_and_what_is_asked_for_first_is_not(tmp_p
     )
     (line,) = systems.list_problems(str(file))
     assert ":3: error: Module has no attribute" in line and line.endswith("(win32)")
+
+
+def test_words_rejects_a_vague_name_with_its_place(tmp_path, capsys):
+    (file := tmp_path / "program.py").write_text("losses = [1.0]\nfound = losses[0]\n")
+    assert words.main([str(tmp_path)]) == 1
+    assert capsys.readouterr().out == f"{file}:2: `found` does not say what it holds\n"
+    file.write_text("losses = [1.0]\nlast_loss = losses[-1]\n")
+    assert words.main([str(tmp_path)]) == 0

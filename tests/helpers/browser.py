@@ -158,10 +158,10 @@ def caption(page: Page, number: int) -> str:
     return page.input_value("#crops textarea")
 
 
-def write_caption(page: Page, number: int, words: str) -> None:
-    """Type it, and leave the field, which keeps it."""
+def write_caption(page: Page, number: int, text: str) -> None:
+    """Type the caption and leave the field, which stores it."""
     open_photo(page, number)
-    page.fill("#crops textarea", words)
+    page.fill("#crops textarea", text)
     page.locator("#crops textarea").blur()
 
 

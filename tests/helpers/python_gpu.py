@@ -139,14 +139,14 @@ def run(function, args: tuple, kwargs: dict):
     count(name, args, tensors, leaves)
     if target is not None:
         kwargs = kwargs | {"device": "cpu"}
-    found = function(*tree_map(raw_of, args), **tree_map(raw_of, kwargs))
+    result = function(*tree_map(raw_of, args), **tree_map(raw_of, kwargs))
     if leaves:
-        return found
+        return result
     if not Watch.has_fp64:
-        refuse_fp64(name, found)
-    known = {id(tensor.raw): tensor for tensor in tensors if isinstance(tensor, GpuTensor)}
-    # What an operation in place gives back is the tensor that it was given.
-    return tree_map(lambda value: known.get(id(value), wrapped(value)), found)
+        refuse_fp64(name, result)
+    gpu_tensors = {id(tensor.raw): tensor for tensor in tensors if isinstance(tensor, GpuTensor)}
+    # An operation in place returns the tensor that it got.
+    return tree_map(lambda value: gpu_tensors.get(id(value), wrapped(value)), result)
 
 
 def refuse_mixed_devices(name: str, args: tuple, tensors: list[Tensor]) -> None:
@@ -171,11 +171,11 @@ def refuse_unpinned(is_asynchronous: bool | None, tensors: list[Tensor]) -> None
         )
 
 
-def refuse_fp64(name: str, found) -> None:
+def refuse_fp64(name: str, result) -> None:
     """As on Apple's GPUs."""
     if any(
         isinstance(value, Tensor) and value.dtype == torch.float64
-        for value in tree_flatten(found)[0]
+        for value in tree_flatten(result)[0]
     ):
         raise TypeError(f"{name}: {NAME} has no float64")
 

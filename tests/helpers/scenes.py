@@ -53,12 +53,12 @@ class Watched(TrainStep):
     """A TrainStep that can be found again when the run is over, and notes what it was shown: of
     each micro-batch its number, its prompts, and its latents and size conditioning as a digest."""
 
-    found: list[TrainStep] = []  # noqa: RUF012
+    instances: list[TrainStep] = []  # noqa: RUF012
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self.shown: list[tuple[int, list[str], str]] = []
-        self.found.append(self)
+        self.instances.append(self)
 
     def load_batch(self, number: int):
         batch = super().load_batch(number)
@@ -102,9 +102,9 @@ class Scene:
         )
         devices.measure_free_gpu_gib = (lambda **_: self.free[RANK]) if self.free else free_gib
         devices.choose_half_precision = (lambda: "bf16") if self.free else half
-        Watched.found.clear()
+        Watched.instances.clear()
         code = train_main(self.flags)
-        step = Watched.found[-1] if Watched.found else None
+        step = Watched.instances[-1] if Watched.instances else None
         learnt = (
             {"adapter": digest_of(step.parameters), "shown": step.shown}
             if step

@@ -42,8 +42,8 @@ def find(image: Image.Image) -> list[faces.Face]:
 
 
 def vector(image: Image.Image, face: faces.Face) -> np.ndarray:
-    left, top, right, bottom = face.box
-    middle = image.getpixel((int(left + right) // 2, int(top + bottom) // 2))
+    x0, y0, x1, y1 = face.box
+    middle = image.getpixel((int(x0 + x1) // 2, int(y0 + y1) // 2))
     values = np.array(middle, dtype=np.float32)
     return values / np.linalg.norm(values)
 

@@ -18,7 +18,7 @@ def as_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list]:
     def gather(values: list) -> list:
         thread.wire[thread.process] = values
         thread.barrier.wait(PATIENCE_S)
-        gathered = [one for process in sorted(thread.wire) for one in thread.wire[process]]
+        gathered = [value for process in sorted(thread.wire) for value in thread.wire[process]]
         thread.barrier.wait(PATIENCE_S)
         return gathered
 
@@ -27,7 +27,7 @@ def as_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list]:
     def run(count: int, work: Callable, on_machine: int | None = None) -> list:
         wire, barrier = {}, Barrier(count)
 
-        def one(rank: int) -> object:
+        def run_process(rank: int) -> object:
             thread.process, thread.wire, thread.barrier = rank, wire, barrier
             accelerator = SimpleNamespace(
                 num_processes=count,
@@ -41,6 +41,6 @@ def as_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list]:
                 return error
 
         with ThreadPoolExecutor(count) as pool:
-            return list(pool.map(one, range(count)))
+            return list(pool.map(run_process, range(count)))
 
     return run

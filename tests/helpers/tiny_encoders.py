@@ -96,7 +96,7 @@ def save_tiny_chat_model(folder: Path) -> Path:
     tokenizer = qwen_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS)})
     ids = {mark.strip("<|>"): tokenizer.convert_tokens_to_ids(mark) for mark in MARKS}
-    both = {"hidden_size": 32, "intermediate_size": 64, "initializer_range": 1.0}
+    shared = {"hidden_size": 32, "intermediate_size": 64, "initializer_range": 1.0}
     text = {
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
@@ -113,7 +113,7 @@ def save_tiny_chat_model(folder: Path) -> Path:
     }
     places |= {f"{name}_token_id": ids[name] for name in ("vision_start", "vision_end")}
     config = transformers.Qwen3VLConfig(
-        text_config=both | text, vision_config=both | vision, **places
+        text_config=shared | text, vision_config=shared | vision, **places
     )
     transformers.Qwen3VLForConditionalGeneration(config).save_pretrained(folder / "chat")
     size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}

@@ -23,7 +23,7 @@ class Served:
 
 @contextmanager
 def serve(
-    tiny_base: Path, folder: Path, *, public: bool = False, others=(), **launch
+    tiny_base: Path, folder: Path, *, public: bool = False, further_bases=(), **launch
 ) -> Iterator[Served]:
     """Two adapters on the shelf, "dog" and "cat"; runs go to `folder`/runs."""
     pipeline = SubjectPipeline.from_base(tiny_base)
@@ -34,7 +34,7 @@ def serve(
         file.rename(folder / "adapters" / f"{name}.safetensors")
     base = PageBase("tiny", str(tiny_base), pipeline.resolution_px, lambda: pipeline)
     folders = {"adapters_dir": folder / "adapters", "runs_dir": folder / "runs"}
-    ctx = AppContext(base, *others, **folders, workspace=create_workspace(), public=public)
+    ctx = AppContext(base, *further_bases, **folders, workspace=create_workspace(), public=public)
     page = build_app(ctx)
     options = build_launch_options(public=public) | launch
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **options)

@@ -300,7 +300,7 @@ def test_base_choice_changes_the_page_or_fails_safely(tiny_base, tmp_path, brows
     (pipeline := tiny_pipeline("flux", tmp_path / "files")).save_pretrained(tmp_path / "flux")
     flux = PageBase("flux", str(tmp_path / "flux"), 64, lambda: SubjectPipeline(pipeline, "flux"))
     with (
-        serve(tiny_base, tmp_path, others=[toy, broken, flux]) as server,
+        serve(tiny_base, tmp_path, further_bases=[toy, broken, flux]) as server,
         web.visit(browser, server.url) as visited,
     ):
         page = visited.page
