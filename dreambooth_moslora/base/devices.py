@@ -6,12 +6,14 @@ Arm's bf16. On older GPUs PyTorch emulates bf16, and cuDNN has no convolutions i
 it is many times slower than fp32.
 """
 
+import gc
 import os
 import shutil
 import subprocess
 import sys
 from typing import Any
 
+from dreambooth_moslora.disk import processes
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.precision import choose_half_precision
 from dreambooth_moslora.settings.family_facts import FamilyFacts
@@ -106,10 +108,24 @@ def get_device(model: Any) -> Any:
     return getattr(hook, "execution_device", None) or model.device
 
 
-def free_unused_blocks(device: Any) -> None:
-    """Return the unused blocks of a GPU's allocator to the driver."""
+def measure_peak_gib(device: Any) -> float | None:
+    """Return the peak memory so far, GiB: reserved by PyTorch on a GPU, else of the process.
+    Apple's GPUs tell only what is reserved now."""
     import torch
 
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / GIB
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / GIB
+    return processes.measure_peak_memory_gib()
+
+
+def free_unused_memory(device: Any) -> None:
+    """Return a GPU's unused memory to the driver: the blocks of one phase do not fit the next."""
+    import torch
+
+    # Tensors in reference cycles are freed first, so that their blocks are unused too.
+    gc.collect()
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).empty_cache()
 

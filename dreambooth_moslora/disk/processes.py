@@ -6,6 +6,7 @@ at a time. Source: mallopt(3).
 """
 
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -63,6 +64,7 @@ def reserve_huge_pages(libc: ctypes.CDLL) -> None:
 def release_freed_memory() -> None:
     """Return freed memory to the system for a smaller phase, by malloc_trim(3); nothing without
     glibc."""
+    gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):

@@ -69,7 +69,7 @@ class Placement:
         for blocks in self.streamed:
             blocks.move_to_device(CPU)
         self.pipeline.to(CPU, silence_dtype_warnings=True)
-        devices.free_unused_blocks(self.device)
+        devices.free_unused_memory(self.device)
 
     def end(self) -> None:
         """Leave for good, and restore the models' original form."""

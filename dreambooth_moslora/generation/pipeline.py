@@ -345,7 +345,7 @@ class SubjectPipeline:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            devices.free_unused_blocks(self.home.device)
+            devices.free_unused_memory(self.home.device)
             size = f"{params.height_px} x {params.width_px} px"
             raise UserError(
                 f"there is too little memory for {size}; choose a smaller size"

@@ -134,7 +134,7 @@ def generate_batches(
 
         # Retry outside the except block: the error would keep its tensors alive.
         if not images:
-            devices.free_unused_blocks(device)
+            devices.free_unused_memory(device)
             batch_size = math.ceil(min(batch_size, len(pending)) / 2)
             on_smaller_batch(batch_size)
             logger.warning(

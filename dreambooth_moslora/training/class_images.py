@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import DiffusionPipeline
 
+from dreambooth_moslora.base import devices
 from dreambooth_moslora.base.families import build_encoding_options
 from dreambooth_moslora.disk.atomic import clean_temporaries, write_atomic
 from dreambooth_moslora.disk.contents import hash_values
@@ -127,7 +128,7 @@ def make_for_photos(
 
     make_distributed(context, f"{kind}s", same, make_item, keep)
     get_model.cache_clear()
-    reporter.free_unused_memory(device)
+    devices.free_unused_memory(device)
 
 
 def make_captions(config: TrainConfig, context: reporter.RunContext, photos: list[Photo]) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from dreambooth_moslora.base import devices
 from dreambooth_moslora.disk import events, queue, run_folder
 from dreambooth_moslora.disk.atomic import remove_directory
 from dreambooth_moslora.errors import (
@@ -139,7 +140,7 @@ class Training:
                     raise
 
             # Out of the block, where the error holds the step's tensors no more.
-            reporter.free_unused_memory(self.accelerator.device)
+            devices.free_unused_memory(self.accelerator.device)
             flag, settings = leaner
             logger.warning("the first step ran out of memory: it is done again with %s.", flag)
             self.switch_settings(replace(self.config, **settings))
@@ -190,7 +191,7 @@ class Training:
             grad_norm=None if skipped else update.grad_norm,
             step_sec=self.seconds[-1],
             eta_sec=median(self.seconds) * (self.max_train_steps - self.step),
-            memory_gib=reporter.measure_memory_gib(self.accelerator.device),
+            memory_gib=devices.measure_peak_gib(self.accelerator.device),
             skipped=skipped,
         )
         self.report(done)
@@ -224,7 +225,7 @@ class Training:
         # A stop ends the drawing alone; the loop asks for it next.
         with suppress(StopRequestedError), self.train_step.apply_average():
             self.report(self.samples.sample_images(self.step, sampler, self.accelerator))
-        reporter.free_unused_memory(self.accelerator.device)
+        devices.free_unused_memory(self.accelerator.device)
 
     @property
     def should_score(self) -> bool:
@@ -241,7 +242,7 @@ class Training:
         except StopRequestedError:  # the loop checks for a stop next
             return
         finally:
-            reporter.free_unused_memory(self.accelerator.device)
+            devices.free_unused_memory(self.accelerator.device)
 
         # If the best step so far is this one, its adapter is kept.
         if isinstance(evaluation, Mapping):

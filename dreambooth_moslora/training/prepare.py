@@ -442,7 +442,7 @@ def release_vae(
     elif config.caching != "off":
         pipeline.register_modules(vae=None)
         encoder.vae = None
-    reporter.free_unused_memory(context.accelerator.device)
+    devices.free_unused_memory(context.accelerator.device)
 
 
 def release_encoders(
@@ -456,5 +456,5 @@ def release_encoders(
     if not config.train_text_encoder:
         text_cache.release_encoders()
         pipeline.register_modules(**dict.fromkeys(family.facts.encoders))
-    reporter.free_unused_memory(context.accelerator.device)
+    devices.free_unused_memory(context.accelerator.device)
     release_freed_memory()

@@ -5,7 +5,6 @@ Only the main process reports. Trackers get no path, prompt or photo; those that
 the samples, which show the subject. `RunContext` is what every part of a run shares.
 """
 
-import gc
 import json
 import logging
 import time
@@ -14,12 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from dreambooth_moslora.base.devices import GIB, free_unused_blocks
-from dreambooth_moslora.disk import events, processes, run_folder
+from dreambooth_moslora.disk import events, run_folder
 from dreambooth_moslora.disk.atomic import write_atomic
 from dreambooth_moslora.errors import StopRequestedError, UserError, format_error
 from dreambooth_moslora.plan.distributed import reduce_any, run_on_each
@@ -190,22 +187,6 @@ def collect_numbers(event: events.StepDone | events.StepEvaluated) -> dict[str, 
         if isinstance(value, (int, float)) and name not in ("step", "time"):
             numbers[name] = value
     return numbers
-
-
-def free_unused_memory(device: torch.device) -> None:
-    """Free the GPU memory of images: the blocks of a decode do not fit a training step."""
-    gc.collect()
-    free_unused_blocks(device)
-
-
-def measure_memory_gib(device: torch.device) -> float | None:
-    """Peak memory so far, GiB: reserved by PyTorch on a GPU, else of the process. Apple's GPUs tell
-    only what is reserved now."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / GIB
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory() / GIB
-    return processes.measure_peak_memory_gib()
 
 
 @dataclass(frozen=True)

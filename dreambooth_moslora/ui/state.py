@@ -4,7 +4,6 @@ The pipeline loads while the page is already up. Adapters are looked up by name:
 request names is never opened.
 """
 
-import gc
 import logging
 import shutil
 import tempfile
@@ -205,7 +204,6 @@ class AppContext:
         with self._load_lock:
             self._set_base(base)
             self._pipeline = loading
-        gc.collect()
         processes.release_freed_memory()
 
     def get_loaded_pipeline(self) -> "SubjectPipeline | None":
@@ -224,7 +222,6 @@ class AppContext:
             if self._pipeline is not None:
                 wait([self._pipeline])
             self._pipeline = None
-        gc.collect()
         processes.release_freed_memory()
 
     def wait_for_pipeline(self) -> "SubjectPipeline":

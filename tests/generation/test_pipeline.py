@@ -36,7 +36,6 @@ from dreambooth_moslora.generation.image_params import (
 )
 from dreambooth_moslora.generation.pipeline import SubjectPipeline, find_scheduler_name
 from dreambooth_moslora.lora import raw_file, writer
-from dreambooth_moslora.training import reporter
 from tests.helpers.live_adapters import facts_of, live
 from tests.helpers.tiny import save_tiny_sdxl, tiny_sdxl
 from tests.helpers.tiny_adapters import save_diffusers_lora, save_kohya_lora
@@ -316,7 +315,7 @@ def test_what_cannot_be_drawn_is_said(pipeline, monkeypatch):
         pipeline.generate(replace(PARAMS, adapters=(("rex", 1.0),)))
     monkeypatch.setattr(pipeline.pipeline.unet, "forward", lambda *_, **__: torch.empty(2**50))
     freed = []
-    monkeypatch.setattr(devices, "free_unused_blocks", freed.append)
+    monkeypatch.setattr(devices, "free_unused_memory", freed.append)
     with pytest.raises(UserError, match="too little memory for 64 x 64 px"):
         generate_first(pipeline)
     assert freed == [pipeline.home.device]
@@ -329,9 +328,9 @@ def test_pictures_are_drawn_on_apples_gpu_in_half_precision_and_its_unused_memor
     assert (subject.home.device.type, subject.pipeline.unet.dtype) == ("mps", torch.float16)
     emptied = []
     monkeypatch.setattr(torch.mps, "empty_cache", lambda: emptied.append(1))
-    devices.free_unused_blocks(subject.home.device)
+    devices.free_unused_memory(subject.home.device)
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 3 * 2**30)
-    assert emptied and reporter.measure_memory_gib(subject.home.device) == 3
+    assert emptied and devices.measure_peak_gib(subject.home.device) == 3
 
 
 def test_what_is_no_adapter_of_the_base_is_refused_in_one_line(pipeline, files, tmp_path):

@@ -15,6 +15,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
+from dreambooth_moslora.base import devices
 from dreambooth_moslora.disk.events import SamplesSaved, StepDone, StepEvaluated, build_record
 from dreambooth_moslora.disk.run_folder import CARD_SIGNATURE, RunDir, list_card_pictures
 from dreambooth_moslora.errors import StopRequestedError, UserError
@@ -274,7 +275,7 @@ def test_stop_while_sampling_ends_within_one_image(config, tmp_path):
 def test_unused_gpu_memory_is_freed_between_stages(config, monkeypatch):
     """After photos, after prompts, and after pictures and scores: the next stage has it."""
     stages = []
-    monkeypatch.setattr(reporter, "free_unused_blocks", lambda device: stages.append("free"))
+    monkeypatch.setattr(devices, "free_unused_memory", lambda device: stages.append("free"))
 
     def note(event):
         name = getattr(event, "phase", event.kind)
@@ -297,7 +298,7 @@ def test_unused_memory_goes_back_to_the_driver_of_each_gpu(kind, monkeypatch):
     emptied = []
     monkeypatch.setattr(getattr(torch, kind), "empty_cache", lambda: emptied.append(kind))
     for device in (kind, "cpu"):
-        reporter.free_unused_memory(torch.device(device))
+        devices.free_unused_memory(torch.device(device))
     assert emptied == [kind]
 
 

@@ -30,7 +30,7 @@ from dreambooth_moslora.base import devices, families, load
 from dreambooth_moslora.disk import processes
 from dreambooth_moslora.plan.distributed import PRECISION_DTYPES
 from dreambooth_moslora.settings.train_config import TrainConfig
-from dreambooth_moslora.training import dataset, prepare, reporter
+from dreambooth_moslora.training import dataset, prepare
 from dreambooth_moslora.training.step import TrainStep
 
 WIDTHS = {"sdxl": (768, 1280), "small": (32, 64)}
@@ -210,7 +210,7 @@ def measure_step(size: str, config: TrainConfig) -> dict[str, float]:
     if accelerator.device.type == "cuda":
         peak_gib = torch.cuda.max_memory_allocated() / devices.GIB
     else:
-        peak_gib = reporter.measure_memory_gib(accelerator.device)
+        peak_gib = devices.measure_peak_gib(accelerator.device)
     return {"floor_sec": floor_sec, "step_sec": step_sec, "peak_gib": peak_gib}
 
 
