@@ -21,13 +21,14 @@ from diffusers.loaders.single_file_utils import (
     load_single_file_checkpoint,
 )
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from dreambooth_moslora.base import decode, devices, families, model_files
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.quantized_files import QuantizedFile
+from dreambooth_moslora.disk.safetensors_header import read_header
 from dreambooth_moslora.errors import UserError, format_error
 from dreambooth_moslora.settings import toy_bases
 from dreambooth_moslora.settings.family_facts import SDXL, FamilyFacts, get_facts
@@ -276,8 +277,7 @@ def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -
 
     # Empty tensors of these names mark SDXL's velocity models. diffusers ignores them.
     if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            marks = {"v_pred", "ztsnr"} & set(file.keys())
+        marks = {"v_pred", "ztsnr"} & read_header(path).shapes.keys()
         if "v_pred" in marks:
             scheduler = pipeline.scheduler
             pipeline.scheduler = type(scheduler).from_config(

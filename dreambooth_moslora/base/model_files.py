@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import SafetensorError, safe_open
-
 from dreambooth_moslora.disk.contents import read_json
+from dreambooth_moslora.disk.safetensors_header import read_header
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import family_facts
 
@@ -73,12 +72,9 @@ def read_shapes(path: Path) -> dict[str, list[int]]:
     if path.suffix != ".safetensors":
         return {}
     try:
-        with safe_open(path, "np") as file:
-            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(
-            f"{path} is damaged, cut short or not a safetensors file ({error}): fetch it again."
-        ) from None
+        return read_header(path).shapes
+    except UserError as error:
+        raise UserError(f"{path}: {error}: fetch it again.") from None
 
 
 def find_snapshot(
@@ -97,8 +93,7 @@ def group_quantized(path: Path) -> dict[str, dict[str, str]]:
     if path.suffix != ".safetensors":
         return {}
     layers: dict[str, dict[str, str]] = {}
-    with safe_open(path, "np") as file:
-        dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    dtypes = read_header(path).dtypes
     for name, dtype in dtypes.items():
         layer, _, part = name.rpartition(".")
         if dtype in ("I8", "U8") or QUANTIZED.fullmatch(part):

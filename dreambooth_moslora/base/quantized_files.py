@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dreambooth_moslora.base import model_files
 from dreambooth_moslora.disk.contents import parse_json
+from dreambooth_moslora.disk.safetensors_header import read_header
 from dreambooth_moslora.errors import UserError, format_error
 
 SCALE_DIVISORS = {"scale_weight": 1, "weight_scale": 1, "weight_scale_inv": 1, "SCB": 127}
@@ -122,8 +123,7 @@ class Header:
 
 def read_formats(path: Path) -> dict[str, dict[str, Any]]:
     """Return the layers' formats in a file's header. Raises UserError for invalid JSON."""
-    with safe_open(path, "np") as file:
-        text = (file.metadata() or {}).get("_quantization_metadata", "{}")
+    text = read_header(path).metadata.get("_quantization_metadata", "{}")
     try:
         return parse_json(text, Header).layers
     except UserError as error:

@@ -15,7 +15,8 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.terminal import create_bar, disable_library_notes, print_loading
 from dreambooth_moslora.disk.contents import explain_read_error, read_json, read_small_text
 from dreambooth_moslora.disk.paths import expand_user_path, find_asset
-from dreambooth_moslora.disk.run_folder import RunDir, find_weights, read_header
+from dreambooth_moslora.disk.run_folder import RunDir, find_weights
+from dreambooth_moslora.disk.safetensors_header import read_header
 from dreambooth_moslora.errors import UserError, escape_control_characters
 from dreambooth_moslora.photos.folder import build_photo_report, log_strays, require_photo_folder
 from dreambooth_moslora.photos.photo_file import Photo
@@ -305,7 +306,7 @@ def infer_settings(path: Path) -> dict:
             }
 
     # A file alone
-    metadata = parse_metadata(read_header(find_weights(path)))
+    metadata = parse_metadata(read_header(find_weights(path)).metadata)
     if metadata is None or not metadata.trigger_words:
         return {}
     base = "toy" if metadata.base_id == "toy-sdxl" else metadata.base_id

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from dreambooth_moslora.disk.atomic import remove_directory, restore_directories
 from dreambooth_moslora.disk.contents import read_json, read_stored_text
 from dreambooth_moslora.disk.events import (
@@ -23,7 +21,7 @@ from dreambooth_moslora.disk.events import (
     read_events,
 )
 from dreambooth_moslora.disk.paths import expand_user_path, find_free_name
-from dreambooth_moslora.errors import UserError, format_error
+from dreambooth_moslora.errors import UserError
 
 PUBLISHED_NAME = "pytorch_lora_weights.safetensors"
 """The published LoRA, as diffusers names it."""
@@ -223,20 +221,6 @@ def find_weights(path: str | Path) -> Path:
             "not opened"
         )
     return path
-
-
-def read_header(file: Path) -> dict[str, str]:
-    """Return the strings in the header of a safetensors file; no tensor is read.
-
-    Raises UserError for any other file.
-    """
-    try:
-        with safe_open(file, framework="np") as opened:
-            return dict(opened.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"it is not a safetensors file, or it is damaged: {format_error(error)}"
-        ) from None
 
 
 def map_adapter_names(

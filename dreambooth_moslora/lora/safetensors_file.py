@@ -1,9 +1,5 @@
-"""Safetensors files: written atomically and in a fixed order, read without running code.
+"""Safetensors files: written atomically and in a fixed order, read without running code."""
 
-A file is the header's length in 8 bytes, the header in JSON, and the tensors.
-"""
-
-import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -11,6 +7,7 @@ from safetensors.torch import save
 
 from dreambooth_moslora.disk.atomic import write_atomic
 from dreambooth_moslora.disk.paths import expand_user_path
+from dreambooth_moslora.disk.safetensors_header import METADATA_NAME, join_content, split_content
 from dreambooth_moslora.errors import UserError, format_error
 from dreambooth_moslora.method.mixer import Tensors
 
@@ -34,14 +31,9 @@ def write_safetensors(path: Path, tensors: Tensors, header: dict[str, str]) -> N
 def sort_metadata(content: bytes) -> bytes:
     """Return the content of a safetensors file with sorted metadata, so that equal adapters have
     equal hashes."""
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
-
-    # Pad the header with spaces, so that the tensors begin at a multiple of 8.
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+    header, tensor_bytes = split_content(content)
+    header[METADATA_NAME] = dict(sorted(header.get(METADATA_NAME, {}).items()))
+    return join_content(header, tensor_bytes)
 
 
 def read_tensors(path: str | Path) -> tuple[Tensors, dict[str, str]]:

@@ -17,6 +17,7 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.model_files import MAX_SMALL_BASE_PX
 from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.disk.paths import expand_user_path
+from dreambooth_moslora.disk.safetensors_header import read_header
 from dreambooth_moslora.errors import UserError, format_error
 from dreambooth_moslora.photos.folder import require_photo_folder
 from dreambooth_moslora.plan.base_size import BaseSize, find_base_size
@@ -398,7 +399,7 @@ def check_init_adapter(adapter: str) -> None:
     try:
         if not Path(adapter).exists():
             raise UserError("there is no such file or folder")
-        run_folder.read_header(run_folder.find_weights(adapter))
+        read_header(run_folder.find_weights(adapter))
     except UserError as error:
         raise UserError(f"--init_adapter {adapter}: {error}.") from error
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -29,6 +28,7 @@ from dreambooth_moslora.disk.atomic import rename_with_retry, write_atomic, writ
 from dreambooth_moslora.disk.contents import hash_file, hash_values, read_json
 from dreambooth_moslora.disk.paths import find_free_name
 from dreambooth_moslora.disk.run_folder import OPTIMIZER_NAME, POSITION_NAME, Position
+from dreambooth_moslora.disk.safetensors_header import read_header
 from dreambooth_moslora.errors import UserError, format_error
 from dreambooth_moslora.lora import metadata, raw_file
 from dreambooth_moslora.settings import train_config
@@ -382,10 +382,9 @@ def read_adapted_modules(checkpoint: Path) -> tuple[metadata.AdapterMetadata, se
     """Return the metadata in the adapter file's header, and the adapted modules (`component.path`).
     Raises UserError."""
     try:
-        with safe_open(checkpoint / run_folder.RAW_NAME, framework="pt") as file:
-            facts = metadata.AdapterMetadata.from_json((file.metadata() or {})["moslora"])
-            names = file.keys()
-            return facts, {key.rpartition(".")[0] for key in names if "." in key}
+        header = read_header(checkpoint / run_folder.RAW_NAME)
+        facts = metadata.AdapterMetadata.from_json(header.metadata["moslora"])
+        return facts, {key.rpartition(".")[0] for key in header.shapes if "." in key}
     # safetensors raises its own kind, the disk another, and a header may hold anything
     except Exception as error:
         raise build_damage_error(checkpoint, run_folder.RAW_NAME, error) from None

@@ -6,7 +6,6 @@ its header's digest is encoded anew.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors.torch import save
 from dreambooth_moslora.base import families
 from dreambooth_moslora.disk.atomic import write_atomic
 from dreambooth_moslora.disk.contents import hash_values
+from dreambooth_moslora.disk.safetensors_header import METADATA_NAME, split_content
 from dreambooth_moslora.errors import UserError
 
 Tensors = dict[str, torch.Tensor]
@@ -62,13 +62,10 @@ class EncodingCache:
         except (OSError, SafetensorError):
             return None
 
-        # A file starts with the length of its header, in 8 bytes, and the header as JSON.
-        length = int.from_bytes(content[:8], "little")
-        header = json.loads(content[8 : 8 + length])
-        is_whole = tensors and header.get("__metadata__", {}).get(DIGEST_FIELD) == digest_tensors(
-            tensors
-        )
-        return tensors if is_whole else None
+        # The digest in its metadata shows whether the file is as it was written.
+        header, _ = split_content(content)
+        digest = header.get(METADATA_NAME, {}).get(DIGEST_FIELD)
+        return tensors if tensors and digest == digest_tensors(tensors) else None
 
     def _write(self, key: str, value: Tensors) -> None:
         if self.folder is None:

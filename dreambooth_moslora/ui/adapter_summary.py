@@ -4,7 +4,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreambooth_moslora.disk import run_folder
+from dreambooth_moslora.disk.safetensors_header import read_header
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora.metadata import parse_metadata
 
@@ -43,7 +43,7 @@ def read_summary(file: Path) -> AdapterSummary:
     """
     facts = None
     with suppress(UserError, OSError):
-        facts = parse_metadata(run_folder.read_header(file))
+        facts = parse_metadata(read_header(file).metadata)
     if facts is None:
         return AdapterSummary()
     return AdapterSummary(

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
+from dreambooth_moslora.disk.safetensors_header import split_content
 from dreambooth_moslora.settings.train_config import TrainConfig
 
 OF_A_SUBJECT = ("instance_data_dir", "instance_prompt", "class_prompt")
@@ -57,8 +58,7 @@ def logged(run_dir: Path, kind: str = "step") -> list[dict]:
 def adapter_sha256(run_dir: Path) -> str:
     """Of the tensors' bytes: the file without its header."""
     content = (run_dir / "pytorch_lora_weights.safetensors").read_bytes()
-    start = 8 + int.from_bytes(content[:8], "little")
-    return hashlib.sha256(content[start:]).hexdigest()
+    return hashlib.sha256(split_content(content)[1]).hexdigest()
 
 
 def largest_difference(first: Path, second: Path) -> float:

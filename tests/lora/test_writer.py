@@ -12,11 +12,11 @@ import struct
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 from benchmarks.sdxl_structure import count
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.disk.safetensors_header import read_header
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import (
     key_names,
@@ -70,11 +70,6 @@ def publish_dog(components, folder, *arguments, **options):
     return publish(components, folder, "dog", facts_of(components), *arguments, **options)
 
 
-def read_header(file) -> dict[str, str]:
-    with safe_open(file, "pt") as opened:
-        return opened.metadata()
-
-
 RANKS = {
     "rank_pattern": {"conv_shortcut": 2, "downsamplers.0.conv": 6},
     "alpha_pattern": {"conv_shortcut": 3},
@@ -98,7 +93,9 @@ def test_stock_diffusers_computes_convolutions_like_the_adapter(kind, options, t
     proof = publish_dog(components, tmp_path)
     assert proof.max_relative_difference < 1e-6
     for name in (PUBLISHED_NAME, KOHYA):
-        header = metadata.AdapterMetadata.from_json(read_header(tmp_path / name)["moslora"])
+        header = metadata.AdapterMetadata.from_json(
+            read_header(tmp_path / name).metadata["moslora"]
+        )
         assert (header.rank, header.alpha, header.use_rslora) == (4, 4, False)
     downs = [
         tensor for key, tensor in load_file(tmp_path / PUBLISHED_NAME).items() if ".lora_A." in key
@@ -147,7 +144,7 @@ def test_proof_and_headers_have_the_facts_that_tools_show(dog):
         5.81,
         0.009,
     )
-    tensors, header = load_file(folder / KOHYA), read_header(folder / KOHYA)
+    tensors, header = load_file(folder / KOHYA), read_header(folder / KOHYA).metadata
     names = {key.split(".")[0] for key in tensors}
     assert len(names) == sum(len(get_adapter_layers(m)) for m in components.values())
     for name in names:
@@ -164,7 +161,7 @@ def test_proof_and_headers_have_the_facts_that_tools_show(dog):
     assert header["modelspec.resolution"] == "1024x1024"
     assert facts_of(components, base_id=folder / "private" / "toy-sdxl").base_id == "toy-sdxl"
     for file in (RAW_NAME, PUBLISHED_NAME, KOHYA):
-        text = json.dumps(read_header(folder / file))
+        text = json.dumps(read_header(folder / file).metadata)
         assert not any(
             word in text
             for word in ("/tmp", "/root", "/home", "ss_dataset", "ss_tag", str(folder.parent))

@@ -485,6 +485,6 @@ def test_unusable_initial_adapter_is_refused_before_loading(config, file):
         return str(error.value)
 
     file.write_bytes(b"no adapter")
-    assert "it is not a safetensors file" in said()
+    assert "not a safetensors file" in said()
     file.unlink()
     assert "there is no such file or folder" in said()

@@ -30,6 +30,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageStat
 
 from dreambooth_moslora.disk import run_folder
+from dreambooth_moslora.disk.safetensors_header import split_content
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan.base_size import BaseSize
 from dreambooth_moslora.plan.memory_plans import USABLE_RATIO, estimate_plans
@@ -178,10 +179,9 @@ class SelfTest:
         return first == second
 
     def read_tensor_bytes(self, name: str) -> bytes:
-        """The bytes after the header of a safetensors file, whose length is in the first eight."""
+        """Return the tensors of the run's adapter file, without its header."""
         content = self.get_run(name).adapter_path.read_bytes()
-        header_bytes = int.from_bytes(content[:8], "little")
-        return content[8 + header_bytes :]
+        return split_content(content)[1]
 
     def check_compiled(self) -> Finding:
         """Where it cannot be done, as without a compiler, the trainer says so and goes on; that is
