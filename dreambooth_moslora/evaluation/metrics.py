@@ -41,27 +41,16 @@ from torch.nn.functional import normalize
 from dreambooth_moslora.disk.paths import get_public_name
 from dreambooth_moslora.photos.faces import FaceReader, load_face_reader
 from dreambooth_moslora.photos.pretrained import load_frozen, load_pretrained
+from dreambooth_moslora.photos.toy_readers import ENCODER_LABEL, Clip, load_pipeline_clip
 from dreambooth_moslora.settings import toy_bases
 from dreambooth_moslora.settings.metric_kinds import CLIP_REPO, DINO_REPO
 
 ENCODER_BATCH_SIZE = 16
 """Images or texts that are encoded at once."""
-ENCODER_LABEL = "the encoder"
-"""Name of a model of this module in errors."""
 STYLE_LAYER = 2
 """Layer of DINO whose patches tell style."""
 MAX_TEXT_TOKENS = 77
 """Tokens of a text that CLIP reads."""
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Both halves of a CLIP model as functions to vectors (N, P), with their preprocessing."""
-
-    embed_images: Callable[[torch.Tensor], torch.Tensor]
-    embed_texts: Callable[[Any], torch.Tensor]
-    tokenizer: Any
-    processor: Any
 
 
 @dataclass(kw_only=True)
@@ -213,30 +202,6 @@ def load_clip(name: str | Path, device: str | torch.device) -> Clip:
         embed_texts=embed_texts,
         tokenizer=load_pretrained(transformers.CLIPTokenizer, name, ENCODER_LABEL),
         processor=load_pretrained(transformers.CLIPImageProcessor, name, ENCODER_LABEL),
-    )
-
-
-def load_pipeline_clip(folder: Path, device: str | torch.device) -> Clip:
-    """Load the CLIP of a pipeline's folder: its image encoder and second text encoder."""
-    load = partial(load_frozen, flag=ENCODER_LABEL, device=device, dtype=torch.float32)
-    vision = load(transformers.CLIPVisionModelWithProjection, folder / "image_encoder")
-    text = load(transformers.CLIPTextModelWithProjection, folder / "text_encoder_2")
-
-    def embed_images(pixels: torch.Tensor) -> torch.Tensor:
-        return vision(pixel_values=pixels).image_embeds
-
-    def embed_texts(texts: Any) -> torch.Tensor:
-        return text(texts.input_ids, attention_mask=texts.attention_mask).text_embeds
-
-    return Clip(
-        embed_images=embed_images,
-        embed_texts=embed_texts,
-        tokenizer=load_pretrained(
-            transformers.CLIPTokenizer, folder / "tokenizer_2", ENCODER_LABEL
-        ),
-        processor=load_pretrained(
-            transformers.CLIPImageProcessor, folder / "feature_extractor", ENCODER_LABEL
-        ),
     )
 
 

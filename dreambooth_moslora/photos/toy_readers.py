@@ -10,9 +10,12 @@ The segmenter is a small U-Net (Ronneberger et al., 2015), trained on renders by
 toybox.measures.surroundings` measures its accuracy).
 """
 
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -25,10 +28,12 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from dreambooth_moslora.photos.pretrained import load_frozen, load_pretrained
 from dreambooth_moslora.settings.toy_bases import PLACES
 
+ENCODER_LABEL = "the encoder"
+"""Name of a model that encodes images in errors."""
 WEIGHTS_NAME = "model.safetensors"
-"""Name of the segmenter's weights in its folder."""
 TRAINING_PX = 128
 """Shorter side of its training images."""
 PATCH_PX = 2
@@ -36,7 +41,6 @@ PATCH_PX = 2
 LEVEL_CHANNELS = (24, 32, 40, 48)
 """Channels of each level; each has half the sides of the one before."""
 SIDE_MULTIPLE_PX = PATCH_PX * 2 ** (len(LEVEL_CHANNELS) - 1)
-"""Divisor of the input's sides."""
 
 
 def _build_convolution(inputs: int, outputs: int, stride: int = 1) -> torch.nn.Sequential:
@@ -111,23 +115,24 @@ LIGHT_PHRASES = {
     "snowfall": "in falling snow",
 }
 """Lights of the toy world -> their phrase in a caption."""
-INDOOR_PLACES = (
-    "on a wooden floor",
-    "on a purple rug",
-    "on a checkered floor",
-    "in a pink room",
-    "in a kitchen",
-)
-PLACE_LIGHTS = dict.fromkeys(PLACES, tuple(LIGHT_PHRASES)) | dict.fromkeys(
-    INDOOR_PLACES, ("day", "night")
-)
-"""Places with a lamp: they have day and night, but no weather."""
-PLACE_LIGHTS |= dict.fromkeys(
-    ("on the beach", "on water", "on autumn leaves"), tuple(LIGHT_PHRASES)[:-1]
-)
-PLACE_LIGHTS |= dict.fromkeys(("on the moon", "on a stage with red curtains", "on lava"), ("day",))
-PLACE_LIGHTS["in the snow"] = ("day", "sunset", "night", "overcast", "fog", "snowfall")
-PLACE_LIGHTS["in the desert"] = ("day", "sunset", "night", "overcast")
+PLACE_LIGHTS = {
+    **dict.fromkeys(PLACES, tuple(LIGHT_PHRASES)),
+    # Places with a lamp have day and night, but no weather.
+    **dict.fromkeys(
+        (
+            "on a wooden floor",
+            "on a purple rug",
+            "on a checkered floor",
+            "in a pink room",
+            "in a kitchen",
+        ),
+        ("day", "night"),
+    ),
+    **dict.fromkeys(("on the beach", "on water", "on autumn leaves"), tuple(LIGHT_PHRASES)[:-1]),
+    **dict.fromkeys(("on the moon", "on a stage with red curtains", "on lava"), ("day",)),
+    "in the snow": ("day", "sunset", "night", "overcast", "fog", "snowfall"),
+    "in the desert": ("day", "sunset", "night", "overcast"),
+}
 """The places of the toy world, and the lights under which each may be shown."""
 SURROUNDINGS = tuple((place, light) for place, lights in PLACE_LIGHTS.items() for light in lights)
 
@@ -137,21 +142,47 @@ def format_surroundings(place: str, light: str) -> str:
     return f"{place} {LIGHT_PHRASES[light]}".strip()
 
 
+@dataclass(frozen=True)
+class Clip:
+    """Both halves of a CLIP model as functions to vectors (N, P), with their preprocessing."""
+
+    embed_images: Callable[[torch.Tensor], torch.Tensor]
+    embed_texts: Callable[[Any], torch.Tensor]
+    tokenizer: Any
+    processor: Any
+
+
+def load_pipeline_clip(folder: Path, device: torch.device | str = "cpu") -> Clip:
+    """Load the CLIP of a pipeline's folder, in fp32: its image encoder and second text encoder.
+
+    Raises UserError if it cannot be loaded.
+    """
+    # Both halves, with projected outputs
+    load = partial(load_frozen, flag=ENCODER_LABEL, device=device, dtype=torch.float32)
+    vision = load(CLIPVisionModelWithProjection, folder / "image_encoder")
+    text = load(CLIPTextModelWithProjection, folder / "text_encoder_2")
+
+    def embed_images(pixels: torch.Tensor) -> torch.Tensor:
+        return vision(pixel_values=pixels).image_embeds
+
+    def embed_texts(texts: Any) -> torch.Tensor:
+        return text(texts.input_ids, attention_mask=texts.attention_mask).text_embeds
+
+    # Their preprocessing
+    return Clip(
+        embed_images=embed_images,
+        embed_texts=embed_texts,
+        tokenizer=load_pretrained(CLIPTokenizer, folder / "tokenizer_2", ENCODER_LABEL),
+        processor=load_pretrained(CLIPImageProcessor, folder / "feature_extractor", ENCODER_LABEL),
+    )
+
+
 class SurroundingsReader:
-    """Image and text towers of the CLIP inside a diffusers folder, fp32."""
+    """Zero-shot reader of place and light, by the CLIP of a diffusers folder."""
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu"):
-        self.vision = CLIPVisionModelWithProjection.from_pretrained(
-            folder / "image_encoder", dtype=torch.float32
-        )
-        self.text = CLIPTextModelWithProjection.from_pretrained(
-            folder / "text_encoder_2", dtype=torch.float32
-        )
-        self.processor = CLIPImageProcessor.from_pretrained(folder / "feature_extractor")
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
+        self.clip = load_pipeline_clip(folder, device)
         self.device = device
-        for tower in (self.vision, self.text):
-            tower.requires_grad_(False).eval().to(device)
 
         # A folder's photos all show the same kind: its captions are encoded once.
         self.vectors = cache(self._embed_captions)
@@ -162,14 +193,14 @@ class SurroundingsReader:
             f"a photo of a {kind} {format_surroundings(place, light)}"
             for place, light in SURROUNDINGS
         ]
-        tokens = self.tokenizer(
+        tokens = self.clip.tokenizer(
             captions, padding="max_length", truncation=True, return_tensors="pt"
         )
-        return normalize(self.text(tokens.input_ids.to(self.device)).text_embeds, dim=-1)
+        return normalize(self.clip.embed_texts(tokens.to(self.device)), dim=-1)
 
     @torch.no_grad()
     def read(self, image: Image.Image, kind: str = "toy") -> tuple[str, str]:
         """Return place and light of an RGB image of any size that shows a `kind`."""
-        pixels = self.processor(image, return_tensors="pt").pixel_values
-        embedding = normalize(self.vision(pixels.to(self.device)).image_embeds, dim=-1)
+        pixels = self.clip.processor(image, return_tensors="pt").pixel_values
+        embedding = normalize(self.clip.embed_images(pixels.to(self.device)), dim=-1)
         return SURROUNDINGS[int((self.vectors(kind) @ embedding[0]).argmax())]
