@@ -52,11 +52,13 @@ class CropPlan:
             crop_left = whole_width - crop_width - crop_left
 
         # From px of the resized photo to px of the shown one
-        across = width / whole_width
-        down = height / whole_height
-        crop_right = crop_left + crop_width
-        crop_bottom = crop_top + crop_height
-        return crop_left * across, crop_top * down, crop_right * across, crop_bottom * down
+        across, down = width / whole_width, height / whole_height
+        return (
+            crop_left * across,
+            crop_top * down,
+            (crop_left + crop_width) * across,
+            (crop_top + crop_height) * down,
+        )
 
 
 def compute_resized_size(size_px: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
@@ -80,7 +82,14 @@ def choose_bucket(size_px: tuple[int, int], resolution_px: int, step_px: int) ->
         if long_side:
             shapes |= {(side, long_side), (long_side, side)}
 
-    # The nearest shape; of equally near ones the largest
+    return find_nearest_shape(size_px, shapes)
+
+
+def find_nearest_shape(
+    size_px: tuple[int, int], shapes: Iterable[tuple[int, int]]
+) -> tuple[int, int]:
+    """Return the shape (h, w) that is nearest to that of `size_px` (h, w); of equally near ones the
+    largest."""
     ratio = size_px[0] / size_px[1]
 
     def distance(shape: tuple[int, int]) -> tuple[float, int]:
@@ -88,14 +97,6 @@ def choose_bucket(size_px: tuple[int, int], resolution_px: int, step_px: int) ->
         return round(abs(math.log(height / width / ratio)), 6), -height * width
 
     return min(sorted(shapes), key=distance)
-
-
-def find_nearest_shape(
-    size_px: tuple[int, int], shapes: Iterable[tuple[int, int]]
-) -> tuple[int, int]:
-    """Return the shape (h, w) that is nearest to that of `size_px` (h, w)."""
-    ratio = size_px[0] / size_px[1]
-    return min(sorted(shapes), key=lambda shape: abs(math.log(shape[0] / shape[1] / ratio)))
 
 
 @dataclass(frozen=True)
@@ -129,10 +130,7 @@ class CropRule:
         it.
         """
         # Always take all four, so that a setting does not change the numbers of the others.
-        mirror_draw = rng.random()
-        top_draw = rng.random()
-        left_draw = rng.random()
-        zoom_draw = rng.random()
+        mirror_draw, top_draw, left_draw, zoom_draw = (rng.random() for _ in range(4))
 
         # The zoom, bounded by the photo's own pixels: enlarging would only blur
         target_height, target_width = target = target or self.get_target_size(size_px)
@@ -219,9 +217,4 @@ def apply_crop(
     x0, y0, x1, y1 = plan.get_box(image.width, image.height)
     box = (x0, y0, min(x1, image.width), min(y1, image.height))
     crop = image.resize(plan.target_size[::-1], resampling, box=box)
-    return augment(crop, plan)
-
-
-def augment(crop: Image.Image, plan: CropPlan) -> Image.Image:
-    """Return the crop, mirrored if its plan says so."""
     return ImageOps.mirror(crop) if plan.is_mirrored else crop

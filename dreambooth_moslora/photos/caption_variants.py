@@ -29,11 +29,12 @@ def prepare_captions(config: TrainConfig, photo: Photo) -> Photo:
     the instance prompt."""
     prompt = config.instance_prompt
     prefix = (config.caption_prefix or "").strip()
-    captions = []
-    for caption in photo.captions:
-        captions.append(caption if caption == prompt else join_caption(prefix, caption))
+    captions = tuple(
+        caption if caption == prompt else join_caption(prefix, caption)
+        for caption in photo.captions
+    )
     has_prompt = normalize_prompt(prompt) in map(normalize_prompt, captions)
-    return replace(photo, captions=tuple(captions), bare_prompt=None if has_prompt else prompt)
+    return replace(photo, captions=captions, bare_prompt=None if has_prompt else prompt)
 
 
 def normalize_prompt(prompt: str) -> str:
@@ -48,11 +49,11 @@ def describe_bare_prompts(config: TrainConfig, photos: Sequence[Photo]) -> str |
     if not count:
         return None
     share = config.bare_prompt_share
-    subject = (
-        f"captions: {count} of {len(photos)} photos have none that is the instance prompt itself"
-    )
     effect = f"{share:.0%} of their exposures show it" if share else "they are never shown with it"
-    return f"{subject}; {effect} (--instance_prompt_share)"
+    return (
+        f"captions: {count} of {len(photos)} photos have none that is the instance prompt itself; "
+        f"{effect} (--instance_prompt_share)"
+    )
 
 
 def shuffle_captions(config: TrainConfig, captions: tuple[str, ...]) -> tuple[str, ...]:

@@ -34,7 +34,6 @@ from dreambooth_moslora.settings import prompts, subject_kinds, toy_bases, train
 logger = logging.getLogger(__name__)
 
 DEFAULT_CAPTION_MODEL = "Qwen/Qwen3-VL-2B-Instruct"
-"""Default chat model."""
 SUBJECT_QUESTION = (
     "Write the end of a caption: in at most twenty words, where the {word} is, what is around "
     "it, the light and the side from which it is seen. {looks}"
@@ -53,7 +52,6 @@ TOY_CAPTIONER_WARNING = (
     "captions: the toy knows its own world alone, and invents where other things are: write them "
     "yourself, or train a larger base"
 )
-"""Warning when the embedded base's own captioner reads photos of other things."""
 MAX_ANSWER_TOKENS = 60
 MAX_ANSWER_WORDS = 30
 """Bounds of an answer: SDXL reads 77 tokens."""
@@ -130,13 +128,8 @@ def load_toy_captioner(word: str, device: Any) -> Callable[[Image.Image], str]:
     """Return a captioner by the CLIP of the embedded base."""
     from dreambooth_moslora.photos.toy_readers import SurroundingsReader, format_surroundings
 
-    clip = SurroundingsReader(toy_bases.CLIP_FOLDER, device)
-
-    def read(image: Image.Image) -> str:
-        place, light = clip.read(image, word)
-        return format_surroundings(place, light)
-
-    return read
+    reader = SurroundingsReader(toy_bases.CLIP_FOLDER, device)
+    return lambda image: format_surroundings(*reader.read(image, word))
 
 
 def load_chat_captioner(
@@ -148,10 +141,8 @@ def load_chat_captioner(
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     # Half precision on a GPU; before Ampere cuDNN has no convolution in bf16.
-    if torch.device(device).type == "cpu":
-        dtype = torch.float32
-    else:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[choose_half_precision()]
+    precision = "fp32" if torch.device(device).type == "cpu" else choose_half_precision()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
     # Without a chat template a model continues the question in place of answering it.
     flag = "--caption_model"
@@ -199,14 +190,15 @@ def build_conversation(
     answer."""
     small = image.copy()
     small.thumbnail((MAX_INPUT_PX, MAX_INPUT_PX))
-    user_content = [
-        {"type": "image", "image": small},
-        {"type": "text", "text": question},
-    ]
-    answer_start = [{"type": "text", "text": start.format(word=word)}]
     return [
-        {"role": "user", "content": user_content},
-        {"role": "assistant", "content": answer_start},
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": small}, {"type": "text", "text": question}],
+        },
+        {
+            "role": "assistant",
+            "content": [{"type": "text", "text": start.format(word=word)}],
+        },
     ]
 
 
@@ -279,6 +271,7 @@ def make_caption(photo: photo_file.Photo, captioner: Captioner, prompt: str) -> 
     surroundings = captioner.surroundings(photo_file.open_rgb(photo))
     key = photo.compute_key(model=captioner.name, word=captioner.word, prompt=prompt)
     if not surroundings:
-        remark = "the model says nothing, so no caption is written"
-        return GeneratedCaption(photo, caption=None, remark=remark, key=key)
+        return GeneratedCaption(
+            photo, None, remark="the model says nothing, so no caption is written", key=key
+        )
     return GeneratedCaption(photo, prompts.join_caption(prompt, surroundings), key=key)

@@ -88,7 +88,7 @@ def load_face_reader() -> FaceReader:
             row[:14] /= scale
             x0, y0, width, height = map(float, row[:4])
             faces.append(Face(box=(x0, y0, x0 + width, y0 + height), detection=row))
-        return sorted(faces, key=get_area, reverse=True)
+        return sorted(faces, key=get_longer_side, reverse=True)
 
     def vector(image: Image.Image, face: Face) -> np.ndarray:
         # SFace wants the face turned upright, by its five points.
@@ -104,16 +104,10 @@ def to_bgr(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image)[:, :, ::-1])
 
 
-def longer_side(face: Face) -> float:
+def get_longer_side(face: Face) -> float:
     """Return the longer side of a face's box, px."""
     x0, y0, x1, y1 = face.box
     return max(x1 - x0, y1 - y0)
-
-
-def get_area(face: Face) -> float:
-    """Return the area of a face's box, px²."""
-    x0, y0, x1, y1 = face.box
-    return (x1 - x0) * (y1 - y0)
 
 
 def download_weights(repository: str, file: str) -> str:
@@ -125,8 +119,9 @@ def download_weights(repository: str, file: str) -> str:
     try:
         return hf_hub_download(repository, file)
     except (OSError, HfHubHTTPError) as error:
-        missing = "is not here and cannot be fetched: connect to the hub once"
-        raise UserError(f"faces: {repository} {missing}") from error
+        raise UserError(
+            f"faces: {repository} is not here and cannot be fetched: connect to the hub once"
+        ) from error
 
 
 def add_faces(
@@ -138,12 +133,12 @@ def add_faces(
         return list(photos)
     kinds = [subject_kinds.get_subject_kind(subject) for subject in config.each_subject]
     reader = load_face_reader()
-    checked_photos = []
-    for photo in photos:
-        if kinds[photo.subject].has_face:
-            photo = add_face(photo, reader.find(photo_file.open_rgb(photo)))
-        checked_photos.append(photo)
-    return checked_photos
+    return [
+        add_face(photo, reader.find(photo_file.open_rgb(photo)))
+        if kinds[photo.subject].has_face
+        else photo
+        for photo in photos
+    ]
 
 
 def add_face(photo: photo_file.Photo, faces: Sequence[Face]) -> photo_file.Photo:
@@ -154,7 +149,7 @@ def add_face(photo: photo_file.Photo, faces: Sequence[Face]) -> photo_file.Photo
     reasons = photo.reasons
 
     # Its size
-    sides = [longer_side(face) for face in faces]
+    sides = [get_longer_side(face) for face in faces]
     share = sides[0] / min(photo.size_px)
     if share < MIN_FACE_SHARE:
         reasons = (*reasons, f"small face: {share:.0%} of the frame")
@@ -162,6 +157,8 @@ def add_face(photo: photo_file.Photo, faces: Sequence[Face]) -> photo_file.Photo
     # Other people in the photo
     people = sum(side >= SECOND_SHARE * sides[0] for side in sides)
     if people > 1:
-        advice = "the largest is taken for the person's; crop the others away"
-        reasons = (*reasons, f"{people} faces: {advice}")
+        reasons = (
+            *reasons,
+            f"{people} faces: the largest is taken for the person's; crop the others away",
+        )
     return replace(photo, face=faces[0].box, reasons=reasons)

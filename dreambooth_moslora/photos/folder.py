@@ -14,25 +14,16 @@ from dreambooth_moslora.disk.contents import hash_file
 from dreambooth_moslora.disk.paths import SUBJECT_FILE
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError, escape_control_characters
-from dreambooth_moslora.photos import photo_file, quality, synthetic
+from dreambooth_moslora.photos import photo_file, quality, sidecars, synthetic
 from dreambooth_moslora.photos.caption_variants import prepare_captions
 from dreambooth_moslora.photos.photo_file import PhotoReport, SkippedFile
-from dreambooth_moslora.photos.sidecars import (
-    MASK_SUFFIX,
-    METADATA_NAME,
-    FolderCaptions,
-    find_sidecars,
-    is_sidecar_name,
-    parse_sidecar_name,
-    read_saved_captions,
-)
 from dreambooth_moslora.settings.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
 MAX_ENLARGEMENT = 1.5
 """Enlargement above which a photo is too small; up to it the photo is only a little soft."""
-JUNK_NAMES = {".ds_store", "thumbs.db", "desktop.ini", "manifest.json", METADATA_NAME}
+JUNK_NAMES = {".ds_store", "thumbs.db", "desktop.ini", "manifest.json", sidecars.METADATA_NAME}
 """Lower-case names of files that systems and programs leave in folders."""
 PROGRAM_FILES = {SUBJECT_FILE, synthetic.RECORD_NAME, synthetic.REJECTED_NAME}
 """Names that this program writes among photos, apart from captions and masks."""
@@ -40,10 +31,8 @@ PROGRAM_FILES = {SUBJECT_FILE, synthetic.RECORD_NAME, synthetic.REJECTED_NAME}
 
 def log_strays(report: PhotoReport) -> None:
     """Log the files that are no photos, in one line."""
-    strays = []
-    for item in report.skipped:
-        if not item.is_photo and not item.path.name.startswith("."):
-            strays.append(item)
+    items = (item for item in report.skipped if not item.is_photo)
+    strays = [item for item in items if not item.path.name.startswith(".")]
     if strays:
         names = summarize_skipped(PhotoReport(skipped=strays))
         logger.warning("%s", escape_control_characters(f"files not used ({len(strays)}): {names}"))
@@ -70,16 +59,15 @@ def build_photo_report(config: TrainConfig) -> PhotoReport:
         merged.sidecars.extend(report.sidecars)
 
         # Photos that the user leaves out stay in the report, with that reason.
-        used = []
-        for photo in report.photos:
-            if photo.path.name in config.leave_out:
-                reason = "left out by --leave_out"
-                merged.skipped.append(SkippedFile(photo.path, reason, size_px=photo.size_px))
-            else:
-                used.append(photo)
+        used = [photo for photo in report.photos if photo.path.name not in config.leave_out]
         if not used:
             raise UserError("--leave_out leaves no photo; name fewer.")
         merged.photos.extend(used)
+        merged.skipped.extend(
+            SkippedFile(photo.path, "left out by --leave_out", size_px=photo.size_px)
+            for photo in report.photos
+            if photo.path.name in config.leave_out
+        )
     merged.photos[:] = add_saved_sidecars(config, merged.photos)
 
     # A mistyped name would silently leave nothing out.
@@ -111,7 +99,7 @@ def add_saved_sidecars(
     photos = list(photos)
     run_dir = RunDir(config.output_dir)
     if config.captions == "auto":
-        saved = read_saved_captions(run_dir.captions_path)
+        saved = sidecars.read_saved_captions(run_dir.captions_path)
         subjects = config.each_subject
         for index, photo in enumerate(photos):
             saved_caption = saved.get(photo.run_file_name)
@@ -159,7 +147,7 @@ def find_photos(
     when there is no such folder."""
     require_photo_folder(folder)
     paths = sorted(folder.iterdir())
-    captions = FolderCaptions(folder, find_sidecars(paths))
+    captions = sidecars.FolderCaptions(folder, sidecars.find_sidecars(paths))
     report = PhotoReport()
 
     # The record of synthetic photos
@@ -171,7 +159,7 @@ def find_photos(
 
     # The photos. Files of this program that lie among them need no mention.
     for path in paths:
-        if is_sidecar_name(path) or path.name in PROGRAM_FILES:
+        if sidecars.is_sidecar_name(path) or path.name in PROGRAM_FILES:
             continue
         item = read_photo(
             path, captions, prompt=instance_prompt, resolution_px=resolution_px, alpha=alpha
@@ -184,8 +172,8 @@ def find_photos(
 
     # Sidecars: in use, or without a photo of that name
     stems = {photo.path.stem for photo in report.photos}
-    for path in filter(is_sidecar_name, paths):
-        parsed_name = parse_sidecar_name(path)
+    for path in filter(sidecars.is_sidecar_name, paths):
+        parsed_name = sidecars.parse_sidecar_name(path)
         reason = explain_not_file(path)
         if reason:
             report.skipped.append(SkippedFile(path, reason))
@@ -200,7 +188,7 @@ def find_photos(
 
 
 def read_photo(
-    path: Path, captions: FolderCaptions, prompt: str, resolution_px: int, alpha: str
+    path: Path, captions: sidecars.FolderCaptions, prompt: str, resolution_px: int, alpha: str
 ) -> photo_file.Photo | SkippedFile:
     """Return a file of a folder as a photo, or as skipped.
 
@@ -228,32 +216,28 @@ def read_photo(
     height, width = photo_file.get_upright_size(image)
     is_turned = photo_file.read_orientation(image) in photo_file.ORIENTATION_TRANSPOSES
     reasons = ["rotated by EXIF: turned upright"] if is_turned else []
-    shorter = min(height, width)
-    if shorter < max(8, resolution_px // 8):
+    if min(height, width) < max(8, resolution_px // 8):
         reason = f"tiny: {width} x {height} px for a resolution of {resolution_px}"
         return SkippedFile(path, reason, is_photo=True, size_px=(height, width))
-    if shorter < resolution_px:
-        enlargement = resolution_px / shorter
-        if enlargement > MAX_ENLARGEMENT:
-            reasons.append(
-                quality.make_reason("too small", width=width, height=height, times=enlargement)
-            )
-        else:
-            reasons.append(
-                f"a little small: {width} x {height} px is enlarged {enlargement:.1f} times"
-            )
+    enlargement = resolution_px / min(height, width)
+    if enlargement > MAX_ENLARGEMENT:
+        reasons.append(
+            quality.make_reason("too small", width=width, height=height, times=enlargement)
+        )
+    elif enlargement > 1:
+        reasons.append(f"a little small: {width} x {height} px is enlarged {enlargement:.1f} times")
 
     # Its mask and captions
-    sidecar = captions.sidecars.get((path.stem, MASK_SUFFIX))
-    mask_path, remarks = photo_file.find_mask(path, image, sidecar, alpha_is_mask=alpha == "mask")
-    own_captions = captions.get_captions(path)
+    mask_file = captions.sidecars.get((path.stem, sidecars.MASK_SUFFIX))
+    mask_path, remarks = photo_file.find_mask(path, image, mask_file, alpha_is_mask=alpha == "mask")
+    photo_captions = captions.get_captions(path)
     return photo_file.Photo(
         path=path,
         size_px=(height, width),
-        captions=own_captions or (prompt,),
+        captions=photo_captions or (prompt,),
         mask_path=mask_path,
         reasons=(*reasons, *remarks),
-        is_captioned=bool(own_captions),
+        is_captioned=bool(photo_captions),
     )
 
 

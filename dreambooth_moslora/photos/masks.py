@@ -35,7 +35,6 @@ KEY_CHUNK = "made-from"
 """PNG text chunk of a saved mask, with a key of its photo, model and word."""
 DEFAULT_MASK_MODEL = "CIDAS/clipseg-rd64-refined"
 TOY_SEGMENTER = toy_bases.SEGMENTER_FOLDER.name
-"""Default models: for photographs, and for the embedded base."""
 MIN_PEAK = 0.2
 """Minimum probability of the likeliest pixel; below it the subject was not found."""
 MIN_MASK_SHARE = 0.005

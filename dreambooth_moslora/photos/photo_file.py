@@ -28,7 +28,6 @@ IMAGE_SUFFIXES = frozenset(
 """Suffixes of files that are reported as photos. Any file of `IMAGE_FORMATS` is read, whatever its
 name."""
 MIN_OPAQUE_ALPHA = 250
-"""Minimum of an alpha channel that counts as opaque."""
 ORIENTATION_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -104,8 +103,9 @@ def rotate_upright(image: Image.Image) -> Image.Image:
     if transpose is None:
         return image
     upright = image.transpose(transpose)
-    kept_keys = ("icc_profile", "transparency")
-    upright.info = {key: image.info[key] for key in kept_keys if key in image.info}
+    upright.info = {
+        key: image.info[key] for key in ("icc_profile", "transparency") if key in image.info
+    }
     return upright
 
 
@@ -291,8 +291,9 @@ def explain_unusable_mask(path: Path, photo_px: tuple[int, int]) -> str | None:
     # Its size may be another one, but its shape must be the photo's, within 2 % for rounding.
     height, width = photo_px
     if abs(mask.width / mask.height - width / height) > 0.02 * width / height:
-        shape = f"its shape {mask.width} x {mask.height}"
-        return f"{shape} is not that of the photo, {width} x {height}"
+        return (
+            f"its shape {mask.width} x {mask.height} is not that of the photo, {width} x {height}"
+        )
     return "it is black everywhere" if mask.getextrema()[1] == 0 else None
 
 

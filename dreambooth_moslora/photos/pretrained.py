@@ -22,8 +22,10 @@ def load_pretrained(kind: Any, name: str | Path, flag: str, **options: Any) -> A
     try:
         return kind.from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, HFValidationError) as error:
-        problem = "is not here and cannot be fetched: connect to the hub once, or name a folder"
-        raise UserError(f"{flag} {name} {problem}") from error
+        raise UserError(
+            f"{flag} {name} is not here and cannot be fetched: connect to the hub once, or name a "
+            "folder"
+        ) from error
     except Exception as error:  # files of other models may raise any error
         reason = format_error(f"{type(error).__name__} {error}")
         raise UserError(f"{flag} {name} cannot be read as a {kind.__name__}: {reason}") from error
@@ -36,7 +38,6 @@ def load_frozen(kind: Any, name: str | Path, flag: str, device: Any, **options: 
     Raises UserError for missing weights, which transformers would fill with random ones.
     """
     model, info = load_pretrained(kind, name, flag, output_loading_info=True, **options)
-    missing_keys = sorted(info["missing_keys"])
-    if missing_keys:
+    if missing_keys := sorted(info["missing_keys"]):
         raise UserError(f"{flag} {name} is no {kind.__name__}: it has no {missing_keys[0]}")
     return model.requires_grad_(False).eval().to(device)

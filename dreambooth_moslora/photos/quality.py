@@ -10,6 +10,7 @@ the masks: photos before one wall differ by up to 0.1, others by 0.11 and more.
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 FRAME_COLOUR = (232, 64, 44)
 CELL_PX = 384
 MAX_CROPS = 5
-"""Sheet of training's crops: colour of the frames, side of a cell, maximum of crops of a photo."""
+"""Of the sheet of training's crops."""
 MIN_SHARPNESS = 0.85
 MAX_LIKENESS = 0.92
 """Sharpness below which a photo is blurred; likeness above which two are near-duplicates."""
@@ -96,10 +97,14 @@ def build_crop_rows(
     the mask are dark."""
     rows = []
     for index, photo in enumerate(photos):
-        shaded = shade_outside(photo_file.open_rgb(photo), photo_file.open_mask(photo))
-        plans = list(islice(plan_crops(photo, index, config), MAX_CROPS))
+        # Parts outside the mask at a third of their brightness
+        shaded, mask = photo_file.open_rgb(photo), photo_file.open_mask(photo)
+        if mask is not None:
+            dark = shaded.point(lambda value: value // 3)
+            shaded = Image.composite(shaded, dark, mask.resize(shaded.size))
 
         # The crops as training cuts them
+        plans = list(islice(plan_crops(photo, index, config), MAX_CROPS))
         crops = [augment.apply_crop(shaded, plan) for plan in plans]
         for crop in crops:
             crop.thumbnail((CELL_PX, CELL_PX))
@@ -125,16 +130,7 @@ def build_crop_rows(
     return rows
 
 
-def shade_outside(image: Image.Image, mask: Image.Image | None) -> Image.Image:
-    """Return the image, with parts outside the mask at a third of their brightness."""
-    if mask is None:
-        return image
-    dark = image.point(lambda value: value // 3)
-    return Image.composite(image, dark, mask.resize(image.size))
-
-
 MIN_GOOD_PHOTOS = 3
-"""Minimum of good photos."""
 
 
 def find_photo_faults(
@@ -146,71 +142,75 @@ def find_photo_faults(
     photos = []
     thumbnails = []
     backgrounds = []
-
-    # Faults of single photos
     for photo in report.photos:
         image = photo_file.open_rgb(photo)
         # Of any scale beside the image's; behind what is not opaque the image is white.
         mask = photo_file.open_mask(photo)
         opaque = mask if photo.mask_path == photo.path else None
-        reasons = []
-        sharpness = measure_sharpness(image, look_px)
-        if sharpness < MIN_SHARPNESS:
-            reasons.append(make_reason("blurred", sharpness=sharpness, usual=MIN_SHARPNESS))
-        share = measure_frame_share(mask) if mask is not None else 1.0
-        if share < MIN_SUBJECT_SHARE:
-            reasons.append(f"small subject: {share:.0%} of the frame")
+        reasons = (*photo.reasons, *find_faults(image, mask, look_px))
+        photos.append(replace(photo, reasons=reasons))
         thumbnails.append(compute_thumbnail(image, opaque))
         # The background of a cut-out is not learnt.
         backgrounds.append(compute_background(image, mask) * (opaque is None))
-        photos.append(replace(photo, reasons=(*photo.reasons, *reasons)))
+    add_duplicates(photos, thumbnails)
+    return replace(report, photos=photos, remarks=tuple(list_remarks(photos, backgrounds)))
 
-    # Near-duplicates: each photo is compared with the better ones, so that the best is kept.
-    best_first = sorted(range(len(photos)), key=lambda n: get_quality_key(photos[n]), reverse=True)
+
+def find_faults(image: Image.Image, mask: Image.Image | None, look_px: int) -> Iterator[str]:
+    """Yield what is wrong with one photo: it is blurred, or its subject small."""
+    sharpness = measure_sharpness(image, look_px)
+    if sharpness < MIN_SHARPNESS:
+        yield make_reason("blurred", sharpness=sharpness, usual=MIN_SHARPNESS)
+    share = measure_frame_share(mask) if mask is not None else 1.0
+    if share < MIN_SUBJECT_SHARE:
+        yield f"small subject: {share:.0%} of the frame"
+
+
+def add_duplicates(photos: list[photo_file.Photo], thumbnails: list[np.ndarray]) -> None:
+    """Add the fault of a near-duplicate to each photo that is one, in place."""
+
+    # The best is kept: without faults, then with more pixels. The others are compared with the
+    # better ones.
+    def get_quality(number: int) -> tuple[bool, int]:
+        return not list_faults(photos[number]), math.prod(photos[number].size_px)
+
+    best_first = sorted(range(len(photos)), key=get_quality, reverse=True)
     for rank, number in enumerate(best_first[1:], start=1):
-        better = best_first[:rank]
-        nearest = max(better, key=lambda n: thumbnails[n] @ thumbnails[number])
+        nearest = max(best_first[:rank], key=lambda n: thumbnails[n] @ thumbnails[number])
         if thumbnails[nearest] @ thumbnails[number] > MAX_LIKENESS:
             duplicate = make_reason("near-duplicate", name=photos[nearest].path.name)
             reasons = (*photos[number].reasons, duplicate)
             photos[number] = replace(photos[number], reasons=reasons)
 
-    # Remarks on the whole set
-    remarks = []
+
+def list_remarks(photos: list[photo_file.Photo], backgrounds: list[np.ndarray]) -> Iterator[str]:
+    """Yield remarks on the whole set: too few photos, or the same background on most."""
     good = [number for number, photo in enumerate(photos) if not list_faults(photo)]
     if len(photos) < MIN_GOOD_PHOTOS:
         advice = "of a thing the command “enlarge” makes them from one"
-        remarks.append(f"too few: take {MIN_GOOD_PHOTOS} or more; {advice}")
+        yield f"too few: take {MIN_GOOD_PHOTOS} or more; {advice}"
     elif len(good) < MIN_GOOD_PHOTOS:
-        remarks.append(
+        yield (
             f"only {len(good)} of {len(photos)} photos {'is' if len(good) == 1 else 'are'} "
             "without a fault: better ones help; training takes all"
         )
     same_count = count_same_backgrounds([backgrounds[number] for number in good])
     if same_count >= MIN_GOOD_PHOTOS and same_count > len(good) / 2:
-        remarks.append(
+        yield (
             f"{same_count} of {len(good)} have the same background, which is learnt with the "
             "subject: take some elsewhere"
         )
-    return replace(report, photos=photos, remarks=tuple(remarks))
 
 
 def log_faults(report: photo_file.PhotoReport) -> None:
     """Log the faults of the photos of an examined report, in one line."""
-    remarks = list(report.remarks)
-    for photo in report.photos:
-        reasons = list_faults(photo)
-        if reasons:
-            remarks.append(f"{photo.path.name} ({', '.join(reasons)})")
-    if remarks:
+    photo_faults = [
+        f"{photo.path.name} ({', '.join(faults)})"
+        for photo in report.photos
+        if (faults := list_faults(photo))
+    ]
+    if remarks := [*report.remarks, *photo_faults]:
         logger.warning("%s", escape_control_characters(f"the photos: {'; '.join(remarks)}"))
-
-
-def get_quality_key(photo: photo_file.Photo) -> tuple[bool, int]:
-    """Return a sorting key that is largest for the best of near-duplicates: a photo without faults,
-    then one with more pixels."""
-    height, width = photo.size_px
-    return not list_faults(photo), height * width
 
 
 def measure_sharpness(image: Image.Image, look_px: int = SHARPNESS_PX) -> float:
@@ -288,11 +288,11 @@ def compute_background(image: Image.Image, mask: Image.Image | None = None) -> n
 def count_same_backgrounds(backgrounds: list[np.ndarray]) -> int:
     """Return the size of the largest group of photos that have the same background as one of them;
     0 for no photos."""
-    counts = [0]
-    for background in backgrounds:
-        matches = [is_same_background(background, candidate) for candidate in backgrounds]
-        counts.append(sum(matches))
-    return max(counts)
+    counts = (
+        sum(is_same_background(background, candidate) for candidate in backgrounds)
+        for background in backgrounds
+    )
+    return max(counts, default=0)
 
 
 def is_same_background(first: np.ndarray, second: np.ndarray) -> bool:

@@ -42,12 +42,7 @@ def parse_sidecar_name(path: Path) -> tuple[str, str] | None:
 def find_sidecars(paths: Iterable[Path]) -> dict[tuple[str, str], Path]:
     """Return {(photo's stem, suffix): file}. If both spellings exist, the lower-case file is used;
     it sorts last."""
-    sidecars = {}
-    for path in sorted(paths):
-        key = parse_sidecar_name(path)
-        if key:
-            sidecars[key] = path
-    return sidecars
+    return {key: path for path in sorted(paths) if (key := parse_sidecar_name(path))}
 
 
 def is_sidecar_name(path: Path) -> bool:
@@ -75,10 +70,8 @@ class FolderCaptions:
         none."""
         # The text file beside the photo
         sidecar = self.sidecars.get((photo.stem, CAPTION_SUFFIX))
-        if sidecar and sidecar.is_file():
-            lines = self._read_lines(sidecar)
-            if lines:
-                return lines
+        if sidecar and sidecar.is_file() and (lines := self._read_lines(sidecar)):
+            return lines
 
         # Else its line in METADATA_NAME
         metadata_caption = self._by_name.get(photo.name)
@@ -104,8 +97,9 @@ class FolderCaptions:
         try:
             return content.decode("utf-16" if is_wide else "utf-8-sig")
         except UnicodeDecodeError:
-            reason = "neither UTF-8 nor UTF-16 text; save it as UTF-8"
-            self.complaints.append((path, f"captions not read: {reason}"))
+            self.complaints.append(
+                (path, "captions not read: neither UTF-8 nor UTF-16 text; save it as UTF-8")
+            )
             return ""
 
     def _read_row(self, path: Path, number: int, line: str) -> None:
@@ -117,8 +111,7 @@ class FolderCaptions:
         if "file_name" in row and texts and texts[0].strip():
             self._by_name[Path(str(row["file_name"])).name] = clean_whitespace(texts[0])
         else:
-            reason = f'line {number} is not {{"file_name": …, "text": …}}'
-            self.complaints.append((path, reason))
+            self.complaints.append((path, f'line {number} is not {{"file_name": …, "text": …}}'))
 
 
 class SavedCaption(TypedDict):

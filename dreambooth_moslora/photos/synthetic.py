@@ -58,10 +58,8 @@ def filter_real_photos(photos: Sequence[Photo]) -> list[Photo]:
 def describe_synthetic(photos: Sequence[Photo], weight: float) -> list[str]:
     """Return a line for each model: how many photos it made, and the weight of their loss."""
     counts = Counter(photo.made_by for photo in photos if photo.made_by)
-    lines = []
-    for name, count in counts.items():
-        lines.append(
-            f"{count} of {len(photos)} photos were made by {name}; "
-            f"their loss has the weight {weight:g} (--synthetic_weight)"
-        )
-    return lines
+    return [
+        f"{count} of {len(photos)} photos were made by {name}; "
+        f"their loss has the weight {weight:g} (--synthetic_weight)"
+        for name, count in counts.items()
+    ]

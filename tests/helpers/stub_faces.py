@@ -38,7 +38,7 @@ def find(image: Image.Image) -> list[faces.Face]:
     for x, y in zip(np.split(right, gaps), np.split(down, gaps), strict=True):
         boxes.append((x.min(), y.min(), x.max() + 1, y.max() + 1))
     detected = [faces.Face(box=tuple(map(float, box))) for box in boxes]
-    return sorted(detected, key=faces.get_area, reverse=True)
+    return sorted(detected, key=faces.get_longer_side, reverse=True)
 
 
 def vector(image: Image.Image, face: faces.Face) -> np.ndarray:
