@@ -385,10 +385,12 @@ class QwenImage21(QwenImage):
     def predict(self, denoiser, z, t, time_ids, prompt_embeds, prompt_embeds_mask):
         if prompt_embeds_mask is None:
             return self.predict_equal_lengths(denoiser, z, t, prompt_embeds)
-        lengths = prompt_embeds_mask.sum(1)
+
+        # A list of rows needs one copy from the GPU, a boolean mask one for each use.
+        lengths = prompt_embeds_mask.sum(1).tolist()
         prediction = torch.empty_like(z)
-        for length in lengths.unique().tolist():
-            rows = lengths == length
+        for length in set(lengths):
+            rows = [row for row, row_length in enumerate(lengths) if row_length == length]
             prediction[rows] = self.predict_equal_lengths(
                 denoiser, z[rows], t[rows], prompt_embeds[rows, :length]
             )
