@@ -33,13 +33,14 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_memory import create_empty
 from benchmarks.meta_count import GIB, Count, Counter, count_bytes, patch_attention
+from benchmarks.peft_layers import restore_peft_layers
 from dreambooth_moslora.base import decode, devices
 from dreambooth_moslora.base.devices import CONTEXT_GIB, OUTPUTS_PER_BLOCK, RESIDENT_BLOCKS
 from dreambooth_moslora.base.families import FAMILY_CLASSES
 from dreambooth_moslora.base.quantization import list_block_layers
 from dreambooth_moslora.base.streaming import list_streamed_blocks
 from dreambooth_moslora.extras.lab.full_step import SDXL
-from dreambooth_moslora.method.fast_linear import WorkingCopies, disable_fast_path
+from dreambooth_moslora.method.fast_linear import WorkingCopies
 from dreambooth_moslora.plan.base_size import BaseSize, compute_base_size
 from dreambooth_moslora.plan.memory import (
     GRADIENT_BYTES,
@@ -402,7 +403,7 @@ def print_deviations(name: str, resolution: int, rank: int) -> list[tuple[float,
             ours = count(name, facts, denoiser, resolution)
             steps[is_recomputed] = ours.peak_gib - adapter * GRADIENT_BYTES / GIB
             drawing = measure_drawing_gib(name, facts, denoiser, resolution)
-            disable_fast_path(denoiser)
+            restore_peft_layers(denoiser)
             counts[is_recomputed] = ours, count(name, facts, denoiser, resolution)
         counted, of_peft = counts[is_recomputed]
 
@@ -442,7 +443,7 @@ def measure_block_peaks(name: str) -> tuple[float, float]:
         config = build_config(facts, facts.resolution_px, 16, "recompute")
         add_adapters(config, {facts.denoiser: denoiser})
     peaks = []
-    for prepare in (lambda _: None, disable_fast_path):
+    for prepare in (lambda _: None, restore_peft_layers):
         prepare(denoiser)
         peaks.append(count(name, facts, denoiser, facts.resolution_px).peak_gib)
     return peaks[0], peaks[1]

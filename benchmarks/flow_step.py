@@ -21,12 +21,12 @@ from torch import nn
 
 from benchmarks.family_memory import MODELS, build_config, find_facts
 from benchmarks.gpu_step import WARM_UP_STEPS, Step, measure_arm, measure_or_say
+from benchmarks.peft_layers import restore_peft_layers
 from benchmarks.precision import build_half_accelerator
 from dreambooth_moslora.base.families import FAMILY_CLASSES, pad_text_embeddings
 from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.base.streaming import StreamedBlocks
 from dreambooth_moslora.extras.lab.full_step import build_inputs, fill_weights, sample_noise
-from dreambooth_moslora.method.fast_linear import disable_fast_path
 from dreambooth_moslora.plan.base_size import compute_base_size
 from dreambooth_moslora.plan.distributed import PRECISION_DTYPES
 from dreambooth_moslora.plan.memory import estimate_memory
@@ -129,7 +129,8 @@ def build_trainer_step(
     steps = WARM_UP_STEPS + options.steps
     train_step = TrainStep(config, materials, accelerator, max_train_steps=steps)
     if arm == "peft":
-        disable_fast_path(denoiser)
+        restore_peft_layers(denoiser)
+        train_step.working_copies.layers.clear()
     if arm == "stateful":
         denoiser.enable_gradient_checkpointing()
 

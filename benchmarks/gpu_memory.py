@@ -60,14 +60,14 @@ def build_adapted_unet(
 
     `fast` False: PEFT's own layers.
     """
-    from dreambooth_moslora.method.fast_linear import disable_fast_path
+    from benchmarks.peft_layers import restore_peft_layers
     from dreambooth_moslora.training.adapters import add_adapters
 
     unet = unet or build_sdxl_unet().to(torch.bfloat16).requires_grad_(False).train()
     with torch.device("meta"):
         add_adapters(config, {"unet": unet})
     if not fast:
-        disable_fast_path(unet)
+        restore_peft_layers(unet)
     return unet
 
 

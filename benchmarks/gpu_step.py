@@ -23,6 +23,7 @@ from statistics import median
 import torch
 
 from benchmarks.meta_count import GIB
+from benchmarks.peft_layers import restore_peft_layers
 from dreambooth_moslora.errors import format_error
 
 __all__ = ["ARMS", "Step", "main", "measure", "measure_or_say", "measure_arm"]
@@ -183,7 +184,6 @@ def build_floor_step(options: argparse.Namespace, device: torch.device) -> Step:
 def build_trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Step:
     from dreambooth_moslora.base.quantization import quantize
     from dreambooth_moslora.extras.lab.full_step import build_random_inputs
-    from dreambooth_moslora.method.fast_linear import disable_fast_path
     from dreambooth_moslora.plan.distributed import PRECISION_DTYPES
     from dreambooth_moslora.training.step import TrainStep
 
@@ -200,7 +200,8 @@ def build_trainer_step(arm: str, options: argparse.Namespace, accelerator) -> St
         config, materials, accelerator, max_train_steps=WARM_UP_STEPS + options.steps
     )
     if arm == "peft":
-        disable_fast_path(unet)
+        restore_peft_layers(unet)
+        train_step.working_copies.layers.clear()
 
     def step() -> tuple[float, float]:
         loss = train_step.update_adapter(train_step.accumulate_gradients())

@@ -214,20 +214,18 @@ def is_trainable_4bit(base: nn.Module) -> bool:
 
 def enable_fast_path(model: nn.Module, adapter_name: str = "default") -> int:
     """Fuse every adapted projection whose result stays the same (`explain_slow_path`). Return how
-    many were fused."""
+    many were fused.
+
+    The layers' class is swapped, as PEFT has no hook for this: a `LoraVariant` gets the base's
+    output, which is computed in a node of its own by then, and a layer has one variant of those
+    that its class lists. PEFT ignores custom layer classes for a second adapter.
+    """
     count = 0
     for layer in moslora.get_adapter_layers(model, adapter_name).values():
         if explain_slow_path(layer, adapter_name) is None:
             layer.__class__ = get_fast_class(type(layer))
             count += 1
     return count
-
-
-def disable_fast_path(model: nn.Module) -> None:
-    """Restore PEFT's class of every fused projection."""
-    for layer in model.modules():
-        if isinstance(layer, FusedForward):
-            layer.__class__ = type(layer).__bases__[1]
 
 
 class WorkingCopies:
@@ -252,10 +250,7 @@ class WorkingCopies:
         # through PEFT. Copy the remaining ones in batches of equal shapes.
         groups: dict[tuple, list[FusedForward]] = defaultdict(list)
         for layer in self.layers:
-            if (
-                isinstance(layer, FusedForward)
-                and explain_slow_path(layer, self.adapter_name) is None
-            ):
+            if explain_slow_path(layer, self.adapter_name) is None:
                 groups[get_batch_key(layer, self.adapter_name)].append(layer)
         self.batches = [LayerBatch(layers, self.adapter_name) for layers in groups.values()]
 

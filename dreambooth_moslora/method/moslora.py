@@ -81,8 +81,12 @@ create_and_replace = LoraModel._create_and_replace
 
 @cache
 def patch_peft() -> None:
-    """Patch PEFT's LoraModel to put the config's mixer into each layer. PEFT ignores its
-    registration of layer classes for a second adapter."""
+    """Patch PEFT's LoraModel to put the config's mixer into each layer.
+
+    PEFT has no hook for this. It ignores custom layer classes for a second adapter. A `LoraVariant`
+    would need an entry in the table of every layer class, and its own forward, merge and unmerge
+    for each of them; a layer with one cannot have DoRA too.
+    """
     LoraModel._create_and_replace = create_with_mixer
 
 
