@@ -257,8 +257,9 @@ def compute_token_ratio(
     config: train_config.TrainConfig, memory: family_facts.ActivationMemory
 ) -> float:
     """Return the number of tokens of an image and its text, relative to those of 1024 px."""
-    tokens = (config.resolution / 16) ** 2 + memory.text_tokens
-    return tokens / (4096 + memory.text_tokens)
+    image_tokens = config.resolution**2 / family_facts.PX_PER_TOKEN
+    full_size_tokens = 1024**2 / family_facts.PX_PER_TOKEN
+    return (image_tokens + memory.text_tokens) / (full_size_tokens + memory.text_tokens)
 
 
 def estimate_step_gib(config: train_config.TrainConfig, size: BaseSize, adapter: int) -> float:

@@ -26,6 +26,7 @@ from dreambooth_moslora.method import fast_linear, moslora
 from dreambooth_moslora.plan import distributed
 from dreambooth_moslora.plan.speed import choose_speed
 from dreambooth_moslora.seeds import compute_seed, seed_generator, seed_rng
+from dreambooth_moslora.settings.family_facts import PX_PER_TOKEN
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import adapters, dataset, objective, prepare
 from dreambooth_moslora.training.checkpoint import restore_optimizer, restore_weights
@@ -48,8 +49,6 @@ logger = logging.getLogger(__name__)
 
 FALLBACK_NOTE = "the run goes on without"
 """End of the warning about compilation that failed."""
-PX_PER_TOKEN = 16 * 16
-"""Pixels of an image token in transformers whose scheduler shifts timesteps by the token count."""
 
 
 @dataclass(frozen=True)
