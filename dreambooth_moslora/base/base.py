@@ -244,6 +244,11 @@ class Base:
                 return side
         return TrainConfig.resolution
 
+    @property
+    def guidance(self) -> float:
+        """Guidance scale of the base's images, unless another is given."""
+        return toy_bases.get_base_guidance(self.name, self.facts or family_facts.SDXL)
+
     @cached_property
     def local_variant(self) -> str | None:
         """Variant on this machine if the plain files are not, preferably `fp16`: a training by

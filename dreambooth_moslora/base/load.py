@@ -30,7 +30,6 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.quantized_files import QuantizedFile
 from dreambooth_moslora.disk.safetensors_header import read_header
 from dreambooth_moslora.errors import UserError, format_error
-from dreambooth_moslora.settings import toy_bases
 from dreambooth_moslora.settings.family_facts import SDXL, FamilyFacts, get_facts
 
 CONVERTER_ERRORS = (
@@ -328,27 +327,6 @@ def check_is_whole(
             if value.is_meta:
                 lack = f"the files of its {part} have no {weight}"
                 raise UserError(f"the base model {name} is not whole: {lack}.")
-
-
-def get_default_resolution(pipeline: DiffusionPipeline) -> int:
-    """Return the side in px of the base's training images: 1024 for SDXL, 128 for the embedded
-    base."""
-    if toy_bases.is_toy(get_base_name(pipeline)):
-        return toy_bases.RESOLUTION_PX
-    facts = get_facts(type(pipeline).__name__)
-    if facts.style == "flow":
-        return facts.resolution_px
-    return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-
-
-def get_default_guidance(pipeline: DiffusionPipeline) -> float:
-    """Return the usual guidance scale of the family, or of the embedded base."""
-    return toy_bases.get_base_guidance(get_base_name(pipeline), get_facts(type(pipeline).__name__))
-
-
-def get_base_name(pipeline: DiffusionPipeline) -> str:
-    """Return the folder, file or hub id from which the pipeline was loaded."""
-    return str(pipeline.config.get("_name_or_path", ""))
 
 
 def get_guidance_rescale(pipeline: DiffusionPipeline) -> float:

@@ -126,7 +126,6 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if args.reference:
         check_references(Base.find(base), config, "--reference")
     print_loading()
-    from dreambooth_moslora.base import load
     from dreambooth_moslora.evaluation import report
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
@@ -147,7 +146,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     name = pipeline.load_adapter(find_asset(args.adapter))
     guidance = args.guidance_scale
     if guidance is None:
-        guidance = load.get_default_guidance(pipeline.pipeline)
+        guidance = pipeline.guidance_scale
     evaluators = report.build_evaluators(
         subjects=subjects,
         photos=photo_report.photos,

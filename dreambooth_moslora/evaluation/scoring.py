@@ -474,7 +474,7 @@ def evaluate_adapter(
     evaluator: of the subject
     batch_size: images that are generated at once
     scale: of the adapter
-    guidance_scale: None is the base's own
+    guidance_scale: None is the base's
     on_picture: called after each image
     text_options: of encoding; None are those of the adapter's run
     references: images that are shown beside each prompt, if the base's family supports them
@@ -489,7 +489,7 @@ def evaluate_adapter(
         resolution_px=pipeline.resolution_px,
         device=pipeline.home.device,
         inference_steps=evaluator.plan.inference_steps,
-        guidance_scale=guidance_scale,
+        guidance_scale=pipeline.guidance_scale if guidance_scale is None else guidance_scale,
         references=references,
     )
     try:

@@ -106,13 +106,19 @@ class SubjectPipeline:
     pipeline: the base, as diffusers has it
     base_name: its public name, for the recipes of images
     home: the device that generates; by default where the pipeline is
+    base: from which the pipeline was loaded; decides the default size and guidance scale, which are
+        those of the family if it is not given
 
     A pipeline that is elsewhere rests in the CPU's memory until `generate`. If `home` is short of
     memory, its models take turns on it.
     """
 
     def __init__(
-        self, pipeline: DiffusionPipeline, base_name: str, home: str | torch.device | None = None
+        self,
+        pipeline: DiffusionPipeline,
+        base_name: str,
+        home: str | torch.device | None = None,
+        base: Base | None = None,
     ) -> None:
         self.resident_adapters = RESIDENT_ADAPTERS
         self.pipeline = pipeline
@@ -120,6 +126,8 @@ class SubjectPipeline:
         self.home = Placement(pipeline, torch.device(home or pipeline.device))
         self.adapters: dict[str, Adapter] = {}
         self.family = families.build_family(pipeline)
+        self.resolution_px = base.resolution_px if base else self.family.facts.resolution_px
+        self.guidance_scale = base.guidance if base else self.family.facts.guidance
         self._active: dict[str, float] | None = None
         self._base_scheduler = pipeline.scheduler
         self._lock = threading.RLock()
@@ -150,7 +158,7 @@ class SubjectPipeline:
         # Flows were trained in bf16, and their activations overflow in fp16.
         half = torch.bfloat16 if base.is_flow else torch.float16
         dtype = dtype or (half if device.type in ("cuda", "mps") else torch.float32)
-        subject = cls(load.load_pipeline(base, dtype=dtype), base.public_name, device)
+        subject = cls(load.load_pipeline(base, dtype=dtype), base.public_name, device, base)
 
         # Models that take turns are moved with the first image.
         if not (resting or subject.home.is_memory_short):
@@ -167,10 +175,6 @@ class SubjectPipeline:
         if self.has_gpu:
             with self._lock:
                 self.home.leave()
-
-    @property
-    def resolution_px(self) -> int:
-        return load.get_default_resolution(self.pipeline)
 
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
         """Load an adapter file (this program's, diffusers', kohya's) or a run folder into the
@@ -256,7 +260,7 @@ class SubjectPipeline:
             )
         guidance = params.guidance_scale
         if guidance is None:
-            guidance = load.get_default_guidance(self.pipeline)
+            guidance = self.guidance_scale
         return replace(
             params,
             guidance_scale=guidance,

@@ -48,9 +48,9 @@ class Sampler:
     embed: Callable[[list[str]], list[families.TextEmbedding]]  # cached or computed
     resolution_px: int
     device: torch.device
+    guidance_scale: float | None  # None is the family's
     inference_steps: int = DEFAULT_INFERENCE_STEPS
     should_stop: Callable[[], bool] = bool  # raises StopRequestedError at the next denoising step
-    guidance_scale: float | None = None  # None is the base's default
     on_step: Callable[[], object] = bool  # after each denoising step
     references: Sequence[Image.Image] = ()  # given with each prompt
 
@@ -158,13 +158,12 @@ def generate_pixels(
     conditioning: arguments of its call that stand for the prompts
     seeds: (B,) of the noise, one for each image
     size_px: (h, w)
-    guidance: scale; None is the base's default
+    guidance: scale; None is the family's
     options: further arguments of the call
     """
     facts = get_facts(type(pipeline).__name__)
     options["height"], options["width"] = size_px
-    if guidance is None:
-        guidance = load.get_default_guidance(pipeline)
+    guidance = facts.guidance if guidance is None else guidance
     options[facts.guidance_name] = guidance
     conditioning = families.drop_unused_negative(facts, conditioning, guidance)
 
@@ -213,6 +212,7 @@ def generate_images(
     size_px: tuple[int, int],
     should_stop: Callable[[], bool] = bool,
     text_options: dict[str, Any] | None = None,
+    guidance: float | None = None,
 ) -> list[Image.Image]:
     """Return class images of the base alone.
 
@@ -222,6 +222,7 @@ def generate_images(
     size_px: (h, w)
     should_stop: called after each denoising step; if true, StopRequestedError is raised
     text_options: those of `encode_prompt`
+    guidance: scale; None is the family's
 
     Raises UserError for NaN, which would be trained on.
     """
@@ -243,6 +244,7 @@ def generate_images(
         conditioning,
         seeds,
         size_px,
+        guidance,
         callback_on_step_end=build_stop_callback(should_stop),
     )
     if not pixels.isfinite().all():

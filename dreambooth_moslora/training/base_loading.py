@@ -61,12 +61,11 @@ def finish_denoiser(
     quantize(denoiser, config.base_quantization, dtype, device)
 
 
-def warn_of_slow_precision(pipeline: DiffusionPipeline, device: torch.device) -> None:
+def warn_of_slow_precision(base: Base, dtype: torch.dtype, device: torch.device) -> None:
     """Warn when a base as large as SDXL would train in fp32 on a GPU."""
-    if load.get_default_resolution(pipeline) <= model_files.MAX_SMALL_BASE_PX:
+    is_small = base.resolution_px <= model_files.MAX_SMALL_BASE_PX
+    if is_small or (device.type, dtype) != ("cuda", torch.float32):
         return
-    kind = (device.type, families.get_denoiser(pipeline).dtype)
-    if kind == ("cuda", torch.float32):
-        half = devices.choose_family_precision(families.build_family(pipeline).facts)
-        if half != "no":
-            logger.warning(SLOW_FP32_WARNING, half)
+    half = devices.choose_family_precision(base.facts)
+    if half != "no":
+        logger.warning(SLOW_FP32_WARNING, half)

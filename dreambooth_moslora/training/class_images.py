@@ -22,6 +22,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from dreambooth_moslora.base import devices
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.families import build_encoding_options
 from dreambooth_moslora.disk.atomic import clean_temporaries, write_atomic
 from dreambooth_moslora.disk.contents import hash_values
@@ -335,6 +336,8 @@ def fill_class_images(
         placement = Placement(pipeline, accelerator.device)
         placement.enter()
 
+        guidance = Base.of(config).guidance
+
         # As many at once as found room before.
         at_once = config.sample_batch_size
 
@@ -349,6 +352,7 @@ def fill_class_images(
                 batch.images.prompt,
                 should_stop=context.should_stop,
                 size_px=batch.images.size_px,
+                guidance=guidance,
                 text_options=batch.images.text_options,
             )
             images = generate_batches(

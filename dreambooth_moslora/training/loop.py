@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from dreambooth_moslora.base import devices
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk import events, queue, run_folder
 from dreambooth_moslora.disk.atomic import remove_directory
 from dreambooth_moslora.errors import (
@@ -559,6 +560,7 @@ def build_training(
         resolution_px=config.resolution,
         device=context.accelerator.device,
         should_stop=context.should_stop,
+        guidance_scale=Base.of(config).guidance,
     )
     # What is published is drawn once more, by the same sampler.
     publisher = publish.Publisher(

@@ -110,6 +110,8 @@ def prepare_inputs(
 
     # The base. A flow model's denoiser is loaded after its encoders have left memory, if possible.
     context.report.report_phase("loading")
+    if context.accelerator.is_main_process:
+        base_loading.warn_of_slow_precision(base, dtype, device)
     needs_both = config.train_text_encoder or config.uses_class_images
     is_late = base.is_flow and not needs_both
     pipeline = base_loading.load_base(config, base, dtype, device, has_denoiser=not is_late)
@@ -122,7 +124,7 @@ def prepare_inputs(
     )
     validation.check_family(config, family.facts)
     if not is_late:
-        check_denoiser(config, context, pipeline)
+        check_target_layers(config, pipeline)
     parts = [*family.facts.encoders, "vae"]
     if not is_late:
         parts.append(family.facts.denoiser)
@@ -142,7 +144,7 @@ def prepare_inputs(
     if is_late:
         load.load_denoiser(pipeline, base, dtype)
         base_loading.finish_denoiser(config, pipeline, dtype, device)
-        check_denoiser(config, context, pipeline)
+        check_target_layers(config, pipeline)
         digests |= identify_base(config, base, family.facts, [family.facts.denoiser])
     denoiser = families.get_denoiser(pipeline)
     if config.stream_blocks:
@@ -199,13 +201,8 @@ def identify_base(
     return digests
 
 
-def check_denoiser(
-    config: train_config.TrainConfig, context: reporter.RunContext, pipeline: DiffusionPipeline
-) -> None:
-    """Check that the denoiser has the layers that the settings name, and warn where its precision
-    is slow. Raises UserError."""
-    if context.accelerator.is_main_process:
-        base_loading.warn_of_slow_precision(pipeline, context.accelerator.device)
+def check_target_layers(config: train_config.TrainConfig, pipeline: DiffusionPipeline) -> None:
+    """Raise UserError if the denoiser lacks a layer that the settings name."""
     matrix_layers = moslora.get_matrix_layers(families.get_denoiser(pipeline))
     dimensions = {path: layer.weight.ndim for path, layer in matrix_layers.items()}
     facts = get_facts(type(pipeline).__name__)

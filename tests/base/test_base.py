@@ -82,6 +82,8 @@ def test_what_a_base_says_of_itself(row, world, tiny_base):
     assert Base.find(base) is base and hash(base) == hash(pickle.loads(pickle.dumps(base)))
     assert (base.name, base.source, base.is_toy) == (name, source, "toy" in name)
     assert (base.folder is not None, base.resolution_px) == (is_here, side)
+    if refusal is None:
+        assert base.guidance == (2.5 if base.is_toy else (base.facts or SDXL).guidance)
     if isinstance(family, str):
         with pytest.raises(UserError, match=family):
             _ = base.facts

@@ -84,9 +84,9 @@ def test_a_single_image_decides_nothing():
 
 
 @pytest.mark.parametrize("name", slow_but((), ("flux2", "qwen_image21")))
-def test_three_arms_are_compared_and_the_report_has_a_verdict(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(SubjectPipeline, "resolution_px", 64)
+def test_three_arms_are_compared_and_the_report_has_a_verdict(name, tmp_path):
     subject = SubjectPipeline(tiny_pipeline(name, tmp_path / "base"), "tiny")
+    subject.resolution_px = 64
     adapter = load_adapter(subject, tmp_path / "dog.safetensors")
     photos = toy_pictures(TOY, ["on grass", "on the beach"])
     evaluator = Evaluator(PLAN, tiny_encoders(tmp_path), photos)
@@ -123,7 +123,7 @@ def test_guidance_acts_with_and_without_references(name, tmp_path):
     """Check that the arms are compared at the same guidance."""
     pipeline = tiny_pipeline(name, tmp_path / "base")
     embed = partial(SubjectPipeline(pipeline, "tiny").family.encode_prompts, pipeline)
-    plain = Sampler(pipeline, embed, 64, torch.device("cpu"), inference_steps=2)
+    plain = Sampler(pipeline, embed, 64, torch.device("cpu"), None, inference_steps=2)
     requests = PLAN.subject_requests[:1]
     for references in ((), toy_pictures(TOY, ["on grass"])):
         sampler = replace(plain, references=references)

@@ -41,7 +41,8 @@ from tests.helpers.tiny import save_tiny_sdxl, tiny_sdxl
 from tests.helpers.tiny_adapters import save_diffusers_lora, save_kohya_lora
 from tests.helpers.tiny_families import tiny_pipeline
 
-PARAMS = GenerationParams("a photo of a sks dog", seed=3, steps=3, guidance_scale=4.0)
+SIZES = {"height_px": 64, "width_px": 64}
+PARAMS = GenerationParams("a photo of a sks dog", seed=3, steps=3, guidance_scale=4.0, **SIZES)
 OTHER_DEVICE = "cpu:0"
 """Not the device named `cpu`, but with its memory: here models can really be moved, and draw."""
 
@@ -257,7 +258,7 @@ def test_noise_that_a_scheduler_adds_is_the_same_in_any_batch(tiny_base):
     pipeline = load.load_pipeline(tiny_base)
     pipeline.scheduler = SubjectPipeline(pipeline, "tiny")._build_scheduler("dpmpp_2m_sde_karras")
     encode = partial(load.SDXL_FAMILY.encode_prompts, pipeline)
-    sampler = sampling.Sampler(pipeline, encode, 64, torch.device("cpu"), 4)
+    sampler = sampling.Sampler(pipeline, encode, 64, torch.device("cpu"), 4.0, inference_steps=4)
     requests = [sampling.SampleRequest("a dog", seed) for seed in range(3)]
     together, alone = list(sampler(requests, 3)), list(sampler(requests, 1))
     assert all(

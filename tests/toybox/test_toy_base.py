@@ -64,10 +64,9 @@ def test_it_is_drawn_at_its_own_guidance_unless_another_is_asked_for(base):
     assert np.abs(np.asarray(ours.pixels) / 255 - drawn(base, guidance_scale=2.5)).max() < 0.02
     assert subject.complete(replace(params, guidance_scale=6.0)).guidance_scale == 6.0
     encode = partial(SDXL_FAMILY.encode_prompts, subject.pipeline)
-    for scale, options in ((6.0, {"guidance_scale": 6.0}), (2.5, {})):
-        (sample,) = Sampler(subject.pipeline, encode, 128, torch.device("cpu"), 4, **options)(
-            [SampleRequest(PROMPT, 3)]
-        )
+    for scale in (6.0, subject.guidance_scale):
+        sampler = Sampler(subject.pipeline, encode, 128, torch.device("cpu"), scale, 4)
+        (sample,) = sampler([SampleRequest(PROMPT, 3)])
         assert np.abs(np.asarray(sample) / 255 - drawn(base, guidance_scale=scale)).max() < 0.02
 
 

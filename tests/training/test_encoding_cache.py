@@ -409,16 +409,13 @@ def test_fp32_warns_once_for_a_base_as_large_as_sdxl(tiny_base, caplog, monkeypa
     cases = [("cuda", single, half, f"--mixed_precision {half}") for half in ("bf16", "fp16")]
     cases += [("cuda", single, "no", None), ("cuda", half, "bf16", None)]
     cases += [("cpu", single, "no", None)]
-    pipelines = {dtype: load.load_pipeline(tiny_base, dtype=dtype) for dtype in (single, half)}
+    large = Base.find("stabilityai/stable-diffusion-xl-base-1.0")
     for device, dtype, fast, advice in cases:
         monkeypatch.setattr(devices, "choose_family_precision", lambda facts, fast=fast: fast)
-        pipeline, where = pipelines[dtype], torch.device(device)
-        pipeline.unet.register_to_config(sample_size=64 // pipeline.vae_scale_factor)
         caplog.clear()
-        base_loading.warn_of_slow_precision(pipeline, where)
+        base_loading.warn_of_slow_precision(Base.find(tiny_base), dtype, torch.device(device))
         assert not caplog.records
-        pipeline.unet.register_to_config(sample_size=1024 // pipeline.vae_scale_factor)
-        base_loading.warn_of_slow_precision(pipeline, where)
+        base_loading.warn_of_slow_precision(large, dtype, torch.device(device))
         lines = [
             record.message for record in caplog.records if record.name == base_loading.__name__
         ]

@@ -689,6 +689,6 @@ def test_class_images_are_drawn_as_samples_are(name, tmp_path):
     Lumina 2's is before the prompt alone."""
     pipe = tiny_pipeline(name, tmp_path)
     texts = partial(build_family(pipe).encode_prompts, pipe)
-    (sample,) = Sampler(pipe, texts, 64, torch.device("cpu"), 2)([SampleRequest("a dog", 3)])
+    (sample,) = Sampler(pipe, texts, 64, torch.device("cpu"), None, 2)([SampleRequest("a dog", 3)])
     (image,) = generate_images(pipe, "a dog", [3], (64, 64))
     assert np.array_equal(np.asarray(sample), np.asarray(image))

@@ -137,7 +137,7 @@ def test_pictures_are_drawn_half_as_many_at_once(card, tiny_base, caplog):
     pipeline = load.load_pipeline(tiny_base)
     pipeline.set_progress_bar_config(disable=True)
     embed = partial(load.SDXL_FAMILY.encode_prompts, pipeline)
-    sampler = Sampler(pipeline, embed, 64, torch.device("cpu"), inference_steps=2)
+    sampler = Sampler(pipeline, embed, 64, torch.device("cpu"), 4.0, inference_steps=2)
     requests = [SampleRequest("a dog", seed) for seed in range(5)]
     expected = list(sampler(requests, batch_size=1))
 
