@@ -1,5 +1,6 @@
 """Writes what the docs say of the program's tables: `docs/settings.md`, the list of all settings,
-and the tables between marks in other pages.
+and the tables between marks in other pages. It writes the types of the public names and of the
+settings too, for type checkers and editors.
 
     python -m tools.tables
 
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 
+import dreambooth_moslora
 from dreambooth_moslora.settings.family_facts import UNET_SETTINGS
 from dreambooth_moslora.settings.field_facts import Prompt, Subject
 from dreambooth_moslora.settings.metric_kinds import METRICS
@@ -27,6 +29,7 @@ from dreambooth_moslora.settings.train_config import (
 __all__ = ["main", "render_pages", "render_settings"]
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+PACKAGE = DOCS.parent / "dreambooth_moslora"
 TABLE_PATTERN = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 PAGE_HEAD = """# All settings
 
@@ -44,12 +47,33 @@ KINDS = {
     tuple: "names",
     Prompt: "texts",
 } | {Subject: "tables"}
+STUB_TYPES = {
+    bool: "bool",
+    int: "int",
+    float: "float",
+    str: "str",
+    tuple: "Sequence[str]",
+    Prompt: "Sequence[str]",
+} | {Subject: "str | PathLike[str] | Sequence[Mapping[str, Any]]"}
+"""Type of a setting -> the values that its argument takes."""
+SETTINGS_STUB_HEAD = '''"""Types of the settings as arguments, for type checkers and editors alone.
+
+`python -m tools.tables` writes this file.
+"""
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any, TypedDict
+
+class TrainSettings(TypedDict, total=False):
+    base: str | PathLike[str] | None
+'''
 METADATA_WORDS = {"always": "always", "if_changed": "if changed", None: ""}
 
 
 def main() -> None:
     for page, text in render_pages().items():
-        if text != page.read_text(encoding="utf-8"):
+        if not page.exists() or text != page.read_text(encoding="utf-8"):
             page.write_text(text, encoding="utf-8")
             print(f"written: {page}")
 
@@ -62,7 +86,36 @@ def render_pages() -> dict[Path, str]:
             lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}",
             page.read_text(encoding="utf-8"),
         )
-    return pages | {DOCS / "settings.md": render_settings()}
+    return pages | {
+        DOCS / "settings.md": render_settings(),
+        PACKAGE / "__init__.pyi": render_public_names(),
+        PACKAGE / "settings" / "train_settings.pyi": render_settings_stub(),
+    }
+
+
+def render_public_names() -> str:
+    """Return the stub of the package: its public names, and nothing else that an editor offers."""
+    modules: dict[str, list[str]] = {}
+    for name, module in dreambooth_moslora._PUBLIC_MODULES.items():
+        modules.setdefault(f"dreambooth_moslora.{module}", []).append(name)
+    lines = ['"""Public names. `python -m tools.tables` writes this file."""', ""]
+    for module in sorted(modules):
+        lines += [f"from {module} import {name} as {name}" for name in sorted(modules[module])]
+    lines += ["", "__version__: str", "__all__ = ["]
+    lines += [f'    "{name}",' for name in dreambooth_moslora.__all__]
+    return "\n".join([*lines, "]", ""])
+
+
+def render_settings_stub() -> str:
+    """Return the stub of the settings as keyword arguments."""
+    lines = []
+    for item in fields(TrainConfig):
+        kind, is_optional = FIELD_TYPES[item.name]
+        hint = STUB_TYPES[kind]
+        if item.metadata["path"]:
+            hint += " | PathLike[str]"
+        lines.append(f"    {item.name}: {hint}{' | None' if is_optional else ''}")
+    return "\n".join([SETTINGS_STUB_HEAD.rstrip(), *lines, ""])
 
 
 def format_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -40,9 +40,12 @@ from dreambooth_moslora.plan import agreement, defaults
 from dreambooth_moslora.settings import train_config
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from dreambooth_moslora.disk.events import Event
     from dreambooth_moslora.photos.folder import PhotoReport
     from dreambooth_moslora.plan.plan import RunPlan
+    from dreambooth_moslora.settings.train_settings import TrainSettings
     from dreambooth_moslora.training.loop import TrainResult
 
 logger = logging.getLogger(__name__)
@@ -89,28 +92,24 @@ def train_subject(
     photos: str | Path,
     word: str,
     *,
-    base: str | None = None,
     on_event: "Callable[[Event], None] | None" = None,
     should_stop: Callable[[], bool] | None = None,
-    **settings: Any,
+    **settings: "Unpack[TrainSettings]",
 ) -> "TrainResult":
     """Teach a base one subject, as `train photos/dog dog` does: the program chooses all other
     settings.
 
     photos: the folder of photos
     word: the kind of thing that they show, such as "dog"
-    base: a folder, a hub id, a .safetensors file or "toy"; by default SDXL on a GPU, else "toy"
     on_event: called with every event of the run; by default a bar on standard error
     should_stop: returns whether to stop after this step, and save
-    settings: any of `TrainConfig`, which are not chosen then
+    settings: any of `TrainConfig`, which are not chosen then; `base` is by default SDXL on a GPU,
+        else "toy"
 
     The result's `run_dir` holds the adapter, `runs/dog` or a free name like it. Raises UserError.
     """
-    if base is not None:
-        settings["pretrained_model_name_or_path"] = str(base)
-
     # Check the user's settings before choosing the rest.
-    user_settings = train_config.check_values(settings)
+    user_settings = train_config.check_values(train_config.replace_base_name(settings))
     choices = one_word.choose_settings([str(photos), word], user_settings, has_recipe=False)
     for line in filter(None, choices.closing_lines):
         logger.warning("%s", line)

@@ -124,6 +124,8 @@ class Event:
 
 @dataclass(frozen=True)
 class RunStarted(Event):
+    """Start of a run, after its plan and before its base is loaded."""
+
     kind: ClassVar[str] = "start"
     max_train_steps: int
     config: dict[str, Any] = field(default_factory=dict)
@@ -132,6 +134,8 @@ class RunStarted(Event):
 
 @dataclass(frozen=True)
 class PhaseProgress(Event):
+    """Progress of the work before, between and after the steps: `done` of `total` parts."""
+
     kind: ClassVar[str] = "phase"
     phase: str  # such as `loading`, `caching` or `exporting`
     done: int = 0
@@ -140,6 +144,8 @@ class PhaseProgress(Event):
 
 @dataclass(frozen=True)
 class StepDone(Event):
+    """Optimizer step with its losses. Times are in seconds."""
+
     kind: ClassVar[str] = "step"
     step: int
     loss: float | None = None  # None, as below, where there is none or it is not finite
@@ -155,6 +161,8 @@ class StepDone(Event):
 
 @dataclass(frozen=True)
 class SamplesSaved(Event):
+    """Sample images at the run's prompts."""
+
     kind: ClassVar[str] = "sample"
     step: int
     files: list[str]  # images relative to the run folder; each has its prompt and seed
@@ -172,6 +180,8 @@ class Best(TypedDict):
 
 @dataclass(frozen=True)
 class StepEvaluated(Event):
+    """Scores of a step's adapter."""
+
     kind: ClassVar[str] = "evaluation"
     step: int
     scores: dict[str, float] = field(default_factory=dict)  # each a key of its own on disk
@@ -185,6 +195,8 @@ class StepEvaluated(Event):
 
 @dataclass(frozen=True)
 class CheckpointSaved(Event):
+    """Checkpoint, from which the run can be resumed."""
+
     kind: ClassVar[str] = "checkpoint"
     step: int
     path: str
@@ -192,6 +204,8 @@ class CheckpointSaved(Event):
 
 @dataclass(frozen=True)
 class AdapterExported(Event):
+    """Published files of the adapter, and how exactly they load elsewhere."""
+
     kind: ClassVar[str] = "export"
     files: list[str]
     proof: dict[str, Any]
@@ -199,6 +213,8 @@ class AdapterExported(Event):
 
 @dataclass(frozen=True)
 class RunEnded(Event):
+    """End of a run. Nothing follows it."""
+
     kind: ClassVar[str] = "end"
     state: str  # `done`, `interrupted` or `failed`
     step: int

@@ -8,7 +8,7 @@ again.
 import json
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from io import BytesIO
 from pathlib import Path
@@ -115,9 +115,9 @@ class GenerationParams:
     height_px: int | None = None
     width_px: int | None = None
     num_images: int = 1
-    adapters: tuple[tuple[str, float], ...] = field(default=())
+    adapters: str | Sequence[str | tuple[str, float]] = ()
     scheduler: str | None = None
-    text_options: tuple[tuple[str, Any], ...] = ()
+    text_options: Mapping[str, Any] | Sequence[tuple[str, Any]] = ()
 
     def __post_init__(self) -> None:
         # Check every field, also its type: anyone may have written the PNG.

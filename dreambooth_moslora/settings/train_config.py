@@ -16,7 +16,7 @@ from functools import cached_property
 from os.path import expanduser
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.errors import UserError
@@ -29,6 +29,11 @@ from dreambooth_moslora.settings import (
     subjects,
 )
 from dreambooth_moslora.values import is_number
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from dreambooth_moslora.settings.train_settings import TrainSettings
 
 MIXERS = ["orthogonal", "identity", "kaiming", "butterfly", "none"]
 """Initial values of the r x r matrix between A and B; `none` is a plain LoRA."""
@@ -106,12 +111,14 @@ run_field = field_facts.build_field_maker("run folder")
 hub_field = field_facts.build_field_maker("hub")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class TrainConfig:
-    """Settings of a run. Values are converted and checked on construction.
+    """Settings of a run. Values are converted as those of the command line (`rank="16"` is 16) and
+    checked on construction.
 
     UserError names the wrong setting and the reason. None means "not set" where it is allowed.
-    Lengths ending in `_steps` count optimizer steps; sizes are px.
+    Lengths ending in `_steps` count optimizer steps; sizes are px. `base` is a short name of
+    `pretrained_model_name_or_path`.
     """
 
     # The base model, and where its files are.
@@ -1047,10 +1054,18 @@ class TrainConfig:
         yields_to=(field_facts.COMMAND_WORDS,),
     )
 
-    def __post_init__(self) -> None:
-        for name in SETTINGS:
-            object.__setattr__(self, name, parse_setting(name, getattr(self, name)))
+    def __init__(self, **settings: "Unpack[TrainSettings]") -> None:
+        values = replace_base_name(settings)
+        check_setting_names(values)
+        for name, item in SETTINGS.items():
+            value = parse_setting(name, values.get(name, item.default))
+            object.__setattr__(self, name, value)
         rules.check_combinations(self)
+
+    @property
+    def base(self) -> str:
+        """Base model, `pretrained_model_name_or_path`."""
+        return self.pretrained_model_name_or_path
 
     @cached_property
     def each_subject(self) -> tuple["TrainConfig", ...]:
@@ -1111,11 +1126,6 @@ class TrainConfig:
     def sample_count(self) -> int:
         """Number of sample images each time."""
         return 4 if self.num_validation_images is None else self.num_validation_images
-
-    def __new__(cls, /, *_: Any, **values: Any) -> "TrainConfig":
-        """Raise UserError for an unknown name, with the most similar setting."""
-        check_setting_names(values)
-        return super().__new__(cls)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
@@ -1350,6 +1360,16 @@ def check_values(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         parse_setting(name, value)
     return dict(values)
+
+
+def replace_base_name(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with `base` under its own name. Raises UserError if both names are
+    given."""
+    values = dict(settings)
+    base = values.pop("base", None)
+    if base is not None and "pretrained_model_name_or_path" in values:
+        raise UserError("base and pretrained_model_name_or_path: give one of them.")
+    return values if base is None else values | {"pretrained_model_name_or_path": base}
 
 
 def check_setting_names(names: Iterable[str]) -> None:

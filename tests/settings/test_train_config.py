@@ -241,6 +241,14 @@ def test_an_unknown_setting_is_an_error_with_the_nearest_name():
         TrainConfig(rnak=3)
 
 
+def test_the_base_has_a_short_name():
+    config = TrainConfig(base=Path("toy-zimage"))
+    assert config.base == config.pretrained_model_name_or_path == "toy-zimage"
+    assert replace(config, pretrained_model_name_or_path="toy").base == "toy"
+    with pytest.raises(UserError, match="give one of them"):
+        TrainConfig(base="toy", pretrained_model_name_or_path="toy")
+
+
 def test_settings_can_be_pickled_and_replaced():
     config = TrainConfig(rank=3, seed=1)
     assert pickle.loads(pickle.dumps(config)) == config == replace(TrainConfig(rank=3), seed=1)
