@@ -103,18 +103,24 @@ def find_nearest_shape(
 class CropRule:
     """Rule by which training crops photos."""
 
-    resolution_px: int  # side of the square
+    resolution_px: int  # side of the square, the largest if there are several
     center_crop: bool = False
     random_flip: bool = False  # mirrors half of the crops
     crops_per_photo: int | None = 1  # None: a new crop at each exposure
     zoom: float = 1.0  # maximum of the random zoom; it never enlarges a photo's pixels
     bucket_step_px: int | None = None  # for the rectangles of `choose_bucket`; None: squares
+    more_resolutions_px: tuple[int, ...] = ()
 
-    def get_target_size(self, size_px: tuple[int, int]) -> tuple[int, int]:
-        """Return (h, w) of the crops of a photo of `size_px` (h, w)."""
+    @property
+    def resolution_count(self) -> int:
+        return 1 + len(self.more_resolutions_px)
+
+    def get_target_size(self, size_px: tuple[int, int], number: int = 0) -> tuple[int, int]:
+        """Return (h, w) of the crops of a photo of `size_px` (h, w) in resolution `number`."""
+        side_px = (self.resolution_px, *self.more_resolutions_px)[number]
         if self.bucket_step_px is None:
-            return self.resolution_px, self.resolution_px
-        return choose_bucket(size_px, self.resolution_px, self.bucket_step_px)
+            return side_px, side_px
+        return choose_bucket(size_px, side_px, self.bucket_step_px)
 
     def plan_crop(
         self,
@@ -204,6 +210,7 @@ def build_crop_rule(config: train_config.TrainConfig) -> CropRule:
         crops_per_photo=None if config.caching == "off" else config.crops_per_photo,
         zoom=config.crop_zoom,
         bucket_step_px=step_px if config.enable_bucket else None,
+        more_resolutions_px=config.resolutions[1:],
     )
 
 

@@ -84,10 +84,12 @@ def plan_crops(
     seed those of seed 0."""
     rule = augment.build_crop_rule(config)
     stream = subjects.get_seed_name("instance", photo.subject)
-    for photo_index in range(number * config.repeats, (number + 1) * config.repeats):
+    items = config.repeats * rule.resolution_count
+    for item in range(number * items, (number + 1) * items):
+        target = rule.get_target_size(photo.size_px, item % rule.resolution_count)
         for crop_index in range(config.crops_per_photo):
-            rng = seed_rng(config.seed or 0, stream, "crop", photo_index, crop_index)
-            yield rule.plan_crop(photo.size_px, rng, face=photo.face)
+            rng = seed_rng(config.seed or 0, stream, "crop", item, crop_index)
+            yield rule.plan_crop(photo.size_px, rng, target, photo.face)
 
 
 def build_crop_rows(

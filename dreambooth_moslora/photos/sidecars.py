@@ -2,7 +2,8 @@
 
 A photo's captions are the lines of `name.txt` beside it, else its line in `metadata.jsonl`
 ({"file_name", "text"}, the format of the datasets library), else a caption that `captions` saved in
-the run folder, else the instance prompt. Its mask is `name.mask.png` or another image format.
+the run folder, else the instance prompt. Its mask is `name.mask.png` or another image format. Names
+of other trainers are read too: `name.caption` (sd-scripts), `name-masklabel.png` (OneTrainer).
 """
 
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
@@ -21,6 +22,9 @@ METADATA_NAME = "metadata.jsonl"
 CAPTION_SUFFIX = ".txt"
 MASK_SUFFIX = ".mask"
 """Suffixes of the sidecars: `dog.txt` and `dog.mask.png` lie beside `dog.jpg`."""
+FOREIGN_CAPTION_SUFFIX = ".caption"
+FOREIGN_MASK_ENDING = "-masklabel"
+"""Names of sd-scripts and OneTrainer: `dog.caption`, `dog-masklabel.png`."""
 MAX_CAPTION_BYTES = 32 * 1024
 TOO_LONG_MESSAGE = f"longer than captions may be, {MAX_CAPTION_BYTES // 1024} KiB"
 """Maximum size of a photo's captions: more would keep the tokenizer busy for minutes."""
@@ -31,17 +35,22 @@ CAPTION_KEYS = ("text", "caption", "prompt")
 def parse_sidecar_name(path: Path) -> tuple[str, str] | None:
     """Return the photo's stem and the sidecar's kind: `dog.Mask.PNG` -> ("dog", ".mask"); None for
     a name of neither a caption nor a mask."""
-    if path.suffix.lower() == CAPTION_SUFFIX:
+    suffix = path.suffix.lower()
+    if suffix in (CAPTION_SUFFIX, FOREIGN_CAPTION_SUFFIX):
         return path.stem, CAPTION_SUFFIX
+    if suffix not in IMAGE_SUFFIXES:
+        return None
     inner = Path(path.stem)
-    if path.suffix.lower() in IMAGE_SUFFIXES and inner.suffix.lower() == MASK_SUFFIX:
+    if inner.suffix.lower() == MASK_SUFFIX:
         return inner.stem, MASK_SUFFIX
+    if path.stem.lower().endswith(FOREIGN_MASK_ENDING):
+        return path.stem[: -len(FOREIGN_MASK_ENDING)], MASK_SUFFIX
     return None
 
 
 def find_sidecars(paths: Iterable[Path]) -> dict[tuple[str, str], Path]:
-    """Return {(photo's stem, suffix): file}. If both spellings exist, the lower-case file is used;
-    it sorts last."""
+    """Return {(photo's stem, suffix): file}. If several spellings exist, ours in lower case is
+    used: it sorts last."""
     return {key: path for path in sorted(paths) if (key := parse_sidecar_name(path))}
 
 

@@ -3,7 +3,7 @@ trainer follows it.
 
 settings --memory--> settings --checks--> base --photos--> steps --estimate--> cost
 
-samples per epoch = photos × repeats, or the number of class images if larger
+samples per epoch = photos × repeats × resolutions, or the number of class images if larger
 steps per epoch = ⌈⌈samples / (batch × processes)⌉ / accumulation⌉, as diffusers' script counts
 exposures of a photo = steps × accumulation × batch × processes / photos
 
@@ -73,7 +73,7 @@ def plan_steps(config: TrainConfig, photos: int | Sequence[int], world_size: int
     # Each subject counts as if it had as many photos as the largest.
     counts = (photos,) if isinstance(photos, int) else tuple(photos)
     photo_count = len(counts) * max(counts)
-    samples = photo_count * config.repeats
+    samples = photo_count * config.repeats * len(config.resolutions)
     if config.uses_class_images:
         samples = max(samples, config.num_class_images)
 

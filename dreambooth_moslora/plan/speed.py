@@ -45,7 +45,7 @@ def choose_speed(config: train_config.TrainConfig, device_type: str, steps: int)
     by_itself = config.compile == "auto" and pays
 
     # A search is lost when sizes change, and may choose another algorithm the next time.
-    is_fixed = not config.enable_bucket and not config.deterministic
+    is_fixed = not config.has_buckets and not config.deterministic
     searches = pays and devices.has_fast_search() and is_fixed
     return Speed(
         is_compiled=config.compile == "on" or by_itself,
@@ -64,4 +64,5 @@ def choose_local_speed(config: train_config.TrainConfig, steps: int) -> Speed:
 def count_images(config: train_config.TrainConfig, steps: int) -> float:
     """Return the number of images of 1024 px that so many steps pass through the denoiser."""
     images = steps * config.gradient_accumulation_steps * config.images_per_micro_batch
-    return images * (config.resolution / 1024) ** 2
+    areas = [(side / 1024) ** 2 for side in config.resolutions]
+    return images * sum(areas) / len(areas)

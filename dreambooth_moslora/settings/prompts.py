@@ -151,8 +151,10 @@ def join_caption(*parts: str) -> str:
 
 
 def list_validation_prompts(config: TrainConfig) -> tuple[str, ...]:
-    subjects = config.each_subject
-    prompts = (subject.validation_prompt or subject.instance_prompt for subject in subjects)
+    """Return the prompts of the sample images of all subjects, each once."""
+    prompts: list[str] = []
+    for subject in config.each_subject:
+        prompts += subject.validation_prompt or [subject.instance_prompt]
     return tuple(dict.fromkeys(prompts))
 
 

@@ -85,6 +85,12 @@ def check_combinations(config: Config) -> None:
         raise UserError(
             f"--resolution {config.resolution}: must be a multiple of 8, such as {lower or 8}."
         )
+    for side in config.more_resolutions:
+        if not (side.isdecimal() and 8 <= int(side) < config.resolution and int(side) % 8 == 0):
+            raise UserError(
+                f"--more_resolutions {side}: must be a multiple of 8 below --resolution "
+                f"{config.resolution}."
+            )
     step = config.bucket_reso_steps or 8
     if config.enable_bucket and (step % 8 or step > config.resolution):
         raise UserError(

@@ -280,6 +280,11 @@ class TrainConfig:
         low=8,
         publish="always",
     )
+    more_resolutions: tuple[str, ...] = photos_field(
+        default=(),
+        help="further sides of the crops, px: an epoch shows each photo once in each",
+        publish="if_changed",
+    )
     enable_bucket: bool = photos_field(
         default=False,
         help=(
@@ -970,9 +975,9 @@ class TrainConfig:
     )
 
     # Samples and scores during the run.
-    validation_prompt: str | None = samples_field(
+    validation_prompt: tuple[field_facts.Prompt, ...] | None = samples_field(
         default=None,
-        help="prompt of the sample images (default: the instance prompt)",
+        help="prompts of the sample images, each in quotes (default: the instance prompt)",
         per_subject=True,
         elsewhere="sample_prompts",
     )
@@ -1121,6 +1126,16 @@ class TrainConfig:
     def bare_prompt_share(self) -> float:
         """Share of exposures with the instance prompt, of photos whose captions lack it."""
         return 1 / 4 if self.instance_prompt_share is None else self.instance_prompt_share
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """Sides of the square crops, px, the largest first."""
+        return (self.resolution, *map(int, self.more_resolutions))
+
+    @property
+    def has_buckets(self) -> bool:
+        """Whether crops have several sizes, so that a batch must choose one."""
+        return self.enable_bucket or bool(self.more_resolutions)
 
     @property
     def sample_count(self) -> int:
@@ -1313,9 +1328,12 @@ def convert_value(base: Any, value: Any) -> Any:
         return parse_integer(value, number)
     # Lists of texts; a single text is a list too.
     texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, (list, tuple)) or any(
-        convert_value(str, text) is None for text in texts
-    ):
+    if not isinstance(texts, (list, tuple)):
+        return None
+    # Names may be numbers, such as those of blocks.
+    if base is tuple:
+        texts = [str(text) if type(text) is int else text for text in texts]
+    if any(convert_value(str, text) is None for text in texts):
         return None
     items = ",".join(texts).split(",") if base is tuple else texts
     return tuple(item.strip() for item in items if item.strip())

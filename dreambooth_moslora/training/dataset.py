@@ -4,8 +4,9 @@
 
 As in PyTorch, a dataset is map-style: the index alone determines the sample, and an index may be
 asked for in any order. So a resumed run, or one of several processes, gets the samples that an
-unbroken run of one process gets. Indices do not end: each epoch shuffles photos × repeats anew, and
-has the next of a photo's `crops_per_photo` crops, or fresh crops where nothing is cached.
+unbroken run of one process gets. Indices do not end: each epoch shuffles photos × repeats ×
+resolutions anew, and has the next of a photo's `crops_per_photo` crops, or fresh crops where
+nothing is cached.
 
 With several subjects, `SubjectsDataset` takes turns between one dataset per subject, so that each
 is shown equally often, whatever its number of photos:
@@ -39,7 +40,7 @@ from dreambooth_moslora.training.encoding_cache import EncodingCache, Tensors, d
 BucketSize = tuple[int, int]
 """(h, w) of crops in px."""
 CropKey = tuple[int, int, BucketSize]
-"""(item, crop index, crop size); items number photos × repeats."""
+"""(item, crop index, crop size); items number photos × repeats × resolutions."""
 
 
 @dataclass(frozen=True)
@@ -202,15 +203,15 @@ class PhotoDataset(Dataset):
         allowed_sizes = self.size_source.buckets if self.size_source else {}
         self.buckets: dict[BucketSize, list[int]] = {size: [] for size in allowed_sizes}
         for item in range(len(self)):
-            size_px = self.photos[item // self.repeats].size_px
-            crop_size = self.encoder.rule.get_target_size(size_px)
+            crop_size = self._get_crop_size(item)
             if allowed_sizes:
+                size_px = self._get_photo(item).size_px
                 crop_size = augment.find_nearest_shape(size_px, allowed_sizes)
             self.buckets.setdefault(crop_size, []).append(item)
 
     def __len__(self) -> int:
         """Return the samples of an epoch; indices go on beyond it."""
-        return len(self.photos) * self.repeats
+        return len(self.photos) * self._items_per_photo
 
     def __getitem__(self, index: int) -> tuple[EncodedCrop, str]:
         """Return a crop and its caption: empty by `caption_dropout`, the bare prompt by
@@ -223,6 +224,18 @@ class PhotoDataset(Dataset):
             return crop, photo.bare_prompt
         return crop, seed_rng(self.seed, self.name, "caption", index).choice(photo.captions)
 
+    @property
+    def _items_per_photo(self) -> int:
+        return self.repeats * self.encoder.rule.resolution_count
+
+    def _get_photo(self, item: int) -> photo_file.Photo:
+        return self.photos[item // self._items_per_photo]
+
+    def _get_crop_size(self, item: int) -> BucketSize:
+        """Return the crop size of an item, of the resolutions by turns."""
+        rule = self.encoder.rule
+        return rule.get_target_size(self._get_photo(item).size_px, item % rule.resolution_count)
+
     def _is_selected(self, share: float, draw_name: str, index: int) -> bool:
         return seed_rng(self.seed, self.name, draw_name, index).random() < share
 
@@ -234,7 +247,7 @@ class PhotoDataset(Dataset):
 
     def _plan_crop(self, index: int) -> tuple[photo_file.Photo, augment.CropPlan]:
         item, crop_index, crop_size = self._find_crop(index)
-        photo = self.photos[item // self.repeats]
+        photo = self._get_photo(item)
         draws = seed_rng(self.seed, self.name, "crop", item, crop_index)
         return photo, self.encoder.rule.plan_crop(photo.size_px, draws, crop_size, photo.face)
 
@@ -266,8 +279,7 @@ class PhotoDataset(Dataset):
         crop_count = self.encoder.rule.crops_per_photo
         crop_index = epoch if crop_count is None else epoch % crop_count
         if crop_size is None:
-            photo = self.photos[item // self.repeats]
-            crop_size = self.encoder.rule.get_target_size(photo.size_px)
+            crop_size = self._get_crop_size(item)
         return item, crop_index, crop_size
 
     def _find_item(self, bucket: BucketSize, index: int) -> tuple[int, int]:
@@ -362,7 +374,7 @@ def build_instance_dataset(
         datasets.append(dataset)
 
     # With buckets, a batch has one size, and so one subject.
-    run_length = config.train_batch_size if config.enable_bucket else 1
+    run_length = config.train_batch_size if config.has_buckets else 1
     return SubjectsDataset(datasets, seed=config.seed, run_length=run_length)
 
 
@@ -381,7 +393,7 @@ def build_prior_dataset(
             encoder=encoder,
             seed=config.seed,
             name=subjects.get_seed_name("prior", number),
-            size_source=partner if config.enable_bucket else None,
+            size_source=partner if config.has_buckets else None,
         )
         datasets.append(dataset)
     return SubjectsDataset(datasets, seed=config.seed, run_length=instance.run_length)

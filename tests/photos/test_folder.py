@@ -154,6 +154,19 @@ def test_captions_come_from_the_text_beside_then_the_metadata_then_the_prompt(na
     assert all(item.reason.startswith(complaints[item.path.name]) for item in report.skipped)
 
 
+def test_captions_and_masks_with_other_trainers_names_are_read(tmp_path):
+    for name in ("a", "b"):
+        picture().save(tmp_path / f"{name}.jpg")
+        picture().convert("L").save(tmp_path / f"{name}-masklabel.png")
+        (tmp_path / f"{name}.caption").write_text(f"caption {name}")
+    picture().convert("L").save(tmp_path / "b.mask.png")
+    (tmp_path / "b.txt").write_text("text b")
+    photos = find_photos(tmp_path, PROMPT, 64).photos
+    assert [photo.path.name for photo in photos] == ["a.jpg", "b.jpg"]
+    assert [photo.captions for photo in photos] == [("caption a",), ("text b",)]
+    assert [photo.mask_path.name for photo in photos] == ["a-masklabel.png", "b.mask.png"]
+
+
 def test_nothing_usable_is_one_line_that_names_the_files(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"")
     (tmp_path / "notes.md").write_text("x")

@@ -46,7 +46,7 @@ def test_a_training_publishes_its_recipe_and_nothing_private(tiny_base, tmp_path
 
 def test_a_recipe_holds_numbers_switches_choices_and_layers():
     items = {item.name: item for item in fields(TrainConfig)}
-    checked = {"text_encoder_out_layers"}  # nothing but numbers
+    checked = {"text_encoder_out_layers", "more_resolutions"}  # nothing but numbers
     for name in {*RECIPE_SETTINGS, *CHANGED_RECIPE_SETTINGS} - {*LAYER_SETTINGS} - checked:
         assert FIELD_TYPES[name][0] in (bool, int, float) or items[name].metadata["choices"], name
     assert len({*RECIPE_SETTINGS, *CHANGED_RECIPE_SETTINGS}) == len(RECIPE_SETTINGS) + len(

@@ -187,7 +187,11 @@ def test_templates_name_the_subject_once():
 
 
 def test_sample_prompts_default_to_the_instance_prompt():
+    config = TrainConfig(**SKS_DOG)
+    assert list_validation_prompts(config) == (config.instance_prompt,)
     assert list_validation_prompts(TrainConfig(validation_prompt="v", **SKS_DOG)) == ("v",)
+    prompts = ("a dog, running", "a dog asleep")
+    assert list_validation_prompts(TrainConfig(validation_prompt=prompts, **SKS_DOG)) == prompts
     assert all("sks dog" in prompt for prompt in list_context_prompts(TrainConfig(**SKS_DOG)))
 
 

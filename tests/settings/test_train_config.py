@@ -75,6 +75,7 @@ DIFFUSERS_DEFAULTS = {
 """Optional flags of train_dreambooth_lora_sdxl.py that are accepted -> their default there."""
 
 EXAMPLES = {
+    "validation_prompt": ("a dog, wet", ("a dog, wet",)),
     "lr_scheduler": ("cosine", "cosine"),
     "optimizer": ("prodigy", "Prodigy"),
     "mixed_precision": ("bf16", "bf16"),
@@ -130,7 +131,7 @@ def test_a_command_of_diffusers_readme_is_accepted():
     ]
     config = parse_train_config([*command.split(), *prompts])
     assert (config.max_train_steps, config.learning_rate, config.seed) == (500, 1e-4, 0)
-    assert config.validation_prompt == "A photo of sks dog in a bucket" and config.push_to_hub
+    assert config.validation_prompt == ("A photo of sks dog in a bucket",) and config.push_to_hub
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import random
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,9 +118,24 @@ def test_batch_has_one_size_and_photos_are_shown_equally_often(batch_size, repea
     assert crops[:count] != crops[count:]
 
 
-@pytest.mark.parametrize(
-    "rule", [BUCKETS, CropRule(64, crops_per_photo=2), CropRule(64, crops_per_photo=3)]
-)
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_epoch_shows_each_photo_in_each_resolution(batch_size):
+    rule = CropRule(64, more_resolutions_px=(48, 32))
+    dataset = build_dataset(batch_size, rule)
+    assert len(dataset) == 3 * len(SIZES)
+    count = len(dataset) * batch_size
+    crops = list_samples(dataset, count)
+    shown = Counter((photo, plan.target_size) for photo, plan in crops)
+    sides = [(64, 64), (48, 48), (32, 32)]
+    assert shown == {(n, side): batch_size for n in range(len(SIZES)) for side in sides}
+    for start in range(0, count, batch_size):
+        assert len({plan.target_size for _, plan in crops[start : start + batch_size]}) == 1
+
+
+RULES = [BUCKETS, replace(SQUARES, crops_per_photo=2), replace(SQUARES, crops_per_photo=3)]
+
+
+@pytest.mark.parametrize("rule", [*RULES, replace(BUCKETS, more_resolutions_px=(32,))])
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 @pytest.mark.parametrize("count", [1, 5, 20, 200])
 def test_planned_crops_are_the_crops_of_the_samples(rule, batch_size, count):
