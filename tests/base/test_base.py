@@ -54,8 +54,7 @@ KNOWN, ELSEWHERE = (
 )
 TOY_FOLDER = TOY_FOLDERS["toy"]
 # fmt: off
-# name, source, is it a folder here, family, own side in px, why it cannot be used, why it is not
-# reachable
+# name, source, has a local folder, family or refusal, resolution_px, refusal, why unreachable
 ROWS = [
     ("toy", "folder", True, SDXL, 128, None, None),
     (str(TOY_FOLDER), "folder", True, SDXL, 128, None, None),
@@ -73,7 +72,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
-def test_what_a_base_says_of_itself(row, world, tiny_base):
+def test_a_base_states_its_facts(row, world, tiny_base):
     name, source, is_here, family, side, refusal, unreachable = row
     name = name.format(world=world, tiny=tiny_base)
     settings = {"pretrained_model_name_or_path": name, "cache_dir": str(world)}
@@ -106,12 +105,13 @@ NO_BASE = {
 
 
 @pytest.mark.parametrize("name", NO_BASE)
-def test_what_is_no_base_is_refused_when_it_is_looked_for(name, world):
-    with pytest.raises(UserError, match=NO_BASE[name]):
+def test_a_name_of_no_base_is_refused_in_one_line(name, world):
+    with pytest.raises(UserError, match=NO_BASE[name]) as error:
         Base.find(name.format(world=world))
+    assert "\n" not in str(error.value)
 
 
-def test_the_shapes_are_those_of_its_files_which_are_opened_once(tiny_base, tmp_path, monkeypatch):
+def test_shapes_are_read_once_from_the_files(tiny_base, tmp_path, monkeypatch):
     opened, shapes_in = [], model_files.read_shapes
     monkeypatch.setattr(
         model_files, "read_shapes", lambda path: opened.append(path) or shapes_in(path)
@@ -127,18 +127,7 @@ def test_the_shapes_are_those_of_its_files_which_are_opened_once(tiny_base, tmp_
     assert 0 < base.weights_gib < 0.1
 
 
-def test_another_variant_is_looked_at(tiny_base, tmp_path):
-    base = shutil.copytree(tiny_base, tmp_path / "base")
-    shutil.copy(base / UNET, base / "unet" / "diffusion_pytorch_model.fp16.safetensors")
-    (base / UNET).write_bytes(b"")
-    Base.find(base, variant="fp16").check()
-    with pytest.raises(UserError, match="damaged"):
-        Base.find(base).check()
-    (base / UNET).unlink()
-    assert Base.find(base).local_variant == "fp16" and Base.find(tiny_base).local_variant is None
-
-
-def test_a_run_that_was_moved_away_from_its_cache_is_drawn_with_the_usual_one(tmp_path):
+def test_a_moved_run_finds_its_base_in_the_default_cache(tmp_path):
     cache, missing = str(tmp_path), str(tmp_path / "gone")
     config = {"pretrained_model_name_or_path": "owner/model", "revision": "v1", "variant": "fp16"}
     for cache_dir, expected in ((cache, cache), (missing, None)):
@@ -146,7 +135,7 @@ def test_a_run_that_was_moved_away_from_its_cache_is_drawn_with_the_usual_one(tm
         assert base == Base.find("owner/model", revision="v1", cache_dir=expected)
 
 
-def test_to_ask_a_base_takes_no_torch():
+def test_the_facts_of_a_base_need_no_torch():
     code = "import sys; from dreambooth_moslora.base.base import Base; Base.find('toy').check()"
     code += "; print({'torch', 'diffusers'} & sys.modules.keys())"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

@@ -57,7 +57,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_each_change_of_a_folder_changes_the_digests_of_its_parts(name, tiny_base, tmp_path):
+def test_a_change_of_a_folder_changes_its_parts_digests(name, tiny_base, tmp_path):
     """A copy elsewhere has the same."""
     change, changed = CHANGES[name]
     base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
@@ -79,7 +79,7 @@ def test_a_shard_that_changed_is_another_denoiser(tiny_base, tmp_path):
     assert digests[0] != digests[1]
 
 
-def test_the_hubs_snapshot_has_the_digests_of_the_folder_once_it_is_fetched(tiny_base, tmp_path):
+def test_a_fetched_snapshot_has_the_digests_of_the_folder(tiny_base, tmp_path):
     """Its files are links into a folder of blobs."""
     base = Base.find("owner/model", cache_dir=str(tmp_path))
     assert base.folder is None and hash_parts(base, SDXL, PARTS, tmp_path) == {}
@@ -96,9 +96,7 @@ def test_the_hubs_snapshot_has_the_digests_of_the_folder_once_it_is_fetched(tiny
     assert digests == hash_parts(Base.find(tiny_base), SDXL, PARTS, tmp_path)
 
 
-def test_a_single_file_of_a_unet_decides_all_parts_and_its_tokenizers_lie_beside_it(
-    tiny_base, tmp_path
-):
+def test_a_unets_single_file_decides_all_parts(tiny_base, tmp_path):
     file = save_single_file(load.load_pipeline(tiny_base), tmp_path / "model.safetensors")
     digests = partial(hash_parts, facts=SDXL, parts=PARTS, caches=tmp_path)
     alone = digests(Base.find(file))
@@ -116,7 +114,7 @@ def test_a_single_file_of_a_unet_decides_all_parts_and_its_tokenizers_lie_beside
     assert with_vae["vae"] == digests(Base.find(tiny_base))["vae"]
 
 
-def test_a_transformers_file_decides_it_alone(tmp_path):
+def test_a_transformers_file_decides_the_transformer_alone(tmp_path):
     """The other parts are those of the folder beside it."""
     pipeline = tiny_pipeline("z_image", tmp_path / "files")
     pipeline.save_pretrained(tmp_path / "model")

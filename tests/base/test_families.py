@@ -58,7 +58,7 @@ def as_taken(family, z: Tensor) -> Tensor:
     return as_tokens(z) if as_tokens else z
 
 
-def drawn_together(family) -> list[str]:
+def list_prompts(family) -> list[str]:
     return list(TINY_FAMILIES[family.facts.name].prompts)
 
 
@@ -84,14 +84,14 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 @torch.no_grad()
 @each
-def test_the_pipelines_own_step_is_ours(loaded):
-    ours, theirs, _ = steps_of_both(*loaded, drawn_together(loaded[1]))
+def test_a_prediction_is_that_of_the_pipelines_step(loaded):
+    ours, theirs, _ = steps_of_both(*loaded, list_prompts(loaded[1]))
     assert relative(ours, theirs) < 2e-6
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("loaded", ["qwen_image"], indirect=True)
-def test_texts_of_one_length_go_to_qwen_image_without_a_mask_as_by_its_pipeline(loaded):
+def test_qwen_image_gets_no_mask_for_texts_of_one_length(loaded):
     ours, theirs, calls = steps_of_both(*loaded, ["a photo of sks dog", "a photo of sks cat"])
     assert relative(ours, theirs) < 2e-6
     masks = [args[2] if args else kwargs["encoder_hidden_states_mask"] for args, kwargs, _ in calls]
@@ -100,7 +100,7 @@ def test_texts_of_one_length_go_to_qwen_image_without_a_mask_as_by_its_pipeline(
 
 @torch.no_grad()
 @pytest.mark.parametrize("loaded", ["krea2"], indirect=True)
-def test_krea_2_predicts_without_the_padding_of_its_texts_what_it_predicts_with_it(loaded):
+def test_krea_2_predicts_the_same_without_padding(loaded):
     """Filled up to the longest text of a batch alone."""
     pipe, family = loaded
     z, t = family.encode_latents(pipe.vae, pixels()), torch.tensor([300.0, 700.0])
@@ -153,7 +153,7 @@ class DecodedError(Exception):
 
 @torch.no_grad()
 @each
-def test_the_pipeline_decodes_our_latents_to_the_posteriors_mean(loaded, monkeypatch):
+def test_the_pipeline_decodes_latents_to_the_posteriors_mean(loaded, monkeypatch):
     """With an answer of zeros a flow stays where it is."""
     pipe, family = loaded
     z = family.encode_latents(pipe.vae, pixels())
@@ -168,7 +168,7 @@ def test_the_pipeline_decodes_our_latents_to_the_posteriors_mean(loaded, monkeyp
         getattr(pipe, family.facts.denoiser).register_forward_hook(
             lambda m, a, output: zeros_like(output)
         )
-        text = family.collate(family.encode_prompts(pipe, drawn_together(family)))
+        text = family.collate(family.encode_prompts(pipe, list_prompts(family)))
         with pytest.raises(DecodedError) as reached:
             pipe(
                 **text,
@@ -200,7 +200,7 @@ def zeros_like(output):
 
 @torch.no_grad()
 @each
-def test_prompts_of_unequal_length_give_in_a_batch_what_each_gives_alone(loaded):
+def test_prompts_of_unequal_length_are_independent_in_a_batch(loaded):
     pipe, family = loaded
     denoiser, texts = getattr(pipe, family.facts.denoiser), family.encode_prompts(pipe, PROMPTS)
     z, t = family.encode_latents(pipe.vae, pixels()), torch.tensor([300.0, 700.0])
@@ -218,9 +218,9 @@ def test_recomputation_changes_no_gradient(loaded):
     pipe, family = loaded
     denoiser = getattr(pipe, family.facts.denoiser).train()
     weights = [layer.weight for layer in denoiser.modules() if isinstance(layer, torch.nn.Linear)]
-    gradients = [gradients_of(family, pipe, weights)]
+    gradients = [compute_gradients(family, pipe, weights)]
     denoiser.enable_gradient_checkpointing()
-    gradients.append(gradients_of(family, pipe, weights))
+    gradients.append(compute_gradients(family, pipe, weights))
     assert [plain is None for plain in gradients[0]] == [
         recomputed is None for recomputed in gradients[1]
     ]
@@ -234,64 +234,29 @@ def test_recomputation_changes_no_gradient(loaded):
     )
 
 
-@torch.no_grad()
-def predicted(family, pipe) -> Tensor:
-    """Of two prompts."""
-    text, z = (
-        family.collate(family.encode_prompts(pipe, PROMPTS)),
-        family.encode_latents(pipe.vae, pixels()),
-    )
-    return family.predict(
-        getattr(pipe, family.facts.denoiser), z, torch.tensor([300.0, 700.0]), CROPS, **text
-    )
-
-
-def gradients_of(family, pipe, weights: list[Tensor]) -> list[Tensor | None]:
-    """Of the squared prediction for two prompts."""
+def predict(family, pipe) -> Tensor:
+    """Return the prediction for two prompts."""
     with torch.no_grad():
-        text, z = (
-            family.collate(family.encode_prompts(pipe, PROMPTS)),
-            family.encode_latents(pipe.vae, pixels()),
-        )
+        text = family.collate(family.encode_prompts(pipe, PROMPTS))
+        z = family.encode_latents(pipe.vae, pixels())
+    denoiser = getattr(pipe, family.facts.denoiser)
+    return family.predict(denoiser, z, torch.tensor([300.0, 700.0]), CROPS, **text)
+
+
+def compute_gradients(family, pipe, weights: list[Tensor]) -> list[Tensor | None]:
+    """Return the gradients of the mean squared prediction for two prompts."""
     for weight in weights:
         weight.requires_grad_().grad = None
-    denoiser = getattr(pipe, family.facts.denoiser)
-    family.predict(
-        denoiser, z, torch.tensor([300.0, 700.0]), CROPS, **text
-    ).square().mean().backward()
+    predict(family, pipe).square().mean().backward()
     return [weight.grad for weight in weights]
-
-
-def test_chroma_has_other_gradients_when_it_is_recomputed_and_so_is_no_family():
-    """diffusers drops its mask there. When this fails, Chroma can be added."""
-    sizes = {"in_channels": 4, "num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 8}
-    sizes |= {"attention_head_dim": 8, "num_attention_heads": 2, "axes_dims_rope": (4, 2, 2)}
-    sizes |= {
-        f"approximator_{name}": size
-        for name, size in (("hidden_dim", 8), ("layers", 1), ("num_channels", 8))
-    }
-    torch.manual_seed(0)
-    denoiser, gradients = diffusers.ChromaTransformer2DModel(**sizes).train(), []
-    text, z, mask = (
-        torch.randn(1, 5, 8),
-        torch.randn(1, 4, 4),
-        torch.tensor([[1.0] * 2 + [0.0] * 3 + [1.0] * 4]),
-    )
-    ids = {"img_ids": torch.zeros(4, 3), "txt_ids": torch.zeros(5, 3), "attention_mask": mask}
-    for switch in (denoiser.disable_gradient_checkpointing, denoiser.enable_gradient_checkpointing):
-        switch()
-        denoiser.zero_grad()
-        denoiser(z, text, torch.tensor([0.5]), **ids).sample.square().mean().backward()
-        gradients.append(denoiser.x_embedder.weight.grad)
-    assert relative(*gradients) > 1e-2
 
 
 @torch.no_grad()
 @each
-def test_a_picture_is_drawn_from_kept_texts_when_the_encoders_are_gone(loaded):
+def test_images_of_cached_embeddings_equal_the_pipelines(loaded):
     """Guided; alone and beside another; and it is what the pipeline draws of the same words."""
     pipe, family = loaded
-    prompts = drawn_together(family)
+    prompts = list_prompts(family)
     parameters = inspect.signature(pipe.__call__).parameters
     negative = "a cat" if family.facts.has_negative and "negative_prompt" in parameters else ""
     arguments = {"prompt": [*prompts], **family.options} | (
@@ -327,7 +292,7 @@ def test_a_picture_is_drawn_from_kept_texts_when_the_encoders_are_gone(loaded):
     )
 
 
-def test_each_family_has_methods_and_the_class_of_its_pipeline_and_another_is_refused_by_name():
+def test_the_facts_of_a_family_fit_its_diffusers_classes():
     assert {facts.name for facts in FAMILIES} == FAMILY_CLASSES.keys() == TINY_FAMILIES.keys()
     for facts in FAMILIES:
         kind = getattr(diffusers, facts.pipeline)
@@ -353,7 +318,7 @@ def test_the_fused_path_has_the_gradients_of_peft(loaded):
     pipe, family = loaded
     denoiser = getattr(pipe, family.facts.denoiser)
     paths = [path for path in get_matrix_layers(denoiser) if is_adapted(path, family.facts.targets)]
-    of_base = predicted(family, pipe)
+    of_base = predict(family, pipe)
     inject(
         denoiser,
         MoSLoraConfig(r=2, target_modules="|".join(map(re.escape, paths)), mixer="orthogonal"),
@@ -362,17 +327,17 @@ def test_the_fused_path_has_the_gradients_of_peft(loaded):
     with torch.no_grad():
         for weight in weights:
             weight.add_(0.1 * torch.randn_like(weight))
-    slow = gradients_of(family, pipe, weights)
+    slow = compute_gradients(family, pipe, weights)
     assert enable_fast_path(denoiser) == len(paths)
     with WorkingCopies(denoiser).attach_copies() as step:
-        gradients_of(family, pipe, weights)
+        compute_gradients(family, pipe, weights)
         step.collect()
     fast = [weight.grad for weight in weights]
     assert (
         max(relative(fused, plain) for fused, plain in zip(fast, slow) if plain is not None) < 1e-4
     )
     with disable_layers(list(get_adapter_layers(denoiser).values())):
-        assert torch.equal(predicted(family, pipe), of_base)
+        assert torch.equal(predict(family, pipe), of_base)
 
 
 HUB = """
@@ -399,7 +364,7 @@ print(*told, asked)
 """
 
 
-def test_a_base_on_the_hub_is_asked_once_which_family_it_is():
+def test_the_family_of_a_hub_id_is_requested_once():
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     result = subprocess.run(
         [sys.executable, "-c", HUB], env=environment, capture_output=True, text=True, check=True

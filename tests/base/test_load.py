@@ -43,7 +43,6 @@ from tests.helpers.single_file import (
     vae_layout,
     z_image_layout,
 )
-from tests.helpers.tiny import embeds_of, pooled_of
 from tests.helpers.tiny_families import TINY_FAMILIES, tiny_pipeline
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
@@ -53,24 +52,7 @@ def pipeline(tiny_base):
     return load.load_pipeline(tiny_base)
 
 
-NOWHERE = ("./nowhere", "/no/such/folder", "models/base.safetensors", "base.safetensors")
-NO_BASE = dict.fromkeys(NOWHERE, "does not exist")
-NO_BASE |= {
-    "{here}": "no model_index",
-    "{here}/odd.safetensors": "odd",
-    "nobody/no-such-model": "nobody/no-such-model",
-}
-
-
-@pytest.mark.parametrize("name", NO_BASE)
-def test_what_is_no_base_is_one_line(name, tmp_path):
-    save_file({"a": torch.zeros(1)}, tmp_path / "odd.safetensors")
-    with pytest.raises(UserError, match=NO_BASE[name]) as error:
-        load.load_pipeline(name.format(here=tmp_path))
-    assert "\n" not in str(error.value)
-
-
-def test_everything_is_frozen_and_in_the_asked_dtype(tiny_base):
+def test_a_base_is_loaded_frozen_and_in_the_requested_dtype(tiny_base):
     """The VAE can keep a finer one."""
     pipeline = load.load_pipeline(tiny_base, dtype=torch.bfloat16)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
@@ -82,26 +64,11 @@ def test_everything_is_frozen_and_in_the_asked_dtype(tiny_base):
     assert torch.equal(pipeline.vae.decoder.conv_in.weight, exact)
 
 
-def test_text_equals_what_the_pipeline_itself_encodes(pipeline):
-    """The empty prompt is its own unconditional one."""
-    for force_zeros in (True, False):
-        pipeline.register_to_config(force_zeros_for_empty_prompt=force_zeros)
-        texts = load.SDXL_FAMILY.encode_prompts(pipeline, ["", "a photo of sks dog"])
-        encoded, encoded_pooled = embeds_of(texts), pooled_of(texts)
-        embeds, negative, pooled, pooled_negative = pipeline.encode_prompt(
-            ["a photo of sks dog"], negative_prompt=None
-        )
-        assert encoded.shape == (2, 77, 48) and encoded_pooled.shape == (2, 32)
-        assert torch.allclose(encoded, torch.cat([negative, embeds]), atol=1e-5)
-        assert torch.allclose(encoded_pooled, torch.cat([pooled_negative, pooled]), atol=1e-5)
-        assert bool(encoded[0].any()) is not force_zeros
-
-
-def drawn(vae, latents):
+def decode_images(vae, latents):
     return decode.to_images(decode.warn_nonfinite_pixels(decode.decode_pixels(vae, latents)))
 
 
-def test_latents_are_the_scaled_posterior_mean_and_decoding_undoes_the_scale(pipeline):
+def test_latents_are_the_scaled_mean_and_decode_to_the_photo(pipeline):
     """Statistics that the base publishes are used."""
     pixels = torch.rand(2, 3, 64, 64) * 2 - 1
     latents = load.encode_image(pipeline.vae, pixels)
@@ -114,7 +81,7 @@ def test_latents_are_the_scaled_posterior_mean_and_decoding_undoes_the_scale(pip
     vae.register_to_config(latents_mean=[1.0] * 4, latents_std=[2.0] * 4)
     assert torch.allclose(load.encode_image(vae, pixels), (latents / 0.5 - 1) / 2 * 0.5, atol=1e-6)
     latents = torch.randn(2, 4, 8, 8) * 0.5
-    pictures = drawn(pipeline.vae, latents)
+    pictures = decode_images(pipeline.vae, latents)
     with torch.no_grad():
         truth = pipeline.image_processor.postprocess(
             pipeline.vae.decode(latents / 0.5).sample, output_type="np"
@@ -123,15 +90,15 @@ def test_latents_are_the_scaled_posterior_mean_and_decoding_undoes_the_scale(pip
     assert np.abs(np.stack([np.asarray(p) for p in pictures]) - 255 * truth).max() <= 1
 
 
-def test_nan_of_an_fp16_vae_is_answered_with_fp32(tiny_base, caplog):
+def test_a_vae_that_overflows_in_fp16_computes_in_fp32(tiny_base, caplog):
     """Its activations pass 65504, the largest fp16 number, but not the largest fp32 number. A
     broken one is refused. A picture that is not finite is said: the VAE is not to blame."""
     pixels, vae = (
         torch.rand(1, 3, 64, 64),
         StableDiffusionXLPipeline.from_pretrained(tiny_base).vae.half(),
     )
-    assert drawn(vae, torch.zeros(1, 4, 8, 8)) and not caplog.text
-    (picture,) = drawn(vae, torch.full((1, 4, 8, 8), float("nan")))
+    assert decode_images(vae, torch.zeros(1, 4, 8, 8)) and not caplog.text
+    (picture,) = decode_images(vae, torch.full((1, 4, 8, 8), float("nan")))
     assert (
         picture.getextrema() == ((0, 0),) * 3 and "bf16, or no on Nvidia GPUs before" in caplog.text
     )
@@ -145,7 +112,7 @@ def test_nan_of_an_fp16_vae_is_answered_with_fp32(tiny_base, caplog):
         load.encode_image(vae, pixels)
 
 
-def test_the_noise_schedule_is_the_schedulers_own(pipeline):
+def test_the_noise_schedule_has_the_schedulers_levels(pipeline):
     """An EDM base trains in EDM style; one of zero terminal SNR keeps its pure noise."""
     schedule = build_noise_schedule(pipeline.scheduler)
     assert len(schedule) == 1000 and (schedule.style, schedule.prediction_type) == (
@@ -173,9 +140,7 @@ def vae(tiny_base):
     return vae
 
 
-def test_one_latent_is_decoded_at_a_time_and_tiling_and_free_memory_are_as_they_were(
-    vae, monkeypatch
-):
+def test_latents_are_decoded_one_by_one_and_tiling_is_restored(vae, monkeypatch):
     latents = torch.randn(4, 4, 8, 8)
     pixels = decode.decode_pixels(vae, latents)
     assert vae.shapes == [(1, 8, 8)] * 4
@@ -201,18 +166,17 @@ def test_one_latent_is_decoded_at_a_time_and_tiling_and_free_memory_are_as_they_
             with decode.enable_tiling(vae, (1024, 1024), vae.device, bytes_per_pixel):
                 assert vae.tile_latent_min_size == side
     assert vae.use_tiling and vae.tile_latent_min_size == 8
-    gib, measured = 2**30, {"mem_get_info": (3, 8), "memory_reserved": 4, "memory_allocated": 2}
-    for name, value in measured.items():
-        value = tuple(gib * n for n in value) if isinstance(value, tuple) else gib * value
-        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+
+
+def test_free_memory_includes_the_allocators_unused_blocks(gpu):
+    gpu(8, free_gib=3, own_gib=2)
     assert devices.measure_free_gib(torch.device("cuda")) == 5.0
-    assert devices.measure_free_gib(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(
     ("gib", "side", "is_tiled"), [(None, 128, 0), (20.0, 128, 0), (3.0, 128, 1), (2.0, 64, 0)]
 )
-def test_tiles_of_512_px_where_a_whole_picture_does_not_fit(vae, monkeypatch, gib, side, is_tiled):
+def test_an_image_that_does_not_fit_is_decoded_in_tiles(vae, monkeypatch, gib, side, is_tiled):
     monkeypatch.setattr(devices, "measure_free_gib", lambda device: gib)
     pixels = decode.decode_pixels(vae, torch.randn(1, 4, side, side))
     assert pixels.shape == (1, 3, 8 * side, 8 * side)
@@ -273,7 +237,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_base_is_one_line_and_the_same_in_dry_run_and_in_training(name, base):
+def test_a_damaged_base_is_refused_in_one_line(name, base):
     damage, says = DAMAGES[name]
     damage(base)
     with pytest.raises(UserError, match=says) as checked:
@@ -283,7 +247,7 @@ def test_a_damaged_base_is_one_line_and_the_same_in_dry_run_and_in_training(name
     assert str(checked.value) == str(loaded.value) and "\n" not in str(checked.value)
 
 
-def test_what_only_the_loader_can_see_is_one_line_too(base, tiny_base):
+def test_a_fault_that_only_the_loader_finds_is_one_line(base, tiny_base):
     """SDXL's refiner has one text encoder."""
     index = (base / INDEX).read_text()
     change(base / INDEX, text_encoder_2=[None, None])
@@ -316,13 +280,13 @@ def test_only_the_files_that_are_loaded_need_be_whole(base):
         Base.find(base / UNET)
 
 
-def test_a_vae_that_is_missing_is_one_line(base):
+def test_a_missing_vae_is_refused_in_one_line(base):
     with pytest.raises(UserError, match=r"the VAE .*missing cannot be loaded: "):
         load.load_pipeline(Base.find(base, vae=str(base / "missing")))
 
 
 @pytest.mark.parametrize("name", ["a.fp16", "a.fp16-00001-of-00002", "a-00001-of-00002.fp16"])
-def test_the_variants_of_a_component_are_read_from_its_file_names(name, tmp_path):
+def test_variants_are_read_from_file_names(name, tmp_path):
     for file in (
         f"{name}.safetensors",
         "a.safetensors",
@@ -336,9 +300,7 @@ def test_the_variants_of_a_component_are_read_from_its_file_names(name, tmp_path
     assert list_variants(tmp_path / "none") == []
 
 
-def test_a_base_that_is_here_in_fp16_alone_is_drawn_with_from_these_files(
-    tiny_base, tmp_path, monkeypatch
-):
+def test_a_base_that_is_local_in_fp16_alone_is_loaded_in_fp16(tiny_base, tmp_path, monkeypatch):
     """As a training by the recipe for SDXL leaves it in the hub's cache: the plain files are 14 GB
     more."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -350,7 +312,7 @@ def test_a_base_that_is_here_in_fp16_alone_is_drawn_with_from_these_files(
     for name in (str(folder), "owner/half"):
         assert Base.find(name).local_variant == "fp16"
         assert SubjectPipeline.from_base(name).pipeline.unet.num_parameters()
-    # what a run was told of its base: `evaluate` and `generate` take it again
+    # `evaluate` and `generate` find the base of a run by its settings.
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "other"))
         run = {
@@ -380,7 +342,7 @@ def checkpoint(tiny_base, tmp_path_factory):
     )
 
 
-def test_it_is_the_same_model_as_the_folder(checkpoint, tiny_base):
+def test_a_single_file_is_the_same_model_as_its_folder(checkpoint, tiny_base):
     ours, truth = load.load_pipeline(checkpoint), load.load_pipeline(tiny_base)
     pairs = [
         (getattr(ours, part), getattr(truth, part))
@@ -401,7 +363,7 @@ WRONG_LAYERS = [
 
 
 @pytest.mark.parametrize(("changes", "says"), WRONG_LAYERS)
-def test_wrong_layers_are_told_before_class_images_are_drawn(changes, says, checkpoint, tmp_path):
+def test_wrong_layers_are_refused_before_class_images(changes, says, checkpoint, tmp_path):
     changes |= {
         "with_prior_preservation": True,
         "class_prompt": "a photo of a dog",
@@ -423,9 +385,7 @@ def odd_copy(checkpoint, folder, tensors):
     return folder / "odd.safetensors"
 
 
-def test_a_mark_says_that_velocity_is_predicted_and_without_configs_one_line_says_what_to_do(
-    checkpoint, tmp_path
-):
+def test_a_velocity_mark_is_read_and_missing_configs_are_named(checkpoint, tmp_path):
     marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     scheduler = load.load_pipeline(
         odd_copy(checkpoint, tmp_path, load_file(checkpoint) | marks)
@@ -438,7 +398,7 @@ def test_a_mark_says_that_velocity_is_predicted_and_without_configs_one_line_say
     assert str(tmp_path / "alone") + "." in str(error.value) and "\n" not in str(error.value)
 
 
-ELSE = {
+OTHER_CONTENTS = {
     "no VAE": lambda tensors: {
         name: t for name, t in tensors.items() if not name.startswith("first_stage_model")
     },
@@ -452,10 +412,12 @@ ELSE = {
 }
 
 
-@pytest.mark.parametrize("kind", ELSE)
-def test_a_file_of_something_else_is_one_line(kind, checkpoint, tmp_path):
+@pytest.mark.parametrize("kind", OTHER_CONTENTS)
+def test_a_file_of_another_content_is_refused_in_one_line(kind, checkpoint, tmp_path):
     with pytest.raises(UserError, match="odd"):
-        load.load_pipeline(odd_copy(checkpoint, tmp_path, ELSE[kind](load_file(checkpoint))))
+        load.load_pipeline(
+            odd_copy(checkpoint, tmp_path, OTHER_CONTENTS[kind](load_file(checkpoint)))
+        )
 
 
 VAE_ATTENTION = {
@@ -512,7 +474,7 @@ def family_file(request, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_file_is_the_same_model_as_its_folder_and_trains(family_file, tmp_path):
+def test_a_familys_file_equals_its_folder_and_trains(family_file, tmp_path):
     facts, folder, file = family_file
     assert Base.find(file).facts is facts
     ours, truth = (
@@ -537,7 +499,7 @@ def test_a_file_is_the_same_model_as_its_folder_and_trains(family_file, tmp_path
     torch.testing.assert_close(*adapters, rtol=0, atol=5e-5)
 
 
-def test_a_file_without_the_rest_is_known_by_its_tensors_and_refused_by_the_familys_name(
+def test_a_file_without_its_other_parts_names_its_family(
     family_file,
 ):
     facts, _, file = family_file
@@ -551,7 +513,7 @@ def test_a_file_without_the_rest_is_known_by_its_tensors_and_refused_by_the_fami
 
 
 @pytest.mark.parametrize("name", [name for name, row in TINY_FAMILIES.items() if row.file_type])
-def test_the_mark_of_a_family_is_found_as_diffusers_finds_it(name, tmp_path):
+def test_a_familys_marker_tensor_is_also_diffusers(name, tmp_path):
     facts = next(facts for facts in FAMILIES if facts.name == name)
     row = TINY_FAMILIES[name]
     for prefix in ("", PREFIX):
@@ -566,30 +528,30 @@ def test_the_mark_of_a_family_is_found_as_diffusers_finds_it(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "other", [one for one in OTHER_MODELS if one.keys], ids=lambda one: one.title
+    "model", [model for model in OTHER_MODELS if model.keys], ids=lambda model: model.title
 )
 @pytest.mark.parametrize("prefix", ["", PREFIX])
-def test_the_file_of_another_model_is_refused_by_that_models_name(other, prefix, tmp_path):
+def test_a_file_of_an_unsupported_model_is_refused_by_name(model, prefix, tmp_path):
     """Those that resemble a family's were taken for it, and the others for SDXL's."""
-    tensors = {f"{prefix}{key}": torch.zeros(1) for key in other.keys}
-    if other.title != "FLUX.1 schnell":
+    tensors = {f"{prefix}{key}": torch.zeros(1) for key in model.keys}
+    if model.title != "FLUX.1 schnell":
         tensors[f"{prefix}guidance_in.in_layer.bias"] = torch.zeros(1)
-    if other.inputs:
-        tensors[f"{prefix}img_in.weight"] = torch.zeros(1, other.inputs)
-    file = tmp_path / f"some_{other.title.replace(' ', '_')}_fp8.safetensors"
+    if model.inputs:
+        tensors[f"{prefix}img_in.weight"] = torch.zeros(1, model.inputs)
+    file = tmp_path / f"some_{model.title.replace(' ', '_')}_fp8.safetensors"
     save_file(tensors, file)
-    with pytest.raises(UserError, match=f"is {re.escape(other.title)}, which is no base here"):
+    with pytest.raises(UserError, match=f"is {re.escape(model.title)}, which is no base here"):
         load.load_pipeline(file)
 
 
-def test_a_file_that_no_family_claims_is_refused_and_not_called_sdxl(tmp_path):
+def test_a_file_of_no_family_is_not_called_sdxl(tmp_path):
     save_file({"video.blocks.0.weight": torch.zeros(1)}, tmp_path / "new.safetensors")
     with pytest.raises(UserError, match=r"of no family .*, but video\.blocks") as error:
         load.load_pipeline(tmp_path / "new.safetensors")
     assert "\n" not in str(error.value)
 
 
-BY_NAME = {
+UNSUPPORTED_IDS = {
     "Tongyi-MAI/Z-Image-Turbo": "“turbo” says that it is distilled .*train .* Tongyi-MAI/Z-Image,",
     "black-forest-labs/FLUX.1-schnell": "“schnell” says that it is distilled",
     "Qwen/Qwen-Image-Edit-2511": "is Qwen-Image-Edit by its name",
@@ -597,15 +559,15 @@ BY_NAME = {
 }
 
 
-@pytest.mark.parametrize("name", BY_NAME)
-def test_offline_a_dry_run_refuses_an_id_by_what_its_name_says(name, tmp_path):
+@pytest.mark.parametrize("name", UNSUPPORTED_IDS)
+def test_an_unsupported_hub_id_is_refused_offline_by_its_name(name, tmp_path):
     config = tiny_config(Path(name), paint_photos(tmp_path / "photos"), tmp_path / "run")
-    with pytest.raises(UserError, match=BY_NAME[name]) as error:
+    with pytest.raises(UserError, match=UNSUPPORTED_IDS[name]) as error:
         make_plan(replace(config, pretrained_model_name_or_path=name))
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_that_is_quantised_already_is_refused_in_the_dry_run(tmp_path):
+def test_a_quantised_folder_is_refused_in_the_dry_run(tmp_path):
     """It was encoded, and ended with “No GPU found”."""
     tiny_pipeline("z_image", tmp_path / "files").save_pretrained(tmp_path / "base")
     path = tmp_path / "base" / "transformer" / "config.json"
@@ -633,7 +595,7 @@ def test_a_base_chooses_no_kernel_and_runs_no_pickle(tiny_base, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen_image"])
-def test_a_flows_picture_is_decoded_in_tiles_where_memory_is_short(name, tmp_path, monkeypatch):
+def test_a_flow_decodes_in_tiles_if_memory_is_short(name, tmp_path, monkeypatch):
     """By the pipeline itself: Qwen-Image's decoder takes 6.8 GiB for a whole picture of 1024 px."""
     pipe = tiny_pipeline(name, tmp_path)
     family = families.build_family(pipe)

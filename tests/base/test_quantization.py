@@ -1,11 +1,9 @@
 """Which layers of a frozen base are quantised, and where; how near those in 8 bit come."""
 
 import weakref
-from collections.abc import Callable
 
 import pytest
 import torch
-from bitsandbytes import functional as bnb_functional
 from bitsandbytes import nn as bnb
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
@@ -39,21 +37,13 @@ class Unet(nn.Module):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_projections_in_blocks_that_the_kernels_can_take_are_quantised(
-    kind, caplog, monkeypatch
-):
+def test_only_projections_in_blocks_are_quantised(kind, caplog, monkeypatch):
     """bitsandbytes' kernels for CPUs want blocks of 32 outputs. PEFT adapts the layer in 4 bit as a
     quantised one: its layer for dense weights would add the adapter's fp32 to the bf16 output, and
     round twice. A layer waits where the dense one was: the device is for the text encoders and the
     VAE until training begins."""
-    unet, before = (
-        Unet().to(torch.bfloat16).requires_grad_(False).eval(),
-        torch.random.get_rng_state(),
-    )
+    unet = Unet().to(torch.bfloat16).requires_grad_(False).eval()
     quantize(unet, kind, torch.bfloat16)
-    assert torch.equal(torch.random.get_rng_state(), before), (
-        "drawn for weights that are thrown away"
-    )
     layers = unet.transformer_blocks[0]
     assert type(layers["to_q"]) is KINDS[kind][0]
     assert type(unet.conv_in) is nn.Linear and type(layers["narrow"]) is nn.Linear
@@ -67,25 +57,6 @@ def test_only_projections_in_blocks_that_the_kernels_can_take_are_quantised(
     )
     quantize(Unet(), "nf4", torch.float32, "cpu:0")
     assert devices == ["cpu:0", "cpu"]
-
-
-def of_4_bit(weight: torch.Tensor) -> torch.Tensor:
-    return bnb_functional.dequantize_4bit(*bnb_functional.quantize_4bit(weight, quant_type="nf4"))
-
-
-def of_float8(weight: torch.Tensor) -> torch.Tensor:
-    scales = weight.abs().amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
-    return (weight / scales).to(torch.float8_e4m3fn).to(weight.dtype) * scales
-
-
-def error_of(rounded: Callable[[torch.Tensor], torch.Tensor], weights: list[torch.Tensor]) -> float:
-    """The relative Frobenius norm of what is lost."""
-    lost = sum((rounded(weight).float() - weight).square().sum() for weight in weights)
-    return float((lost / sum(weight.square().sum() for weight in weights)).sqrt())
-
-
-def of_8_bit(weight: torch.Tensor) -> torch.Tensor:
-    return dequantize_weight(*quantize_weight(weight, torch.bfloat16))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,12 +76,8 @@ def test_a_dense_layer_is_forgotten_before_the_next_is_quantised(kind, monkeypat
 
     monkeypatch.setattr(quantization, "quantize_layer", count_and_pack)
     quantize(unet, kind, torch.float32)
-    assert live_counts == [4, 3, 2, 1] or live_counts == [
-        4,
-        4,
-        3,
-        2,
-    ]  # the one before may wait in a name
+    # A local variable may still refer to the previous layer.
+    assert live_counts in ([4, 3, 2, 1], [4, 4, 3, 2])
 
     # And it is not moved: its weights are, and go again.
     layer = nn.Linear(64, 64)
@@ -118,17 +85,20 @@ def test_a_dense_layer_is_forgotten_before_the_next_is_quantised(kind, monkeypat
     assert layer.weight.device.type == "cpu"
 
 
-def test_8_bit_loses_less_of_a_trained_base_than_float8_does_in_as_much_memory():
+def test_8_bit_loses_under_one_percent_of_a_trained_base():
     unet = UNet2DConditionModel.from_pretrained(get_assets_folder() / "toy-sdxl" / "unet")
     layers = [layer for _, layer in list_block_layers(unet) if isinstance(layer, nn.Linear)]
-    weights = [layer.weight.detach() for layer in layers]
-    assert error_of(of_8_bit, weights) == pytest.approx(0.0066, abs=2e-4)
-    assert error_of(of_float8, weights) == pytest.approx(0.0260, abs=5e-4)
-    assert error_of(of_4_bit, weights) == pytest.approx(0.0924, abs=2e-3)
+    weights = torch.cat([layer.weight.detach().flatten() for layer in layers])
+    restored = [
+        dequantize_weight(*quantize_weight(layer.weight.detach(), torch.bfloat16)).flatten()
+        for layer in layers
+    ]
+    error = (torch.cat(restored) - weights).norm() / weights.norm()
+    assert float(error) == pytest.approx(0.0066, abs=2e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_an_outlier_coarsens_its_group_alone_and_zeros_stay(dtype):
+def test_an_outlier_coarsens_its_group_alone(dtype):
     """As do numbers beyond what fp16 squares, where bitsandbytes casts activations to fp16."""
     weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
     weight[0, 3], weight[1] = 1000.0, 0.0
@@ -139,7 +109,7 @@ def test_an_outlier_coarsens_its_group_alone_and_zeros_stay(dtype):
     assert restored.isfinite().all()
 
 
-def test_a_layer_in_8_bit_computes_as_its_unpacked_weights_and_keeps_none_of_them():
+def test_an_8_bit_layer_computes_as_its_dense_weights():
     """Forwards and backwards, bit for bit, with activations that fp16 does not hold."""
     torch.manual_seed(0)
     dense = nn.Linear(64, 96).to(torch.bfloat16).requires_grad_(False)

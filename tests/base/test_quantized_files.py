@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.base import families, load
+from dreambooth_moslora.base import load
 from dreambooth_moslora.base.quantized_files import QuantizedFile, build_hadamard
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation import sampling
 from dreambooth_moslora.plan.plan import make_plan
 from tests.helpers.single_file import PREFIX, save_single_file, z_image_layout
 from tests.helpers.tiny import tiny_sdxl
@@ -107,52 +106,35 @@ def quantized(state, kind, prefix=""):
     return {name: tensor.clone().contiguous() for name, tensor in stored.items()}
 
 
-def relative_error(found, truth):
-    return float((found.float() - truth.float()).norm() / truth.float().norm())
-
-
-def draw(pipe):
-    family = families.build_family(pipe)
-    text, empty = (family.collate(family.encode_prompts(pipe, [words])) for words in ("a dog", " "))
-    conditioning = family.add_negative(text, empty)
-    return (
-        2 * sampling.generate_pixels(pipe, conditioning, [0], (64, 64), num_inference_steps=2) - 1
-    )
+def relative_error(result, truth):
+    return float((result.float() - truth.float()).norm() / truth.float().norm())
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    """A folder, its transformer in the layout of its authors, and a picture that it draws."""
+    """A folder, and its transformer in the layout of its authors."""
     folder = tmp_path_factory.mktemp("dense")
     pipe = tiny_pipeline("z_image", folder / "files")
     pipe.save_pretrained(folder / "model")
     state = z_image_layout(pipe.transformer.state_dict())
     save_file({name: value.contiguous() for name, value in state.items()}, folder / "d.safetensors")
     (folder / "d").symlink_to(folder / "model")
-    return folder, state, draw(load.load_pipeline(folder / "d.safetensors"))
+    return folder, state
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_quantized_file_is_the_dense_base_to_its_precision_and_draws_its_picture(
-    name, dense, tmp_path
-):
-    folder, state, picture = dense
-    kind, most = KINDS[name]
+def test_a_quantized_file_is_the_dense_base_to_its_precision(name, dense, tmp_path):
+    folder, state = dense
+    kind, tolerance = KINDS[name]
     save_file(quantized(state, kind), tmp_path / "q.safetensors")
     (tmp_path / "q").symlink_to(folder / "model")
 
-    # Each matrix
     pipe = load.load_pipeline(tmp_path / "q.safetensors")
     truth = load.load_pipeline(folder / "d.safetensors").transformer.state_dict()
-    found = pipe.transformer.state_dict()
-    errors = [relative_error(found[key], truth[key]) for key in truth if truth[key].ndim == 2]
-    assert found.keys() == truth.keys() and 1e-5 < max(errors) < most
-    assert all(torch.equal(found[key], truth[key]) for key in truth if truth[key].ndim != 2)
-
-    # The picture
-    difference = relative_error(draw(pipe), picture)
-    print(f"{name}: weights {max(errors):.2%}, picture {difference:.2%}")
-    assert difference < 2 * most
+    loaded = pipe.transformer.state_dict()
+    errors = [relative_error(loaded[key], truth[key]) for key in truth if truth[key].ndim == 2]
+    assert loaded.keys() == truth.keys() and 1e-5 < max(errors) < tolerance
+    assert all(torch.equal(loaded[key], truth[key]) for key in truth if truth[key].ndim != 2)
 
 
 def read_all(tensors, folder, dtype, header=None):
@@ -184,20 +166,20 @@ def test_a_weight_is_its_number_times_its_scale_rounded_once(name, dtype, tmp_pa
     assert relative_error(restored["a.weight"], truth) < (3e-7 if dtype == torch.float32 else 2e-3)
 
 
-def test_the_header_may_have_the_formats_and_other_parts_stay_as_they_are(tmp_path):
+def test_formats_in_the_header_apply_to_the_denoiser_alone(tmp_path):
     """A rotated weight whose rotation only the header tells, of 256 columns as ComfyUI's."""
     weight = torch.randn(8, 512, generator=torch.Generator().manual_seed(0))
     parts = int8((weight.unflatten(1, (2, 256)) @ build_hadamard(256)).flatten(1), 1)
     settings = {"layers": {f"{PREFIX}a": {"format": "int8_tensorwise", "convrot": True}}}
     tensors = {f"{PREFIX}a.{part}": tensor for part, tensor in parts.items()}
-    others = {f"text_encoders.b.{part}": tensor for part, tensor in parts.items()}
+    encoder_tensors = {f"text_encoders.b.{part}": tensor for part, tensor in parts.items()}
     header = {"_quantization_metadata": json.dumps(settings)}
-    restored = read_all(tensors | others, tmp_path, torch.float32, header)
+    restored = read_all(tensors | encoder_tensors, tmp_path, torch.float32, header)
     assert relative_error(restored.pop(f"{PREFIX}a.weight"), weight) < 0.01
-    assert restored.keys() == others.keys()
+    assert restored.keys() == encoder_tensors.keys()
 
 
-def test_convrot_s_matrix_is_orthogonal_with_rows_of_equal_sums():
+def test_convrots_matrix_is_orthogonal_with_equal_sums():
     matrix = build_hadamard(256)
     assert torch.equal(matrix @ matrix, torch.eye(256)) and torch.equal(build_hadamard(16), H16)
     assert (matrix.sum(0) == 1).all() and (matrix.sum(1) == 1).all()
@@ -206,7 +188,7 @@ def test_convrot_s_matrix_is_orthogonal_with_rows_of_equal_sums():
 SCALE, BYTES = torch.ones(32, 1), torch.zeros(32, 32, dtype=torch.uint8)
 INT8, FP8 = torch.zeros(32, 32, dtype=torch.int8), torch.zeros(32, 32).to(E4M3)
 E8M0 = torch.ones(32, 1).to(torch.float8_e8m0fnu)
-FOREIGN = {  # what the file has of a layer of 32 x 32, and what the message calls it
+UNSUPPORTED = {  # what the file has of a layer of 32 x 32, and what the message calls it
     "nvfp4": ({"weight": BYTES, "weight_scale": E8M0, "weight_scale_2": ONE}, "nvfp4"),
     "marked": ({"weight": BYTES, "comfy_quant": as_json({"format": "nvfp4"})}, "nvfp4"),
     "mxfp8": (
@@ -251,11 +233,10 @@ FOREIGN = {  # what the file has of a layer of 32 x 32, and what the message cal
 }
 
 
-@pytest.mark.parametrize("name", FOREIGN)
-def test_another_format_is_one_line_that_names_it(name, dense, tmp_path):
-    """Some were loaded without what scales them."""
-    folder, state, _ = dense
-    parts, says = FOREIGN[name]
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_an_unsupported_format_is_refused_by_name(name, dense, tmp_path):
+    folder, state = dense
+    parts, says = UNSUPPORTED[name]
     layer = f"{PREFIX}layers.0.attention.out"
     stored = {key: value for key, value in state.items() if key != f"{layer}.weight"}
     stored |= {f"{layer}.{part}": tensor for part, tensor in parts.items()}
@@ -275,17 +256,17 @@ def test_another_format_is_one_line_that_names_it(name, dense, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["fp8, old names", "int8 by rows", "convrot"])
-def test_a_whole_checkpoint_s_unet_may_be_quantized_and_its_encoders_may_not(name, tmp_path):
+def test_a_checkpoints_unet_alone_may_be_quantized(name, tmp_path):
     pipe = tiny_sdxl(tmp_path / "files")
     pipe.save_pretrained(tmp_path / "model")
     state = load_file(save_single_file(pipe, tmp_path / "dense.safetensors"))
-    kind, most = KINDS[name]
+    kind, tolerance = KINDS[name]
     for stem, prefix in {"unet": PREFIX, "all": ""}.items():
         save_file(quantized(state, kind, prefix), tmp_path / f"{stem}.safetensors")
         (tmp_path / stem).symlink_to(tmp_path / "model")
-    found = load.load_pipeline(tmp_path / "unet.safetensors").unet.state_dict()
+    loaded = load.load_pipeline(tmp_path / "unet.safetensors").unet.state_dict()
     truth = pipe.unet.state_dict()
-    errors = [relative_error(found[key], truth[key]) for key in truth if truth[key].ndim == 2]
-    assert found.keys() == truth.keys() and max(errors) < most
+    errors = [relative_error(loaded[key], truth[key]) for key in truth if truth[key].ndim == 2]
+    assert loaded.keys() == truth.keys() and max(errors) < tolerance
     with pytest.raises(UserError, match=r"is quantized outside the UNet too \(conditioner"):
         load.load_pipeline(tmp_path / "all.safetensors")

@@ -15,7 +15,7 @@ from tests.helpers.tiny_families import TINY_FAMILIES, tiny_pipeline
 from tests.helpers.tiny_training import tiny_config
 
 
-def gradients(
+def compute_gradients(
     name: str, folder, kind: str, copies: LateCopies | None
 ) -> tuple[torch.Tensor, list[torch.Tensor], tuple[nn.Module, streaming.StreamedBlocks | None]]:
     """The prediction of a tiny base of the family, twice and then backwards, and the gradients of
@@ -72,8 +72,10 @@ for facts in FAMILIES:
 def test_streamed_blocks_give_the_same_gradients_bit_for_bit(name, kind, tmp_path):
     """With recomputation and packed, though copies end late and each place is overwritten."""
     copies = LateCopies()
-    whole, expected, _ = gradients(name, tmp_path / "whole", kind, copies=None)
-    prediction, learnt, (denoiser, streamed) = gradients(name, tmp_path / "streamed", kind, copies)
+    whole, expected, _ = compute_gradients(name, tmp_path / "whole", kind, copies=None)
+    prediction, learnt, (denoiser, streamed) = compute_gradients(
+        name, tmp_path / "streamed", kind, copies
+    )
     assert torch.equal(prediction, whole) and len(learnt) == len(expected) > 0
     assert all(map(torch.equal, learnt, expected))
 
@@ -104,7 +106,7 @@ class WatchedBlocks(streaming.StreamedBlocks):
 
 @pytest.mark.parametrize("name", [facts.name for facts in FAMILIES])
 @torch.no_grad()
-def test_passes_of_a_drawing_wait_for_no_block_but_the_very_first(name, tmp_path):
+def test_sampling_waits_for_the_very_first_block_alone(name, tmp_path):
     pipeline = tiny_pipeline(name, tmp_path)
     denoiser = families.get_denoiser(pipeline)
     copies = LateCopies()
@@ -134,7 +136,7 @@ def test_passes_of_a_drawing_wait_for_no_block_but_the_very_first(name, tmp_path
 CUDA = torch.device("cuda")
 
 
-def test_a_copy_begins_when_its_place_was_read_and_only_what_needs_it_waits(monkeypatch):
+def test_a_copy_begins_when_its_buffer_was_read(monkeypatch):
     """On a stream of its own: the GPU computes with another block meanwhile."""
     cuda, began = FakeCuda(monkeypatch), []
     monkeypatch.setattr(
@@ -150,7 +152,7 @@ def test_a_copy_begins_when_its_place_was_read_and_only_what_needs_it_waits(monk
 
 
 @pytest.mark.parametrize(("device", "is_pinned"), [(CUDA, True), (torch.device("cpu"), False)])
-def test_blocks_are_pinned_for_cuda_and_only_pinned_ones_are_copied_without_waiting(
+def test_only_blocks_pinned_for_cuda_are_copied_asynchronously(
     device, is_pinned, tmp_path, monkeypatch
 ):
     """An asynchronous copy from other memory may read what lies there later."""
@@ -169,10 +171,10 @@ def test_blocks_are_pinned_for_cuda_and_only_pinned_ones_are_copied_without_wait
     assert cuda.copies == [(is_pinned, is_pinned)] * sum(map(len, blocks.pieces))
 
 
-def test_a_block_that_the_host_cannot_pin_comes_as_it_is(monkeypatch):
-    def refused(tensor):
+def test_a_block_that_cannot_be_pinned_is_used_unpinned(monkeypatch):
+    def refuse(tensor):
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr(torch.Tensor, "pin_memory", refused)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
     piece = torch.arange(4, dtype=torch.uint8)
     assert streaming.move_to_pinned(piece) is piece

@@ -85,6 +85,30 @@ def unet_loss(unet: nn.Module) -> Tensor:
     return prediction(unet, inputs_of(0, unet.dtype)).square().mean()
 
 
+def get_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def step_with_peft(model: nn.Module, losses: list[Callable]) -> dict[str, torch.Tensor]:
+    """Return the gradients of the sum of losses, each with a backward pass."""
+    model.zero_grad()
+    for loss in losses:
+        loss(model).backward()
+    return get_gradients(model)
+
+
+def step_on_copies(
+    model: nn.Module, losses: list[Callable], copies: WorkingCopies | None = None
+) -> dict[str, torch.Tensor]:
+    """Return the gradients of the sum of losses by the fused path."""
+    model.zero_grad()
+    with (copies or WorkingCopies(model)).attach_copies() as step:
+        for loss in losses:
+            loss(model).backward()
+            step.collect()
+    return get_gradients(model)
+
+
 def test_two_projections_of_one_input_keep_it_once():
     """So many different tensors as large as it are kept for the backward pass, under autocast."""
     general = block(lambda base: base.bfloat16(), bias=False)
@@ -116,7 +140,7 @@ LATER = {
 
 
 @pytest.mark.parametrize("name", LATER)
-def test_what_is_changed_later_is_followed(name):
+def test_a_later_change_of_adapters_takes_effect(name):
     """Fast and general agree after the change."""
     change, call = LATER[name]
     general, x = adapted(block(bias=False), adapter_name="other"), torch.randn(6, 12)
@@ -136,7 +160,7 @@ def test_what_is_changed_later_is_followed(name):
 
 
 @pytest.mark.parametrize("in_a_step", [False, True])
-def test_disabled_adapters_and_scale_zero_give_the_base_bit_for_bit_and_merged_ones_the_same(
+def test_disabled_adapters_and_scale_zero_give_the_base(
     in_a_step,
 ):
     model, x = fast_copy(block()), torch.randn(6, 12)
@@ -155,7 +179,7 @@ def test_disabled_adapters_and_scale_zero_give_the_base_bit_for_bit_and_merged_o
     assert torch.equal(model.to_q(x), model.to_q.base_layer(x))
 
 
-def test_autocast_to_another_dtype_than_the_weights_goes_the_general_way():
+def test_autocast_to_another_dtype_uses_pefts_forward():
     """`meta` is a device without autocast: it has shapes and no numbers."""
     general, x = block(bias=False), torch.randn(6, 12)
     fast = fast_copy(general)
@@ -188,7 +212,7 @@ def slow_projections(model: nn.Module) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("reason", SLOW)
-def test_what_cannot_be_fast_is_left_alone_and_reported(reason):
+def test_a_layer_that_cannot_be_fused_keeps_pefts_forward(reason):
     model = SLOW[reason]()
     assert enable_fast_path(model) == 0
     slow = slow_projections(model)
@@ -225,11 +249,11 @@ def test_a_packed_base_gives_the_same_gradients(kind, dtype, tolerance):
     fast = fast_copy(general)
     assert not slow_projections(fast)
     gradients = step_on_copies(fast, [quantised_loss])
-    assert_same(gradients, plain_step(general, [quantised_loss]), tolerance)
+    assert_same(gradients, step_with_peft(general, [quantised_loss]), tolerance)
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_a_base_in_8_bit_gives_the_gradients_of_its_unpacked_weights_bit_for_bit(use_dora):
+def test_an_8_bit_base_gives_the_gradients_of_its_dense_weights(use_dora):
     model = quantised_base("int8", torch.bfloat16)
     dense = quantised_base("none", torch.bfloat16)
     for name in ("to_q", "to_k"):
@@ -247,28 +271,20 @@ def test_fusing_leaves_the_state_dict_alone():
     assert enable_fast_path(model) == 2 and list(model.state_dict()) == keys
 
 
-def test_an_adapter_that_moved_is_never_seen_as_it_was():
+def test_a_changed_adapter_is_copied_anew_for_each_step():
     """After a step, after one that failed, and in the next one."""
     model = fast_copy(adapted(tiny_unet(), target_modules=["to_q", "to_k", "to_v"]))
     copies, layer = WorkingCopies(model), next(iter(get_adapter_layers(model).values()))
     with pytest.raises(ZeroDivisionError), copies.attach_copies():
         raise ZeroDivisionError
     assert not layer.step_copies
-    step_on(copies, model)
+    step_on_copies(model, [unet_loss], copies)
     assert not layer.step_copies
     with torch.no_grad():
         layer.lora_A["default"].weight.mul_(2)
-    assert_same(step_on(copies, model), step_on(WorkingCopies(model), model), 0)
+    assert_same(step_on_copies(model, [unet_loss], copies), step_on_copies(model, [unet_loss]), 0)
     set_scale(model, 3)
-    assert_same(step_on(copies, model), step_on(WorkingCopies(model), model), 0)
-
-
-def step_on(copies: WorkingCopies, model: nn.Module) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    with copies.attach_copies() as step:
-        unet_loss(model).backward()
-        step.collect()
-    return given(model)
+    assert_same(step_on_copies(model, [unet_loss], copies), step_on_copies(model, [unet_loss]), 0)
 
 
 KINDS = {
@@ -284,26 +300,6 @@ KINDS = {
 }
 
 
-def given(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def plain_step(model: nn.Module, losses: list[Callable]) -> dict[str, torch.Tensor]:
-    """Gradients of the sum of losses, each with a backward pass of its own."""
-    model.zero_grad()
-    for loss in losses:
-        loss(model).backward()
-    return given(model)
-
-
-def step_on_copies(model: nn.Module, losses: list[Callable]) -> dict[str, torch.Tensor]:
-    with WorkingCopies(model).attach_copies() as copies:
-        for loss in losses:
-            loss(model).backward()
-            copies.collect()
-    return given(model)
-
-
 def test_a_layer_that_is_not_used_has_no_gradient():
     """Nor an input that needs none. Gradients lie in memory as their parameters do: a fused
     optimizer wants it so."""
@@ -316,21 +312,21 @@ def test_a_layer_that_is_not_used_has_no_gradient():
         assert all(p.grad.stride() == p.stride() for p in model.parameters() if p.requires_grad)
 
 
-def test_layers_of_the_general_path_and_calls_that_take_it_keep_their_gradients():
+def test_calls_by_pefts_forward_keep_their_gradients():
     model, x = fast_copy(block(bias=False)), torch.randn(4, 12)
     expected = {
         name: 2 * grad
-        for name, grad in plain_step(copy.deepcopy(model), [lambda b: b(x).sum()]).items()
+        for name, grad in step_with_peft(copy.deepcopy(model), [lambda b: b(x).sum()]).items()
     }
 
-    def both_ways(block: Block) -> torch.Tensor:
+    def compute_by_each_path(block: Block) -> torch.Tensor:
         names = {"adapter_names": ["default"] * 4}
         return block(x).sum() + (block.to_q(x, **names).tanh() * block.to_k(x, **names)).sum()
 
-    assert_same(step_on_copies(model, [both_ways]), expected, 1e-5)
+    assert_same(step_on_copies(model, [compute_by_each_path]), expected, 1e-5)
 
 
-def test_the_product_is_made_once_for_all_micro_batches_and_recomputations(monkeypatch):
+def test_the_fused_path_never_computes_pefts_product(monkeypatch):
     products = []
     monkeypatch.setattr(MixerLinear, "compute_product", lambda self: products.append(self))
     model = adapted(tiny_unet()).train()
@@ -386,12 +382,12 @@ def test_gradients_are_those_of_pefts_own_layers(kind, micro_batches, recomputed
     if recomputed:
         fast.enable_gradient_checkpointing()
     losses = [unet_loss, lambda unet: 3 * unet_loss(unet).sqrt()][:micro_batches]
-    assert_same(step_on_copies(fast, losses), plain_step(general, losses), 1e-8)
+    assert_same(step_on_copies(fast, losses), step_with_peft(general, losses), 1e-8)
 
 
 @pytest.mark.parametrize("options", [KINDS["learnt mixer"], KINDS["no mixer"], KINDS["scale"]])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)])
-def test_fp32_adapters_on_a_base_of_either_dtype_get_fp32_gradients(options, dtype, tolerance):
+def test_fp32_adapters_get_fp32_gradients_on_any_base(options, dtype, tolerance):
     """In bf16 PEFT rounds at other places. Sums over micro-batches are in fp32."""
     model = adapted(Pair(), **options)
     for layer in get_adapter_layers(model).values():
@@ -401,19 +397,15 @@ def test_fp32_adapters_on_a_base_of_either_dtype_get_fp32_gradients(options, dty
     assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
     each = [step_on_copies(fast_copy(model), [loss]) for loss in losses]
     assert_same(gradients, {name: each[0][name] + each[1][name] for name in each[0]}, 1e-6)
-    assert_same(gradients, plain_step(model, losses), tolerance)
+    assert_same(gradients, step_with_peft(model, losses), tolerance)
 
 
-def test_weights_that_were_cast_since_are_not_computed_from_the_old_ones():
+def test_weights_that_were_cast_later_are_used():
     model = fast_copy(adapted(Pair()))
     copies = WorkingCopies(model)
     model.double()
-    with copies.attach_copies() as step:
-        pair_loss(model).backward()
-        step.collect()
-    gradients = given(model)
-    model.zero_grad()
-    assert_same(gradients, plain_step(model, [pair_loss]), 1e-8)
+    gradients = step_on_copies(model, [pair_loss], copies)
+    assert_same(gradients, step_with_peft(model, [pair_loss]), 1e-8)
 
 
 @pytest.mark.slow
