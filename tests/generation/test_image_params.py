@@ -43,7 +43,7 @@ def write_png(path, text: dict[str, str]):
     return path
 
 
-def test_a_png_gives_back_exactly_what_was_written(tmp_path):
+def test_a_png_gives_back_its_parameters(tmp_path):
     """And names no path."""
     text = FULL.to_png_text(FACTS)
     recipe = read_recipe(write_png(tmp_path / "a.png", text))
@@ -51,7 +51,7 @@ def test_a_png_gives_back_exactly_what_was_written(tmp_path):
     assert "/" not in json.dumps(text).replace("</b>", "")
 
 
-def test_text_options_come_back_and_are_not_in_the_recipe_of_a_picture_without_them(tmp_path):
+def test_text_options_are_in_the_recipe_only_if_they_are_set(tmp_path):
     params = GenerationParams(
         "a mug", text_options={"max_sequence_length": "64", "text_encoder_out_layers": ["9", "18"]}
     )
@@ -63,31 +63,32 @@ def test_text_options_come_back_and_are_not_in_the_recipe_of_a_picture_without_t
     assert "text_options" not in FULL.to_dict()
 
 
-WRONG = [({"prompt": "  "}, "empty"), ({"prompt": 3}, "text"), ({"prompt": "x" * 5001}, "5001")]
-WRONG += [({"steps": 0}, "steps"), ({"steps": True}, "steps"), ({"seed": -1}, "seed")]
-WRONG += [({"guidance_scale": float("nan")}, "guidance_scale"), ({"num_images": 65}, "num_images")]
-WRONG += [
+WRONG = [
+    ({"prompt": "  "}, "empty"),
+    ({"prompt": 3}, "text"),
+    ({"prompt": "x" * 5001}, "5001"),
+    ({"steps": 0}, "steps"),
+    ({"steps": True}, "steps"),
+    ({"seed": -1}, "seed"),
+    ({"guidance_scale": float("nan")}, "guidance_scale"),
+    ({"num_images": 65}, "num_images"),
     ({"height_px": 100}, "multiple of 8"),
     ({"width_px": 8192}, "width_px"),
     ({"scheduler": "magic"}, "magic"),
-]
-WRONG += [
-    ({"adapters": [("a", scale)]}, word) for scale, word in ((99, "99"), (float("nan"), "nan"))
-]
-WRONG += [
-    ({"text_options": options}, word)
-    for options, word in (("abc", "names with values"), ({"clip": 1}, "clip"))
-]
-WRONG += [({"text_options": {"max_sequence_length": 0}}, "1")]
-WRONG += [
+    ({"adapters": [("a", 99)]}, "99"),
+    ({"adapters": [("a", float("nan"))]}, "nan"),
     ({"adapters": 5}, "pairs"),
     ({"adapters": [("a", 10**400)]}, "pairs of name and scale"),
+    ({"adapters": [("a", 1), ("a", 2)]}, "twice"),
+    ({"text_options": "abc"}, "names with values"),
+    ({"text_options": {"clip": 1}}, "clip"),
+    ({"text_options": {"max_sequence_length": 0}}, "1"),
+    ({"surprise": 1}, "surprise"),
 ]
-WRONG += [({"adapters": [("a", 1), ("a", 2)]}, "twice"), ({"surprise": 1}, "surprise")]
 
 
 @pytest.mark.parametrize("values, word", WRONG)
-def test_what_cannot_be_generated_is_refused_in_one_line(values, word):
+def test_a_value_out_of_range_is_refused_in_one_line(values, word):
     with pytest.raises(UserError) as error:
         GenerationParams.from_dict({"prompt": "a mug"} | values)
     assert word in str(error.value) and "\n" not in str(error.value)
@@ -99,23 +100,24 @@ def text_bomb() -> bytes:
     )
 
 
-NO_RECIPE = (
-    "[]",
-    "{",
-    '{"params": []}',
-    '{"params": {"prompt": {}}}',
-    '{"params": {"prompt": "a"}, "versions": 3}',
-)
-ODD = {text: (text, "") for text in NO_RECIPE} | {
-    "nested": ("[" * 100_000, ""),
+ODD = {
+    "a list": ("[]", "damaged"),
+    "half of JSON": ("{", "damaged"),
+    "a list of parameters": ('{"params": []}', "damaged"),
+    "a prompt of no text": ('{"params": {"prompt": {}}}', "prompt must be text"),
+    "versions of no names": ('{"params": {"prompt": "a"}, "versions": 3}', "damaged"),
+    "nested": ("[" * 100_000, "damaged"),
     "bare": ({}, "no recipe"),
+    "text": (b"hello", "PNG"),
+    "nothing": (None, "no such file"),
+    "photo": (jpeg, "PNG"),
+    "pixel bomb": (png_of(100_000, 100_000, b""), "PNG"),
+    "text bomb": (text_bomb, "PNG"),
 }
-ODD |= {"text": (b"hello", "PNG"), "nothing": (None, "no such file"), "photo": (jpeg, "PNG")}
-ODD |= {"pixel bomb": (png_of(100_000, 100_000, b""), ""), "text bomb": (text_bomb, "")}
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_files_that_are_no_png_or_say_nothing_are_refused(name, tmp_path):
+def test_a_file_without_a_recipe_is_refused(name, tmp_path):
     (content, word), file = ODD[name], tmp_path / "a.png"
     content = content() if callable(content) else content
     if isinstance(content, bytes):
@@ -132,7 +134,7 @@ def test_an_adapter_is_given_by_its_name_or_with_a_scale(adapters):
     assert GenerationParams("dog", adapters=adapters).adapters == (("rex", 1.0),)
 
 
-def test_tags_become_adapters_and_leave_the_prompt_and_each_image_has_its_own_seed():
+def test_tags_become_adapters_and_leave_the_prompt():
     """A negative seed is drawn."""
     parsed = parse_lora_tags("a dog <lora:rex:0.8> in snow <lora:style>")
     assert parsed == ("a dog in snow", (("rex", 0.8), ("style", 1.0)))

@@ -85,7 +85,7 @@ def has_difference(a, b) -> bool:
     return bool(np.abs(a.astype(int) - b.astype(int)).max() > 2)
 
 
-def test_an_image_does_not_depend_on_how_many_are_made_and_every_step_is_reported_with_a_preview(
+def test_an_image_does_not_depend_on_how_many_are_generated(
     pipeline,
 ):
     """The image comes last."""
@@ -107,9 +107,7 @@ def test_an_image_does_not_depend_on_how_many_are_made_and_every_step_is_reporte
     assert {e.pixels.size for e in events if isinstance(e, Image | previews.Preview)} == {(64, 64)}
 
 
-def test_the_png_gives_the_same_picture_in_a_new_process_of_the_base(
-    pipeline, files, tiny_base, tmp_path
-):
+def test_the_png_reproduces_its_image_on_a_newly_loaded_base(pipeline, files, tiny_base, tmp_path):
     params = replace(
         PARAMS,
         adapters=(("dog", 0.7), ("cat", 0.2)),
@@ -161,10 +159,12 @@ def test_scales_of_equal_files_add_up(tiny_base, files, tmp_path):
     assert np.array_equal(generate_with(subject, dog=0.5, rex=-0.5), generate_first(subject))
 
 
-def test_all_schedulers_draw_something_of_their_own(pipeline):
+def test_each_scheduler_has_its_class_options_and_image(pipeline):
     """Each has its class, its options, and the noise levels of the base."""
+    base_scheduler = pipeline.pipeline.scheduler
     images = [generate_first(pipeline, scheduler=scheduler) for scheduler in SCHEDULERS]
     assert all(has_difference(a, b) for a, b in pairwise(images))
+    assert pipeline.pipeline.scheduler is base_scheduler
     for name, expected in SCHEDULERS.items():
         scheduler_object = pipeline._build_scheduler(name)
         assert type(scheduler_object).__name__ == expected.class_name
@@ -176,7 +176,7 @@ def test_all_schedulers_draw_something_of_their_own(pipeline):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_the_preview_finds_the_clean_latents_when_the_model_is_right(pipeline, name):
+def test_the_preview_estimates_the_clean_latents(pipeline, name):
     scheduler = pipeline._build_scheduler(name)
     scheduler.set_timesteps(6)
     tracker = previews.PreviewTracker(scheduler)
@@ -215,9 +215,7 @@ OWN_SCHEDULERS = [
 @pytest.mark.parametrize(
     ("base_scheduler", "name"), OWN_SCHEDULERS, ids=lambda value: type(value).__name__
 )
-def test_a_base_is_drawn_with_its_own_scheduler_unless_another_is_asked_for(
-    base_scheduler, name, tmp_path, tiny_base
-):
+def test_a_base_samples_with_its_scheduler_by_default(base_scheduler, name, tmp_path, tiny_base):
     """The picture says which; one that has no name here is drawn too, and previews never wait for
     what it lacks."""
     assert find_scheduler_name(base_scheduler) == name
@@ -238,20 +236,6 @@ def test_a_base_is_drawn_with_its_own_scheduler_unless_another_is_asked_for(
     recipe = read_recipe(image.save(tmp_path / "one.png"))
     assert recipe.params.scheduler == image.params.scheduler == name
     assert np.array_equal(generate_first(subject, recipe.params), np.asarray(image.pixels))
-
-
-def test_the_pipeline_keeps_its_own_scheduler_after_another_drew(tiny_base):
-    """So that a second SubjectPipeline of it draws with the base's own."""
-    pipeline = load.load_pipeline(tiny_base)
-    base_scheduler, subject = pipeline.scheduler, SubjectPipeline(pipeline, "tiny")
-    assert has_difference(
-        generate_first(subject, PARAMS),
-        generate_first(subject, replace(PARAMS, scheduler="dpmpp_2m_sde_karras")),
-    )
-    assert pipeline.scheduler is base_scheduler
-    assert np.array_equal(
-        generate_first(SubjectPipeline(pipeline, "tiny"), PARAMS), generate_first(subject, PARAMS)
-    )
 
 
 def test_noise_that_a_scheduler_adds_is_the_same_in_any_batch(tiny_base):
@@ -291,7 +275,7 @@ def test_preview_colours_are_those_of_the_vae(statistics):
     assert np.abs(preview - truth.permute(1, 2, 0).numpy()).max() <= 1.01
 
 
-def test_stopping_ends_after_the_step_and_leaves_the_pipeline_usable(pipeline):
+def test_a_stop_ends_after_the_step_and_leaves_no_thread(pipeline):
     """So does closing the iterator."""
     stop, events, before = threading.Event(), [], generate_first(pipeline)
     for event in pipeline.generate(
@@ -301,6 +285,7 @@ def test_stopping_ends_after_the_step_and_leaves_the_pipeline_usable(pipeline):
         stop.set()
     assert not any(isinstance(event, Image) for event in events)
     assert len([e for e in events if isinstance(e, Step)]) < 50
+    assert pipeline.draw(PARAMS, lambda: True) == []
     closed = pipeline.generate(replace(PARAMS, steps=200))
     next(closed)
     closed.close()
@@ -308,7 +293,7 @@ def test_stopping_ends_after_the_step_and_leaves_the_pipeline_usable(pipeline):
     assert np.array_equal(generate_first(pipeline), before)
 
 
-def test_what_cannot_be_drawn_is_said(pipeline, monkeypatch):
+def test_an_image_that_cannot_be_generated_is_refused(pipeline, monkeypatch):
     """An allocation beyond any machine's address space fails as a too large picture does."""
     # SDXL's usual
     assert pipeline.complete(replace(PARAMS, guidance_scale=None)).guidance_scale == 5.0
@@ -322,9 +307,7 @@ def test_what_cannot_be_drawn_is_said(pipeline, monkeypatch):
     assert freed == [pipeline.home.device]
 
 
-def test_pictures_are_drawn_on_apples_gpu_in_half_precision_and_its_unused_memory_is_given_back(
-    apple, tiny_base, monkeypatch
-):
+def test_apples_gpu_computes_in_fp16_and_its_memory_is_freed(apple, tiny_base, monkeypatch):
     subject = SubjectPipeline.from_base(tiny_base, resting=True)
     assert (subject.home.device.type, subject.pipeline.unet.dtype) == ("mps", torch.float16)
     emptied = []
@@ -334,7 +317,7 @@ def test_pictures_are_drawn_on_apples_gpu_in_half_precision_and_its_unused_memor
     assert emptied and devices.measure_peak_gib(subject.home.device) == 3
 
 
-def test_what_is_no_adapter_of_the_base_is_refused_in_one_line(pipeline, files, tmp_path):
+def test_a_file_of_no_adapter_for_the_base_is_refused(pipeline, files, tmp_path):
     """One of another base with both sizes."""
     state, before = load_file(files["dog"]), dict(pipeline.adapters)
     first = next(iter(state))
@@ -368,9 +351,7 @@ def test_what_is_no_adapter_of_the_base_is_refused_in_one_line(pipeline, files, 
 
 
 @pytest.mark.slow
-def test_the_least_used_adapter_makes_room_and_reloading_is_by_content(
-    tiny_base, files, monkeypatch
-):
+def test_the_least_recently_used_adapter_is_dropped_first(tiny_base, files, monkeypatch):
     """An adapter that is asked for again does not make room for the next."""
     monkeypatch.setattr("dreambooth_moslora.generation.pipeline.RESIDENT_ADAPTERS", 2)
     subject = SubjectPipeline.from_base(tiny_base)
@@ -391,7 +372,7 @@ def test_the_least_used_adapter_makes_room_and_reloading_is_by_content(
     assert not subject.adapters and not subject.pipeline.get_list_adapters().get("unet")
 
 
-def test_a_checkpoint_of_ours_computes_what_its_published_file_computes(pipeline, tmp_path):
+def test_a_raw_checkpoint_gives_its_published_files_image(pipeline, tmp_path):
     """The raw A, M, B of a checkpoint, and the folded file: the same pictures, under names that
     tell them apart."""
     facts = facts_of(components := live(lora_alpha=8, mixer="kaiming"))
@@ -408,9 +389,7 @@ def test_a_checkpoint_of_ours_computes_what_its_published_file_computes(pipeline
     )
 
 
-def test_two_threads_wait_for_each_other_and_a_picture_that_is_drawn_at_once_is_the_same_file(
-    pipeline, tmp_path
-):
+def test_threads_wait_for_each_other(pipeline):
     expected = {name: generate_with(pipeline, **{name: 1.0}) for name in ("dog", "cat")}
     with ThreadPoolExecutor(2) as pool:
         got = {
@@ -420,44 +399,24 @@ def test_two_threads_wait_for_each_other_and_a_picture_that_is_drawn_at_once_is_
     assert all(
         np.array_equal(image.result(), expected[name]) for name in got for image in got[name]
     )
-    params = replace(PARAMS, steps=2, num_images=2)
-    streamed = [event for event in pipeline.generate(params) if hasattr(event, "save")]
-    images = pipeline.draw(params)
-    assert [image.png() for image in images] == [image.png() for image in streamed]
-    assert images[1].save(tmp_path / "one.png").read_bytes() == images[1].png()
-    assert pipeline.draw(params, lambda: True) == []
 
 
-def build_pipeline(folder, dtype: torch.dtype, factor: float):
-    """With this factor on the VAE's first weights."""
-    pipeline = tiny_sdxl(folder)
-    with torch.no_grad():
-        pipeline.vae.decoder.conv_in.weight.mul_(factor)
-    return pipeline.to(dtype)
-
-
-def generate_last_preview_and_image(pipeline) -> tuple[np.ndarray, np.ndarray]:
-    *_, preview, image = SubjectPipeline(pipeline, "tiny").generate(PARAMS)
-    assert isinstance(preview, previews.Preview) and isinstance(image, Image)
-    return np.asarray(preview.pixels).astype(int), np.asarray(image.pixels).astype(int)
-
-
-def test_a_vae_that_overflows_in_fp16_draws_what_it_draws_in_fp32(tmp_path):
-    """Its activations leave fp16's range, and its norms take the factor out again."""
-    half, full = (
-        build_pipeline(tmp_path / str(dtype), dtype, 3e5)
-        for dtype in (torch.float16, torch.float32)
-    )
-    half_images = generate_last_preview_and_image(half)
-    assert half.vae.dtype == torch.float16
-    for half_image, full_image in zip(
-        half_images, generate_last_preview_and_image(full), strict=True
-    ):
-        assert full_image.std() > 1 and np.abs(half_image - full_image).max() <= 8
+def test_a_vae_that_overflows_in_fp16_decodes_as_in_fp32(tmp_path):
+    """Its activations leave fp16's range, and its norms remove the factor again."""
+    images = []
+    for dtype in (torch.float16, torch.float32):
+        pipeline = tiny_sdxl(tmp_path / str(dtype))
+        with torch.no_grad():
+            pipeline.vae.decoder.conv_in.weight.mul_(3e5)
+        *_, preview, image = SubjectPipeline(pipeline.to(dtype), "tiny").generate(PARAMS)
+        assert pipeline.vae.dtype == dtype
+        images.append(np.stack([preview.pixels, image.pixels]).astype(int))
+    half, full = images
+    assert full.std() > 1 and np.abs(half - full).max() <= 8
 
 
 @pytest.mark.parametrize("threshold", [1.1, -1.1])
-def test_what_the_bases_safety_checker_refuses_is_black(threshold, tmp_path):
+def test_an_image_that_the_safety_checker_refuses_is_black(threshold, tmp_path):
     """No cosine is above the first threshold, and each is above the second. A run's own pictures
     are drawn as they are."""
     base = tiny_pipeline("sd1", tmp_path)
@@ -475,9 +434,7 @@ def test_what_the_bases_safety_checker_refuses_is_black(threshold, tmp_path):
     assert sample.getbbox()
 
 
-def test_a_small_gpu_holds_one_model_at_a_time_decodes_in_tiles_and_draws_the_same(
-    tiny_base, monkeypatch, subject
-):
+def test_a_small_gpu_holds_one_model_at_a_time(tiny_base, monkeypatch):
     """A large one keeps all models."""
     offloads, enable = [], StableDiffusionXLPipeline.enable_model_cpu_offload
     noted = lambda self, gpu_id=None, device=None: (  # noqa: E731
@@ -503,24 +460,13 @@ def test_a_small_gpu_holds_one_model_at_a_time_decodes_in_tiles_and_draws_the_sa
     assert offloads[-2:] == ["decode", OTHER_DEVICE]  # the VAE leaves when it has decoded
     hooked = [part for part in small.pipeline.components.values() if hasattr(part, "_hf_hook")]
     assert not hooked and small.pipeline.device == torch.device("cpu")
-    tiles: list[torch.Size] = []
-    subject.pipeline.vae.decoder.register_forward_pre_hook(
-        lambda _, inputs: tiles.append(inputs[0].shape[-2:])
-    )
-    monkeypatch.setattr(devices, "TILES_PX", (32,))
-    # the tiny base has 0.6 MiB of weights
-    monkeypatch.setattr(devices, "measure_free_gib", lambda device: 2**-20)
-    generate_first(subject)
-    assert max(tiles[1:]) == (4, 4)  # the first is no picture: previews learn their colours from it
 
 
 def set_free_gib(monkeypatch, gib: float) -> None:
     monkeypatch.setattr(devices, "measure_free_gib", lambda device: gib)
 
 
-def test_a_base_of_zero_terminal_snr_starts_at_noise_and_has_its_guidance_rescaled(
-    tiny_base, tmp_path, monkeypatch
-):
+def test_a_base_of_zero_terminal_snr_has_its_guidance_rescaled(tiny_base, tmp_path, monkeypatch):
     """As its authors publish it: marked, and with SDXL's own spacing of timesteps. Other bases are
     drawn as before."""
     velocity = save_tiny_sdxl(tmp_path / "v", prediction_type="v_prediction")

@@ -73,7 +73,7 @@ def generate(
 
 
 @pytest.mark.parametrize("option", TEXT_OPTIONS)
-def test_those_that_the_file_tells_are_taken_unless_others_are_given(option, subject, tmp_path):
+def test_the_files_text_options_are_the_default(option, subject, tmp_path):
     facts, value = subject.family.facts, TOLD[option]
     if option not in facts.text_options:
         with pytest.raises(UserError, match=f"--{option} is not for {facts.title}; leave it out"):
@@ -100,7 +100,7 @@ def test_as_many_layers_are_read_as_the_transformer_is_wide(tmp_path):
 
 
 @torch.no_grad()
-def test_the_skipped_layers_of_stable_diffusion_1_5_are_counted_from_the_last(tmp_path):
+def test_clip_skip_counts_layers_from_the_last(tmp_path):
     """2 is the last but one, as kohya counts, and the pipeline's own pictures are drawn with it."""
     pipe = tiny_pipeline("sd1", tmp_path)
     texts = {}
