@@ -36,9 +36,7 @@ LOGIN_MESSAGE = "asks for a login: accept its terms on its page, then `hf auth l
 HUB_ERRORS = {401: LOGIN_MESSAGE, 403: LOGIN_MESSAGE, 404: "has no such model"}
 """HTTP status -> text that follows "the hub" in a message."""
 OTHER_BASE_ADVICE = "give the folder of a base, or a .safetensors file"
-"""Advice if neither this machine nor the hub has the base."""
 HUB_TIMEOUT_SEC = 5
-"""Limit of the request for a base's index."""
 Shapes = dict[str, list[int]]
 """Tensor's name -> its shape."""
 
@@ -237,11 +235,10 @@ class Base:
             return toy_bases.RESOLUTION_PX
         with suppress(UserError):
             # The UNet's configuration overrides the family's resolution.
-            side = model_files.read_unet_resolution(self.configs) if self.configs else None
-            if not side and self.facts:
-                side = self.facts.resolution_px
-            if side:
+            if self.configs and (side := model_files.read_unet_resolution(self.configs)):
                 return side
+            if self.facts:
+                return self.facts.resolution_px
         return TrainConfig.resolution
 
     @property
@@ -263,13 +260,9 @@ class Base:
     @property
     def weights_gib(self) -> float:
         """Size of the weight files that are loaded, GiB. Raises OSError for a broken link."""
-        weights = []
-        if self.folder:
-            for part in self.folder.iterdir():
-                if part.is_dir():
-                    weights += model_files.list_weight_files(part)
-        if self.file:
-            weights.append(self.file)
+        weights = [self.file] if self.file else []
+        for part in self.folder.glob("*/") if self.folder else ():
+            weights += model_files.list_weight_files(part)
         return sum(file.stat().st_size for file in weights) / 2**30
 
     def check(self) -> None:
@@ -298,13 +291,19 @@ class Base:
         tokenizers = [part.replace("text_encoder", facts.tokenizer) for part in facts.encoders]
         for part in (*models, *tokenizers, "scheduler"):
             if not any((self.folder / part).glob("*.json")):
-                missing = f"{self.folder / part} is missing or has no configuration"
-                raise UserError(f"{self.folder} is not a whole base model: {missing}.")
+                raise UserError(
+                    f"{self.folder} is not a whole base model: "
+                    f"{self.folder / part} is missing or has no configuration."
+                )
 
         # Check that the weights are there, whole, and not quantised already.
         for part in models:
             model_files.check_is_dense(self.folder / part)
-            model_files.check_weights(self.folder / part, self.variant)
+            if not model_files.list_weight_files(self.folder / part, self.variant):
+                raise UserError(
+                    f"{self.folder / part} has no weights: "
+                    "there is neither a .safetensors nor a .bin file in it."
+                )
         _ = self.shapes  # raises for a damaged file
 
 
@@ -314,8 +313,10 @@ def find_path(name: str | Path) -> Path | None:
     # Look up an embedded base by its short name.
     if toy := toy_bases.TOY_FOLDERS.get(str(name)):
         if not (toy / model_files.INDEX_NAME).is_file():
-            lack = f"{toy} has no {model_files.INDEX_NAME}"
-            raise UserError(f"the embedded base is missing: {lack}; clone or install it again.")
+            raise UserError(
+                f"the embedded base is missing: {toy} has no {model_files.INDEX_NAME}; "
+                "clone or install it again."
+            )
         return toy
 
     # Look for a local folder or file, which must hold a model.
@@ -332,8 +333,10 @@ def find_path(name: str | Path) -> Path | None:
 
     # Anything else must be a valid id of the hub.
     if not model_files.is_hub_id(str(name)):
-        instead = "give a diffusers folder, a .safetensors file or a hub id"
-        raise UserError(f"the base {name} does not exist: {instead}.")
+        raise UserError(
+            f"the base {name} does not exist: "
+            "give a diffusers folder, a .safetensors file or a hub id."
+        )
     return None
 
 

@@ -20,7 +20,6 @@ from dreambooth_moslora.settings.family_facts import FamilyFacts
 from dreambooth_moslora.settings.train_config import TrainConfig
 
 GIB = 2**30
-"""Bytes in a GiB."""
 CONTEXT_GIB = 0.5
 """Memory of a process's CUDA context, beside its tensors."""
 ENCODER_BYTES_PER_PIXEL = 2600
@@ -158,7 +157,6 @@ WHEELS_COMMAND = (
 CUDA_BUILD = "cu128"
 """PyTorch's build for Nvidia; pytorch.org lists those for other drivers."""
 ROCM_BUILD = "rocm6.4"
-"""PyTorch's build for AMD."""
 HIDING_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 """Environment variables by which a user hides GPUs from programs."""
 

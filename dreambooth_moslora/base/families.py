@@ -517,7 +517,6 @@ FAMILY_CLASSES: dict[str, type[Family]] = {
     "lumina2": Lumina2,
     "sana": Sana,
 }
-"""`FamilyFacts.name` -> class of the family."""
 ARGUMENT_CONVERTERS: dict[str, Callable[[Any], Any]] = {
     "text_encoder_out_layers": lambda layers: tuple(map(int, layers)),
     "clip_skip": lambda layer: layer - 1,  # diffusers counts those that are left out

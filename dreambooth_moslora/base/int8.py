@@ -16,7 +16,6 @@ GROUP_SIZE = 128
 """Inputs that share a scale, so that an outlier coarsens these alone. For a number of inputs that
 it does not divide, the greatest common divisor is used."""
 MAX_INT8 = 127
-"""Largest absolute value of a quantized weight."""
 
 
 class Int8Linear(nn.Linear):

@@ -7,6 +7,8 @@ Pixels are (B, 3, H, W) in [-1, 1].
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from inspect import signature
 from pathlib import Path
@@ -40,7 +42,6 @@ CONVERTER_ERRORS = (
     AttributeError,
     SingleFileComponentError,
 )
-"""Errors of diffusers' converter for a damaged file, and for a file of another model."""
 LOADER_ERRORS = (
     *(OSError, ValueError, OverflowError, RuntimeError, SafetensorError),
     UnpicklingError,  # a .bin file that holds more than weights
@@ -95,7 +96,7 @@ def load_pipeline(
     base.check()
     vae_dtype = vae_dtype or dtype
 
-    try:
+    with explain_loader_errors(f"the base model {base.name}"):
         # Options of the loader: another VAE, no watermark, perhaps no denoiser.
         facts = base.facts or SDXL
         kind = getattr(diffusers, facts.pipeline)
@@ -116,12 +117,6 @@ def load_pipeline(
                 pipeline = load_around_file(base.file, facts, dtype, options)
             else:
                 pipeline = kind.from_pretrained(base.load_path, variant=base.variant, **options)
-    except UserError:
-        raise
-    except LOADER_ERRORS as error:
-        raise UserError(
-            f"the base model {base.name} cannot be loaded: {format_error(error, 300)}"
-        ) from error
     check_is_whole(pipeline, base.name, needs_denoiser=has_denoiser)
 
     # SDXL's default spacing (`leading`) would never use the last noise level.
@@ -145,7 +140,7 @@ def load_denoiser(pipeline: DiffusionPipeline, base: Base, dtype: torch.dtype) -
     UserError if it cannot be loaded."""
     facts = get_facts(type(pipeline).__name__)
     name = facts.denoiser
-    try:
+    with explain_loader_errors(f"the base model {base.name}"):
         if base.file:
             model = load_denoiser_file(base.file, facts, dtype)
         else:
@@ -159,12 +154,6 @@ def load_denoiser(pipeline: DiffusionPipeline, base: Base, dtype: torch.dtype) -
             model = getattr(
                 type(pipeline).from_pretrained(base.load_path, **options, **parts), name
             )
-    except UserError:
-        raise
-    except LOADER_ERRORS as error:
-        raise UserError(
-            f"the base model {base.name} cannot be loaded: {format_error(error, 300)}"
-        ) from error
     pipeline.register_modules(**{name: model.requires_grad_(False).eval()})
     check_is_whole(pipeline, base.name, needs_encoders=False)
 
@@ -183,11 +172,20 @@ def load_vae(
 
     Raises UserError if it cannot be loaded.
     """
-    try:
+    with explain_loader_errors(f"the VAE {name}"):
         kind = pipeline._get_signature_types()["vae"][0]
         return kind.from_pretrained(name, dtype=dtype, cache_dir=cache_dir)
+
+
+@contextmanager
+def explain_loader_errors(subject: str) -> Iterator[None]:
+    """Raise UserError, which says that `subject` cannot be loaded, for a loader's error."""
+    try:
+        yield
+    except UserError:
+        raise
     except LOADER_ERRORS as error:
-        raise UserError(f"the VAE {name} cannot be loaded: {format_error(error, 300)}") from error
+        raise UserError(f"{subject} cannot be loaded: {format_error(error, 300)}") from error
 
 
 def load_around_file(
@@ -268,8 +266,10 @@ def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -
         ) from error
     except CONVERTER_ERRORS as error:
         facts = get_facts(kind.__name__)
-        expected = f"{facts.article} {facts.title} checkpoint that diffusers can read"
-        raise UserError(f"{path} is not {expected}: {format_error(error, 300)}") from error
+        raise UserError(
+            f"{path} is not {facts.article} {facts.title} checkpoint that diffusers can read: "
+            f"{format_error(error, 300)}"
+        ) from error
     if is_quantized:
         unet = load_denoiser_file(path, get_facts(kind.__name__), options["dtype"])
         pipeline.register_modules(unet=unet)
@@ -325,8 +325,9 @@ def check_is_whole(
             continue
         for weight, value in model.named_parameters():
             if value.is_meta:
-                lack = f"the files of its {part} have no {weight}"
-                raise UserError(f"the base model {name} is not whole: {lack}.")
+                raise UserError(
+                    f"the base model {name} is not whole: the files of its {part} have no {weight}."
+                )
 
 
 def get_guidance_rescale(pipeline: DiffusionPipeline) -> float:
@@ -336,7 +337,6 @@ def get_guidance_rescale(pipeline: DiffusionPipeline) -> float:
 
 
 SDXL_FAMILY = families.SDXL(SDXL)
-"""Family whose latents most UNets share."""
 
 
 @torch.no_grad()

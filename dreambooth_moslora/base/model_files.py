@@ -14,17 +14,12 @@ from dreambooth_moslora.settings import family_facts
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
 """First bytes of a file whose content git-lfs has not fetched."""
 SD3_TENSOR = "transformer_blocks.0.attn.add_q_proj.weight"
-"""Name of a tensor of SD 3 in diffusers' layout."""
-DEFAULT_VAE_LEVELS = 4
-"""Number of resolutions inside a VAE. Each but the last halves the side."""
 MAX_SMALL_BASE_PX = 256
 """Resolution up to which a base needs no memory plan."""
 HUB_NAME_PATTERN = re.compile(
     r"(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII
 )
-"""Pattern of the hub's ids, owner/model."""
 SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
-"""Suffixes of checkpoints that hold a whole model, or its denoiser."""
 DENOISER_PREFIX = "model.diffusion_model."
 """Prefix of the denoiser's tensors in a whole checkpoint."""
 QUANTIZED = re.compile(
@@ -115,10 +110,7 @@ def read_unet_resolution(folder: Path) -> int | None:
     try:
         # The UNet's configuration has the side in latents, the VAE's decides the px of each.
         latents = int(read_json(folder / "unet" / "config.json")["sample_size"])
-        vae = folder / "vae" / "config.json"
-        levels = DEFAULT_VAE_LEVELS
-        if vae.is_file():
-            levels = len(read_json(vae)["block_out_channels"])
+        levels = len(read_json(folder / "vae" / "config.json")["block_out_channels"])
         return latents * 2 ** (levels - 1) if latents > 0 else None
     except (UserError, KeyError, TypeError, ValueError, OverflowError):
         return None
@@ -152,7 +144,6 @@ class OtherModel(NamedTuple):
 
 
 FLUX1_TENSORS = ("vector_in.in_layer.weight", "double_blocks.0.img_attn.norm.key_norm.scale")
-"""Names of tensors of FLUX.1's models, in the layout of their authors."""
 OTHER_MODELS = (
     OtherModel("FLUX.1 Kontext", FLUX1_TENSORS, pattern="kontext"),
     OtherModel("FLUX.1 Fill", FLUX1_TENSORS, inputs=384),
@@ -234,13 +225,6 @@ def get_index_facts(index: dict) -> family_facts.FamilyFacts:
     if not name or name.startswith("StableDiffusionXL"):
         name = "StableDiffusionXLPipeline"
     return family_facts.get_facts(name)
-
-
-def check_weights(folder: Path, variant: str | None = None) -> None:
-    """Raise UserError for a part of a base without weights."""
-    if not list_weight_files(folder, variant):
-        lack = "there is neither a .safetensors nor a .bin file in it"
-        raise UserError(f"{folder} has no weights: {lack}.")
 
 
 def find_configs(checkpoint: Path) -> Path | None:

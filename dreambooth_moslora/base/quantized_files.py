@@ -38,9 +38,7 @@ FORMATS = (
 UNREAD_FORMATS = {"weight_scale_2": "nvfp4", "bitsandbytes__nf4": "nf4", "bitsandbytes__fp4": "fp4"}
 """Last part of a tensor's name -> unsupported format that has no other mark."""
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""Supported dtypes of scales."""
 WEIGHT_DTYPES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, *SCALE_DTYPES)
-"""Supported dtypes of weights with a scale."""
 DEFAULT_BLOCK_SIZE = 128
 """Rows and columns of a block, unless the file states them."""
 DEFAULT_GROUP_SIZE = 256

@@ -23,9 +23,7 @@ from dreambooth_moslora.settings.family_facts import TEXT_OPTIONS, FamilyFacts
 from dreambooth_moslora.settings.train_config import TrainConfig
 
 PNG_KEY = "dreambooth_moslora"
-"""Text chunk with the recipe."""
 FORMAT_VERSION = 1
-"""Version of the recipe's format."""
 MAX_SEED = 2**32 - 1
 SIZE_STEP_PX = 8
 """Sides are multiples of this: the VAE halves them three times."""
@@ -37,7 +35,6 @@ PARAM_LIMITS = {
     "height_px": (SIZE_STEP_PX, 4096),
     "width_px": (SIZE_STEP_PX, 4096),
 }
-"""Smallest and largest value of each number."""
 MAX_PROMPT_CHARACTERS = 5000
 MAX_ADAPTERS = 8
 LORA_TAG_PATTERN = re.compile(r"<lora:([^<>]{1,200})>")

@@ -20,7 +20,6 @@ from dreambooth_moslora.errors import StopRequestedError
 from dreambooth_moslora.generation.image_params import GenerationParams, Step
 
 MAX_PREVIEW_PX = 384
-"""Longer side of a preview on the page."""
 FIT_SIDE_LATENTS = 32
 """Side of the latents that the map is fitted on; 1024 pixels determine its 15 numbers."""
 

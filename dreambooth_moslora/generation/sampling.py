@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 Request = TypeVar("Request")
 
 DEFAULT_INFERENCE_STEPS = 25
-"""Denoising steps of an image."""
 
 
 @dataclass(frozen=True)

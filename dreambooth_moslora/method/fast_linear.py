@@ -139,21 +139,16 @@ class FusedForward:
         return names[0] if len(names) == 1 else None
 
 
-class FastLinear(FusedForward, LoraLinear):
-    """PEFT's LoRA layer on a dense base, with the fused forward."""
-
-
 @cache
 def get_fast_class(kind: type) -> type | None:
     """Return the fused class for PEFT's layer class `kind`, or None."""
-    if kind is LoraLinear:
-        return FastLinear
     if issubclass(kind, FusedForward):
         return kind
 
     # Compare the name: the class can be imported only if bitsandbytes is installed.
     is_4bit = (kind.__module__, kind.__name__) == ("peft.tuners.lora.bnb", "Linear4bit")
-    return type("FastLinear4bit", (FusedForward, kind), {}) if is_4bit else None
+    is_linear = kind is LoraLinear or is_4bit
+    return type(f"Fast{kind.__name__}", (FusedForward, kind), {}) if is_linear else None
 
 
 def get_packing(base: nn.Module):

@@ -51,13 +51,11 @@ class LowRank:
 
 
 Tensors = dict[str, torch.Tensor]
-"""Tensors of a file, by name."""
 Components = dict[str, torch.nn.Module]
 """Models of a pipeline, by diffusers' names, such as `unet`."""
 Folded = dict[str, dict[str, LowRank]]
 """Component -> module path, as in other programs -> layer."""
 PLACEHOLDER_SHAPE = (1, 1)
-"""Shape of `lora_B.weight` in the state dict of an adapter with a mixer."""
 
 
 def compute_scale(alpha: float, rank: int, use_rslora: bool = False) -> float:

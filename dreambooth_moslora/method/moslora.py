@@ -76,7 +76,6 @@ def get_weight_size(module: nn.Module | None) -> tuple[int, ...]:
 
 
 create_and_replace = LoraModel._create_and_replace
-"""PEFT's method, which the patch calls."""
 
 
 @cache
