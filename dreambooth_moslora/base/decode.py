@@ -27,8 +27,10 @@ logger = logging.getLogger(__name__)
 def warn_nonfinite_pixels(pixels: torch.Tensor) -> torch.Tensor:
     """Return the pixels unchanged, and warn if any is not finite, which becomes black."""
     if not pixels.isfinite().all():
-        message = "An image has values that are not finite (NaN) and is black there: use %s."
-        logger.warning(message, FP16_OVERFLOW_ADVICE)
+        logger.warning(
+            "An image has values that are not finite (NaN) and is black there: use %s.",
+            FP16_OVERFLOW_ADVICE,
+        )
     return pixels
 
 
@@ -79,22 +81,19 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
 
 def unscale_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Convert the denoiser's latents to those that the VAE decodes, of the same shape, fp32."""
-    latents = latents.float() / vae.config.scaling_factor
-    if statistics := get_latent_statistics(vae, latents.device):
-        mean, deviation = statistics
-        latents = latents * deviation + mean
-    return latents
+    mean, deviation = get_latent_statistics(vae, latents.device)
+    return latents.float() / vae.config.scaling_factor * deviation + mean
 
 
 def get_latent_statistics(
     vae: AutoencoderKL, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return mean and standard deviation of each latent channel, (1, C, 1, 1); None for most
-    VAEs."""
+) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+    """Return mean and standard deviation of each latent channel, (1, C, 1, 1); 0 and 1 for a VAE
+    that does not state them, as most."""
     mean = getattr(vae.config, "latents_mean", None)
     deviation = getattr(vae.config, "latents_std", None)
     if mean is None or deviation is None:
-        return None
+        return 0.0, 1.0
     mean, deviation = torch.tensor([mean, deviation], device=device).view(2, 1, -1, 1, 1)
     return mean, deviation
 

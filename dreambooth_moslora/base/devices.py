@@ -175,14 +175,17 @@ def explain_unused_gpu() -> str | None:
     not_built = f"PyTorch {torch.__version__} is not built for it"
     if has_nvidia_driver():
         if torch.version.cuda:
-            remedy = "install a newer driver, as `nvidia-smi` says"
-            return f"PyTorch for CUDA {torch.version.cuda} sees no GPU: {remedy}."
+            return (
+                f"PyTorch for CUDA {torch.version.cuda} sees no GPU: "
+                "install a newer driver, as `nvidia-smi` says."
+            )
         return f"there is an Nvidia GPU, and {not_built}: {WHEELS_COMMAND}{CUDA_BUILD}"
     if os.path.exists("/dev/kfd") or shutil.which("rocminfo"):
         if torch.version.hip:
-            group = "sudo usermod -aG render,video $USER"
-            reasons = f"it knows another, or you may not use it ({group}, then log in anew)"
-            return f"PyTorch for ROCm sees no GPU: {reasons}."
+            return (
+                "PyTorch for ROCm sees no GPU: it knows another, or you may not use it "
+                "(sudo usermod -aG render,video $USER, then log in anew)."
+            )
         return f"there is an AMD GPU, and {not_built}: {WHEELS_COMMAND}{ROCM_BUILD}"
     return None
 

@@ -149,10 +149,8 @@ class UNetFamily(Family):
 
     def encode_latents(self, vae, pixels):
         z = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
-        if statistics := get_latent_statistics(vae, z.device):
-            mean, deviation = statistics
-            z = (z - mean) / deviation
-        return z * vae.config.scaling_factor
+        mean, deviation = get_latent_statistics(vae, z.device)
+        return (z - mean) / deviation * vae.config.scaling_factor
 
 
 class SDXL(UNetFamily):
@@ -186,7 +184,7 @@ class SD1(UNetFamily):
         if skipped is None:
             return super().encode_prompt(pipe, prompt)
 
-        # As diffusers does: the earlier layer's states, and then the encoder's last norm.
+        # Tokenize, padded to the encoder's length.
         tokens = pipe.tokenizer(
             prompt,
             padding="max_length",
@@ -194,6 +192,8 @@ class SD1(UNetFamily):
             truncation=True,
             return_tensors="pt",
         )
+
+        # As diffusers does: the earlier layer's states, and then the encoder's last norm.
         encoder = pipe.text_encoder
         output = encoder(
             tokens.input_ids.to(self.get_encoder_device(pipe)), output_hidden_states=True

@@ -28,8 +28,9 @@ class Int8Linear(nn.Linear):
     """
 
     def __init__(self, dense: nn.Linear, dtype: torch.dtype, device: torch.device | str):
-        has_bias = dense.bias is not None
-        super().__init__(dense.in_features, dense.out_features, has_bias, device="meta")
+        super().__init__(
+            dense.in_features, dense.out_features, bias=dense.bias is not None, device="meta"
+        )
         weight, scales = quantize_weight(dense.weight.data.to(device), dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("scales", scales)

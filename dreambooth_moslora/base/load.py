@@ -141,6 +141,7 @@ def load_denoiser(pipeline: DiffusionPipeline, base: Base, dtype: torch.dtype) -
     facts = get_facts(type(pipeline).__name__)
     name = facts.denoiser
     with explain_loader_errors(f"the base model {base.name}"):
+        # Load it from the single file, or by a pipeline of which nothing else is loaded.
         if base.file:
             model = load_denoiser_file(base.file, facts, dtype)
         else:
@@ -154,6 +155,8 @@ def load_denoiser(pipeline: DiffusionPipeline, base: Base, dtype: torch.dtype) -
             model = getattr(
                 type(pipeline).from_pretrained(base.load_path, **options, **parts), name
             )
+
+    # Put it into the pipeline.
     pipeline.register_modules(**{name: model.requires_grad_(False).eval()})
     check_is_whole(pipeline, base.name, needs_encoders=False)
 

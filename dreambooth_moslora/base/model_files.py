@@ -170,12 +170,16 @@ def detect_file_facts(path: Path, tensors: Mapping[str, list[int]]) -> family_fa
     # The tensors of another format than safetensors are not read.
     if not tensors:
         return family_facts.SDXL
+
+    # Try the unsupported models first: some have tensors of a family.
     shapes = {name.removeprefix(DENOISER_PREFIX): shape for name, shape in tensors.items()}
     for model in OTHER_MODELS:
         if model.is_match(path.stem, shapes):
             raise UserError(
                 f"{path} is {model.title}, which is no base here: {format_file_advice()}."
             )
+
+    # Each family has a tensor that no other has.
     for facts in family_facts.FAMILIES:
         if facts.marker_tensor in shapes:
             return facts

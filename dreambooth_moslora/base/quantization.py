@@ -70,8 +70,14 @@ def quantize_layer(
     from bitsandbytes import nn as bnb
 
     # Create the layer on the meta device, as its random weights are not needed.
-    shape = (dense.in_features, dense.out_features, dense.bias is not None)
-    layer = bnb.Linear4bit(*shape, compute_dtype=compute_dtype, quant_type="nf4", device="meta")
+    layer = bnb.Linear4bit(
+        dense.in_features,
+        dense.out_features,
+        bias=dense.bias is not None,
+        compute_dtype=compute_dtype,
+        quant_type="nf4",
+        device="meta",
+    )
     layer.weight = bnb.Params4bit(dense.weight.data, requires_grad=False, quant_type="nf4")
     layer.bias = dense.bias
 

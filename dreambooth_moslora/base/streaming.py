@@ -101,9 +101,10 @@ class StreamedBlocks:
     def make_buffers(self, device: torch.device, copies: BlockCopier) -> None:
         """Allocate buffers on the device, as large as the largest block."""
         self.copies = copies
-        self.buffers = []
-        for _ in range(RESIDENT_BLOCKS):
-            self.buffers.append(torch.empty(self.largest, dtype=torch.uint8, device=device))
+        self.buffers = [
+            torch.empty(self.largest, dtype=torch.uint8, device=device)
+            for _ in range(RESIDENT_BLOCKS)
+        ]
         self.resident_blocks: list[int | None] = [None] * RESIDENT_BLOCKS
         self.pending_copies: list[Any] = [None] * RESIDENT_BLOCKS
         self.last = -1

@@ -255,6 +255,7 @@ def parse_lora_tag(text: str) -> tuple[str, float]:
 def read_recipe(path: str | Path) -> Recipe:
     """Read the recipe in a PNG, without decoding pixels. Raises UserError for any other file, and
     for one without a recipe or with a damaged one."""
+    # Read the text chunk. A file of another kind may raise any of these errors.
     name = Path(path).name
     try:
         with PIL.Image.open(path, formats=["PNG"]) as image:
@@ -317,6 +318,7 @@ def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool
 
 def _parse_adapters(adapters: Any) -> tuple[tuple[str, float], ...]:
     """Return pairs of name and scale; a name alone gets scale 1. Raises UserError."""
+    # Bring every spelling into pairs.
     items = [adapters] if isinstance(adapters, str) else adapters
     try:
         if isinstance(items, Mapping):
@@ -327,6 +329,8 @@ def _parse_adapters(adapters: Any) -> tuple[tuple[str, float], ...]:
         raise UserError(
             f"adapters must be names, or pairs of name and scale, not {adapters!r:.60}"
         ) from error
+
+    # Check the number of adapters, and their names and scales.
     if len(pairs) > MAX_ADAPTERS:
         raise UserError(
             f"{len(pairs)} adapters are too many; at most {MAX_ADAPTERS} can be combined"
@@ -363,6 +367,7 @@ def _parse_text_options(options: Any) -> tuple[tuple[str, Any], ...]:
 def _format_a1111_text(params: GenerationParams, provenance: Provenance) -> str:
     """Return the text for other programs: prompt with tags, negative prompt, one line of
     settings."""
+    # Format what has several values.
     tags = "".join(f" <lora:{name}:{scale:g}>" for name, scale in params.adapters)
     hashes = ", ".join(f"{name}: {sha[:12]}" for name, sha in provenance.adapter_sha256)
     has_size = params.width_px and params.height_px

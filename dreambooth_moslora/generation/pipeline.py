@@ -184,6 +184,8 @@ class SubjectPipeline:
         for this base.
         """
         name = name or reader.get_adapter_name(path)
+
+        # Keep an adapter whose file has not changed.
         file = find_weights(path)
         facts = file.stat()
         stamp = (file.resolve(), facts.st_mtime_ns, facts.st_size)
@@ -244,6 +246,7 @@ class SubjectPipeline:
     def complete(self, params: GenerationParams) -> GenerationParams:
         """Apply tags and fill in the base's sizes, guidance and scheduler. Raises UserError for an
         unknown adapter, and for a scheduler that does not know the base's noise levels."""
+        # Every adapter that is named must be loaded.
         params = params.apply_tags()
         for name, _ in params.adapters:
             if name not in self.adapters:
@@ -258,6 +261,8 @@ class SubjectPipeline:
                 f"{title} does not know the noise levels of this base, which are EDM's: "
                 "leave the scheduler out to use the base's"
             )
+
+        # Fill in the base's guidance and sizes.
         guidance = params.guidance_scale
         if guidance is None:
             guidance = self.guidance_scale
@@ -291,6 +296,7 @@ class SubjectPipeline:
     ) -> families.Family:
         """Return the family with these text options, completed by those of the first adapter whose
         run set them. Raises UserError for an option that the family lacks."""
+        # Check the given options.
         facts = self.family.facts
         options = dict(text_options or {})
         for name in options:
@@ -393,6 +399,8 @@ class SubjectPipeline:
             emit=emit,
             stop=stop,
         )
+
+        # Generate the pixels, and emit the image.
         pixels = sampling.generate_pixels(
             self.pipeline,
             text_embedding,

@@ -83,6 +83,7 @@ class Sampler:
     @torch.no_grad()
     def _generate(self, requests: Sequence[SampleRequest]) -> list[Image.Image]:
         """Return the images of one batch. Raises StopRequestedError."""
+        # Embed the prompts, guided by the empty one, perhaps with reference images.
         family = families.build_family(self.pipeline)
         prompts = [request.prompt for request in requests]
         empty_embedding = self._encode([""] * len(requests))
@@ -91,6 +92,8 @@ class Sampler:
             text_embedding = family.add_references(
                 text_embedding, prompts, self.references, self.resolution_px
             )
+
+        # Generate the images.
         pixels = generate_pixels(
             self.pipeline,
             text_embedding,
@@ -122,6 +125,7 @@ def generate_batches(
 ) -> Generator[Image.Image, None, None]:
     """Yield the images that `generate` makes of the requests, in order. When the device runs out of
     memory, batches become smaller and `on_smaller_batch` gets the new size."""
+    # Generate a batch of what is pending.
     pending = list(requests)
     while pending:
         try:

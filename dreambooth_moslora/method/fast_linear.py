@@ -176,8 +176,7 @@ def explain_slow_path(layer: nn.Module, adapter_name: str = "default") -> str | 
 
     # Check the base layer: the node reads its weight, so its kind must be supported.
     base = layer.base_layer
-    is_supported = type(base) in (nn.Linear, Int8Linear) or is_trainable_4bit(base)
-    if not is_supported:
+    if type(base) not in (nn.Linear, Int8Linear) and not is_trainable_4bit(base):
         return f"the base layer is no nn.Linear, dense or in 4 or 8 bit ({type(base).__name__})"
     if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
         return "the base layer carries hooks (offloading, for one)"

@@ -158,16 +158,14 @@ def check_variants(config: LoraConfig) -> None:
         raise UserError(f'{conflicts[0]} excludes a mixer; leave it out or use mixer="none"')
 
 
-INIT_WEIGHTS_FIELD = LoraConfig.__dataclass_fields__["init_lora_weights"]
-"""PEFT's field, for its help text."""
-
-
 @dataclass
 class MoSLoraConfig(LoraConfig):
     """PEFT's LoraConfig with three fields for the mixer. Raises UserError for options that a mixer
     excludes."""
 
-    init_lora_weights: bool | str = field(default="gaussian", metadata=INIT_WEIGHTS_FIELD.metadata)
+    init_lora_weights: bool | str = field(
+        default="gaussian", metadata=LoraConfig.__dataclass_fields__["init_lora_weights"].metadata
+    )
     mixer: str = field(
         default="orthogonal", metadata={"help": f"How M starts: one of {', '.join(MIXERS)}."}
     )
@@ -289,12 +287,14 @@ def disable_layers(layers: list[LoraLayer]) -> Iterator[None]:
 def get_matrices(layer: LoraLayer, adapter_name: str) -> mixer.MixedLowRank:
     """Return the live A, M, B and magnitude of one layer, not copied. The scale is that of
     training, which PEFT's `set_scale` does not change."""
+    # A plain LoRA of PEFT has no mixer, and a kernel as B of a convolution.
     lora_b = layer.lora_B[adapter_name]
     if isinstance(lora_b, mixer.MixerLinear):
         matrix, up = lora_b.mixer, lora_b.up
     else:
         matrix, up = None, lora_b.weight.flatten(1)
 
+    # PEFT's `scaling` may have been changed; alpha and rank are those of training.
     scale = mixer.compute_scale(
         layer.lora_alpha[adapter_name], layer.r[adapter_name], layer.use_rslora[adapter_name]
     )
@@ -312,5 +312,7 @@ def get_matrices(layer: LoraLayer, adapter_name: str) -> mixer.MixedLowRank:
 def fold(model: nn.Module, adapter_name: str = "default") -> dict[str, mixer.LowRank]:
     """Return module path -> the plain LoRA (fp32, CPU) that equals this adapter at scale 1. Raises
     UserError if the model has no such adapter."""
-    layers = get_adapter_layers(model, adapter_name)
-    return {path: get_matrices(layer, adapter_name).fold() for path, layer in layers.items()}
+    return {
+        path: get_matrices(layer, adapter_name).fold()
+        for path, layer in get_adapter_layers(model, adapter_name).items()
+    }
