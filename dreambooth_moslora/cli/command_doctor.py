@@ -44,9 +44,8 @@ def doctor_arguments(_: argparse.ArgumentParser) -> None:
 
 def run_doctor(_: argparse.Namespace) -> int:
     """Look for problems and print the versions and the machine's facts."""
-    findings = Findings(facts={"python": platform.python_version()})
-    for name in LIBRARIES:
-        findings.facts[name] = find_package_version(name) or "-"
+    findings = Findings()
+    collect_versions(findings)
     collect_machine_facts(findings)
 
     # Warnings come first, then facts.
@@ -54,6 +53,13 @@ def run_doctor(_: argparse.Namespace) -> int:
     lines += [f"  {name:16} {value}" for name, value in findings.facts.items()]
     print("\n".join(lines))
     return 0
+
+
+def collect_versions(findings: Findings) -> None:
+    """Add the versions of Python and of the libraries to the findings."""
+    findings.facts["python"] = platform.python_version()
+    for name in LIBRARIES:
+        findings.facts[name] = find_package_version(name) or "-"
 
 
 def collect_machine_facts(findings: Findings) -> None:
