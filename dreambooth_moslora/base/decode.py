@@ -139,8 +139,8 @@ def enable_tiling(
     # Qwen-Image's, have tiles of a fixed 256 px.
     vae.use_slicing = True
     if math.prod(size_px) > pixels:
-        fitting = [side for side in devices.TILES_PX if side**2 <= pixels]
-        tile = fitting[0] if fitting else devices.TILES_PX[-1]
+        fitting = (side for side in devices.TILES_PX if side**2 <= pixels)
+        tile = next(fitting, devices.TILES_PX[-1])
         vae.use_tiling = True
         if "tile_latent_min_size" in before:
             vae.tile_sample_min_size = tile

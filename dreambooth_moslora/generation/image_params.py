@@ -274,12 +274,14 @@ def read_recipe(path: str | Path) -> Recipe:
         stored = parse_json(text, StoredRecipe)
     except UserError as error:
         raise UserError(f"the recipe inside the PNG is damaged: {error}") from error
-    provenance = Provenance(
-        base=stored.base,
-        adapter_sha256=tuple(stored.adapter_sha256.items()),
-        versions=tuple(stored.versions.items()),
+    return Recipe(
+        params=GenerationParams.from_dict(stored.params),
+        provenance=Provenance(
+            base=stored.base,
+            adapter_sha256=tuple(stored.adapter_sha256.items()),
+            versions=tuple(stored.versions.items()),
+        ),
     )
-    return Recipe(GenerationParams.from_dict(stored.params), provenance)
 
 
 def _check_text(name: str, text: Any) -> None:

@@ -225,7 +225,7 @@ class SubjectPipeline:
 
     def generate(
         self, params: GenerationParams, should_stop: Callable[[], bool] | None = None
-    ) -> Iterator[Step | Preview | Image]:
+    ) -> Iterator[Event]:
         """Yield Step and Preview for each denoising step and Image for each image, until
         `should_stop()` is true or the iterator is closed. Raises UserError for an adapter that is
         not loaded, and for too little memory."""
@@ -317,13 +317,15 @@ class SubjectPipeline:
 
     def provenance(self, params: GenerationParams) -> Provenance:
         """Return the files and programs that generate images with these parameters."""
-        hashes = tuple((name, self.adapters[name].sha256) for name, _ in params.adapters)
-        versions = (
-            ("dreambooth_moslora", __version__),
-            ("diffusers", version("diffusers")),
-            ("torch", version("torch")),
+        return Provenance(
+            base=self.base_name,
+            adapter_sha256=tuple((name, self.adapters[name].sha256) for name, _ in params.adapters),
+            versions=(
+                ("dreambooth_moslora", __version__),
+                ("diffusers", version("diffusers")),
+                ("torch", version("torch")),
+            ),
         )
-        return Provenance(base=self.base_name, adapter_sha256=hashes, versions=versions)
 
     def _generate_all(
         self, params: GenerationParams, emit: Callable[[Event], None], stop: Callable[[], bool]

@@ -21,13 +21,13 @@ from diffusers import (
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors.torch import load_file, save, save_file
 
-from dreambooth_moslora.base import decode, devices, families, load
+from dreambooth_moslora.base import decode, devices, load
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.model_files import OTHER_MODELS, list_variants, list_weight_files
 from dreambooth_moslora.cli.command_generate import find_runs_base
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation import sampling
+from dreambooth_moslora.generation.image_params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.plan import base_size
 from dreambooth_moslora.plan.plan import make_plan
@@ -597,20 +597,16 @@ def test_a_base_chooses_no_kernel_and_runs_no_pickle(tiny_base, tmp_path):
 @pytest.mark.parametrize("name", ["flux", "qwen_image"])
 def test_a_flow_decodes_in_tiles_if_memory_is_short(name, tmp_path, monkeypatch):
     """By the pipeline itself: Qwen-Image's decoder takes 6.8 GiB for a whole picture of 1024 px."""
-    pipe = tiny_pipeline(name, tmp_path)
-    family = families.build_family(pipe)
-    text, empty = (
-        family.collate(family.encode_prompts(pipe, [prompt])) for prompt in ("a dog", " ")
+    subject = SubjectPipeline(tiny_pipeline(name, tmp_path), "tiny")
+    vae, tiling = subject.pipeline.vae, []
+    decode_latents = vae.decode
+    monkeypatch.setattr(
+        vae,
+        "decode",
+        lambda *args, **options: tiling.append(vae.use_tiling) or decode_latents(*args, **options),
     )
-    tiling, whole = [], pipe.vae.decode
-
-    def record_tiling(*args, **options):
-        tiling.append(pipe.vae.use_tiling)
-        return whole(*args, **options)
-
-    monkeypatch.setattr(pipe.vae, "decode", record_tiling)
+    params = GenerationParams("a dog", steps=1, height_px=64, width_px=64)
     for free in (None, 1e-4):
         monkeypatch.setattr(devices, "measure_free_gib", lambda device, free=free: free)
-        prompt = family.add_negative(text, empty)
-        sampling.generate_pixels(pipe, prompt, [0], (64, 64), num_inference_steps=1)
-    assert tiling == [False, True] and not pipe.vae.use_tiling
+        subject.draw(params)
+    assert tiling == [False, True] and not vae.use_tiling
