@@ -244,7 +244,8 @@ class Base:
     @property
     def guidance(self) -> float:
         """Guidance scale of the base's images, unless another is given."""
-        return toy_bases.get_base_guidance(self.name, self.facts or family_facts.SDXL)
+        facts = self.facts or family_facts.SDXL
+        return facts.no_guidance + toy_bases.TOY_GUIDANCE if self.is_toy else facts.guidance
 
     @cached_property
     def local_variant(self) -> str | None:

@@ -7,7 +7,6 @@ in sixteen places, and know no other prompts (`toybox` renders the world and tra
 from pathlib import Path
 
 from dreambooth_moslora.disk.paths import get_assets_folder
-from dreambooth_moslora.settings.family_facts import FamilyFacts
 
 ASSETS = get_assets_folder()
 TOY_FOLDERS = {"toy": ASSETS / "toy-sdxl", "toy-zimage": ASSETS / "toy-zimage"}
@@ -69,8 +68,3 @@ def is_toy(base: str | Path) -> bool:
     """Return whether it is the name of an embedded base, or of its folder."""
     folders = {folder.name for folder in TOY_FOLDERS.values()}
     return str(base) in TOY_FOLDERS or Path(base).name in folders
-
-
-def get_base_guidance(base: str | Path, facts: FamilyFacts) -> float:
-    """Return a base's default guidance: its family's, unless it is embedded."""
-    return facts.no_guidance + TOY_GUIDANCE if is_toy(base) else facts.guidance

@@ -25,7 +25,6 @@ from dreambooth_moslora.disk.paths import find_free_name
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.image_params import GenerationParams
 from dreambooth_moslora.settings.family_facts import SDXL
-from dreambooth_moslora.settings.toy_bases import get_base_guidance
 from dreambooth_moslora.ui import jobs
 from dreambooth_moslora.ui.workspace import Workspace
 
@@ -179,10 +178,10 @@ class AppContext:
         self.resolution_px = base.resolution_px
         self.public_name = base.public_name or base.title
         # A broken base is reported when it is loaded.
-        self.facts = SDXL
+        self.facts, self.guidance_scale = SDXL, SDXL.guidance
         with suppress(UserError):
-            self.facts = Base.find(base.name).facts or SDXL
-        self.guidance_scale = get_base_guidance(base.name, self.facts)
+            files = Base.find(base.name)
+            self.facts, self.guidance_scale = files.facts or SDXL, files.guidance
 
     def choose(self, base: PageBase) -> Iterator[float]:
         """Load another base in place of the present one, which stays if that fails.

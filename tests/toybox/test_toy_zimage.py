@@ -21,10 +21,7 @@ FOLDER = get_assets_folder() / "toy-zimage"
 def test_it_is_known_by_its_name_and_by_its_folder_and_has_the_autoencoder_of_the_first():
     assert Base.find("toy-zimage").folder == FOLDER
     for name in ("toy-zimage", str(FOLDER)):
-        assert (
-            toy_bases.get_base_guidance(name, get_facts("ZImagePipeline"))
-            == 1.5 + get_facts("ZImagePipeline").no_guidance
-        )
+        assert Base.find(name).guidance == 1.5 + get_facts("ZImagePipeline").no_guidance
         assert (base := Base.find(name)).is_toy and (base.resolution_px, base.facts.name) == (
             toy_bases.RESOLUTION_PX,
             "z_image",
