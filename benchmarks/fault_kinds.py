@@ -168,18 +168,18 @@ def set_weight_to_nan(step: int, before_the_loss: bool) -> None:
     """Set a weight to NaN, in a forked child."""
     import torch
 
-    from dreambooth_moslora.training.loop import Training
+    from dreambooth_moslora.training.step import TrainStep
 
-    honest = Training.accumulate_with_less_memory
+    honest = TrainStep.accumulate_gradients
 
-    def accumulate(run: Training) -> object:
-        losses = None if before_the_loss else honest(run)
-        if run.step == step:
+    def accumulate(train_step: TrainStep) -> object:
+        losses = None if before_the_loss else honest(train_step)
+        if train_step.step == step:
             with torch.no_grad():
-                run.train_step.parameters[0].view(-1)[0] = float("nan")
-        return honest(run) if losses is None else losses
+                train_step.parameters[0].view(-1)[0] = float("nan")
+        return honest(train_step) if losses is None else losses
 
-    Training.accumulate_with_less_memory = accumulate
+    TrainStep.accumulate_gradients = accumulate
 
 
 def shift_clock(trial: Trial) -> None:

@@ -498,22 +498,25 @@ def collate(samples: Sequence[tuple[EncodedCrop, str]], instance_count: int) -> 
 def move_tensors(
     tensors: dict[str, torch.Tensor | None], device: torch.device
 ) -> dict[str, torch.Tensor | None]:
-    """Move CPU tensors to `device` by one transfer in fp32; it is asynchronous on CUDA (from pinned
-    memory). A None stays None."""
+    """Move CPU tensors without gradients to `device` by one transfer in fp32; it is asynchronous on
+    CUDA (from pinned memory). All else stays as it is."""
     if device.type == "cpu":
         return tensors
 
     # All in one buffer: many small transfers would each wait for the device.
-    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    buffer = torch.cat([tensor.reshape(-1).float() for tensor in present.values()])
+    moving = {}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device.type == "cpu" and not tensor.requires_grad:
+            moving[name] = tensor
+    buffer = torch.cat([tensor.reshape(-1).float() for tensor in moving.values()])
     is_cuda = device.type == "cuda"
     if is_cuda:
         buffer = buffer.pin_memory()
     buffer = buffer.to(device, non_blocking=is_cuda)
 
     # Each gets its part, in its own shape and dtype.
-    parts = buffer.split([tensor.numel() for tensor in present.values()])
+    parts = buffer.split([tensor.numel() for tensor in moving.values()])
     moved = {}
-    for part, (name, tensor) in zip(parts, present.items(), strict=True):
+    for part, (name, tensor) in zip(parts, moving.items(), strict=True):
         moved[name] = part.view(tensor.shape).to(tensor.dtype)
     return tensors | moved

@@ -25,13 +25,12 @@ from dreambooth_moslora.errors import (
     StopRequestedError,
     UserError,
     escape_control_characters,
-    is_out_of_memory,
 )
 from dreambooth_moslora.generation.sampling import Sampler
 from dreambooth_moslora.lora.verify import Proof
 from dreambooth_moslora.photos import caption_variants, folder, photo_file, synthetic
 from dreambooth_moslora.photos.quality import find_photo_faults, log_faults
-from dreambooth_moslora.plan import distributed, memory_plans, validation
+from dreambooth_moslora.plan import distributed, validation
 from dreambooth_moslora.plan.plan import RunPlan, make_plan, plan_steps
 from dreambooth_moslora.precision import FP16_OVERFLOW_ADVICE
 from dreambooth_moslora.settings.train_config import TrainConfig
@@ -43,7 +42,7 @@ from dreambooth_moslora.training import (
     reporter,
 )
 from dreambooth_moslora.training.best_step import BestStep, find_best_step
-from dreambooth_moslora.training.prepare import TrainInputs, prepare_inputs
+from dreambooth_moslora.training.prepare import prepare_inputs
 from dreambooth_moslora.training.step import TrainStep
 
 logger = logging.getLogger(__name__)
@@ -95,7 +94,6 @@ class Training:
     seconds: of the last steps, without samples and saving
     """
 
-    config: TrainConfig
     context: reporter.RunContext
     max_train_steps: int
     train_step: TrainStep
@@ -119,39 +117,10 @@ class Training:
     def step(self) -> int:
         return self.train_step.step
 
-    def accumulate_with_less_memory(self) -> torch.Tensor:
-        """Draw, predict, compare and differentiate a step's micro-batches. Returns its losses (3,).
-
-        Until the first update a step that runs out of memory is done again with less, from the
-        same draws. Raises the error where nothing is left, and in one of several processes, as the
-        others would not know.
-        """
-        while True:
-            self.started = time.monotonic()
-            try:
-                return self.train_step.accumulate_gradients()
-            except Exception as error:
-                may_change = self.step == 0 and self.accelerator.num_processes == 1
-                if not may_change or not is_out_of_memory(error):
-                    raise
-                leaner = memory_plans.find_leaner_settings(
-                    self.config, self.train_step.inputs.family.facts
-                )
-                if leaner is None:
-                    raise
-
-            # Out of the block, where the error holds the step's tensors no more.
-            devices.free_unused_memory(self.accelerator.device)
-            flag, settings = leaner
-            logger.warning("the first step ran out of memory: it is done again with %s.", flag)
-            self.switch_settings(replace(self.config, **settings))
-
-    def switch_settings(self, config: TrainConfig) -> None:
-        """Other settings from here on, in what the run computes and in what it says of itself."""
-        self.train_step.apply_settings(config)
-        self.config = config
-        self.publisher = replace(self.publisher, config=config)
-        checkpoint.write_settings(config, self.run_dir)
+    @property
+    def config(self) -> TrainConfig:
+        """Settings, which change if the first step runs out of memory."""
+        return self.train_step.config
 
     def build_divergence_error(self, problem: str) -> UserError:
         """Return the error of numbers that are no longer finite."""
@@ -165,7 +134,7 @@ class Training:
     def update_and_report(self, losses: torch.Tensor) -> bool:
         """Take an optimizer step. Returns False when fp16 overflowed, so that the step is repeated.
 
-        losses: (3,), of `accumulate_with_less_memory`
+        losses: (3,), of `TrainStep.accumulate_gradients`
 
         Raises UserError when every step overflows, for a loss that is not finite, and for such a
         gradient otherwise.
@@ -303,9 +272,9 @@ class Training:
             with step.apply_average():
                 checkpoint.save_checkpoint(
                     path,
-                    position=replace(self.publisher.position, step=self.step),
+                    position=self.publisher.position,
                     components=step.components,
-                    facts=self.publisher.current_facts,
+                    facts=self.publisher.facts,
                     optimizer=step.optimizer.optimizer,
                     scaler=self.accelerator.scaler,
                     weights=weights,
@@ -460,11 +429,10 @@ def set_up_training(
         max_train_steps=steps.total_steps,
         checkpoint=resumed_from,
         step=position.step,
+        on_new_settings=lambda config: checkpoint.write_settings(config, context.run_dir),
     )
     run = build_training(
-        config,
         context,
-        inputs,
         train_step,
         samples,
         evaluator,
@@ -543,9 +511,7 @@ def make_captions_and_masks(
 
 
 def build_training(
-    config: TrainConfig,
     context: reporter.RunContext,
-    inputs: TrainInputs,
     train_step: TrainStep,
     samples: publish.ValidationSamples,
     evaluator: StepScorer | None,
@@ -555,18 +521,16 @@ def build_training(
     """Build the run, with its sampler and the publisher of the adapter that `train_step` trains."""
     # Pictures are drawn by the adapter as it is at that step.
     sampler = Sampler(
-        pipeline=inputs.pipeline,
+        pipeline=train_step.inputs.pipeline,
         embed=train_step.encode_prompts,
-        resolution_px=config.resolution,
+        resolution_px=train_step.config.resolution,
         device=context.accelerator.device,
         should_stop=context.should_stop,
         guidance_scale=Base.of(config).guidance,
     )
     # What is published is drawn once more, by the same sampler.
     publisher = publish.Publisher(
-        config=config,
         run_dir=context.run_dir,
-        inputs=inputs,
         train_step=train_step,
         samples=samples,
         sampler=sampler,
@@ -574,7 +538,6 @@ def build_training(
         photo_digests=photo_digests,
     )
     return Training(
-        config=config,
         context=context,
         max_train_steps=max_train_steps,
         train_step=train_step,
@@ -599,7 +562,8 @@ def run_training_loop(run: Training) -> TrainResult:
             return run.finish(interrupted=True)
 
         # Draw, predict, compare, differentiate.
-        losses = run.accumulate_with_less_memory()
+        run.started = time.monotonic()
+        losses = run.train_step.accumulate_gradients()
 
         # Update. A step that fp16 skipped is repeated.
         if not run.update_and_report(losses):

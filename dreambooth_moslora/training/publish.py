@@ -39,7 +39,6 @@ from dreambooth_moslora.pictures import SheetRow, draw_contact_sheet, write_png
 from dreambooth_moslora.plan.distributed import run_on_main, share_work
 from dreambooth_moslora.seeds import compute_seed
 from dreambooth_moslora.settings import metric_kinds, prompts, train_config
-from dreambooth_moslora.training import prepare
 from dreambooth_moslora.training.best_step import BestStep
 from dreambooth_moslora.training.checkpoint import Position, resolve_settings
 from dreambooth_moslora.training.model_card import CardFacts, push_to_hub, render_model_card
@@ -216,10 +215,8 @@ def plot_scores(axes: Axes, evaluations: Sequence[events.StepEvaluated]) -> None
 class Publisher:
     """Publishes one run.
 
-    config: its settings
     run_dir: where everything goes
-    inputs: the base, and the photos for the sheet
-    train_step: the adapter, and the steps that are done
+    train_step: the adapter, the steps that are done, the base, the photos and the settings
     samples: the images at fixed seeds
     sampler: draws new contexts at the end
     max_train_steps: optimizer steps of the whole run
@@ -228,9 +225,7 @@ class Publisher:
     best: the best step so far, if any was scored
     """
 
-    config: train_config.TrainConfig
     run_dir: run_folder.RunDir
-    inputs: prepare.TrainInputs
     train_step: TrainStep
     samples: ValidationSamples
     sampler: Sampler
@@ -239,25 +234,25 @@ class Publisher:
     scores: dict[str, float] = field(default_factory=dict)
     best: BestStep | None = None
 
-    def __post_init__(self) -> None:
-        # What a checkpoint notes of the run.
-        self.position = Position(
+    @property
+    def position(self) -> Position:
+        """Facts of the run for a checkpoint."""
+        config = self.train_step.config
+        return Position(
             step=self.train_step.step,
-            seed=self.config.seed,
-            optimizer=get_optimizer_name(self.config),
-            base=self.inputs.base_identity,
-            settings=resolve_settings(self.config),
+            seed=config.seed,
+            optimizer=get_optimizer_name(config),
+            base=self.train_step.inputs.base_identity,
+            settings=resolve_settings(config),
             photos=self.photo_digests,
         )
 
-        # What the headers of its files say.
-        self.facts = collect_facts(self.config, self.inputs, self.train_step)
-
     @property
-    def current_facts(self) -> metadata.AdapterMetadata:
-        """With the step, unless it is the run's last."""
+    def facts(self) -> metadata.AdapterMetadata:
+        """Facts for the headers of the run's files; with the step, unless it is the last."""
         step = self.train_step.step
-        return replace(self.facts, step=None if step == self.max_train_steps else step)
+        facts = collect_facts(self.train_step)
+        return replace(facts, step=None if step == self.max_train_steps else step)
 
     def keep_best(self) -> None:
         """Write the current adapter to `best/`, loadable like the final one, completely or not at
@@ -285,7 +280,8 @@ class Publisher:
 
     def _write_card_and_plots(self, finished: bool, proof: Proof, contexts: list[Sample]) -> None:
         """Write the card, push, and draw the plot and the sheet, which are not pushed."""
-        config, run_dir = self.config, self.run_dir
+        config, run_dir = self.train_step.config, self.run_dir
+        photos = self.train_step.inputs.photos
         facts = CardFacts(
             name=run_dir.name,
             step=self.train_step.step,
@@ -294,7 +290,7 @@ class Publisher:
             proof=proof,
             scores=self.scores,
             best=self.best if run_dir.best_dir.is_dir() else None,
-            synthetic_lines=tuple(describe_synthetic(self.inputs.photos, config.synthetic_weight)),
+            synthetic_lines=tuple(describe_synthetic(photos, config.synthetic_weight)),
         )
         latest_samples = list(zip(self.samples.requests, self.samples.latest))
         write_card(config, run_dir, facts, latest_samples, contexts)
@@ -307,23 +303,22 @@ class Publisher:
             if steps:
                 plot_losses(steps, run_dir.loss_plot_path, run_dir.read_scores())
             if latest_samples:
-                rows = build_sheet_rows(config, self.inputs.photos, self.samples, contexts)
+                rows = build_sheet_rows(config, photos, self.samples, contexts)
                 draw_contact_sheet(rows, run_dir.contact_sheet_path)
 
     def _publish_to(self, folder: Path) -> Proof:
         """Write the adapter's files, each proved to reload."""
         components = self.train_step.components
-        return writer.publish(components, folder, self.run_dir.name, self.current_facts)
+        return writer.publish(components, folder, self.run_dir.name, self.facts)
 
 
-def collect_facts(
-    config: train_config.TrainConfig, inputs: prepare.TrainInputs, train_step: TrainStep
-) -> metadata.AdapterMetadata:
+def collect_facts(train_step: TrainStep) -> metadata.AdapterMetadata:
     """Collect the facts for the headers of the run's files: adapter, base, and recipe."""
+    config = train_step.config
     facts = raw_file.build_adapter_metadata(
         train_step.components,
         base_id=config.pretrained_model_name_or_path,
-        base_architecture=get_architecture(inputs.denoiser),
+        base_architecture=get_architecture(train_step.inputs.denoiser),
         trigger_words=prompts.list_trigger_words(config),
         class_word=prompts.get_class_word(config),
         resolution_px=config.resolution,

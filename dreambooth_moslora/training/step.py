@@ -9,21 +9,23 @@ with copies of the adapter made once per step.
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from dreambooth_moslora.base import families
+from dreambooth_moslora.base import devices, families
 from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.base.streaming import StreamedBlocks
 from dreambooth_moslora.errors import StopRequestedError, UserError, format_error, is_out_of_memory
 from dreambooth_moslora.method import fast_linear, moslora
-from dreambooth_moslora.plan import distributed
+from dreambooth_moslora.plan import distributed, memory_plans
 from dreambooth_moslora.plan.speed import choose_speed
 from dreambooth_moslora.seeds import compute_seed, seed_generator, seed_rng
 from dreambooth_moslora.settings.family_facts import PX_PER_TOKEN
@@ -71,6 +73,7 @@ class TrainStep:
     max_train_steps: optimizer steps of the whole run
     checkpoint: folder to resume from; None for a fresh adapter
     step: optimizer steps done
+    on_new_settings: gets the settings if a first step without memory changes them
 
     Raises UserError for a checkpoint of other layers, and for an optimizer whose package is
     missing.
@@ -84,8 +87,10 @@ class TrainStep:
         max_train_steps: int,
         checkpoint: Path | None = None,
         step: int = 0,
+        on_new_settings: Callable[[TrainConfig], object] = bool,
     ):
         self.config = config
+        self.on_new_settings = on_new_settings
         self.inputs = inputs
         self.accelerator = accelerator
         self.device = accelerator.device
@@ -137,22 +142,38 @@ class TrainStep:
         self.optimizer = accelerator.prepare(optimizer)
 
     def accumulate_gradients(self) -> torch.Tensor:
-        """Compute the gradients of a step; again without compilation where that fails.
+        """Compute the gradients of a step. One that fails is repeated while a fallback is left.
 
         Returns total, instance and prior loss (3,) of the step, on the device: reading them would
         wait for it.
         """
-        try:
-            return self.run_micro_batches()
-        except (UserError, StopRequestedError):
-            raise
-        except Exception as error:  # compilers and what they call raise what they like
-            if is_out_of_memory(error) or not self.compiled_blocks:
+        while True:
+            try:
+                return self.run_micro_batches()
+            except (UserError, StopRequestedError):
                 raise
-            self.stop_compiling(format_error(f"{type(error).__name__} {error}", 200))
+            except Exception as error:  # compilers and what they call raise what they like
+                fall_back = self.find_fallback(error)
+                if fall_back is None:
+                    raise
 
-        # Random draws are seeded by name, so the second attempt has the same.
-        return self.run_micro_batches()
+            # Outside the except block, where the error no longer holds the step's tensors. Random
+            # draws are seeded by name, so the next attempt has the same.
+            fall_back()
+
+    def find_fallback(self, error: Exception) -> Callable[[], None] | None:
+        """Return what must be called before a failed step is repeated; None if it must end the run.
+
+        Without memory, a step is repeated before the first update alone, and not by one of several
+        processes, as the others would not know.
+        """
+        if not is_out_of_memory(error):
+            reason = format_error(f"{type(error).__name__} {error}", 200)
+            return partial(self.stop_compiling, reason) if self.compiled_blocks else None
+        if self.step > 0 or self.accelerator.num_processes > 1:
+            return None
+        leaner = memory_plans.find_leaner_settings(self.config, self.inputs.family.facts)
+        return partial(self.apply_settings, *leaner) if leaner else None
 
     def run_micro_batches(self) -> torch.Tensor:
         """Run every micro-batch of the step forward and backward, without a fallback. Returns as
@@ -258,22 +279,24 @@ class TrainStep:
         self.compiled_blocks = []
         logger.warning("--compile: %s: %s", FALLBACK_NOTE, reason)
 
-    def apply_settings(self, config: TrainConfig) -> None:
-        """Switch to settings that differ only in what saves memory (`plan.memory_plans`)."""
-        inputs = self.inputs
+    def apply_settings(self, flag: str, settings: Mapping[str, Any]) -> None:
+        """Change settings that save memory (`plan.memory_plans`), and log their `flag`."""
+        devices.free_unused_memory(self.device)
+        logger.warning("the first step ran out of memory: it is done again with %s.", flag)
+        config, inputs = replace(self.config, **settings), self.inputs
 
         # How the base is quantized, and what its layers keep for the backward pass.
         if config.base_quantization != self.config.base_quantization:
             quantize(inputs.denoiser, config.base_quantization, inputs.dtype, self.device)
         for module in self.components.values():
             adapters.apply_gradient_checkpointing(config, module)
-
         if config.stream_blocks and not self.config.stream_blocks:
             StreamedBlocks(inputs.denoiser, self.device)
 
         # New copies: the old ones hold the old weights, and what an interrupted step left.
-        self.config = config
         self.working_copies = fast_linear.WorkingCopies(*self.components.values())
+        self.config = config
+        self.on_new_settings(config)
 
     def begin_step(self) -> None:
         """Turn dropout on, and clear the gradients."""
@@ -339,23 +362,21 @@ class TrainStep:
         }
         tensors |= {("photo", name): tensor for name, tensor in batch.photo_inputs.items()}
 
-        # Cached text embeddings move with the rest; trained encoders compute theirs on the device.
-        cached = [] if config.train_text_encoder else self.inputs.text_cache(batch.prompts)
-        for row, embedding in enumerate(cached):
+        # All move together, but for embeddings of trained encoders, which are on the device.
+        embeddings = self.encode_prompts(batch.prompts)
+        for row, embedding in enumerate(embeddings):
             tensors |= {(row, name): tensor for name, tensor in embedding.items()}
         moved = dataset.move_tensors(tensors, self.device)
-        embeddings = [
-            {name: moved[row, name] for name in cached[row]} for row in range(len(cached))
-        ]
-        if config.train_text_encoder:
-            embeddings = self.encode_prompts(batch.prompts)
+        text_embeddings = []
+        for row, embedding in enumerate(embeddings):
+            text_embeddings.append({name: moved[row, name] for name in embedding})
 
         # Noised latents, and the target of the prediction.
         latents, noise, index = moved["latents"], moved["noise"], moved["index"]
         return MicroBatch(
             inputs=DenoiserInputs(
                 noisy_sample=objective.add_noise(self.schedule, latents, noise, index),
-                text_embeddings=tuple(embeddings),
+                text_embeddings=tuple(text_embeddings),
                 photo_inputs={name: moved["photo", name] for name in batch.photo_inputs},
                 prompts=tuple(batch.prompts),
             ),

@@ -73,7 +73,7 @@ def has_layers(kind: str) -> Fits:
 WAYS = [
     (PAIR, is_single, FEWER, [TO_FEWER]),
     pytest.param(
-        LAYERS, has_layers("RecomputedFeedForward"), FEED_FORWARD, [TO_FEED_FORWARD], marks=slow
+        LAYERS, has_layers("CheckpointedFeedForward"), FEED_FORWARD, [TO_FEED_FORWARD], marks=slow
     ),
     pytest.param(LAYERS, is_recomputed, RECOMPUTED, [TO_FEED_FORWARD, TO_RECOMPUTED], marks=slow),
     pytest.param(LAYERS | RECOMPUTED, has_layers("Linear4bit"), IN_4_BIT, [TO_4_BIT], marks=slow),
