@@ -526,7 +526,7 @@ def build_training(
         resolution_px=train_step.config.resolution,
         device=context.accelerator.device,
         should_stop=context.should_stop,
-        guidance_scale=Base.of(config).guidance,
+        guidance_scale=Base.of(train_step.config).guidance,
     )
     # What is published is drawn once more, by the same sampler.
     publisher = publish.Publisher(
