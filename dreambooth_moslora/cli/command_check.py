@@ -16,7 +16,7 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli import one_word, terminal, train_flags
 from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.errors import UserError, escape_control_characters
-from dreambooth_moslora.plan.validation import get_bucket_step
+from dreambooth_moslora.plan.defaults import choose_bucket_step
 from dreambooth_moslora.settings import train_config
 from dreambooth_moslora.settings.family_facts import SDXL_HUB_ID
 
@@ -57,7 +57,7 @@ def run_check(args: argparse.Namespace) -> int:
     choices = one_word.choose_settings([args.folder, args.word], settings, has_recipe=has_recipe)
     terminal.print_lines(choices.lines)
     config = train_config.TrainConfig.from_dict(choices.all_settings)
-    config = replace(config, **get_bucket_step(config, Base.of(config)))
+    config = replace(config, **choose_bucket_step(config, Base.of(config)))
 
     # Examine the photos, again if masks are written.
     report = choices.photo_report

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 from dreambooth_moslora.base import devices
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.devices import get_world_size
+from dreambooth_moslora.base.model_files import MAX_SMALL_BASE_PX
 from dreambooth_moslora.disk.paths import get_assets_folder
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings import config_files, family_facts, toy_bases
+from dreambooth_moslora.plan.steps import plan_steps
+from dreambooth_moslora.settings import config_files, family_facts, field_facts, toy_bases
 from dreambooth_moslora.settings.metric_kinds import CLIP_REPO, DINO_REPO, SFACE
 from dreambooth_moslora.settings.subject_kinds import SUBJECT_KINDS
 from dreambooth_moslora.settings.train_config import EXCLUSIONS, TrainConfig, get_flag_name
@@ -185,11 +187,63 @@ def load_recipe(base: Base) -> tuple[str, dict[str, Any]]:
         precision = "bf16"
 
     # The file: the family's, or SDXL's where the family is not known.
-    name = f"{facts.name if facts else 'sdxl'}.toml"
+    name = f"{(facts or family_facts.SDXL).name}.toml"
     recipe = config_files.load_settings(folder / name)
     if base.name != family_facts.SDXL_HUB_ID:  # the only one that is known to have fp16 files
         recipe["variant"] = None
     return name, recipe | {"mixed_precision": precision}
+
+
+def choose_family_settings(config: TrainConfig, base: Base) -> dict[str, Any]:
+    """Return the settings of the base's family where the user set none; none for a UNet."""
+    facts = base.facts
+    if facts is None or facts.style == "ddpm":
+        return {}
+    settings: dict[str, Any] = {
+        "target_modules": choose_target_modules(config, base),
+        "lora_blocks": (),  # the layers above name them
+        "weighting_scheme": config.weighting_scheme or facts.weighting_scheme,
+    }
+    settings |= choose_bucket_step(config, base)
+    if config.precondition_outputs is None and facts.precondition_outputs:
+        settings["precondition_outputs"] = True
+    return settings
+
+
+def choose_bucket_step(config: TrainConfig, base: Base) -> dict[str, int]:
+    """Return the bucket step of a small base's family for crops in the photos' shapes, unless the
+    user set one."""
+    is_open = config.enable_bucket and not config.bucket_reso_steps
+    is_small = config.resolution <= MAX_SMALL_BASE_PX
+    if not (is_open and is_small and base.facts):
+        return {}
+    return {"bucket_reso_steps": base.facts.multiple_px}
+
+
+def choose_target_modules(config: TrainConfig, base: Base) -> tuple[str, ...]:
+    """Return the family's layers unless the user named others, in the blocks of `--lora_blocks`.
+
+    The last block may lack some of the family's layers, which are left out where the base's files
+    are here.
+    """
+    is_usual = config.target_modules == field_facts.ATTENTION_LAYERS
+    names = base.facts.targets if is_usual else config.target_modules
+    if not config.lora_blocks:
+        return names
+
+    # Each name in each block.
+    block_names = []
+    for block in config.lora_blocks:
+        block_names += [f"transformer_blocks.{block}.{name}" for name in names]
+    if not is_usual:
+        return tuple(block_names)
+
+    # Of the family's own names, those that the base has; without its files, all.
+    paths = [path.removesuffix(".weight") for path in base.denoiser_shapes]
+    present = [
+        name for name in block_names if any(field_facts.is_target(path, name) for path in paths)
+    ]
+    return tuple(present or block_names)
 
 
 def choose_prompts(choices: Choices, word: str) -> None:
@@ -228,9 +282,9 @@ def choose_style(choices: Choices, name: str) -> None:
         for name in [name for name in choices.settings if name.startswith("prior")]:
             del choices.settings[name]
     facts = choices.base.facts
-    if facts and facts.name == "sdxl" and not choices.base.is_toy:
+    if facts and facts.style_layers and not choices.base.is_toy:
         line = "layers: the blocks that hold style"
-        choices.add(line, "target_modules", target_modules=("blora_style",))
+        choices.add(line, "target_modules", target_modules=facts.style_layers)
 
 
 def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> None:
@@ -287,7 +341,6 @@ def choose_shapes(choices: Choices, photos: Sequence["Photo"]) -> None:
 def count_steps(choices: Choices, photos: list["Photo"]) -> int:
     """Return the steps of the run by the settings chosen so far."""
     from dreambooth_moslora.photos.photo_file import count_photos
-    from dreambooth_moslora.plan.plan import plan_steps
 
     config = TrainConfig.from_dict(choices.all_settings)
     return plan_steps(config, count_photos(photos), get_world_size()).total_steps

@@ -10,11 +10,9 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
 
 from dreambooth_moslora.base import devices
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.model_files import MAX_SMALL_BASE_PX
 from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.disk.paths import expand_user_path
 from dreambooth_moslora.disk.safetensors_header import read_header
@@ -296,37 +294,13 @@ def check_distilled(base: Base, companion: str | None) -> None:
         )
 
 
-def get_family_settings(config: train_config.TrainConfig, base: Base) -> dict[str, Any]:
-    """Return the family's settings where the user set none. Raises UserError for settings that the
-    family cannot follow."""
-    facts = base.facts
-    if facts is not None:
-        check_family(config, facts)
+def check_base_settings(config: train_config.TrainConfig, base: Base) -> None:
+    """Raise UserError for settings that the base's family cannot follow, and for a distilled base
+    without the LoRA that undoes it."""
+    if base.facts is not None:
+        check_family(config, base.facts)
+        check_sides(config, base.facts)
     check_distilled(base, config.companion)
-    if facts is None or facts.style == "ddpm":
-        return {}
-    check_sides(config, facts)
-
-    # The family's own choices.
-    settings: dict[str, Any] = {
-        "target_modules": get_target_modules(config, base),
-        "lora_blocks": (),  # the layers above name them
-        "weighting_scheme": config.weighting_scheme or facts.weighting_scheme,
-    }
-    settings |= get_bucket_step(config, base)
-    if config.precondition_outputs is None and facts.precondition_outputs:
-        settings["precondition_outputs"] = True
-    return settings
-
-
-def get_bucket_step(config: train_config.TrainConfig, base: Base) -> dict[str, int]:
-    """Return the bucket step of a small base's family for crops in the photos' shapes, unless the
-    user set one."""
-    is_open = config.enable_bucket and not config.bucket_reso_steps
-    is_small = config.resolution <= MAX_SMALL_BASE_PX
-    if not (is_open and is_small and base.facts):
-        return {}
-    return {"bucket_reso_steps": base.facts.multiple_px}
 
 
 def check_sides(config: train_config.TrainConfig, facts: FamilyFacts) -> None:
@@ -339,32 +313,6 @@ def check_sides(config: train_config.TrainConfig, facts: FamilyFacts) -> None:
                 f"--{name} {px}: {facts.title} needs multiples of {facts.multiple_px} px, "
                 f"such as {near}."
             )
-
-
-def get_target_modules(config: train_config.TrainConfig, base: Base) -> tuple[str, ...]:
-    """Return the family's layers unless the user named others, in the blocks of `--lora_blocks`.
-
-    The last block may lack some of the family's layers, which are left out where the base's files
-    are here.
-    """
-    is_usual = config.target_modules == field_facts.ATTENTION_LAYERS
-    names = base.facts.targets if is_usual else config.target_modules
-    if not config.lora_blocks:
-        return names
-
-    # Each name in each block.
-    block_names = []
-    for block in config.lora_blocks:
-        block_names += [f"transformer_blocks.{block}.{name}" for name in names]
-    if not is_usual:
-        return tuple(block_names)
-
-    # Of the family's own names, those that the base has; without its files, all.
-    paths = [path.removesuffix(".weight") for path in base.denoiser_shapes]
-    present = [
-        name for name in block_names if any(field_facts.is_target(path, name) for path in paths)
-    ]
-    return tuple(present or block_names)
 
 
 def check_family(config: train_config.TrainConfig, facts: FamilyFacts) -> None:

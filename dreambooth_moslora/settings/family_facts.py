@@ -91,6 +91,8 @@ class FamilyFacts:
     adapted_encoders: tuple[str, ...] = ()
     """Text encoders whose LoRA diffusers loads, and which `--train_text_encoder` adapts."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    style_layers: tuple[str, ...] = ()
+    """Names for `--target_modules` of the blocks that hold style, where they are known."""
     style: str = "flow"
     """Prediction of the denoiser: `flow`, n - x of z = (1 - σ)x + σn, or `ddpm`, noise or velocity.
     """
@@ -171,6 +173,7 @@ FAMILIES = (
         adapted_encoders=("text_encoder", "text_encoder_2"),
         guidance=5.0,
         needs_sizes=True,
+        style_layers=("blora_style",),
         marker_tensor="label_emb.0.0.weight",
         modelspec="stable-diffusion-xl-v1-base",
         kohya_version="sdxl_base_v1-0",

@@ -42,7 +42,7 @@ from dreambooth_moslora.photos.folder import find_photos, list_usable_photos
 from dreambooth_moslora.photos.photo_file import Photo, UnreadableImageError, open_image
 from dreambooth_moslora.pictures import encode_png
 from dreambooth_moslora.plan.distributed import require_agreement, run_on_main, share_work
-from dreambooth_moslora.plan.plan import split_total
+from dreambooth_moslora.plan.steps import split_total
 from dreambooth_moslora.seeds import compute_seed
 from dreambooth_moslora.settings.family_facts import get_text_options
 from dreambooth_moslora.settings.train_config import TrainConfig

@@ -14,8 +14,9 @@ from dreambooth_moslora.photos import caption_variants, folder, photo_file, synt
 from dreambooth_moslora.photos.quality import find_photo_faults
 from dreambooth_moslora.plan.base_size import BaseSize
 from dreambooth_moslora.plan.memory_plans import format_plans
-from dreambooth_moslora.plan.plan import EXPOSURES_ADVICE, MIN_EXPOSURES, RunPlan, make_plan
+from dreambooth_moslora.plan.plan import RunPlan, make_plan
 from dreambooth_moslora.plan.speed import choose_local_speed
+from dreambooth_moslora.plan.steps import EXPOSURES_ADVICE, MIN_EXPOSURES
 from dreambooth_moslora.plan.validation import check_folders, find_existing_folder
 from dreambooth_moslora.settings import lr_schedules, rules, train_config
 from dreambooth_moslora.settings.config_files import DEFAULTS

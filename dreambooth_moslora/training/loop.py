@@ -31,7 +31,8 @@ from dreambooth_moslora.lora.verify import Proof
 from dreambooth_moslora.photos import caption_variants, folder, photo_file, synthetic
 from dreambooth_moslora.photos.quality import find_photo_faults, log_faults
 from dreambooth_moslora.plan import distributed, validation
-from dreambooth_moslora.plan.plan import RunPlan, make_plan, plan_steps
+from dreambooth_moslora.plan.plan import RunPlan, make_plan
+from dreambooth_moslora.plan.steps import plan_steps
 from dreambooth_moslora.precision import FP16_OVERFLOW_ADVICE
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import (

@@ -17,7 +17,7 @@ from statistics import median
 
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.defaults import DEFAULT_EXPOSURES
-from dreambooth_moslora.plan.plan import EXPOSURES_ADVICE, MIN_EXPOSURES
+from dreambooth_moslora.plan.steps import EXPOSURES_ADVICE, MIN_EXPOSURES
 from dreambooth_moslora.precision import FP16_OVERFLOW_ADVICE
 from dreambooth_moslora.settings.prompts import get_class_word
 from dreambooth_moslora.settings.subject_kinds import get_subject_kind

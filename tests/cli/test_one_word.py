@@ -21,7 +21,7 @@ from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.processes import STOP_FILE_VARIABLE
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir
 from dreambooth_moslora.plan import agreement
-from dreambooth_moslora.plan.plan import plan_steps
+from dreambooth_moslora.plan.steps import plan_steps
 from dreambooth_moslora.settings.config_files import load_settings
 from dreambooth_moslora.settings.family_facts import SDXL_HUB_ID
 from dreambooth_moslora.settings.metric_kinds import CLIP_REPO, DINO_REPO

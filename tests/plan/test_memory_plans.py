@@ -18,10 +18,15 @@ from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan import memory_plans, speed
 from dreambooth_moslora.plan.base_size import BaseSize, find_base_size
-from dreambooth_moslora.plan.defaults import Choices, choose_recipe, load_recipe
+from dreambooth_moslora.plan.defaults import (
+    Choices,
+    choose_family_settings,
+    choose_recipe,
+    load_recipe,
+)
 from dreambooth_moslora.plan.memory import estimate_memory
 from dreambooth_moslora.plan.memory_plans import USABLE_RATIO, check_memory, choose_memory_settings
-from dreambooth_moslora.plan.validation import get_family_settings, validate_run
+from dreambooth_moslora.plan.validation import check_base_settings, validate_run
 from dreambooth_moslora.settings import train_config
 from dreambooth_moslora.settings.config_files import load_settings
 from dreambooth_moslora.settings.family_facts import FAMILIES, SDXL_HUB_ID
@@ -228,7 +233,7 @@ def test_a_transformer_on_a_card_without_bf16_is_trained_in_fp32_as_it_overflows
         ("fp16", "Z-Image overflows in fp16; give no"),
     ):
         with pytest.raises(UserError, match=says):
-            get_family_settings(replace(run, mixed_precision=precision), Base.of(run))
+            check_base_settings(replace(run, mixed_precision=precision), Base.of(run))
 
 
 SUBJECT = {"instance_data_dir": ".", "instance_prompt": "a photo of sks dog"}
@@ -412,7 +417,7 @@ def test_every_card_trains_the_one_recipe_of_a_family(card, facts, free_gib, tmp
     card(free_gib)
     run = TrainConfig.from_dict(recipe | SUBJECT | {"output_dir": str(tmp_path)})
     assert (run.memory, run.rank, run.resolution) == ("auto", 16, facts.resolution_px)
-    run = replace(run, **get_family_settings(run, Base.of(run)))
+    run = replace(run, **choose_family_settings(run, Base.of(run)))
     size = find_base_size(Base.of(run), facts.targets)
     found = planned(run)
     assert size.family is facts and estimate_memory(found, size, 1).peak_gib <= USABLE_RATIO * (

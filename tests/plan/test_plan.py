@@ -14,7 +14,8 @@ from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.plan import memory, plan
 from dreambooth_moslora.plan.base_size import BaseSize
 from dreambooth_moslora.plan.memory import estimate_memory
-from dreambooth_moslora.plan.plan import RunPlan, make_plan, plan_steps
+from dreambooth_moslora.plan.plan import RunPlan, make_plan
+from dreambooth_moslora.plan.steps import plan_steps
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training.dry_run import list_plan_advice
 from tests.helpers.few_pictures import few_pictures

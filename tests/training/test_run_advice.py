@@ -16,7 +16,7 @@ from dreambooth_moslora.cli import command_evaluate
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.plan.plan import plan_steps
+from dreambooth_moslora.plan.steps import plan_steps
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import loop, run_advice
 from dreambooth_moslora.training.run_advice import list_advice

@@ -18,7 +18,7 @@ from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster import ray_fleet, records, worker
 from dreambooth_moslora.extras.cluster.fleet_subjects import Subject, digest_run
-from dreambooth_moslora.plan import memory, memory_plans, validation
+from dreambooth_moslora.plan import defaults, memory, memory_plans, validation
 from dreambooth_moslora.plan.base_size import BaseSize, find_base_size
 from dreambooth_moslora.settings import train_config
 
@@ -98,7 +98,8 @@ def measure_base_size(
     Raises UserError."""
     base.check()
     config = train_config.TrainConfig(target_modules=target_modules, lora_blocks=lora_blocks)
-    targets = validation.get_family_settings(config, base).get("target_modules", target_modules)
+    validation.check_base_settings(config, base)
+    targets = defaults.choose_family_settings(config, base).get("target_modules", target_modules)
     return find_base_size(base, targets)
 
 

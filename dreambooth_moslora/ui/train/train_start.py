@@ -18,9 +18,9 @@ from dreambooth_moslora.disk.paths import find_free_name
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.photo_file import Photo
+from dreambooth_moslora.plan.defaults import choose_bucket_step, choose_family_settings
 from dreambooth_moslora.plan.memory_plans import format_plans
-from dreambooth_moslora.plan.plan import plan_steps
-from dreambooth_moslora.plan.validation import get_bucket_step
+from dreambooth_moslora.plan.steps import plan_steps
 from dreambooth_moslora.settings import train_config
 from dreambooth_moslora.settings.subject_kinds import get_subject_kind
 from dreambooth_moslora.ui import html, state
@@ -78,7 +78,7 @@ def prepare_run(
 
     With `is_queued` the run begins when all others have ended. Raises UserError.
     """
-    from dreambooth_moslora.plan.validation import get_family_settings, validate_settings
+    from dreambooth_moslora.plan.validation import check_base_settings, validate_settings
 
     # The settings for the page's photos.
     photos = ctx.workspace.required_photos_dir
@@ -103,7 +103,8 @@ def prepare_run(
             shutil.copytree(photos, copies)
         # Validate the settings as training will: here the form can still be changed.
         base = Base.of(config)
-        validate_settings(replace(config, **get_family_settings(config, base)), base)
+        check_base_settings(config, base)
+        validate_settings(replace(config, **choose_family_settings(config, base)), base)
         yield PreparedRun(run_dir=run_dir, settings=config.to_dict(), lines=format_choices(config))
     except BaseException:
         shutil.rmtree(run_dir, ignore_errors=True)
@@ -125,7 +126,7 @@ def build_config(
         photos=photos,
     )
     config = train_config.TrainConfig.from_dict(choices.all_settings)
-    return replace(config, **get_bucket_step(config, Base.of(config)))
+    return replace(config, **choose_bucket_step(config, Base.of(config)))
 
 
 def format_choices(config: train_config.TrainConfig) -> list[str]:

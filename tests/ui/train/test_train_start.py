@@ -13,7 +13,7 @@ from dreambooth_moslora.plan import agreement
 from dreambooth_moslora.plan.base_size import BaseSize
 from dreambooth_moslora.plan.memory import estimate_memory
 from dreambooth_moslora.plan.memory_plans import choose_memory_settings
-from dreambooth_moslora.plan.plan import plan_steps
+from dreambooth_moslora.plan.steps import plan_steps
 from dreambooth_moslora.settings.config_files import load_settings
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.ui import jobs as page_jobs
