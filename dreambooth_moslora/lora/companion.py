@@ -15,16 +15,14 @@ from torch import nn
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import reader
+from dreambooth_moslora.lora.reader import Layers
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.method.mixer import LowRank
 from dreambooth_moslora.settings.family_facts import get_facts
 
-Layers = dict[str, LowRank]
-"""Module path of the denoiser -> the companion's matrices, with the scale in `up`."""
-
 
 def read_companion(path: str | Path, pipeline: DiffusionPipeline) -> Layers:
-    """Return the companion's layers from a LoRA file.
+    """Return the companion's layers from a LoRA file, with the scale in `up`.
 
     Raises UserError if the file does not fit the base, or is more than a plain LoRA of the
     denoiser.

@@ -39,10 +39,12 @@ def describe(path: str | Path) -> dict[str, object]:
 def describe_raw(path: Path) -> dict[str, object]:
     """Return the facts of a raw file. Raises UserError for a broken one."""
     _, metadata = raw_file.read_raw(path)
-    kind = "raw MoSLoRA weights (for resuming; export it to use it elsewhere)"
     settings = ("rank", "alpha", "use_rslora", "use_dora", "mixer")
-    facts = {name: getattr(metadata, name) for name in settings}
-    return {"kind": kind, **facts, **describe_metadata(metadata)}
+    return {
+        "kind": "raw MoSLoRA weights (for resuming; export it to use it elsewhere)",
+        **{name: getattr(metadata, name) for name in settings},
+        **describe_metadata(metadata),
+    }
 
 
 def describe_layers(
@@ -55,10 +57,11 @@ def describe_layers(
     # A plain LoRA's layers have a down matrix; any other kind is described by its tool alone.
     keys = [key for key in map(key_names.parse_key, tensors) if key]
     modules, _ = key_names.parse_keys(tensors)
-    pairs = {}
-    for module, parts in modules.items():
-        if "down" in parts and "mixer" not in parts:
-            pairs[module] = parts
+    pairs = {
+        module: parts
+        for module, parts in modules.items()
+        if "down" in parts and "mixer" not in parts
+    }
     kinds = sorted({key.tool for key in keys} - PAIRED_TOOLS)
     if not pairs and not kinds:
         raise UserError(
@@ -97,13 +100,9 @@ def describe_layers(
 
 def list_alphas(settings: dict[str, object]) -> set[float]:
     """Return the alphas in PEFT's settings, of any component."""
-    alphas = set()
-    for name, value in settings.items():
-        if name.endswith("lora_alpha"):
-            alphas.add(value)
-        if name.endswith("alpha_pattern"):
-            alphas |= {*(value or {}).values()}
-    return alphas
+    alphas = {value for name, value in settings.items() if name.endswith("lora_alpha")}
+    patterns = [value or {} for name, value in settings.items() if name.endswith("alpha_pattern")]
+    return alphas.union(*(pattern.values() for pattern in patterns))
 
 
 def describe_header(header: dict[str, str]) -> dict[str, object]:

@@ -63,7 +63,6 @@ WRITTEN_PREFIXES = {
 }
 """Prefixes of the files that are written; they do not depend on the order of PREFIXES."""
 WRITTEN_SINGLE_PREFIX = "lora_te_"
-"""Prefix of a text encoder that is the only one."""
 
 
 class Ending(NamedTuple):

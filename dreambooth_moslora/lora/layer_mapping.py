@@ -62,11 +62,7 @@ def map_to_lora(tensors: Tensors, pipeline: "DiffusionPipeline", file_name: str)
         # diffusers drops DoRA's magnitudes, and knows LoHa and LoKr of few families.
         if not any(parts.keys() & {"dora_scale", *LYCORIS_PARTS} for parts in modules.values()):
             return None
-        raise (
-            make_unknown_layer_error(file_name, strange[0])
-            if strange
-            else make_unknown_key_error(file_name, unknown[0])
-        )
+        raise make_unknown_error(file_name, strange, unknown)
 
     # Each module's matrices, for each of its layers
     lora_layers: Parts = {}
@@ -84,26 +80,26 @@ def map_to_lora(tensors: Tensors, pipeline: "DiffusionPipeline", file_name: str)
     return lora_layers
 
 
-def make_unknown_layer_error(file_name: str, module: FileModule) -> UserError:
-    """Return the error for a file with a layer that the base lacks."""
+def make_unknown_error(file_name: str, strange: list[FileModule], unknown: list[str]) -> UserError:
+    """Return the error for a file with layers that the base lacks, or with keys of an unknown
+    spelling."""
+    if not strange:
+        return UserError(
+            f"{file_name} is not a LoRA of a diffusion model: {unknown[0]!r:.100} does not belong "
+            "to one"
+        )
     return UserError(
         f"{file_name} does not fit this base: it has names that are no layers of it, in the layout "
-        f"of diffusers or of its original files, such as {module.name!r:.100}, as "
-        f"{module.prefix.tool} spells it"
-    )
-
-
-def make_unknown_key_error(file_name: str, key: str) -> UserError:
-    """Return the error for a file with a key of an unknown spelling."""
-    return UserError(
-        f"{file_name} is not a LoRA of a diffusion model: {key!r:.100} does not belong to one"
+        f"of diffusers or of its original files, such as {strange[0].name!r:.100}, as "
+        f"{strange[0].prefix.tool} spells it"
     )
 
 
 def select_rows(parts: Tensors, rows: torch.Tensor) -> Tensors:
     """Return the LoRA of some rows of ΔW."""
     selected = {
-        part: tensor[rows] if part in ROW_PARTS else tensor for part, tensor in parts.items()
+        part: tensor[rows] if part in ("up", "bias", "magnitude") else tensor
+        for part, tensor in parts.items()
     }
     # Where q, k and v were trained separately, each uses only some columns of `up`.
     is_used = selected["up"].flatten(1).any(0)
@@ -112,9 +108,6 @@ def select_rows(parts: Tensors, rows: torch.Tensor) -> Tensors:
         if "alpha" in selected:  # so that alpha/r stays the same
             selected["alpha"] = selected["alpha"].double() * int(is_used.sum()) / len(is_used)
     return selected
-
-
-ROW_PARTS = ("up", "bias", "magnitude")
 
 
 def count_rows(parts: Tensors) -> int:

@@ -13,7 +13,8 @@ from dreambooth_moslora.disk.contents import parse_json, read_json
 from dreambooth_moslora.disk.run_folder import PEFT_CONFIG_NAME
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import key_names
-from dreambooth_moslora.method.mixer import compute_scale
+from dreambooth_moslora.lora.metadata import get_most_common
+from dreambooth_moslora.method.mixer import LowRank, compute_scale
 from dreambooth_moslora.settings.family_facts import DENOISERS
 from dreambooth_moslora.values import is_number
 
@@ -22,7 +23,8 @@ PEFT_SETTINGS_KEY = "lora_adapter_metadata"
 MAX_ALPHA = 1e6
 """No training has a larger one: it would be a broken file."""
 PEFT_DEFAULT_ALPHA = 8
-"""PEFT's default when a header has no alpha."""
+PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""PEFT's initialisations that leave the base unchanged."""
 MODULE_NAME_PATTERN = re.compile(r"\^?\w[\w.-]*")
 """An entry of a pattern that names modules. PEFT allows any regular expression there."""
 
@@ -39,26 +41,55 @@ class Scales:
         return compute_scale(self.alphas[path], rank, self.use_rslora)
 
 
-def parse_scales(component: str, paths: Iterable[str], settings: dict, file_name: str) -> Scales:
-    """Return the alphas of one component's modules. Raises UserError for broken settings.
+def build_scales(
+    component: str,
+    layers: Mapping[str, LowRank],
+    alphas: dict[str, float],
+    peft_settings: dict,
+    file_name: str,
+) -> Scales:
+    """Return the alphas of one component, from the file's layers or from PEFT's settings.
 
     component: such as `unet`
-    paths: of its modules
-    settings: PEFT's, of this component
+    layers: its layers
+    alphas: module path -> alpha, as the file's layers have them
+    peft_settings: as `component.name` -> value
     file_name: for the message
+
+    Raises UserError for invalid or contradicting settings, and for a file that needs a changed
+    base.
     """
-    paths = list(paths)
-    pattern = settings.get("alpha_pattern") or {}
-    alphas = dict.fromkeys(paths, settings.get("lora_alpha", PEFT_DEFAULT_ALPHA))
-    alphas |= match_pattern(component, paths, pattern, file_name)
-    return Scales(alphas, use_rslora=bool(settings.get("use_rslora")))
+    # diffusers refuses this too: one of the two would be ignored.
+    if peft_settings and alphas:
+        raise make_broken_error(file_name, "it has both alphas and LoRA settings")
+    prefix = f"{component}."
+    settings = {k.removeprefix(prefix): v for k, v in peft_settings.items() if k.startswith(prefix)}
 
+    # PEFT's settings, or the file's alphas
+    if settings:
+        start = settings.get("init_lora_weights", True)
+        if start not in PLAIN_INITS:
+            raise UserError(
+                f"{file_name} goes with a changed base (init_lora_weights {start!r:.40}); "
+                "export a plain LoRA"
+            )
+        pattern = settings.get("alpha_pattern") or {}
+        alphas = dict.fromkeys(layers, settings.get("lora_alpha", PEFT_DEFAULT_ALPHA))
+        alphas |= match_pattern(component, layers, pattern, file_name)
+    else:
+        # A layer without an alpha gets the most common one, as in diffusers. If no layer has one,
+        # alpha is the rank.
+        common = get_most_common(alphas.values()) if alphas else None
+        alphas = {
+            path: alphas.get(path, layer.rank if common is None else common)
+            for path, layer in layers.items()
+        }
 
-def check_alphas(alphas: Mapping[str, object], file_name: str) -> None:
-    """Raise UserError for an alpha that is not a number, or too large."""
+    # A broken file may have any alpha.
     for value in alphas.values():
         if not is_number(value) or not abs(value) <= MAX_ALPHA:
             raise make_broken_error(file_name, f"it has an alpha of {value!r:.40}")
+    return Scales(alphas, use_rslora=bool(settings.get("use_rslora")))
 
 
 def read_header_settings(header: Mapping[str, str], file_name: str) -> dict[str, object]:

@@ -37,12 +37,10 @@ DORA_NOTE = (
     + "; ".join(f"{programs}: {computed}" for programs, computed in DORA_READERS.items())
     + "); pytorch_lora_weights.safetensors is exact in diffusers"
 )
-"""Note of a run with DoRA on a UNet's two files."""
 TRANSFORMER_DORA_NOTE = (
     "--use_dora: pytorch_lora_weights.safetensors is exact in diffusers; "
     "ComfyUI, where it reads the file, drops the magnitudes, which is another adapter"
 )
-"""Note of a run with DoRA on a transformer's one file."""
 
 
 def get_dora_note(*, has_kohya_file: bool) -> str:
@@ -57,8 +55,6 @@ def format_dora_table() -> str:
 
 
 METADATA_KEY = "moslora"
-"""Key of the metadata in a safetensors header."""
-
 Rank = Annotated[int, Field(gt=0)]
 """A rank, or another count that begins at 1."""
 
@@ -163,12 +159,10 @@ def get_most_common(values: Iterable[float]) -> float:
 
 def get_versions() -> dict[str, str]:
     """Return name -> version of this package and of the libraries that an adapter depends on."""
-    versions = {"dreambooth_moslora": __version__}
-    for name in ("torch", "diffusers", "transformers", "peft"):
-        version = rules.find_package_version(name)
-        if version:
-            versions[name] = version
-    return versions
+    libraries = ("torch", "diffusers", "transformers", "peft")
+    versions = {name: rules.find_package_version(name) for name in libraries}
+    installed = {name: version for name, version in versions.items() if version}
+    return {"dreambooth_moslora": __version__} | installed
 
 
 def add_recipe(config: train_config.TrainConfig, metadata: AdapterMetadata) -> AdapterMetadata:

@@ -70,9 +70,9 @@ def build_adapter_metadata(
     """
     # Settings of all components; a config of PEFT itself has no mixer, which is the default.
     config = next(iter(components.values())).peft_config[adapter_name]
-    settings = {}
-    for name in SHARED_SETTINGS:
-        settings[name] = getattr(config, name, getattr(AdapterMetadata, name))
+    settings = {
+        name: getattr(config, name, getattr(AdapterMetadata, name)) for name in SHARED_SETTINGS
+    }
 
     # The most common rank and alpha, and the modules that differ from it.
     layers = get_all_layers(components, adapter_name)
@@ -198,13 +198,10 @@ def load_raw(
     settings = {name: getattr(metadata, name) for name in SHARED_SETTINGS}
     for component, modules in component_modules.items():
         model = components[component]
-        ranks, alphas = {}, {}
-        for module in modules:
-            ranks[module] = metadata.ranks.get(f"{component}.{module}", metadata.rank)
-            alphas[module] = metadata.alphas.get(f"{component}.{module}", metadata.alpha)
+        names = {module: f"{component}.{module}" for module in modules}
         config = moslora.build_exact_config(
-            ranks=ranks,
-            alphas=alphas,
+            ranks={m: metadata.ranks.get(name, metadata.rank) for m, name in names.items()},
+            alphas={m: metadata.alphas.get(name, metadata.alpha) for m, name in names.items()},
             rank=metadata.rank,
             alpha=metadata.alpha,
             **settings,

@@ -29,15 +29,13 @@ from dreambooth_moslora.lora import key_names, raw_file, safetensors_file
 from dreambooth_moslora.lora.key_names import ENCODER_KEYS, PEFT_KEYS, format_key
 from dreambooth_moslora.lora.layer_mapping import (
     Parts,
-    make_unknown_key_error,
-    make_unknown_layer_error,
+    make_unknown_error,
     map_to_lora,
 )
 from dreambooth_moslora.lora.lora_settings import (
     Scales,
-    check_alphas,
+    build_scales,
     make_broken_error,
-    parse_scales,
     read_header_settings,
     read_sidecar_settings,
 )
@@ -63,9 +61,11 @@ def build_projections(parts: Parts, file_name: str) -> Folded:
     for (component, path), matrices in parts.items():
         for field, tensor in matrices.items():
             if not tensor.float().isfinite().all():
-                name = f"{component}.{path}.{field}"
-                problem = "has values that are NaN, infinite or beyond single precision"
-                raise make_broken_error(file_name, f"{name!r:.100} {problem}")
+                raise make_broken_error(
+                    file_name,
+                    f"{f'{component}.{path}.{field}'!r:.100} has values that are NaN, infinite or "
+                    "beyond single precision",
+                )
         folded.setdefault(component, {})[path] = LowRank(**matrices)
     # PEFT has DoRA in all layers of a component, or in none.
     for component, layers in folded.items():
@@ -87,57 +87,8 @@ def parse_state_dict(state_dict: Tensors | tuple[Tensors, object], file_name: st
     )
     strange = [module for module in modules if module.prefix.text != f"{module.component}."]
     if unknown or strange:
-        raise (
-            make_unknown_layer_error(file_name, strange[0])
-            if strange
-            else make_unknown_key_error(file_name, unknown[0])
-        )
+        raise make_unknown_error(file_name, strange, unknown)
     return {(module.component, module.path): parts for module, parts in modules.items()}
-
-
-PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
-"""PEFT's initialisations that leave the base unchanged."""
-
-
-def build_scales(
-    component: str, layers: Layers, alphas: dict[str, float], peft_settings: dict, file_name: str
-) -> Scales:
-    """Return the alphas of one component, from the file's layers or from PEFT's settings.
-
-    component: such as `unet`
-    layers: its layers
-    alphas: module path -> alpha, as the file's layers have them
-    peft_settings: as `component.name` -> value
-    file_name: for the message
-
-    Raises UserError for invalid or contradicting settings, and for a file that needs a changed
-    base.
-    """
-    # diffusers refuses this too: one of the two would be ignored.
-    if peft_settings and alphas:
-        raise make_broken_error(file_name, "it has both alphas and LoRA settings")
-    prefix = f"{component}."
-    settings = {k.removeprefix(prefix): v for k, v in peft_settings.items() if k.startswith(prefix)}
-    if settings:
-        start = settings.get("init_lora_weights", True)
-        if start not in PLAIN_INITS:
-            raise UserError(
-                f"{file_name} goes with a changed base (init_lora_weights {start!r:.40}); "
-                "export a plain LoRA"
-            )
-        scales = parse_scales(component, layers, settings, file_name)
-    else:
-        # A layer without an alpha gets the most common one, as in diffusers. If no layer has one,
-        # alpha is the rank.
-        common = get_most_common(alphas.values()) if alphas else None
-        scales = Scales(
-            {
-                path: alphas.get(path, p.rank if common is None else common)
-                for path, p in layers.items()
-            }
-        )
-    check_alphas(scales.alphas, file_name)
-    return scales
 
 
 @dataclass(frozen=True)
@@ -366,21 +317,16 @@ def read_start(path: str | Path, pipeline: DiffusionPipeline, use_dora: bool) ->
     name = f"--init_adapter {weights.file_name}"
 
     # This run's adapter has no biases, and magnitudes only if it is a DoRA.
-    layers = [
-        layer
-        for component_layers, _ in weights.parts.values()
-        for layer in component_layers.values()
-    ]
+    layers = [layer for by_path, _ in weights.parts.values() for layer in by_path.values()]
     if any(layer.bias is not None for layer in layers):
         raise UserError(f"{name}: its layers have biases, which this adapter has not.")
     has_dora = any(layer.magnitude is not None for layer in layers)
     if has_dora != use_dora:
-        advice = (
-            "it holds DoRA: give --use_dora"
+        raise UserError(
+            f"{name}: it holds DoRA: give --use_dora."
             if has_dora
-            else "it holds no DoRA: leave --use_dora out"
+            else f"{name}: it holds no DoRA: leave --use_dora out."
         )
-        raise UserError(f"{name}: {advice}.")
     return weights
 
 
@@ -444,30 +390,23 @@ def resize_rank(projection: LowRank, scale: float, layer_down: Tensor) -> LowRan
     is_used = (down != 0).any(1) | (up != 0).any(0)
     down, up, rank = down[is_used], up[:, is_used], len(layer_down)
     if len(down) > rank:
-        up, down = build_leading_factors(*compute_product_svd(up, down), rank)
+        up, down = truncate_rank(up, down, rank)
     layer_down = layer_down.detach().cpu().double().flatten(1)
     missing = up.new_zeros(len(up), rank - len(down))
     return LowRank(torch.cat([down, layer_down[len(down) :]]), torch.cat([up, missing], dim=1))
 
 
-def compute_product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the thin SVD of up (out, r) · down (r, in) in fp64: U (out, r), S (r,), Vh (r, in).
+def truncate_rank(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return up (out, rank) and down (rank, in) of equal norms: the best approximation of that rank
+    to up (out, r) · down (r, in), in fp64.
 
-    The (out, in) product is not formed.
+    It is from the product's thin SVD, for which the (out, in) product is not formed.
     """
-    q_up, r_up = torch.linalg.qr(up.double())
-    q_down, r_down = torch.linalg.qr(down.double().T)
+    q_up, r_up = torch.linalg.qr(up)
+    q_down, r_down = torch.linalg.qr(down.T)
     left_vectors, sizes, right_vectors = torch.linalg.svd(r_up @ r_down.T)
-    return q_up @ left_vectors[:, : len(sizes)], sizes, right_vectors[: len(sizes)] @ q_down.T
-
-
-def build_leading_factors(
-    left_vectors: Tensor, sizes: Tensor, right_vectors: Tensor, rank: int
-) -> tuple[Tensor, Tensor]:
-    """Return up (out, rank) and down (rank, in) of equal norms: the best approximation of that
-    rank.
-
-    left_vectors, sizes, right_vectors: U (out, n), S (n,), Vh (n, in)
-    """
     root = sizes[:rank].sqrt()
-    return left_vectors[:, :rank] * root, root[:, None] * right_vectors[:rank]
+    return (
+        q_up @ left_vectors[:, :rank] * root,
+        root[:, None] * (right_vectors[:rank] @ q_down.T),
+    )

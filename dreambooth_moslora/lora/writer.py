@@ -59,11 +59,13 @@ def publish(
     check_name(name)
 
     # Fold into a plain LoRA, under the paths that other programs know.
-    folded: Folded = {}
-    for component, model in components.items():
-        folded[component] = {}
-        for path, layer in moslora.fold(model, adapter_name).items():
-            folded[component][key_names.get_published_path(component, path)] = layer
+    folded = {
+        component: {
+            key_names.get_published_path(component, path): layer
+            for path, layer in moslora.fold(model, adapter_name).items()
+        }
+        for component, model in components.items()
+    }
 
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -105,10 +107,11 @@ def write_published(
     Returns the paths of the files. Raises UserError for NaN and infinity.
     """
     # The scale is in `up`, so alpha is the rank.
-    ranks = {}
-    for component, layers in folded.items():
-        for path, layer in layers.items():
-            ranks[f"{component}.{path}"] = layer.rank
+    ranks = {
+        f"{component}.{path}": layer.rank
+        for component, layers in folded.items()
+        for path, layer in layers.items()
+    }
     rank = get_most_common(ranks.values())
     ranks = {path: layer_rank for path, layer_rank in ranks.items() if layer_rank != rank}
     metadata = replace(metadata, rank=rank, alpha=rank, ranks=ranks, alphas=ranks, use_rslora=False)
@@ -138,10 +141,10 @@ def write_published(
 
 def map_layers(folded: Folded, change: Callable[[LowRank], LowRank]) -> Folded:
     """Return the adapter with each layer changed."""
-    result: Folded = {}
-    for component, layers in folded.items():
-        result[component] = {path: change(layer) for path, layer in layers.items()}
-    return result
+    return {
+        component: {path: change(layer) for path, layer in layers.items()}
+        for component, layers in folded.items()
+    }
 
 
 def build_peft_settings(folded: Folded) -> dict[str, object]:
@@ -218,18 +221,12 @@ def normalize_factors(layer: LowRank) -> LowRank:
 
 def build_proof(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded) -> Proof:
     """Return the proof of all files of one dtype, with notes for other programs."""
-    layers = []
-    for component_layers in folded.values():
-        layers += component_layers.values()
-
-    notes = []
-    if any(layer.magnitude is not None for layer in layers):
-        notes.append(get_dora_note(has_kohya_file="unet" in folded))
-
+    layers = [layer for by_path in folded.values() for layer in by_path.values()]
+    has_dora = any(layer.magnitude is not None for layer in layers)
     return Proof(
         dtype=next(name for name, file_dtype in FILE_DTYPES.items() if file_dtype == dtype),
         bound=MAX_DIFFERENCES[dtype],
         projections=len(layers),
         file_proofs=proofs,
-        notes=tuple(notes),
+        notes=(get_dora_note(has_kohya_file="unet" in folded),) if has_dora else (),
     )
