@@ -193,7 +193,8 @@ clean copy, `picture` a data URL, and `caption` the saved one. The browser sends
 [[photo, caption], …] in the cards' order. The text that was typed stays with its photo when other
 cards come.
 
-Events: `keep` (a caption is finished), `drop` (remove `event.photo`), `masks` (show the masks).
+Events: `keep` (a caption is finished), `drop` (remove `event.photo`), `drop_all` (remove all
+photos), `new_subject` (clear the words too), `masks` (show the masks).
 """
 PHOTO_ROWS_SCRIPT = "\n" + read_static("photo_rows.js")
 """Behaviour of the grid; `element`, `props`, `trigger` and `watch` are gradio's."""
@@ -219,8 +220,9 @@ def _build_card_list(label: str, elem_id: str, template: str, script: str, **pro
 
 
 def update_cards(cards: list[dict[str, Any]]) -> gr.HTML:
-    """Return the grid with these cards."""
-    return gr.HTML(visible=bool(cards), cards=cards)
+    """Return the grid with these cards; without any it forgets the typed captions."""
+    forgotten = {} if cards else {"value": []}
+    return gr.HTML(visible=bool(cards), cards=cards, **forgotten)
 
 
 def build_run_list(elem_id: str) -> gr.HTML:

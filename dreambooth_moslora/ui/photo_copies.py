@@ -1,7 +1,7 @@
 """Clean copies of the photos that were dropped on the page.
 
-A copy is upright, has no metadata, and at most 4096 px a side. The copies are photo_01.png …, and
-their masks photo_01.mask.png …
+A copy is upright, has no metadata, and at most 4096 px a side. The copies are photo_01.png …, with
+their masks photo_01.mask.png … and captions photo_01.txt …
 """
 
 import shutil
@@ -15,9 +15,17 @@ from dreambooth_moslora.disk.atomic import rename_with_retry
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import photo_file as images
 from dreambooth_moslora.photos.photo_file import to_grey_mask
-from dreambooth_moslora.photos.sidecars import MASK_SUFFIX, find_sidecars, parse_sidecar_name
+from dreambooth_moslora.photos.sidecars import (
+    CAPTION_SUFFIX,
+    MASK_SUFFIX,
+    FolderCaptions,
+    find_sidecars,
+    parse_sidecar_name,
+)
 
 PHOTO_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".avif", ".bmp", ".tif", ".tiff"]
+"""Suffixes of photos and masks."""
+DROPPED_TYPES = [*PHOTO_TYPES, CAPTION_SUFFIX]
 """Suffixes that the page's field for photos accepts."""
 MAX_PHOTOS = 50
 """Photos of one subject at most."""
@@ -26,19 +34,17 @@ MAX_SIDE_PX = 4096
 
 
 def copy_photos(files: list[str], folder: Path) -> list[str]:
-    """Copy photos and their masks into `folder`, after its photos; the folder is replaced whole.
+    """Copy photos, their masks and captions into `folder`, after its photos.
 
-    Returns remarks. Raises UserError for too many photos, and when no file is usable.
+    The folder is replaced whole. Returns remarks. Raises UserError for too many photos, and when no
+    file is usable.
     """
-    # Separate masks from photos, by their names.
+    # Separate masks and captions from photos, by their names.
     paths = list(map(Path, files))
-    named_masks = []
-    for file in paths:
-        sidecar = parse_sidecar_name(file)
-        if sidecar is not None and sidecar[1] == MASK_SUFFIX:
-            named_masks.append(file)
-    masks = {stem: file for (stem, _), file in find_sidecars(named_masks).items()}
-    photos = [file for file in paths if file not in named_masks]
+    sidecars = find_sidecars(paths)
+    photos = [file for file in paths if parse_sidecar_name(file) is None]
+    if not photos and sidecars:
+        raise UserError("drop captions and masks together with their photos")
     if not photos:
         raise UserError("add some photos of your subject first")
     old_count = len(list_photo_copies(folder))
@@ -55,7 +61,7 @@ def copy_photos(files: list[str], folder: Path) -> list[str]:
             shutil.copytree(folder, new)
         else:
             new.mkdir()
-        remarks = copy_all(photos, masks, new, old_count)
+        remarks = copy_all(photos, sidecars, new, old_count)
         is_empty = len(list_photo_copies(new)) == old_count
         if not (old_count and is_empty):
             shutil.rmtree(folder, ignore_errors=True)
@@ -81,14 +87,17 @@ def remove_photos(folder: Path, removed: Collection[Path]) -> None:
             file.rename(folder / f"photo_{number:02d}{file.name.removeprefix(photo.stem)}")
 
 
-def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path, count: int = 0) -> list[str]:
-    """Write clean copies and their masks; return the remarks.
+def copy_all(
+    photos: list[Path], sidecars: dict[tuple[str, str], Path], folder: Path, count: int = 0
+) -> list[str]:
+    """Write clean copies with their masks and captions; return the remarks.
 
     - `photos` become the copies, in this order.
-    - `masks` (stem of the photo -> file) are written in plain grey.
+    - `sidecars` are those of `find_sidecars`; masks are written in plain grey.
     - `folder` has `count` photos already, after which these are numbered.
     """
     remarks = []
+    captions = FolderCaptions(folder, sidecars)
     for photo in photos:
         try:
             clean = clean_copy(photo)
@@ -98,17 +107,20 @@ def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path, count: in
         count += 1
         clean.save(folder / f"photo_{count:02d}.png")
         # An unreadable mask does not exclude its photo.
-        if mask := masks.get(photo.stem):
+        if mask := sidecars.get((photo.stem, MASK_SUFFIX)):
             try:
                 grey = to_grey_mask(images.open_image(mask))
                 grey.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX))
                 grey.save(folder / f"photo_{count:02d}.mask.png")
             except images.UnreadableImageError as error:
                 remarks.append(f"{mask.name}: {error}")
+        if lines := captions.get_captions(photo):
+            (folder / f"photo_{count:02d}.txt").write_text("\n".join(lines), encoding="utf-8")
+    remarks += [f"{file.name}: {reason}" for file, reason in captions.complaints]
     stems = {photo.stem for photo in photos}
-    for stem, mask in masks.items():
+    for (stem, _), file in sidecars.items():
         if stem not in stems:
-            remarks.append(f"{mask.name}: a mask of no photo that is here")
+            remarks.append(f"{file.name}: no photo of this name was dropped with it")
     return remarks
 
 

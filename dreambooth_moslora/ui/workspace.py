@@ -49,11 +49,13 @@ class Workspace:
 
     - `history` has the finished images, the newest first.
     - `uploads` are uploaded adapters, by name.
+    - `subject_fields` are the form's fields that describe the subject of the photos, by name.
     """
 
     root: Path
     history: deque[SavedImage] = field(default_factory=lambda: deque(maxlen=HISTORY_LENGTH))
     uploads: dict[str, Path] = field(default_factory=dict)
+    subject_fields: dict[str, str] = field(default_factory=dict)
     changing: threading.RLock = field(default_factory=threading.RLock, compare=False)
     """Lock that is held while the photos change: two tabs may send photos at once."""
     lock: BinaryIO | None = field(default=None, compare=False)

@@ -73,7 +73,7 @@ def _clear_shared_pages(request):
     for name in {"served", "toy_page"} & set(request.fixturenames):
         workspace = request.getfixturevalue(name).ctx.workspace
         workspace.close()
-        for collection in (workspace.history, workspace.uploads):
+        for collection in (workspace.history, workspace.uploads, workspace.subject_fields):
             collection.clear()
 
 

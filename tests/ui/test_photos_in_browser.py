@@ -166,6 +166,36 @@ def test_captions_survive_added_and_removed_photos(served, browser, tmp_path, st
     )
 
 
+def test_subject_stays_on_reload_and_is_cleared(served, browser, tmp_path):
+    """The photos stayed and their word was gone, and the next subject's photos mixed with them."""
+    files = write_noise_photos(tmp_path, 2)
+    (tmp_path / "00.txt").write_text("a dog on grass")
+    with web.visit(browser, served.url) as visited:
+        page = visited.page
+        web.open_tab(page, "Train")
+        page.set_input_files("#photos input[type=file]", [*files, tmp_path / "00.txt"])
+        web.says(page, "remarks", "2 photos")
+        page.locator("#class_word input, #class_word textarea").press_sequentially("dog")
+        web.says(page, "prompts", "“a photo of a sks dog”")
+        visited.reload()
+        web.open_tab(page, "Train")
+        web.says(page, "prompts", "“a photo of a sks dog”")
+        assert list_captions(page) == ["a dog on grass", ""]
+        page.on("dialog", lambda dialog: dialog.accept())
+        web.press(page, "Remove all")
+        page.wait_for_selector("#crops", state="hidden")
+        word = page.locator("#class_word input, #class_word textarea")
+        assert word.input_value() == "dog"
+        page.set_input_files("#photos input[type=file]", files)
+        web.says(page, "remarks", "2 photos")
+        assert list_captions(page) == ["", ""]
+        web.press(page, "New subject")
+        page.wait_for_selector("#crops", state="hidden")
+        page.wait_for_selector("#prompts", state="hidden")
+        assert word.input_value() == "" and not page.locator(".toast-body").count()
+        assert not visited.errors
+
+
 def test_mistake_is_shown_below_the_buttons(served, browser, tmp_path):
     with web.visit(browser, served.url) as visited:
         page = visited.page

@@ -140,17 +140,18 @@ def test_masks_of_any_format_follow_their_photos(tmp_path):
     shape.save(tmp_path / "d.mask.webp", lossless=True)
     (tmp_path / "a.mask.png").write_bytes(b"no picture")
     (tmp_path / "d.txt").write_text("a caption is not taken for the mask")
+    (tmp_path / "e.txt").write_text("a caption of no photo")
     remarks = copy_photos([str(path) for path in sorted(tmp_path.iterdir())], tmp_path / "photos")
     assert [path.name for path in list_photo_copies(tmp_path / "photos")] == [
         f"photo_0{number}.png" for number in (1, 2, 3)
     ]
-    assert "c.mask.png: a mask of no photo that is here" in remarks and len(remarks) == 3
+    assert "c.mask.png: no photo of this name was dropped with it" in remarks and len(remarks) == 3
     assert all(
         any(remark.startswith(f"{name}: ") for remark in remarks)
-        for name in ("a.mask.png", "d.txt")
+        for name in ("a.mask.png", "e.txt")
     )
     first, second, third = map(open_mask, find_photos(tmp_path / "photos", "x", 64).photos)
     assert first is None and np.abs(np.array(second).mean() - 127) < 3
     assert (third.getpixel((9, 9)), third.getpixel((90, 9))) == (255, 0)
-    with pytest.raises(UserError, match="add some photos"):
+    with pytest.raises(UserError, match="together with their photos"):
         copy_photos([str(tmp_path / "c.mask.png")], tmp_path / "none")

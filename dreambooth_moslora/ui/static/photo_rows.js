@@ -2,7 +2,7 @@ const [grid, hint, panel, template] = [".photo-grid", ".photo-hint", ".photo-ope
   .map((name) => element.querySelector(name));
 const [box, remarkLine] = ["textarea", ".photo-remark"]
   .map((name) => panel.querySelector(name));
-const typed = new Map(props.value || []), tiles = new Map();
+const typed = new Map(props.value || []), saved = new Map(), tiles = new Map();
 let open = "";
 
 const cards = () => props.cards || [];
@@ -61,7 +61,13 @@ function draw() {
 }
 
 function takeCards() {
-  for (const {photo, caption} of cards()) if (!typed.has(photo)) typed.set(photo, caption);
+  if (!cards().some(({photo}) => photo === open)) open = "";
+  for (const {photo, caption} of cards()) {
+    // A caption that was dropped since replaces the typed one, unless that is being edited.
+    const isNew = saved.has(photo) && saved.get(photo) !== caption && photo !== open;
+    if (!typed.has(photo) || isNew) typed.set(photo, caption);
+    saved.set(photo, caption);
+  }
   sendCaptions();
   if (cards().length) trigger("keep");
   draw();
@@ -69,6 +75,11 @@ function takeCards() {
 
 box.addEventListener("input", () => { typed.set(open, inOneLine(box.value)); sendCaptions(); });
 box.addEventListener("change", () => { trigger("keep"); draw(); });
-element.querySelector("[data-event=masks]").addEventListener("click", () => trigger("masks"));
+for (const name of ["masks", "drop_all", "new_subject"]) {
+  element.querySelector(`[data-event=${name}]`).addEventListener("click", () => {
+    const losesCaptions = name !== "masks" && cards().some(({photo}) => typed.get(photo));
+    if (!losesCaptions || confirm("Remove all photos with their captions?")) trigger(name);
+  });
+}
 watch(["cards"], takeCards);
 takeCards();

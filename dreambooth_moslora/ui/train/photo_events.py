@@ -17,7 +17,7 @@ from dreambooth_moslora.ui.events import (
     render_mistake,
 )
 from dreambooth_moslora.ui.html import build_photo_rows, update_cards
-from dreambooth_moslora.ui.photo_copies import PHOTO_TYPES, list_photo_copies
+from dreambooth_moslora.ui.photo_copies import DROPPED_TYPES, list_photo_copies
 from dreambooth_moslora.ui.train import mask_pictures, train_form, train_photos
 from dreambooth_moslora.ui.train.train_form import TrainForm
 from dreambooth_moslora.ui.train.train_start import build_config
@@ -25,7 +25,8 @@ from dreambooth_moslora.ui.train.train_start import build_config
 PHOTO_EVENT = {"concurrency_limit": 4}
 """Options of events that process photos: four at once, so an estimate need not wait for a start."""
 PHOTOS_HINT = (
-    "Several places, sides and light. If you have masks, add them too: dog.mask.png for dog.jpg."
+    "Several places, sides and light. Captions and masks can be dropped with their photos: "
+    "dog.txt and dog.mask.png for dog.jpg."
 )
 """Hint while there are no photos."""
 MASKS_REMARK = "What is inside the line is learned most."
@@ -37,7 +38,7 @@ def build_photo_widgets() -> dict[str, Any]:
     widgets: dict[str, Any] = {}
     widgets["added"] = gr.File(
         file_count="multiple",
-        file_types=PHOTO_TYPES,
+        file_types=DROPPED_TYPES,
         label="3 to 10 photos of one subject",
         height=84,
         elem_id="photos",
@@ -51,6 +52,7 @@ def build_photo_widgets() -> dict[str, Any]:
 def connect_photos(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts: dict) -> None:
     """Connect adding and removing photos, masks, captions, and the prompts' preview."""
     _connect_adding(ctx, page, fields, parts)
+    _connect_subject(ctx, page, fields, parts)
     _connect_masks(ctx, fields, parts)
     _connect_captions(ctx, parts)
     _connect_prompts(ctx, fields, parts)
@@ -89,6 +91,11 @@ def _connect_adding(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts:
         train_photos.remove_photo(ctx.workspace, get_event_value(event, "photo"))
         return render_review(ctx, values)
 
+    @on(rows.drop_all, inputs=None, outputs=review_outputs, show_progress="hidden", **changing)
+    def drop_all() -> tuple:
+        train_photos.remove_all_photos(ctx.workspace)
+        return render_review(ctx, {})
+
     # Update the grid when the page is loaded, or a field has changed that decides the crops.
     changes = [page.load]
     for name, row in train_form.list_form_fields().items():
@@ -98,6 +105,39 @@ def _connect_adding(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts:
     @on(changes, MESSAGE_EVENT, inputs_kwargs=fields, outputs=review_outputs)
     def update_review(**values) -> tuple:
         return render_review(ctx, values)
+
+
+def _connect_subject(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts: dict) -> None:
+    """Keep what the form says of the subject with its photos, on the server, and clear both for a
+    new subject."""
+    named_fields = {
+        name: fields[name]
+        for name, row in train_form.list_form_fields().items()
+        if row.names_subject
+    }
+    outputs = list(named_fields.values())
+    changes = [widget.input for widget in outputs]
+
+    @on(changes, UNQUEUED_EVENT, inputs_kwargs=named_fields, trigger_mode="always_last")
+    def keep_subject(**values) -> None:
+        ctx.workspace.subject_fields.update(values)
+
+    def list_values() -> list:
+        values = vars(TrainForm()) | ctx.workspace.subject_fields
+        return [values[name] for name in named_fields]
+
+    page.load(list_values, None, outputs, **UNQUEUED_EVENT)
+
+    @on(
+        parts["crops"].new_subject,
+        MESSAGE_EVENT,
+        inputs=None,
+        outputs=[parts["remarks"], parts["crops"], *outputs],
+    )
+    def clear_subject() -> list:
+        ctx.workspace.subject_fields.clear()
+        train_photos.remove_all_photos(ctx.workspace)
+        return [*render_review(ctx, {}), *list_values()]
 
 
 def _connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:

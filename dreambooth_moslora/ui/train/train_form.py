@@ -52,6 +52,8 @@ class FormField:
     """Whether it is hidden for the embedded base, which does not use it."""
     moves_crops: bool = False
     """Whether it decides the crops, so that the grid of photos is updated after it."""
+    names_subject: bool = False
+    """Whether it describes the photos' subject: it is kept with them, and cleared for a new one."""
     at_first: Callable[[str], Any] | None = None
     """Function from the base's name to the first value, if the base decides it."""
     unused_for: tuple[str, ...] = ()
@@ -113,10 +115,12 @@ class TrainForm:
         line=20,
         setting="token",
         unused_for=("style",),
+        names_subject=True,
     )
     class_word: str = make_field(
         "",
         label="In one word",
+        names_subject=True,
         look={"placeholder": "dog, teapot, woman, drawing …"},
     )
     run_name: str = make_field(
@@ -124,6 +128,7 @@ class TrainForm:
         label="Name of the run",
         info="of the run and its files; or empty",
         line=3,
+        names_subject=True,
     )
     preset: str = make_field(
         "standard",
@@ -242,6 +247,7 @@ class TrainForm:
         line=1,
         setting="subject",
         moves_crops=True,
+        names_subject=True,
         choices={"thing": "object", "person": "person", "style": "style"},
     )
     describe: str = make_field(
@@ -252,6 +258,7 @@ class TrainForm:
         line=1,
         look={"visible": False, "min_width": 240},
         unused_for=("thing", "style"),
+        names_subject=True,
     )
 
     def check_words(self) -> None:

@@ -30,20 +30,24 @@ TILE_PX = 256
 
 
 def add_photos(files: list[str], workspace: Workspace) -> list[str]:
-    """Add photos after the present ones; of equal ones the first stays. Returns remarks.
+    """Add photos after the present ones; of equal ones the first stays, with the sidecars of the
+    last. Returns remarks.
 
     Raises UserError.
     """
+    folder = workspace.photos_dir
     with workspace.changing:
-        remarks = copy_photos(files, workspace.photos_dir)
-        digests = set()
+        remarks = copy_photos(files, folder)
+        first_photos: dict[str, Path] = {}
         duplicates = []
-        for photo in list_photo_copies(workspace.photos_dir):
-            digest = hash_file(photo)
-            if digest in digests:
-                duplicates.append(photo)
-            digests.add(digest)
-        remove_photos(workspace.photos_dir, duplicates)
+        for photo in list_photo_copies(folder):
+            first = first_photos.setdefault(hash_file(photo), photo)
+            if first is photo:
+                continue
+            duplicates.append(photo)
+            for sidecar in set(folder.glob(f"{photo.stem}.*")) - {photo}:
+                sidecar.replace(folder / f"{first.stem}{sidecar.name.removeprefix(photo.stem)}")
+        remove_photos(folder, duplicates)
     return remarks
 
 
@@ -53,6 +57,12 @@ def remove_photo(workspace: Workspace, digest: str) -> None:
     with workspace.changing:
         removed = [photo for photo in list_photo_copies(folder) if hash_file(photo) == digest]
         remove_photos(folder, removed)
+
+
+def remove_all_photos(workspace: Workspace) -> None:
+    """Remove all photos with their captions and masks."""
+    with workspace.changing:
+        remove_photos(workspace.photos_dir, list_photo_copies(workspace.photos_dir))
 
 
 def read_caption(photo: Path) -> str:
@@ -66,7 +76,11 @@ def write_captions(workspace: Workspace, rows: Sequence[Sequence[str]]) -> None:
     captions = dict(rows)
     with workspace.changing:
         for photo in list_photo_copies(workspace.photos_dir):
-            caption = clean_whitespace(captions.get(hash_file(photo), read_caption(photo)))
+            old_caption = read_caption(photo)
+            caption = clean_whitespace(captions.get(hash_file(photo), old_caption))
+            # Several captions, a line each, stay so until they are edited.
+            if caption and caption == clean_whitespace(old_caption):
+                continue
             file = photo.with_suffix(".txt")
             file.write_text(caption, encoding="utf-8")
             # An empty caption means the instance prompt, as a missing file does.

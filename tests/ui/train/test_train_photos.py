@@ -139,6 +139,29 @@ def test_caption_follows_its_photo(tmp_path, workspace, tab):
     assert list(map(str, texts)) == ["photo_02.txt"]
 
 
+def test_dropped_captions_go_to_their_photos(tmp_path, workspace):
+    """A later drop of an equal photo brings its caption and mask to the first."""
+    first, second = write_noise_files(tmp_path, 1, 2)
+    assert add_photos([first], workspace) == []
+    (tmp_path / "1.txt").write_text("a duck\non a beach", encoding="utf-16")
+    (tmp_path / "2.txt").write_text("a duck at night")
+    (tmp_path / "9.txt").write_text("a duck in the rain")
+    PIL.Image.new("L", (80, 90), 255).save(tmp_path / "1.mask.png")
+    sidecars = [str(tmp_path / name) for name in ("1.txt", "2.txt", "9.txt", "1.mask.png")]
+    remarks = add_photos([first, second, *sidecars], workspace)
+    assert remarks == ["9.txt: no photo of this name was dropped with it"]
+    captions = [photo.captions for photo in find_photos(workspace.photos_dir, "", 64).photos]
+    assert captions == [("a duck", "on a beach"), ("a duck at night",)]
+    assert (workspace.photos_dir / "photo_01.mask.png").is_file()
+    # The page sends them back in one line: they stay two captions until they are edited.
+    digest = hash_file(workspace.photos_dir / "photo_01.png")
+    for text, lines in (("a duck on a beach", 2), ("a duck on a lake", 1)):
+        write_captions(workspace, [[digest, text]])
+        assert len((workspace.photos_dir / "photo_01.txt").read_text().splitlines()) == lines
+    with pytest.raises(UserError, match="together with their photos"):
+        add_photos(sidecars[:1], workspace)
+
+
 @pytest.mark.parametrize("base, seed", [("toy", 0), ("toy", 7), ("some/base", 7)])
 def test_shown_crops_equal_the_runs(tmp_path, workspace, base, seed):
     x, y = np.meshgrid(np.arange(400) % 256, np.arange(200))
