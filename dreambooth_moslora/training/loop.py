@@ -44,6 +44,7 @@ from dreambooth_moslora.training import (
 )
 from dreambooth_moslora.training.best_step import BestStep, find_best_step
 from dreambooth_moslora.training.prepare import prepare_inputs
+from dreambooth_moslora.training.samples import ValidationSamples
 from dreambooth_moslora.training.step import TrainStep
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ class Training:
     context: reporter.RunContext
     max_train_steps: int
     train_step: TrainStep
-    samples: publish.ValidationSamples
+    samples: ValidationSamples
     sampler: Sampler
     publisher: publish.Publisher
     evaluator: StepScorer | None
@@ -405,7 +406,7 @@ def set_up_training(
     # The photos with what they lack, then the base with all that its encoders give. Samples and
     # scores are asked for their prompts before the encoders leave memory.
     photos = make_captions_and_masks(config, context, photos)
-    samples = publish.ValidationSamples.from_config(config, context.run_dir, steps.steps_per_epoch)
+    samples = ValidationSamples.from_config(config, context.run_dir, steps.steps_per_epoch)
     scored = evaluator.prompts if evaluator and config.is_scored else []
     inputs = prepare_inputs(
         config,
@@ -514,7 +515,7 @@ def make_captions_and_masks(
 def build_training(
     context: reporter.RunContext,
     train_step: TrainStep,
-    samples: publish.ValidationSamples,
+    samples: ValidationSamples,
     evaluator: StepScorer | None,
     max_train_steps: int,
     photo_digests: dict[str, str],

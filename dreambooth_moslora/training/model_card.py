@@ -1,30 +1,29 @@
-"""Model card, and the push of a finished adapter to the hub.
+"""Model card of an adapter, and its images.
 
 The card says what the adapter shows, how to load it, how it was made, and how exactly its files
-reload; it contains no path, no photo and nothing about a photo but that a model made it. The push
-sends the adapter's files, the card and its images. Photos, the contact sheet (which shows them),
-checkpoints, class images and the configuration (paths) stay on this machine.
+reload; it contains no path, no photo and nothing about a photo but that a model made it.
 """
 
-import logging
 import re
-from dataclasses import dataclass
-from glob import escape
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import ModelCardData
 
 from dreambooth_moslora import __version__
+from dreambooth_moslora.base.families import build_encoding_options
 from dreambooth_moslora.disk import run_folder
+from dreambooth_moslora.disk.atomic import write_atomic
 from dreambooth_moslora.disk.paths import get_public_name
-from dreambooth_moslora.errors import format_error
 from dreambooth_moslora.lora.metadata import AdapterMetadata, format_dora_table
+from dreambooth_moslora.lora.verify import Proof
+from dreambooth_moslora.pictures import render, write_png
 from dreambooth_moslora.settings import family_facts, metric_kinds, toy_bases, train_config
+from dreambooth_moslora.settings.prompts import list_pair_prompts
 from dreambooth_moslora.training.best_step import BestStep
+from dreambooth_moslora.training.samples import Sample
 
-if TYPE_CHECKING:
-    from dreambooth_moslora.lora.verify import Proof
+MAX_CARD_IMAGES = 6
+"""Pictures on a card, but for at least two samples."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +37,14 @@ class CardFacts:
     images: (file name, prompt) of the images beside the card
     scores: the latest
     best: the best step, if its adapter was kept
-    made: sentences about photos that a model made
+    synthetic_lines: sentences about photos that a model made
     """
 
     name: str
     step: int
     max_train_steps: int
     adapter: AdapterMetadata
-    proof: "Proof"
+    proof: Proof
     images: tuple[tuple[str, str], ...] = ()
     scores: dict[str, float] | None = None
     best: BestStep | None = None
@@ -54,8 +53,6 @@ class CardFacts:
 
 def render_model_card(config: train_config.TrainConfig, facts: CardFacts) -> str:
     """Render README.md by the template `card.md`; empty sections are left out."""
-    from dreambooth_moslora.pictures import render  # not before it is needed: it loads matplotlib
-
     adapter = facts.adapter
     prompts = list_instance_prompts(config)
 
@@ -138,8 +135,6 @@ def describe_kind(facts: CardFacts) -> str:
 def format_call(facts: CardFacts) -> str:
     """Format the end of the pipeline's call after the prompt: the family's arguments and the run's
     text options."""
-    from dreambooth_moslora.base.families import build_encoding_options  # it loads diffusers
-
     # The text options that the run set.
     recipe = facts.adapter.recipe
     text_options = {name: recipe[name] for name in family_facts.TEXT_OPTIONS if recipe.get(name)}
@@ -171,44 +166,43 @@ def format_score_table(facts: CardFacts) -> str:
     return f"## Scores of the last evaluation\n\n| | |\n|---|---|\n{rows}{best}"
 
 
-logger = logging.getLogger(__name__)
+def write_card(
+    config: train_config.TrainConfig,
+    run_dir: run_folder.RunDir,
+    facts: CardFacts,
+    samples: list[Sample],
+    contexts: list[Sample],
+) -> None:
+    """Write README.md and its images. Old images go first: at all times a card names every
+    image.
 
-PUBLIC_PATTERNS = [
-    run_folder.PUBLISHED_NAME,
-    "README.md",
-    "image_*.png",
-    f"*{run_folder.KOHYA_SUFFIX}",
-]
-"""Patterns of the files that may be uploaded."""
+    config: the run's settings
+    run_dir: where they are written
+    facts: what the card says
+    samples: the samples at the end
+    contexts: the new contexts
+    """
+    images = pick_card_images(config, samples, contexts)
+    for stale in run_folder.list_card_pictures(run_dir.read_card() or ""):
+        (run_dir.path / stale).unlink(missing_ok=True)
+
+    # The card names its images before they are there.
+    names = []
+    for number, (request, _) in enumerate(images):
+        names.append((f"image_{number}.png", request.prompt))
+    write_atomic(run_dir.card_path, render_model_card(config, replace(facts, images=tuple(names))))
+    for (name, _), (_, image) in zip(names, images):
+        write_png(run_dir.path / name, image)
 
 
-def list_public_files(run_dir: Path) -> list[str]:
-    """Names of the files at the top of the run folder that may be uploaded."""
-    tags = []
-    for path in run_dir.iterdir():
-        if path.is_file() and any(map(path.match, PUBLIC_PATTERNS)):
-            tags.append(path.name)
-    return sorted(tags)
-
-
-def push_to_hub(run_dir: Path, repo_id: str | None, token: str | None) -> None:
-    """Upload `list_public_files`; a warning when the hub cannot be reached or refuses."""
-    api = HfApi(token=token)
-
-    # The hub takes patterns: escaped, each matches its own file alone, brackets or not.
-    names = [escape(name) for name in list_public_files(run_dir)]
-    try:
-        url = api.create_repo(repo_id or run_folder.RunDir(run_dir).name, exist_ok=True)
-        api.upload_folder(
-            repo_id=url.repo_id,
-            folder_path=run_dir,
-            allow_patterns=names,
-            commit_message="Upload the adapter",
-        )
-    except Exception as error:  # the client passes on the HTTP library's errors
-        logger.warning(
-            "the adapter is in %s but could not be pushed to the hub (%s); "
-            "--push_to_hub --resume_from_checkpoint latest tries again",
-            run_dir,
-            format_error(error),
-        )
+def pick_card_images(
+    config: train_config.TrainConfig, samples: list[Sample], contexts: list[Sample]
+) -> list[Sample]:
+    """Pick the card's images: samples and new contexts; of several subjects the first sample of
+    each prompt, then pairs."""
+    if len(config.subjects) <= 1:
+        return [*samples[: max(2, MAX_CARD_IMAGES - len(contexts))], *contexts]
+    first_of_each = {request.prompt: (request, image) for request, image in reversed(samples)}
+    pairs = list_pair_prompts(config)
+    together = [sample for sample in contexts if sample[0].prompt in pairs]
+    return [*reversed(first_of_each.values()), *together]

@@ -33,6 +33,7 @@ from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import adapters, dataset, objective, prepare
 from dreambooth_moslora.training.checkpoint import restore_optimizer, restore_weights
 from dreambooth_moslora.training.compilation import compile_blocks
+from dreambooth_moslora.training.gradient_checkpointing import apply_gradient_checkpointing
 from dreambooth_moslora.training.micro_batch import (
     DenoiserInputs,
     MicroBatch,
@@ -289,7 +290,7 @@ class TrainStep:
         if config.base_quantization != self.config.base_quantization:
             quantize(inputs.denoiser, config.base_quantization, inputs.dtype, self.device)
         for module in self.components.values():
-            adapters.apply_gradient_checkpointing(config, module)
+            apply_gradient_checkpointing(config, module)
         if config.stream_blocks and not self.config.stream_blocks:
             StreamedBlocks(inputs.denoiser, self.device)
 

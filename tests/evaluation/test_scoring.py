@@ -36,7 +36,7 @@ from dreambooth_moslora.photos.folder import build_photo_report
 from dreambooth_moslora.settings.metric_kinds import METRICS, Metric
 from dreambooth_moslora.settings.prompts import SubjectWords
 from dreambooth_moslora.settings.train_config import TrainConfig
-from dreambooth_moslora.training import model_card, publish
+from dreambooth_moslora.training import model_card, run_plots
 from dreambooth_moslora.training.run_advice import list_advice
 from dreambooth_moslora.training.run_metrics import RunMetrics
 from tests.helpers.tiny_adapters import save_diffusers_lora
@@ -465,7 +465,7 @@ def test_a_measure_needs_only_a_row_of_the_table(encoders, photos, monkeypatch):
         **scores,
     }
     axes = Figure().subplots()
-    publish.plot_scores(axes, [parse_record(event)])
+    run_plots.plot_scores(axes, [parse_record(event)])
     assert "smiles" in axes.get_legend_handles_labels()[1]
     assert "| smile | 0.625 |" in model_card.format_score_table(
         SimpleNamespace(scores=parse_record(event).scores, best=None)

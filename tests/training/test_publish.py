@@ -26,16 +26,12 @@ from dreambooth_moslora.pictures import SheetRow, draw_contact_sheet
 from dreambooth_moslora.plan.validation import check_hub_upload
 from dreambooth_moslora.settings.family_facts import FAMILIES
 from dreambooth_moslora.settings.train_config import FIELD_TYPES, SETTINGS, TrainConfig
-from dreambooth_moslora.training import model_card as hub
-from dreambooth_moslora.training import publish, reporter
+from dreambooth_moslora.training import contact_sheet, hub, publish, reporter
+from dreambooth_moslora.training.hub import list_public_files, push_to_hub
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.model_card import (
-    CardFacts,
-    list_public_files,
-    push_to_hub,
-    render_model_card,
-)
-from dreambooth_moslora.training.publish import ValidationSamples, compute_running_mean, plot_losses
+from dreambooth_moslora.training.model_card import CardFacts, render_model_card
+from dreambooth_moslora.training.run_plots import compute_running_mean, plot_losses
+from dreambooth_moslora.training.samples import ValidationSamples
 from tests.helpers.tiny_training import logged, paint_photos, tiny_config
 
 pytestmark = pytest.mark.usefixtures("few_steps")
@@ -373,14 +369,14 @@ def test_sheet_shows_step_0_images_under_their_prompts(tmp_path):
     for number, colour in enumerate(("red", "blue")):
         begun.save(begun.get_path(0, number), Image.new("RGB", (8, 8), colour))
     note_first(begun)
-    rows = [publish.build_sheet_rows(config, [], samples, [])[1] for samples in (begun, more)]
+    rows = [contact_sheet.build_sheet_rows(config, [], samples, [])[1] for samples in (begun, more)]
     assert [row.captions for row in rows] == [("a dog",) * 2] * 2 and all(
         len(row.images) == 2 for row in rows
     )
     assert (
-        publish.build_sheet_rows(replace(config, validation_prompt="a cat"), [], other_prompt, [])[
-            1
-        ].images
+        contact_sheet.build_sheet_rows(
+            replace(config, validation_prompt="a cat"), [], other_prompt, []
+        )[1].images
         == []
     )
 
