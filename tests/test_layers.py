@@ -18,6 +18,7 @@ ORDER = [
     "disk",
     "pictures",
     "settings",
+    "importers",
     "photos",
     "base",
     "method",

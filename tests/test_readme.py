@@ -31,6 +31,7 @@ FILE = re.compile(rf"`((?:{FOLDERS})/[^`\s]*)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 OTHER_PROGRAMS = (
+    "hf ",
     "git",
     "accelerate",
     "ACCELERATE",

@@ -14,6 +14,8 @@ from dataclasses import Field, fields
 from pathlib import Path
 
 import dreambooth_moslora
+from dreambooth_moslora.importers import ai_toolkit, diffusers, kohya, onetrainer, simpletuner
+from dreambooth_moslora.importers.rows import Ignored, Row, Table, Unsupported
 from dreambooth_moslora.settings.family_facts import UNET_SETTINGS
 from dreambooth_moslora.settings.field_facts import Prompt, Subject
 from dreambooth_moslora.settings.metric_kinds import METRICS
@@ -23,6 +25,7 @@ from dreambooth_moslora.settings.train_config import (
     GROUPS,
     MEMORY_PLANS,
     TrainConfig,
+    get_flag_name,
     list_flags,
 )
 
@@ -149,6 +152,29 @@ def format_memory_plans() -> str:
     return format_table(("`--memory`", "the same by hand", "for transformers too"), rows)
 
 
+def format_trainer_tables(*tables: Table) -> str:
+    """Return the rows by which another trainer's keys are translated, below their titles."""
+    parts = []
+    for table in tables:
+        for title, rows in table.items():
+            cells = [format_trainer_row(keys.split(), row) for keys, row in rows.items()]
+            parts += [f"## {title}\n", format_table(("there", "here", "remark"), cells)]
+    return "\n".join(parts)
+
+
+def format_trainer_row(keys: Sequence[str], row: Row) -> tuple[str, str, str]:
+    """Return the cells of a row: keys, counterpart, remark."""
+    theirs = ", ".join(f"`{key}`" for key in keys)
+    if isinstance(row, Ignored):
+        return theirs, "no effect", row.reason
+    if isinstance(row, Unsupported):
+        harmless = ", ".join(f"`{value}`" for value in row.harmless)
+        return theirs, "not supported", row.reason + (f"; {harmless} is" if harmless else "")
+    setting = row.setting or keys[0].rpartition(".")[2]
+    is_same = all(key == (row.setting or key) for key in keys)
+    return theirs, "the same" if is_same else f"`--{get_flag_name(setting)}`", row.remark
+
+
 def format_optimizers() -> str:
     rows = []
     for name, kind in OPTIMIZERS.items():
@@ -161,6 +187,11 @@ TABLES = {
     "measures": format_measures,
     "memory": format_memory_plans,
     "optimizers": format_optimizers,
+    "ai_toolkit": lambda: format_trainer_tables(ai_toolkit.DATASET_TABLE, ai_toolkit.TABLE),
+    "diffusers": lambda: format_trainer_tables(diffusers.TABLE),
+    "kohya": lambda: format_trainer_tables(kohya.TABLE),
+    "onetrainer": lambda: format_trainer_tables(onetrainer.CONCEPT_TABLE, onetrainer.TABLE),
+    "simpletuner": lambda: format_trainer_tables(simpletuner.DATASET_TABLE, simpletuner.TABLE),
 }
 
 

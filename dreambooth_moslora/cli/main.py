@@ -50,6 +50,10 @@ COMMANDS = {
         "turn a checkpoint's raw weights into LoRA files for diffusers and for ComfyUI, "
         "Forge, A1111, InvokeAI",
     ),
+    "convert": (
+        "cli.command_convert",
+        "write a configuration of ai-toolkit, kohya, OneTrainer or SimpleTuner as one of ours",
+    ),
     "compare": (
         "extras.lab.command_compare",
         "train and score several kinds of adapter at an equal budget: tables, intervals, plots",

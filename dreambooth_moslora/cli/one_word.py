@@ -12,6 +12,7 @@ from dreambooth_moslora.cli.terminal import print_loading
 from dreambooth_moslora.disk.paths import SUBJECT_FILE, find_asset, find_free_name
 from dreambooth_moslora.disk.run_folder import RunDir, is_checkpoint
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.importers.datasets import list_repeats_folders
 from dreambooth_moslora.plan import agreement, defaults
 from dreambooth_moslora.settings import family_facts, train_config
 
@@ -118,6 +119,11 @@ def parse_folder_and_word(positionals: Sequence[str]) -> tuple[Path, str]:
 
     folder = Path(find_asset(positionals[0]))
     require_photo_folder(folder)
+
+    # The photos of sd-scripts lie in a folder such as `10_sks dog` in it.
+    inner_folders = list_repeats_folders(folder)
+    if len(inner_folders) == 1:
+        folder = Path(inner_folders[0]["instance_data_dir"])
     word = " ".join(positionals[1:2]).strip()
 
     # The class is one argument: one word, or several in quotes.

@@ -8,14 +8,17 @@ import logging
 from collections.abc import Collection, Mapping
 from dataclasses import Field
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.cli.ignored_flags import add_ignored_flags
 from dreambooth_moslora.cli.parser import CommandParser
 from dreambooth_moslora.cli.terminal import print_lines
+from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings import config_files, train_config
+from dreambooth_moslora.importers.files import load_config
+from dreambooth_moslora.importers.rows import format_report, require_supported
+from dreambooth_moslora.settings import train_config
 from dreambooth_moslora.settings.field_facts import COMMAND_WORDS, Prompt, Subject
 
 logger = logging.getLogger(__name__)
@@ -85,23 +88,22 @@ def build_train_parser(prog: str = SCRIPT, hidden: Collection[str] = ()) -> Comm
 
 
 def add_training_flags(parser: CommandParser, hidden: Collection[str] = ()) -> None:
-    """Add `--config`, a flag for each setting, and other trainers' flags that have no effect.
+    """Add `--config` and a flag for each setting.
 
-    The namespace has attributes for the flags of the command line alone, and `ignored` if there are
-    any. `hidden` settings are parsed, but left out of the help.
+    The namespace has attributes for the flags of the command line alone, and `translation` if there
+    are flags of other trainers. `hidden` settings are parsed, but left out of the help.
     """
     parser.has_settings = True
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="settings from a .toml or .json file; flags override them",
+        help="settings from a .toml or .json file, or another trainer's; flags override them",
     )
     settings = train_config.SETTINGS.values()
     for title, items in groupby(settings, lambda item: item.metadata["group"]):
         group = parser.add_argument_group(title)
         for item in items:
             add_flag(group, item, is_hidden=item.name in hidden)
-    add_ignored_flags(parser)
 
 
 def add_flag(group: Any, item: Field, *, is_hidden: bool = False) -> None:
@@ -138,16 +140,17 @@ def resolve_settings(
 ) -> tuple[dict[str, Any], bool]:
     """Merge the settings of flags and --config. Return them and whether there is such a file.
 
-    flags: attributes of the parsed namespace; ignored ones are named on standard error
+    flags: attributes of the parsed namespace
     without_words: skip the file's settings of its subject, as PHOTOS WORD names another
 
     Raises UserError.
     """
     flags = dict(flags)
     file = flags.pop("config")
-    ignored = ", ".join(flags.pop("ignored", []))
-    if ignored:
-        print_lines([f"Ignored, as they have no effect here: {ignored}."])
+    file_settings, file_translation = load_config(Path(find_asset(file))) if file else ({}, None)
+    for translation in filter(None, (file_translation, flags.pop("translation", None))):
+        require_supported(translation)
+        print_lines(format_report(translation))
 
     # A flag may replace another setting of the file, such as the photos by another source of
     # photos. A switch that is turned off replaces none.
@@ -159,7 +162,7 @@ def resolve_settings(
     if without_words:
         flag_names.add(COMMAND_WORDS)
     settings = {}
-    for name, value in (config_files.load_settings(file) if file else {}).items():
+    for name, value in file_settings.items():
         item = train_config.SETTINGS.get(name)
         if item is None or not flag_names.intersection(item.metadata["yields_to"]):
             settings[name] = value

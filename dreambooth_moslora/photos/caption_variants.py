@@ -1,5 +1,5 @@
 """Build the captions that training shows of a photo: prefixed, with shuffled tags, and the bare
-instance prompt.
+instance prompt. `[trigger]` in a caption stands for the subject's trigger words, as in ai-toolkit.
 
 Tags of image boards have no order, so they are shuffled by the run's seed, in a fixed number of
 orders for each caption:
@@ -17,24 +17,27 @@ from dataclasses import replace
 
 from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.seeds import seed_rng
-from dreambooth_moslora.settings.prompts import join_caption
+from dreambooth_moslora.settings.prompts import join_caption, parse_subject
 from dreambooth_moslora.settings.train_config import TrainConfig
 
+TRIGGER_PLACEHOLDER = "[trigger]"
 TAG_ORDERS = 16
 """Orders of each caption, including the written one."""
 
 
 def prepare_captions(config: TrainConfig, photo: Photo) -> Photo:
-    """Return the photo with prefixed captions, and with a `bare_prompt` if none of its captions is
-    the instance prompt."""
+    """Return the photo with prefixed captions, unless they contain the prefix, and with a
+    `bare_prompt` if none of its captions is the instance prompt."""
     prompt = config.instance_prompt
     prefix = (config.caption_prefix or "").strip()
-    captions = tuple(
-        caption if caption == prompt else join_caption(prefix, caption)
-        for caption in photo.captions
-    )
+    trigger_words = parse_subject(config).trigger_words
+    captions = []
+    for caption in photo.captions:
+        text = caption.replace(TRIGGER_PLACEHOLDER, trigger_words)
+        is_complete = text == prompt or prefix.lower() in text.lower()
+        captions.append(text if is_complete else join_caption(prefix, text))
     has_prompt = normalize_prompt(prompt) in map(normalize_prompt, captions)
-    return replace(photo, captions=captions, bare_prompt=None if has_prompt else prompt)
+    return replace(photo, captions=tuple(captions), bare_prompt=None if has_prompt else prompt)
 
 
 def normalize_prompt(prompt: str) -> str:

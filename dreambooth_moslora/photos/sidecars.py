@@ -18,7 +18,10 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.photo_file import IMAGE_SUFFIXES
 
 METADATA_NAME = "metadata.jsonl"
-"""File with the captions of a folder's photos."""
+"""File with the captions of a folder's photos; without it the first other `.jsonl` file is read."""
+METADATA_SUFFIX = ".jsonl"
+NAME_KEYS = ("file_name", "image_path")
+"""Keys of a photo's name: of the datasets library, and of musubi-tuner."""
 CAPTION_SUFFIX = ".txt"
 MASK_SUFFIX = ".mask"
 """Suffixes of the sidecars: `dog.txt` and `dog.mask.png` lie beside `dog.jpg`."""
@@ -56,7 +59,7 @@ def find_sidecars(paths: Iterable[Path]) -> dict[tuple[str, str], Path]:
 
 def is_sidecar_name(path: Path) -> bool:
     """Return whether the name is that of a file of captions or of a mask."""
-    return path.name == METADATA_NAME or parse_sidecar_name(path) is not None
+    return path.suffix.lower() == METADATA_SUFFIX or parse_sidecar_name(path) is not None
 
 
 class FolderCaptions:
@@ -69,6 +72,8 @@ class FolderCaptions:
 
         # One JSON object a line; a bad line costs only itself.
         metadata = folder / METADATA_NAME
+        if not metadata.is_file():
+            metadata = next(iter(sorted(folder.glob(f"[!.]*{METADATA_SUFFIX}"))), metadata)
         text = self._read_text(metadata) if metadata.is_file() else ""
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
@@ -117,8 +122,9 @@ class FolderCaptions:
         with suppress(UserError):
             row = parse_json(line)
         texts = [row[key] for key in CAPTION_KEYS if isinstance(row.get(key), str)]
-        if "file_name" in row and texts and texts[0].strip():
-            self._by_name[Path(str(row["file_name"])).name] = clean_whitespace(texts[0])
+        names = [str(row[key]) for key in NAME_KEYS if row.get(key)]
+        if names and texts and texts[0].strip():
+            self._by_name[Path(names[0]).name] = clean_whitespace(texts[0])
         else:
             self.complaints.append((path, f'line {number} is not {{"file_name": …, "text": …}}'))
 

@@ -34,9 +34,13 @@ def load_settings(path: Path | str) -> dict[str, Any]:
 
     Raises UserError.
     """
-    path = Path(path)
+    return flatten_tables(read_tables(path), Path(path))
+
+
+def flatten_tables(tables: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return the settings of a file's content by name. Raises UserError."""
     try:
-        settings = flatten(read_tables(path), path)
+        settings = flatten(tables, path)
     except RecursionError as error:
         raise UserError(f"--config {path}: its tables are nested too deep.") from error
     return drop_removed_settings(settings) if path.name in RUN_SETTINGS_NAMES else settings

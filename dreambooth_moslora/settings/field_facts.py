@@ -133,7 +133,6 @@ class FieldFacts:
     publish: str | None = None
     idle: IgnoredCases = ()  # when it has no effect
     packages: Mapping[object, str] = field(default_factory=dict)  # value -> package that it needs
-    elsewhere: str = ""  # flags of other trainers that mean the same
     flag: str = ""  # preferred name of its flag, if not its own
     also: str = ""  # further names of its flag, by diffusers' scripts of other models
 

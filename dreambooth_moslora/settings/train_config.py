@@ -237,7 +237,6 @@ class TrainConfig:
         default=False,
         help="show the tags of a caption, between commas, in changing orders",
         publish="always",
-        elsewhere="shuffle_tags",
     )
     keep_tokens: int = photos_field(
         default=0,
@@ -245,7 +244,6 @@ class TrainConfig:
         low=0,
         publish="always",
         idle=field_facts.ignore_unless(shuffle_caption=True),
-        elsewhere="keep_tokens_separator",
     )
     caption_dropout: float = photos_field(
         default=0.0,
@@ -253,7 +251,6 @@ class TrainConfig:
         low=0,
         high=1,
         publish="always",
-        elsewhere="caption_dropout_rate caption_dropout_probability proportion_empty_prompts",
     )
     instance_prompt_share: float | None = photos_field(
         default=None,
@@ -428,7 +425,6 @@ class TrainConfig:
         low=0,
         publish="always",
         idle=field_facts.ignore_unless(with_prior_preservation=True),
-        elsewhere="prior_loss_weights",
     )
     sample_batch_size: int = prior_field(
         default=4,
@@ -446,14 +442,12 @@ class TrainConfig:
         low=1,
         high=4096,
         publish="always",
-        elsewhere="network_dim lora_rank lora_r",
     )
     lora_alpha: float | None = adapter_field(
         default=None,
         help="the adapter is scaled by alpha / rank (default: alpha = rank, of each layer)",
         above=0,
         publish="always",
-        elsewhere="network_alpha",
     )
     rank_pattern: tuple[str, ...] = adapter_field(
         default=(),
@@ -481,7 +475,6 @@ class TrainConfig:
         high=0.99,
         publish="always",
         same_on_resume=True,
-        elsewhere="network_dropout",
     )
     use_dora: bool = adapter_field(
         default=False,
@@ -541,7 +534,6 @@ class TrainConfig:
         default=None,
         help="begin with an existing adapter: a LoRA file of any program and rank, or a run folder",
         path=find_asset,
-        elsewhere="network_weights init_lora",
     )
     companion: str | None = adapter_field(
         default=None,
@@ -559,7 +551,6 @@ class TrainConfig:
         low=0,
         high=2**63 - 1,
         publish="always",
-        elsewhere="seeds",
     )
     train_batch_size: int = training_field(
         default=4,
@@ -583,7 +574,6 @@ class TrainConfig:
             "with --max_train_steps or --exposures_per_photo",
             lambda run: run.max_train_steps or run.exposures_per_photo,
         ),
-        elsewhere="max_train_epochs",
     )
     max_train_steps: int | None = training_field(
         default=None,
@@ -606,7 +596,6 @@ class TrainConfig:
         low=0,
         high=100,
         publish="always",
-        elsewhere="unet_lr",
     )
     text_encoder_lr: float = training_field(
         default=5e-6,
@@ -664,7 +653,6 @@ class TrainConfig:
         help=f"min-SNR weighting of the loss; 5.0 is usual; {NO_GAIN_NOTE}",
         above=0,
         publish="always",
-        elsewhere="min_snr_gamma",
         yields_to=("debiased_estimation_loss", "do_edm_style_training"),
         family="unet",
         excludes={
@@ -979,7 +967,6 @@ class TrainConfig:
         default=None,
         help="prompts of the sample images, each in quotes (default: the instance prompt)",
         per_subject=True,
-        elsewhere="sample_prompts",
     )
     num_validation_images: int | None = samples_field(
         default=None,
@@ -996,7 +983,6 @@ class TrainConfig:
         default=None,
         help="steps between samples; overrides --validation_epochs",
         low=1,
-        elsewhere="sample_every_n_steps",
     )
     evaluate_steps: int | None = samples_field(
         default=None,
@@ -1015,7 +1001,6 @@ class TrainConfig:
         default=500,
         help="steps between checkpoints",
         low=1,
-        elsewhere="save_every_n_epochs save_every_n_steps",
     )
     checkpoints_total_limit: int | None = run_field(
         default=None,
@@ -1191,19 +1176,25 @@ def list_settings(fact: str, value: Any = True) -> tuple[str, ...]:
     return tuple(name for name, item in SETTINGS.items() if item.metadata[fact] == value)
 
 
-def map_aliases(*facts: str) -> dict[str, str]:
-    """Return each name that a row has in these facts -> its setting."""
-    aliases = {}
-    for name, item in SETTINGS.items():
-        for fact in facts:
-            aliases |= dict.fromkeys(item.metadata[fact].split(), name)
-    return aliases
-
-
-ALIASES = map_aliases("flag", "also")
+ALIASES = {
+    alias: name
+    for name, item in SETTINGS.items()
+    for alias in f"{item.metadata['flag']} {item.metadata['also']}".split()
+}
 """Further names of a setting, as a flag and in a file -> its name."""
-ALL_ALIASES = ALIASES | map_aliases("elsewhere")
-"""The same with the names in other trainers."""
+
+
+GUESSES = {
+    "steps": "max_train_steps",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "model": "pretrained_model_name_or_path",
+    "prompt": "instance_prompt",
+    "lora_rank": "rank",
+    "network_dim": "rank",
+    "network_alpha": "lora_alpha",
+}
+"""Names that people try first -> the setting that they mean."""
 
 
 def list_flags(name: str) -> list[str]:
@@ -1395,7 +1386,8 @@ def check_setting_names(names: Iterable[str]) -> None:
     for name in names:
         if name not in SETTINGS:
             alias = name.replace("-", "_")
-            nearest = ALL_ALIASES.get(alias) or field_facts.find_nearest_name(alias, SETTINGS)
+            nearest = (ALIASES | GUESSES).get(alias)
+            nearest = nearest or field_facts.find_nearest_name(alias, SETTINGS)
             advice = f": did you mean `{nearest}`?" if nearest else "; see --help."
             raise UserError(f"unknown setting `{name}`{advice}")
 

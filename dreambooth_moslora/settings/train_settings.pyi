@@ -31,6 +31,7 @@ class TrainSettings(TypedDict, total=False):
     instance_prompt_share: float | None
     repeats: int
     resolution: int
+    more_resolutions: Sequence[str]
     enable_bucket: bool
     bucket_reso_steps: int | None
     center_crop: bool
@@ -118,7 +119,7 @@ class TrainSettings(TypedDict, total=False):
     compile: str
     deterministic: bool
     enable_xformers_memory_efficient_attention: bool
-    validation_prompt: str | None
+    validation_prompt: Sequence[str] | None
     num_validation_images: int | None
     validation_epochs: int
     validation_steps: int | None

@@ -167,6 +167,16 @@ def test_captions_and_masks_with_other_trainers_names_are_read(tmp_path):
     assert [photo.mask_path.name for photo in photos] == ["a-masklabel.png", "b.mask.png"]
 
 
+def test_captions_of_a_jsonl_file_with_paths_are_read(tmp_path):
+    """Form of musubi-tuner."""
+    picture().save(tmp_path / "a.jpg")
+    row = {"image_path": "/elsewhere/a.jpg", "caption": "my sks toy"}
+    (tmp_path / "captions.jsonl").write_text(json.dumps(row))
+    report = find_photos(tmp_path, PROMPT, 64)
+    assert [photo.captions for photo in report.photos] == [("my sks toy",)]
+    assert [path.name for path in report.sidecars] == ["captions.jsonl"] and not report.skipped
+
+
 def test_nothing_usable_is_one_line_that_names_the_files(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"")
     (tmp_path / "notes.md").write_text("x")

@@ -66,11 +66,6 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path, text, flags
             "unknown setting `target_module`: did you mean `target_modules`?",
         ),
         ("a.toml", "lora-rank = 3", "unknown setting `lora_rank`: did you mean `rank`?"),
-        (
-            "a.json",
-            '{"train_data_dir": "x"}',
-            "unknown setting `train_data_dir`",
-        ),
         ("a.toml", "rank = 3\n[x]\nrank = 4", "given twice"),
         ("a.json", '{"rank": 3, "seed": 1, "rank": 4}', "rank is given twice"),
         ("a.toml", f"rank = {'1' * 20_000}", "not valid TOML: Exceeds the limit"),

@@ -7,14 +7,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import dreambooth_moslora
-from dreambooth_moslora.cli.ignored_flags import IGNORED
-from dreambooth_moslora.cli.parser import FOREIGN_FLAGS
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.field_facts import COMMAND_WORDS
 from dreambooth_moslora.settings.rules import list_remarks
@@ -171,12 +169,6 @@ def test_a_refusal_is_one_line(flags):
     assert str(caught.value) == REFUSALS[flags]
 
 
-def test_flags_of_other_trainers_are_no_settings():
-    ignored = {flag for flags in IGNORED for flag in flags.split()}
-    assert not ignored & FOREIGN_FLAGS.keys()
-    assert not (ignored | FOREIGN_FLAGS.keys()) & {item.name for item in fields(TrainConfig)}
-
-
 def test_a_tilde_is_the_home_folder_in_each_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
     (tmp_path / "r.toml").write_text(
@@ -277,14 +269,13 @@ def test_settings_that_do_not_fit_have_one_remark(flags):
 ROOT = Path(__file__).parents[2]
 BEFORE = "    repeats: int = photos_field("
 ROW = """    haze: float = photos_field(0.5, "how much haze", low=0, high=2,
-        publish="if_changed", idle=field_facts.ignore_unless(random_flip=True), elsewhere="fog",
+        publish="if_changed", idle=field_facts.ignore_unless(random_flip=True),
         per_subject=True, path=False, packages={1.5: "no_such_package"})
 """
 PROGRAM = """
 import json, sys
 from pathlib import Path
 from dreambooth_moslora.cli.command_train import parse_training
-from dreambooth_moslora.cli.parser import describe_unknown_flag
 from dreambooth_moslora.cli.train_flags import build_train_parser
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import config_files, rules
@@ -314,7 +305,6 @@ json.dump({
     "near": parse_haze("--hase", "1"),
     "help": [line.split() for line in lines if line.startswith("  --haze")],
     "recipe": [recipe["haze"], "haze" in config_files.build_recipe(TrainConfig())],
-    "elsewhere": describe_unknown_flag("--fog=1"),
     "remarks": rules.list_remarks(TrainConfig(haze=1.0)),
     "package": call(lambda: rules.require_packages(TrainConfig(haze=1.5, random_flip=True))),
     "subject": SubjectTable(haze=2).to_dict(),
@@ -342,7 +332,6 @@ def test_a_new_row_is_all_that_a_new_setting_needs(tmp_path):
         "near": "unknown flag --hase: did you mean --haze?",
         "help": [["--haze", "X", "how", "much", "haze", "(default:", "0.5)"]],
         "recipe": [1.0, False],
-        "elsewhere": "--fog: use --haze.",
         "remarks": ["--haze has no effect without --random_flip"],
         "package": "--haze 1.5 needs no_such_package: pip install no_such_package.",
         "subject": {"haze": 2},

@@ -293,6 +293,12 @@ def test_caption_prefix_comes_first_and_is_not_shuffled(tmp_path):
     assert all(caption.startswith("sks dog, ") for caption in captions[:TAG_ORDERS])
 
 
+def test_captions_get_the_trigger_word_once(tmp_path):
+    texts = "[trigger] on grass\na SKS dog in snow\nasleep\n"
+    photo, _ = write_captioned_photos(tmp_path, texts, "", caption_prefix="sks dog")
+    assert photo.captions == ("sks dog on grass", "a SKS dog in snow", "sks dog asleep")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.25, 1 / 3, 1.0])
 def test_shares_of_empty_captions_and_of_bare_prompts(share):
     for dataset, bare in (

@@ -1,0 +1,107 @@
+"""Converters of values that several trainers write alike."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dreambooth_moslora.importers.rows import Translated, UnsupportedValueError
+from dreambooth_moslora.settings.lr_schedules import LR_SCHEDULES
+from dreambooth_moslora.settings.optimizers import OPTIMIZERS
+
+OPTIMIZER_NAMES: dict[str, dict[str, Any]] = {
+    "adamw": {"optimizer": "AdamW"},
+    "adam": {"optimizer": "AdamW", "adam_weight_decay": 0.0},
+    "adamw8bit": {"optimizer": "AdamW", "use_8bit_adam": True},
+    "adam8bit": {"optimizer": "AdamW", "use_8bit_adam": True, "adam_weight_decay": 0.0},
+    "pagedadamw8bit": {"optimizer": "AdamW", "use_8bit_adam": True},
+    "prodigy": {"optimizer": "Prodigy"},
+    "schedulefreeadamw": {"optimizer": "AdamWScheduleFree"},
+    "adamwschedulefree": {"optimizer": "AdamWScheduleFree"},
+    "adafactor": {"optimizer": "Adafactor"},
+}
+"""Optimizers' names in lower case without separators -> settings."""
+SCHEDULE_NAMES = {"cosine_with_hard_restarts": "cosine_with_restarts"}
+"""Other names of schedules of the learning rate."""
+
+
+def simplify_name(name: Any) -> str:
+    """Return a name in lower case without separators: `ADAMW_8BIT` -> `adamw8bit`."""
+    return re.sub(r"[^a-z0-9]", "", str(name).rpartition(".")[2].lower())
+
+
+def convert_optimizer(value: Any) -> Mapping[str, Any]:
+    """Return the settings of an optimizer. Raises UnsupportedValueError."""
+    name = simplify_name(value)
+    if name not in OPTIMIZER_NAMES:
+        raise UnsupportedValueError(f"the optimizers here are {', '.join(OPTIMIZERS)}")
+    return OPTIMIZER_NAMES[name]
+
+
+def convert_schedule(value: Any) -> str:
+    """Return a schedule of the learning rate. Raises UnsupportedValueError."""
+    name = str(value).lower()
+    name = SCHEDULE_NAMES.get(name, name)
+    if name not in LR_SCHEDULES:
+        raise UnsupportedValueError(f"the schedules here are {', '.join(LR_SCHEDULES)}")
+    return name
+
+
+def convert_resolution(value: Any) -> int:
+    """Return the side of the square of the same area, px: of `1024`, `"1024,1024"` or `[832,
+    1216]`, a multiple of 8. Raises UnsupportedValueError."""
+    sides = value if isinstance(value, (list, tuple)) else re.split(r"[,x]", str(value))
+    numbers = [float(side) for side in sides if str(side).strip()]
+    if not 1 <= len(numbers) <= 2:
+        raise UnsupportedValueError("expected one side, or width and height")
+    area = numbers[0] * numbers[-1]
+    return round(area**0.5 / 8) * 8
+
+
+def convert_precision(value: Any) -> str | None:
+    """Return `mixed_precision`. Raises UnsupportedValueError."""
+    names = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16"}
+    names |= dict.fromkeys(("no", "fp32", "float32", "tf32"), "no")
+    name = simplify_name(value)
+    if name not in names:
+        raise UnsupportedValueError("the precisions here are bf16, fp16 and no")
+    return names[name]
+
+
+def to_number(value: Any) -> float:
+    """Return a number, which YAML 1.1 reads as text if it has no dot: `1e-4`."""
+    return float(value)
+
+
+def to_positive(value: Any) -> Any:
+    """Return the value; None for zero, which means "not" in some trainers."""
+    return value if float(value) > 0 else None
+
+
+def check_caption_suffix(value: Any) -> None:
+    """Accept the suffixes of caption files. Raises UnsupportedValueError for any other."""
+    if str(value).lstrip(".").lower() not in ("txt", "caption"):
+        raise UnsupportedValueError("captions are .txt or .caption files beside the photos")
+
+
+CAPTION_SUFFIX_ROW = Translated("captions", check_caption_suffix, "`.txt` and `.caption` are read")
+
+
+def if_true(settings: Mapping[str, Any]) -> Callable[[Any], Mapping[str, Any] | None]:
+    """Make a converter of a switch that stands for these settings where it is on."""
+
+    def convert_switch(value: Any) -> Mapping[str, Any] | None:
+        is_off = value in (None, False, 0) or str(value).lower() in ("false", "off", "no")
+        return None if is_off else settings
+
+    return convert_switch
+
+
+def flatten_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by dotted names. An empty table and a list stay values."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten_values(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

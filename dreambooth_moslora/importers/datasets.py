@@ -1,0 +1,104 @@
+"""Datasets of another trainer's file: folders of photos that become one subject or several, and
+folders of class images."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dreambooth_moslora.importers.rows import Table, Translation
+from dreambooth_moslora.settings import train_config
+
+REPEATS_FOLDER = re.compile(r"(?P<repeats>\d+)_(?P<name>.+)")
+"""Folder of sd-scripts: `10_sks dog` is shown ten times an epoch; its name is the caption."""
+SUBJECT_SETTINGS = train_config.list_settings("per_subject")
+"""Settings that each of several subjects may have."""
+
+
+def list_repeats_folders(parent: Path) -> list[dict[str, Any]]:
+    """Return the settings of each folder such as `10_sks dog` in a folder."""
+    settings = []
+    for folder in sorted(path for path in parent.glob("*") if path.is_dir()):
+        match = REPEATS_FOLDER.fullmatch(folder.name)
+        if match:
+            prompt = " ".join(match["name"].replace("_", " ").split())
+            repeats = {"instance_prompt": prompt, "repeats": int(match["repeats"])}
+            settings.append({"instance_data_dir": str(folder)} | repeats)
+    return settings
+
+
+def translate_datasets(
+    translation: Translation, table: Table, datasets: Iterable[tuple[Mapping[str, Any], bool]]
+) -> None:
+    """Translate datasets by the rows of a table.
+
+    datasets: the values of each, and whether its images are those of the class
+    """
+    photo_settings = []
+    for values, is_class in datasets:
+        part = Translation(translation.trainer)
+        part.translate_values(table, values)
+        translation.add_remarks(part)
+        folder = part.settings.get("instance_data_dir")
+        if folder and is_class:
+            set_class_images(translation, folder, part.settings.get("instance_prompt"))
+        elif folder:
+            photo_settings.append(part.settings)
+    set_photos(translation, photo_settings)
+
+
+def set_class_images(translation: Translation, folder: str, prompt: str | None = None) -> None:
+    """Store a folder of class images, or the folder such as `1_dog` in it."""
+    inner_folders = list_repeats_folders(Path(folder))
+    if inner_folders:
+        folder, prompt, _ = inner_folders[0].values()
+    settings = {"with_prior_preservation": True, "class_data_dir": folder, "class_prompt": prompt}
+    translation.set_values(settings, "regularization images")
+
+
+def set_photos(translation: Translation, datasets: Sequence[Mapping[str, Any]]) -> None:
+    """Store the settings of folders of photos: of one subject, or a table for each folder."""
+    # A folder may be named once for each resolution.
+    folders: dict[str, dict[str, Any]] = {}
+    for dataset in datasets:
+        folder = folders.setdefault(dataset["instance_data_dir"], dict(dataset) | {"sides": []})
+        folder["sides"] += to_list(dataset.get("resolution"))
+    tables = [table | split_resolutions(table.pop("sides")) for table in folders.values()]
+
+    # A setting that subjects do not have on their own has the first folder's value.
+    shared = {name: value for table in reversed(tables) for name, value in table.items()}
+    if len(tables) > 1:
+        subjects = [
+            {name: str(value) for name, value in table.items() if name in SUBJECT_SETTINGS}
+            for table in tables
+        ]
+        shared = {name: value for name, value in shared.items() if name not in SUBJECT_SETTINGS}
+        for name, value in shared.items():
+            if any(table.get(name) != value for table in tables):
+                translation.ignored.append(f"{name} of single folders (all have {value})")
+        shared["subjects"] = subjects
+    if shared:
+        translation.set_values(shared, "datasets")
+
+
+def split_resolutions(sides: Iterable[int]) -> dict[str, Any]:
+    """Return the settings of one or several resolutions, px."""
+    largest, *smaller = sorted(set(sides), reverse=True) or [None]
+    settings: dict[str, Any] = {"resolution": largest} if largest else {}
+    return settings | ({"more_resolutions": smaller} if smaller else {})
+
+
+def complete_class_prompt(translation: Translation) -> None:
+    """Name the class by the last word of the instance prompt, where class images have no prompt."""
+    settings = translation.settings
+    if settings.get("with_prior_preservation") and not settings.get("class_prompt"):
+        words = str(settings.get("instance_prompt") or "").split()
+        if len(words) > 1:
+            translation.set_values({"class_prompt": f"a photo of a {words[-1]}"}, "")
+
+
+def to_list(value: Any) -> list[Any]:
+    """Return a list of a value, of a list, or of None."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
