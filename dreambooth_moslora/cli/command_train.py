@@ -109,7 +109,7 @@ def train_subject(
     The result's `run_dir` holds the adapter, `runs/dog` or a free name like it. Raises UserError.
     """
     # Check the user's settings before choosing the rest.
-    user_settings = train_config.check_values(train_config.replace_base_name(settings))
+    user_settings = train_config.parse_settings(settings)
     choices = one_word.choose_settings([str(photos), word], user_settings, has_recipe=False)
     for line in filter(None, choices.closing_lines):
         logger.warning("%s", line)

@@ -1,7 +1,7 @@
 """`train photos/dog dog`: all settings chosen for a folder and a word."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,12 @@ USAGE_EXAMPLE = "as in `train photos/dog dog`"
 
 
 def choose_settings(
-    positionals: Sequence[str], overrides: dict[str, Any], *, has_recipe: bool
+    positionals: Sequence[str], settings: Mapping[str, Any], *, has_recipe: bool
 ) -> defaults.Choices:
     """Choose all settings of a run.
 
     positionals: the folder of photos and the class
-    overrides: settings of the user, which are never replaced
+    settings: of the user, as `parse_settings` returns them, which are never replaced
     has_recipe: whether a --config file replaces the recipe
 
     Raises UserError.
@@ -43,7 +43,6 @@ def choose_settings(
 
     # Check the arguments and the base before PyTorch is imported to measure the GPU's memory.
     folder, word = parse_folder_and_word(positionals)
-    settings = {name: train_config.parse_setting(name, value) for name, value in overrides.items()}
     if settings.get("instance_data_dir"):
         raise UserError(
             f"{positionals[0]} and --instance_data_dir: give the folder of photos once."

@@ -154,11 +154,8 @@ def resolve_settings(
 
     # A flag may replace another setting of the file, such as the photos by another source of
     # photos. A switch that is turned off replaces none.
-    flag_names = {
-        name
-        for name, value in flags.items()
-        if train_config.parse_setting(name, value) is not False
-    }
+    flags = train_config.parse_settings(flags)
+    flag_names = {name for name, value in flags.items() if value is not False}
     if without_words:
         flag_names.add(COMMAND_WORDS)
     settings = {}
@@ -168,7 +165,7 @@ def resolve_settings(
             settings[name] = value
         elif name == "subjects":
             logger.warning("note: the subjects in %s are left out, as others are given", file)
-    return train_config.check_values(settings | flags), bool(file)
+    return train_config.parse_settings(settings | flags), bool(file)
 
 
 def require_settings(settings: Mapping[str, Any]) -> None:

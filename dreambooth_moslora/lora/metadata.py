@@ -148,7 +148,7 @@ def parse_text_options(header: Mapping[str, str]) -> dict[str, Any]:
         # An invalid value is left out: anyone may have written the header.
         if name in metadata.recipe:
             with suppress(UserError):
-                options[name] = train_config.parse_setting(name, metadata.recipe[name])
+                options |= train_config.parse_settings({name: metadata.recipe[name]})
     return options
 
 

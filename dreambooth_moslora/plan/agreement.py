@@ -35,12 +35,11 @@ def check_same_settings(config: train_config.TrainConfig) -> None:
 def format_settings(settings: Mapping[str, Any]) -> str:
     """Return a line for each setting that the processes must share, also for defaults."""
     excluded = {*train_config.list_settings("secret"), *train_config.list_settings("per_process")}
-    lines = []
-    for name, item in train_config.SETTINGS.items():
-        if name not in excluded:
-            value = train_config.parse_setting(name, settings.get(name, item.default))
-            lines.append(f"--{name} {value!r}")
-    return "\n".join(lines)
+    defaults = {name: item.default for name, item in train_config.SETTINGS.items()}
+    values = defaults | train_config.parse_settings(settings)
+    return "\n".join(
+        f"--{name} {value!r}" for name, value in values.items() if name not in excluded
+    )
 
 
 def get_min_free_gib() -> float | None:

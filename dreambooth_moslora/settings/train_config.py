@@ -1045,10 +1045,8 @@ class TrainConfig:
     )
 
     def __init__(self, **settings: "Unpack[TrainSettings]") -> None:
-        values = replace_base_name(settings)
-        check_setting_names(values)
-        for name, item in SETTINGS.items():
-            value = parse_setting(name, values.get(name, item.default))
+        values = {name: item.default for name, item in SETTINGS.items()} | parse_settings(settings)
+        for name, value in values.items():
             object.__setattr__(self, name, value)
         rules.check_combinations(self)
 
@@ -1239,9 +1237,20 @@ def build_subject_table(values: Any) -> Any:
     return SubjectTable(**values)
 
 
+def parse_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of any source by their names, each converted to its type.
+
+    Files, flags, forms, lists and keyword arguments pass through here, and converted values pass
+    unchanged. Raises UserError for an unknown name, with the most similar setting, and for a value
+    of another type or beyond its limits.
+    """
+    values = replace_base_name(settings)
+    check_setting_names(values)
+    return {name: parse_setting(name, value) for name, value in values.items()}
+
+
 def parse_setting(name: str, value: Any) -> Any:
-    """Convert a value of any source to the setting's type and check its limits. Raises
-    UserError."""
+    """Return the value in the setting's type, within its limits. Raises UserError."""
     item = SETTINGS[name]
     facts = item.metadata
     base, is_optional = FIELD_TYPES[name]
@@ -1361,14 +1370,6 @@ def check_number(name: str, value: float, facts: Mapping[str, Any]) -> None:
         bound = bounds[kind]
         if bound is not None and not is_within(value, bound):
             raise UserError(f"--{name} {value:g}: must be {description} {bound:g}.")
-
-
-def check_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values after checking each. Raises UserError."""
-    check_setting_names(values)
-    for name, value in values.items():
-        parse_setting(name, value)
-    return dict(values)
 
 
 def replace_base_name(settings: Mapping[str, Any]) -> dict[str, Any]:

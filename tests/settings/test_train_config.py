@@ -16,7 +16,7 @@ import dreambooth_moslora
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.field_facts import COMMAND_WORDS
 from dreambooth_moslora.settings.rules import list_remarks
-from dreambooth_moslora.settings.train_config import SETTINGS, TrainConfig
+from dreambooth_moslora.settings.train_config import SETTINGS, TrainConfig, parse_settings
 from tests.helpers.command_line import parse_train_config
 
 NEEDED = [
@@ -337,3 +337,15 @@ def test_a_new_row_is_all_that_a_new_setting_needs(tmp_path):
         "subject": {"haze": 2},
         "docs": ["`--haze` | number from 0 to 2 | `0.5` | how much haze | if changed"],
     }
+
+
+def test_converted_settings_pass_unchanged():
+    texts = {"base": "toy", "rank": "8", "target_modules": "to_q, to_k", "random_flip": "yes"}
+    settings = parse_settings(texts)
+    assert settings == {
+        "pretrained_model_name_or_path": "toy",
+        "rank": 8,
+        "target_modules": ("to_q", "to_k"),
+        "random_flip": True,
+    }
+    assert parse_settings(settings) == settings

@@ -199,7 +199,7 @@ def build_settings(
     """
     row_settings = {name: value for name, value in row.items() if name not in ROW_COLUMNS}
     refuse_settings(row_settings)
-    train_config.check_values(row_settings)
+    train_config.parse_settings(row_settings)
     if not photos.is_dir():
         raise UserError(f"{photos}: {'not a folder' if photos.exists() else 'no such folder'}.")
 

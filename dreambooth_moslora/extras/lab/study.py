@@ -33,7 +33,7 @@ from dreambooth_moslora.plan import defaults
 from dreambooth_moslora.plan.validation import check_references
 from dreambooth_moslora.settings import config_files
 from dreambooth_moslora.settings.subjects import build_prompts
-from dreambooth_moslora.settings.train_config import TrainConfig, check_values
+from dreambooth_moslora.settings.train_config import TrainConfig, parse_settings
 
 
 @dataclass(frozen=True)
@@ -347,7 +347,7 @@ def load_study(path: Path) -> Study:
         name: resolve_settings(require_table(path, f"arms.{name}", arm))
         for name, arm in arms.items()
     }
-    check_values(shared)
+    parse_settings(shared)
     for name, settings in arms.items():
         by_references = settings.get(REFERENCES_SETTING, False)
         if not isinstance(by_references, bool):
@@ -355,7 +355,7 @@ def load_study(path: Path) -> Study:
                 f"--config {path}: arms.{name}.{REFERENCES_SETTING} is true or false, "
                 f"not {by_references!r}."
             )
-        check_values({key: settings[key] for key in settings if key != REFERENCES_SETTING})
+        parse_settings({key: settings[key] for key in settings if key != REFERENCES_SETTING})
 
     # each arm's resolution; not in `train`, whose digest is a part of the results' names
     for settings in arms.values():
