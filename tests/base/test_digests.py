@@ -58,7 +58,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_of_a_folder_changes_its_parts_digests(name, tiny_base, tmp_path):
-    """A copy elsewhere has the same."""
+    """A copy of the folder has the same digests."""
     change, changed = CHANGES[name]
     base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
     digests = partial(hash_parts, facts=SDXL, parts=PARTS, caches=tmp_path / "caches")
@@ -80,7 +80,7 @@ def test_a_shard_that_changed_is_another_denoiser(tiny_base, tmp_path):
 
 
 def test_a_fetched_snapshot_has_the_digests_of_the_folder(tiny_base, tmp_path):
-    """Its files are links into a folder of blobs."""
+    """The files of a snapshot are links into a folder of blobs."""
     base = Base.find("owner/model", cache_dir=str(tmp_path))
     assert base.folder is None and hash_parts(base, SDXL, PARTS, tmp_path) == {}
     model = tmp_path / "models--owner--model"
@@ -115,7 +115,6 @@ def test_a_unets_single_file_decides_all_parts(tiny_base, tmp_path):
 
 
 def test_a_transformers_file_decides_the_transformer_alone(tmp_path):
-    """The other parts are those of the folder beside it."""
     pipeline = tiny_pipeline("z_image", tmp_path / "files")
     pipeline.save_pretrained(tmp_path / "model")
     (weights,) = (tmp_path / "model" / "transformer").glob("*.safetensors")

@@ -101,7 +101,7 @@ def test_qwen_image_gets_no_mask_for_texts_of_one_length(loaded):
 @torch.no_grad()
 @pytest.mark.parametrize("loaded", ["krea2"], indirect=True)
 def test_krea_2_predicts_the_same_without_padding(loaded):
-    """Filled up to the longest text of a batch alone."""
+    """A batch is padded to its longest text alone."""
     pipe, family = loaded
     z, t = family.encode_latents(pipe.vae, pixels()), torch.tensor([300.0, 700.0])
     padded = dict(zip(family.names, pipe.encode_prompt(PROMPTS)))
@@ -154,7 +154,7 @@ class DecodedError(Exception):
 @torch.no_grad()
 @each
 def test_the_pipeline_decodes_latents_to_the_posteriors_mean(loaded, monkeypatch):
-    """With an answer of zeros a flow stays where it is."""
+    """If the denoiser predicts zeros, a flow's latents do not change."""
     pipe, family = loaded
     z = family.encode_latents(pipe.vae, pixels())
 
@@ -254,7 +254,7 @@ def compute_gradients(family, pipe, weights: list[Tensor]) -> list[Tensor | None
 @torch.no_grad()
 @each
 def test_images_of_cached_embeddings_equal_the_pipelines(loaded):
-    """Guided; alone and beside another; and it is what the pipeline draws of the same words."""
+    """Images are guided, and generated alone and in a batch."""
     pipe, family = loaded
     prompts = list_prompts(family)
     parameters = inspect.signature(pipe.__call__).parameters
@@ -313,8 +313,7 @@ def test_the_facts_of_a_family_fit_its_diffusers_classes():
 
 @each
 def test_the_fused_path_has_the_gradients_of_peft(loaded):
-    """With working copies: projections of pictures and of texts, with biases or without. Switched
-    off, it is the base bit for bit."""
+    """With the adapter disabled, the prediction is the base's bit for bit."""
     pipe, family = loaded
     denoiser = getattr(pipe, family.facts.denoiser)
     paths = [path for path in get_matrix_layers(denoiser) if is_adapted(path, family.facts.targets)]

@@ -53,7 +53,7 @@ def pipeline(tiny_base):
 
 
 def test_a_base_is_loaded_frozen_and_in_the_requested_dtype(tiny_base):
-    """The VAE can keep a finer one."""
+    """The VAE may have a finer dtype."""
     pipeline = load.load_pipeline(tiny_base, dtype=torch.bfloat16)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         assert part.dtype == torch.bfloat16 and not part.training
@@ -69,7 +69,6 @@ def decode_images(vae, latents):
 
 
 def test_latents_are_the_scaled_mean_and_decode_to_the_photo(pipeline):
-    """Statistics that the base publishes are used."""
     pixels = torch.rand(2, 3, 64, 64) * 2 - 1
     latents = load.encode_image(pipeline.vae, pixels)
     assert latents.shape == (2, 4, 8, 8)
@@ -91,8 +90,8 @@ def test_latents_are_the_scaled_mean_and_decode_to_the_photo(pipeline):
 
 
 def test_a_vae_that_overflows_in_fp16_computes_in_fp32(tiny_base, caplog):
-    """Its activations pass 65504, the largest fp16 number, but not the largest fp32 number. A
-    broken one is refused. A picture that is not finite is said: the VAE is not to blame."""
+    """A VAE whose weights are NaN is refused, and NaN latents, which are not the VAE's fault,
+    are warned of."""
     pixels, vae = (
         torch.rand(1, 3, 64, 64),
         StableDiffusionXLPipeline.from_pretrained(tiny_base).vae.half(),
@@ -113,7 +112,7 @@ def test_a_vae_that_overflows_in_fp16_computes_in_fp32(tiny_base, caplog):
 
 
 def test_the_noise_schedule_has_the_schedulers_levels(pipeline):
-    """An EDM base trains in EDM style; one of zero terminal SNR keeps its pure noise."""
+    """An EDM base trains in EDM style, and a base of zero terminal SNR keeps its pure noise."""
     schedule = build_noise_schedule(pipeline.scheduler)
     assert len(schedule) == 1000 and (schedule.style, schedule.prediction_type) == (
         "ddpm",
@@ -248,7 +247,6 @@ def test_a_damaged_base_is_refused_in_one_line(name, base):
 
 
 def test_a_fault_that_only_the_loader_finds_is_one_line(base, tiny_base):
-    """SDXL's refiner has one text encoder."""
     index = (base / INDEX).read_text()
     change(base / INDEX, text_encoder_2=[None, None])
     with pytest.raises(UserError, match="not an SDXL base model"):
@@ -269,7 +267,6 @@ def test_a_fault_that_only_the_loader_finds_is_one_line(base, tiny_base):
 
 
 def test_only_the_files_that_are_loaded_need_be_whole(base):
-    """A single file is looked at too."""
     shutil.copy(base / UNET, base / "unet" / "diffusion_pytorch_model.fp16.safetensors")
     whole = base_size.find_base_size(Base.find(base), ("to_q",))
     (base / UNET).write_text(POINTER)
@@ -301,8 +298,7 @@ def test_variants_are_read_from_file_names(name, tmp_path):
 
 
 def test_a_base_that_is_local_in_fp16_alone_is_loaded_in_fp16(tiny_base, tmp_path, monkeypatch):
-    """As a training by the recipe for SDXL leaves it in the hub's cache: the plain files are 14 GB
-    more."""
+    """Training by the recipe for SDXL fetches the fp16 files alone."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     model = tmp_path / "models--owner--half"
     folder = model / "snapshots" / ("0" * 40)
@@ -532,7 +528,6 @@ def test_a_familys_marker_tensor_is_also_diffusers(name, tmp_path):
 )
 @pytest.mark.parametrize("prefix", ["", PREFIX])
 def test_a_file_of_an_unsupported_model_is_refused_by_name(model, prefix, tmp_path):
-    """Those that resemble a family's were taken for it, and the others for SDXL's."""
     tensors = {f"{prefix}{key}": torch.zeros(1) for key in model.keys}
     if model.title != "FLUX.1 schnell":
         tensors[f"{prefix}guidance_in.in_layer.bias"] = torch.zeros(1)
@@ -568,7 +563,6 @@ def test_an_unsupported_hub_id_is_refused_offline_by_its_name(name, tmp_path):
 
 
 def test_a_quantised_folder_is_refused_in_the_dry_run(tmp_path):
-    """It was encoded, and ended with “No GPU found”."""
     tiny_pipeline("z_image", tmp_path / "files").save_pretrained(tmp_path / "base")
     path = tmp_path / "base" / "transformer" / "config.json"
     settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -579,7 +573,7 @@ def test_a_quantised_folder_is_refused_in_the_dry_run(tmp_path):
 
 
 def test_a_base_chooses_no_kernel_and_runs_no_pickle(tiny_base, tmp_path):
-    """A kernel on the hub is code; without it the base did not load."""
+    """A kernel on the hub is code."""
     base = shutil.copytree(tiny_base, tmp_path / "base")
     config = base / "text_encoder" / "config.json"
     kernels = {"attn_implementation": "owner/kernel", "_attn_implementation": "owner/kernel"}
@@ -596,7 +590,7 @@ def test_a_base_chooses_no_kernel_and_runs_no_pickle(tiny_base, tmp_path):
 
 @pytest.mark.parametrize("name", ["flux", "qwen_image"])
 def test_a_flow_decodes_in_tiles_if_memory_is_short(name, tmp_path, monkeypatch):
-    """By the pipeline itself: Qwen-Image's decoder takes 6.8 GiB for a whole picture of 1024 px."""
+    """Its pipeline decodes: Qwen-Image's decoder takes 6.8 GiB for a whole image of 1024 px."""
     subject = SubjectPipeline(tiny_pipeline(name, tmp_path), "tiny")
     vae, tiling = subject.pipeline.vae, []
     decode_latents = vae.decode

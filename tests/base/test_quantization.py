@@ -38,10 +38,8 @@ class Unet(nn.Module):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_projections_in_blocks_are_quantised(kind, caplog, monkeypatch):
-    """bitsandbytes' kernels for CPUs want blocks of 32 outputs. PEFT adapts the layer in 4 bit as a
-    quantised one: its layer for dense weights would add the adapter's fp32 to the bf16 output, and
-    round twice. A layer waits where the dense one was: the device is for the text encoders and the
-    VAE until training begins."""
+    """bitsandbytes' kernels for CPUs need multiples of 32 outputs. PEFT must adapt a layer in 4
+    bit as a quantised one, and a layer stays on its device."""
     unet = Unet().to(torch.bfloat16).requires_grad_(False).eval()
     quantize(unet, kind, torch.bfloat16)
     layers = unet.transformer_blocks[0]
@@ -61,7 +59,7 @@ def test_only_projections_in_blocks_are_quantised(kind, caplog, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_dense_layer_is_forgotten_before_the_next_is_quantised(kind, monkeypatch):
-    """So that the dense blocks are never together where layers are quantised."""
+    """All dense blocks together may not fit onto the device."""
     unet = Unet()
     blocks = [nn.ModuleDict({"to_q": nn.Linear(64, 64)}) for _ in range(4)]
     unet.transformer_blocks = nn.ModuleList(blocks)
@@ -99,7 +97,6 @@ def test_8_bit_loses_under_one_percent_of_a_trained_base():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_an_outlier_coarsens_its_group_alone(dtype):
-    """As do numbers beyond what fp16 squares, where bitsandbytes casts activations to fp16."""
     weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
     weight[0, 3], weight[1] = 1000.0, 0.0
     restored = dequantize_weight(*quantize_weight(weight, dtype)).float()
@@ -110,7 +107,8 @@ def test_an_outlier_coarsens_its_group_alone(dtype):
 
 
 def test_an_8_bit_layer_computes_as_its_dense_weights():
-    """Forwards and backwards, bit for bit, with activations that fp16 does not hold."""
+    """Outputs and gradients are equal bit for bit, also for activations beyond the range of
+    fp16."""
     torch.manual_seed(0)
     dense = nn.Linear(64, 96).to(torch.bfloat16).requires_grad_(False)
     layer = Int8Linear(dense, torch.bfloat16, "cpu")

@@ -167,7 +167,7 @@ def test_a_weight_is_its_number_times_its_scale_rounded_once(name, dtype, tmp_pa
 
 
 def test_formats_in_the_header_apply_to_the_denoiser_alone(tmp_path):
-    """A rotated weight whose rotation only the header tells, of 256 columns as ComfyUI's."""
+    """The header alone says that the weight is rotated."""
     weight = torch.randn(8, 512, generator=torch.Generator().manual_seed(0))
     parts = int8((weight.unflatten(1, (2, 256)) @ build_hadamard(256)).flatten(1), 1)
     settings = {"layers": {f"{PREFIX}a": {"format": "int8_tensorwise", "convrot": True}}}

@@ -70,7 +70,7 @@ for facts in FAMILIES:
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_streamed_blocks_give_the_same_gradients_bit_for_bit(name, kind, tmp_path):
-    """With recomputation and packed, though copies end late and each place is overwritten."""
+    """Copies end as late as possible, and buffers are overwritten."""
     copies = LateCopies()
     whole, expected, _ = compute_gradients(name, tmp_path / "whole", kind, copies=None)
     prediction, learnt, (denoiser, streamed) = compute_gradients(
@@ -137,7 +137,7 @@ CUDA = torch.device("cuda")
 
 
 def test_a_copy_begins_when_its_buffer_was_read(monkeypatch):
-    """On a stream of its own: the GPU computes with another block meanwhile."""
+    """The GPU computes with another block meanwhile."""
     cuda, began = FakeCuda(monkeypatch), []
     monkeypatch.setattr(
         streaming, "copy_pieces", lambda *_: began.append(cuda.current.run("copy of block 2"))
@@ -155,7 +155,7 @@ def test_a_copy_begins_when_its_buffer_was_read(monkeypatch):
 def test_only_blocks_pinned_for_cuda_are_copied_asynchronously(
     device, is_pinned, tmp_path, monkeypatch
 ):
-    """An asynchronous copy from other memory may read what lies there later."""
+    """An asynchronous copy from unpinned memory may read later contents."""
     make_buffers = streaming.StreamedBlocks.make_buffers
     monkeypatch.setattr(
         streaming.StreamedBlocks,

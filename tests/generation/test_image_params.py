@@ -44,7 +44,7 @@ def write_png(path, text: dict[str, str]):
 
 
 def test_a_png_gives_back_its_parameters(tmp_path):
-    """And names no path."""
+    """Its text names no path."""
     text = FULL.to_png_text(FACTS)
     recipe = read_recipe(write_png(tmp_path / "a.png", text))
     assert recipe.params == FULL and recipe.provenance == FACTS
@@ -130,12 +130,10 @@ def test_a_file_without_a_recipe_is_refused(name, tmp_path):
 
 @pytest.mark.parametrize("adapters", ["rex", ["rex"], (("rex", 1.0),), [["rex", 1]]])
 def test_an_adapter_is_given_by_its_name_or_with_a_scale(adapters):
-    """`((name, 1.0),)` invited a missing comma."""
     assert GenerationParams("dog", adapters=adapters).adapters == (("rex", 1.0),)
 
 
 def test_tags_become_adapters_and_leave_the_prompt():
-    """A negative seed is drawn."""
     parsed = parse_lora_tags("a dog <lora:rex:0.8> in snow <lora:style>")
     assert parsed == ("a dog in snow", (("rex", 0.8), ("style", 1.0)))
     assert parse_lora_tags("a  dog") == ("a  dog", ())

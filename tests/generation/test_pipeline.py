@@ -88,7 +88,7 @@ def has_difference(a, b) -> bool:
 def test_an_image_does_not_depend_on_how_many_are_generated(
     pipeline,
 ):
-    """The image comes last."""
+    """Each step is reported with a preview, and the image follows the last step."""
     alone = [generate_first(pipeline, seed=PARAMS.seed + i) for i in range(2)]
     events = list(pipeline.generate(replace(PARAMS, num_images=2)))
     together = [np.asarray(event.pixels) for event in events if isinstance(event, Image)]
@@ -125,8 +125,7 @@ def test_the_png_reproduces_its_image_on_a_newly_loaded_base(pipeline, files, ti
 
 
 def test_adapters_combine_and_switch_without_a_trace(pipeline, tiny_base):
-    """Scale zero and no adapter are the untouched base bit for bit. A LoRA tag in the prompt
-    acts."""
+    """Scale 0 and no adapter give the base's image bit for bit."""
     base = generate_first(SubjectPipeline.from_base(tiny_base))
     dog, cat, less = (
         generate_with(pipeline, **{n: scale})
@@ -149,7 +148,6 @@ def test_adapters_combine_and_switch_without_a_trace(pipeline, tiny_base):
 
 
 def test_scales_of_equal_files_add_up(tiny_base, files, tmp_path):
-    """The last one's scale was taken."""
     subject = SubjectPipeline.from_base(tiny_base)
     subject.load_adapter(files["dog"])
     subject.load_adapter(shutil.copy(files["dog"], tmp_path / "rex.safetensors"))
@@ -160,7 +158,6 @@ def test_scales_of_equal_files_add_up(tiny_base, files, tmp_path):
 
 
 def test_each_scheduler_has_its_class_options_and_image(pipeline):
-    """Each has its class, its options, and the noise levels of the base."""
     base_scheduler = pipeline.pipeline.scheduler
     images = [generate_first(pipeline, scheduler=scheduler) for scheduler in SCHEDULERS]
     assert all(has_difference(a, b) for a, b in pairwise(images))
@@ -216,8 +213,7 @@ OWN_SCHEDULERS = [
     ("base_scheduler", "name"), OWN_SCHEDULERS, ids=lambda value: type(value).__name__
 )
 def test_a_base_samples_with_its_scheduler_by_default(base_scheduler, name, tmp_path, tiny_base):
-    """The picture says which; one that has no name here is drawn too, and previews never wait for
-    what it lacks."""
+    """The PNG names it if it has a name here."""
     assert find_scheduler_name(base_scheduler) == name
     if "FlowMatch" in type(base_scheduler).__name__:
         return
@@ -265,7 +261,7 @@ class LinearVae(torch.nn.Module):
 
 @pytest.mark.parametrize("statistics", [{}, {"latents_mean": [1.0] * 4, "latents_std": [8.0] * 4}])
 def test_preview_colours_are_those_of_the_vae(statistics):
-    """Also of one whose latents have a mean and a deviation, as Playground v2.5's."""
+    """A VAE may state its latents' mean and deviation, as Playground v2.5's."""
     vae, latents = LinearVae(), previews.sample_smooth_latents(4, seed=7)
     vae.config = SimpleNamespace(latent_channels=4, scaling_factor=0.25, **statistics)
     mean, deviation = (1.0, 8.0) if statistics else (0.0, 1.0)
@@ -276,7 +272,7 @@ def test_preview_colours_are_those_of_the_vae(statistics):
 
 
 def test_a_stop_ends_after_the_step_and_leaves_no_thread(pipeline):
-    """So does closing the iterator."""
+    """Closing the iterator stops too."""
     stop, events, before = threading.Event(), [], generate_first(pipeline)
     for event in pipeline.generate(
         replace(PARAMS, steps=50, num_images=4), should_stop=stop.is_set
@@ -294,7 +290,7 @@ def test_a_stop_ends_after_the_step_and_leaves_no_thread(pipeline):
 
 
 def test_an_image_that_cannot_be_generated_is_refused(pipeline, monkeypatch):
-    """An allocation beyond any machine's address space fails as a too large picture does."""
+    """An allocation beyond the address space fails as a too large image does."""
     # SDXL's usual
     assert pipeline.complete(replace(PARAMS, guidance_scale=None)).guidance_scale == 5.0
     with pytest.raises(UserError, match=r"'rex'.*loaded are: .*dog_kohya"):
@@ -318,7 +314,6 @@ def test_apples_gpu_computes_in_fp16_and_its_memory_is_freed(apple, tiny_base, m
 
 
 def test_a_file_of_no_adapter_for_the_base_is_refused(pipeline, files, tmp_path):
-    """One of another base with both sizes."""
     state, before = load_file(files["dog"]), dict(pipeline.adapters)
     first = next(iter(state))
     contents = {
@@ -352,7 +347,6 @@ def test_a_file_of_no_adapter_for_the_base_is_refused(pipeline, files, tmp_path)
 
 @pytest.mark.slow
 def test_the_least_recently_used_adapter_is_dropped_first(tiny_base, files, monkeypatch):
-    """An adapter that is asked for again does not make room for the next."""
     monkeypatch.setattr("dreambooth_moslora.generation.pipeline.RESIDENT_ADAPTERS", 2)
     subject = SubjectPipeline.from_base(tiny_base)
     assert subject.load_adapter(files["dog"]) == "dog"
@@ -373,8 +367,6 @@ def test_the_least_recently_used_adapter_is_dropped_first(tiny_base, files, monk
 
 
 def test_a_raw_checkpoint_gives_its_published_files_image(pipeline, tmp_path):
-    """The raw A, M, B of a checkpoint, and the folded file: the same pictures, under names that
-    tell them apart."""
     facts = facts_of(components := live(lora_alpha=8, mixer="kaiming"))
     writer.publish(components, tmp_path / "rex", "rex", facts)
     raw_file.save_raw(components, tmp_path / "rex" / "checkpoint-20" / RAW_NAME, facts)
@@ -402,7 +394,7 @@ def test_threads_wait_for_each_other(pipeline):
 
 
 def test_a_vae_that_overflows_in_fp16_decodes_as_in_fp32(tmp_path):
-    """Its activations leave fp16's range, and its norms remove the factor again."""
+    """Activations leave the range of fp16, and the norms remove the factor again."""
     images = []
     for dtype in (torch.float16, torch.float32):
         pipeline = tiny_sdxl(tmp_path / str(dtype))
@@ -417,8 +409,8 @@ def test_a_vae_that_overflows_in_fp16_decodes_as_in_fp32(tmp_path):
 
 @pytest.mark.parametrize("threshold", [1.1, -1.1])
 def test_an_image_that_the_safety_checker_refuses_is_black(threshold, tmp_path):
-    """No cosine is above the first threshold, and each is above the second. A run's own pictures
-    are drawn as they are."""
+    """No cosine reaches the first threshold, and each exceeds the second. Class images are not
+    checked."""
     base = tiny_pipeline("sd1", tmp_path)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
     config = transformers.CLIPConfig(vision_config=sizes, projection_dim=16)
@@ -435,7 +427,7 @@ def test_an_image_that_the_safety_checker_refuses_is_black(threshold, tmp_path):
 
 
 def test_a_small_gpu_holds_one_model_at_a_time(tiny_base, monkeypatch):
-    """A large one keeps all models."""
+    """A large GPU holds all models."""
     offloads, enable = [], StableDiffusionXLPipeline.enable_model_cpu_offload
     noted = lambda self, gpu_id=None, device=None: (  # noqa: E731
         offloads.append(str(device)) or enable(self, gpu_id, device)
@@ -467,8 +459,7 @@ def set_free_gib(monkeypatch, gib: float) -> None:
 
 
 def test_a_base_of_zero_terminal_snr_has_its_guidance_rescaled(tiny_base, tmp_path, monkeypatch):
-    """As its authors publish it: marked, and with SDXL's own spacing of timesteps. Other bases are
-    drawn as before."""
+    """Other bases are sampled as usual."""
     velocity = save_tiny_sdxl(tmp_path / "v", prediction_type="v_prediction")
     base = shutil.copytree(velocity, tmp_path / "zero")
     file = base / "scheduler" / "scheduler_config.json"

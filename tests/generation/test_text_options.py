@@ -89,7 +89,7 @@ def test_the_files_text_options_are_the_default(option, subject, tmp_path):
 
 
 def test_as_many_layers_are_read_as_the_transformer_is_wide(tmp_path):
-    """diffusers' script takes any number. Without the transformer, which comes later, too."""
+    """diffusers' script takes any number of layers. The transformer may be loaded later."""
     pipe = tiny_pipeline("flux2", tmp_path)
     family = build_family(pipe, options={"text_encoder_out_layers": (9,)})
     pipe.transformer.register_to_config(joint_attention_dim=16)
@@ -101,7 +101,7 @@ def test_as_many_layers_are_read_as_the_transformer_is_wide(tmp_path):
 
 @torch.no_grad()
 def test_clip_skip_counts_layers_from_the_last(tmp_path):
-    """2 is the last but one, as kohya counts, and the pipeline's own pictures are drawn with it."""
+    """2 is the last but one, as kohya counts."""
     pipe = tiny_pipeline("sd1", tmp_path)
     texts = {}
     for layer in (None, 1, 2):

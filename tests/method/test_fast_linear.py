@@ -110,7 +110,8 @@ def step_on_copies(
 
 
 def test_two_projections_of_one_input_keep_it_once():
-    """So many different tensors as large as it are kept for the backward pass, under autocast."""
+    """Count the tensors of the input's size that are kept for the backward pass under
+    autocast."""
     general = block(lambda base: base.bfloat16(), bias=False)
     x, counts = torch.randn(64, 12, dtype=torch.bfloat16, requires_grad=True), []
     for model in (general, fast_copy(general)):
@@ -141,7 +142,6 @@ LATER = {
 
 @pytest.mark.parametrize("name", LATER)
 def test_a_later_change_of_adapters_takes_effect(name):
-    """Fast and general agree after the change."""
     change, call = LATER[name]
     general, x = adapted(block(bias=False), adapter_name="other"), torch.randn(6, 12)
     for layer in get_adapter_layers(general).values():
@@ -180,7 +180,7 @@ def test_disabled_adapters_and_scale_zero_give_the_base(
 
 
 def test_autocast_to_another_dtype_uses_pefts_forward():
-    """`meta` is a device without autocast: it has shapes and no numbers."""
+    """The device `meta` has no autocast."""
     general, x = block(bias=False), torch.randn(6, 12)
     fast = fast_copy(general)
     copies = WorkingCopies(fast)
@@ -272,7 +272,7 @@ def test_fusing_leaves_the_state_dict_alone():
 
 
 def test_a_changed_adapter_is_copied_anew_for_each_step():
-    """After a step, after one that failed, and in the next one."""
+    """A step that failed leaves no copies either."""
     model = fast_copy(adapted(tiny_unet(), target_modules=["to_q", "to_k", "to_v"]))
     copies, layer = WorkingCopies(model), next(iter(get_adapter_layers(model).values()))
     with pytest.raises(ZeroDivisionError), copies.attach_copies():
@@ -301,8 +301,7 @@ KINDS = {
 
 
 def test_a_layer_that_is_not_used_has_no_gradient():
-    """Nor an input that needs none. Gradients lie in memory as their parameters do: a fused
-    optimizer wants it so."""
+    """Gradients have the strides of their parameters, as a fused optimizer needs."""
     x = torch.ones(4, 12)
     for options in (KINDS["learnt mixer"], KINDS["no mixer"]):
         model = fast_copy(block(bias=False, **options))
@@ -368,7 +367,6 @@ def pair_loss(pair: nn.Module) -> torch.Tensor:
     ],
 )
 def test_gradients_are_those_of_pefts_own_layers(kind, micro_batches, recomputed):
-    """In fp64."""
     general = adapted(tiny_unet().double(), **KINDS[kind]).double().train()
     fast = copy.deepcopy(general)
     linear = [
@@ -388,7 +386,7 @@ def test_gradients_are_those_of_pefts_own_layers(kind, micro_batches, recomputed
 @pytest.mark.parametrize("options", [KINDS["learnt mixer"], KINDS["no mixer"], KINDS["scale"]])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)])
 def test_fp32_adapters_get_fp32_gradients_on_any_base(options, dtype, tolerance):
-    """In bf16 PEFT rounds at other places. Sums over micro-batches are in fp32."""
+    """In bf16 PEFT rounds elsewhere. Micro-batches are summed in fp32."""
     model = adapted(Pair(), **options)
     for layer in get_adapter_layers(model).values():
         layer.base_layer.to(dtype)
@@ -410,7 +408,7 @@ def test_weights_that_were_cast_later_are_used():
 
 @pytest.mark.slow
 def test_a_compiled_block_is_one_graph():
-    """`fullgraph` raises where Python would have to step in."""
+    """`fullgraph` raises for code that cannot be compiled."""
     model = fast_copy(adapted(Pair()))
     plain = step_on_copies(copy.deepcopy(model), [pair_loss])
     model.compile(fullgraph=True, dynamic=False, backend="aot_eager")

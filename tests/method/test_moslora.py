@@ -74,7 +74,7 @@ def adapted(
 @pytest.mark.parametrize("kind", MIXED)
 @pytest.mark.parametrize("rslora", [False, True])
 def test_forward_is_the_formula_of_the_paper(kind, rslora):
-    """An adapter starts as a no-op."""
+    """A fresh adapter changes nothing."""
     fresh = Net()
     before = fresh(X)
     assert torch.equal(inject(fresh, config(mixer=kind))(X), before)
@@ -91,7 +91,7 @@ def test_forward_is_the_formula_of_the_paper(kind, rslora):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_adapters_are_fp32_on_a_half_precision_base(dtype):
-    """Also where PEFT is told not to cast; and they train."""
+    """They are fp32 and learn even if PEFT is told not to cast."""
     net = inject(Net(dtype), config(r=8))
     assert {p.dtype for _, p in list_adapter_parameters(net)} == {torch.float32}
     mixer = net.to_q.lora_B["default"].mixer
@@ -432,7 +432,7 @@ def test_an_adapter_on_a_4_bit_base_learns_and_folds(dora):
 
 
 def test_state_dicts_with_and_without_mixer_do_not_fit(tmp_path):
-    """Nor does what diffusers' training scripts save: it must not become a LoRA with noise for
+    """Files of diffusers' training scripts are refused too, which would otherwise get noise for
     B."""
     mixed, again = (
         get_peft_model(Net(), config(mixer="kaiming")),
