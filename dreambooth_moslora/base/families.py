@@ -96,6 +96,17 @@ class Family:
             f"negative_{name}": value for name, value in negative_embeddings.items()
         }
 
+    def encode_conditioning(
+        self, pipe: DiffusionPipeline, prompt: str, negative_prompt: str, count: int = 1
+    ) -> dict[str, Any]:
+        """Encode a prompt and its negative prompt, as the pipeline's arguments for `count`
+        images."""
+        embedding = self.encode_prompts(pipe, [prompt])[0]
+        negative_embedding = self.encode_negative(pipe, negative_prompt)
+        return self.add_negative(
+            self.collate([embedding] * count), self.collate([negative_embedding] * count)
+        )
+
     def add_references(
         self,
         text_embeddings: dict[str, Any],

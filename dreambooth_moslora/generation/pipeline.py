@@ -339,7 +339,10 @@ class SubjectPipeline:
             for name, _ in params.adapters:
                 self._track_use(name)
             self.activate(params.adapters)
-            text_embedding = self._encode(params)
+            family = self.family_for(params.adapters, dict(params.text_options))
+            text_embedding = family.encode_conditioning(
+                self.pipeline, params.prompt, params.negative_prompt
+            )
 
             # Generate the images one by one.
             clock = StepClock(params.num_images)
@@ -380,7 +383,7 @@ class SubjectPipeline:
 
         index: of the image, from 0
         params: of all images
-        text_embedding: returned by `_encode`
+        text_embedding: returned by `encode_conditioning`
         clock: for the remaining time of all images
         emit: takes the events
         stop: called after each step; if true, StopRequestedError is raised
@@ -433,15 +436,6 @@ class SubjectPipeline:
         _, unsafe_flags = self.pipeline.run_safety_checker(pixels * 2 - 1, pixels.device, dtype)
         safe_flags = torch.tensor(unsafe_flags, device=pixels.device).logical_not()
         return pixels.where(safe_flags[:, None, None, None], 0)
-
-    def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
-        """Encode the prompt and the negative prompt for all images of a call, as training does."""
-        family = self.family_for(params.adapters, dict(params.text_options))
-        (embedding,) = family.encode_prompts(self.pipeline, [params.prompt])
-        negative_embedding = family.encode_negative(self.pipeline, params.negative_prompt)
-        return family.add_negative(
-            family.collate([embedding]), family.collate([negative_embedding])
-        )
 
     def _build_scheduler(self, name: str | None) -> diffusers.SchedulerMixin:
         """Create the scheduler with that name, or the base's, at the base's noise levels."""

@@ -235,12 +235,7 @@ def generate_images(
     # options: these are encoded here.
     if get_facts(type(pipeline).__name__).style == "flow" or text_options:
         family = families.build_family(pipeline, options=text_options)
-        (embedding,) = family.encode_prompts(pipeline, [prompt])
-        negative_embedding = family.encode_negative(pipeline, "")
-        conditioning = family.add_negative(
-            family.collate([embedding] * len(seeds)),
-            family.collate([negative_embedding] * len(seeds)),
-        )
+        conditioning = family.encode_conditioning(pipeline, prompt, "", count=len(seeds))
 
     pixels = generate_pixels(
         pipeline,
