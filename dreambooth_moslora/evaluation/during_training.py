@@ -88,10 +88,11 @@ class TrainingEvaluator:
             logger.warning("step %d has no score: %s.", step, merged.no_score)
 
         # Subjects are numbered, as trackers must not get the user's prompts.
-        subject_scores = {}
-        if len(evaluations) > 1:
-            for number, evaluation in enumerate(evaluations, start=1):
-                subject_scores[f"dino_subject_{number}"] = round(evaluation.mean("dino"), 4)
+        subject_scores = {
+            f"dino_subject_{number}": round(evaluation.mean("dino"), 4)
+            for number, evaluation in enumerate(evaluations, start=1)
+            if len(evaluations) > 1
+        }
         return StepEvaluated(
             step,
             scores=merged.list_logged_scores() | subject_scores,

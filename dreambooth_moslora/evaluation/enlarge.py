@@ -56,9 +56,8 @@ MAX_SHARPNESS = 3.5
 MIN_CONTRAST = 3.0
 """Deviation of the brightness, of 0 to 255, below which an image shows nothing."""
 SHEET_NAME = "sheet.png"
-"""Contact sheet of all generated images, in REJECTED."""
 TILE_PX = 192
-"""Side of its tiles."""
+"""Contact sheet of all generated images, and the side of its tiles."""
 
 
 @dataclass(frozen=True)
@@ -181,9 +180,8 @@ class Enlargement:
 
     def is_up_to_date(self, shot: ShotRequest) -> bool:
         """Return whether the image exists, and was made from the same inputs."""
-        entry = self.record.get(shot.name)
-        is_same = entry is not None and entry["made_from"] == shot.key
-        return is_same and self.find_path(shot.name) is not None
+        entry = self.record.get(shot.name, {})
+        return entry.get("made_from") == shot.key and self.find_path(shot.name) is not None
 
     def generate_missing(
         self,

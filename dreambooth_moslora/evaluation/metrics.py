@@ -46,11 +46,9 @@ from dreambooth_moslora.settings import toy_bases
 from dreambooth_moslora.settings.metric_kinds import CLIP_REPO, DINO_REPO
 
 ENCODER_BATCH_SIZE = 16
-"""Images or texts that are encoded at once."""
 STYLE_LAYER = 2
 """Layer of DINO whose patches tell style."""
 MAX_TEXT_TOKENS = 77
-"""Tokens of a text that CLIP reads."""
 
 
 @dataclass(kw_only=True)
@@ -207,12 +205,11 @@ def load_clip(name: str | Path, device: str | torch.device) -> Clip:
 
 BOOTSTRAP_RESAMPLES = 4000
 NORMAL_QUANTILE = 1.960
-"""97.5 % point of the normal distribution."""
 T_DEGREES = np.array([1, 2, 3, 4, 5, 6, 8, 10, 15, 30, np.inf])
 T_QUANTILES = np.array(
     [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.306, 2.228, 2.131, 2.042, NORMAL_QUANTILE]
 )
-"""97.5 % points of Student's t at `T_DEGREES` degrees of freedom."""
+"""97.5 % points of Student's t at `T_DEGREES` degrees of freedom; the last is the normal's."""
 
 
 @dataclass(frozen=True)
@@ -283,16 +280,10 @@ def compute_widening(values: np.ndarray) -> float:
     It is at least 1, and 1.44 for six subjects.
     """
     # The variance of the mean by each axis, from the means of its items
-    variances = []
-    counts = []
-    for axis, count in enumerate(values.shape):
-        if count < 2:
-            continue
-        other_axes = tuple(number for number in range(values.ndim) if number != axis)
-        variances.append(values.mean(axis=other_axes).var(ddof=1) / count)
-        counts.append(count)
-    variances = np.array(variances)
-    counts = np.array(counts)
+    axes = [axis for axis, count in enumerate(values.shape) if count > 1]
+    counts = np.array(values.shape)[axes]
+    rows = [np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1) for axis in axes]
+    variances = np.array([items.mean(1).var(ddof=1) for items in rows]) / counts
     if not variances.any():
         return 1.0
 
@@ -469,7 +460,6 @@ NO_STYLE_SCORE = (
     "the base's images are about as like the photos' style as the photos are to each other, "
     "so that noise would decide how far the images went"
 )
-"""Reason why a style has no score."""
 
 
 def compute_style_share(

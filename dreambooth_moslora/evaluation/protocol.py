@@ -37,7 +37,6 @@ UNRELATED_PROMPTS = (
     "a field of sunflowers under a blue sky",
     "a steam locomotive crossing a bridge",
 )
-"""Prompts that have nothing to do with any subject."""
 
 
 @dataclass(frozen=True)
@@ -172,11 +171,8 @@ def build_plan(
 
     # Templates of places that the photos do not show
     all_captions = " | ".join(captions).lower()
-    unseen = []
-    for template in TEMPLATE_SETS[templates]:
-        setting = template.partition("{}")[2].strip().lower()
-        if not setting or setting not in all_captions:
-            unseen.append(template)
+    settings = {text: text.partition("{}")[2].strip().lower() for text in TEMPLATE_SETS[templates]}
+    unseen = [text for text, place in settings.items() if not place or place not in all_captions]
 
     # Unrelated things; in the toy world these are other toys.
     unrelated = UNRELATED_PROMPTS

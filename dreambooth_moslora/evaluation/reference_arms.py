@@ -107,12 +107,9 @@ def compare_tables(
     adapter: Mapping[str, np.ndarray], references: Mapping[str, np.ndarray]
 ) -> TrainingVerdict:
     """Return the verdict from the tables of DINO and CLIP-T, at equal prompts and seeds."""
-
-    def compute_difference(name: str) -> metrics.Interval:
-        return metrics.bootstrap_mean(adapter[name] - references[name])
-
-    likeness = compute_difference("dino")
-    prompt = compute_difference("clip_t")
+    likeness, prompt = (
+        metrics.bootstrap_mean(adapter[name] - references[name]) for name in ("dino", "clip_t")
+    )
     likeness_sign, prompt_sign = get_sign(likeness), get_sign(prompt)
     if likeness_sign * prompt_sign < 0:
         conclusion = VERDICT_MIXED
@@ -132,11 +129,16 @@ def get_sign(interval: metrics.Interval) -> int:
 
 def build_rows(comparison: ReferenceComparison) -> Sequence[tuple]:
     """Return arm, DINO, CLIP-T, share of copies and score of each, for a report."""
-    rows = []
-    for name, arm in comparison.arms.items():
-        score = "none" if arm.score is None else arm.score
-        rows.append((name, arm.interval("dino"), arm.interval("clip_t"), arm.alarm.share, score))
-    return rows
+    return [
+        (
+            name,
+            arm.interval("dino"),
+            arm.interval("clip_t"),
+            arm.alarm.share,
+            "none" if arm.score is None else arm.score,
+        )
+        for name, arm in comparison.arms.items()
+    ]
 
 
 def to_dict(comparison: ReferenceComparison) -> dict:

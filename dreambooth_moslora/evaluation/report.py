@@ -183,15 +183,15 @@ def merge_evaluations(evaluations: Sequence[scoring.Evaluation]) -> scoring.Eval
     if len(evaluations) == 1:
         return evaluations[0]
     # Tables and images of all subjects, one subject after the other
-    tables = {}
-    for name in evaluations[0].tables:
-        if all(name in evaluation.tables for evaluation in evaluations):
-            tables[name] = np.concatenate([evaluation.tables[name] for evaluation in evaluations])
-    pictures = {}
-    for name in evaluations[0].pictures:
-        pictures[name] = []
-        for evaluation in evaluations:
-            pictures[name] += evaluation.pictures.get(name, [])
+    tables = {
+        name: np.concatenate([evaluation.tables[name] for evaluation in evaluations])
+        for name in evaluations[0].tables
+        if all(name in evaluation.tables for evaluation in evaluations)
+    }
+    pictures = {
+        name: [image for each in evaluations for image in each.pictures.get(name, [])]
+        for name in evaluations[0].pictures
+    }
 
     # The alarm of the worst copy, raised if any alarm is
     alarms = [evaluation.alarm for evaluation in evaluations]
@@ -250,9 +250,8 @@ def write_scores(folder: Path, scores: dict) -> Path:
 
 def build_subjects_json(evaluations: Sequence[scoring.Evaluation], context: ReportContext) -> dict:
     """Return `build_scores_json` over all subjects, with that of each in `subjects`."""
-    merged = build_scores_json(merge_evaluations(evaluations), context)
-    del merged["subject"]
-    return {
-        **merged,
-        "subjects": [build_scores_json(evaluation, context) for evaluation in evaluations],
+    scores = build_scores_json(merge_evaluations(evaluations), context)
+    del scores["subject"]
+    return scores | {
+        "subjects": [build_scores_json(evaluation, context) for evaluation in evaluations]
     }

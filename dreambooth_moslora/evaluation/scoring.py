@@ -37,7 +37,6 @@ Tables = dict[str, np.ndarray]
 ImageGenerator = Callable[[list[SampleRequest], bool], list[Image.Image]]
 """(requests, with the adapter?) -> images."""
 IMAGE_BATCH_SIZE = 4
-"""Images that are generated at once."""
 MASK_FILL_RGB = (128, 128, 128)
 """Colour that covers the subject where only the background counts."""
 
@@ -170,40 +169,26 @@ class Evaluator:
         plan = self.plan
 
         # The base's images, once for any number of adapters
-        base_requests = {
-            "subject": plan.base_requests,
-            "class": plan.class_requests,
-            "unrelated": plan.unrelated_requests,
-        }
-        for name, requests in base_requests.items():
+        shared = {"class": plan.class_requests, "unrelated": plan.unrelated_requests}
+        for name, requests in ({"subject": plan.base_requests} | shared).items():
             if requests and name not in self._base:
                 self._base[name] = self._embed_images(generate(requests, False))
 
         # The adapter's images
-        adapter_requests = {
-            "subject": plan.subject_requests,
-            "bare": plan.bare_requests,
-            "class": plan.class_requests,
-            "unrelated": plan.unrelated_requests,
+        adapter_requests = {"subject": plan.subject_requests, "bare": plan.bare_requests} | shared
+        embedded = {
+            name: self._embed_images(generate(requests, True))
+            for name, requests in adapter_requests.items()
+            if requests
         }
-        embedded = {}
-        for name, requests in adapter_requests.items():
-            if requests:
-                embedded[name] = self._embed_images(generate(requests, True))
 
         # The tables, and from them the score
         tables = self._compute_subject_tables(embedded["subject"], self._base["subject"])
         tables |= self._compute_other_tables(embedded)
         alarm = metrics.detect_copies(embedded["subject"].joint, self.photos.joint)
-        score, no_score = None, metrics.NO_STYLE_SCORE
-        if "style" in tables or not plan.is_style:
-            no_score = ""
-            score = metrics.compute_checkpoint_score(
-                fidelity=compute_fidelity(tables),
-                prompt=float(tables["clip_t"].mean()),
-                base_prompt=float(tables["clip_t_base"].mean()),
-                copied_share=alarm.share,
-            )
+        has_score = "style" in tables or not plan.is_style
+
+        # All images, for the report
         pictures = {name: embedded_images.pictures for name, embedded_images in embedded.items()}
         pictures |= {
             f"{name}_base": embedded_images.pictures for name, embedded_images in self._base.items()
@@ -213,12 +198,12 @@ class Evaluator:
             plan=plan,
             tables=tables,
             alarm=alarm,
-            score=score,
+            score=compute_score(tables, alarm) if has_score else None,
             seconds=time.perf_counter() - started,
             pictures=pictures,
             photo_fidelity=metrics.photo_fidelity(self.photos.dino),
             photo_likeness=dict(zip(self.names, likeness)) if len(likeness) > 1 else {},
-            no_score=no_score,
+            no_score="" if has_score else metrics.NO_STYLE_SCORE,
             leaked=self.leaked,
         )
 
@@ -274,11 +259,10 @@ class Evaluator:
                 ]
                 columns[f"confusion{end}"] = torch.stack(confusions).mean(0)
 
-        shape = (len(self.plan.templates), len(self.plan.seeds))
-        tables = {name: values.numpy().reshape(shape) for name, values in columns.items()}
+        seeds = len(self.plan.seeds)
+        tables = {name: values.numpy().reshape(-1, seeds) for name, values in columns.items()}
 
         # Diversity among the images of a prompt, (prompts, 1), needs two seeds.
-        seeds = len(self.plan.seeds)
         if seeds > 1:
             tables["diversity"] = metrics.diversity(subject.dino, seeds)
             tables["diversity_base"] = metrics.diversity(base.dino, seeds)
@@ -301,11 +285,12 @@ class Evaluator:
 
         A leaked thing is one of the photos' that the prompt did not ask for.
         """
+        # How far the images went to the photos' style
         shape = (len(self.plan.templates), len(self.plan.seeds))
-        embed_styles = self.encoders.embed_styles
-        base_styles, photo_styles = embed_styles(base.pictures), embed_styles(self.photos.pictures)
         style = metrics.compute_style_share(
-            embed_styles(subject.pictures), base_styles, photo_styles
+            *map(
+                self.encoders.embed_styles, (subject.pictures, base.pictures, self.photos.pictures)
+            )
         )
         tables = {} if style is None else {"style": style.numpy().reshape(shape)}
 
@@ -359,12 +344,21 @@ class Evaluator:
         if "unrelated" in embedded:
             base = self._base["unrelated"]
             seeds = len(self.plan.seeds)
-            shape = (len(self.plan.unrelated), seeds)
             drift = metrics.drift(embedded["unrelated"].joint, base.joint)
-            tables["drift"] = drift.numpy().reshape(shape)
+            tables["drift"] = drift.numpy().reshape(-1, seeds)
             if seeds > 1:
                 tables["drift_base_spread"] = metrics.diversity(base.joint, seeds)
         return tables
+
+
+def compute_score(tables: Tables, alarm: metrics.CopyAlarm) -> float:
+    """Return the score of the images, in [0, 1]."""
+    return metrics.compute_checkpoint_score(
+        fidelity=compute_fidelity(tables),
+        prompt=float(tables["clip_t"].mean()),
+        base_prompt=float(tables["clip_t_base"].mean()),
+        copied_share=alarm.share,
+    )
 
 
 def compute_fidelity(tables: Tables) -> float:
@@ -483,6 +477,8 @@ def evaluate_adapter(
     names = [adapter] if adapter else []
     family = pipeline.family_for([(name, 1.0) for name in names], text_options)
     pipeline.activate(tuple((name, scale) for name in names))
+
+    # The images are of the plan's steps, at the pipeline's size.
     sampler = Sampler(
         pipeline=pipeline.pipeline,
         embed=partial(family.encode_prompts, pipeline.pipeline),
