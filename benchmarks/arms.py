@@ -1,5 +1,4 @@
-"""The arms of `train_step`: what each process builds and steps, and which arms it is compared
-with."""
+"""Build the arms of `train_step`, by the table that says which arms each is compared with."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,8 +20,8 @@ class Arm:
 
 
 def build_floor_step(size: str, resolution_px: int, rank: int) -> Step:
-    """The frozen UNet's forward and the gradient of its input, with the same malloc: the lower
-    bound of a step."""
+    """Return the frozen UNet's forward pass with its input's gradient, with the same malloc: the
+    lower bound of a step."""
     from dreambooth_moslora.disk.processes import keep_freed_memory
 
     keep_freed_memory()
@@ -55,8 +54,7 @@ def build_floor_step(size: str, resolution_px: int, rank: int) -> Step:
 def build_trainer_step(
     size: str, resolution_px: int, rank: int, *, checkpointing: bool = False
 ) -> Step:
-    """The trainer's own step (`train_step.TrainStep`) on a random UNet; only its inputs are made
-    here."""
+    """Return the trainer's step (`training.step.TrainStep`) on a random UNet with random inputs."""
     from benchmarks.precision import build_bf16_accelerator
     from dreambooth_moslora.disk.processes import keep_freed_memory
     from dreambooth_moslora.extras.lab.full_step import build_random_inputs

@@ -1,4 +1,4 @@
-"""What to carry to a machine with a card and without a network, for `benchmarks.first_half_hour`.
+"""Pack what `benchmarks.first_half_hour` needs on a machine with a card and without a network.
 
 The program, the benchmarks and the embedded base, without what they do not read; and wheels, of
 which bitsandbytes keeps the library of one CUDA alone.
@@ -80,8 +80,8 @@ def list_carried_files() -> Iterable[Path]:
 
 
 def add_wheel(bundle: tarfile.TarFile, wheel: Path) -> None:
-    """The wheel, of bitsandbytes without the libraries for other cards: pip asks for no file that
-    its list names and that is not there."""
+    """Add the wheel, without bitsandbytes' libraries for other cards. Their lines go from its list
+    of files as well, which pip checks."""
     content = io.BytesIO()
     with zipfile.ZipFile(wheel) as whole, zipfile.ZipFile(content, "w") as trimmed:
         for member in whole.infolist():

@@ -1,4 +1,4 @@
-"""A training step like that of diffusers' `train_dreambooth_lora_sdxl.py`, for comparison; written
+"""Training step like that of diffusers' `train_dreambooth_lora_sdxl.py`, for comparison; written
 from its behaviour.
 
 Its costs: the VAE (fp32) and both text encoders stay in memory; the photo is encoded again in every
@@ -32,8 +32,8 @@ def embed_prompt(encoders: tuple[nn.Module, nn.Module]) -> tuple[torch.Tensor, t
 
 
 def load_models(size: str) -> tuple[tuple[nn.Module, nn.Module], AutoencoderKL, nn.Module]:
-    """All models loaded in fp32, as `from_pretrained` without a dtype does, then all but the VAE
-    cast to bf16."""
+    """Load all models in fp32, as `from_pretrained` without a dtype does, then cast all but the VAE
+    to bf16."""
     encoders = build_random_encoders(size, torch.float32)
     vae, unet = build_random_vae(size, torch.float32), build_random_unet(size, torch.float32)
     for module in (*encoders, vae, unet):
@@ -44,7 +44,7 @@ def load_models(size: str) -> tuple[tuple[nn.Module, nn.Module], AutoencoderKL, 
 
 
 def encode_photo(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """The photo's latents, encoded again in fp32 and sampled, then cast to the UNet's dtype."""
+    """Encode the photo again in fp32, sample its latents and cast them to the UNet's dtype."""
     latents = vae.encode(pixels.to(vae.dtype)).latent_dist.sample() * vae.config.scaling_factor
     return latents.to(torch.bfloat16)
 

@@ -108,7 +108,7 @@ def build_pooled_inputs(tokens: int, width: int, pooled_width: int) -> Callable[
 def build_masked_inputs(
     tokens: int, width: int, prompt_tokens: int, device: str = "meta"
 ) -> Callable[[], TextInputs]:
-    """`said` of the tokens are the prompt's."""
+    """Return inputs of `tokens` tokens, of which the first `prompt_tokens` are the prompt's."""
     return lambda: {
         "prompt_embeds": create_empty(1, tokens, width),
         "prompt_attention_mask": torch.arange(tokens, device=device)[None] < prompt_tokens,
@@ -231,7 +231,7 @@ def find_facts(family: str) -> FamilyFacts:
 
 
 def build_denoiser(family: str, options: dict[str, Any]) -> tuple[FamilyFacts, nn.Module]:
-    """The frozen denoiser of this configuration in bf16 on the meta device."""
+    """Build the frozen denoiser of this configuration in bf16 on the meta device."""
     facts = find_facts(family)
     with torch.device("meta"):
         model = getattr(diffusers, facts.model)(**options)
@@ -241,8 +241,8 @@ def build_denoiser(family: str, options: dict[str, Any]) -> tuple[FamilyFacts, n
 
 
 def wrap_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward pass of Qwen-Image-2.1's transformer, which reads from a mask where the picture
-    lies: this has values, while nothing else on the meta device has."""
+    """Give Qwen-Image-2.1's transformer a mask with values, from which it reads where the picture
+    lies. Nothing else on the meta device has values."""
 
     def computed(pixels, texts, time, shapes, mask, **options):
         in_picture = torch.arange(mask.shape[1], device="cpu") >= texts.shape[1]
@@ -255,7 +255,7 @@ def wrap_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
 def build_prediction(
     name: str, facts: FamilyFacts, denoiser: nn.Module, resolution: int
 ) -> Callable[[], Tensor]:
-    """The forward pass of one picture with one prompt."""
+    """Return the forward pass of one picture with one prompt."""
     channels, pixels = MODELS[name][2]
     family = FAMILY_CLASSES[facts.name](facts, embedded_guidance=3.5)
     z, time = (
@@ -266,7 +266,7 @@ def build_prediction(
 
 
 def count(name: str, facts: FamilyFacts, denoiser: nn.Module, resolution: int) -> Count:
-    """One step of one picture by the adapted denoiser, as in `gpu_memory`."""
+    """Count one step of one picture by the adapted denoiser, as in `gpu_memory`."""
     copies, predict = WorkingCopies(denoiser), build_prediction(name, facts, denoiser, resolution)
     with (
         torch.device("meta"),
@@ -285,7 +285,8 @@ def count(name: str, facts: FamilyFacts, denoiser: nn.Module, resolution: int) -
 def measure_drawing_gib(
     name: str, facts: FamilyFacts, denoiser: nn.Module, resolution: int
 ) -> float:
-    """A step of denoising one picture by the adapted denoiser, as between two steps of training."""
+    """Measure a step of denoising one picture by the adapted denoiser, as between two steps of
+    training, in GiB."""
     predict = build_prediction(name, facts, denoiser, resolution)
     with torch.device("meta"), Counter() as counter, patch_attention(), torch.no_grad():
         predict()
@@ -294,7 +295,7 @@ def measure_drawing_gib(
 
 @cache
 def build_vae(family: str) -> nn.Module:
-    """A family's VAE on the meta device."""
+    """Build a family's VAE on the meta device."""
     facts = find_facts(family)
     kind = getattr(diffusers, facts.pipeline)._get_signature_types()["vae"][0]
     with torch.device("meta"):
@@ -304,8 +305,8 @@ def build_vae(family: str) -> nn.Module:
 
 @cache
 def measure_decoding_gib(family: str, resolution: int, is_short: bool) -> float:
-    """Peak of decoding one picture beside the VAE's weights: whole, or in its smallest tiles where
-    memory `is_memory_short`."""
+    """Measure the peak of decoding one picture beside the VAE's weights: whole, or in its smallest
+    tiles if `is_short` of memory."""
     vae = build_vae(family)
 
     # Qwen's VAEs are of videos, of which a picture is one frame.
@@ -327,7 +328,8 @@ def measure_decoding_gib(family: str, resolution: int, is_short: bool) -> float:
 
 
 def format_decoding(facts: FamilyFacts, resolution: int) -> str:
-    """What decoding a picture takes whole and in tiles, beside what `family_facts` says."""
+    """Format the memory that decoding a picture takes, whole and in tiles, beside the row in
+    `family_facts`."""
     estimated_bytes = facts.decoder_bytes_per_pixel / (2 if facts.style == "flow" else 1)
     parts = []
     for is_short, side in ((False, resolution), (True, min(resolution, facts.tile_px))):
@@ -340,7 +342,7 @@ def format_decoding(facts: FamilyFacts, resolution: int) -> str:
 
 
 def compute_saved_gib(denoiser: nn.Module, plan: str) -> float:
-    """What quantisation takes off the weights."""
+    """Return by how many GiB quantization makes the weights smaller."""
     kind = COUNTED_PLANS[plan].get("base_quantization")
     layers = [layer for _, layer in list_block_layers(denoiser) if isinstance(layer, nn.Linear)]
     numbers = sum(
@@ -349,20 +351,21 @@ def compute_saved_gib(denoiser: nn.Module, plan: str) -> float:
     return numbers * (2 - QUANTIZED_BYTES[kind]) / GIB if kind else 0.0
 
 
-def on_host_gib(denoiser: nn.Module, plan: str) -> float:
-    """What streaming takes off the weights: all blocks, but for those whose places are there."""
+def compute_host_gib(denoiser: nn.Module, plan: str) -> float:
+    """Return the GiB of weights that streaming keeps on the host: all blocks but those that have a
+    place on the GPU."""
     if not COUNTED_PLANS[plan].get("stream_blocks"):
         return 0.0
-    of_a_number = STREAMED_BYTES.get(COUNTED_PLANS[plan].get("base_quantization"), 2)
+    bytes_per_number = STREAMED_BYTES.get(COUNTED_PLANS[plan].get("base_quantization"), 2)
     blocks = []
     for _, layers in list_streamed_blocks(denoiser):
         numbers = sum(layer.weight.numel() for layer in layers)
-        blocks.append(numbers * of_a_number / GIB)
+        blocks.append(numbers * bytes_per_number / GIB)
     return sum(blocks) - RESIDENT_BLOCKS * max(blocks)
 
 
 def format_row(size: BaseSize, steps: dict[bool, float], drawing: float) -> str:
-    """What was counted as `family_facts` has it, but for `text_tokens`, `encoders` and `vae`.
+    """Format the counts as a row of `family_facts`, without `text_tokens`, `encoders` and `vae`.
 
     steps: GiB of a step without gradients, by whether it is recomputed
     drawing: `measure_drawing_gib`
@@ -392,7 +395,7 @@ def print_deviations(name: str, resolution: int, rank: int) -> list[tuple[float,
         size = compute_base_size(facts, shapes, facts.targets)
         estimate = estimate_memory(config, size, total_steps=100)
         weights = count_bytes(denoiser) / GIB - compute_saved_gib(denoiser, plan)
-        weights -= on_host_gib(denoiser, plan)
+        weights -= compute_host_gib(denoiser, plan)
 
         # What is counted: a step and a sample, once for plans that compute the same
         with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The kinds of fault that `faults` injects. Each is a function of a trial that makes one run fail.
+"""Kinds of fault that `faults` injects. Each is a function of a trial that makes one run fail.
 
 After it, the same command must be able to end like an unbroken run in the trial's home.
 """
@@ -75,7 +75,7 @@ REFUSALS = {
 
 
 def inject_error(trial: Trial) -> None:
-    """One file operation fails, once."""
+    """Let one file operation fail once."""
     trial.create_home()
     number, _ = pick_operation(trial)
     operation, path = trial.reference.trace[number - 1]
@@ -87,7 +87,7 @@ def inject_error(trial: Trial) -> None:
 
 
 def cut_operation(trial: Trial) -> None:
-    """A write or a read handles only half of its bytes."""
+    """Let a write or a read handle only half of its bytes."""
     trial.create_home()
     numbers = [
         n for n, (kind, _) in enumerate(trial.reference.trace, 1) if kind in ("write", "read")
@@ -97,7 +97,7 @@ def cut_operation(trial: Trial) -> None:
 
 
 def damage_part(kind: str, trial: Trial) -> None:
-    """A file of a stopped run is damaged before it is resumed."""
+    """Damage a file of a stopped run before it is resumed."""
     halves = trial.workshop.halves
     having = [variant for variant, home in halves.items() if list_files(home, kind)]
     trial.variant = (
@@ -111,7 +111,7 @@ def damage_part(kind: str, trial: Trial) -> None:
 
 
 def mix_checkpoints(trial: Trial) -> None:
-    """One file of the newest checkpoint is replaced by that of the previous one."""
+    """Replace one file of the newest checkpoint by that of the previous one."""
     trial.create_half_home()
     older, newest = RunDir(trial.home / NAME).list_checkpoints()
     part = trial.rng.choice(sorted(path.name for path in newest.iterdir()))
@@ -120,8 +120,8 @@ def mix_checkpoints(trial: Trial) -> None:
 
 
 def replace_photo_while_caching(trial: Trial) -> None:
-    """A photo is changed or removed at a random moment and restored, and the run starts again with
-    the same cache."""
+    """Change or remove a photo at a random moment and restore it, then run again with the same
+    cache."""
     trial.create_home()
     run = trial.start()
     run.is_over_within(trial.sample_moment())
@@ -133,7 +133,7 @@ def replace_photo_while_caching(trial: Trial) -> None:
 
 
 def replace_photo_while_training(trial: Trial) -> None:
-    """As before, but after all photos have been encoded."""
+    """Change or remove a photo after all photos have been encoded."""
     if trial.variant == "uncached":
         trial.variant = next(iter(trial.workshop.references))
     trial.create_home()
@@ -154,7 +154,7 @@ def restore_photos(trial: Trial) -> None:
 
 
 def inject_nan(trial: Trial) -> None:
-    """A weight becomes NaN before a step's loss, or after it."""
+    """Set a weight to NaN before a step's loss, or after it."""
     trial.create_home()
     step, before = trial.rng.randrange(STEPS), trial.rng.random() < 0.5
     trial.run(partial(set_weight_to_nan, step, before))
@@ -268,7 +268,7 @@ def pick_odd_name(rng: random.Random) -> str:
 
 
 def run_odd_path(trial: Trial) -> None:
-    """A run in a folder with an odd name, which is also killed."""
+    """Run in a folder with an odd name and kill the run."""
     trial.name = f"{trial.name} {pick_odd_name(trial.rng)}"
     trial.create_home()
     number, _ = pick_operation(trial)
@@ -279,8 +279,8 @@ def run_odd_path(trial: Trial) -> None:
 
 
 def rename_undecodable(trial: Trial) -> None:
-    """A name that is not UTF-8 cannot stand in a run's files: the run was refused, and the person
-    renames it."""
+    """Rename a folder whose name is not UTF-8, as a person does after the run was refused: a run's
+    files cannot contain that name."""
     name = os.fsencode(trial.home).decode("utf-8", "replace")
     if name != str(trial.home):
         trial.home = trial.home.rename(name)

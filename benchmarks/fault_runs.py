@@ -96,7 +96,7 @@ class RunEnd:
 
 
 class Shim:
-    """The preloaded library (`fault_shim.c`) in one armed child."""
+    """Preloaded library (`fault_shim.c`) in one armed child."""
 
     def __init__(self, library: Path):
         self.path, self.library = library, ctypes.CDLL(str(library))
@@ -121,7 +121,7 @@ def build_shim(folder: Path) -> Path:
 
 @dataclass
 class Run:
-    """A running training. `log` has its terminal output."""
+    """Running training. `log` has its terminal output."""
 
     pid: int
     log: Path
@@ -188,17 +188,17 @@ class Workshop:
             self.references[variant] = self.make_reference(variant)
 
     def create_home(self, name: str) -> Path:
-        """A new home with its own photos."""
+        """Create a home with photos."""
         home = self.folder / name
         shutil.copytree(self.photos, home / "photos")
         return home
 
     def create_half_home(self, name: str, variant: str) -> Path:
-        """A home with a run that was stopped after two of its four steps."""
+        """Create a home with a run that was stopped after two of its four steps."""
         return Path(shutil.copytree(self.halves[variant], self.folder / name))
 
     def build_arguments(self, home: Path, variant: str, **changes: object) -> list[str]:
-        """The command line of a run in `home`."""
+        """Build the command line of a run in `home`."""
         flags = {"pretrained_model_name_or_path": self.base, "instance_data_dir": home / "photos"}
         flags |= {
             "cache_dir": home / "cache",
@@ -236,8 +236,8 @@ class Workshop:
     def run_until(
         self, step: int, home: Path, variant: str, before: Callable[[], object] = bool
     ) -> RunEnd:
-        """A run that is stopped after `step`, unless that is its last: its file contains the number
-        of steps."""
+        """Run until the step and stop, by a file that contains the number of steps; a run ends by
+        itself at its last step."""
 
         def prepare_child() -> None:
             before()

@@ -1,5 +1,5 @@
-"""One fault: a home, the runs in it, and the file operation of an unbroken run at which it
-happens."""
+"""Trial of one fault: a home, the runs in it, and the file operation of an unbroken run at which
+the fault happens."""
 
 import random
 from collections.abc import Callable
@@ -15,11 +15,13 @@ __all__ = ["Trial", "track_operation", "pick_operation", "build_fault"]
 
 @dataclass
 class Trial:
-    """One fault. `row` is its line in the table, `detail` says what was done, `ended` lists the
-    ends of its runs.
+    """Trial of one fault.
 
-    `killed`: the harness ended a run itself. `wrong` names published files that no unbroken run
-    makes.
+    row: its line in the table
+    detail: what was done
+    ended: ends of its runs
+    killed: the harness ended a run
+    wrong: published files that no unbroken run makes
     """
 
     workshop: Workshop
@@ -37,7 +39,7 @@ class Trial:
         self.home = self.workshop.create_home(self.name)
 
     def create_half_home(self) -> None:
-        """A run that was stopped after two of its four steps."""
+        """Create a run that was stopped after two of its four steps."""
         self.home = self.workshop.create_half_home(self.name, self.variant)
 
     @property
@@ -63,11 +65,11 @@ class Trial:
         self.end(self.start(before, **options))
 
     def sample_moment(self) -> float:
-        """A random second of a run's life."""
+        """Sample a second of a run's duration."""
         return self.rng.uniform(0, 1.1 * self.reference.seconds)
 
     def get_phase(self) -> str:
-        """The phase of the last event in the run folder."""
+        """Return the phase of the last event in the run folder."""
         events = RunDir(self.home / NAME).read_events()
         last = events[-1] if events else {"type": "before the first event"}
         return str(last.get("phase", last["type"]))

@@ -61,7 +61,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 @contextmanager
 def prepare_workshop(args: argparse.Namespace) -> Iterator[Workshop]:
-    """The workshop with the unbroken runs. This process has the shim preloaded."""
+    """Make the workshop with the unbroken runs. This process has the shim preloaded."""
     with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
         workshop = Workshop(Path(scratch), Shim(Path(os.environ[PRELOADED])))
         workshop.prepare(args.variants.split(","))
@@ -88,7 +88,7 @@ def start_preloaded() -> None:
 
 
 def build_environment(shim: Path) -> dict[str, str]:
-    """The environment of a process with the shim, and one thread per training."""
+    """Build the environment of a process with the shim, and one thread per training."""
     environment = {
         PRELOADED: str(shim),
         "LD_PRELOAD": str(shim),
@@ -126,8 +126,8 @@ def spawn_worker(workshop: Workshop, numbers: list[int], args: argparse.Namespac
 
 
 def run_fault(workshop: Workshop, number: int, args: argparse.Namespace) -> bool:
-    """Whether it has a record now: the bench itself may fail, as on a machine that is too busy for
-    its patience."""
+    """Try one fault in a process and return whether it was recorded. The benchmark itself may fail,
+    as on a machine that is too busy for its timeouts."""
     try:
         record = run_trial(workshop, number, args)
     except Exception as error:
@@ -174,7 +174,7 @@ def run_trial(workshop: Workshop, number: int, args: argparse.Namespace) -> dict
 
 
 def describe_loss(trial: Trial) -> str:
-    """How the last run differs from an unbroken one; empty if it does not."""
+    """Describe how the last run differs from an unbroken one; empty if it does not."""
     last = trial.ended[-1]
     if last.code != 0:
         return f"code {last.code}: {last.text[-300:]}"
@@ -189,7 +189,7 @@ def describe_loss(trial: Trial) -> str:
 
 
 def find_traceback(trial: Trial) -> str:
-    """The text of a run that ended with more than a line; empty if there is none."""
+    """Return the output of a run that ended with more than a line; empty if there is none."""
     for ended in trial.ended:
         is_ours = trial.killed and ended.code in SIGNALS
         if "Traceback (most recent call last)" in ended.text:
@@ -212,7 +212,7 @@ def read_records(out: Path) -> list[dict]:
 
 
 def format_table(records: list[dict]) -> str:
-    """The results as Markdown."""
+    """Format the results as Markdown."""
     rows = defaultdict(list)
     for record in records:
         rows[record["row"]].append(record)

@@ -1,4 +1,5 @@
-"""What only a card can tell, in the order of its worth, for a card that is lent for half an hour.
+"""Measure on a card that is lent for half an hour what only a card can tell, the most useful
+figures first.
 
     python -m benchmarks.first_half_hour --bundle FILE.tar.xz       # on your own machine
     python -m benchmarks.first_half_hour --bundle FILE.tar.xz --there PIP_LIST --wheels FOLDER
@@ -161,7 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def list_commands(names: Sequence[str], size: str) -> Iterable[tuple[Section, str]]:
-    """The sections' commands, one after the other."""
+    """List the sections' commands in their order."""
     for section in SECTIONS:
         for command in section.commands if section.name in names else ():
             module = command.split()[0]
@@ -213,7 +214,7 @@ def collect_machine_facts() -> dict[str, str]:
 
 
 def format_page(report: dict) -> Iterable[str]:
-    """A table for each command."""
+    """Format a table for each command."""
     yield "# The first half hour"
     yield ""
     yield ", ".join(f"{name} {value}" for name, value in report["machine"].items())

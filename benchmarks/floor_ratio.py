@@ -27,7 +27,7 @@ Step = Callable[[], object]
 
 
 def copy_modules(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy of the modules that shares all tensors, so that it takes almost no memory."""
+    """Copy the modules but share all tensors, so that the copy takes almost no memory."""
     # `deepcopy` takes what is in its memo for already copied
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)

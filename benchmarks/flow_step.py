@@ -100,8 +100,8 @@ def build_trainer_step(
     options: argparse.Namespace,
     accelerator: Accelerator,
 ) -> tuple[Step, float]:
-    """The trainer's step of one random photo with its update, as the arm and the plan say; and the
-    GiB of `--dry_run` for it."""
+    """Build the trainer's step of one random photo with its update, by arm and plan. Returns it
+    with the GiB that `--dry_run` estimates for it."""
     facts, dtype = find_facts(MODELS[options.model][0]), PRECISION_DTYPES[options.precision]
     config = replace(
         build_config(facts, options.resolution, options.rank, "full"),
@@ -172,7 +172,7 @@ def build_random_inputs(
     resolution_px: int,
     dtype: torch.dtype,
 ) -> TrainInputs:
-    """What a run prepares, of one random photo and one random prompt."""
+    """Build the inputs of a run from one random photo and one random prompt."""
     _, _, (channels, px), text_tokens = MODELS[model]
     kind, scheduler = getattr(diffusers, facts.pipeline), FlowMatchEulerDiscreteScheduler()
     parts = dict.fromkeys(("vae", *facts.encoders, *map(get_tokenizer_name, facts.encoders)))

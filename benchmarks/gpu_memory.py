@@ -39,7 +39,7 @@ DENSE_PLANS = [name for name, plan in MEMORY_PLANS.items() if "base_quantization
 def run_config(
     resolution: int = 1024, rank: int = 16, batch: int = 1, plan: str = "full"
 ) -> TrainConfig:
-    """A run by a plan of `--memory`."""
+    """Return the settings of a run by a plan of `--memory`."""
     return TrainConfig(
         instance_data_dir=".",
         instance_prompt=PROMPT,
@@ -72,8 +72,8 @@ def build_adapted_unet(
 
 
 def count(config: TrainConfig, unet: nn.Module) -> Count:
-    """One step of one micro-batch: copies of the adapter, forward, backward, its gradients; without
-    the optimizer."""
+    """Count one step of one micro-batch: copies of the adapter, forward, backward, its gradients;
+    without the optimizer."""
     from dreambooth_moslora.method.fast_linear import WorkingCopies
 
     batch, side = config.train_batch_size, config.resolution // 8
@@ -113,7 +113,7 @@ def estimate_total_gib(config: TrainConfig) -> float:
 
 
 def build_floor_unet(config: TrainConfig) -> nn.Module:
-    """The frozen UNet alone: the lower bound for a gradient of its input."""
+    """Build the frozen UNet without an adapter: the lower bound for a gradient of its input."""
     return build_sdxl_unet().to(torch.bfloat16).requires_grad_(False).train()
 
 

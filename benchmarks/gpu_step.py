@@ -69,7 +69,7 @@ def measure_or_say(
 
 
 def get_options(options: argparse.Namespace) -> dict:
-    """The options, but for the arms."""
+    """Return the options without the arms."""
     return {name: value for name, value in vars(options).items() if name != "arms"}
 
 

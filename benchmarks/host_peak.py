@@ -65,8 +65,8 @@ def build_command(
 
 
 def measure_peak_gb(command: list[str]) -> float:
-    """Of the process that the command starts; at least this process's own, which must be small.
-    Raises CalledProcessError where it fails."""
+    """Run the command and return its peak memory in GB. It is at least the peak of this process,
+    which must be small. Raises CalledProcessError where the command fails."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)

@@ -1,4 +1,4 @@
-"""A half precision on one process, whatever the process did before."""
+"""Set the half precision of a process, whatever it computed before."""
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState

@@ -62,7 +62,7 @@ def build_text_config(width: int, layers: int, **options) -> CLIPTextConfig:
 
 
 def build_random_sdxl(size: str) -> StableDiffusionXLPipeline:
-    """All parts in bf16. The tokenizer has fewer tokens than the text encoders."""
+    """Build all parts in bf16. The tokenizer has fewer tokens than the text encoders."""
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     first, second = build_random_encoders(size)
     scheduler = EulerDiscreteScheduler(

@@ -1,5 +1,5 @@
-"""The size of the adapter of the full SDXL UNet: projections and parameters, counted on the
-structure without weights.
+"""Count the projections and parameters of the full SDXL UNet's adapter on its structure without
+weights.
 
 python -m benchmarks.sdxl_structure
 """
@@ -23,7 +23,8 @@ RANKS = (4, 16, 64)
 
 
 def build_sdxl_unet() -> UNet2DConditionModel:
-    """The UNet of stable-diffusion-xl-base-1.0 on the meta device: 2.57 G parameters, no memory."""
+    """Build the UNet of stable-diffusion-xl-base-1.0 on the meta device: 2.57 G parameters, no
+    memory."""
     with torch.device("meta"):
         return UNet2DConditionModel(**SDXL)
 

@@ -1,5 +1,5 @@
-"""The self-test's findings as lines of JSON, without its step of full-size SDXL, which `gpu_step`
-measures.
+"""Print the self-test's findings as lines of JSON, without its step of full-size SDXL, which
+`gpu_step` measures.
 
     python -m benchmarks.selftest_lines --out FOLDER             # on a GPU: in fp32 and bf16
     python -m benchmarks.selftest_lines --out FOLDER --size small    # on the CPU, in fp32

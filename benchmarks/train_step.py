@@ -100,7 +100,7 @@ def measure(
 
 
 def run_apart(arm: str, resolution_px: int, options: argparse.Namespace) -> dict:
-    """`measure` in a fresh process; returns its one line of JSON."""
+    """Run `measure` in a fresh process and return its line of JSON."""
     settings = [f"--{name}={getattr(options, name)}" for name in ARM_SETTINGS]
     command = [
         sys.executable,
@@ -192,8 +192,8 @@ MATRIX_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx", "sve", "
 
 
 def read_cpu_flags(path: Path = Path("/proc/cpuinfo")) -> str:
-    """The instructions that decide how fast this CPU multiplies matrices; "" where Linux does not
-    tell."""
+    """Return the instructions that decide how fast this CPU multiplies matrices; "" where the
+    system is not Linux."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     line = re.search(r"^(?:flags|Features)\s*:(.*)", text, re.MULTILINE)
     return (
@@ -202,7 +202,7 @@ def read_cpu_flags(path: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def collect_facts(options: argparse.Namespace) -> dict:
-    """The conditions that affect the figures."""
+    """Collect the conditions that affect the figures."""
     import torch
 
     machine = {

@@ -1,5 +1,5 @@
-"""The sample photos as a person would have them: of different shapes, without captions, with masks
-made by `check`.
+"""Make the sample photos as a person would have them: of different shapes, without captions, with
+masks made by `check`.
 
     python -m tools.bare_photos --out runs/bare_photos              # for assets/studies/photos.toml
     python -m tools.bare_photos --captions --out runs/bare_prompt   # with captions by `caption`
@@ -49,7 +49,7 @@ def write(subject: str, folder: Path, captions: bool = False) -> None:
 
 
 def run(*command: str) -> None:
-    """A command of the package, on the embedded base."""
+    """Run a command of the package on the embedded base."""
     base = ("--pretrained_model_name_or_path", "toy")
     subprocess.run([sys.executable, "-m", "dreambooth_moslora", *command, *base], check=True)
 

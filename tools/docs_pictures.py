@@ -1,4 +1,4 @@
-"""A hook of mkdocs: the pages show pictures of `assets/`, which is not below `docs/`.
+"""Let mkdocs publish the pictures of `assets/`, which is not below `docs/`: a hook.
 
 A page links to `../assets/pictures/recipe.jpg`, which is right when the repository is browsed. For
 the site, the picture is added as `assets/pictures/recipe.jpg`, and the pages' links are changed to

@@ -51,7 +51,8 @@ def render_page() -> str:
 
 
 def format_cell(tool: str, facts: FamilyFacts) -> str:
-    """The kinds that are read, those that are written too in bold; "all" for four that are read."""
+    """Format the kinds that are read, those that are written too in bold; "all" for four that are
+    read."""
     names = []
     for kind in KINDS:
         if is_read(tool, facts, kind):
@@ -60,7 +61,8 @@ def format_cell(tool: str, facts: FamilyFacts) -> str:
 
 
 def is_read(tool: str, facts: FamilyFacts, kind: str) -> bool:
-    """Whether the tool has a prefix of the family's denoiser, and the kind's endings are known."""
+    """Return whether the tool has a prefix of the family's denoiser, and the kind's endings are
+    supported."""
     known_parts = {row.part for row in key_names.ENDINGS}
     names = any(row.tool == tool and facts.denoiser in row.components for row in PREFIXES)
     return names and known_parts >= PARTS[kind]

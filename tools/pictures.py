@@ -59,7 +59,8 @@ def run_program(*arguments: str | Path, folder: Path = ROOT) -> None:
 
 
 def get_trained_run(work: Path, name: str, *flags: str | Path) -> Path:
-    """The run folder of `assets/configs/NAME.toml`, trained now if WORK does not hold it."""
+    """Return the run folder of `assets/configs/NAME.toml`, after training it if WORK does not have
+    it."""
     run = work / name
     if not RunDir(run).adapter_path.is_file():
         config = ASSETS / "configs" / f"{name}.toml"
@@ -68,8 +69,8 @@ def get_trained_run(work: Path, name: str, *flags: str | Path) -> Path:
 
 
 def draw_strip(work: Path) -> Path:
-    """One photo of the rocket, and what toy-zimage draws in four places before and after training:
-    the same prompts and noise, without and with the adapter."""
+    """Draw one photo of the rocket, and toy-zimage's images of four places before and after
+    training: the same prompts and noise, without and with the adapter."""
     pipeline = SubjectPipeline.from_base("toy-zimage")
     rocket = pipeline.load_adapter(get_trained_run(work, "toy_zimage"))
     rows = {"before": (), "after": ((rocket, 1.0),)}
@@ -105,7 +106,7 @@ def draw_strip(work: Path) -> Path:
 
 
 def resize_tile(picture: Image.Image) -> Image.Image:
-    """The picture as a tile of the strip."""
+    """Resize the picture to a tile of the strip."""
     return picture.convert("RGB").resize((TILE_PX, TILE_PX), Image.Resampling.LANCZOS)
 
 
@@ -118,7 +119,7 @@ def make_toy_zimage(work: Path) -> Path:
 
 
 def get_overtrained_run(work: Path) -> Path:
-    """Of bare photos, scored while it trains."""
+    """Return a run on bare photos that is scored while it trains."""
     bare = work / "bare"
     bare.mkdir(exist_ok=True)
     for path in [
@@ -145,7 +146,7 @@ def check_crops(work: Path) -> Path:
 
 
 def make_toy_base(work: Path) -> Path:
-    """A hundred pictures of combinations that no training picture showed."""
+    """Make a sheet of a hundred pictures of combinations that no training picture showed."""
     out = work / "toy_base"
     options = ["--images", "100", "--groups", "held-out combinations", "--no_timings"]
     run_program(
@@ -155,7 +156,7 @@ def make_toy_base(work: Path) -> Path:
 
 
 def make_recipe(work: Path) -> Path:
-    """Of the six subjects, trained by one word each."""
+    """Make a sheet of the six subjects, each trained by one word."""
     sheet = work / "recipe.png"
     runs = []
     for subject in RECIPE_SUBJECTS:
@@ -230,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def save_jpeg(picture: Path, path: Path, width: int) -> None:
-    """The picture at that width, if it is wider."""
+    """Save the picture, at that width if it is wider."""
     with Image.open(picture) as image:
         image = image.convert("RGB")
         image.thumbnail((width, image.height), Image.Resampling.LANCZOS)

@@ -66,7 +66,8 @@ def main() -> None:
 
 
 def start_app(base: str, scratch: Path, *options: str) -> tuple[subprocess.Popen, str]:
-    """The page on a free port, ready to answer. `options` are further options of `app.py`."""
+    """Start the page on a free port and wait until it answers. `options` are further options of
+    `app.py`."""
     command = [
         sys.executable,
         str(ROOT / "app.py"),
@@ -120,7 +121,7 @@ def generate(page: Page, args: argparse.Namespace) -> None:
 
 
 def train(page: Page, args: argparse.Namespace) -> None:
-    """A run halfway: with some losses and samples."""
+    """Train half a run, which has some losses and samples."""
     page.get_by_role("tab", name="Train", exact=True).click()
     page.set_input_files("#photos input[type=file]", sorted(args.subject.glob("*.jpg")))
     wait_for(page, "remarks", "photos")

@@ -1,4 +1,4 @@
-"""A picture of several runs: for each a photo, and what its adapter draws in four places that no
+"""Make a picture of several runs: for each a photo, and its adapter's images of four places that no
 photo shows.
 
     python -m tools.subject_sheet runs/bear runs/rocket --out assets/pictures/recipe.jpg
@@ -23,7 +23,7 @@ __all__ = ["main", "build_rows"]
 
 
 def build_rows(runs: list[Path]) -> Iterator[SheetRow]:
-    """A row of five pictures for each run."""
+    """Build a row of five pictures for each run."""
     subject = SubjectPipeline.from_base("toy")
     for run in runs:
         settings = json.loads(RunDir(run).config_path.read_text(encoding="utf-8"))

@@ -1,5 +1,5 @@
-"""What the program uses that one of the three systems does not have: `python -m tools.systems`, a
-part of the lint.
+"""List uses of the standard library that one of the three systems does not have: `python -m
+tools.systems`, a part of the lint.
 
 It is what mypy finds on some of them and not on all: `os.sysconf` is an error on Windows alone.
 What mypy says of all three is of types, and not asked here. The exit code is 1 if anything is
@@ -29,7 +29,7 @@ def check_system(system: str, target: str) -> set[str]:
 
 
 def list_problems(target: str) -> list[str]:
-    """The lines, each with the systems that it is of."""
+    """List mypy's lines, each with its systems."""
     errors = {system: check_system(system, target) for system in SYSTEMS}
     partial = set.union(*errors.values()) - set.intersection(*errors.values())
     return [

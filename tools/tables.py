@@ -122,7 +122,7 @@ def render_settings_stub() -> str:
 
 
 def format_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of Markdown, with an end of line after each row."""
+    """Format a table of Markdown, with an end of line after each row."""
     lines = [" | ".join(columns), " | ".join(["---"] * len(columns))]
     for cells in rows:
         escaped = [cell.replace("|", "\\|").replace("*", "\\*") for cell in cells]
@@ -131,7 +131,7 @@ def format_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def format_measures() -> str:
-    """What the reports of an evaluation explain."""
+    """Format the metrics with the explanations that the reports of an evaluation give."""
     rows = []
     for name, row in METRICS.items():
         if row.help:
@@ -140,7 +140,7 @@ def format_measures() -> str:
 
 
 def format_memory_plans() -> str:
-    """The plans of `--memory`, as the flags that would be given by hand."""
+    """Format the plans of `--memory` as the flags that one would give by hand."""
     rows = []
     for name, plan in MEMORY_PLANS.items():
         flags = [
@@ -206,7 +206,7 @@ def render_settings() -> str:
 
 
 def format_cells(item: Field) -> list[str]:
-    """The row of a setting."""
+    """Format the row of a setting."""
     facts, default = item.metadata, item.default
     default_text = (
         " ".join(default) if isinstance(default, tuple) else "" if default is None else str(default)
@@ -224,7 +224,7 @@ def format_cells(item: Field) -> list[str]:
 
 
 def format_values(item: Field) -> str:
-    """The choices, or the kind of value and its bounds: `whole number from 1 to 4096`."""
+    """Format the choices, or the kind of value and its bounds: `whole number from 1 to 4096`."""
     facts = item.metadata
     if facts["choices"]:
         return ", ".join(f"`{choice}`" for choice in facts["choices"])

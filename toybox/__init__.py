@@ -1,1 +1,1 @@
-"""A procedural toy world: captioned pictures of toys, in any number and without downloads."""
+"""Procedural toy world: captioned pictures of toys, in any number and without downloads."""

@@ -42,7 +42,7 @@ def build_scheduler() -> EulerDiscreteScheduler:
 
 
 def build_pipeline(work: Path) -> StableDiffusionXLPipeline:
-    """The pipeline, fp16, from the folders which the training scripts wrote below `work`."""
+    """Build the pipeline in fp16 from the folders which the training scripts wrote below `work`."""
     clip = work / "clip" / "model"
     decoder = work / "decoder" / "model"  # the same autoencoder, its decoder trained further
     vae = decoder if decoder.is_dir() else work / "vae" / "model"

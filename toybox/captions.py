@@ -12,12 +12,12 @@ __all__ = ["format_canonical_caption", "caption", "format_full_caption"]
 
 
 def add_article(phrase: str) -> str:
-    """The words with "a" or "an" in front."""
+    """Put "a" or "an" in front of the words."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 def list_adjectives(toy: Toy) -> str:
-    """All adjectives of the toy's looks: "glossy red and white striped"."""
+    """List all adjectives of the toy's looks: "glossy red and white striped"."""
     adjectives = [] if toy.material == "matte" else [toy.material]
     adjectives += (
         [toy.colour]
@@ -34,7 +34,7 @@ def format_canonical_caption(scene: Scene) -> str:
 
 
 def format_full_caption(scene: Scene) -> str:
-    """The canonical caption with the second colour and everything that the toys wear."""
+    """Format the canonical caption with the second colour and everything that the toys wear."""
     toys = " and ".join(
         add_article(
             " ".join(
@@ -48,7 +48,7 @@ def format_full_caption(scene: Scene) -> str:
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """One of many true sentences; it nearly always has the kind, main colour and place."""
+    """Return one of many true sentences; it nearly always has the kind, main colour and place."""
     toys = " and ".join(add_article(_sample_toy_phrase(toy, rng)) for toy in scene.toys)
     if len(scene.toys) == 2 and rng.random() < 0.4:
         toys = f"two toys: {toys}"
@@ -82,8 +82,8 @@ def _sample_toy_phrase(toy: Toy, rng: random.Random) -> str:
 
 
 def _sample_details(toy: Toy, rng: random.Random) -> str:
-    """What it wears and, mostly, a plain toy's second colour: what no caption tells, a model cannot
-    learn to obey."""
+    """Sample accessories that the toy wears and, mostly, a plain toy's second colour. A model
+    cannot learn to obey what no caption names."""
     second = toy.pattern == "plain" and rng.random() < 0.8
     return _format_details(toy, second, rng.random() < 0.8)
 

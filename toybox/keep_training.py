@@ -91,12 +91,15 @@ SIGNALS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The numbers of a training. `fresh` of the `shards`, of `pictures` each, are replaced before a
-    leg. With 1 for `anew` it begins with random weights. With 1 for `narrow` the renders are those
-    of `render_dataset --narrow`. The `teacher` is a folder of Z-Image's architecture.
+    """Settings of a training.
 
-    The `processes` share a step's batch. Two of one thread are faster than one of two, whose
-    threads wait at each of many small operations.
+    fresh: shards that are replaced before a leg
+    shards, pictures: number of shards, and of pictures in each
+    anew: 1 to begin with random weights
+    narrow: 1 for renders of `render_dataset --narrow`
+    teacher: folder of Z-Image's architecture
+    processes: they share a step's batch. Two of one thread are faster than one of two, whose
+        threads wait at each of many small operations.
     """
 
     steps: int = 20_000
@@ -114,7 +117,7 @@ class Settings:
 
     @property
     def vae(self) -> Path:
-        """The autoencoder of the latents."""
+        """Autoencoder of the latents."""
         return Path(self.teacher) / "vae"
 
     def __post_init__(self) -> None:
@@ -127,12 +130,12 @@ class Settings:
         return range(leg * self.fresh, leg * self.fresh + self.shards)
 
     def count_later_images(self, step: int) -> int:
-        """How many pictures are made for the legs after the one of this step."""
+        """Count the pictures that are made for the legs after the one of this step."""
         return (-(-self.steps // self.leg) - 1 - step // self.leg) * self.fresh * self.pictures
 
 
 class Sheets:
-    """Draws the same prompts from the same noise after each `every` steps: FOLDER/01000.png and so
+    """Draw the same prompts from the same noise after each `every` steps: FOLDER/01000.png and so
     on."""
 
     def __init__(self, folder: Path, every: int, vae: Path):
@@ -203,8 +206,8 @@ def render_missing(state: Path, settings: Settings, numbers: range) -> int:
 
 
 def encode_shards(state: Path, settings: Settings, numbers: range) -> None:
-    """One file of latents for each shard: latents/0007.safetensors. The processes take the shards
-    by turns."""
+    """Write one file of latents for each shard: latents/0007.safetensors. The processes take the
+    shards by turns."""
     renders, size, (rank, world) = Renders(state / "toys"), settings.pictures, get_rank_and_world()
     vae, sight = AutoencoderKL.from_pretrained(settings.vae), VisionTower(BASE / "image_encoder")
     for place, number in list(enumerate(numbers))[rank::world]:
@@ -214,8 +217,8 @@ def encode_shards(state: Path, settings: Settings, numbers: range) -> None:
 
 
 def keep_training(state: Path, settings: Settings) -> None:
-    """All legs that are left, in this process or in one of several: the first makes the renders and
-    the sheets."""
+    """Train all remaining legs, in this process or in one of several: the first makes the renders
+    and the sheets."""
     is_first = get_rank_and_world()[0] == 0
     sheets = Sheets(state / "sheets", settings.sheet_every, settings.vae) if is_first else None
     teacher = FlowTeacher(Path(settings.teacher), compiled=settings.batch >= MIN_COMPILED_STEPS)
@@ -243,7 +246,7 @@ def run_process(rank: int, state: Path, settings: Settings, port: int) -> None:
 
 
 def share(state: Path, settings: Settings) -> None:
-    """`keep_training` in its processes, which belong to this one's session."""
+    """Run `keep_training` in processes of this one's session."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -251,7 +254,7 @@ def share(state: Path, settings: Settings) -> None:
 
 
 def build_arguments(state: Path, settings: Settings, until: int) -> argparse.Namespace:
-    """What `train_unet` is told for the leg that ends at step `until`."""
+    """Build the arguments of `train_unet` for the leg that ends at step `until`."""
     paths = {"data": state / "toys", "latents": state / "latents", "out": state / "unet"}
     paths |= {"clip": BASE, "tokenizer": BASE / "tokenizer"}
     numbers = {"steps": settings.steps, "until": min(until, settings.steps), "held_back": 0}
@@ -281,8 +284,8 @@ def set_lowest_priority(pid: int) -> None:
 
 
 def lock_training(state: Path) -> tuple[TextIO, int | None]:
-    """The file STATE/pid, and the training's process or None. The training holds the file's lock
-    while it lives; if there is none, the caller has it now."""
+    """Open the file STATE/pid and return it with the training's process or None. The training holds
+    the file's lock while it lives; if there is none, the caller has it now."""
     file = (state / "pid").open("a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -293,7 +296,7 @@ def lock_training(state: Path) -> tuple[TextIO, int | None]:
 
 
 def start(state: Path, lock: TextIO) -> int:
-    """The training's process, in a session of its own, which inherits the lock."""
+    """Start the training's process in a session of its own, which inherits the lock."""
     threads = {"OMP_NUM_THREADS": str(os.cpu_count())} | os.environ
     quiet = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "HF_HUB_OFFLINE": "1"}
     # in this process: others would be in a session of theirs
@@ -343,7 +346,7 @@ def is_paused(pid: int) -> bool:
 
 
 def load_settings(state: Path, options: dict[str, int | str]) -> Settings:
-    """Those of the first call. Raises SystemExit if this call gives another number."""
+    """Load the settings of the first call. Raises SystemExit if this call gives another number."""
     path = state / "settings.json"
     if not path.exists():
         path.write_text(json.dumps(asdict(Settings(**options)), indent=2) + "\n", encoding="utf-8")

@@ -84,7 +84,7 @@ SUBJECTS: dict[str, Toy] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A toy to learn, the word for its class and a token for itself."""
+    """Toy to learn, the word for its class and its token."""
 
     name: str
     toy: Toy
@@ -93,7 +93,8 @@ class Subject:
 
 
 def load(name: str) -> Subject:
-    """The subject with photos in assets/subjects/<name>; its toy can be rendered in any scene."""
+    """Load the subject with photos in assets/subjects/<name>; its toy can be rendered in any
+    scene."""
     path = FOLDER / name / "subject.json"
     if not path.exists():
         raise FileNotFoundError(
@@ -117,7 +118,7 @@ def sample_individuals(count: int, seed: int) -> list[Subject]:
 
 
 def sample_photo_scenes(subject: Subject) -> list[Scene]:
-    """The scenes of its five photos."""
+    """Sample the scenes of its five photos."""
     rng = random.Random(subject.name)
     return [
         Scene(

@@ -34,7 +34,7 @@ SHARES = {"vae": 0.3, "clip": 0.08, "unet": 0.34, "decoder": 0.08}
 
 @dataclass(frozen=True)
 class Plan:
-    """The options of the command line. `renders` and `steps` make a trial run shorter."""
+    """Options of the command line. `renders` and `steps` make a trial run shorter."""
 
     work: Path
     assets: Path
@@ -63,7 +63,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Stage:
-    """A script's main function, its arguments, and the file that it writes last, which marks its
+    """Script's main function, its arguments, and the file that it writes last, which marks its
     end."""
 
     name: str
@@ -73,7 +73,7 @@ class Stage:
 
 
 def build_stages(plan: Plan) -> list[Stage]:
-    """All stages, in their order."""
+    """Build all stages, in their order."""
     towers = {"clip": "clip/model", "tokenizer": "tokenizer"}
     paths = {"data": "toys", "latents": "latents.safetensors"}
     workers = os.cpu_count() if plan.device == "cpu" else 1

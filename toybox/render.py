@@ -56,7 +56,7 @@ def render(
 
 @torch.no_grad()
 def render_masks(scenes: Sequence[Scene], size_px: int = 64) -> Tensor:
-    """Which pixels of `render(scenes, size_px)` show a toy: bool (N, size_px, size_px)."""
+    """Return which pixels of `render(scenes, size_px)` show a toy: bool (N, size_px, size_px)."""
     masks = torch.zeros(len(scenes), size_px * size_px, dtype=torch.bool)
     for numbers in _split_by_kinds(scenes).values():
         stage = Stage.from_scenes([scenes[i] for i in numbers], torch.device("cpu"), compiled=False)
@@ -166,7 +166,7 @@ def _render_images(stage: Stage, size_px: int) -> Tensor:
 
 
 def _blur_lens(image: Tensor) -> Tensor:
-    """The camera's softness: a Gaussian blur of pictures (N, H, W, 3)."""
+    """Blur pictures (N, H, W, 3) as a lens does, by a Gaussian."""
     sigma = LENS_SIGMA * image.shape[1]
     reach = torch.arange(-int(3 * sigma + 0.5), int(3 * sigma + 0.5) + 1, device=image.device)
     taps = torch.softmax(-(reach**2) / (2 * sigma**2), 0)

@@ -1,5 +1,5 @@
-"""The truth of the toy world: its subjects can be rendered in any place, so scores have a ceiling
-and a floor.
+"""Truth of the toy world: its subjects can be rendered in any place, so scores have a ceiling and a
+floor.
 
 ceiling  true renders of the individual in the requested place, from other sides and in other light
 floor    renders of another individual of the same kind in the same place
@@ -49,7 +49,7 @@ class RenderedPlace(NamedTuple):
 
 @dataclass
 class ToyTruth:
-    """The true appearance of one toy, in pictures of `size_px`."""
+    """True appearance of one toy, in pictures of `size_px`."""
 
     toy: Toy
     encoders: Encoders
@@ -95,7 +95,8 @@ class ToyTruth:
         }
 
     def _get_renders(self, place: str, kind: str) -> RenderedPlace:
-        """VIEWS renders at a place: `true` of the subject, `other` of others of its kind."""
+        """Render VIEWS pictures of a place: `true` of the subject, `other` of others of its
+        kind."""
         key = f"{kind} {place}"
         if key not in self._seen:
             rng = random.Random(f"{key} {self.toy}")
@@ -126,12 +127,12 @@ class ToyTruth:
         return answer_hits | {f"{name}_ceiling": hits for name, hits in ceiling.items()}
 
     def _check_answers(
-        self, places: list[str], images: Tensor, of_each: int
+        self, places: list[str], images: Tensor, images_per_place: int
     ) -> dict[str, np.ndarray]:
-        """Whether the judge's answers to each question are right, (places, of_each), for `of_each`
-        images a place."""
+        """Return whether the judge's answers to each question are right, (places,
+        images_per_place)."""
         readings = [reading for some in images.split(64) for reading in self.judge.read(some)]
-        scenes = [Scene((self.toy,), place) for place in places for _ in range(of_each)]
+        scenes = [Scene((self.toy,), place) for place in places for _ in range(images_per_place)]
         right = [
             reading.check_answers(scene) for reading, scene in zip(readings, scenes, strict=True)
         ]
@@ -139,7 +140,8 @@ class ToyTruth:
             name: np.array([each[name] for each in right], dtype=float) for name in judge.QUESTIONS
         }
         return {
-            f"judge_{name}": values.reshape(len(places), of_each) for name, values in hits.items()
+            f"judge_{name}": values.reshape(len(places), images_per_place)
+            for name, values in hits.items()
         }
 
     def _compute_sharpness(
@@ -200,7 +202,7 @@ def sample_other_toy(toy: Toy, rng: random.Random) -> Toy:
 
 
 def find_place(template: str) -> str:
-    """The toy world's place that a prompt names."""
+    """Find the toy world's place that a prompt names."""
     return max((place for place in PLACES if place in template), key=len)
 
 
@@ -209,8 +211,8 @@ def is_known_place(template: str) -> bool:
 
 
 def find_truth(photos_dir: Path, encoders: Encoders, size_px: int = 128) -> ToyTruth | None:
-    """The truth about a folder of toy photos, whose `subject.json` names the toy. None for ordinary
-    photos. Raises UserError."""
+    """Find the truth about a folder of toy photos, whose `subject.json` names the toy. None for
+    ordinary photos. Raises UserError."""
     path = Path(photos_dir) / SUBJECT_FILE
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""The content of a picture: toys (individuals), scenes, their random sampling, and the held-out
+"""Content of a picture: toys (individuals), scenes, their random sampling, and the held-out
 combinations.
 
 Everything here is plain data with a JSON form; `toybox.render` draws it, `toybox.captions`
@@ -55,10 +55,10 @@ SIGHTS_PER_NARROW_PLACE = 2
 
 @dataclass(frozen=True)
 class Toy:
-    """One individual: the same toy from every side, in every place.
+    """Individual toy, the same from every side and in every place.
 
     `colour` covers most of the body, `colour2` the second parts and the pattern. `genes` follow
-    `GENES`, around 0. `accent` is the colour of what it wears; None is that accessory's default
+    `GENES`, around 0. `accent` is the colour of its accessories; None is each accessory's default
     colour.
     """
 
@@ -88,8 +88,8 @@ class Toy:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture. Angles are in radians; `distance` is in toy sizes (2.1 fills 74 % of the frame,
-    3.4 46 %)."""
+    """Content of one picture. Angles are in radians; `distance` is in toy sizes (2.1 fills 74 % of
+    the frame, 3.4 46 %)."""
 
     toys: tuple[Toy, ...]
     place: str
@@ -120,7 +120,7 @@ def is_held_out(kind: str, colour: str, place: str) -> bool:
 
 
 def sample_toy(rng: random.Random, kind: str | None = None, **fixed: Any) -> Toy:
-    """A random individual; `fixed` overrides fields of `Toy`."""
+    """Sample a random individual; `fixed` overrides fields of `Toy`."""
     kind = kind or rng.choice(KINDS)
     colour = rng.choice(list(COLOURS))
     wearable = SHAPES[kind].accessories
@@ -143,7 +143,7 @@ def sample_scene(
     held_out: bool | None = False,
     narrow: bool = False,
 ) -> Scene:
-    """A random picture, of `toy` at `place` if given.
+    """Sample a random picture, of `toy` at `place` if given.
 
     `held_out` False never shows a held-out combination, True always does, None allows both.
     `narrow` keeps the camera nearly fixed: a small model that learns from few pictures then draws
@@ -184,8 +184,9 @@ def _sample_view(rng: random.Random, toys: tuple[Toy, ...], place: str) -> Scene
 
 
 def _replace_camera(rng: random.Random, scene: Scene) -> Scene:
-    """The same toys and light before a camera of one height and aim, which hardly comes nearer, and
-    one of two sights of the place. Two toys keep their distance, at which both are in the frame."""
+    """Show the same toys and light to a camera of one height and aim, which hardly comes nearer,
+    and one of two sights of the place. Two toys keep their distance, at which both are in the
+    frame."""
     distance = scene.distance if len(scene.toys) > 1 else round(rng.uniform(1.9, 2.3), 3)
     variant = rng.randrange(SIGHTS_PER_NARROW_PLACE) / SIGHTS_PER_NARROW_PLACE
     return replace(scene, pitch=Scene.pitch, offset=(0.0, 0.0), distance=distance, variant=variant)

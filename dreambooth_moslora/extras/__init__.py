@@ -1,1 +1,1 @@
-"""What a cluster, a service or a paper needs. The core imports nothing of it; its commands do."""
+"""Tools for a cluster, a service or a paper. The core imports nothing of them; its commands do."""

@@ -11,7 +11,7 @@ PATIENCE_S = 20
 
 
 def as_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list]:
-    """Returns a function: it does `work(accelerator)` in `count` processes, `on_machine` of which
+    """Return a function: it does `work(accelerator)` in `count` processes, `on_machine` of which
     share a machine, and returns the result or the error of each."""
     thread = local()
 

@@ -60,7 +60,7 @@ def refuse_open(path: str, dir_fd: int | None = None) -> None:
 
 
 def answer_as_windows(patch: pytest.MonkeyPatch) -> None:
-    """Raises AssertionError in the program where it sends a signal or hands on a file."""
+    """Raise AssertionError in the program where it sends a signal or hands on a file."""
     from dreambooth_moslora.disk import processes
 
     kill, replace, unlink, begin = os.kill, os.replace, os.unlink, Popen.__init__

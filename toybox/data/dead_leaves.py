@@ -40,8 +40,8 @@ def _draw_shape(x, y, radius: float, size: int, rng: np.random.Generator) -> np.
 
 
 def _shade_shape(x, y, radius: float, hue: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A colour near the picture's own or any other, shaded across the shape, sometimes with a wave
-    of its own."""
+    """Shade a colour near the picture's main colour, or any other, across the shape, sometimes with
+    a wave."""
     colour = hue * 0.6 + 0.4 * rng.uniform(0, 1, 3) if rng.random() < 0.6 else rng.uniform(0, 1, 3)
     angle = rng.uniform(0, 2 * np.pi)
     along = (x * np.cos(angle) + y * np.sin(angle)) / max(radius, 4)

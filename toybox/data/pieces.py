@@ -10,7 +10,7 @@ __all__ = ["load_or_make"]
 
 
 def load_or_make(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors in the file; if it is missing, they are made and written atomically."""
+    """Load the tensors of the file; if it is missing, make and write them atomically."""
     if path.is_file():
         return load_file(path)
     tensors = make()

@@ -35,7 +35,7 @@ SHARD_SIZE = 1000
 
 @dataclass(frozen=True)
 class Shard:
-    """One piece of work: its folder, number, count and size of pictures, device, and whether to
+    """Piece of work: its folder, number, count and size of pictures, device, and whether to
     compile."""
 
     out: Path

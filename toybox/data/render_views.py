@@ -40,7 +40,7 @@ def render_block(block: range, views: int = 4) -> tuple[list[str], np.ndarray]:
 
 
 def sample_sights(rng: random.Random, toy: Toy, views: int) -> list[Scene]:
-    """The toy from `views` sides, each in another place and light."""
+    """Sample `views` scenes of the toy, each from another side and in another place and light."""
     return [sample_scene(rng, toy, place, held_out=None) for place in rng.sample(PLACES, views)]
 
 

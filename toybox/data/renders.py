@@ -1,4 +1,4 @@
-"""The rendered data set: shards of uint8 images with their scenes and captions (written by
+"""Rendered data set: shards of uint8 images with their scenes and captions (written by
 `render_dataset`)."""
 
 import json
@@ -22,8 +22,8 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 
 class Renders:
-    """All shards of a folder, memory-mapped: `images(indices)` and the row of each (caption,
-    canonical, scene)."""
+    """Shards of a folder, memory-mapped: `images(indices)` and the row of each (caption, canonical,
+    scene)."""
 
     def __init__(self, folder: Path, limit: int | None = None):
         paths = sorted(Path(folder).glob("images_*.npy"))

@@ -1,1 +1,1 @@
-"""How a toy and its place are drawn: shapes, paints, and rays."""
+"""Draw a toy and its place: shapes, paints, and rays."""

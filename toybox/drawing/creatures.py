@@ -1,4 +1,4 @@
-"""The kinds of toy that have a face: functions from points and genes to coloured parts."""
+"""Kinds of toy that have a face: functions from points and genes to coloured parts."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def build_snowman(p: Point, g: Genes) -> list[Part]:
 
 
 def _build_carrot(p: Point, radius: Num, half: Num) -> Tensor:
-    """A cone that points to -z."""
+    """Build a cone that points to -z."""
     return cone(rotate_to_z(p), 0.008, radius, half)
 
 

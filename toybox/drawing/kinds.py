@@ -1,4 +1,4 @@
-"""The kinds of toy by name, and functions of their shape: distance, nearest part, size."""
+"""Kinds of toy by name, and functions of their shape: distance, nearest part, size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["SHAPES", "Shape", "compile_distance", "compute_distance", "measure",
 
 
 class Shape(NamedTuple):
-    """How a kind is built and what it may wear."""
+    """Builder of a kind, and the accessories that it may wear."""
 
     parts: Callable[[Point, Genes], list[Part]]
     accessories: tuple[str, ...] = ()

@@ -31,7 +31,7 @@ RGB: TypeAlias = "tuple[float, float, float]"
 
 
 def mix(a: Tensor | RGB, b: Tensor | RGB, share: Tensor) -> Tensor:
-    """a where `share` (P,) is 0, b where it is 1; colours are (P, 3) or one RGB."""
+    """Mix the colours a and b, (P, 3) or one RGB: a where `share` (P,) is 0, b where it is 1."""
     a, b = (torch.as_tensor(c, dtype=share.dtype, device=share.device) for c in (a, b))
     return torch.lerp(a.expand(*share.shape, 3), b.expand(*share.shape, 3), share[:, None])
 
@@ -52,14 +52,14 @@ def compute_band(value: Tensor, low: float, high: float) -> Tensor:
 
 
 def split_cells(value: Tensor, size: float) -> tuple[Tensor, Tensor]:
-    """The number of the cell that each value (P,) lies in, and its distance from that cell's
+    """Return the number of the cell that each value (P,) lies in, and its distance from that cell's
     middle, (P,) each."""
     index = torch.floor(value / size)
     return index, value - (index + 0.5) * size
 
 
 def hash_to_unit(i: Tensor, salt: float = 0.0) -> Tensor:
-    """A fixed random number in [0, 1) for each integer (P,)."""
+    """Return a fixed random number in [0, 1) for each integer (P,)."""
     return torch.frac((torch.sin(i * 12.9898 + salt * 4.1414) * 43758.547).abs())
 
 
@@ -69,7 +69,7 @@ def shade_mottle(x: Tensor, z: Tensor, v: Tensor) -> Tensor:
 
 
 def shade_hill(x: Tensor, v: Tensor, rough: float = 1.0) -> Tensor:
-    """A skyline (P,) in about [-1, 1]."""
+    """Return a skyline (P,) in about [-1, 1]."""
     return 0.6 * torch.sin(1.1 * rough * x + 6 * v) + 0.4 * torch.sin(2.3 * rough * x + 11 * v)
 
 

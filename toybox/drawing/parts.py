@@ -1,4 +1,4 @@
-"""What all kinds of toy share: genes, the paints of their parts, and things to wear.
+"""Parts that all kinds of toy share: genes, the paints of their parts, and things to wear.
 
 A part is a pair (distance (P,), role); the role says which of the toy's paints covers it. Genes are
 numbers around 0 that stretch the proportions (training draws them from [-1, 1]); every kind uses
@@ -91,7 +91,8 @@ def scale_gene(gene: Tensor, size: float, share: float = 0.2) -> Tensor:
 
 
 def _build_worn(g: Genes, name: str, parts: Callable[[], list[Part]]) -> list[Part]:
-    """The parts of an accessory, where it is worn; nothing is computed when no toy wears it."""
+    """Build the parts of an accessory, where it is worn; nothing is computed when no toy wears
+    it."""
     if name not in g.worn:
         return []
     return [(torch.where(g.worn[name], d, 9.0), role) for d, role in parts()]
@@ -118,8 +119,8 @@ def build_hats(p: Point, g: Genes, x: Num, y: Num, z: Num, size: Num) -> list[Pa
 
 
 def build_scarf(p: Point, g: Genes, x: Num, y: Num, z: Num, size: Num) -> list[Part]:
-    """A scarf round a neck of radius `size` at (x, y, z), its end hanging down in front and to the
-    side."""
+    """Build a scarf round a neck of radius `size` at (x, y, z), its end hanging down in front and
+    to the side."""
     q = move_to(p, x, y, z)
 
     def scarf_parts() -> list[Part]:
@@ -140,7 +141,7 @@ def build_bow(p: Point, g: Genes, x: Num, y: Num, z: Num) -> list[Part]:
 
 
 def build_flag(p: Point, g: Genes, x: Num, y: Num, z: Num) -> list[Part]:
-    """A flag on a pole that stands on (x, y, z)."""
+    """Build a flag on a pole that stands on (x, y, z)."""
 
     def flag_parts() -> list[Part]:
         q = move_to(p, x, y, z)

@@ -1,4 +1,4 @@
-"""The sixteen places of a toy: each has a ground and a backdrop painted by a formula.
+"""Sixteen places of a toy: each has a ground and a backdrop painted by a formula.
 
 A ground maps (x, z) to a colour; z grows away from the camera up to the backdrop, an upright canvas
 at z = BACKDROP. The backdrop maps (x, y) on that canvas, y up from the ground. All are tensors (P,)
@@ -397,5 +397,5 @@ PLACES: tuple[str, ...] = tuple(SCENERY)
 
 
 def list_lights(place: str) -> tuple[str, ...]:
-    """The lights under which the place may be shown."""
+    """List the lights under which the place may be shown."""
     return PLACE_LIGHTS[place]

@@ -40,7 +40,7 @@ Point: TypeAlias = "tuple[Tensor, Tensor, Tensor]"
 
 
 def move_to(p: Point, x: Num, y: Num, z: Num) -> Point:
-    """The points as seen from (x, y, z)."""
+    """Return the points relative to (x, y, z)."""
     return p[0] - x, p[1] - y, p[2] - z
 
 
@@ -53,12 +53,12 @@ def mirror_z(p: Point) -> Point:
 
 
 def rotate_to_x(p: Point) -> Point:
-    """An upright primitive of these points lies along x."""
+    """Rotate the points so that an upright primitive of them lies along x."""
     return p[1], p[0], p[2]
 
 
 def rotate_to_z(p: Point) -> Point:
-    """An upright primitive of these points lies along z."""
+    """Rotate the points so that an upright primitive of them lies along z."""
     return p[0], p[2], p[1]
 
 
@@ -74,7 +74,7 @@ def sphere(p: Point, radius: Num) -> Tensor:
 
 
 def ellipsoid(p: Point, rx: Num, ry: Num, rz: Num) -> Tensor:
-    """A bound, exact to first order at the surface."""
+    """Return a bound of the distance, exact to first order at the surface."""
     q = p[0] / rx, p[1] / ry, p[2] / rz
     near = _compute_length(*q)
     slope = _compute_length(q[0] / rx, q[1] / ry, q[2] / rz)
@@ -113,7 +113,7 @@ def cone(p: Point, low: Num, high: Num, half: Num) -> Tensor:
 
 
 def torus(p: Point, radius: Num, thickness: Num) -> Tensor:
-    """A ring that lies flat, round the y axis."""
+    """Return the distance of a ring that lies flat, round the y axis."""
     return _compute_length(_compute_length(p[0], p[2]) - radius, p[1]) - thickness
 
 
@@ -124,7 +124,8 @@ def capsule(
     radius: Num,
     end_radius: Num | None = None,
 ) -> Tensor:
-    """A sausage from a to b; with `end_radius` it tapers towards b (a close bound)."""
+    """Return the distance of a sausage from a to b; with `end_radius` it tapers towards b (a close
+    bound)."""
     q = move_to(p, *a)
     axis = b[0] - a[0], b[1] - a[1], b[2] - a[2]
     length2 = axis[0] * axis[0] + axis[1] * axis[1] + axis[2] * axis[2]
@@ -136,15 +137,15 @@ def capsule(
 
 
 def wedge(p: Point, width: Num, height: Num, depth: Num) -> Tensor:
-    """A gable on y = 0: half `width` at its foot, a ridge along z at `height`, half length
-    `depth`."""
+    """Return the distance of a gable on y = 0: half `width` at its foot, a ridge along z at
+    `height`, half length `depth`."""
     norm = (width * width + height * height) ** 0.5
     slope = (p[0].abs() * height + p[1] * width - width * height) / norm
     return torch.maximum(torch.maximum(slope, -p[1]), p[2].abs() - depth)
 
 
 def smooth_union(a: Tensor, b: Tensor, blend: float) -> Tensor:
-    """The union (P,) of distances a and b, with a fillet of about `blend` where the two surfaces
-    meet."""
+    """Return the union (P,) of distances a and b, with a fillet of about `blend` where the two
+    surfaces meet."""
     h = (blend - (a - b).abs()).clamp_min(0) / blend
     return torch.minimum(a, b) - h * h * (blend * 0.25)

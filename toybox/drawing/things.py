@@ -1,5 +1,5 @@
-"""The kinds of toy that are buildings, vehicles and household things: functions from points and
-genes to parts."""
+"""Kinds of toy that are buildings, vehicles and household things: functions from points and genes
+to parts."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def build_rocket(p: Point, g: Genes) -> list[Part]:
 
 
 def _build_fin(p: Point, size: Num) -> Tensor:
-    """A swept fin in the x-y plane that grows out of the y axis."""
+    """Build a swept fin in the x-y plane that grows out of the y axis."""
     slope = (p[0] * 0.9 + p[1] * 0.6 - 0.24 - size * 0.35) / 1.08
     return torch.maximum(torch.maximum(slope, p[0] - size), torch.maximum(-p[1], p[2].abs() - 0.03))
 
@@ -204,7 +204,7 @@ def build_boat(p: Point, g: Genes) -> list[Part]:
 
 
 def _build_sail(p: Point, width: Num, height: Num) -> Tensor:
-    """A right-angled triangle in the x-y plane, its right angle at the origin."""
+    """Build a right-angled triangle in the x-y plane, its right angle at the origin."""
     norm = (width * width + height * height) ** 0.5
     slope = (p[0] * height + p[1] * width - width * height) / norm
     return torch.maximum(torch.maximum(slope, -p[0]), torch.maximum(-p[1], p[2].abs() - 0.022))

@@ -38,7 +38,7 @@ def cross(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass
 class ToyGroup:
-    """One toy per scene: its genes and looks, and its position. N scenes."""
+    """Toys of N scenes, one in each: their genes and looks, and their positions."""
 
     kind: str
     distance: Callable[[Tensor, Genes], Tensor]  # of points (3, R)
@@ -55,7 +55,7 @@ class ToyGroup:
     def from_toys(
         cls, toys: Sequence[Toy], yaw: Tensor, device: torch.device, compiled: bool
     ) -> ToyGroup:
-        """The toys, which share a kind, turned by yaw (N,) and standing at x = 0."""
+        """Group toys that share a kind, turned by yaw (N,) and standing at x = 0."""
         kind = toys[0].kind
         # Compiled code needs the same arguments every time; otherwise accessories that no toy wears
         # are skipped.
@@ -104,8 +104,8 @@ class ToyGroup:
     def compute_span(
         self, o: Tensor, d: Tensor, scene: Tensor, margin: float
     ) -> tuple[Tensor, Tensor]:
-        """The distances (R,), (R,) at which local rays enter and leave the bounding box; a larger
-        entry means a miss."""
+        """Compute the distances (R,), (R,) at which local rays enter and leave the bounding box; a
+        larger entry means a miss."""
         half = self.size[:, scene] + margin
         low = torch.stack([-half[0], torch.full_like(half[1], -0.01), -half[2]])
         inverse = 1 / torch.where(d.abs() < 1e-6, 1e-6, d)
@@ -115,7 +115,7 @@ class ToyGroup:
     def find_hits(
         self, o: Tensor, d: Tensor, scene: Tensor, steps: int = 56
     ) -> tuple[Tensor, Tensor]:
-        """The rays that hit the toy: their numbers (H,) and distances (H,)."""
+        """Find the rays that hit the toy: their numbers (H,) and distances (H,)."""
         near, far = self._compute_local_span(o, d, scene, 0.05)
         ray = (near < far).nonzero()[:, 0]
         t, far = near[ray], far[ray]
@@ -201,8 +201,8 @@ class ToyGroup:
         return normalize((corners * torch.stack(taps)).sum(1))
 
     def _is_patterned(self, local: Tensor, scene: Tensor) -> Tensor:
-        """Where (R,) the pattern shows the second colour: on a third of the body, so that the main
-        colour dominates."""
+        """Return where (R,) the pattern shows the second colour: on a third of the body, so that
+        the main colour dominates."""
         pattern = self.pattern[scene]
         striped = torch.frac(local[1] / 0.27 + 0.2) < 0.33
         nearest = (local / 0.32 + 0.3).round() - 0.3

@@ -1,4 +1,4 @@
-"""A patch discriminator beside the autoencoder (Isola et al., 2017; Rombach et al., 2022, appendix
+"""Patch discriminator beside the autoencoder (Isola et al., 2017; Rombach et al., 2022, appendix
 G).
 
 Squared errors blur details that a latent does not determine: an eye of three pixels, the far
@@ -39,8 +39,8 @@ def build_discriminator() -> nn.Sequential:
 
 
 class Adversary:
-    """The discriminator with its own optimizer. Its gradient at the decoder's last layer is
-    `weight` times that of the other losses (Esser et al., 2021, equation 7)."""
+    """Discriminator with its optimizer. Its gradient at the decoder's last layer is `weight` times
+    that of the other losses (Esser et al., 2021, equation 7)."""
 
     def __init__(self, weight: float, device: str = "cpu"):
         self.weight = weight
@@ -48,8 +48,8 @@ class Adversary:
         self.weights = MasterWeights(self.network, adamw_lr=1e-3, muon_lr=0.02)
 
     def compute_loss_term(self, loss: Tensor, y: Tensor, last: Tensor) -> Tensor:
-        """The term to add to the loss for drawn pictures y (N,3,H,W); `last` is the decoder's last
-        weight."""
+        """Compute the term to add to the loss for drawn pictures y (N,3,H,W); `last` is the
+        decoder's last weight."""
         self.network.requires_grad_(False)
         doubt = -self.network(y).float().mean()
         self.network.requires_grad_(True)

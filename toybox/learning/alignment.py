@@ -22,7 +22,7 @@ CELLS = 4  # in height and width, to which the middle block's are averaged
 
 
 class VisionTower:
-    """The frozen vision tower: pictures -> features of each of 4×4 cells."""
+    """Frozen vision tower: pictures -> features of each of 4×4 cells."""
 
     def __init__(self, folder: Path, device: str = "cpu"):
         dtype = compute_dtype(device)

@@ -24,7 +24,7 @@ WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 
 
 def train_merges(texts: list[str], merges: int) -> list[tuple[str, str]]:
-    """The pairs that BPE merges, in order."""
+    """Return the pairs that BPE merges, in order."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix=END))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -77,7 +77,7 @@ def build(texts: list[str], out: Path, merges: int = 900) -> CLIPTokenizer:
 
 
 def load(folder: Path) -> CLIPTokenizer:
-    """The tokenizer of a folder that `build` wrote, or of a base, which has tokenizer.json
+    """Load the tokenizer of a folder that `build` wrote, or of a base, which has tokenizer.json
     alone."""
     if not (folder / "vocab.json").is_file():
         return CLIPTokenizer.from_pretrained(folder)

@@ -37,7 +37,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 def orthogonalize_each(matrices: list[Tensor]) -> list[Tensor]:
-    """Of the same matrices in each of several processes, each does its share, and all get all."""
+    """Orthogonalize a share of the matrices in each of several processes, and give all to all."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if world == 1:
         return [orthogonalize(matrix) for matrix in matrices]

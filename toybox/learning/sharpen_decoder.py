@@ -40,8 +40,8 @@ COMPARED_COUNT = 256  # samples, and the renders of their captions, for the cont
 
 
 def compute_anchor_loss(y: Tensor, before: Tensor) -> Tensor:
-    """How far pictures y (N,3,H,W) moved from those of the decoder `before`: L1 of means over 8 px,
-    plus a quarter of that over 2 px."""
+    """Compute how far pictures y (N,3,H,W) moved from those of the decoder `before`: L1 of means
+    over 8 px, plus a quarter of that over 2 px."""
     moved = (y - before).float()
     return (
         avg_pool2d(moved, COARSE_PX).abs().mean() + 0.25 * avg_pool2d(moved, FINE_PX).abs().mean()
@@ -49,8 +49,8 @@ def compute_anchor_loss(y: Tensor, before: Tensor) -> Tensor:
 
 
 def split_bands(pictures: Tensor) -> list[Tensor]:
-    """The Laplacian pyramid of pictures (N,3,P,P), from which the rest's mean colour is taken:
-    (N,3,P,P), ..., (N,3,P/8,P/8), and that mean (N,3,1,1)."""
+    """Split pictures (N,3,P,P) into their Laplacian pyramid, and the coarsest level into its mean
+    colour and its remainder: (N,3,P,P), ..., (N,3,P/8,P/8), and that mean (N,3,1,1)."""
     *finer, coarsest = build_laplacian_pyramid(pictures, pictures.shape[-1] >> BANDS)
     mean = coarsest.mean((2, 3), keepdim=True)
     return [*finer, coarsest - mean, mean]

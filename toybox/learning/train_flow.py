@@ -85,7 +85,8 @@ def train_tokenizer(captions: list[str]) -> Qwen2Tokenizer:
 
 
 def build_parts(vocabulary_size: int) -> nn.ModuleDict:
-    """The transformer (4 channels) and the encoder of a vocabulary of that size, at random."""
+    """Build the transformer (4 channels) and the encoder of a vocabulary of that size, at
+    random."""
     sizes = {
         "in_channels": 4,
         "dim": WIDTH,
@@ -138,7 +139,7 @@ class RealRotary:
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The pairs of neighbours in x (N,heads,S,C), turned by angles whose `cos` and `sin` are
+    """Rotate the pairs of neighbours in x (N,heads,S,C) by angles whose `cos` and `sin` are
     (N,1,S,C/2)."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
@@ -153,7 +154,7 @@ def install_real_rotary(transformer: ZImageTransformer2DModel) -> list[nn.Module
 
 
 def encode(encoder: Qwen3Model, tokenizer: Qwen2Tokenizer, captions: list[str]) -> list[Tensor]:
-    """The states (words,128) of each caption, as the pipeline takes them."""
+    """Encode each caption to states (words,128), as the pipeline takes them."""
     messages = [[{"role": "user", "content": caption}] for caption in captions]
     texts = [
         tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
@@ -173,7 +174,7 @@ def run_transformer(
 
 
 class Teacher:
-    """A finished UNet of the toy world: what x - n is to be expected."""
+    """Finished UNet of the toy world, which predicts the expectation of x - n."""
 
     def __init__(self, base: Path):
         self.towers, self.dtype = TextTowers(base, base / "tokenizer"), compute_dtype()
@@ -186,7 +187,8 @@ class Teacher:
         self.sigmas = (noise := (1 - self.signal**2).sqrt()) / (self.signal + noise)
 
     def find_timesteps(self, sigma: Tensor) -> Tensor:
-        """Those (N,) of its schedule whose σ is the nearest, at most the noisiest one's."""
+        """Find the timesteps (N,) of its schedule whose σ is the nearest, at most the noisiest
+        one's."""
         return torch.searchsorted(self.sigmas, sigma).clamp(max=len(self.sigmas) - 1)
 
     @torch.no_grad()
@@ -206,8 +208,8 @@ class Teacher:
 
 
 class FlowTeacher:
-    """The other way round: what velocity a UNet is to expect, by a finished transformer, the
-    pipeline in `folder`."""
+    """Finished transformer, the pipeline in `folder`, which predicts the velocity that a UNet
+    should predict."""
 
     def __init__(self, folder: Path, compiled: bool = False):
         self.tokenizer, dtype = (
@@ -235,12 +237,12 @@ class FlowTeacher:
 
 
 def has_caption(captions: list[str], dimensions: int) -> Tensor:
-    """Which captions are not empty, bool (N,1,…): the UNet knows an empty one as zeros."""
+    """Return which captions are not empty, bool (N,1,…): the UNet gets an empty one as zeros."""
     return torch.tensor([bool(caption) for caption in captions]).view(-1, *[1] * (dimensions - 1))
 
 
 def load_parts(base: Path) -> tuple[Qwen2Tokenizer, nn.ModuleDict]:
-    """The tokenizer of a finished base, and its transformer and encoder in fp32."""
+    """Load the tokenizer of a finished base, and its transformer and encoder in fp32."""
     transformer = ZImageTransformer2DModel.from_pretrained(
         base / "transformer", torch_dtype=torch.float32
     )
@@ -250,7 +252,7 @@ def load_parts(base: Path) -> tuple[Qwen2Tokenizer, nn.ModuleDict]:
 
 
 def build_new_parts(renders: Renders) -> tuple[Qwen2Tokenizer, nn.ModuleDict]:
-    """A tokenizer of the renders' captions, and both networks at random."""
+    """Build a tokenizer of the renders' captions, and both networks at random."""
     tokenizer = train_tokenizer(
         [row[name] for row in renders.rows for name in ("caption", "canonical_caption")]
     )
@@ -307,7 +309,8 @@ def train(args: argparse.Namespace) -> None:
 
 
 def export(weights: MasterWeights, tokenizer: Qwen2Tokenizer, vae: Path, out: Path) -> None:
-    """The averaged weights as a ZImagePipeline in fp16, beside the autoencoder of the latents."""
+    """Write the averaged weights as a ZImagePipeline in fp16, beside the autoencoder of the
+    latents."""
     parts = build_parts(len(tokenizer))
     parts.load_state_dict(weights.get_averaged())
     vae = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float16)

@@ -61,7 +61,7 @@ TOY_WEIGHT = 3.0  # added to a cell's weight of 1, times the share of the cell t
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Of SDXL's topology, at random."""
+    """Build a UNet of SDXL's topology, at random."""
     return UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(64, 128, 192),
@@ -147,7 +147,7 @@ def compute_captioned_velocity(
     pooled: Tensor,
     time_ids: Tensor,
 ) -> Tensor:
-    """The UNet's prediction with captions, (N,4,H,W) fp32: a target for its prediction without.
+    """Predict with captions, (N,4,H,W) fp32: a target for the UNet's prediction without.
 
     If the UNet is right, both targets have the same expectation, and this one has far less noise.
     Guidance multiplies the difference of the two predictions, and with it their errors.
@@ -166,7 +166,7 @@ def compute_edm_density(snr: Tensor) -> Tensor:
 
 
 class TimestepSampler:
-    """Draws timesteps in proportion to the loss weight: p(t) ∝ max(w(t), 1/4), spread evenly over a
+    """Draw timesteps in proportion to the loss weight: p(t) ∝ max(w(t), 1/4), spread evenly over a
     batch.
 
     w(t) = min(SNR, gamma) / SNR weighs the error of the velocity, so that nearly clean latents,
@@ -197,8 +197,8 @@ def compute_cell_weights(toys: Tensor) -> Tensor:
 
 
 def load_latents(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by `toybox.data.cache_latents`, or of all such files in a folder, in
-    their names' order."""
+    """Load the tensors of a file by `toybox.data.cache_latents`, or of all such files in a folder,
+    in their names' order."""
     pieces = [
         load_file(piece)
         for piece in (sorted(path.glob("*.safetensors")) if path.is_dir() else [path])
@@ -207,7 +207,8 @@ def load_latents(path: Path) -> dict[str, Tensor]:
 
 
 def find_whole_images(time_ids: Tensor) -> Tensor:
-    """The rows of whole renders, (M,) of time ids (N,6): Z-Image is told of no crop."""
+    """Find the rows of whole renders, (M,) of time ids (N,6): Z-Image gets no crop as a
+    condition."""
     return ((time_ids[:, :2] % 128 == 0) & (time_ids[:, 2:4] == 0)).all(dim=1).nonzero().flatten()
 
 
@@ -287,7 +288,7 @@ def train(
 
 
 def sample_caption(row: dict, rng: random.Random) -> str:
-    """The canonical caption in three of ten draws, else the varied one."""
+    """Return the canonical caption in three of ten draws, else the varied one."""
     return row["canonical_caption"] if rng.random() < 0.3 else row["caption"]
 
 
@@ -302,7 +303,7 @@ def build_averaged_unet(unet: UNet2DConditionModel, weights: MasterWeights) -> U
 
 
 def export(unet: UNet2DConditionModel, out: Path) -> None:
-    """A diffusers folder OUT/model, fp16, and OUT/report.json."""
+    """Write a diffusers folder OUT/model, fp16, and OUT/report.json."""
     unet.half().save_pretrained(out / "model")
     report = {"parameters": sum(p.numel() for p in unet.parameters())}
     (out / "report.json").write_text(json.dumps(report) + "\n", encoding="utf-8")

@@ -86,8 +86,8 @@ def measure_detail(images: Tensor) -> Tensor:
 
 
 def compute_reconstruction_loss(x: Tensor, y: Tensor) -> Tensor:
-    """Of pictures (N,3,H,W): L1 of pixels, half the L1 of differences to the right and lower
-    neighbours, and eight times the squared error.
+    """Compute the loss of pictures (N,3,H,W): L1 of pixels, half the L1 of differences to the right
+    and lower neighbours, and eight times the squared error.
 
     Errors here are near 0.1, where the squared term has as much gradient as the others: PSNR
     without blur.

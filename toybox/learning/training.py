@@ -1,4 +1,5 @@
-"""What the pre-training scripts share: fp32 master weights, Muon and AdamW, EMA, resumable runs.
+"""Tools that the pre-training scripts share: fp32 master weights, Muon and AdamW, EMA, resumable
+runs.
 
 The model computes in bfloat16 where the processor has instructions for it, else in fp32
 (`compute_dtype`).
@@ -60,7 +61,7 @@ def compile_each(blocks: Iterable[nn.Module]) -> None:
 
 
 def get_rank_and_world() -> tuple[int, int]:
-    """This process's number and the number of processes; the first call joins them under
+    """Return this process's number and the number of processes; the first call joins them under
     `torchrun`."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not dist.is_initialized():
@@ -87,7 +88,7 @@ def average(gradients: list[Tensor]) -> None:
 
 
 def from_first(number: float) -> float:
-    """The first process's number, in every process."""
+    """Return the first process's number, in every process."""
     _, world = get_rank_and_world()
     shared = torch.tensor(number, dtype=torch.float64)
     if world > 1:
@@ -96,7 +97,7 @@ def from_first(number: float) -> float:
 
 
 def read_saved_step(out: Path) -> int:
-    """The step at which the run in `out` goes on: 0 before its first state is saved."""
+    """Return the step at which the run in `out` resumes: 0 before its first state is saved."""
     path = out / "state.pt"
     return torch.load(path, weights_only=True, mmap=True)["step"] if path.exists() else 0
 
@@ -196,16 +197,16 @@ class MasterWeights:
 
 
 class TrainingRun:
-    """A resumable loop, `for step in run:`; its state is saved every `save_every` steps, logged
-    every `log_every`.
+    """Resumable loop, `for step in run:`; its state is saved every `save_every` steps, logged every
+    `log_every`.
 
     It ends after `steps`, or earlier after `minutes` of training, in one or several sessions: the
     state holds the time of earlier ones. `until` ends this session at that step, and leaves the
     rates as those of the whole run. With `batch`, the samples of a step in each process, the log
-    tells how many samples were learnt from, and how many a second since the line before. Everything
-    random in a step must come from `run.generator(step)`, so that a resumed run repeats an unbroken
-    one (if its rates follow the steps and not the clock). `beside`: weights of other networks that
-    are trained along, by name; they are saved with the state.
+    has the number of samples so far, and of those a second since the line before. Everything random
+    in a step must come from `run.generator(step)`, so that a resumed run repeats an unbroken one
+    (if its rates follow the steps and not the clock). `beside`: weights of other networks that are
+    trained along, by name; they are saved with the state.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ MIN_CHANNELS = 64  # where it takes three quarters of the time; fewer leave less
 
 
 def expand_to_2d(rows: list[list[float]]) -> Tensor:
-    """The matrix M of a transform along one direction -> M ⊗ M, which transforms flattened
+    """Expand the matrix M of a transform along one direction to M ⊗ M, which transforms flattened
     tiles."""
     matrix = torch.tensor(rows, dtype=torch.float64)
     return torch.kron(matrix, matrix).float()

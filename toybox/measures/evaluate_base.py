@@ -95,8 +95,8 @@ def generate(
 
 
 def measure_accuracy(images: Tensor, scenes: list[Scene], full: bool = False) -> dict:
-    """Fraction of images (N,H,W,3) in which the judge reads what the prompt tells of the scene, by
-    question.
+    """Measure the fraction of images (N,H,W,3) in which the judge reads what the prompt tells of
+    the scene, by question.
 
     `full`: the prompts name all. `ornaments_worn` is `ornaments` among the toys that wear
     something, `all` is kind, colour and place together. `intervals` holds the 95 % interval of each
@@ -124,15 +124,15 @@ def measure_accuracy(images: Tensor, scenes: list[Scene], full: bool = False) ->
 
 
 def list_told(scene: Scene, full: bool) -> dict[str, bool]:
-    """Whether the prompt tells the answer: a canonical one tells the second colour with a pattern,
-    and names no ornament, so that it is right only of a toy that wears none."""
+    """Return whether the prompt tells the answer: a canonical one tells the second colour with a
+    pattern, and names no ornament, so that it is right only of a toy that wears none."""
     toy = scene.toys[0]
     unsaid = {"colour2": toy.pattern != "plain", "ornaments": not toy.accessories}
     return {name: full or unsaid.get(name, True) for name in judge.QUESTIONS}
 
 
 def compute_wilson_interval(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, "Probable Inference", 1927)."""
+    """Compute the 95 % interval of a share (Wilson, "Probable Inference", 1927)."""
     share, spread = hits / count, z * z / count
     middle = share + spread / 2
     half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count))
@@ -140,7 +140,7 @@ def compute_wilson_interval(hits: int, count: int, z: float = 1.96) -> tuple[flo
 
 
 def draw_sheet(images: Tensor, columns: int = 10) -> Image.Image:
-    """A contact sheet of uint8 images (N,H,W,3)."""
+    """Draw a contact sheet of uint8 images (N,H,W,3)."""
     rows = [torch.cat(list(row), dim=1) for row in images.split(columns) if len(row) == columns]
     return Image.fromarray(torch.cat(rows, dim=0).numpy())
 
@@ -161,7 +161,7 @@ def measure_timings(base: Path) -> dict[str, float]:
 def load_or_generate(
     path: Path, pipeline: DiffusionPipeline, prompts: list[str], **options: float
 ) -> Tensor:
-    """The pictures uint8 (N,128,128,3) that `path` holds, or else generated and saved there."""
+    """Load the pictures uint8 (N,128,128,3) of `path`, or generate and save them."""
     if not path.exists():
         np.save(path, generate(pipeline, prompts, **options).numpy())
     return torch.from_numpy(np.load(path))

@@ -55,7 +55,7 @@ INFERENCE_STEPS, GUIDANCE = 30, 2.5
 
 
 class GradedImage(NamedTuple):
-    """A picture, who drew it, and what was asked for."""
+    """Picture, the model that drew it, and its prompt."""
 
     by: str
     prompt: str
@@ -95,7 +95,7 @@ def draw(
 
 
 def draw_adapters(out: Path, runs: Mapping[str, Path], bases: Mapping[str, Path]) -> None:
-    """OUT/sheet_SUBJECT.png and OUT/key.json, as `draw` writes them.
+    """Write OUT/sheet_SUBJECT.png and OUT/key.json, as `draw` does.
 
     runs: name -> a folder with a run for each subject
     bases: name -> the base of its runs, if it is not the toy
@@ -130,7 +130,7 @@ def draw_adapters(out: Path, runs: Mapping[str, Path], bases: Mapping[str, Path]
 
 
 def generate_places(pipeline: SubjectPipeline, run: Path, prompt: str) -> list[Image.Image]:
-    """What the run's adapter draws in PLACES, each with a fixed seed of its own."""
+    """Generate the run's subject in PLACES, each with a fixed seed."""
     adapters = ((pipeline.load_adapter(run, run.name), 1.0),)
     pictures = []
     for seed, place in enumerate(PLACES):
@@ -145,7 +145,7 @@ def generate_places(pipeline: SubjectPipeline, run: Path, prompt: str) -> list[I
 def write_sheet(
     numbered: Mapping[int, GradedImage], path: Path, photo: Image.Image | None = None
 ) -> None:
-    """The pictures with their numbers and what was asked for, after a photo of the subject."""
+    """Write the pictures with their numbers and prompts, after a photo of the subject."""
     images = [entry.picture for entry in numbered.values()]
     captions = [f"{number}: {clean_prompt(entry.prompt)}" for number, entry in numbered.items()]
     if photo is not None:
@@ -183,7 +183,7 @@ def compute_means(out: Path, graders: Sequence[Path]) -> dict[str, dict[str, flo
 
 
 def compute_disagreement(graders: Sequence[Path]) -> float:
-    """The mean difference of two graders on one picture."""
+    """Compute the mean difference of two graders on one picture."""
     grades_by_grader = [json.loads(path.read_text(encoding="utf-8")) for path in graders]
     return fmean(
         abs(first[number] - second[number])
@@ -193,7 +193,7 @@ def compute_disagreement(graders: Sequence[Path]) -> float:
 
 
 def parse_folders(arguments: Sequence[str]) -> dict[str, Path]:
-    """Of NAME=FOLDER each."""
+    """Parse NAME=FOLDER arguments."""
     pairs = (argument.partition("=") for argument in arguments)
     return {name: Path(folder) for name, _, folder in pairs}
 

@@ -41,7 +41,7 @@ SIZE_PX = 128
 
 @dataclass(frozen=True)
 class Correlation:
-    """Of each measure with the truth, for one subject."""
+    """Correlation of each measure with the truth, for one subject."""
 
     dino: float
     rank: float
@@ -57,7 +57,8 @@ def compute_rank(
 
 
 def compute_spearman(first: np.ndarray, second: np.ndarray) -> float:
-    """The correlation of the ranks of two lists (N,); equal values share their mean rank."""
+    """Compute the correlation of the ranks of two lists (N,); equal values share their mean
+    rank."""
     return float(np.corrcoef(compute_mean_ranks(first), compute_mean_ranks(second))[0, 1])
 
 
@@ -102,12 +103,12 @@ def correlate_subject(
 
 
 def render_images(scenes: list[Scene]) -> list[Image.Image]:
-    """The scenes, rendered."""
+    """Render the scenes."""
     return [Image.fromarray(image.numpy()) for image in render(scenes, SIZE_PX)]
 
 
 def load_photos(folder: Path) -> list[Image.Image]:
-    """The photos of a sample subject."""
+    """Load the photos of a sample subject."""
     return [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.jpg"))]
 
 

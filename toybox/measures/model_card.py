@@ -109,12 +109,12 @@ QUESTIONS = {
 
 
 def find_old_line(old: str, start: str) -> str | None:
-    """The line of the existing card that starts with `start`, or None."""
+    """Find the line of the existing card that starts with `start`, or None."""
     return next((line for line in old.splitlines() if line.startswith(start)), None)
 
 
 def format_training_row(work: Path, part: str, old: str) -> str | None:
-    """One table row: part, steps, hours, first and last loss."""
+    """Format one table row: part, steps, hours, first and last loss."""
     path = work / part / "log.jsonl"
     if not path.exists():
         return find_old_line(old, f"| {PARTS[part]} | ")
@@ -132,7 +132,7 @@ def format_training_table(work: Path, old: str) -> str:
 
 
 def format_part_scores(work: Path, old: str) -> list[str]:
-    """A line for each `report.json`."""
+    """Format a line for each `report.json`."""
     lines = []
     for part in PARTS:
         path = work / part / "report.json"
@@ -151,8 +151,8 @@ def format_part_scores(work: Path, old: str) -> list[str]:
 
 
 def format_generation_scores(work: Path, old: str) -> list[str]:
-    """The judge's tables, the distances and the timings; what was not measured again is taken from
-    the old card."""
+    """Format the judge's tables, the distances and the timings; figures that were not measured
+    again are taken from the old card."""
     path = work / "evaluation" / "scores.json"
     scores = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     timings, guidance = scores.pop("timings", None), scores.pop("guidance", None)
@@ -183,7 +183,7 @@ def format_generation_scores(work: Path, old: str) -> list[str]:
 
 
 def format_table(questions: tuple[str, ...], rows: list[str]) -> list[str]:
-    """The rows under their header; nothing if there are none."""
+    """Format the rows under their header; nothing if there are none."""
     header = [
         f"| prompts | pictures | {' | '.join(questions)} |",
         f"|{'---|' * (2 + len(questions))}",
@@ -207,7 +207,7 @@ def list_old_rows(old: str, scores: dict, questions: int) -> list[str]:
 
 
 def format_cell(values: dict, name: str) -> str:
-    """A share with its interval and the number of pictures, or a dash."""
+    """Format a share with its interval and the number of pictures, or a dash."""
     if name not in values:
         return "–"
     low, high, count = values["intervals"][name]

@@ -1,4 +1,4 @@
-"""How sharp a toy is in a picture: the energy of its finest details.
+"""Measure how sharp a toy is in a picture: the energy of its finest details.
 
 The mean square of the two finest levels of a Laplacian pyramid (Burt and Adelson, 1983), over the
 toy's pixels: for 128 px, details of about 1 to 4 px. Compare with the autoencoder's reconstructions

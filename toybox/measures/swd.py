@@ -43,7 +43,7 @@ DIRECTIONS = 256
 
 
 def filter_binomial(pictures: Tensor) -> Tensor:
-    """A 5×5 binomial filter on each colour, (N,3,H,W) -> the same shape."""
+    """Apply a 5×5 binomial filter to each colour, (N,3,H,W) -> the same shape."""
     row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
     kernel = torch.outer(row, row).expand(3, 1, 5, 5)
     return conv2d(pad(pictures, (2, 2, 2, 2), mode="reflect"), kernel, groups=3)
@@ -61,7 +61,7 @@ def build_laplacian_pyramid(pictures: Tensor, coarsest_px: int = COARSEST_PX) ->
 
 
 def collapse_pyramid(levels: list[Tensor]) -> Tensor:
-    """The pictures (N,3,H,W) of which these are the levels."""
+    """Build the pictures (N,3,H,W) of which these are the levels."""
     *finer, pictures = levels
     for level in reversed(finer):
         pictures = level + interpolate(pictures, scale_factor=2, mode="bilinear")

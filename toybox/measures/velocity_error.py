@@ -1,5 +1,5 @@
-"""How far a base's predictions are from the true velocities of fresh renders: what a training mends
-before eyes see it.
+"""Measure how far a base's predictions are from the true velocities of fresh renders: training
+improves this before eyes see it.
 
     python -m toybox.measures.velocity_error assets/toy-sdxl assets/toy-zimage WORK/base
 

@@ -1,5 +1,4 @@
-"""An independent judge of pictures, trained on renders only: kind, two colours, ornaments and
-place.
+"""Independent judge of pictures, trained on renders only: kind, two colours, ornaments and place.
 
     python -m toybox.data.render_dataset --out TOYS --count 12000 --seed 2 --all_combinations
     python -m toybox.readers.judge --data TOYS --out WORK/judge --steps 2500
@@ -53,7 +52,7 @@ DRESSED_SHARE = 0.4
 
 @dataclass(frozen=True)
 class Reading:
-    """What the judge reads from one picture, with its confidence in each answer, in the order of
+    """Answers of the judge about one picture, with its confidence in each, in the order of
     QUESTIONS."""
 
     kind: str
@@ -64,8 +63,8 @@ class Reading:
     confidence: tuple[float, ...]
 
     def check_answers(self, scene: Scene) -> dict[str, bool]:
-        """Whether each answer is true of the scene's first toy; of ornaments, whether just those
-        worn are read."""
+        """Return whether each answer is true of the scene's first toy; of ornaments, whether just
+        those worn are read."""
         toy = scene.toys[0]
         return {
             "kind": self.kind == toy.kind,
@@ -88,7 +87,7 @@ def _build_block(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class Judge(nn.Module):
-    """A small convolutional network with a linear head for each question: pixels (N,3,128,128) in
+    """Small convolutional network with a linear head for each question: pixels (N,3,128,128) in
     [-1, 1] -> logits.
 
     An ornament's logit is above 0 where it is more likely worn than not.
@@ -138,7 +137,7 @@ def load(path: Path = WEIGHTS_PATH) -> Judge:
 
 
 def start_from(path: Path) -> Judge:
-    """A judge with the weights of an earlier one, which may lack some of its heads."""
+    """Build a judge with the weights of an earlier one, which may lack some of its heads."""
     judge = Judge()
     _, unknown = judge.load_state_dict(
         {k: v.float() for k, v in load_file(path).items()}, strict=False
@@ -149,8 +148,8 @@ def start_from(path: Path) -> Judge:
 
 
 def build_labels(rows: list[dict]) -> dict[str, Tensor]:
-    """Of each scene's first toy: indices of the answers, (N,); of the ornaments which are worn,
-    (N,5) in {0, 1}."""
+    """Build the labels of each scene's first toy: indices of the answers, (N,); of the ornaments
+    which are worn, (N,5) in {0, 1}."""
     scenes = [row["scene"] for row in rows]
     answers = [scene["toys"][0] | {"place": scene["place"]} for scene in scenes]
     targets = {
@@ -173,7 +172,7 @@ def compute_loss(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor
 
 
 def compare_answers(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Which answers (N,) are right."""
+    """Return which answers (N,) are right."""
     worn = ((logits["ornaments"] > 0) == (labels["ornaments"] > 0)).all(1)
     return {name: logits[name].argmax(1) == labels[name] for name in LABELS} | {"ornaments": worn}
 

@@ -42,7 +42,7 @@ def fleet_arguments(parser: argparse.ArgumentParser) -> None:
 def add_cluster_flags(
     parser: argparse.ArgumentParser, default_note: str = "this machine alone"
 ) -> None:
-    """The flags about machines. `of_one`: what is used without a cluster."""
+    """Add the flags about machines. `default_note`: what is used without a cluster."""
     help_text = f'the Ray cluster: "auto", HOST:PORT or ray://HOST:PORT (default: {default_note})'
     parser.add_argument("--ray_address", metavar="ADDRESS", help=help_text)
     help_text = "trainings at once on a GPU (default: as many as the estimate allows)"
@@ -52,7 +52,7 @@ def add_cluster_flags(
 
 
 def check_machine_shares(args: argparse.Namespace) -> None:
-    """Raises UserError for a share of a machine that is none."""
+    """Raise UserError for a share of a machine that is none."""
     for name in ("per_gpu", "cpus"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -101,7 +101,7 @@ def run_fleet(args: argparse.Namespace) -> int:
 
 
 def check_places(source: str, out: str | None) -> None:
-    """Raises UserError without `--out`, and for a URL."""
+    """Raise UserError without `--out`, and for a URL."""
     if not out:
         raise UserError("missing: --out, the folder of all run folders.")
     for place in (source, out):
@@ -159,7 +159,7 @@ def show_status(place: str) -> int:
 
 
 class FleetProgress:
-    """One line per subject, with the remaining time and the cost.
+    """Progress of a fleet: one line per subject, with the remaining time and the cost.
 
     total, remaining, failed, ended: numbers of subjects
     hours: of GPUs and of cores, by unit

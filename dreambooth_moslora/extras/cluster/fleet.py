@@ -1,4 +1,4 @@
-"""A fleet from its list to its end.
+"""Train a fleet from its list to its end.
 
 Missing subjects are trained, each on its own, and their ends are recorded. What a training needs of
 a machine is known by the estimate of `--dry_run`. A cluster task is one subject, and its key is the
@@ -28,7 +28,7 @@ PROCESS_GIB = 0.5
 
 @dataclass(frozen=True)
 class Machines:
-    """A cluster's machines, and what the user says of them.
+    """Machines of a cluster, with the user's flags about them.
 
     gpu_gib: memory of one GPU; None when the fleet trains on CPUs
     node_gib: memory of the largest machine
@@ -43,7 +43,7 @@ class Machines:
 
     @classmethod
     def from_cluster(cls, per_gpu: int | None = None, cpus: int = 1) -> "Machines":
-        """Those of the connected Ray cluster; all GPUs are assumed alike."""
+        """Return the machines of the connected Ray cluster; all GPUs are assumed alike."""
         import ray
 
         # this process may have no GPU: a tiny task asks on a machine that has one
@@ -65,8 +65,8 @@ class Machines:
         )
 
     def estimate_resources(self, config: train_config.TrainConfig) -> ray_fleet.Resources:
-        """What one training asks for, at most the largest machine. Raises UserError for a damaged
-        base."""
+        """Estimate what one training requests, at most the largest machine. Raises UserError for a
+        damaged base."""
         # the peak by the memory plan that it will have
         plan = self.choose_memory_plan(config)
         if plan:
@@ -80,13 +80,13 @@ class Machines:
         return ray_fleet.Resources(self.cpus, gpus=int(10_000 / count) / 10_000)
 
     def choose_memory_plan(self, config: train_config.TrainConfig) -> str | None:
-        """The memory plan that `--memory` means on these machines; None when it was not given.
-        Raises UserError."""
+        """Return the memory plan of `--memory` on these machines; None without the flag. Raises
+        UserError."""
         return memory_plans.choose_plan(config, load_base_size(config), self.gpu_gib)
 
 
 def load_base_size(config: train_config.TrainConfig) -> BaseSize:
-    """The size of the run's base with the layers that it adapts. Raises UserError."""
+    """Return the size of the run's base with the layers that it adapts. Raises UserError."""
     return measure_base_size(Base.of(config), config.target_modules, config.lora_blocks)
 
 
@@ -94,8 +94,8 @@ def load_base_size(config: train_config.TrainConfig) -> BaseSize:
 def measure_base_size(
     base: Base, target_modules: tuple[str, ...], lora_blocks: tuple[str, ...]
 ) -> BaseSize:
-    """The size of a base with its family's layers, or those named. Its files are opened once.
-    Raises UserError."""
+    """Measure a base with its family's layers, or those named. Its files are opened once. Raises
+    UserError."""
     base.check()
     config = train_config.TrainConfig(target_modules=target_modules, lora_blocks=lora_blocks)
     validation.check_base_settings(config, base)
@@ -111,8 +111,8 @@ NOT_SHARED_MESSAGE = (
 
 @dataclass(frozen=True)
 class Ending:
-    """A subject has ended as `record` says. If `is_retry`, its machine was lost and it starts again
-    elsewhere."""
+    """End of a subject's training, with its `record`. If `is_retry`, its machine was lost and it
+    starts again elsewhere."""
 
     name: str
     record: records.Record
@@ -134,8 +134,8 @@ def lock_fleet(out: Path, subjects: Sequence[Subject]) -> Iterator[None]:
 
 
 def list_unfinished(out: Path, subjects: Sequence[Subject]) -> list[tuple[Subject, str]]:
-    """The subjects that are not done with these settings and photos, each with its mark; a faulty
-    one's is empty."""
+    """List the subjects that are not done with these settings and photos, each with its mark; a
+    faulty one's is empty."""
     unfinished = []
     for subject in subjects:
         try:
@@ -156,7 +156,7 @@ def run_fleet(
     should_stop: Callable[[], bool] = bool,
     train: Callable[[worker.Job], records.Record] = worker.train_subject,
 ) -> None:
-    """Train all of `todo` on the connected cluster, within `begun`.
+    """Train all of `todo` on the connected cluster.
 
     todo: subjects and their marks
     out: the fleet's folder
@@ -218,7 +218,8 @@ def build_tasks(
 
 
 def check_result(run_dir: Path, result: records.Record | ray_fleet.LostTask) -> records.Record:
-    """The worker's answer, or a failure when its machine was lost or its adapter is not here."""
+    """Return the worker's answer, or a failure when its machine was lost or its adapter is
+    missing."""
     if isinstance(result, ray_fleet.LostTask):
         return records.record_ending(run_dir, "failed", result.reason)
     if result.state == "done" and not run_folder.RunDir(run_dir).adapter_path.is_file():

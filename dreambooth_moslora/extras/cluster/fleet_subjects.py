@@ -64,8 +64,8 @@ HUB_FOLDER = "models--"
 
 @dataclass(frozen=True)
 class Subject:
-    """One run: `name` of its run folder and its training `settings`. `error` says why it cannot be
-    trained."""
+    """Run of a fleet: `name` of its run folder and its training `settings`. `error` says why it
+    cannot be trained."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -73,9 +73,9 @@ class Subject:
 
 
 def read_subjects(source: Path, shared: Mapping[str, Any], out: Path) -> list[Subject]:
-    """The subjects in the order of the list, or by name. `shared`: settings of all; run folders are
-    made in `out`. Raises UserError for a list that cannot be read or is empty, and for two subjects
-    of one name."""
+    """Read the subjects in the order of the list, or by name. `shared`: settings of all; run
+    folders are made in `out`. Raises UserError for a list that cannot be read or is empty, and for
+    two subjects of one name."""
     # what no two runs can share
     refuse_settings({name: value for name, value in shared.items() if value})
     if shared.get("hub_model_id"):
@@ -99,13 +99,13 @@ def read_subjects(source: Path, shared: Mapping[str, Any], out: Path) -> list[Su
 
 
 def refuse_settings(settings: Mapping[str, Any]) -> None:
-    """Raises UserError for a setting in REFUSED."""
+    """Raise UserError for a setting in REFUSED."""
     if refused_names := [name for name in settings if name in REFUSED_SETTINGS]:
         raise UserError(f"--{refused_names[0]}: {REFUSED_SETTINGS[refused_names[0]]}.")
 
 
 def read_rows(source: Path) -> list[dict[str, Any]]:
-    """The rows of a list, or one for each folder. Raises UserError."""
+    """Read the rows of a list, or make one for each folder. Raises UserError."""
     if source.is_dir():
         folders = [path for path in sorted(source.iterdir()) if path.is_dir()]
         return [{"folder": str(path)} for path in folders if not path.name.startswith(".")]
@@ -130,7 +130,8 @@ def read_rows(source: Path) -> list[dict[str, Any]]:
 
 
 def parse_rows(text: str, kind: str) -> Iterator[dict[str, Any]]:
-    """The rows of a list's text. Empty cells are left out. Raises ValueError, and csv.Error."""
+    """Parse the rows of a list's text. Empty cells are left out. Raises ValueError, and
+    csv.Error."""
     # a row with the names, then a row for each subject
     if kind == ".csv":
         reader = csv.DictReader(text.splitlines(), strict=True)
@@ -157,8 +158,8 @@ def parse_rows(text: str, kind: str) -> Iterator[dict[str, Any]]:
 
 
 def parse_subject(row: Mapping[str, Any], shared: Mapping[str, Any], out: Path) -> Subject:
-    """A mistake in the row becomes the subject's `error`. Raises UserError without a folder or a
-    usable name."""
+    """Parse a row; a mistake in it becomes the subject's `error`. Raises UserError without a folder
+    or a usable name."""
     row = {name.replace("-", "_"): value for name, value in row.items()}
 
     # without a folder or a name there is no place for the error
@@ -188,7 +189,7 @@ def parse_subject(row: Mapping[str, Any], shared: Mapping[str, Any], out: Path) 
 def build_settings(
     row: Mapping[str, Any], photos: Path, shared: Mapping[str, Any], run_dir: Path
 ) -> dict[str, Any]:
-    """The settings of one run.
+    """Build the settings of one run.
 
     row: of the list, which overrides `shared`
     photos: the folder of its photos, which may have a `subject.json`

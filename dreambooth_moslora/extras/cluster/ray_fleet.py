@@ -49,7 +49,7 @@ LOSS_REASONS = {
 
 @dataclass(frozen=True)
 class Resources:
-    """What one task needs: CPU cores, GPUs (a fraction is allowed), and RAM in GiB."""
+    """Request of one task: CPU cores, GPUs (a fraction is allowed), and RAM in GiB."""
 
     cpus: float = 1
     gpus: float = 0.0
@@ -67,7 +67,7 @@ class Task:
 
 @dataclass(frozen=True)
 class LostTask:
-    """A task without a result. `reason`: the function's error, or what happened to its machine."""
+    """Task without a result. `reason`: the function's error, or what happened to its machine."""
 
     reason: str
 
@@ -184,7 +184,7 @@ def get_result(reference: Any) -> tuple[Any, bool]:
 
 
 def count_slots(resources: Resources) -> int:
-    """How many such tasks the live machines hold at once; at least 1."""
+    """Count how many such tasks the live machines hold at once; at least 1."""
     import ray
 
     count = 0

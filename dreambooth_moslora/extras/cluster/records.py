@@ -1,4 +1,4 @@
-"""A fleet's files: its subjects, the state of each, and the page that lists them.
+"""Files of a fleet: its subjects, the state of each, and the page that lists them.
 
 OUT/fleet.json          the names of its subjects
 OUT/NAME/fleet.json     a `Record`, written when a training begins and when it has ended
@@ -42,7 +42,7 @@ STOP_NAME = "fleet.stop"
 
 @dataclass(frozen=True)
 class Record:
-    """How a subject's training stands, and what it has cost. A lost machine's time is not counted.
+    """State of a subject's training, and its cost. A lost machine's time is not counted.
 
     state: one of STATES
     mark: a digest of settings and photos (`fleet_subjects.digest_run`)
@@ -86,14 +86,14 @@ def record_ending(run_dir: Path, state: str, message: str = "") -> Record:
 
 
 def is_finished(run_dir: Path, mark: str) -> bool:
-    """Whether a run with this mark is done and its adapter exists."""
+    """Return whether a run with this mark is done and its adapter exists."""
     record = read_record(run_dir)
     is_done = record is not None and record.state == "done" and record.mark == mark
     return is_done and run_folder.RunDir(run_dir).adapter_path.is_file()
 
 
 def get_stop_path(out: Path) -> Path:
-    """The file whose existence stops the fleet in `out`."""
+    """Return the file whose existence stops the fleet in `out`."""
     return out / STOP_NAME
 
 
@@ -103,7 +103,7 @@ def write_names(out: Path, names: Sequence[str]) -> None:
 
 
 def read_names(out: Path) -> list[str]:
-    """The fleet's list. Raises UserError when there is no fleet."""
+    """Read the fleet's list. Raises UserError when there is no fleet."""
     path = out / FLEET_NAME
     if not path.is_file():
         raise UserError(f"{out} holds no fleet: {FLEET_NAME} is not there.")
@@ -123,10 +123,10 @@ RECORD_STATES = ("failed", "interrupted", "running", "waiting", "done")
 
 @dataclass(frozen=True)
 class SubjectRow:
-    """One subject, as a person looks at it.
+    """Subject in the table of a fleet.
 
     name: of its run folder
-    record: how it stands
+    record: its state
     prompt: its instance prompt
     step, total_steps: so far, and of how many
     likeness: to the photos, by DINO; None where it was not scored
@@ -143,8 +143,8 @@ class SubjectRow:
 
 
 def load_rows(out: Path) -> list[SubjectRow]:
-    """All subjects: failures, then alarms, then those least like their photos. Raises UserError for
-    no fleet."""
+    """Load all subjects: failures, then alarms, then those least like their photos. Raises
+    UserError for no fleet."""
     # each sort keeps the order of the one before among equals: the last counts most
     rows = sorted((load_row(out / name) for name in read_names(out)), key=lambda row: row.name)
     rows.sort(key=lambda row: 2.0 if row.likeness is None else row.likeness)
@@ -152,7 +152,8 @@ def load_rows(out: Path) -> list[SubjectRow]:
 
 
 def load_row(run_dir: Path) -> SubjectRow:
-    """What the files of a run say; the record alone when the others are missing or damaged."""
+    """Load a row from the files of a run; from the record alone when they are missing or
+    damaged."""
     record = read_record(run_dir)
     if record is None or record.state not in RECORD_STATES:
         record = Record("waiting")
@@ -187,8 +188,8 @@ def load_row(run_dir: Path) -> SubjectRow:
 
 
 def format_status(rows: Sequence[SubjectRow]) -> list[str]:
-    """The count of each state, the cost, and a line for each subject that needs attention or is
-    running."""
+    """Format the count of each state, the cost, and a line for each subject that needs attention or
+    is running."""
     counts = {state: sum(row.record.state == state for row in rows) for state in RECORD_STATES}
     state_counts = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     lines = [f"{len(rows)} subjects: {state_counts}", f"cost so far: {format_cost(rows)}"]
@@ -256,7 +257,7 @@ def write_index(out: Path, rows: Sequence[SubjectRow]) -> Path:
 
 
 def encode_sheet(path: Path) -> str:
-    """A small contact sheet as the address of a picture; empty when none can be read."""
+    """Encode a small contact sheet as the address of a picture; empty when none can be read."""
     try:
         with Image.open(path) as sheet:
             return encode_image_url(sheet, SHEET_PX)
@@ -265,7 +266,7 @@ def encode_sheet(path: Path) -> str:
 
 
 def remove_paths(text: str, out: Path) -> str:
-    """The message with each path cut to its last part."""
+    """Cut each path in the message to its last part."""
     for folder in {str(out), str(out.resolve())}:
         text = text.replace(f"{folder}/", "")
     return PATH_PATTERN.sub(lambda match: re.split(r"[\\/]", match[0].rstrip("\\/"))[-1], text)

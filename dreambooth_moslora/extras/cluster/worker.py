@@ -50,7 +50,7 @@ GUARD_COMMAND = ("-P", "-m", "dreambooth_moslora.extras.cluster.worker")
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to train one subject.
+    """Training of one subject, as a worker gets it.
 
     run_dir: the run folder
     settings: of the run
@@ -117,7 +117,7 @@ def lock_folder(run_dir: Path) -> BinaryIO:
 
 
 def train_once(job: Job, run_dir: Path, hold: BinaryIO) -> int:
-    """Returns the exit status; it is negative for a signal. The time is added to the record."""
+    """Return the exit status; it is negative for a signal. The time is added to the record."""
     # note that it has begun; what earlier starts have cost is kept
     before = read_record(run_dir)
     is_known = has_started(before, job)
@@ -149,14 +149,14 @@ def train_once(job: Job, run_dir: Path, hold: BinaryIO) -> int:
 
 
 def has_started(before: Record | None, job: Job) -> bool:
-    """Whether this training was started before."""
+    """Return whether this training was started before."""
     return before is not None and before.mark == job.mark and before.starts > 0
 
 
 def build_resume_settings(run_dir: Path, before: Record) -> dict[str, str]:
-    """The setting that resumes a run which was started before. One that ended before it took the
-    folder, while its base was loaded, has left an earlier run's checkpoints there: none of them is
-    its own."""
+    """Return the setting that resumes a run which was started before. If it ended while its base
+    was loaded, before it took the folder, the checkpoints there belong to an earlier run and are
+    not resumed."""
     has_begun = find_last_start(run_dir) not in (0.0, before.since)
     return {"resume_from_checkpoint": "latest"} if has_begun else {}
 
@@ -200,7 +200,7 @@ def watch(process: subprocess.Popen, stop: Path, run_dir: Path) -> int:
 
 
 def record_exit(run_dir: Path, code: int) -> Record:
-    """The record of a training that has ended with the exit status `code`."""
+    """Return the record of a training that has ended with the exit status `code`."""
     was_asked = get_stop_path(run_dir.parent).exists()
     if code == EXIT_DONE:
         return record_ending(run_dir, "done")

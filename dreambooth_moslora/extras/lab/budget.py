@@ -1,4 +1,4 @@
-"""The rank at which each arm of a study has as many parameters as plain LoRA."""
+"""Find the rank at which each arm of a study has as many parameters as plain LoRA."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -42,5 +42,5 @@ def choose_ranks(study: Study) -> dict[tuple[str, int], int]:
 
 
 def count_parameters(config: TrainConfig, rank: int) -> int:
-    """Of A, B and learnt mixers, over all layers, each with its own rank."""
+    """Count the numbers of A, B and learnt mixers over all layers, each with its rank."""
     return count_adapter_parameters(replace(config, rank=rank), load_base_size(config))

@@ -88,7 +88,7 @@ def run_compare(args: argparse.Namespace) -> int:
 
 
 def has_study_file(args: argparse.Namespace) -> bool:
-    """Whether a file gives the study. Raises UserError unless a file or a folder does."""
+    """Return whether a file gives the study. Raises UserError unless a file or a folder does."""
     if bool(args.config) == bool(args.words):
         raise UserError(
             "give a folder and a word, as in `compare photos/dog dog`, or a study by --config."
@@ -105,7 +105,7 @@ ARM_SETTINGS = ("instance_prompt", "class_prompt", "class_word", "mixer", "rank"
 
 
 def build_study(args: argparse.Namespace) -> Study:
-    """One arm for each mixer, trained on the folder as `train PHOTOS WORD` would. Raises
+    """Build one arm for each mixer, trained on the folder as `train PHOTOS WORD` would. Raises
     UserError."""
     folder, word = one_word.parse_folder_and_word(args.words)
     mixers = args.mixers or ["none", "orthogonal"]
@@ -141,7 +141,7 @@ def build_study(args: argparse.Namespace) -> Study:
 
 
 class CellProgress:
-    """One line per cell, with the remaining time of its stage."""
+    """Progress of a study: one line per cell, with the remaining time of its stage."""
 
     def __init__(self):
         self.failed = 0

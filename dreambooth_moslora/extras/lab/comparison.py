@@ -1,4 +1,4 @@
-"""What the cells of a study say: learning rates, intervals of each arm, and differences.
+"""Compare the cells of a study: learning rates, intervals of each arm, and differences.
 
 Two arms share subject, seed, photos, noise, prompts and the noise of every picture. Differences are
 taken pair by pair, and resampled over subjects and seeds (`metrics.bootstrap_mean`). Win/tie/loss
@@ -20,12 +20,12 @@ from dreambooth_moslora.settings import metric_kinds
 
 
 def list_study_measures() -> list[str]:
-    """The measures that a study compares."""
+    """List the measures that a study compares."""
     return [name for name, row in metric_kinds.METRICS.items() if row.study]
 
 
 def list_image_measures() -> list[str]:
-    """The measures by which a picture can win against another."""
+    """List the measures by which a picture can win against another."""
     return [name for name, row in metric_kinds.METRICS.items() if row.pictures]
 
 
@@ -35,7 +35,7 @@ Score = float | int | bool | None
 
 @dataclass(frozen=True)
 class CellResult:
-    """A finished cell.
+    """Result of a finished cell.
 
     scores: means, by measure
     pictures: values (prompts × seeds,) of each picture, by those `judged`
@@ -50,7 +50,7 @@ class CellResult:
 
 @dataclass(frozen=True)
 class ArmSummary:
-    """One arm at one rank over all test subjects and seeds.
+    """Summary of one arm at one rank over all test subjects and seeds.
 
     scores: means with intervals, by measure
     cost: medians
@@ -65,7 +65,7 @@ class ArmSummary:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One arm against the reference at one rank.
+    """Comparison of one arm with the reference at one rank.
 
     differences: of scores, paired, by measure
     wins: fractions of pictures that win, tie and lose, by measure
@@ -108,13 +108,13 @@ def build_rate_curves(
 
 
 def list_seeds(results: Sequence[CellResult]) -> list[int]:
-    """The seeds of the comparison."""
+    """List the seeds of the comparison."""
     return sorted({r.cell.seed for r in results if r.cell.stage == "test"})
 
 
 def filter_whole_seeds(results: Sequence[CellResult]) -> list[CellResult]:
-    """The results without seeds that have fewer cells than others: one still running would make
-    each arm incomplete."""
+    """Return the results without seeds that have fewer cells than others: one still running would
+    make each arm incomplete."""
     counts = Counter(r.cell.seed for r in results if r.cell.stage == "test")
     most = max(counts.values(), default=0)
     return [r for r in results if r.cell.stage == "tune" or counts[r.cell.seed] == most]
@@ -123,7 +123,7 @@ def filter_whole_seeds(results: Sequence[CellResult]) -> list[CellResult]:
 def build_tables(
     results: Sequence[CellResult], get_value: Callable[[CellResult], Any]
 ) -> dict[tuple[str, int], np.ndarray]:
-    """(arm, rank) -> what `of` says of a result, (subjects, seeds, …), for the arms whose table is
+    """Build a table (subjects, seeds, …) of `get_value` for each (arm, rank) whose table is
     complete."""
     tested = [r for r in results if r.cell.stage == "test" and get_value(r) is not None]
     subjects = sorted({r.cell.subject for r in tested})

@@ -1,4 +1,4 @@
-"""A step of SDXL at full size with random weights, and its lower bound; nothing is downloaded.
+"""Run a step of SDXL at full size with random weights, and its lower bound; nothing is downloaded.
 
 The random UNet is one random megabyte repeated, scaled by 1/sqrt(fan-in), so that activations
 neither grow nor vanish.
@@ -64,7 +64,7 @@ SMALL = {
 
 
 def build_random_unet(size: str, dtype: torch.dtype = torch.bfloat16) -> UNet2DConditionModel:
-    """The UNet with random weights. `size` is one of WIDTHS."""
+    """Build the UNet with random weights. `size` is one of WIDTHS."""
     options = SDXL if size == "sdxl" else SDXL | SMALL
     return build_random_module(lambda: UNet2DConditionModel(**options), dtype)
 
@@ -84,7 +84,8 @@ def build_random_module(
 
 
 def sample_noise(dtype: torch.dtype) -> torch.Tensor:
-    """What `fill` repeats. Its length is odd, so that no two rows of a matrix are equal."""
+    """Sample the numbers that `fill_weights` repeats. Their count is odd, so that no two rows of a
+    matrix are equal."""
     return torch.randn(2**20 + 1, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
@@ -111,7 +112,7 @@ def fill_weights(module: torch.nn.Module, noise: torch.Tensor) -> None:
 def build_random_inputs(
     size: str, resolution_px: int, dtype: torch.dtype = torch.bfloat16
 ) -> prepare.TrainInputs:
-    """What a run prepares, of a random UNet and one random photo and prompt."""
+    """Build the inputs of a run from a random UNet and one random photo and prompt."""
     # a text of 77 tokens; its pooled vector is the wide encoder's
     embeds = torch.randn(77, sum(WIDTHS[size])).to(dtype)
     pooled = torch.randn(WIDTHS[size][1]).to(dtype)
@@ -159,7 +160,7 @@ def build_inputs(
     resolution_px: int,
     dtype: torch.dtype,
 ) -> prepare.TrainInputs:
-    """What a run prepares, of one photo, whose prompts all have one text.
+    """Build the inputs of a run from one photo, whose prompts all have one text.
 
     pipeline: with the denoiser and the schedule
     family: of the base
@@ -217,8 +218,8 @@ def measure_step(size: str, config: TrainConfig) -> dict[str, float]:
 def build_floor_step(
     inputs: prepare.TrainInputs, config: TrainConfig, device: torch.device
 ) -> Callable[[], None]:
-    """One forward pass of the frozen UNet in training mode and its input's gradient: the lower
-    bound of a step."""
+    """Build one forward pass of the frozen UNet in training mode with its input's gradient: the
+    lower bound of a step."""
     unet = inputs.pipeline.unet.train()
     batch = inputs.dataloader.load_batch(range(config.train_batch_size))
 

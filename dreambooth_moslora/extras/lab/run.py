@@ -59,13 +59,13 @@ TAIL_BYTES = 1 << 20
 
 
 def get_result_path(study: Study, cell: Cell, out: Path) -> Path:
-    """Where the cell's result is kept: another content of its files is another name."""
+    """Return the path of the cell's result: another content of its files is another name."""
     digest = study.digest(cell, [digest_content(path) for path in list_materials(study, cell)])
     return out / "cells" / f"{cell.name}-{digest}.json"
 
 
 def list_materials(study: Study, cell: Cell) -> list[Path]:
-    """The local files that a result depends on: photos, base, encoders and what the arm begins
+    """List the local files that a result depends on: photos, base, encoders and what the arm begins
     with. Hub models are identified by name."""
     subject = study.get_subject(cell.subject)
     settings = {**study.train, **study.arms[cell.arm]}
@@ -80,8 +80,7 @@ def list_materials(study: Study, cell: Cell) -> list[Path]:
 
 @lru_cache(maxsize=64)
 def digest_content(path: Path) -> str:
-    """A digest of a file, or of a folder without .md files; of large files their size and last
-    bytes."""
+    """Digest a file, or a folder without .md files; of large files their size and last bytes."""
     files = [path]
     if not path.is_file():
         files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix != ".md")
@@ -97,7 +96,7 @@ def digest_content(path: Path) -> str:
 
 
 def read_results(study: Study, cells: Iterable[Cell], out: Path) -> list[CellResult]:
-    """Those of the `cells` that are finished."""
+    """Read the results of the `cells` that are finished."""
     paths = [get_result_path(study, cell, out) for cell in cells]
     return [read_json(path, CellResult) for path in paths if path.is_file()]
 
@@ -129,7 +128,7 @@ EVALUATORS: dict[str, scoring.Evaluator] = {}
 
 
 def get_evaluator(study: Study, name: str) -> scoring.Evaluator:
-    """The evaluator of a subject, the same for all arms."""
+    """Return the evaluator of a subject, the same for all arms."""
     subject = study.get_subject(name)
     protocol = study.protocol
     base = study.base.name
@@ -177,7 +176,7 @@ STRIP_LENGTH = 8
 
 @dataclass(frozen=True)
 class Progress:
-    """One more cell is finished, or has failed with `error`.
+    """Report that one more cell is finished, or has failed with `error`.
 
     done, total: cells of this stage
     seconds: that it took
@@ -228,8 +227,8 @@ def run_study(
 
 
 def choose_test_cells(study: Study, tuned: Sequence[CellResult]) -> list[Cell]:
-    """Those of the comparison, once every arm and rank with several rates has at least one to
-    choose."""
+    """Choose the cells of the comparison, once every arm and rank with several rates has at least
+    one to choose."""
     to_choose = {(cell.arm, cell.rank) for cell in study.list_tuning_cells()}
     if to_choose <= build_rate_curves(study, tuned).keys():
         return study.list_test_cells(choose_best_rates(study, tuned))
@@ -237,8 +236,8 @@ def choose_test_cells(study: Study, tuned: Sequence[CellResult]) -> list[Cell]:
 
 
 def list_unfinished(study: Study, out: Path) -> list[Cell]:
-    """The cells without a result in `out`; of the comparison only those whose learning rate has
-    been chosen."""
+    """List the cells without a result in `out`; of the comparison only those whose learning rate
+    has been chosen."""
     cells = study.list_tuning_cells()
     cells += choose_test_cells(study, read_results(study, cells, out))
     return [cell for cell in cells if not get_result_path(study, cell, out).is_file()]
@@ -280,7 +279,7 @@ def run_cells_on_cluster(
     out: Path,
     _jobs: int,
 ) -> Iterator[tuple[Cell, float, str]]:
-    """Like `run_cells`, as tasks of the connected cluster.
+    """Run the cells like `run_cells`, as tasks of the connected cluster.
 
     machines: of the cluster
     max_tasks: trainings at once; None for as many as the machines hold
@@ -321,7 +320,7 @@ def begin_worker(threads: int, parent: int, begun: Synchronized) -> None:
 
 
 def choose_gpu(number: int, count: int, visible: str | None) -> str | None:
-    """The GPU of worker `number` by its driver's name: one of `count`, of those `visible`. None
+    """Return the driver's name of worker `number`'s GPU: one of `count`, of those `visible`. None
     without a choice."""
     names = visible.split(",") if visible else [str(gpu) for gpu in range(count)]
     return names[number % count] if count > 1 else None
@@ -394,7 +393,7 @@ def train_cell(config: TrainConfig, out: Path) -> dict[str, float]:
 
 
 def choose_class_folder(config: TrainConfig, out: Path) -> dict[str, str]:
-    """Where the class images are: made once by each process, the same for all arms."""
+    """Return the folder of the class images: made once by each process, the same for all arms."""
     if not config.with_prior_preservation or config.class_data_dir:
         return {}
 
@@ -405,7 +404,7 @@ def choose_class_folder(config: TrainConfig, out: Path) -> dict[str, str]:
 
 
 def draw_strip(pictures: Iterable[Image.Image]) -> Image.Image:
-    """The first pictures in one row, small."""
+    """Draw the first pictures in one row, small."""
     some = list(pictures)[:STRIP_LENGTH]
     sheet = Image.new("RGB", (STRIP_PX * len(some), STRIP_PX))
     for number, picture in enumerate(some):

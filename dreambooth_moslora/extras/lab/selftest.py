@@ -69,7 +69,7 @@ CPU_ENV = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 
 @dataclass(frozen=True)
 class Finding:
-    """What one test has found.
+    """Result of one test.
 
     name: of the test
     holds: whether it does
@@ -149,7 +149,7 @@ class SelfTest:
             yield Finding("run", False, str(error))
 
     def check_resume(self) -> Iterator[Finding]:
-        """Whether a run repeats, and whether a resumed run equals an unbroken one."""
+        """Check whether a run repeats, and whether a resumed run equals an unbroken one."""
         # where equal runs differ, only deterministic kernels can tell a defect from chance
         self.train("again")
         is_exact = self.compare_runs("device_no", "again")
@@ -174,7 +174,7 @@ class SelfTest:
         yield Finding("resumed", holds, line + ("" if is_exact else ", both with --deterministic"))
 
     def compare_runs(self, run_name: str, other_run_name: str) -> bool:
-        """Whether two runs have published the same tensors, whatever their headers say."""
+        """Return whether two runs have published the same tensors, whatever their headers say."""
         first, second = (self.read_tensor_bytes(name) for name in (run_name, other_run_name))
         return first == second
 
@@ -184,8 +184,8 @@ class SelfTest:
         return split_content(content)[1]
 
     def check_compiled(self) -> Finding:
-        """Where it cannot be done, as without a compiler, the trainer says so and goes on; that is
-        no failure."""
+        """Compare the losses of compiled blocks. Where they cannot be compiled, as without a
+        compiler, the trainer reports it and goes on; that is no failure."""
         losses = read_losses(self.train("compiled", compile="on"))
         difference = compute_largest_difference(losses, read_losses(self.get_run("device_no")))
         line = f"losses with compiled blocks, at most {difference:.1e} from those without"
@@ -194,7 +194,8 @@ class SelfTest:
         return Finding("compiled", difference <= TOLERANCE["no"], line)
 
     def check_cards(self) -> Finding:
-        """One process with two micro-batches draws what two processes draw with one each."""
+        """Check that one process with two micro-batches draws what two processes draw with one
+        each."""
         expected = read_losses(
             self.train("one_card", train_batch_size=1, gradient_accumulation_steps=2)
         )
@@ -206,7 +207,8 @@ class SelfTest:
         return Finding("cards", difference <= TOLERANCE["no"], line)
 
     def generated(self) -> Finding:
-        """A picture that is one colour means that the device drew not-a-numbers, or nothing."""
+        """Check that a picture is not one colour, as when the device drew not-a-numbers, or
+        nothing."""
         arguments = ["--adapter", self.get_run("device_no").path]
         arguments += ["--prompt", "a photo of a sks robot"]
         arguments += ["--steps", "8"]
@@ -245,7 +247,7 @@ class SelfTest:
         return Finding("step", True, line)
 
     def get_run(self, name: str) -> run_folder.RunDir:
-        """The run folder of a training."""
+        """Return the run folder of a training."""
         return run_folder.RunDir(self.folder / name)
 
     def train(self, name: str, launcher: Sequence[str] = (), **changes) -> run_folder.RunDir:
@@ -292,8 +294,8 @@ class SelfTest:
 
 
 def read_losses(run: run_folder.RunDir) -> list[float]:
-    """The losses of the steps that were made: a step that fp16 skips is made again, and its loss
-    may be infinite."""
+    """Read the losses of the steps that were made: a step that fp16 skips is made again, and its
+    loss may be infinite."""
     steps = [event for event in run.read_events() if event["type"] == "step"]
     return [event["loss"] for event in steps if not event.get("skipped")]
 

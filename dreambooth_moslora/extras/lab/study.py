@@ -1,4 +1,4 @@
-"""A comparison as data: arms × ranks × subjects × seeds at an equal budget.
+"""Comparison as data: arms × ranks × subjects × seeds at an equal budget.
 
 It is read from one TOML file:
 
@@ -38,7 +38,7 @@ from dreambooth_moslora.settings.train_config import TrainConfig, parse_settings
 
 @dataclass(frozen=True)
 class StudySubject:
-    """One subject of a study.
+    """Subject of a study.
 
     photos: its folder
     instance_prompt: its prompt
@@ -51,12 +51,12 @@ class StudySubject:
 
     @property
     def name(self) -> str:
-        """The folder's."""
+        """Name of the folder."""
         return Path(self.photos).resolve().name
 
     @property
     def settings(self) -> dict[str, str]:
-        """The settings of its training."""
+        """Settings of its training."""
         settings = {"instance_data_dir": self.photos, "instance_prompt": self.instance_prompt}
         if self.class_prompt:
             settings["class_prompt"] = self.class_prompt
@@ -64,7 +64,7 @@ class StudySubject:
 
     @classmethod
     def from_entry(cls, entry: str | Mapping[str, Any]) -> "StudySubject":
-        """Raises UserError when the folder does not exist or does not name its subject."""
+        """Raise UserError when the folder does not exist or does not name its subject."""
         # a table of texts
         values = dict(entry) if isinstance(entry, Mapping) else {"photos": entry}
         names = [item.name for item in fields(cls)]
@@ -119,7 +119,7 @@ LIST_TYPES = {"seeds": ((int,), 0), "ranks": ((int,), 1), "learning_rates": ((in
 
 @dataclass(frozen=True)
 class Protocol:
-    """How each adapter is scored.
+    """Protocol by which each adapter is scored.
 
     num_prompts: of the subject
     images_per_prompt: with a seed each
@@ -150,7 +150,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training and its scores.
+    """Training and its scores.
 
     stage: "tune" or "test"
     arm, subject: their names
@@ -166,14 +166,14 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """As a file's name can be."""
+        """Name of the cell that a file can have."""
         prefix = f"{self.stage}-{self.arm}-r{self.rank}-{self.subject}"
         return f"{prefix}-s{self.seed}-lr{self.learning_rate:g}"
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared, and how.
+    """Study: what is compared, and how.
 
     subjects: on which arms are compared
     arms: the settings in which each differs
@@ -232,19 +232,19 @@ class Study:
 
     @property
     def base(self) -> Base:
-        """Of all arms. Raises UserError."""
+        """Base of all arms. Raises UserError."""
         return find_base(self.train)
 
     def get_subject(self, name: str) -> StudySubject:
-        """The subject of that name, for comparing or tuning."""
+        """Return the subject of that name, for comparing or tuning."""
         return next(s for s in self.subjects + self.tuning_subjects if s.name == name)
 
     def should_train(self, arm: str) -> bool:
-        """Whether the arm does, or draws by references."""
+        """Return whether the arm is trained; else it draws by references."""
         return not self.arms[arm].get(REFERENCES_SETTING)
 
     def list_rates(self, arm: str) -> tuple[float, ...]:
-        """The learning rates to choose from; an arm with its own keeps it."""
+        """List the learning rates to choose from; an arm with a rate of its own keeps it."""
         arm_rate = self.arms[arm].get("learning_rate") if self.should_train(arm) else 0.0
         return self.learning_rates if arm_rate is None else (float(arm_rate),)
 
@@ -255,7 +255,7 @@ class Study:
         }
 
     def list_tuning_cells(self) -> list[Cell]:
-        """All arms with several rates, on the tuning subjects, with the first seed."""
+        """List all arms with several rates, on the tuning subjects, with the first seed."""
         cells = []
         for subject, rank, arm in product(self.tuning_subjects, self.ranks, self.arms):
             # nothing is to choose for an arm with one rate
@@ -275,7 +275,7 @@ class Study:
         return cells
 
     def list_test_cells(self, rates: Mapping[tuple[str, int], float]) -> list[Cell]:
-        """All arms on the other subjects, each at the rate chosen for (arm, rank); whole
+        """List all arms on the other subjects, each at the rate chosen for (arm, rank); whole
         comparisons finish first."""
         cells = []
         for seed, subject, rank, arm in product(self.seeds, self.subjects, self.ranks, self.arms):
@@ -291,7 +291,7 @@ class Study:
         return cells
 
     def build_config(self, cell: Cell, rank: int, output_dir: Path) -> TrainConfig:
-        """The settings of the cell's training at its real `rank`; arms share the seed. Raises
+        """Build the settings of the cell's training at its real `rank`; arms share the seed. Raises
         UserError."""
         shared = {**self.train, **self.arms[cell.arm]}
         shared.pop(REFERENCES_SETTING, None)
@@ -373,7 +373,7 @@ def load_study(path: Path) -> Study:
 
 
 def refuse_other_bases(study: Study) -> None:
-    """All arms are drawn with the base of `train`. Raises UserError."""
+    """Raise UserError if an arm has another base than `train`: all are drawn with that one."""
     for arm, settings in study.arms.items():
         if find_base({**study.train, **settings}) != study.base:
             names = ", ".join(BASE_SETTINGS.values())
@@ -384,19 +384,19 @@ def refuse_other_bases(study: Study) -> None:
 
 
 def find_base(settings: Mapping[str, Any]) -> Base:
-    """The base that a training starts from. Raises UserError for one that does not exist."""
+    """Find the base that a training starts from. Raises UserError for one that does not exist."""
     return Base.of({"pretrained_model_name_or_path": "toy"} | dict(settings))
 
 
 def require_table(path: Path, name: str, value: Any) -> dict[str, Any]:
-    """The value of `name`, which must be a table. Raises UserError."""
+    """Return the value of `name`, which must be a table. Raises UserError."""
     if not isinstance(value, Mapping):
         raise UserError(f"--config {path}: {name} is a table of settings, [{name}], not {value!r}.")
     return dict(value)
 
 
 def require_numbers(path: Path, name: str, value: Any) -> tuple:
-    """The value of `name`, one of LISTS. Raises UserError."""
+    """Return the value of `name`, one of LISTS. Raises UserError."""
     kinds, low = LIST_TYPES[name]
     if not isinstance(value, list) or not all(type(v) in kinds and v >= low for v in value):
         kind = "numbers" if float in kinds else "whole numbers"
@@ -407,7 +407,7 @@ def require_numbers(path: Path, name: str, value: Any) -> tuple:
 
 
 def resolve_settings(arm: Mapping[str, Any]) -> dict[str, Any]:
-    """The arm's settings, over those of the file that `config = "recipe.toml"` names. Raises
+    """Merge the arm's settings over those of the file that `config = "recipe.toml"` names. Raises
     UserError."""
     settings = dict(arm)
     recipe = settings.pop("config", None)
@@ -415,7 +415,7 @@ def resolve_settings(arm: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_unknown(path: Path, where: str, values: Mapping[str, Any], allowed_names) -> None:
-    """Raises UserError for a name that is not `known` in the table `where`."""
+    """Raise UserError for a name in the table `where` that is not in `allowed_names`."""
     for name in values:
         if name not in allowed_names:
             raise UserError(

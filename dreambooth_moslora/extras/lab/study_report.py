@@ -1,4 +1,4 @@
-"""A comparison as files.
+"""Write a comparison as files.
 
 They are `publish.json`, `table.md` for a README, `report.html`, and its plots as PNG.
 """
@@ -30,7 +30,7 @@ LOSS_COLOUR = "#d9822b"
 
 
 def format_label(item: comparison.ArmSummary | comparison.Outcome) -> str:
-    """An arm at a rank, in a plot."""
+    """Format an arm at a rank, for a plot."""
     return f"{item.arm}, r{item.rank}"
 
 
@@ -216,7 +216,8 @@ def build_outcome_rows(against: Sequence[comparison.Outcome]) -> tuple[list[str]
 def list_measured(
     score_sets: Sequence[Mapping[str, Interval]], is_shown: Callable[[Metric], bool]
 ) -> list[str]:
-    """The measures to show in which any of the arms was measured; all of them without an arm."""
+    """List the measures to show in which any of the arms was measured; all of them without an
+    arm."""
     names = [name for name, row in METRICS.items() if is_shown(row)]
     return [
         name for name in names if not score_sets or any(name in scores for scores in score_sets)
@@ -224,19 +225,20 @@ def list_measured(
 
 
 def format_column(name: str) -> str:
-    """The header of a measure."""
+    """Format the header of a measure."""
     return METRICS[name].column or METRICS[name].title
 
 
 def format_intervals(
     intervals: Mapping[str, Interval], names: Iterable[str], sign: str = ""
 ) -> list[str]:
-    """The cells of these measures; empty where one was not measured."""
+    """Format the cells of these measures; empty where one was not measured."""
     return [format(intervals[name], sign) if name in intervals else "" for name in names]
 
 
 def format_finding(study: Study, against: Sequence[comparison.Outcome]) -> str:
-    """The differences in score, without adjectives: an interval excludes zero, or it does not."""
+    """Format the differences in score, without adjectives: an interval excludes zero, or it does
+    not."""
     if not against:
         return f"nothing to compare yet: {study.reference} and one other arm must be complete."
     lines = []
@@ -264,7 +266,7 @@ def format_finding(study: Study, against: Sequence[comparison.Outcome]) -> str:
 
 
 def render_page(study: Study, results, out: Path, tables, plots: dict, findings: str) -> str:
-    """The report as a page.
+    """Render the report as a page.
 
     study: what was compared
     results: all that counts
@@ -305,7 +307,7 @@ def render_page(study: Study, results, out: Path, tables, plots: dict, findings:
 def iterate_strips(
     study: Study, results: Sequence[comparison.CellResult], out: Path
 ) -> Iterator[tuple[str, Image.Image]]:
-    """A title and the strip of pictures of each cell that the report shows."""
+    """Yield a title and the strip of pictures of each cell that the report shows."""
     for subject in study.subjects:
         for cell in list_first_cells(study, results, subject.name):
             path = run.get_result_path(study, cell, out).with_suffix(".jpg")
@@ -316,7 +318,7 @@ def iterate_strips(
 def list_first_cells(
     study: Study, results: Sequence[comparison.CellResult], subject: str
 ) -> list[Cell]:
-    """Of one subject in the comparison, at the first seed; the lowest rank first."""
+    """List the cells of one subject in the comparison, at the first seed; the lowest rank first."""
     first_cells = [
         r.cell for r in results if (r.cell.stage, r.cell.seed) == ("test", study.seeds[0])
     ]

@@ -1,4 +1,4 @@
-"""A service that draws pictures over HTTP.
+"""Service that draws pictures over HTTP.
 
 Requests are checked, batched, and drawn on Ray Serve.
 """

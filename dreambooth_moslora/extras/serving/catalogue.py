@@ -22,7 +22,7 @@ from dreambooth_moslora.generation.image_params import GenerationParams, check_s
 
 
 class RefusedError(UserError):
-    """A refused request: `status` is the HTTP status, `retry_sec` is when to ask again."""
+    """Refused request: `status` is the HTTP status, `retry_sec` is when to ask again."""
 
     def __init__(self, status: int, text: str, retry_sec: int | None = None) -> None:
         super().__init__(text)
@@ -35,14 +35,14 @@ class RefusedError(UserError):
 
 
 def build_timeout_error() -> RefusedError:
-    """A new one each time: a raised error keeps the frames that it came through, and with them the
-    order."""
+    """Build a new error each time: a raised error keeps the frames that it came through, and with
+    them the order."""
     return RefusedError(504, "the picture was not drawn within the time limit; ask again later")
 
 
 @dataclass(frozen=True)
 class AdapterRef:
-    """One version of an adapter's file. `place` is its path; `version` changes with the content."""
+    """Version of an adapter's file. `place` is its path; `version` changes with the content."""
 
     name: str
     place: str
@@ -55,7 +55,7 @@ class AdapterRef:
 
 @dataclass(frozen=True)
 class ImageOrder:
-    """One picture to draw.
+    """Order of one picture.
 
     params: what to draw
     sha256: adapters' names -> the digests that the client expects
@@ -119,8 +119,8 @@ the time."""
 
 
 class Catalogue:
-    """The adapters of some folders by name: `.safetensors` files, finished runs, their best steps
-    and checkpoints. A version is the file's SHA-256."""
+    """Adapters of some folders by name: `.safetensors` files, finished runs, their best steps and
+    checkpoints. A version is the file's SHA-256."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.folders = list(folders)
@@ -131,11 +131,11 @@ class Catalogue:
         self._digests: dict[Path, tuple[tuple, str]] = {}  # file -> its stat and digest
 
     def list_names(self) -> list[str]:
-        """Of all adapters that can be named now."""
+        """List all adapters that a request can name now."""
         return list(self._get_files())
 
     def find(self, name: str) -> AdapterRef:
-        """Raises RefusedError (404)."""
+        """Raise RefusedError (404)."""
         file = self._get_files().get(name)
         try:
             if file is not None:
@@ -154,7 +154,7 @@ class Catalogue:
         return stamp_and_digest[1]
 
     def _get_files(self) -> dict[str, Path]:
-        """The files by name, from the disk when the last listing is old."""
+        """Return the files by name, from the disk when the last listing is old."""
         with self._lock:
             started = time.monotonic()
             if (
@@ -178,7 +178,7 @@ class Catalogue:
 
 
 def open_catalogue(places: Sequence[str]) -> Catalogue:
-    """The catalogue of these folders. Raises UserError for one that does not exist."""
+    """Open the catalogue of these folders. Raises UserError for one that does not exist."""
     folders = [Path(find_asset(place)) for place in places]
     for folder in folders:
         if not folder.is_dir():
@@ -187,7 +187,7 @@ def open_catalogue(places: Sequence[str]) -> Catalogue:
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """Raises UserError unless the bytes are UTF-8 and a JSON object, without NaN and not too deeply
+    """Raise UserError unless the bytes are UTF-8 and a JSON object, without NaN and not too deeply
     nested."""
     try:
         values = json.loads(body.decode("utf-8"), parse_constant=refuse_constant)

@@ -40,7 +40,7 @@ FIELDS = ServeSettings.__dataclass_fields__
 
 
 def serve_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `serve`."""
+    """Add the flags of `serve`."""
 
     def add_number(name: str, help_text: str) -> None:
         default = FIELDS[name].default
@@ -123,7 +123,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def build_settings(args: argparse.Namespace) -> ServeSettings:
-    """The settings that the flags give. Raises UserError."""
+    """Build the settings from the flags. Raises UserError."""
     values = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
     if args.threads is None:
         print_loading()

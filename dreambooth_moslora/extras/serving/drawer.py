@@ -1,4 +1,4 @@
-"""One replica: a base, its loaded adapters, and a queue of orders. It does not depend on Ray.
+"""Run one replica: a base, its loaded adapters, and a queue of orders. It does not depend on Ray.
 
 The pictures of a batch are drawn one after another, not as rows of one tensor: a row's last bits
 would depend on its neighbours, and the picture must equal that of `generate`. A batch saves loading
@@ -41,7 +41,7 @@ class BatchQueue:
         self._waiting.append((key, item))
 
     def dequeue_batch(self) -> list:
-        """The next batch; empty when nothing waits."""
+        """Return the next batch; empty when nothing waits."""
         batch = []
         waiting = []
         for key, item in self._waiting:
@@ -56,7 +56,7 @@ class BatchQueue:
 
 @dataclass
 class PendingOrder:
-    """An order in the queue: its `answer` to be, and the `deadline` on the monotonic clock."""
+    """Order in the queue, with the future `answer` and the `deadline` on the monotonic clock."""
 
     order: ImageOrder
     answer: asyncio.Future
@@ -64,7 +64,7 @@ class PendingOrder:
 
     @property
     def is_expired(self) -> bool:
-        """Whether the client has gone or the time is over."""
+        """Return whether the client has gone or the time is over."""
         return self.answer.done() or time.monotonic() > self.deadline
 
 
@@ -92,7 +92,7 @@ class ImageWorker:
         self._work: asyncio.Task | None = None
 
     async def draw(self, order: ImageOrder) -> bytes:
-        """A PNG. Raises RefusedError, and UserError for an order that cannot be drawn."""
+        """Return a PNG. Raises RefusedError, and UserError for an order that cannot be drawn."""
         # refuse what can never be drawn
         check_size(order.params, self.pipeline.resolution_px)
         most = self.pipeline.resident_adapters
@@ -152,7 +152,7 @@ class ImageWorker:
             raise RefusedError(404, f"the adapter {ref.name} was taken away") from error
 
     def _generate_png(self, waiting: PendingOrder) -> bytes:
-        """The picture as a file. Raises RefusedError, and UserError."""
+        """Generate the picture as a file. Raises RefusedError, and UserError."""
         order = waiting.order
         for ref in order.adapters:
             # may have been evicted meanwhile, by another adapter of this order or of the cache

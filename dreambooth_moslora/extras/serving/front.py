@@ -1,5 +1,4 @@
-"""The HTTP side of the service, an ASGI app. It checks a request, finds its adapters, and has it
-drawn.
+"""HTTP side of the service, an ASGI app. It checks a request, finds its adapters, and has it drawn.
 
 POST /generate   {"prompt", "adapter", "seed", …} -> PNG with its recipe
 GET  /adapters   names
@@ -53,7 +52,7 @@ class Access:
         self._digests = [digest_token(token) for token in tokens]
 
     def check(self, path: str, headers: Mapping[str, str]) -> None:
-        """Raises RefusedError for a web page, an unknown host name, and a wrong token."""
+        """Raise RefusedError for a web page, an unknown host name, and a wrong token."""
         try:
             host = urlsplit(f"//{headers.get('host', '')}").hostname
         except ValueError:
@@ -99,7 +98,7 @@ MAX_SETTINGS = {
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """The settings of a service.
+    """Settings of a service.
 
     adapters: folders
     pretrained_model_name_or_path: the base
@@ -150,8 +149,8 @@ class ServeSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ServeSettings":
-        """Of a Serve config file, whose proxies listen everywhere. Raises UserError for an unknown
-        name."""
+        """Read the settings of a Serve config file, whose proxies listen everywhere. Raises
+        UserError for an unknown name."""
         if unknown := sorted(set(values) - {field.name for field in fields(cls)}):
             raise UserError(f"unknown setting {unknown[0]!r}.")
         places = values.get("adapters", ())
@@ -161,7 +160,7 @@ class ServeSettings:
 
 
 def collect_tokens(tokens: Any) -> tuple[str, ...]:
-    """The given tokens, and the one of the environment, if there is one."""
+    """Collect the tokens of the flags, and the one of the environment, if there is one."""
     environment_token = os.environ.get(TOKEN_VARIABLE)
     return (*(tokens or ()), *([environment_token] if environment_token else ()))
 
@@ -200,12 +199,12 @@ class Front:
         self.active_requests = 0
 
     def _refuse_if_full(self) -> None:
-        """Raises RefusedError (503)."""
+        """Raise RefusedError (503)."""
         if self.active_requests >= self.max_inside:
             raise RefusedError(503, "the queue is full; ask again later", RETRY_SEC)
 
     async def generate(self, request: Request) -> Response:
-        """A PNG. Raises UserError."""
+        """Return a PNG. Raises UserError."""
         # read the body before a place is taken: slow senders would hold all places
         self._refuse_if_full()
         started = time.monotonic()
@@ -226,7 +225,7 @@ class Front:
         return Response(png, media_type="image/png", headers={"Cache-Control": "no-store"})
 
     async def _read_body(self, request: Request) -> bytes:
-        """Raises RefusedError for what is no JSON, too long, or too slow."""
+        """Raise RefusedError for what is no JSON, too long, or too slow."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise RefusedError(415, "send JSON, with the header `Content-Type: application/json`")
@@ -237,7 +236,8 @@ class Front:
             raise RefusedError(408, "the body did not arrive in time; send it at once") from error
 
     async def _build_order(self, body: bytes, started: float) -> ImageOrder:
-        """The order in a body, with the adapters' files and the seconds left. Raises UserError."""
+        """Build the order of a body, with the adapters' files and the seconds left. Raises
+        UserError."""
         order = parse_order(body)
         refs = []
         for name, _ in order.params.adapters:
@@ -250,7 +250,7 @@ class Front:
         return JSONResponse({"adapters": await asyncio.to_thread(self.catalogue.list_names)})
 
     async def check_health(self, request: Request) -> Response:
-        """The base's facts from a replica. Raises RefusedError (503) when none answers."""
+        """Return the base's facts from a replica. Raises RefusedError (503) when none answers."""
         try:
             async with asyncio.timeout(HEALTH_SEC):
                 facts = await self.facts()
@@ -260,7 +260,7 @@ class Front:
 
 
 async def read_body(request: Request) -> bytes:
-    """Raises RefusedError (413) as soon as the body or its declared length is too long."""
+    """Raise RefusedError (413) as soon as the body or its declared length is too long."""
     promised = request.headers.get("content-length", "")
     body = b""
     # an absurdly long number is not parsed; the count below refuses such a body
@@ -275,7 +275,7 @@ async def read_body(request: Request) -> bytes:
 
 
 def build_front(front: Front) -> Starlette:
-    """The ASGI app, in which every path is guarded by `front.access`."""
+    """Build the ASGI app, in which every path is guarded by `front.access`."""
 
     def wrap_endpoint(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable:
         async def check_and_call(request: Request) -> Response:
@@ -297,7 +297,7 @@ def build_front(front: Front) -> Starlette:
 
 
 async def render_error(request: Request, error: Exception) -> Response:
-    """An error as one line of JSON."""
+    """Render an error as one line of JSON."""
     if isinstance(error, HTTPException):
         line = f"{request.method} is not answered here; POST /generate draws"
         return JSONResponse({"error": line}, error.status_code)

@@ -1,4 +1,4 @@
-"""The service on Ray Serve: one front, and replicas that hold the base.
+"""Service on Ray Serve: one front, and replicas that hold the base.
 
 No other module imports Ray Serve.
 
@@ -42,12 +42,12 @@ def keep_on_loopback() -> None:
 
 
 def build_replica_class(settings: ServeSettings, *, alone: bool) -> type:
-    """The class of the replicas. It is made here because the decorator of `load` needs a number
-    from the settings."""
+    """Build the class of the replicas. It is made here because the decorator of `load` needs a
+    number from the settings."""
 
     class Replica:
-        """A base on one device. The router sends orders to a replica that has their adapter, while
-        it has room."""
+        """Base on one device. The router sends orders to a replica that has their adapter, while it
+        has room."""
 
         def __init__(self) -> None:
             import torch
@@ -72,7 +72,7 @@ def build_replica_class(settings: ServeSettings, *, alone: bool) -> type:
             return await self.drawer.load_now(key)
 
         async def draw(self, order: ImageOrder) -> bytes | UserError:
-            """Returns a refusal instead of raising it: Ray would wrap a raised error and log a
+            """Return a refusal instead of raising it: Ray would wrap a raised error and log a
             traceback."""
             try:
                 return await self.drawer.draw(order)
@@ -87,7 +87,7 @@ def build_replica_class(settings: ServeSettings, *, alone: bool) -> type:
 
 
 def build_application(settings: ServeSettings, *, alone: bool = False) -> serve.Application:
-    """The front, only one as it counts the requests, and its replicas; `alone`: all on this
+    """Build the front, only one as it counts the requests, and its replicas; `alone`: all on this
     machine."""
     # a replica takes its share of the requests, and at least a batch while it draws another
     share = {"num_gpus": 1 / settings.per_gpu} if settings.per_gpu else {"num_gpus": 0}
