@@ -24,7 +24,7 @@ from dreambooth_moslora.plan.validation import check_references, require_output_
 from dreambooth_moslora.settings import config_files, metric_kinds, subject_kinds, train_config
 from dreambooth_moslora.settings.family_facts import get_text_options
 from dreambooth_moslora.training import run_advice
-from dreambooth_moslora.training.run_metrics import load_run_metrics
+from dreambooth_moslora.training.run_metrics import RunMetrics, load_run_metrics
 
 if TYPE_CHECKING:
     from dreambooth_moslora.evaluation.metrics import Encoders
@@ -170,7 +170,18 @@ def run_evaluate(args: argparse.Namespace) -> int:
     files = report.write_reports(
         folder=folder, evaluators=evaluators, evaluations=evaluations, context=context
     )
-    print(format_summary(report.merge_evaluations(evaluations)))
+    merged = report.merge_evaluations(evaluations)
+    print(format_summary(merged))
+    print(
+        run_advice.judge_run(
+            RunMetrics(
+                config,
+                scores=merged.list_logged_scores(),
+                copy_alarm=merged.alarm.raised,
+                no_score=merged.no_score,
+            )
+        )
+    )
     for evaluation in evaluations:
         if evaluation.beside:
             print(f"{'references':18} {evaluation.beside.verdict}")
@@ -410,8 +421,8 @@ def run_explain(args: argparse.Namespace) -> int:
     )
 
     # Say what its evaluation found, or why it has no score.
-    if run_metrics.no_score and "score" not in run_metrics.scores:
-        print(escape_control_characters(f"no score: {run_metrics.no_score}"))
+    if run_metrics.scores or run_metrics.no_score:
+        print(escape_control_characters(run_advice.judge_run(run_metrics)))
     if run_metrics.verdict:
         print(escape_control_characters(f"beside reference images: {run_metrics.verdict}"))
 

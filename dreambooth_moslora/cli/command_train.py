@@ -248,7 +248,11 @@ def run_trainer(plan: "RunPlan", stop: Callable[[], bool], final_lines: Sequence
 def format_ending(plan: "RunPlan", result: "TrainResult") -> list[str]:
     """Return lines on where the adapter is, and after a finished run the most important advice of
     `explain`."""
-    from dreambooth_moslora.training.run_advice import format_resume_command, list_closing_advice
+    from dreambooth_moslora.training.run_advice import (
+        format_resume_command,
+        judge_run,
+        list_closing_advice,
+    )
     from dreambooth_moslora.training.run_metrics import load_run_metrics
 
     folder = result.run_dir
@@ -264,5 +268,6 @@ def format_ending(plan: "RunPlan", result: "TrainResult") -> list[str]:
     return [
         f'done: {step} steps. pipe.load_lora_weights("{folder}") loads the adapter; '
         f"{folder}/README.md says more.",
+        judge_run(metrics),
         *(f"try next: {line}" for line in list_closing_advice(metrics)),
     ]

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from dreambooth_moslora.settings.train_config import TrainConfig
 
-MIN_EXPOSURES = 20
-"""Exposures of a photo below which hardly anything of a subject is learnt."""
-EXPOSURES_ADVICE = "a subject needs 100 or more"
+MIN_EXPOSURES = 100
+"""Exposures of a photo that a subject needs; with 20 hardly anything of it is learnt."""
+EXPOSURES_ADVICE = f"a subject needs {MIN_EXPOSURES} or more"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
-"""Advice on a run's metrics: which flag to try next, and how to resume a run that ended early.
+"""Verdict on a run's metrics, advice on which flag to try next, and how to resume a run that ended
+early.
 
-    figures.figures_of(run folder) -> Figures --RULES--> sentences, the most important first
-                                              --to_go_on--> the command that resumes it
+    load_run_metrics(run folder) -> RunMetrics --VERDICTS--> one sentence
+                                               --ADVICE_RULES--> sentences, most important first
+                                               --format_resume_command--> a command
 
 Thresholds come from the twelve trainings of `assets/studies/recipe` (six subjects with prior
 preservation, which learn well, and six without, whose class became the subject), and from runs of
@@ -11,7 +13,7 @@ the embedded base with faults made on purpose.
 import math
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
@@ -21,13 +23,16 @@ from dreambooth_moslora.plan.steps import EXPOSURES_ADVICE, MIN_EXPOSURES
 from dreambooth_moslora.precision import FP16_OVERFLOW_ADVICE
 from dreambooth_moslora.settings.prompts import get_class_word
 from dreambooth_moslora.settings.subject_kinds import get_subject_kind
+from dreambooth_moslora.settings.toy_bases import is_toy
 from dreambooth_moslora.training.best_step import find_best_step
-from dreambooth_moslora.training.run_metrics import RunMetrics
+from dreambooth_moslora.training.run_metrics import MIN_LIKENESS_GAIN, RunMetrics
 
 MAX_ADVICE_LINES = 3
 """Of advice at the end of a run."""
-NO_ADVICE = "nothing: no figure stands out"
+NO_ADVICE = "nothing: no problem was detected in the scores"
 NOT_SCORED_NOTE = "nothing was scored"
+MIN_FINAL_LIKENESS = 0.6
+"""Below it a subject is not recognised for certain: 0.61 at least in `assets/studies/recipe`."""
 MIN_RISE_SHARE = 0.1
 """Of the likeness gained, in a run's last third: then more steps would help."""
 MAX_SCORE_DROP = 0.03
@@ -249,6 +254,61 @@ def compute_more_exposures(run: RunMetrics) -> int:
     if run.exposures and run.largest_subject_photos:
         exposures *= run.photos / (len(run.config.subjects) * run.largest_subject_photos)
     return math.ceil(0.15 * exposures) * 10
+
+
+def get_likeness_change(run: RunMetrics) -> tuple[float, float] | None:
+    """Return the likeness to the photos before training and now, 0 to 1; None if it was not
+    measured."""
+    before, now = run.scores.get("dino_base"), run.scores.get("dino")
+    if get_subject_kind(run.config).is_style:  # the base has none of it, and 1 is all of it
+        before, now = 0.0, run.scores.get("style")
+    if before is None or now is None:
+        return None
+    return max(before, 0.0), min(max(now, 0.0), 1.0)
+
+
+LIKENESS = "likeness to the photos rose from {before:.0%} to {now:.0%}"
+VERDICTS: tuple[tuple[Callable[[RunMetrics, float, float], bool], str], ...] = (
+    (
+        lambda run, before, now: now - before < MIN_LIKENESS_GAIN,
+        "It hardly learned your {thing}: likeness to the photos was {before:.0%}, and is {now:.0%}",
+    ),
+    (
+        lambda run, before, now: (run.compute_shift("pres") or 0.0) > MAX_CLASS_SHIFT,
+        f"Every {{word}} turns into yours; {LIKENESS}",
+    ),
+    (lambda run, before, now: run.copy_alarm, f"Its images repeat your photos; {LIKENESS}"),
+    (
+        lambda run, before, now: now < MIN_FINAL_LIKENESS or is_too_short(run),
+        f"It has only begun to learn your {{thing}}: {LIKENESS}",
+    ),
+    (lambda run, before, now: True, LIKENESS.capitalize()),
+)
+"""(whether it applies to a run with this likeness before and now, verdict): the first counts."""
+TOY_LIMIT = (
+    "The practice model draws only its own toys: it cannot learn photos of anything else, "
+    "whatever the scores say"
+)
+LOOK_ADVICE = "Look for yourself: are the images like your photos?"
+
+
+def judge_run(run: RunMetrics) -> str:
+    """Return the verdict on a run, in a few sentences, for the page and the terminal."""
+    verdict = f"It has no score: {run.no_score}" if run.no_score else "It was not scored"
+    change = get_likeness_change(run)
+    if change is not None:
+        before, now = change
+        template = next(text for applies, text in VERDICTS if applies(run, before, now))
+        verdict = template.format(
+            before=before,
+            now=now,
+            word=get_class_word(run.config) or "thing",
+            thing="style" if get_subject_kind(run.config).is_style else "subject",
+        )
+    lines = [verdict]
+    if is_toy(run.config.pretrained_model_name_or_path):
+        lines.append(TOY_LIMIT)
+    return f"{'. '.join(lines)}. {LOOK_ADVICE}"
 
 
 ADVICE_RULES = (

@@ -4,14 +4,17 @@ A copy is upright, has no metadata, and at most 4096 px a side. The copies are p
 their masks photo_01.mask.png … and captions photo_01.txt …
 """
 
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 
 import PIL.Image
 
 from dreambooth_moslora.disk.atomic import rename_with_retry
+from dreambooth_moslora.disk.paths import get_assets_folder
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import photo_file as images
 from dreambooth_moslora.photos.photo_file import to_grey_mask
@@ -122,6 +125,24 @@ def copy_all(
         if stem not in stems:
             remarks.append(f"{file.name}: no photo of this name was dropped with it")
     return remarks
+
+
+def are_sample_photos(copies: Collection[Path]) -> bool:
+    """Return whether all are copies of sample subjects' photos, the toys of the embedded bases."""
+    return hash_samples().issuperset(map(hash_pixels, copies))
+
+
+@cache
+def hash_samples() -> frozenset[str]:
+    """Return the digests of the photos of all sample subjects."""
+    files = (get_assets_folder() / "subjects").glob("*/*.jpg")
+    return frozenset(map(hash_pixels, files))
+
+
+def hash_pixels(file: Path) -> str:
+    """Return a digest of an image's pixels, whatever its file format."""
+    with PIL.Image.open(file) as image:
+        return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
 
 
 def clean_copy(file: Path) -> PIL.Image.Image:

@@ -626,7 +626,7 @@ def test_dry_run_prints_cost_steps_photos_and_changed_settings_and_does_nothing(
         "--rank",
         "3",
     ]
-    arguments += ["--gradient_accumulation_steps", "2", "--num_train_epochs", "5", "--dry_run"]
+    arguments += ["--gradient_accumulation_steps", "2", "--num_train_epochs", "30", "--dry_run"]
     assert train_main([*arguments, "--class_prompt", "a toy", "--prior", "adapter_off"]) == 0
     out = capsys.readouterr().out
     titles = [line.partition(" ")[0] for line in out.splitlines() if line and line[0] != " "]
@@ -634,8 +634,8 @@ def test_dry_run_prints_cost_steps_photos_and_changed_settings_and_does_nothing(
     assert "\n  rank = 3\n" in out and "(--help_all shows those)" in out
     assert "\n  mixer = " not in out and "\n  dry_run = " not in out
     assert "0.png  96 x 64" in out and "left out: notes.md" in out
-    assert "3 photos × 4 repeats, 4 a step: 3 steps an epoch; 15 steps = 5.0 epochs" in out
-    assert "each photo is seen about 20 times" in out and "--exposures_per_photo" not in out
+    assert "3 photos × 4 repeats, 4 a step: 3 steps an epoch; 90 steps = 30.0 epochs" in out
+    assert "each photo is seen about 120 times" in out and "--exposures_per_photo" not in out
     assert out.count("has no effect without --with_prior_preservation") == 2
     assert "--prior has no effect without --with_prior_preservation" in out
     unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")

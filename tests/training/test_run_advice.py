@@ -119,6 +119,29 @@ def test_good_metrics_get_no_advice_bad_ones_three_lines():
     )
 
 
+JUDGEMENTS = {
+    "unscored": (replace(GOOD, scores={}), "It was not scored. Look for yourself"),
+    "no_gain": (with_scores(dino=0.15), "It hardly learned your subject: .* was 10%, and is 15%"),
+    "melted": (with_scores(dino=0.54, dino_base=0.22), "only begun to learn .* from 22% to 54%"),
+    "class": (with_scores(dino=0.8, pres=0.7), "Every dog turns into yours; .* from 10% to 80%"),
+    "copies": (COPIED, "Its images repeat your photos; likeness"),
+    "short": (replace(GOOD, step=100), "only begun to learn your subject: .* from 10% to 70%"),
+    "good": (GOOD, "^Likeness to the photos rose from 10% to 70%. Look for yourself"),
+    "toy": (GOOD, "from 10% to 70%. The practice model draws only its own toys"),
+}
+"""Metrics and their verdict."""
+
+
+@pytest.mark.parametrize("name", JUDGEMENTS)
+def test_verdict_is_careful(name):
+    """It said of a melted dog, and where every duck became the subject, that it had learned it."""
+    run, expected = JUDGEMENTS[name]
+    base = "toy" if name == "toy" else "owner/sdxl"
+    config = replace(run.config, pretrained_model_name_or_path=base)
+    verdict = run_advice.judge_run(replace(run, config=config))
+    assert re.search(expected, verdict) and verdict.endswith(run_advice.LOOK_ADVICE)
+
+
 def test_two_odd_photos_are_spoken_of_as_two():
     likeness = {"0.jpg": 0.6, "1.jpg": 0.2, "2.jpg": 0.6, "3.jpg": 0.1, "4.jpg": 0.6}
     (sentence,) = list_advice(replace(GOOD, photo_likeness=likeness))
@@ -275,17 +298,17 @@ def test_advised_exposures_count_the_largest_subject(tmp_path):
         dict(subject, instance_data_dir=str(tmp_path / subject["instance_data_dir"]))
         for subject in (DOGS, CATS)
     ]
-    config = replace(TWICE.config, resolution=64, max_train_steps=400, subjects=tuple(pets))
+    config = replace(TWICE.config, resolution=64, max_train_steps=800, subjects=tuple(pets))
     for pet, count in zip(pets, (4, 20)):
         paint_photos(Path(pet["instance_data_dir"]), count)
     run = RunDir(tmp_path)
     run.config_path.write_text(json.dumps(config.to_dict()))
-    run.record_event({"type": "step", "step": 400})
+    run.record_event({"type": "step", "step": 800})
     metrics = load_run_metrics(run)
     longer = replace(
         config, max_train_steps=None, exposures_per_photo=run_advice.compute_more_exposures(metrics)
     )
-    assert metrics.photos == 24 and 600 <= plan_steps(longer, [4, 20]).total_steps <= 700
+    assert metrics.photos == 24 and 1200 <= plan_steps(longer, [4, 20]).total_steps <= 1400
 
 
 def test_a_later_report_of_evaluate_is_taken(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import time
 from pathlib import Path
@@ -219,10 +220,29 @@ def get_refusal(client, *args, **kwargs) -> str:
 
 def find_event(served, elem_id: str, trigger: str) -> int:
     """Return the number of the event that one widget's `trigger` starts."""
-    config = httpx.get(f"{served.url}config").json()
+    return _find_dependency(httpx.get(f"{served.url}config").json(), elem_id, trigger)["id"]
+
+
+def _find_dependency(config: dict, elem_id: str, trigger: str) -> dict:
     widget = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == elem_id)
     return next(
-        d["id"]
-        for d in config["dependencies"]
-        if [widget, trigger] in [list(t) for t in d["targets"]]
+        d for d in config["dependencies"] if [widget, trigger] in [list(t) for t in d["targets"]]
     )
+
+
+def click(served, elem_id: str, **values) -> str:
+    """Click a button over HTTP, with `values` of other widgets by their id; return the answer."""
+    config = httpx.get(f"{served.url}config").json()
+    widgets = {widget["id"]: widget["props"] for widget in config["components"]}
+    event = _find_dependency(config, elem_id, "click")
+    inputs = [widgets[number] for number in event["inputs"]]
+    session = secrets.token_hex(8)
+    body = {
+        "fn_index": event["id"],
+        "data": [values.get(props.get("elem_id"), props.get("value")) for props in inputs],
+        "session_hash": session,
+    }
+    httpx.post(f"{served.url}gradio_api/queue/join", json=body)
+    stream = f"{served.url}gradio_api/queue/data?session_hash={session}"
+    with httpx.stream("GET", stream, timeout=60) as lines:
+        return next(line for line in lines.iter_lines() if "process_completed" in line)

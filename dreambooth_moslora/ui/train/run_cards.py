@@ -10,30 +10,16 @@ from dreambooth_moslora.settings.subject_kinds import get_subject_kind
 from dreambooth_moslora.training.run_advice import (
     NO_ADVICE,
     NOT_SCORED_NOTE,
-    is_too_short,
+    judge_run,
     list_closing_advice,
 )
-from dreambooth_moslora.training.run_metrics import (
-    MIN_LIKENESS_GAIN,
-    build_run_metrics,
-    parse_known_config,
-)
+from dreambooth_moslora.training.run_metrics import build_run_metrics, parse_known_config
 from dreambooth_moslora.ui import html
 from dreambooth_moslora.ui.events import format_message
 from dreambooth_moslora.ui.jobs import JobState
 from dreambooth_moslora.ui.photo_copies import list_photo_copies
 from dreambooth_moslora.ui.train import train_form
 
-BEGUN_SENTENCE = (
-    "It has begun to learn your subject: likeness to the photos rose from {:.0%} to {:.0%}."
-)
-LEARNED_SENTENCE = "It learned your subject: likeness to the photos rose from {:.0%} to {:.0%}."
-NOT_LEARNED_SENTENCE = (
-    "It hardly learned your subject: likeness to the photos was {:.0%}, and is {:.0%}."
-)
-"""Verdict on a finished run with the likeness before and now, like the two above."""
-UNSCORED_SENTENCE = "{} Are the new pictures like your photos?"
-"""Verdict on a finished run without a score, with the reason."""
 COMFYUI_HINT = (
     "For ComfyUI: put the file into its folder models/loras, choose it in a LoRA loader, "
     "and write {} in the prompt."
@@ -67,29 +53,13 @@ def render_verdict(metrics: events.EventLog, run_dir: Path, has_best: bool) -> s
     config = parse_known_config(metrics.get_last("start").get("config") or {})
     photos = list_photo_copies(RunDir(run_dir).photos_dir)
     run_metrics = build_run_metrics(metrics.events, config, {"count": len(photos)})
-    # The verdict: likeness before and now. For a style the base has 0, and more than 1 is full.
-    before, now = (run_metrics.scores.get(name) for name in ("dino_base", "dino"))
-    prompt_template = "“{}”"
-    if get_subject_kind(config).is_style:
-        before, now = 0.0, run_metrics.scores.get("style")
-        now = None if now is None else min(now, 1.0)
-        prompt_template = "“in {} style”"
-    if now is None or before is None:
-        reason = run_metrics.no_score
-        verdict = UNSCORED_SENTENCE.format(
-            f"It has no score: {reason}." if reason else "Nothing was measured."
-        )
-    else:
-        learned = BEGUN_SENTENCE if is_too_short(run_metrics) else LEARNED_SENTENCE
-        template = learned if now - before >= MIN_LIKENESS_GAIN else NOT_LEARNED_SENTENCE
-        verdict = template.format(max(before, 0), max(now, 0))
-    lines = [verdict]
+    lines = [judge_run(run_metrics)]
     best = metrics.get_last("evaluation").get("best")
     if has_best and isinstance(best, dict):
         lines.append(
             f"Step {best.get('step')} was the best: it is what you draw with and download."
         )
-    # The next action. The verdict has already said that nothing was scored.
+    # The next action. The verdict has said whether it was scored.
     omitted_advice = (NO_ADVICE, NOT_SCORED_NOTE)
     advice = list_closing_advice(run_metrics)
     advice = [line for line in advice if not line.startswith(omitted_advice)]
@@ -97,6 +67,7 @@ def render_verdict(metrics: events.EventLog, run_dir: Path, has_best: bool) -> s
         lines.append(f"Next: {train_form.replace_flags(line)}.")
     if not advice:
         lines.append("Next: “Draw with it”, in places that the photos do not show.")
+    prompt_template = "“in {} style”" if get_subject_kind(config).is_style else "“{}”"
     trigger_words = " and ".join(map(prompt_template.format, list_trigger_words(config)))
     if trigger_words:
         lines.append(COMFYUI_HINT.format(trigger_words))

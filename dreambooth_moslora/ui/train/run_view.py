@@ -30,6 +30,7 @@ WATCHED_WIDGETS = (
     *DOWNLOADS,
     "samples",
     "sheet",
+    "verdict",
     "details",
     "plot",
     "log",
@@ -88,8 +89,9 @@ def _list_values(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) ->
     label = "Download for diffusers" if kohya else DOWNLOADS["download"][0]
     # The state, and the verdict on a finished run.
     status = render_status(state, metrics)
+    verdict = ""
     if state.state == "done":
-        status += render_verdict(metrics, job.run_dir, has_best=best != run_dir.path)
+        verdict = render_verdict(metrics, job.run_dir, has_best=best != run_dir.path)
     can_stop = state.is_active and job.has_process
     if state.is_active and not can_stop:
         status += html.render_faint(format_message(TERMINAL_RUN_MESSAGE) + ".")
@@ -102,6 +104,7 @@ def _list_values(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) ->
         "download_kohya": gr.DownloadButton(value=kohya, visible=bool(kohya)),
         "samples": gr.Gallery(samples, visible=bool(samples)),
         "sheet": gr.Image(sheet, visible=bool(sheet)),
+        "verdict": verdict,
         "details": gr.Accordion(visible=True),
         "plot": gr.Image(plot, visible=bool(plot)),
         # CSS scrolls the log from its end, so it opens at the newest line.

@@ -13,7 +13,13 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.toy_bases import is_toy
 from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.adapter_summary import read_summary
-from dreambooth_moslora.ui.events import MESSAGE_EVENT, UNQUEUED_EVENT, on, render_mistake
+from dreambooth_moslora.ui.events import (
+    MESSAGE_EVENT,
+    UNQUEUED_EVENT,
+    format_message,
+    on,
+    render_mistake,
+)
 from dreambooth_moslora.ui.generate_tab import GenerateTab
 from dreambooth_moslora.ui.train import (
     photo_events,
@@ -44,12 +50,14 @@ def build_train_widgets(base: str) -> tuple[dict[str, Any], dict[str, Any]]:
         queue = gr.Button("Add to queue", min_width=136, scale=0, elem_id="add_to_queue")
         estimate = gr.Button("Estimate cost", min_width=136, scale=0, elem_id="estimate")
     cost = gr.HTML("", label="Cost", elem_id="cost")
+    anyway = gr.Button("Train it anyway", visible=False, elem_id="train_anyway")
     parts |= {
         "prompts": prompts,
         "start": start,
         "queue": queue,
         "estimate": estimate,
         "cost": cost,
+        "anyway": anyway,
     }
     # The further fields, line by line as the table has them; rarely used ones are folded again.
     lines = sorted({row.line for row in list_form_fields().values()} - {0})
@@ -147,17 +155,30 @@ def build_train_tab(
 
 
 def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
-    """Connect the three buttons that take the whole form: start, queue, and estimate."""
+    """Connect the buttons that take the whole form: start, queue, and estimate."""
     # The settings chosen for a run appear on the card, and the run comes into view.
     choices_card = gr.State("")
     choices_card.change(lambda card: card, choices_card, parts["cost"], **UNQUEUED_EVENT).then(
         None, js=SHOW_STATUS_SCRIPT, **UNQUEUED_EVENT
     )
 
+    def ask_and_train(form: TrainForm) -> dict:
+        # Photos that the practice model cannot draw need a second click.
+        form.check_words()
+        if ctx.workspace.required_photos_dir and train_start.is_beyond_toy(ctx):
+            question = html.render_notice(format_message(train_start.TOY_PHOTOS_REMARK) + ".")
+            return {parts["cost"]: question, parts["anyway"]: gr.Button(visible=True)}
+        return train(form)
+
     def train(form: TrainForm) -> dict:
         job, choices_html = train_start.start_run(ctx, form)
         notice = html.render_notice(f"The run {job.name} is starting.")
-        return {parts["run"]: job.name, parts["status"]: notice, choices_card: choices_html}
+        return {
+            parts["run"]: job.name,
+            parts["status"]: notice,
+            parts["anyway"]: gr.Button(visible=False),
+            choices_card: choices_html,
+        }
 
     def queue(form: TrainForm) -> dict:
         return {parts["cost"]: train_start.add_to_queue(ctx, form)[1]}
@@ -165,8 +186,9 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
     def estimate(form: TrainForm) -> dict:
         return {parts["cost"]: train_start.estimate_cost(ctx, form)}
 
-    outputs = [parts["run"], parts["status"], choices_card, parts["cost"]]
-    for name, act in (("start", train), ("queue", queue), ("estimate", estimate)):
+    outputs = [parts["run"], parts["status"], choices_card, parts["cost"], parts["anyway"]]
+    actions = {"start": ask_and_train, "anyway": train, "queue": queue, "estimate": estimate}
+    for name, act in actions.items():
         _connect_form(ctx, act, fields, parts, button=parts[name], outputs=outputs)
 
 

@@ -22,7 +22,7 @@ from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.photo_copies import copy_photos, list_photo_copies, remove_photos
 from dreambooth_moslora.ui.train.mask_pictures import draw_outline
 from dreambooth_moslora.ui.train.train_form import TrainForm
-from dreambooth_moslora.ui.train.train_start import build_config
+from dreambooth_moslora.ui.train.train_start import TOY_PHOTOS_REMARK, build_config, is_beyond_toy
 from dreambooth_moslora.ui.workspace import Workspace
 
 TILE_PX = 256
@@ -119,6 +119,8 @@ def build_review(
     with ctx.workspace.changing:
         report = find_photo_faults(find_photos(folder, "", ctx.resolution_px), ctx.resolution_px)
         lines = [*remarks, *report.remarks]
+        if is_beyond_toy(ctx):
+            lines.append(TOY_PHOTOS_REMARK)
         crops = {}
         # Show photos that no run uses whole.
         for skipped in report.skipped:

@@ -23,14 +23,20 @@ from dreambooth_moslora.plan.memory_plans import format_plans
 from dreambooth_moslora.plan.steps import plan_steps
 from dreambooth_moslora.settings import train_config
 from dreambooth_moslora.settings.subject_kinds import get_subject_kind
+from dreambooth_moslora.settings.toy_bases import is_toy
 from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.jobs import MAX_RUN_NAME_CHARACTERS, Job, Jobs
-from dreambooth_moslora.ui.photo_copies import list_photo_copies
+from dreambooth_moslora.ui.photo_copies import are_sample_photos, list_photo_copies
 from dreambooth_moslora.ui.train import train_form
 from dreambooth_moslora.ui.train.train_form import TrainForm
 
 BUSY_MESSAGE = "another run is going on or waits; “Add to queue” lets this one wait for its turn"
 """Error for a run that cannot start yet."""
+TOY_PHOTOS_REMARK = (
+    "the practice model draws only its own toys and cannot learn what these photos show; "
+    "choose another base at the top, or train it anyway to see how a run goes"
+)
+"""Remark on photos that are not of the toys."""
 CHOICES_TITLE = "“More settings” changes this:"
 """Heading above the choices for a run."""
 
@@ -65,6 +71,12 @@ def add_to_queue(ctx: state.AppContext, form: TrainForm) -> tuple[str, str]:
     return name, html.render_remarks(
         run.lines, f"{name} waits, number {place} in the queue. {CHOICES_TITLE}"
     )
+
+
+def is_beyond_toy(ctx: state.AppContext) -> bool:
+    """Return whether an embedded base would train on photos of something that it cannot draw."""
+    photos = list_photo_copies(ctx.workspace.photos_dir)
+    return is_toy(ctx.base_name) and not are_sample_photos(photos)
 
 
 @contextmanager

@@ -36,7 +36,10 @@ def build_watch_widgets() -> dict[str, Any]:
     parts["runs"] = html.build_run_list("runs")
     parts["run"] = gr.Textbox("", label="Run", visible=False)
     parts["status"] = gr.HTML(NO_RUN_CARD, elem_id="train_status", label="Status")
-    parts |= _build_buttons() | _build_galleries() | _build_queue()
+    # The images come before the verdict: people judge them better than scores do.
+    parts |= _build_buttons() | _build_galleries()
+    parts["verdict"] = gr.HTML("", elem_id="verdict", label="Verdict")
+    parts |= _build_queue()
     # Further details.
     look = {"open": False, "visible": False, "elem_id": "log_box"}
     with gr.Accordion("Curves and log", **look) as parts["details"]:

@@ -17,6 +17,7 @@ from dreambooth_moslora.plan.steps import plan_steps
 from dreambooth_moslora.settings.config_files import load_settings
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.ui import jobs as page_jobs
+from dreambooth_moslora.ui.jobs import Job
 from dreambooth_moslora.ui.train.train_form import (
     TrainForm,
 )
@@ -29,6 +30,7 @@ from dreambooth_moslora.ui.train.train_start import (
 )
 from tests.helpers.command_line import parse_train_config
 from tests.helpers.tiny_training import paint_photos
+from tests.ui.conftest import click, list_toy_photos
 
 DUCK = TrainForm("sks", "duck")
 
@@ -87,6 +89,29 @@ def test_failed_start_leaves_no_folder(context, workspace, monkeypatch, broken):
     with pytest.raises(OSError, match="disk full"):
         start_run(page, DUCK)
     assert not list(page.runs_dir.glob("*"))
+
+
+def test_start_asks_for_photos_then_warns_of_real_ones(toy_page, monkeypatch, tmp_path):
+    """Real photos on the practice model were trained at once, into a melted dog."""
+    names = []
+    monkeypatch.setattr(
+        toy_page.ctx.jobs,
+        "start",
+        lambda name, config: names.append(name) or Job(tmp_path / name, 1, ""),
+    )
+    assert "Add some photos of your subject first" in click(toy_page, "start", class_word="dog")
+    toy_page.ctx.workspace.photos_dir.mkdir()
+    copy = toy_page.ctx.workspace.photos_dir / "photo_01.png"
+    PIL.Image.effect_noise((200, 200), 80).convert("RGB").save(copy)
+    answer = click(toy_page, "start", class_word="dog")
+    assert "The practice model draws only its own toys" in answer and not names
+    assert "run dog is starting" in click(toy_page, "train_anyway", class_word="dog")
+
+    # Photos of its toys need no second click.
+    with PIL.Image.open(list_toy_photos("duck", 1)[0]) as toy:
+        toy.save(copy)
+    assert "run duck is starting" in click(toy_page, "start", class_word="duck")
+    assert names == ["dog", "duck"]
 
 
 PROMPTS_AND_PATHS = {
