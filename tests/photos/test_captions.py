@@ -1,5 +1,4 @@
-"""Captions made for photos: where they are written, that what a person wrote stays, and the models
-that say them."""
+"""Captions of photos without one: where they are written, and the models that make them."""
 
 import json
 import shutil
@@ -16,31 +15,37 @@ from dreambooth_moslora.photos.photo_file import open_image
 from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.odd_photos import picture
 from tests.helpers.tiny_encoders import save_tiny_chat_model
-from tests.photos.test_masks import config_of
+from tests.photos.test_masks import build_config
 from toybox.make_subjects import PHOTO_PLACES
 
 PROMPT = "a photo of a sks dog"
 
 
-def captioner(words: str = "on grass", asked: list | None = None) -> captions.Captioner:
-    """Says the same of every picture, and counts."""
+def build_captioner(
+    surroundings: str = "on grass", requests: list | None = None
+) -> captions.Captioner:
+    """Return a captioner that says the same of every photo and records its calls."""
     return captions.Captioner(
-        "same", "dog", lambda image: (asked is not None and asked.append(image.size)) or words
+        "same",
+        "dog",
+        lambda image: (requests is not None and requests.append(image.size)) or surroundings,
     )
 
 
-def photos_in(folder: Path):
+def list_photos(folder: Path):
     return find_photos(folder, PROMPT, 64).photos
 
 
-def written(folder: Path, words: str = "on grass") -> list[str | None]:
-    made = captions.write_caption_files(photos_in(folder), captioner(words), PROMPT)
-    return [one.caption for one in made]
+def write_captions(folder: Path, surroundings: str = "on grass") -> list[str | None]:
+    generated = captions.write_caption_files(
+        list_photos(folder), build_captioner(surroundings), PROMPT
+    )
+    return [result.caption for result in generated]
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """a has no caption, b and c have a person's, d an empty file, e a line in metadata.jsonl."""
+    """Return photos: a has no caption, b and c a text file, d an empty one, e a metadata line."""
     for name in "abcde":
         picture().save(tmp_path / f"{name}.jpg")
     (tmp_path / "b.txt").write_text("my own words")
@@ -50,22 +55,21 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_captions_go_beside_photos_that_have_none_and_a_persons_own_stay(folder):
+def test_only_photos_without_a_caption_get_one_beside_them(folder):
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    assert written(folder) == [f"{PROMPT} on grass", None, None, None, None]
-    assert written(folder, "in the snow") == [None] * 5
+    assert write_captions(folder) == [f"{PROMPT} on grass", None, None, None, None]
+    assert write_captions(folder, "in the snow") == [None] * 5
     assert all(path.read_bytes() == content for path, content in before.items())
-    assert photos_in(folder)[0].captions == (f"{PROMPT} on grass",)
+    assert list_photos(folder)[0].captions == (f"{PROMPT} on grass",)
 
 
 def test_photos_that_would_share_a_caption_get_none(tmp_path):
-    """A silent model leaves a photo as it is."""
     for name in ("a.jpg", "a.png", "b.jpg"):
         picture().save(tmp_path / name)
-    assert written(tmp_path, "") == [None] * 3
-    made = list(captions.write_caption_files(photos_in(tmp_path), captioner(), PROMPT))
-    assert [found.caption is None for found in made] == [True, True, False]
-    assert "rename one of them" in made[0].remark
+    assert write_captions(tmp_path, "") == [None] * 3
+    generated = list(captions.write_caption_files(list_photos(tmp_path), build_captioner(), PROMPT))
+    assert [result.caption is None for result in generated] == [True, True, False]
+    assert "rename one of them" in generated[0].remark
     texts = [
         path.name
         for path in tmp_path.iterdir()
@@ -74,25 +78,26 @@ def test_photos_that_would_share_a_caption_get_none(tmp_path):
     assert texts == ["b.txt"]
 
 
-def test_kept_captions_are_made_once_for_each_photo_model_and_words(folder, tmp_path):
-    """A run sees them in place of the prompt, with prefix and suffix."""
-    run, kept = tmp_path / "run", tmp_path / "run" / "captions.json"
+def test_a_saved_caption_is_used_again_for_photo_model_and_prompt(folder, tmp_path):
+    run, captions_file = tmp_path / "run", tmp_path / "run" / "captions.json"
 
-    def asked(prompt: str = PROMPT) -> int:
-        """Captions kept for photos without one; how many were asked for."""
-        asked = []
-        for photo in photos_in(folder):
+    def requests(prompt: str = PROMPT) -> int:
+        """Save captions of photos without one; return how many the model made."""
+        requests = []
+        for photo in list_photos(folder):
             if not photo.is_captioned:
                 captions.save_caption(
-                    kept,
-                    captions.make_run_caption(photo, captioner(asked=asked), prompt, kept),
+                    captions_file,
+                    captions.make_run_caption(
+                        photo, build_captioner(requests=requests), prompt, captions_file
+                    ),
                     prompt,
                 )
-        return len(asked)
+        return len(requests)
 
-    assert [asked(prompt) for prompt in (PROMPT, PROMPT, "a sks cat")] == [2, 0, 2]
-    kept.write_text("{broken")
-    assert asked() == 2
+    assert [requests(prompt) for prompt in (PROMPT, PROMPT, "a sks cat")] == [2, 0, 2]
+    captions_file.write_text("{broken")
+    assert requests() == 2
     settings = {
         "instance_data_dir": str(folder),
         "output_dir": str(run),
@@ -102,8 +107,13 @@ def test_kept_captions_are_made_once_for_each_photo_model_and_words(folder, tmp_
     auto = build_photo_report(
         TrainConfig(**settings, captions="auto", caption_prefix="sharp,")
     ).photos
-    made, own = f"sharp, {PROMPT} on grass", ["sharp, my own words", PROMPT]
-    assert [photo.captions[0] for photo in auto] == [made, *own, made, "sharp, mine"]
+    generated, handwritten = f"sharp, {PROMPT} on grass", ["sharp, my own words", PROMPT]
+    assert [photo.captions[0] for photo in auto] == [
+        generated,
+        *handwritten,
+        generated,
+        "sharp, mine",
+    ]
     assert build_photo_report(TrainConfig(**settings)).photos[0].captions == (PROMPT,)
 
 
@@ -112,24 +122,31 @@ def chat_model(tmp_path_factory) -> Path:
     return save_tiny_chat_model(tmp_path_factory.mktemp("chat"))
 
 
-def test_a_language_model_answers_the_same_to_the_same_photo_and_sees_photo_and_word(chat_model):
-    dog = captions.load_captioner(config_of(caption_model=str(chat_model)))
+def test_a_chat_model_sees_photo_and_word_and_is_deterministic(chat_model):
+    dog = captions.load_captioner(build_config(caption_model=str(chat_model)))
     cat = captions.load_captioner(
-        config_of(caption_model=str(chat_model), instance_prompt="a photo of sks cat")
+        build_config(caption_model=str(chat_model), instance_prompt="a photo of sks cat")
     )
-    said = dog.surroundings(picture())
-    assert said and said == dog.surroundings(picture()) and dog.name == "chat" and dog.word == "dog"
-    assert said != dog.surroundings(picture().rotate(90)) and said != cat.surroundings(picture())
-    assert all(letter.isprintable() for letter in said)
+    answer = dog.surroundings(picture())
+    assert (
+        answer
+        and answer == dog.surroundings(picture())
+        and dog.name == "chat"
+        and dog.word == "dog"
+    )
+    assert answer != dog.surroundings(picture().rotate(90)) and answer != cat.surroundings(
+        picture()
+    )
+    assert all(letter.isprintable() for letter in answer)
 
 
-def test_the_model_goes_on_from_the_words_for_the_subject(chat_model):
-    asked = captions.build_conversation(picture(size_px=(3000, 2000)), "dog", "Where?")
-    assert asked[0]["content"][0]["image"].size == (512, 768)
-    words = AutoProcessor.from_pretrained(chat_model).apply_chat_template(
-        asked, continue_final_message=True
+def test_the_chat_ends_in_the_beginning_of_the_answer(chat_model):
+    requests = captions.build_conversation(picture(size_px=(3000, 2000)), "dog", "Where?")
+    assert requests[0]["content"][0]["image"].size == (512, 768)
+    surroundings = AutoProcessor.from_pretrained(chat_model).apply_chat_template(
+        requests, continue_final_message=True
     )
-    assert words.endswith("assistant\nA photo of a dog") and "sks" not in words
+    assert surroundings.endswith("assistant\nA photo of a dog") and "sks" not in surroundings
 
 
 ANSWERS = {
@@ -149,47 +166,43 @@ def test_an_answer_becomes_one_phrase(answer):
     assert captions.parse_surroundings(answer) == ANSWERS[answer]
 
 
-def test_an_absent_model_and_a_foreign_one_are_one_line(chat_model, tmp_path):
+def test_an_unusable_caption_model_is_refused_in_one_line(chat_model, tmp_path):
     foreign, silent = tmp_path / "foreign", tmp_path / "silent"
     foreign.mkdir()
     (foreign / "config.json").write_text("{}")
     shutil.copytree(chat_model, silent)
     (silent / "chat_template.jinja").unlink()
-    for settings, said in (
+    for settings, answer in (
         ({}, "--caption_model Qwen/Qwen3-VL-2B-Instruct is not here and cannot be fetched"),
         ({"caption_model": str(foreign)}, "--caption_model"),
         ({"caption_model": str(silent)}, "has no chat template"),
         ({"instance_prompt": "sks"}, "no word says what the photos show"),
     ):
-        with pytest.raises(UserError, match=said):
-            captions.load_captioner(config_of(**settings)).surroundings(picture())
+        with pytest.raises(UserError, match=answer):
+            captions.load_captioner(build_config(**settings)).surroundings(picture())
     assert (
         captions.load_captioner(
-            config_of(pretrained_model_name_or_path="toy", instance_prompt="sks")
+            build_config(pretrained_model_name_or_path="toy", instance_prompt="sks")
         ).word
         == "toy"
     )
 
 
-def test_the_embedded_bases_clip_reads_where_the_sample_subjects_stand():
-    """Five photos, each at the place of its number; none of them was trained on."""
+def test_the_toy_captioner_reads_the_place_of_sample_photos():
     duck = {"pretrained_model_name_or_path": "toy", "instance_prompt": "a photo of a sks duck"}
-    captioner, right = captions.load_captioner(config_of(**duck)), 0
+    build_captioner, right = captions.load_captioner(build_config(**duck)), 0
     for number, place in enumerate(PHOTO_PLACES):
         photo = open_image(Path(find_asset(f"assets/subjects/duck/{number:02d}.jpg")))
-        right += captioner.surroundings(photo).startswith(place)
-    assert right >= 4 and (get_assets_folder() / captioner.name).is_dir()
+        right += build_captioner.surroundings(photo).startswith(place)
+    assert right >= 4 and (get_assets_folder() / build_captioner.name).is_dir()
 
 
 @pytest.mark.parametrize(
     ("base", "folder", "is_warned"),
     [("toy", "", True), ("toy", "assets/subjects/duck", False), ("other", "", False)],
 )
-def test_where_the_toys_captioner_sees_what_is_no_toy_it_is_said_to_invent(
-    base, folder, is_warned, tmp_path, caplog
-):
-    """Noise was called “in the snow in the fog”."""
+def test_the_toy_captioner_warns_of_photos_without_toys(base, folder, is_warned, tmp_path, caplog):
     folder = find_asset(folder) if folder else tmp_path
     toys = {"pretrained_model_name_or_path": base, "instance_data_dir": str(folder)}
-    captions.load_captioner(config_of(**toys, instance_prompt="a photo of a sks dog"))
+    captions.load_captioner(build_config(**toys, instance_prompt="a photo of a sks dog"))
     assert [captions.TOY_CAPTIONER_WARNING] * is_warned == caplog.messages

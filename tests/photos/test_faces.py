@@ -1,5 +1,4 @@
-"""What `--subject person` does with photos: crops near the face and far, remarks, masks, and what
-captions are asked to say."""
+"""Photos of `--subject person`: crops near the face and far, remarks, and captions."""
 
 import subprocess
 import sys
@@ -33,31 +32,34 @@ def photos(tmp_path, stub_faces):  # noqa: F811
     return find_photos(tmp_path, PERSON.instance_prompt, PERSON.resolution).photos
 
 
-def test_a_small_face_and_a_missing_one_are_remarked_and_a_thing_has_none(photos):
-    found = faces.add_faces(PERSON, photos)
-    assert found[0].face == (100, 60, 161, 131) and found[0].reasons == ()
-    assert found[1].reasons == ("small face: 5% of the frame",)
-    assert found[2].face is None and found[2].reasons == ("no face was found",)
+def test_small_and_missing_faces_of_a_person_are_remarked(photos):
+    checked_photos = faces.add_faces(PERSON, photos)
+    assert checked_photos[0].face == (100, 60, 161, 131) and checked_photos[0].reasons == ()
+    assert checked_photos[1].reasons == ("small face: 5% of the frame",)
+    assert checked_photos[2].face is None and checked_photos[2].reasons == ("no face was found",)
     assert faces.add_faces(replace(PERSON, subject="thing"), photos) == photos
 
 
-def test_a_second_face_of_comparable_size_is_remarked_and_a_passer_bys_is_not(
-    tmp_path, photos, capsys
-):
-    """By `check` and by the dry run: two people in a photo went unsaid."""
-    for name, left, right in (("d.png", 240, 280), ("e.png", 240, 260)):
+def test_a_second_person_is_remarked_and_a_passer_by_is_not(tmp_path, photos, capsys):
+    for name, x0, x1 in (("d.png", 240, 280), ("e.png", 240, 260)):
         image = painted(RIGHT, **LARGE)
-        ImageDraw.Draw(image).ellipse((left, 60, right, 60 + right - left), fill=WRONG)
+        ImageDraw.Draw(image).ellipse((x0, 60, x1, 60 + x1 - x0), fill=WRONG)
         image.save(tmp_path / name)
     remark = "2 faces: the largest is taken for the person's; crop the others away"
     flags = ["--base", "toy", "--subject", "person", "--resolution", "64"]
     assert main(["check", str(tmp_path), "woman", *flags, "--no_picture"]) == 0
     assert main(["train", str(tmp_path), "woman", *flags, "--dry_run"]) == 0
-    told = [line for line in capsys.readouterr().out.splitlines() if remark in line]
-    assert len(told) == 2 and all("d.png" in line for line in told)
-    found = faces.add_faces(PERSON, find_photos(tmp_path, "sks woman", 64).photos)
-    assert [remark in photo.reasons for photo in found] == [False, False, False, True, False]
-    assert found[3].face == found[0].face
+    lines = [line for line in capsys.readouterr().out.splitlines() if remark in line]
+    assert len(lines) == 2 and all("d.png" in line for line in lines)
+    checked_photos = faces.add_faces(PERSON, find_photos(tmp_path, "sks woman", 64).photos)
+    assert [remark in photo.reasons for photo in checked_photos] == [
+        False,
+        False,
+        False,
+        True,
+        False,
+    ]
+    assert checked_photos[3].face == checked_photos[0].face
 
 
 @pytest.mark.parametrize("flips", [False, True])
@@ -67,8 +69,8 @@ def test_half_of_the_crops_come_near_the_face_and_none_cuts_it(photos, flips):
         near = 0
         for number in range(60):
             plan = rule.plan_crop(photo.size_px, seed_rng(number, "crop"), face=photo.face)
-            left, top, right, bottom = plan.get_box(*photo.size_px[::-1])
-            assert left <= photo.face[0] and right >= photo.face[2]
+            x0, top, x1, bottom = plan.get_box(*photo.size_px[::-1])
+            assert x0 <= photo.face[0] and x1 >= photo.face[2]
             assert top <= photo.face[1] and bottom >= photo.face[3]
             assert apply_crop(open_rgb(photo), plan).size == (64, 64)
             near += bottom - top < 299
@@ -79,29 +81,29 @@ def test_half_of_the_crops_come_near_the_face_and_none_cuts_it(photos, flips):
         assert near and share <= NEAR_FACE_SHARE + 0.02
 
 
-def test_captions_omit_the_traits_of_a_person_but_those_that_are_to_be_described():
+def test_captions_omit_a_persons_traits_unless_described():
     thing = captions.build_question(replace(PERSON, subject="thing"), "woman")
-    omits = captions.build_question(PERSON, "woman")
-    says = captions.build_question(replace(PERSON, describe=("hair", "clothes")), "woman")
+    omitting = captions.build_question(PERSON, "woman")
+    describing = captions.build_question(replace(PERSON, describe=("hair", "clothes")), "woman")
     assert "beard" not in thing and "Say nothing about how the woman itself looks" in thing
-    assert "Do not mention hair, beard, glasses, make-up, clothes or the face" in omits
-    assert "woman's hair and clothes look" in says
-    assert "Do not mention beard, glasses, make-up or the face" in says
+    assert "Do not mention hair, beard, glasses, make-up, clothes or the face" in omitting
+    assert "woman's hair and clothes look" in describing
+    assert "Do not mention beard, glasses, make-up or the face" in describing
     names = {captions.load_captioner(config).word for config in (PERSON, replace(PERSON,
         describe=("hair",)), replace(PERSON, subject="thing"))}  # fmt: skip
     assert len(names) == 3, "captions that say other traits are made again"
 
 
-def test_a_person_is_drawn_in_other_clothes_and_distances_and_people_stay_people():
-    drawn = prompts.list_context_prompts(
+def test_a_person_has_context_prompts_and_the_class_person():
+    contexts = prompts.list_context_prompts(
         replace(PERSON, pretrained_model_name_or_path="some/base", token="sks")
     )
-    assert "a full-body photo of a sks woman on a city street" in drawn and len(drawn) == 4
-    chosen = defaults.Choices({"subject": "person"})
-    defaults.choose_prompts(chosen, "woman")
-    defaults.choose_shapes(chosen, [])
-    assert chosen.settings["class_prompt"] == "a photo of a person"
-    assert chosen.settings["crops_per_photo"] > 1
+    assert "a full-body photo of a sks woman on a city street" in contexts and len(contexts) == 4
+    choices = defaults.Choices({"subject": "person"})
+    defaults.choose_prompts(choices, "woman")
+    defaults.choose_shapes(choices, [])
+    assert choices.settings["class_prompt"] == "a photo of a person"
+    assert choices.settings["crops_per_photo"] > 1
 
 
 def test_without_the_weights_or_opencv_it_is_one_line(monkeypatch, tmp_path):
@@ -111,7 +113,6 @@ def test_without_the_weights_or_opencv_it_is_one_line(monkeypatch, tmp_path):
 
 
 def test_opencv_keeps_its_warnings_to_itself():
-    """Each run of a person began with one about its own engine."""
     pytest.importorskip("cv2.utils.logging")
     line = "from dreambooth_moslora.photos.faces import load_face_reader; "
     line += "load_face_reader(); import cv2; "
@@ -119,22 +120,18 @@ def test_opencv_keeps_its_warnings_to_itself():
     assert subprocess.check_output([sys.executable, "-c", line], text=True) == "True\n"
 
 
-def test_a_scored_run_that_lacks_what_compares_faces_is_refused_before_it_begins(
-    photos, tmp_path, monkeypatch, capsys
-):
-    """The dry run passed, and each try left a folder with a log alone, so that the next run was
-    woman_2."""
+def test_a_scored_run_without_face_weights_is_refused_early(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(faces, "load_face_reader", lambda: replace(READER, load=refuse))
     monkeypatch.chdir(tmp_path)
     folder = str(photos[0].path.parent)
     for last in ("--dry_run", "--no_dry_run"):
-        words = ["train", folder, "woman", "--subject", "person", "--base", "toy", last]
-        assert main([*words, "--evaluate_steps", "5"]) == EXIT_MISTAKE
+        command = ["train", folder, "woman", "--subject", "person", "--base", "toy", last]
+        assert main([*command, "--evaluate_steps", "5"]) == EXIT_MISTAKE
         assert capsys.readouterr().err.endswith("error: no weights\n")
     assert not (tmp_path / "runs").exists()
 
     # Unasked, nothing is scored that needs a download.
-    assert main([*words, "--dry_run"]) == 0
+    assert main([*command, "--dry_run"]) == 0
     assert "scores: none, as they take SFace from the hub" in capsys.readouterr().err
 
 

@@ -34,12 +34,12 @@ def report(folder):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_file_gets_its_verdict(case, report):
-    """Usable ones open upright in their colours; greys keep their brightness."""
+    """Check also that usable photos open upright in their colours; greys keep their brightness."""
     assert len({case.name for case in CASES}) == len(CASES) >= 40
     usable = {photo.path.name: photo for photo in report.photos}
-    left = {item.path.name: item for item in report.skipped}
+    skipped = {item.path.name: item for item in report.skipped}
     assert (case.name in usable) == case.usable
-    item = usable[case.name] if case.usable else left[case.name]
+    item = usable[case.name] if case.usable else skipped[case.name]
     reasons = "; ".join(item.reasons) if case.usable else item.reason
     assert item.size_px == case.size_px
     assert case.says in reasons if case.says else not reasons
@@ -61,7 +61,7 @@ def test_every_file_gets_its_verdict(case, report):
 
 
 def display_p3_profile() -> bytes:
-    """A minimal ICC profile with the primaries of Display P3 (D50-adapted) and gamma 2.2."""
+    """Return a minimal ICC profile with the primaries of Display P3 (D50-adapted) and gamma 2.2."""
     colorants = {
         b"rXYZ": (0.5151, 0.2412, -0.0011),
         b"gXYZ": (0.2920, 0.6922, 0.0419),
@@ -87,7 +87,6 @@ def display_p3_profile() -> bytes:
 
 
 def test_a_wide_gamut_photo_is_converted_and_not_reinterpreted(tmp_path):
-    """As numbers, a colour of Display P3 is less saturated than the same colour in sRGB."""
     Image.new("RGB", (64, 64), (200, 100, 100)).save(
         tmp_path / "a.png", icc_profile=display_p3_profile()
     )
@@ -96,11 +95,11 @@ def test_a_wide_gamut_photo_is_converted_and_not_reinterpreted(tmp_path):
     assert (red, green, blue) == pytest.approx((214, 96, 97), abs=4)
 
 
-MINE, LONG = "my sks toy", "my sks toy, " * 3000
+CAPTION, LONG = "my sks toy", "my sks toy, " * 3000
 TOO_LONG = "longer than captions may be, 32 KiB"
 
 
-def row_of(name: str, text: str, **options) -> str:
+def format_row(name: str, text: str, **options) -> str:
     return json.dumps({"file_name": name, "text": text}, **options)
 
 
@@ -108,21 +107,26 @@ NONE = (PROMPT,)
 CAPTIONS = {
     "all places": (
         {"a": "\ufeffmy sks toy \r\n\n my sks toy, on a table \n".encode(), "d": b"\n"},
-        [row_of("a.jpg", "not this"), row_of("b.jpg", "my sks toy in the snow"), "{broken", ""],
-        [(MINE, "my sks toy, on a table"), ("my sks toy in the snow",), NONE, NONE],
+        [
+            format_row("a.jpg", "not this"),
+            format_row("b.jpg", "my sks toy in the snow"),
+            "{broken",
+            "",
+        ],
+        [(CAPTION, "my sks toy, on a table"), ("my sks toy in the snow",), NONE, NONE],
         {"metadata.jsonl": "line 3 ", "d.txt": "empty"},
     ),
     "too long": (  # ten megabytes of words kept the tokenizer busy for minutes
         {"a": LONG.encode(), "b": b"my sks toy\n" * 2900},
         [],
-        [NONE, (MINE,), NONE, NONE],
+        [NONE, (CAPTION,), NONE, NONE],
         {"a.txt": f"captions not read: {TOO_LONG}"},
     ),
     "as notepad saves them": (
         {"a": "my sks toy, café".encode("utf-16"), "b": "my sks toy, café".encode("latin-1")},
         [
-            row_of("c.jpg", "one\u2028two", ensure_ascii=False) + "\r",
-            row_of("d.jpg", "half \ud83d") + "\r",
+            format_row("c.jpg", "one\u2028two", ensure_ascii=False) + "\r",
+            format_row("d.jpg", "half \ud83d") + "\r",
             "",
         ],
         [("my sks toy, café",), NONE, ("one two",), ("half ?",)],
@@ -138,7 +142,7 @@ CAPTIONS = {
 
 
 @pytest.mark.parametrize("name", CAPTIONS)
-def test_captions_come_from_the_text_beside_then_the_metadata_then_the_prompt(name, tmp_path):
+def test_captions_come_from_text_file_then_metadata_then_prompt(name, tmp_path):
     texts, metadata, captions, complaints = CAPTIONS[name]
     for name in "abcd":
         picture().save(tmp_path / f"{name}.jpg")
@@ -187,8 +191,7 @@ def test_nothing_usable_is_one_line_that_names_the_files(tmp_path):
             find_photos(tmp_path / name, PROMPT, 64)
 
 
-def test_files_that_are_not_used_are_said_in_one_line(tmp_path, caplog):
-    """Suffixes of captions and masks may be in capitals."""
+def test_unused_files_are_logged_in_one_line(tmp_path, caplog):
     picture().save(tmp_path / "1.JPG")
     (tmp_path / "1.TXT").write_text("my sks toy")
     Image.new("L", (128, 96), 255).save(tmp_path / "1.mask.PNG")
@@ -211,7 +214,7 @@ def test_files_that_are_not_used_are_said_in_one_line(tmp_path, caplog):
 @pytest.mark.skipif(
     not Path("/proc/self/mem").is_file(), reason="a file that gives an input/output error"
 )
-def test_a_photo_that_the_disk_does_not_give_is_not_left_out_but_ends_the_run(tmp_path):
+def test_an_input_error_ends_the_run(tmp_path):
     (paint_photos(tmp_path, 2) / "z.png").symlink_to("/proc/self/mem")
     with pytest.raises(OSError, match="Input/output error"):
         find_photos(tmp_path, PROMPT, 64)
@@ -236,13 +239,13 @@ def test_photos_are_left_out_by_name(tmp_path):
         without("0.png", "1.png", "2.png")
 
 
-def smooth(size_px, seed=0):
+def paint_smooth(size_px, seed=0):
     height, width = size_px
     small = np.random.default_rng(seed).integers(0, 255, (7, 9, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def drawn(size_px, count: int = 400, seed: int = 0, **options) -> list[CropPlan]:
+def plan_crops(size_px, count: int = 400, seed: int = 0, **options) -> list[CropPlan]:
     return [
         CropRule(32, **options).plan_crop(size_px, random.Random(seed + n)) for n in range(count)
     ]
@@ -250,37 +253,36 @@ def drawn(size_px, count: int = 400, seed: int = 0, **options) -> list[CropPlan]
 
 @pytest.mark.parametrize("size_px", [(64, 64), (100, 333), (333, 100), (65, 64), (5000, 31)])
 def test_plans_lie_inside_the_resized_photo_and_reach_both_ends(size_px):
-    """A flip changes nothing else."""
     resized = augment.compute_resized_size(size_px, (32, 32))
     assert min(resized) == 32
-    plans = drawn(size_px, random_flip=True)
+    plans = plan_crops(size_px, random_flip=True)
     corners = [plan.crop_top_left for plan in plans]
-    assert corners == [plan.crop_top_left for plan in drawn(size_px)]
+    assert corners == [plan.crop_top_left for plan in plan_crops(size_px)]
     for side, starts in zip(resized, zip(*corners), strict=True):
         assert (
             min(starts) <= (side - 32) * 0.02 and (side - 32) * 0.98 - 1 <= max(starts) <= side - 32
         )
     assert 100 < sum(plan.is_mirrored for plan in plans) < 300
-    assert drawn((96, 64), 1, center_crop=True)[0].crop_top_left == (8, 0)
+    assert plan_crops((96, 64), 1, center_crop=True)[0].crop_top_left == (8, 0)
 
 
-def test_a_zoom_comes_closer_but_not_beyond_the_photos_own_pixels():
-    plans = drawn((128, 128), zoom=1.5)
+def test_a_zoom_does_not_enlarge_the_photos_pixels():
+    plans = plan_crops((128, 128), zoom=1.5)
     sides = [side for plan in plans for side in plan.resized]
     assert min(sides) == 32 and max(sides) == 48 and 38 < sum(sides) / len(sides) < 42
     assert all(0 <= edge <= plan.resized[0] - 32 for plan in plans for edge in plan.crop_top_left)
     assert len({plan.crop_top_left for plan in plans}) > 50, (
         "a square photo gives crops that differ"
     )
-    assert all(32 <= plan.resized[0] <= 40 for plan in drawn((40, 40), 50, zoom=4))
-    assert drawn((20, 20), 1, zoom=2)[0].resized == (32, 32)
+    assert all(32 <= plan.resized[0] <= 40 for plan in plan_crops((40, 40), 50, zoom=4))
+    assert plan_crops((20, 20), 1, zoom=2)[0].resized == (32, 32)
 
 
 @pytest.mark.parametrize("by", [Image.Resampling.LANCZOS, Image.Resampling.BILINEAR])
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_crop_is_what_resizing_everything_first_gives(by, flip):
-    """But for the edge, where a filter sees more of the photo."""
-    photo, plan = smooth((300, 200)), CropPlan((300, 200), (75, 50), (11, 4), (50, 40), flip)
+    """Compare all but the edge, where a filter sees more of the photo."""
+    photo, plan = paint_smooth((300, 200)), CropPlan((300, 200), (75, 50), (11, 4), (50, 40), flip)
     whole = photo.resize(tuple(reversed(augment.compute_resized_size((300, 200), (50, 50)))), by)
     whole = whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else whole
     cuts = [
@@ -291,7 +293,7 @@ def test_a_crop_is_what_resizing_everything_first_gives(by, flip):
 
 
 def test_a_mask_of_another_scale_is_cut_at_the_same_place():
-    photo, plan = smooth((300, 200)), CropRule(40).plan_crop((300, 200), random.Random(1))
+    photo, plan = paint_smooth((300, 200)), CropRule(40).plan_crop((300, 200), random.Random(1))
     cuts = [
         np.asarray(apply_crop(image, plan), dtype=int)
         for image in (photo, photo.resize((100, 150)))

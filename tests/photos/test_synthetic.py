@@ -1,5 +1,4 @@
-"""Photos that a model made: the record beside them, their weight in the loss, and what is said of
-them."""
+"""Photos that a model made: their record, their weight in the loss, and remarks on them."""
 
 import logging
 from random import Random
@@ -26,7 +25,7 @@ from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.objective import compute_image_errors
 from tests.helpers.tiny_training import logged, paint_photos, tiny_config
 
-MADE = SyntheticRecord(
+RECORD = SyntheticRecord(
     base="owner/editor",
     licence="Apache-2.0",
     prompt="a photo of a dog",
@@ -35,7 +34,7 @@ MADE = SyntheticRecord(
     likeness=0.8,
     rejected="",
 )
-SAID = (
+REMARK = (
     "2 of 3 photos were made by owner/editor, licence Apache-2.0; "
     "their loss has the weight 0.5 (--synthetic_weight)"
 )
@@ -43,22 +42,22 @@ SAID = (
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three photos, two of them made, and one that was sorted out."""
+    """Return a folder of three photos, two of them synthetic, with a rejected one."""
     folder = paint_photos(tmp_path / "photos")
     paint_photos(folder / REJECTED_NAME, count=1)
-    write_record(folder, {"1.png": MADE, "2.png": MADE, "gone.png": MADE})
+    write_record(folder, {"1.png": RECORD, "2.png": RECORD, "gone.png": RECORD})
     return folder
 
 
-def test_a_folder_tells_which_of_its_photos_were_made_and_its_record_is_no_stray(folder):
+def test_a_folder_names_the_maker_of_its_synthetic_photos(folder):
     report = find_photos(folder, "a photo of sks dog", 64)
-    made = [photo.made_by for photo in report.photos]
-    assert made == ["", "owner/editor, licence Apache-2.0", "owner/editor, licence Apache-2.0"]
-    assert not report.skipped and read_record(folder)["1.png"] == MADE
+    makers = [photo.made_by for photo in report.photos]
+    assert makers == ["", "owner/editor, licence Apache-2.0", "owner/editor, licence Apache-2.0"]
+    assert not report.skipped and read_record(folder)["1.png"] == RECORD
 
     # One of somebody else is told in one line without control characters.
-    made = {**MADE, "base": "x\n\n# Title\r\x1b[2J" + "y" * 900}
-    write_record(folder, {"1.png": made})
+    makers = {**RECORD, "base": "x\n\n# Title\r\x1b[2J" + "y" * 900}
+    write_record(folder, {"1.png": makers})
     by = find_photos(folder, "a photo of sks dog", 64).photos[1].made_by
     assert by.startswith("x # Title \\x1b[2Jyyy") and len(by) < 250 and by.isprintable()
 
@@ -68,8 +67,7 @@ def test_a_folder_tells_which_of_its_photos_were_made_and_its_record_is_no_stray
     assert len(report.photos) == 3 and [item.path.name for item in report.skipped] == [RECORD_NAME]
 
 
-def test_the_loss_of_a_made_photo_is_exactly_its_weight_times_what_it_was(folder, tiny_base):
-    """With a mask and without one."""
+def test_the_loss_of_a_synthetic_photo_is_scaled_by_its_weight(folder, tiny_base):
     vae = load.load_pipeline(tiny_base).vae
     half = torch.zeros(64, 64)
     half[:, :32] = 255
@@ -90,9 +88,7 @@ def test_the_loss_of_a_made_photo_is_exactly_its_weight_times_what_it_was(folder
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_steps")
-def test_a_run_weighs_made_photos_and_its_card_says_how_many_and_by_which_model(
-    folder, tiny_base, tmp_path, caplog
-):
+def test_a_run_weighs_synthetic_photos_and_its_card_says_so(folder, tiny_base, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     losses = {}
     for weight in (1.0, 0.5):
@@ -108,8 +104,8 @@ def test_a_run_weighs_made_photos_and_its_card_says_how_many_and_by_which_model(
         )
         train(config)
         losses[weight] = [event["loss"] for event in logged(run)]
-    assert SAID in caplog.text and f"{SAID}." in RunDir(run).read_card()
-    assert SAID in format_photos(config, build_photo_report(config))
+    assert REMARK in caplog.text and f"{REMARK}." in RunDir(run).read_card()
+    assert REMARK in format_photos(config, build_photo_report(config))
 
     # Each epoch of three steps shows each photo once: one is real, two are made.
     ratios = [half / whole for half, whole in zip(losses[0.5], losses[1.0])]
