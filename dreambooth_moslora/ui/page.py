@@ -171,8 +171,10 @@ def get_first_value(ctx: state.AppContext, name: str) -> Any:
         return gr.update(visible=ctx.facts.style == "ddpm")
     # All other names are fields of the Train tab.
     row = train_form.list_form_fields()[name]
-    is_shown = not (row.hides_for_toys and is_toy(ctx.base_name))
-    return gr.update(value=row.get_first_value(ctx.base_name), visible=is_shown)
+    value = row.get_first_value(ctx.base_name)
+    if row.hides_for_toys:
+        return gr.update(value=value, visible=not is_toy(ctx.base_name))
+    return gr.update(value=value)
 
 
 @cache

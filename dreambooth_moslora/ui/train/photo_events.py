@@ -96,10 +96,10 @@ def _connect_adding(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts:
         train_photos.remove_all_photos(ctx.workspace)
         return render_review(ctx, {})
 
-    # Update the grid when the page is loaded, or a field has changed that decides the crops.
+    # Update the grid when the page is loaded, or a field has changed that decides crops or steps.
     changes = [page.load]
     for name, row in train_form.list_form_fields().items():
-        if row.moves_crops:
+        if row.updates_photos:
             changes.append(fields[name].blur if row.is_number else fields[name].input)
 
     @on(changes, MESSAGE_EVENT, inputs_kwargs=fields, outputs=review_outputs)

@@ -108,7 +108,7 @@ def build_field_widget(name: str, base: str) -> gr.components.Component:
             look["info"] += HUB_NOTE.format(row.fetched)
         return gr.Checkbox(first, **look)
     if row.is_number:
-        return gr.Number(first, precision=0 if isinstance(first, int) else None, **look)
+        return gr.Number(first, precision=0 if isinstance(row.default, int) else None, **look)
     if row.choices:
         choices = [(label, value) for value, label in row.choices.items()]
         return gr.Radio(choices, value=first, **look)
@@ -150,7 +150,7 @@ def build_train_tab(
     return {
         name: fields[name]
         for name, row in list_form_fields().items()
-        if row.at_first or row.hides_for_toys
+        if row.at_first or row.is_by_recipe or row.hides_for_toys
     }
 
 

@@ -7,7 +7,9 @@ open are chosen as `train FOLDER WORD` does.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.photos.sidecars import clean_whitespace
 from dreambooth_moslora.plan import defaults as plan
 from dreambooth_moslora.settings import toy_bases
-from dreambooth_moslora.settings.train_config import SETTINGS
+from dreambooth_moslora.settings.train_config import SETTINGS, TrainConfig
 from dreambooth_moslora.values import is_number
 
 PRESET_FACTORS = {"quick": 0.5, "standard": 1.0, "thorough": 2.0}
@@ -45,13 +47,13 @@ class FormField:
     choices: Mapping[str, str] = field(default_factory=dict)
     """Value -> label of radio buttons (default: the values of its setting)."""
     always: bool = False
-    """Whether the run gets its value even if unchanged; otherwise 0 means “by recipe”."""
+    """Whether the run gets its value even if unchanged."""
     switch_values: tuple[str, str] | None = None
     """Values of the setting for a tick box that is off, and on."""
     hides_for_toys: bool = False
     """Whether it is hidden for the embedded base, which does not use it."""
-    moves_crops: bool = False
-    """Whether it decides the crops, so that the grid of photos is updated after it."""
+    updates_photos: bool = False
+    """Whether it decides the crops or the steps, so that the photos are shown again after it."""
     names_subject: bool = False
     """Whether it describes the photos' subject: it is kept with them, and cleared for a new one."""
     at_first: Callable[[str], Any] | None = None
@@ -88,8 +90,15 @@ class FormField:
     def is_number(self) -> bool:
         return is_number(self.default) and not self.is_tick
 
+    @property
+    def is_by_recipe(self) -> bool:
+        """Return whether an empty value, or 0, leaves it to the recipe, whose value it shows."""
+        return bool(self.setting) and not (self.default or self.always or self.is_tick)
+
     def get_first_value(self, base: str) -> Any:
         """Return its first value on a page of that base."""
+        if self.is_by_recipe:
+            return get_recipe_settings(base)[self.setting]
         return self.at_first(base) if self.at_first else self.default
 
 
@@ -99,6 +108,18 @@ def make_field(default: Any, label: str, info: str = "", **facts: Any) -> Any:
     return field(default=default, metadata={"row": row})
 
 
+@lru_cache(maxsize=16)
+def get_recipe_settings(base: str) -> dict[str, Any]:
+    """Return the settings that a run on the base of this name has unless the form changes them."""
+    choices = plan.Choices({"pretrained_model_name_or_path": base})
+    resolution_px = TrainConfig.resolution
+    with suppress(UserError):  # a base that cannot be used, which is reported when it is loaded
+        plan.choose_recipe(choices, None)
+        resolution_px = choices.base.resolution_px
+    defaults = {name: row.default for name, row in SETTINGS.items()}
+    return defaults | choices.settings | {"resolution": resolution_px}
+
+
 def list_form_fields() -> dict[str, FormField]:
     """Map names to the fields of the form, in the table's order."""
     return {item.name: item.metadata["row"] for item in fields(TrainForm)}
@@ -106,7 +127,7 @@ def list_form_fields() -> dict[str, FormField]:
 
 @dataclass(frozen=True)
 class TrainForm:
-    """Values of the training form. 0 in a number, and None, mean the recipe's value."""
+    """Values of the training form. Empty ones mean the recipe's value, as 0 does in a number."""
 
     token: str = make_field(
         plan.DEFAULT_TOKEN,
@@ -136,6 +157,7 @@ class TrainForm:
         info="how often each photo is shown: half the usual, the usual, twice",
         line=2,
         choices=dict(zip(PRESET_FACTORS, PRESET_FACTORS)),
+        updates_photos=True,
     )
     prior_preservation: bool = make_field(
         True,
@@ -149,24 +171,57 @@ class TrainForm:
     rank: int = make_field(
         0,
         label="Rank",
-        info="room for detail; more makes a larger file; 0: the recipe's",
+        info="room for detail; more makes a larger file",
         line=23,
         setting="rank",
     )
     learning_rate: float = make_field(
         0.0,
         label="Learning rate",
-        info="size of a step; too much burns the pictures; 0: the recipe's",
+        info="too much burns the pictures; 1 with Prodigy",
         line=23,
         setting="learning_rate",
     )
     steps: int = make_field(
         0,
         label="Steps",
-        info="or an exact number of steps; 0: as the length says",
+        info="an exact number, in place of the length",
         line=4,
         setting="max_train_steps",
+        updates_photos=True,
         elem_id="train_steps",
+        look={"placeholder": "by the length"},
+    )
+    batch_size: int = make_field(
+        0,
+        label="Batch size",
+        info="photos at once; more needs more memory",
+        line=4,
+        setting="train_batch_size",
+        updates_photos=True,
+    )
+    resolution: int = make_field(
+        0,
+        label="Resolution",
+        info="side of the crops, px; less is faster",
+        line=4,
+        setting="resolution",
+        updates_photos=True,
+    )
+    sample_prompts: str = make_field(
+        "",
+        label="Sample prompts",
+        info="of the pictures during the run, one a line; or empty",
+        line=10,
+        names_subject=True,
+        look={"placeholder": "a photo of a sks dog on the beach", "lines": 2},
+    )
+    optimizer: str = make_field(
+        "",
+        label="Optimizer",
+        info="Prodigy finds its own rate",
+        line=24,
+        setting="optimizer",
     )
     mixer: str = make_field(
         "orthogonal",
@@ -183,7 +238,7 @@ class TrainForm:
         line=20,
         setting="seed",
         always=True,
-        moves_crops=True,
+        updates_photos=True,
         elem_id="train_seed",
     )
     make_masks: bool | None = make_field(
@@ -209,7 +264,7 @@ class TrainForm:
     prior_weight: float = make_field(
         0.0,
         label="Prior weight",
-        info="how firmly the class is kept; 0: the recipe's",
+        info="how firmly the class is kept",
         line=22,
         setting="prior_loss_weight",
         unused_for=("style",),
@@ -246,7 +301,7 @@ class TrainForm:
         info="a person is known by the face, a style by how things look",
         line=1,
         setting="subject",
-        moves_crops=True,
+        updates_photos=True,
         names_subject=True,
         choices={"thing": "object", "person": "person", "style": "style"},
     )
@@ -302,7 +357,8 @@ class TrainForm:
     ) -> plan.Choices:
         """Choose settings as the command does for these photos and words.
 
-        - `base` is the name of the page's base, and `resolution_px` its side.
+        - `base` is the name of the page's base, and `resolution_px` its side, which a resolution
+          in the form replaces.
         - `photos_dir` has the photos.
         - `run_dir` is the run's folder, which need not exist.
         - `photos` are those of `photos_dir` that can be used, if they were read already.
@@ -311,6 +367,7 @@ class TrainForm:
         Raises UserError for a form or photos that no run can use.
         """
         # The form's own values come first, then those of the base's recipe.
+        resolution_px = self.get_resolution(resolution_px)
         choices = plan.Choices(self.collect_settings(base, resolution_px, photos_dir, run_dir))
         scores_choice = self.scores
         # The embedded base needs no GPU, whatever its memory.
@@ -324,6 +381,10 @@ class TrainForm:
             scores_choice = None
         plan.choose_scores(choices, photos, scores_choice)
         return choices
+
+    def get_resolution(self, resolution_px: int) -> int:
+        """Return the side of the crops, px: the form's, or else the base's `resolution_px`."""
+        return int(self.resolution or resolution_px)
 
     def collect_settings(
         self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path
@@ -346,6 +407,9 @@ class TrainForm:
         looks = str(self.describe or "").replace(",", " ").split()
         if looks and self.subject == "person":
             settings["describe"] = looks
+        lines = map(clean_whitespace, str(self.sample_prompts or "").splitlines())
+        if sample_prompts := list(filter(None, lines)):
+            settings["validation_prompt"] = sample_prompts
         return settings
 
     def collect_changed_settings(self, base: str) -> dict[str, Any]:
@@ -355,7 +419,7 @@ class TrainForm:
             # Skip a field that fills no setting, or is left to the recipe.
             value = getattr(self, name)
             value = clean_whitespace(value) if isinstance(value, str) else value
-            is_by_recipe = value is None or (row.is_number and not row.always and not value)
+            is_by_recipe = value is None or (row.is_by_recipe and not value)
             is_hidden = self.subject in row.unused_for or (
                 row.hides_for_toys and toy_bases.is_toy(base)
             )

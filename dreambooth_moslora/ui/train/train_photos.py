@@ -117,7 +117,8 @@ def build_review(
     """
     folder = ctx.workspace.photos_dir
     with ctx.workspace.changing:
-        report = find_photo_faults(find_photos(folder, "", ctx.resolution_px), ctx.resolution_px)
+        resolution_px = form.get_resolution(ctx.resolution_px)
+        report = find_photo_faults(find_photos(folder, "", resolution_px), resolution_px)
         lines = [*remarks, *report.remarks]
         if is_beyond_toy(ctx):
             lines.append(TOY_PHOTOS_REMARK)

@@ -103,7 +103,37 @@ def test_base_decides_masks_and_scores_by_default(photos, monkeypatch, base, usu
 def test_every_row_fills_an_existing_setting():
     for name, row in list_form_fields().items():
         assert not row.setting or row.setting in SETTINGS, name
-        assert not row.values or row.default in row.values, name
+        first = row.get_first_value("toy") if row.is_by_recipe else row.default
+        assert not row.values or first in row.values, name
+
+
+RECIPE_VALUES = {
+    "toy": {"rank": 16, "learning_rate": 2e-3, "prior_weight": 2.5, "batch_size": 4},
+    "owner/sdxl": {"rank": 16, "learning_rate": 1e-4, "prior_weight": 1.0, "batch_size": 1},
+}
+RECIPE_VALUES["toy"] |= {"resolution": 128, "optimizer": "AdamW", "steps": None}
+RECIPE_VALUES["owner/sdxl"] |= {"resolution": 1024, "optimizer": "AdamW"}
+
+
+@pytest.mark.parametrize("base", RECIPE_VALUES)
+def test_fields_show_the_recipes_values_and_send_changes_alone(base):
+    """The form said "0: the recipe's", which told nobody what a run would use."""
+    rows = list_form_fields()
+    shown_values = {name: rows[name].get_first_value(base) for name in RECIPE_VALUES[base]}
+    assert shown_values == RECIPE_VALUES[base]
+    unchanged = TrainForm(**DOG).collect_changed_settings(base)
+    assert TrainForm(**DOG | shown_values).collect_changed_settings(base) == unchanged
+    changes = {"rank": 8, "batch_size": 2, "resolution": 96, "optimizer": "Lion"}
+    changed = TrainForm(**DOG | shown_values | changes).collect_changed_settings(base)
+    sent_changes = {"rank": 8, "train_batch_size": 2, "resolution": 96, "optimizer": "Lion"}
+    assert changed == unchanged | sent_changes
+
+
+def test_resolution_batch_and_sample_prompts_reach_the_config(photos):
+    prompts = "a sks dog in snow\n\n a  sks dog at sea\n"
+    config = build_config(photos, resolution=64, batch_size=2, sample_prompts=prompts)
+    assert (config.resolution, config.train_batch_size) == (64, 2)
+    assert config.validation_prompt == ("a sks dog in snow", "a sks dog at sea")
 
 
 HALF = "a \ud800"

@@ -187,13 +187,14 @@ def test_shown_crops_equal_the_runs(tmp_path, workspace, base, seed):
 def test_fields_that_move_crops_update_the_grid(context, monkeypatch):
     """Another number moves them too, if its row says so."""
     rows = train_form.list_form_fields()
-    rows["rank"] = replace(rows["rank"], moves_crops=True)
+    rows["rank"] = replace(rows["rank"], updates_photos=True)
     monkeypatch.setattr(train_form, "list_form_fields", lambda: rows)
     page = build_app(context())
     again = next(event for event in page.fns.values() if event.name == "update_review")
     labels = {number: getattr(block, "label", None) for number, block in page.blocks.items()}
     targets = {(labels.get(number), trigger) for number, trigger in again.targets}
-    assert targets - {(None, "load")} == {("Seed", "blur"), ("Subject", "input"), ("Rank", "blur")}
+    numbers = {(name, "blur") for name in ("Seed", "Rank", "Steps", "Batch size", "Resolution")}
+    assert targets - {(None, "load")} == numbers | {("Subject", "input"), ("Length", "input")}
 
 
 @pytest.fixture
