@@ -19,13 +19,22 @@ from dreambooth_moslora.disk.run_folder import clean_name
 from dreambooth_moslora.errors import UserError, format_error
 from dreambooth_moslora.settings import toy_bases
 from dreambooth_moslora.settings.family_facts import SDXL_HUB_ID
-from dreambooth_moslora.settings.train_config import list_flags
+from dreambooth_moslora.settings.train_config import MEMORY_PLANS, TrainConfig, list_flags
 
 if TYPE_CHECKING:
     from dreambooth_moslora.ui.state import AppContext, PageBase
 
 BYTES_A_PARAMETER = 2
 """Bytes of a parameter in weights that are fetched, in half precision."""
+OFFERED_MODELS = {
+    "SDXL": SDXL_HUB_ID,
+    "Z-Image": "Tongyi-MAI/Z-Image",
+    "FLUX.1": "black-forest-labs/FLUX.1-dev",
+    "FLUX.2 klein": "black-forest-labs/FLUX.2-klein-base-4B",
+}
+"""Title in the list of bases -> hub id of a model that is offered whether or not it is here."""
+FREE_CARD_GIB = {4: 3.3, 6: 5.0, 8: 6.9, 12: 10.2, 16: 14.6, 24: 20.8, 32: 29.0, 48: 45.0, 80: 78.0}
+"""Size of a card, GB -> its free memory beside a screen, GiB."""
 START_HINT = "start the page with `python app.py --base FOLDER_OR_FILE`"
 """Advice for a base that cannot be reached: the page itself has no field for a base."""
 LOGIN_WARNING = (
@@ -217,18 +226,17 @@ def make_runs_folder(text: str) -> Path:
 
 
 def list_bases(default_base: Base) -> dict[str, Base]:
-    """Map titles to bases: `default_base`, the toys, and SDXL."""
-    sdxl = Base.find(SDXL_HUB_ID)
+    """Map titles to bases: `default_base`, the toys, and the offered models."""
     # The same files are offered once, under the first of their names.
     bases_by_path: dict[str, Base] = {}
-    for base in (default_base, *map(Base.find, toy_bases.TOY_FOLDERS), sdxl):
+    names = (*toy_bases.TOY_FOLDERS, *OFFERED_MODELS.values())
+    for base in (default_base, *map(Base.find, names)):
         bases_by_path.setdefault(os.path.realpath(base.load_path), base)
     # A second base of the same name gets a number.
-    from dreambooth_moslora.ui.state import SDXL_TITLE
-
+    offered_titles = {hub_id: title for title, hub_id in OFFERED_MODELS.items()}
     bases_by_title: dict[str, Base] = {}
     for base in bases_by_path.values():
-        name = SDXL_TITLE if base is sdxl else clean_name(base.public_name)
+        name = offered_titles.get(base.name) or clean_name(base.public_name)
         title = find_free_name(name, bases_by_title.__contains__, " ")
         bases_by_title[title] = base
     return bases_by_title
@@ -244,13 +252,33 @@ def format_note(base: Base) -> str:
     """Return the note beside the base's title in the list; "" if there is none."""
     if base.is_toy:
         return "practice only"
-    if base.folder or base.file:
-        return ""
     if base.published is None:
-        return "a download"
+        return "" if base.folder or base.file else "a download"
+    card = f"card of {estimate_card_gb(base)} GB"
+    if base.folder:
+        return card
     model = base.published[1]
     parameters = model.parameters + model.encoders + model.vae
-    return f"a download of {BYTES_A_PARAMETER * parameters / 1e9:.1f} GB"
+    return f"{card}, {BYTES_A_PARAMETER * parameters / 1e9:.1f} GB to download"
+
+
+def estimate_card_gb(base: Base) -> int:
+    """Return the size of the smallest card that trains a published model, by the memory plan that
+    needs least, GB."""
+    from dreambooth_moslora.plan.base_size import find_base_size
+    from dreambooth_moslora.plan.memory import estimate_memory
+    from dreambooth_moslora.plan.memory_plans import USABLE_RATIO
+
+    config = TrainConfig(
+        pretrained_model_name_or_path=base.name,
+        resolution=base.resolution_px,
+        rank=16,  # the recipes'
+        train_batch_size=1,
+        mixed_precision="bf16",
+        **list(MEMORY_PLANS.values())[-1],
+    )
+    need_gib = estimate_memory(config, find_base_size(base, config.target_modules), 1).peak_gib
+    return next(gb for gb, free in FREE_CARD_GIB.items() if need_gib <= USABLE_RATIO * free)
 
 
 def describe_base(base: Base) -> str:
@@ -258,7 +286,7 @@ def describe_base(base: Base) -> str:
     if base.is_toy:
         return toy_bases.TOY_SUMMARY.format(base.facts.title)
     if not (base.folder or base.file):
-        return f"{format_note(base)} when it is first used; it wants a GPU"
+        return f"it wants a GPU; {format_note(base)} when it is first used"
     is_small = base.resolution_px <= model_files.MAX_SMALL_BASE_PX
     needs = "it needs no GPU" if is_small else "it wants a GPU; without one a picture takes minutes"
     try:

@@ -31,8 +31,6 @@ from dreambooth_moslora.ui.workspace import Workspace
 if TYPE_CHECKING:
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
-SDXL_TITLE = "SDXL"
-"""Title of the base that is offered for photographs, whether or not its files are here."""
 POLL_SEC = 0.5
 """Seconds between two updates of the time that a base has been loading."""
 MAX_STOPS = 1000

@@ -137,12 +137,17 @@ def base_index(tmp_path):
 
 def test_bases_are_listed_with_their_needs(base_index, tiny_base):
     toy = Base.find("toy")
-    assert list(app.list_bases(toy)) == ["toy", "toy-zimage", "SDXL"]
-    assert list(app.list_bases(Base.find(base_index))) == ["mine", "toy", "toy-zimage", "SDXL"]
+    titles = ["toy", "toy-zimage", "SDXL", "Z-Image", "FLUX.1", "FLUX.2 klein"]
+    assert list(app.list_bases(toy)) == titles
+    assert list(app.list_bases(Base.find(base_index))) == ["mine", *titles]
     assert app.describe_base(toy) == toy_bases.TOY_SUMMARY.format(
         "SDXL"
     ) and "practice" in app.format_note(toy)
-    assert app.format_note(Base.find(SDXL_HUB_ID)) == "a download of 6.9 GB"
+    needs = {SDXL_HUB_ID: (4, 6.9), "Tongyi-MAI/Z-Image": (6, 20.5)}
+    needs["black-forest-labs/FLUX.1-dev"] = (6, 33.7)
+    for name, (card_gb, download_gb) in needs.items():
+        note = f"card of {card_gb} GB, {download_gb} GB to download"
+        assert app.format_note(Base.find(name)) == note
     assert "64 px, 0.0 GiB of weights: it needs no GPU" in app.describe_base(Base.find(tiny_base))
     assert "wants a GPU" in app.describe_base(Base.find(base_index))
     (link := base_index.with_name("link")).symlink_to(base_index)
@@ -171,7 +176,7 @@ def test_public_page_offers_one_base(tmp_path, public):
     argv = ["--runs_dir", str(tmp_path / "runs"), *["--public"] * public]
     ctx = app.build_context(parser.parse_args(argv))
     ctx.workspace.close()
-    assert list(ctx.bases) == (["toy"] if public else ["toy", "toy-zimage", "SDXL"])
+    assert list(ctx.bases) == ["toy", *([] if public else ["toy-zimage", *app.OFFERED_MODELS])]
     wait([ctx._pipeline])
 
 
