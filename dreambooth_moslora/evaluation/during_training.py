@@ -81,6 +81,7 @@ class TrainingEvaluator:
 
     def __call__(self, sampler: Sampler, step: int) -> StepEvaluated:
         """Return the scores of a step, and what they cost."""
+        # Each subject is judged separately, and the scores are averaged.
         generate = self._build_generator(sampler)
         evaluations = [evaluator(generate) for evaluator in self.evaluators]
         merged = report.merge_evaluations(evaluations)

@@ -231,6 +231,8 @@ class Enlargement:
             )
             # Write the record first: no image may lie among the photos without it.
             synthetic.write_record(self.folder, self.record)
+
+            # Its folder by the verdict; an earlier verdict may have put it into the other one.
             target, old_path = (
                 (rejected_path, accepted_path) if verdict.reason else (accepted_path, rejected_path)
             )
@@ -239,6 +241,8 @@ class Enlargement:
             elif not target.is_file():
                 rename_with_retry(old_path, target)
             old_path.unlink(missing_ok=True)
+
+        # Later images must not be copies of it.
         if accepted_path.is_file():
             self.sorter.add_reference(shot.name, image)
 

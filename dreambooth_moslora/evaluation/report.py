@@ -148,6 +148,7 @@ def build_evaluators(
     encoders: CLIP and DINO, which score the images
     size_px: side of the images
     """
+    # Images are compared with the subject's real photos.
     evaluators = []
     all_photos = split_photos(photos, len(subjects))
     for subject, subject_photos, plan in zip(subjects, all_photos, plans, strict=True):

@@ -32,7 +32,6 @@ def get_model_config(model: nn.Module) -> dict[str, object]:
     # transformers' config can give what differs from its defaults; diffusers' config is a dict.
     config = model.config
     values = config.to_diff_dict() if hasattr(config, "to_diff_dict") else dict(config)
-
     public = {
         name: value
         for name, value in values.items()

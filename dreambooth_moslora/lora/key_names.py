@@ -265,10 +265,14 @@ def build_kohya_header(title: str, metadata: AdapterMetadata, components: Folded
     ranks = {layer.rank for layers in components.values() for layer in layers.values()}
     # sd-scripts writes "Dynamic" for a file of several ranks.
     rank = str(*ranks) if len(ranks) == 1 else "Dynamic"
+
+    # The family, by the UNet's configuration; some UNets of that form have another text encoder.
     config = metadata.structures.get("unet", {}).get("config", {"addition_embed_type": "text_time"})
     facts = get_denoiser_facts("UNet2DConditionModel", config)
     text_width = config.get("cross_attention_dim", TEXT_WIDTHS[0])
     is_usual = text_width in TEXT_WIDTHS
+
+    # ModelSpec's keys, then kohya's
     header = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{facts.modelspec}/lora"
@@ -284,6 +288,8 @@ def build_kohya_header(title: str, metadata: AdapterMetadata, components: Folded
         "ss_network_alpha": str(get_common_rank(components)),
         "ss_v2": "False",
     }
+
+    # What is not known of every file
     if is_usual:
         header["ss_base_model_version"] = facts.kohya_version
     if metadata.resolution_px:

@@ -80,6 +80,7 @@ def build_adapter_metadata(
     alphas = {path: layer.lora_alpha[adapter_name] for path, layer in layers.items()}
     rank, alpha = get_most_common(ranks.values()), get_most_common(alphas.values())
 
+    # What the base is, and which libraries trained the adapter
     return AdapterMetadata(
         rank=rank,
         alpha=alpha,
@@ -146,6 +147,7 @@ def save_raw(
 
 def read_raw(path: str | Path) -> tuple[Tensors, AdapterMetadata]:
     """Return tensors and metadata of a raw file. Raises UserError for any other file."""
+    # Published files lack the tensor that marks a raw one.
     tensors, header = read_tensors(path)
     name = Path(path).name
     if RAW_KEY not in tensors:

@@ -225,8 +225,9 @@ def check_fits(weights: AdapterWeights, pipeline: DiffusionPipeline) -> None:
             base_size = moslora.get_weight_size(layers.get(path))
             size = (len(projection.up), *projection.down.shape[1:])
             if size != base_size:
-                name = f"{component}.{path}"
-                raise raw_file.make_other_base_error(weights.file_name, name, size, base_size)
+                raise raw_file.make_other_base_error(
+                    weights.file_name, f"{component}.{path}", size, base_size
+                )
 
 
 def install(weights: AdapterWeights, pipeline: DiffusionPipeline) -> None:
@@ -313,6 +314,7 @@ def read_start(path: str | Path, pipeline: DiffusionPipeline, use_dora: bool) ->
 
     Raises UserError for another base's, and for a file with parts that the run's adapter lacks.
     """
+    # The file's layers are those of the base, in their sizes.
     weights = read_fitting("--init_adapter", path, pipeline)
     name = f"--init_adapter {weights.file_name}"
 
@@ -338,6 +340,7 @@ def copy_into_adapter(
 
     Raises UserError if file and adapter have no common layer.
     """
+    # The layers of the run's adapter, and those of the file with their scales
     live = raw_file.get_all_layers(components, adapter_name)
     update = {
         f"{component}.{path}": (projection, scales.get_scale(path, projection.rank))

@@ -110,6 +110,8 @@ def verify_file(path: Path, components: Components, adapter_name: str) -> FilePr
     # The layers on both sides
     live = raw_file.get_all_layers(components, adapter_name)
     tensors, _ = safetensors_file.read_tensors(path)
+
+    # diffusers drops `dora_scale`, so no stock loader reads these files whole.
     if any(key.endswith(".dora_scale") for key in tensors):
         return verify_kohya_dora(path, tensors, live, adapter_name)
     stock = load_stock_layers(path, components)

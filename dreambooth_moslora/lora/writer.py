@@ -133,6 +133,7 @@ def write_published(
         head = header | key_names.build_kohya_header(name, metadata, folded)
         files.append((path, key_names.build_kohya_tensors(folded, dtype), head))
 
+    # Rounding to the dtype may have made infinities.
     for path, tensors, head in files:
         safetensors_file.check_finite(tensors, f"the adapter in {dtype}")
         safetensors_file.write_safetensors(path, tensors, head)

@@ -123,6 +123,7 @@ def load_clipseg(name: str, word: str, device: Any) -> Callable[[Image.Image], A
     from torch.nn.functional import interpolate
     from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
+    # The model and its preprocessing, in fp32
     flag = "--mask_model"
     processor = load_pretrained(CLIPSegProcessor, name, flag)
     model = load_frozen(CLIPSegForImageSegmentation, name, flag, device, dtype=torch.float32)
