@@ -581,7 +581,9 @@ def test_each_subject_has_a_report_and_all_have_scores(evaluators, evaluations, 
     assert "Confusion" in (tmp_path / "subject_2" / "report.html").read_text()
 
 
-def test_a_photo_of_something_else_is_named_by_explain(subject_photos, tmp_path):
+@pytest.fixture
+def mixed_photos(subject_photos, tmp_path):
+    """Return the configuration and the photos of a folder of three ducks and a rocket."""
     for number, picture in enumerate([*subject_photos["duck"], subject_photos["rocket"][0]]):
         picture.save(tmp_path / f"{number}.png")
     config = TrainConfig(
@@ -591,6 +593,11 @@ def test_a_photo_of_something_else_is_named_by_explain(subject_photos, tmp_path)
         resolution=64,
     )
     photos = build_photo_report(config).photos
+    return config, photos
+
+
+def test_a_photo_of_something_else_is_named_by_explain(mixed_photos):
+    config, photos = mixed_photos
     (evaluator,) = report.build_evaluators([config], photos, [PLAN], load_encoders("toy"), 128)
     evaluation = evaluator(lambda requests, with_adapter: make_stub_pictures(requests))
     likeness = report.build_scores_json(evaluation, BOTH)["dino_of_each_photo"]
@@ -600,16 +607,8 @@ def test_a_photo_of_something_else_is_named_by_explain(subject_photos, tmp_path)
     assert sentence.startswith("3.png may show") and sentence.endswith("--leave_out 3.png")
 
 
-def test_synthetic_photos_count_only_if_no_photo_is_real(subject_photos, tmp_path):
-    for number, picture in enumerate([*subject_photos["duck"], subject_photos["rocket"][0]]):
-        picture.save(tmp_path / f"{number}.png")
-    config = TrainConfig(
-        pretrained_model_name_or_path="toy",
-        instance_data_dir=str(tmp_path),
-        instance_prompt="a photo of a sks duck",
-        resolution=64,
-    )
-    photos = build_photo_report(config).photos
+def test_synthetic_photos_count_only_if_no_photo_is_real(mixed_photos):
+    config, photos = mixed_photos
     encoders = load_encoders("toy")
     synthetic = [replace(photo, made_by="a model") for photo in photos]
     for chosen_photos, names in (

@@ -254,17 +254,11 @@ REFUSED = {
     ),
     "a magnitude of another length": add_part(f"{QUERY}.lora_magnitude_vector", torch.ones(7)),
     "rank 0": change_shapes(lora_A=lambda t: t[:0], lora_B=lambda t: t[:, :0]),
-}
-REFUSED |= {name: {"init_lora_weights": name} for name in ("olora", "pissa", "pissa_niter_1")}
-REFUSED |= {
+    **{name: {"init_lora_weights": name} for name in ("olora", "pissa", "pissa_niter_1")},
     "an alpha by expression": {"alpha_pattern": {"(.*)to_q": 7}},
     "an endless alpha": {"lora_alpha": 10**400},
-}
-REFUSED |= {
     "an alpha of no number": {"lora_alpha": float("nan")},
     "an alpha in words": {"lora_alpha": "four"},
-}
-REFUSED |= {
     "an alpha in a list": {"alpha_pattern": {"to_q": [1]}},
     "alphas in a list": {"alpha_pattern": ["to_q"]},
 }
@@ -295,8 +289,6 @@ OTHER_SETTINGS = {
     "target_modules": ".*to_q",
     "rank_pattern": {"(.*)to_q": 7},
     "modules_to_save": ["conv_out"],
-}
-OTHER_SETTINGS |= {
     "nobody": {"knows": ["this"]},
     "runtime_config": 3,
     "peft_type": "LOHA",

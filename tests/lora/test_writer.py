@@ -52,8 +52,9 @@ from tests.helpers.tiny_families import tiny_pipeline
 KOHYA = "dog.kohya.safetensors"
 
 
-PAIRS = [("orthogonal", "rank pattern"), ("kaiming", "DoRA")]
-PAIRS += [
+PAIRS = [
+    ("orthogonal", "rank pattern"),
+    ("kaiming", "DoRA"),
     pytest.param("orthogonal", "alpha ≠ r", marks=pytest.mark.slow),
     pytest.param("identity", "rsLoRA", marks=pytest.mark.slow),
     pytest.param("butterfly", "alpha = r", marks=pytest.mark.slow),
@@ -263,10 +264,12 @@ KOHYA_ALPHA, SWAPPED = (
 SKIPPED = (moslora, "fold", lambda real, *all: dict(list(real(*all).items())[:-1]))
 
 
-MISTAKES = [(mistake, {}, DIFFERS) for mistake in (NO_MIXER, NO_ALPHA, KOHYA_ALPHA, SWAPPED)]
-# it is not square
-MISTAKES += [(SWAPPED, {"target_modules": ["attn2.to_k"]}, "the stock loader refuses it")]
-MISTAKES += [(SKIPPED, {}, "adapts other modules")]
+MISTAKES = [
+    *((mistake, {}, DIFFERS) for mistake in (NO_MIXER, NO_ALPHA, KOHYA_ALPHA, SWAPPED)),
+    # it is not square
+    (SWAPPED, {"target_modules": ["attn2.to_k"]}, "the stock loader refuses it"),
+    (SKIPPED, {}, "adapts other modules"),
+]
 
 
 @pytest.mark.parametrize(("mistake", "options", "message"), MISTAKES)
@@ -325,16 +328,17 @@ def test_comparisons_are_in_full_fp32_and_restore_tf32(tf32_switches, monkeypatc
     assert [switch.allow_tf32 for switch in tf32_switches] == [True, True]
 
 
-KEPT = [
+ADAPTER_OPTIONS = [
     {},
     {"mixer": "kaiming", "train_mixer": False, "use_rslora": True, "lora_dropout": 0.1},
     {"mixer": "none"},
+    {"use_dora": True, "rank_pattern": {"to_k": 2}, "alpha_pattern": {"attn1.to_q": 3}},
+    {"target_modules": CONVOLUTIONS, "mixer": "kaiming"},
+    {"target_modules": CONVOLUTIONS, "mixer": "none"},
 ]
-KEPT += [{"use_dora": True, "rank_pattern": {"to_k": 2}, "alpha_pattern": {"attn1.to_q": 3}}]
-KEPT += [{"target_modules": CONVOLUTIONS, "mixer": kind} for kind in ("kaiming", "none")]
 
 
-@pytest.mark.parametrize("options", KEPT)
+@pytest.mark.parametrize("options", ADAPTER_OPTIONS)
 def test_raw_files_round_trip_and_stock_loaders_refuse_them(options, tmp_path):
     components = live(with_text=not options, **options)
     save_raw(components, tmp_path / RAW_NAME, facts_of(components))
