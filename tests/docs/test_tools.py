@@ -1,7 +1,12 @@
 """The tools behind the docs and the studies: copies of subjects, bare photos, sheets, the
 tables."""
 
+import argparse
+import re
+import runpy
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,3 +96,31 @@ def test_words_rejects_a_vague_name_with_its_place(tmp_path, capsys):
     assert capsys.readouterr().out == f"{file}:2: `found` does not say what it holds\n"
     file.write_text("losses = [1.0]\nlast_loss = losses[-1]\n")
     assert words.main([str(tmp_path)]) == 0
+
+
+def list_commands() -> list[str]:
+    """List the module and arguments of the pages' commands of toybox, benchmarks and tools."""
+    commands = set()
+    for page in (*Path("docs").glob("*.md"), *Path().glob("*/README.md"), *Path().glob("*.md")):
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        commands.update(re.findall(r"-m ((?:toybox|benchmarks|tools)\.[\w.]+ [^\n`#]+)", text))
+    return sorted(command.strip() for command in commands)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", list_commands())
+def test_a_command_in_the_docs_is_parsed_by_its_module(command, monkeypatch):
+    class ParsedError(Exception):
+        pass
+
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def stop_after_parsing(parser, *arguments):
+        parse_args(parser, *arguments)
+        raise ParsedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_after_parsing)
+    module, *arguments = shlex.split(command)
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    with pytest.raises(ParsedError):
+        runpy.run_module(module, run_name="__main__")
