@@ -60,7 +60,7 @@ def test_the_commands_whose_peak_is_measured_are_trainings(tmp_path):
     assert len(list((tmp_path / "photos").iterdir())) == 3
 
 
-def test_the_loop_in_diffusers_style_learns_with_the_adapter_in_either_dtype():
+def test_the_loop_in_diffusers_style_learns_in_either_dtype():
     for fp32_adapter in (False, True):
         step = build_diffusers_style_step("small", 64, 2, True, fp32_adapter)
         losses = [step()[0] for _ in range(2)]
@@ -133,7 +133,7 @@ def test_a_flow_family_steps_on_any_device(model, plan, arms, capsys):
 
 
 @pytest.mark.parametrize("section", [section.name for section in first_half_hour.SECTIONS])
-def test_each_section_of_the_first_half_hour_runs_small_and_is_run_once(section, tmp_path, capsys):
+def test_each_section_of_the_first_half_hour_runs_small_once(section, tmp_path, capsys):
     arguments = ["--size", "small", "--sections", section, "--minutes", "30"]
     arguments += ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     first_half_hour.main(arguments)

@@ -167,7 +167,7 @@ def test_each_training_of_the_pages_is_planned(line, capsys):
     assert "memory: encoding" in output.out and base in output.out, output.err
 
 
-def test_the_checkpoint_that_is_exported_is_one_that_the_recipe_keeps():
+def test_the_exported_checkpoint_is_one_that_the_recipe_keeps():
     recipe = load_settings(DOCS.parent / "assets" / "configs" / "sdxl.toml")
     steps = range(recipe["max_train_steps"], 0, -recipe["checkpointing_steps"])[
         : recipe["checkpoints_total_limit"]
@@ -235,7 +235,7 @@ def test_the_whole_walk_on_the_embedded_base(capsys):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_steps")
-def test_the_program_of_the_api_page_trains_and_draws_outside_the_clone():
+def test_the_api_pages_program_trains_outside_the_clone():
     (program,) = list_blocks(DOCS / "api.md", "python")
     assert all(code in program for code in FEWER)
     for code, fewer in FEWER.items():

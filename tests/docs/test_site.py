@@ -41,7 +41,7 @@ def test_every_page_is_built_and_every_picture_is_there(site):
 
 
 @built_by
-def test_the_api_page_holds_docstrings_and_no_signature_is_cut_off_at_the_right(site):
+def test_the_api_page_has_docstrings_and_whole_signatures(site):
     page = (site / "api" / "index.html").read_text(encoding="utf-8")
     for name in set(dreambooth_moslora.__all__) - {"__version__"}:
         assert re.search(rf'id="dreambooth_moslora\.[a-z_.]+\.{name}"', page), name

@@ -24,7 +24,7 @@ def photo_and_mask(box) -> tuple[Image.Image, Image.Image]:
     return Image.merge("RGB", [mask] * 3), mask
 
 
-def test_a_photo_is_cut_around_its_subject_and_one_in_the_middle_stays_there():
+def test_a_photo_is_cropped_around_its_subject():
     photo, mask = photo_and_mask((4, 60, 20, 75))  # at the left, low
     wide, tall = (
         bare_photos.crop_strip(photo, mask, wide=True),
@@ -59,14 +59,14 @@ def test_a_picture_is_drawn_from_the_run_that_is_there(tmp_path):
     assert images["quick_start"].size == (1032, 200) and images["check_crops"].width == 900
 
 
-def test_what_the_docs_say_of_the_tables_is_up_to_date_and_each_setting_is_listed_once():
+def test_tables_are_up_to_date_and_list_each_setting_once():
     for page, text in tables.render_pages().items():
         assert page.read_text(encoding="utf-8") == text, "run: python -m tools.tables"
     listed = tables.render_settings()
     assert [listed.count(f"`--{name}` |") for name in SETTINGS] == [1] * len(SETTINGS)
 
 
-def test_every_table_that_is_made_has_its_place_in_a_page_and_a_new_row_is_in_it(monkeypatch):
+def test_every_table_has_a_page_and_a_new_row_is_in_it(monkeypatch):
     text = "".join(page.read_text(encoding="utf-8") for page in tables.DOCS.glob("*.md"))
     marked = [name for _, name, _ in tables.TABLE_PATTERN.findall(text)]
     assert sorted(marked) == sorted(tables.TABLES)
@@ -80,7 +80,7 @@ def test_the_page_of_formats_is_up_to_date():
 
 
 @pytest.mark.slow
-def test_what_one_system_lacks_is_found_and_what_is_asked_for_first_is_not(tmp_path):
+def test_an_unguarded_call_that_one_system_lacks_is_listed(tmp_path):
     pytest.importorskip("mypy")
     (file := tmp_path / "program.py").write_text(
         "import os, sys\nx: int = 'a'\nos.sysconf('SC_PAGE_SIZE')\nif sys.platform != 'win32':\n"

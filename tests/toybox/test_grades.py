@@ -32,7 +32,7 @@ def test_the_mean_of_each_source_is_over_all_graders(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_what_adapters_draw_is_mixed_with_true_renders_of_the_same_places(tmp_path):
+def test_adapters_images_are_mixed_with_renders_of_their_places(tmp_path):
     run = tmp_path / "runs" / "rocket"
     run.mkdir(parents=True)
     shutil.copy(get_assets_folder() / "adapters" / "rocket.safetensors", RunDir(run).adapter_path)

@@ -64,7 +64,7 @@ def weights(state: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_it_trains_the_shipped_unet_on_from_the_assets_alone_and_draws_a_sheet_of_25_toys(unbroken):
+def test_it_trains_the_shipped_unet_on_and_draws_a_sheet(unbroken):
     before, after = (
         load_file(BASE / "unet" / "diffusion_pytorch_model.safetensors"),
         weights(unbroken),
@@ -100,9 +100,7 @@ def test_each_leg_adds_fresh_renders_and_keeps_the_newest(tmp_path, unbroken):
 
 
 @pytest.mark.slow
-def test_latents_are_those_of_the_teachers_autoencoder_and_narrow_renders_have_one_camera(
-    tmp_path, unbroken
-):
+def test_latents_are_the_teachers_and_narrow_has_one_camera(tmp_path, unbroken):
     vae = AutoencoderKL.from_pretrained(BASE / "vae", torch_dtype=torch.float16)
     vae.register_to_config(scaling_factor=2 * vae.config.scaling_factor)
     vae.save_pretrained(tmp_path / "base" / "vae")
@@ -144,7 +142,7 @@ keep_training(Path(sys.argv[1]), Settings(**json.loads(sys.argv[2])))
 
 
 @pytest.mark.slow
-def test_after_a_kill_it_goes_on_to_what_an_unbroken_training_learns(tmp_path, unbroken):
+def test_a_killed_training_resumes_to_the_unbroken_ones_weights(tmp_path, unbroken):
     command = [sys.executable, "-c", KEEP, str(tmp_path), json.dumps(asdict(SHORT))]
     killed = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     try:
@@ -158,9 +156,7 @@ def test_after_a_kill_it_goes_on_to_what_an_unbroken_training_learns(tmp_path, u
     )
 
 
-def test_it_is_a_session_of_its_own_at_the_lowest_priority_which_pauses_goes_on_and_stops(
-    tmp_path, capsys
-):
+def test_a_session_of_lowest_priority_pauses_goes_on_and_stops(tmp_path, capsys):
     assert call(capsys, tmp_path, *FLAGS).startswith("started")
     pid = int((tmp_path / "pid").read_text())
     try:

@@ -53,7 +53,7 @@ BF16 = torch.bfloat16
 
 
 @pytest.mark.parametrize("detail", [0.0, 0.5])
-def test_weighted_timesteps_expect_what_uniform_ones_with_their_weights_would(detail):
+def test_weighted_timesteps_average_like_weighted_uniform_ones(detail):
     """Of min-SNR, and of EDM: ln σ is normal with mean -1.2 and deviation 1.2, at a data deviation
     of 1/2."""
     schedule = build_noise_schedule()
@@ -86,7 +86,7 @@ def test_cells_of_a_toy_weigh_more_and_a_batch_weighs_one():
     assert float(weights[0, 0, 5, 5] / weights[0, 0, 0, 0]) == pytest.approx(1 + TOY_WEIGHT)
 
 
-def test_alignment_teaches_the_middle_of_the_unet_and_nothing_after_it():
+def test_alignment_trains_the_unet_up_to_its_middle_alone():
     torch.manual_seed(0)
     unet, features = build_unet(), torch.randn(14, 160, 4, 4).half()
     alignment = Alignment(unet, features)
@@ -126,7 +126,7 @@ def test_an_adversary_sharpens_what_squared_errors_blur():
     assert all(p.grad is None and p.requires_grad for p in adversary.network.parameters())
 
 
-def test_a_batch_of_views_shows_two_kinds_and_each_toy_from_two_sides(tmp_path):
+def test_a_batch_of_views_has_two_kinds_and_sides(tmp_path):
     kinds = ["duck", "bear", "car"] * 6
     numbers = np.arange(18 * 4, dtype=np.uint8).reshape(18, 4, 1, 1, 1)
     np.save(tmp_path / "views.npy", np.broadcast_to(numbers, (18, 4, 2, 2, 3)))
@@ -167,7 +167,7 @@ def test_the_group_norm_and_its_gradients_are_those_of_pytorch():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_in_two_parts_has_the_rates_of_one_and_the_networks_beside_it_and_logs_its_samples(
+def test_a_resumed_run_has_the_rates_networks_and_log_of_one(
     tmp_path,
 ):
     def part(out: Path, until: int | None) -> tuple[list[float], MasterWeights]:
@@ -259,7 +259,7 @@ def test_a_run_of_minutes_ends_by_the_clock_of_all_its_pieces(tmp_path, monkeypa
     assert steps_by_the_clock(tmp_path / "b", clock) == []
 
 
-def test_noise_on_latents_is_a_share_of_their_deviation_and_none_for_a_fifth_of_them():
+def test_noise_on_latents_is_a_share_of_their_deviation():
     draw = lambda: torch.Generator().manual_seed(0)  # noqa: E731
     latents = torch.randn(2000, 4, 8, 8, generator=draw()).requires_grad_()
     added = add_random_noise(latents, 0.3, torch.Generator().manual_seed(1)) - latents
@@ -274,7 +274,7 @@ def test_noise_on_latents_is_a_share_of_their_deviation_and_none_for_a_fifth_of_
     assert torch.equal(add_random_noise(latents, 0.0, draw()), latents)
 
 
-def test_the_shipped_tokenizer_is_read_as_the_one_of_the_training(tmp_path):
+def test_the_shipped_tokenizer_equals_that_of_the_training(tmp_path):
     model = json.loads((SHIPPED / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
     merges = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
@@ -292,9 +292,7 @@ def test_the_shipped_tokenizer_is_read_as_the_one_of_the_training(tmp_path):
     ("has", "dtype"),
     [(OLD_X86, torch.float32), (NEW_X86, BF16), (ARM, BF16), ({"amx_bf16": True}, BF16)],
 )
-def test_inputs_norms_and_models_have_the_dtype_of_the_processor_and_masters_fp32(
-    monkeypatch, has, dtype
-):
+def test_computation_has_the_processors_dtype_and_masters_fp32(monkeypatch, has, dtype):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
     model = replace_group_norms(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)))
     assert compute_dtype() == to_channels_last(torch.randn(1, 3, 8, 8)).dtype == dtype
@@ -312,7 +310,7 @@ def pictures() -> torch.Tensor:
     return (noise + avg_pool2d(noise, 4).repeat_interleave(4, -1).repeat_interleave(4, -2)) / 2
 
 
-def test_pictures_get_the_contrast_of_others_and_keep_their_mean_colour(pictures):
+def test_contrast_is_matched_and_the_mean_colour_stays(pictures):
     torch.testing.assert_close(scale_bands(pictures, [1.0] * 4), pictures)
     softer = 0.8 * pictures + 0.2 * avg_pool2d(pictures, 3, stride=1, padding=1)
     changed = scale_bands(pictures, compute_contrast_gains(pictures, softer))

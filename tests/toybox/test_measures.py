@@ -50,7 +50,7 @@ def test_a_question_is_asked_where_the_prompt_tells_the_answer():
     assert names(STRIPED, False) == names(DRESSED, True) == set(QUESTIONS)
 
 
-def test_shares_are_of_the_pictures_that_are_asked_with_wilsons_intervals(monkeypatch):
+def test_shares_have_wilsons_intervals(monkeypatch):
     looks = (("red", "blue", ()), ("blue", "white", ("scarf",)), ("red", "white", ("bow",)))
     readings = [
         Reading("duck", *colours, "on grass", frozenset(worn), (1.0,) * 5)
@@ -82,7 +82,7 @@ def test_shares_are_of_the_pictures_that_are_asked_with_wilsons_intervals(monkey
     )
 
 
-def test_scenes_that_are_told_in_full_have_a_pattern_or_an_ornament_and_their_captions_name_it():
+def test_full_captions_name_the_pattern_or_ornament():
     for scene in sample_scenes(40, held_out=False, seed=1, full=True):
         (toy,) = scene.toys
         caption = format_full_caption(scene)
@@ -145,7 +145,7 @@ def blurred(pictures: Tensor) -> Tensor:
     return filter_binomial(pictures.permute(0, 3, 1, 2).float()).round().byte().permute(0, 2, 3, 1)
 
 
-def test_points_that_are_moved_are_as_far_as_the_move_projected_on_the_directions():
+def test_moved_points_are_as_far_as_the_projected_move():
     points = torch.randn(500, 2, generator=torch.Generator().manual_seed(1))
     far = compute_sliced_wasserstein(points, points + torch.tensor([3.0, 4.0]), directions=4000)
     assert far == pytest.approx(5 * 2 / torch.pi, rel=0.03), "the mean of |cos| is 2/π"
@@ -164,7 +164,7 @@ def test_the_levels_of_a_pyramid_add_up_to_the_picture():
 
 
 @pytest.mark.slow
-def test_noise_is_far_from_renders_and_blur_shows_at_the_finest_level_alone(renders):
+def test_noise_is_far_and_blur_shows_at_the_finest_level_alone(renders):
     references, changed = renders
     noise = torch.randint(
         0, 256, references.shape, generator=torch.Generator().manual_seed(0)

@@ -17,7 +17,7 @@ SHAPES = [(24, 216), (32, 32), (96, 12)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_singular_values_become_about_one_and_the_singular_vectors_stay(shape):
+def test_singular_values_become_about_one_and_vectors_stay(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     left_vectors, values, right_vectors = torch.linalg.svd(matrix, full_matrices=False)
     rotated = left_vectors.mT @ orthogonalize(matrix) @ right_vectors.mT
@@ -74,7 +74,7 @@ def steps_of(rank: int, world: int, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_processes_that_share_the_work_get_the_weights_of_one_alone(tmp_path):
+def test_several_processes_get_the_weights_of_one(tmp_path):
     steps_of(0, 1, tmp_path)
     multiprocessing.spawn(steps_of, (2, tmp_path), nprocs=2)
     alone, *shared = (torch.load(tmp_path / f"{name}.pt") for name in ("0-1", "0-2", "1-2"))

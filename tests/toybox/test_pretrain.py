@@ -27,7 +27,7 @@ def plan_in(folder: Path) -> Plan:
     return Plan(folder / "work", folder / "assets", minutes=100, steps=7)
 
 
-def test_a_stopped_pretraining_goes_on_with_the_stage_that_was_not_finished(tmp_path, monkeypatch):
+def test_a_stopped_pretraining_resumes_at_the_unfinished_stage(tmp_path, monkeypatch):
     calls, works = [], False
 
     def second(arguments: list[str]) -> None:

@@ -39,7 +39,7 @@ READING = Reading("duck", "red", "white", "on grass", frozenset({"scarf"}), (1.0
 NET = Path(__file__).resolve().parents[2] / "assets" / "toy-segmenter"
 
 
-def test_a_reading_is_right_in_ornaments_when_all_and_no_others_are_read():
+def test_ornaments_are_right_when_all_worn_and_no_more_are_read():
     assert READING.check_answers(SCENE) == dict.fromkeys(QUESTIONS, True)
     for wrong in ({"scarf", "bow"}, {"bow"}, set()):
         answers = replace(READING, ornaments=frozenset(wrong)).check_answers(SCENE)
@@ -112,7 +112,7 @@ def test_the_shipped_net_finds_fresh_toys():
     assert iou(masks, render_masks(scenes, 128)).mean() > 0.9
 
 
-def test_intersection_over_union_and_the_loss_know_right_from_wrong():
+def test_iou_and_loss_of_right_and_wrong_masks():
     truth = torch.zeros(2, 8, 8, dtype=torch.bool)
     truth[:, :4] = True
     shifted = truth.roll(2, 1)

@@ -56,7 +56,7 @@ def test_it_draws_128_px_and_the_same_from_the_same_seed(base):
 
 
 @pytest.mark.slow
-def test_it_is_drawn_at_its_own_guidance_unless_another_is_asked_for(base):
+def test_it_is_drawn_at_its_guidance_unless_one_is_set(base):
     subject = SubjectPipeline.from_base("toy")
     params = GenerationParams(PROMPT, seed=3, steps=4)
     (ours,) = (event for event in subject.generate(params) if isinstance(event, Image))
@@ -70,7 +70,7 @@ def test_it_is_drawn_at_its_own_guidance_unless_another_is_asked_for(base):
         assert np.abs(np.asarray(sample) / 255 - drawn(base, guidance_scale=scale)).max() < 0.02
 
 
-def test_its_topology_is_that_of_sdxl_and_its_schedule_the_one_that_it_was_trained_on(base):
+def test_its_topology_is_sdxls_and_its_schedule_the_trained_one(base):
     config = base.unet.config
     assert config.down_block_types == [
         "DownBlock2D",
@@ -103,7 +103,7 @@ def test_the_judge_finds_in_its_pictures_what_the_prompts_name(base):
 
 
 @pytest.mark.slow
-def test_its_vit_tells_individuals_apart_and_an_untrained_one_does_not():
+def test_its_vit_tells_individuals_apart():
     toys = parts.sample_unlike_toys("duck", 50)
     assert len({replace(toy, genes=()) for toy in toys}) == 50 and {toy.kind for toy in toys} == {
         "duck"
@@ -146,7 +146,7 @@ def test_img2img_and_inpaint_take_its_parts(base):
 
 
 @pytest.mark.parametrize("end", ["", "_2"])
-def test_transformers_4_finds_the_keys_of_the_text_encoders_and_has_the_same_tokenizer(end):
+def test_transformers_4_reads_the_text_encoders_and_tokenizer(end):
     """It reads two files of the tokenizer, transformers 5 one."""
     with safe_open(
         ASSETS / "toy-sdxl" / f"text_encoder{end}" / "model.safetensors", "pt"

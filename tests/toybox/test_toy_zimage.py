@@ -18,7 +18,7 @@ from toybox.measures.evaluate_base import generate, measure_accuracy, sample_sce
 FOLDER = get_assets_folder() / "toy-zimage"
 
 
-def test_it_is_known_by_its_name_and_by_its_folder_and_has_the_autoencoder_of_the_first():
+def test_name_and_folder_load_it_with_the_shared_autoencoder():
     assert Base.find("toy-zimage").folder == FOLDER
     for name in ("toy-zimage", str(FOLDER)):
         assert Base.find(name).guidance == 1.5 + get_facts("ZImagePipeline").no_guidance
@@ -47,7 +47,7 @@ def test_the_judge_finds_in_its_pictures_what_the_prompts_name():
 
 
 @pytest.mark.slow
-def test_photos_become_a_file_that_is_drawn_at_its_own_size_and_scored_by_the_toy_worlds_encoders(
+def test_photos_become_a_file_that_draws_and_is_scored(
     tmp_path,
 ):
     run = tmp_path / "run"

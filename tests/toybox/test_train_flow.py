@@ -34,7 +34,7 @@ def trained(state: Path, out: Path, *arguments: str) -> dict[str, torch.Tensor] 
     return load_file(out / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
-def test_the_teacher_expects_what_was_drawn_the_better_for_the_caption(state):
+def test_the_teacher_predicts_better_with_the_caption(state):
     teacher, renders = train_flow.Teacher(BASE), Renders(state / "toys")
     x = load_latents(state / "latents")["latents"].float()
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
@@ -49,7 +49,7 @@ def test_the_teacher_expects_what_was_drawn_the_better_for_the_caption(state):
     assert captioned < 0.4 and captioned < empty < 1 and captioned < other_caption
 
 
-def test_the_finished_transformer_expects_velocities_the_better_for_the_caption(state):
+def test_the_transformer_predicts_better_with_the_caption(state):
     teacher, renders = (
         train_flow.FlowTeacher(get_assets_folder() / "toy-zimage"),
         Renders(state / "toys"),
@@ -70,9 +70,7 @@ def test_the_finished_transformer_expects_velocities_the_better_for_the_caption(
     assert captioned < 0.5 and captioned < other_caption
 
 
-def test_a_run_that_is_stopped_goes_on_to_the_same_weights_and_diffusers_draws_with_them(
-    state, tmp_path
-):
+def test_a_resumed_run_has_equal_weights_that_diffusers_loads(state, tmp_path):
     """In fp32 a teacher that is loaded anew may round its answers otherwise."""
     folders = whole, half, parts = [tmp_path / name for name in ("whole", "half", "parts")]
     for out, *arguments in ((whole,), (half, "--until", "3"), (parts, "--until", "3"), (parts,)):
@@ -93,9 +91,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights_and_diffusers_draws_w
     assert picture.size == (128, 128)
 
 
-def test_a_finished_base_goes_on_without_a_teacher_beside_the_autoencoder_of_its_new_latents(
-    state, tmp_path
-):
+def test_a_finished_base_trains_on_with_a_new_autoencoder(state, tmp_path):
     start, vae = get_assets_folder() / "toy-zimage", tmp_path / "vae"
     vae_model = AutoencoderKL.from_pretrained(BASE / "vae", torch_dtype=torch.float16)
     vae_model.register_to_config(scaling_factor=0.5)
@@ -114,7 +110,7 @@ def test_a_finished_base_goes_on_without_a_teacher_beside_the_autoencoder_of_its
     assert any(not torch.equal(moved[name], before[name]) for name in before)
 
 
-def test_blocks_with_a_rotary_embedding_in_real_numbers_answer_as_the_stock_ones_do():
+def test_real_rotary_embeddings_equal_the_stock_ones():
     torch.manual_seed(0)
     transformer = train_flow.build_parts(vocabulary_size=300)["transformer"].eval()
     torch.nn.init.normal_(transformer.all_final_layer["2-1"].linear.weight)

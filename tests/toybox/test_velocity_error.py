@@ -11,7 +11,7 @@ LATENTS = torch.randn(BATCH + 2, 4, 16, 16, generator=torch.Generator().manual_s
 CAPTIONS = [str(number) for number in range(len(LATENTS))]
 
 
-def test_true_velocities_have_no_error_and_each_latent_its_own_caption():
+def test_true_velocities_have_no_error():
     def truth(noisy, t, captions):
         latents = LATENTS[[int(caption) for caption in captions]]
         signal = build_noise_schedule().alphas_cumprod[t].sqrt()[:, None, None, None]

@@ -13,7 +13,7 @@ from toybox.learning.winograd import WinogradConv2d, replace_convolutions
 @pytest.mark.parametrize(
     ("height", "width", "is_last"), [(8, 8, True), (12, 16, True), (4, 8, False)]
 )
-def test_values_and_gradients_are_those_of_the_direct_convolution(height, width, is_last):
+def test_values_and_gradients_equal_the_direct_convolutions(height, width, is_last):
     torch.manual_seed(0)
     layer = nn.Conv2d(64, 72, 3, padding=1)
     x = torch.randn(3, 64, height, width)
@@ -55,7 +55,7 @@ def test_only_the_convolution_that_it_computes_is_replaced(layer, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_unet_answers_the_same_with_it_where_bfloat16_is_emulated(dtype, monkeypatch):
+def test_a_unet_predicts_the_same_where_bfloat16_is_emulated(dtype, monkeypatch):
     monkeypatch.setattr(winograd, "compute_dtype", lambda device: dtype)
     torch.manual_seed(0)
     unet = build_unet().eval()

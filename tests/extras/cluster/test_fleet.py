@@ -32,7 +32,7 @@ CONFIG = TrainConfig(
 NEED = estimate_memory(CONFIG, BaseSize(), 1).peak_gib
 
 
-def test_a_training_takes_the_part_of_a_gpu_that_it_needs_and_so_many_share_one_as_are_estimated():
+def test_trainings_share_a_gpu_by_their_estimated_memory():
     assert (
         Machines(80.0, 500.0).estimate_resources(CONFIG).gpus
         == int(10_000 / int(0.9 * 80 / NEED)) / 10_000
@@ -95,7 +95,7 @@ def test_an_adapter_that_is_not_here_is_no_success(tmp_path):
     assert json.loads((tmp_path / "rex" / "fleet.json").read_text())["state"] == "failed"
 
 
-def test_one_fleet_at_a_time_holds_a_folder_and_begins_without_an_old_stop(tmp_path):
+def test_one_fleet_holds_a_folder_and_ignores_an_old_stop(tmp_path):
     get_stop_path(tmp_path).touch()
     with fleet.lock_fleet(tmp_path, [Subject("rex")]):
         assert read_names(tmp_path) == ["rex"] and not get_stop_path(tmp_path).exists()
@@ -113,7 +113,7 @@ def rex(folder: Path, **settings) -> Job:
     return Job(str(folder / "rex"), settings, "mark")
 
 
-def test_a_fleet_that_stops_begins_none_and_what_is_done_is_not_trained_again(tmp_path):
+def test_a_stopping_fleet_starts_none_and_repeats_none(tmp_path):
     job = rex(tmp_path)
     get_stop_path(tmp_path).touch()
     assert train_subject(job).state == "interrupted" and not (tmp_path / "rex" / "job.log").exists()
@@ -123,9 +123,7 @@ def test_a_fleet_that_stops_begins_none_and_what_is_done_is_not_trained_again(tm
     assert train_subject(job) == done
 
 
-def test_a_folder_that_another_training_holds_is_waited_for_and_then_a_failure(
-    tmp_path, monkeypatch
-):
+def test_a_folder_of_another_training_is_waited_for_then_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "LOCK_TIMEOUT_SEC", 0.3)
     (tmp_path / "rex").mkdir()
     with lock_folder(tmp_path / "rex"):
@@ -133,7 +131,7 @@ def test_a_folder_that_another_training_holds_is_waited_for_and_then_a_failure(
     assert record.state == "failed" and "is training there" in record.message
 
 
-def test_a_training_holds_its_folder_from_before_its_start_and_without_its_worker(tmp_path):
+def test_a_training_holds_its_folder_without_its_worker(tmp_path):
     job, run = rex(tmp_path, rank=0), tmp_path / "rex"
     run.mkdir()
     write_settings(run, job.settings)
@@ -172,9 +170,7 @@ def test_each_ending_has_its_line(code, log, state, message, tmp_path):
 
 
 @pytest.mark.parametrize("clock_sec", [0, -3600])
-def test_a_training_that_was_killed_before_it_took_the_folder_resumes_no_earlier_run(
-    tmp_path, monkeypatch, clock_sec
-):
+def test_a_training_killed_while_loading_resumes_no_earlier_run(tmp_path, monkeypatch, clock_sec):
     """It went on from the last checkpoint of the run with other photos, and was done at once; and
     began anew where the clock was set back."""
     (script := tmp_path / "killed.py").write_text(

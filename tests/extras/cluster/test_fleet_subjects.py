@@ -144,7 +144,7 @@ def test_what_a_fleet_says_itself_is_refused(pets):
             read(pets, **{setting: "x"})
 
 
-def test_only_what_is_missing_is_trained_also_for_another_setting_or_photo_but_not_in_another_place(
+def test_only_missing_runs_are_trained_and_changed_ones_again(
     pets,
 ):
     rex, tom = read(pets)
@@ -167,7 +167,7 @@ def test_only_what_is_missing_is_trained_also_for_another_setting_or_photo_but_n
     assert [s.name for s, _ in list_unfinished(Path("out"), read("moved"))] == ["rex"]
 
 
-def test_another_caption_of_equal_length_and_another_file_to_begin_with_are_another_run(pets):
+def test_another_caption_or_initial_file_is_another_run(pets):
     caption, begun, marks = pets / "rex" / "1.txt", Path("begun.safetensors"), []
     for prompt, content in (("a red dog", b"one"), ("a tan dog", b"one"), ("a tan dog", b"other")):
         caption.write_text(prompt)
@@ -177,7 +177,7 @@ def test_another_caption_of_equal_length_and_another_file_to_begin_with_are_anot
 
 
 @pytest.mark.parametrize("name", ["0.png", "0.mask.png", "1.TXT"])
-def test_another_file_of_equal_size_among_the_photos_is_another_run(pets, name):
+def test_another_file_of_equal_size_is_another_run(pets, name):
     """Photos and masks counted by their size, and captions by one spelling of their ending."""
     marks = []
     for content in (b"one", b"two", b"one"):
@@ -197,7 +197,7 @@ def test_another_base_of_the_same_name_is_another_run(pets, tiny_base):
     assert len(set(marks)) == 4
 
 
-def test_another_class_image_is_another_run_unless_a_training_has_drawn_it(pets):
+def test_another_class_image_is_another_run_unless_generated(pets):
     Path("class").mkdir()
     marks = []
     for name, content in (("a", "one"), ("a", "two"), ("class_0123abcd_00000", "drawn")):
@@ -257,9 +257,7 @@ def fleet(tmp_path) -> Path:
     return out
 
 
-def test_the_status_counts_and_costs_and_names_who_stands_out_those_first_who_need_an_eye(
-    fleet, capsys
-):
+def test_the_status_has_counts_costs_and_first_the_failures(fleet, capsys):
     assert [row.name for row in load_rows(fleet)] == [
         "<b>bad",
         "halfway",

@@ -73,9 +73,7 @@ def subjects_of(base: Path, home: Path, counts: dict[str, int], **changes) -> li
     return read_subjects(home / "photos", shared, home / "out")
 
 
-def test_a_fleet_that_is_stopped_and_loses_a_worker_ends_equal_to_trainings_without_ray(
-    machines, tiny_base, tmp_path
-):
+def test_a_fleet_that_lost_a_worker_equals_trainings_without_ray(machines, tiny_base, tmp_path):
     from dreambooth_moslora.training.loop import train
 
     out, often = tmp_path / "out", {"checkpointing_steps": 1, "checkpoints_total_limit": 2}
@@ -121,7 +119,7 @@ def fail(kind: str) -> str:
     return kind
 
 
-def test_a_task_that_raises_or_always_kills_its_worker_stops_no_other(machines):
+def test_a_failing_task_stops_no_other(machines):
     again = []
     tasks = [Task(kind, (kind,)) for kind in ("raises", "dies", "well")]
     results = run_tasks(fail, tasks, retries=1, on_retry=lambda task, why: again.append(task.key))

@@ -127,9 +127,7 @@ def test_a_study_of_another_family_counts_its_layers(study, tmp_path, monkeypatc
     assert result.cost["rank"] == rank and result.cost["parameters"] > 0
 
 
-def test_an_arm_that_draws_by_references_stands_in_the_same_table_and_sheet(
-    study, tmp_path, monkeypatch
-):
+def test_an_arm_of_references_is_in_the_same_table_and_sheet(study, tmp_path, monkeypatch):
     """Drawn first or after a training, it is the same, and the base's pictures are of nothing
     shown."""
     tiny_pipeline("flux2", tmp_path / "files").save_pretrained(tmp_path / "base")
@@ -193,9 +191,7 @@ def test_pictures_are_compared_with_real_photos(study, tmp_path):
     assert photo.tobytes() == Image.open(folder / "1.png").convert("RGB").tobytes()
 
 
-def test_another_base_or_photo_is_another_cell_and_a_text_about_it_is_not(
-    study, tiny_base, tmp_path
-):
+def test_another_base_or_photo_is_another_cell_and_a_text_is_not(study, tiny_base, tmp_path):
     base, photos = (tmp_path / name for name in ("base", "photos"))
     shutil.copytree(tiny_base, base)
     shutil.copytree(study.subjects[0].photos, photos)
@@ -222,7 +218,7 @@ def test_another_base_or_photo_is_another_cell_and_a_text_about_it_is_not(
     assert len({first, second, path()}) == 3
 
 
-def test_an_arm_that_fails_is_told_and_the_others_share_their_class_images(study, tmp_path):
+def test_a_failed_arm_is_reported_and_class_images_are_shared(study, tmp_path):
     prior = {"with_prior_preservation": True, "prior": "class_images", "num_class_images": 1}
     subject = replace(study.subjects[0], class_prompt="a photo of dog")
     arms = {"alone": {}, "odd": {"target_modules": ["to_quarrel"]}}
@@ -296,7 +292,7 @@ def made(study, arm: str, stage="test", seed=0, rate=1e-3, score=0.5, subject="t
     return CellResult(Cell(stage, arm, 4, subject, seed, rate), scores, pictures, cost)
 
 
-def test_a_rate_that_fails_is_not_chosen_and_does_not_hold_the_study_up(study):
+def test_a_failed_rate_is_not_chosen_and_the_study_goes_on(study):
     tune = {"stage": "tune", "subject": "tune"}
     good = [made(study, arm, rate=rate, **tune) for arm in study.arms for rate in (1e-3, 1e-2)]
     failed = [r for r in good if not (r.cell.arm == "mix" and r.cell.learning_rate == 1e-3)]
@@ -311,7 +307,7 @@ def test_a_rate_that_fails_is_not_chosen_and_does_not_hold_the_study_up(study):
     assert not run.choose_test_cells(two, good)  # a rate needs all of its subjects
 
 
-def test_a_seed_that_is_still_being_run_does_not_empty_the_report(study, tmp_path):
+def test_an_unfinished_seed_does_not_empty_the_report(study, tmp_path):
     first = [made(study, arm, score=score) for arm, score in (("lora", 0.5), ("mix", 0.6))]
     results = [*first, made(study, "mix", seed=1)]
     assert "mix r4 against lora: score +0.100" in write_comparison(study, results, tmp_path)
@@ -350,9 +346,7 @@ def test_the_counted_parameters_are_those_that_are_trained(study, tiny_base):
         assert budget.count_parameters(config, 4) == real
 
 
-def test_another_adapter_of_the_users_folder_to_begin_with_is_another_cell(
-    study, tmp_path, monkeypatch
-):
+def test_another_initial_adapter_is_another_cell(study, tmp_path, monkeypatch):
     """That of `~/first.safetensors` was not counted."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))

@@ -59,7 +59,7 @@ def study_of(text: str) -> Study:
     return load_study(Path("study.toml"))
 
 
-def test_the_cells_are_all_combinations_and_tuning_never_touches_the_test_subjects():
+def test_cells_are_all_combinations_and_tuning_has_its_subjects():
     study = study_of(study_text())
     tuning = study.list_tuning_cells()
     tests = study.list_test_cells({("lora", 4): 1e-4, ("mix", 4): 1e-3})
@@ -170,9 +170,7 @@ def test_runs_are_of_the_base_s_own_size_unless_it_is_given():
         (None, 'photos = "a", instance_prompt'),
     ],
 )
-def test_a_damaged_subject_is_one_clear_line_and_one_without_facts_needs_its_prompt(
-    text, complaint
-):
+def test_a_damaged_subject_is_one_line(text, complaint):
     Path("a/subject.json").unlink()
     if text is not None:
         Path("a/subject.json").write_text(text)
@@ -242,7 +240,7 @@ def test_one_pair_is_no_finding_whatever_its_sign():
         ]
 
 
-def test_there_are_a_column_and_a_panel_for_each_measure_that_was_taken():
+def test_each_taken_measure_has_a_column_and_a_panel():
     study, results = made_up(np.random.default_rng(0), {"other": 0.05})
     header, (row,) = build_outcome_rows(compare_arms(study, results))
     assert (
@@ -288,7 +286,7 @@ def titles(study: Study, results: list[CellResult]) -> list[str]:
     ]
 
 
-def test_an_arm_that_draws_by_references_has_nothing_to_choose_and_gets_the_verdict():
+def test_an_arm_of_references_has_no_rate_and_gets_the_verdict():
     """The same words and interval as of `evaluate --reference`, for each arm that trains, whichever
     arm the others are compared with."""
     study, results = made_up(np.random.default_rng(0), {"shown": -0.2, "close": 0.0})
@@ -309,7 +307,7 @@ def test_an_arm_that_draws_by_references_has_nothing_to_choose_and_gets_the_verd
     )
 
 
-def test_wins_ties_and_losses_are_shares_of_pictures_and_an_arm_with_a_missing_cell_is_left_out():
+def test_wins_ties_and_losses_leave_out_incomplete_arms():
     study, results = made_up(np.random.default_rng(1), {"better": 0.5, "equal": 0.0, "worse": -0.5})
     wins = {o.arm: o.wins["dino"] for o in compare_arms(study, results)}
     assert wins == {"better": (1.0, 0.0, 0.0), "equal": (0.0, 1.0, 0.0), "worse": (0.0, 0.0, 1.0)}

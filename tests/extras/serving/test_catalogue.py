@@ -46,7 +46,7 @@ def folder(tmp_path) -> Path:
         ([".", "rex"], {"dog", "cat", "rex@20"}),
     ],
 )
-def test_files_runs_and_checkpoints_of_one_folder_or_several_have_names(folder, places, names):
+def test_files_runs_and_checkpoints_of_folders_have_names(folder, places, names):
     """A link out of the folder is not served."""
     (folder.parent / "secret.safetensors").write_bytes(b"secret")
     (folder / "link.safetensors").symlink_to(folder.parent / "secret.safetensors")
@@ -65,7 +65,7 @@ def test_a_name_is_looked_up_and_never_a_path(folder):
         assert error.value.status == 404, name
 
 
-def test_a_new_file_is_seen_and_a_changed_one_has_another_version(folder):
+def test_a_new_file_is_listed_and_a_change_is_a_new_version(folder):
     catalogue = open_catalogue([str(folder)])
     assert {"dog", "cat", "rex"} <= set(catalogue.list_names())
     cat = catalogue.find("cat")
@@ -81,7 +81,7 @@ def test_a_new_file_is_seen_and_a_changed_one_has_another_version(folder):
         catalogue.find("emu")
 
 
-def test_the_command_tells_a_missing_folder_before_a_missing_library(
+def test_a_missing_folder_is_reported_before_a_missing_library(
     folder, free_port, monkeypatch, capsys
 ):
     monkeypatch.setitem(sys.modules, "ray", None)
@@ -98,7 +98,7 @@ def order_of(**values) -> ImageOrder:
     return parse_order(json.dumps(values).encode())
 
 
-def test_an_order_is_a_pictures_recipe_or_a_short_form_with_one_adapter_and_a_seed_that_is_drawn():
+def test_an_order_is_a_recipe_or_a_short_form():
     short = order_of(prompt="a dog", adapter="rex", scale=0.5, seed=1)
     long = order_of(prompt="a dog", adapters=[["rex", 0.5]], seed=1)
     tag = order_of(prompt="a dog <lora:rex:0.5>", seed=1)
@@ -142,7 +142,7 @@ def test_a_mistake_is_one_line(body, word):
     assert "\n" not in str(error.value)
 
 
-def test_orders_of_one_batch_have_adapters_scales_and_size_in_common():
+def test_orders_of_a_batch_share_adapters_scales_and_size():
     def key(sha: str = "1", **values) -> tuple:
         order = order_of(prompt="a", adapter="rex", **values)
         return ImageOrder(order.params, adapters=(AdapterRef("rex", "/rex", sha),)).batch_key
@@ -156,7 +156,7 @@ def test_a_refusal_comes_whole_from_another_process():
     assert (error.status, str(error), error.retry_sec) == (503, "full", 4)
 
 
-def test_a_batch_is_the_longest_waiting_item_and_others_of_its_key_and_a_favourite_delays_none():
+def test_a_batch_is_the_oldest_item_with_others_of_its_key():
     batches = BatchQueue(3)
     for item in ("a1", "b1", "a2", "a3", "c1", "a4", "b2"):
         batches.put(item[0], item)

@@ -102,9 +102,7 @@ def of_generate(base: SubjectPipeline, shelf: Path, request: dict, target: Path)
 
 
 @pytest.mark.slow
-def test_pictures_are_those_of_generate_byte_for_byte_whatever_they_are_drawn_with(
-    shop, base, shelf, tmp_path
-):
+def test_pictures_equal_those_of_generate_byte_for_byte(shop, base, shelf, tmp_path):
     orders = [order(name, seed=seed) for seed in (1, 2) for name in NAMES]
     orders += [order("dog", scale=0.5), order("dog", height_px=32, width_px=64), order(None)]
     answers = shop.ask(*orders)
@@ -113,7 +111,7 @@ def test_pictures_are_those_of_generate_byte_for_byte_whatever_they_are_drawn_wi
         assert answer.content == of_generate(base, shelf, expected_order, tmp_path / "one.png")
 
 
-def test_an_adapter_that_the_routers_cache_believes_loaded_is_loaded(shop, base, shelf, tmp_path):
+def test_an_adapter_that_the_router_assumes_loaded_is_loaded(shop, base, shelf, tmp_path):
     """Ray Serve's cache does not see that the model has let go of an adapter for another."""
 
     shop.drawer._load = AsyncMock()
@@ -151,7 +149,7 @@ def test_more_adapters_at_once_than_a_replica_keeps_are_refused(shop):
     )
 
 
-def test_a_persons_mistake_is_one_line_of_json_and_what_is_no_order_refused(shop):
+def test_a_mistake_is_one_line_of_json(shop):
     wrong = [
         order("wolf"),
         order(prompt=""),
@@ -199,7 +197,7 @@ def test_more_than_may_wait_are_told_when_to_come_back(open_shop):
     assert shop.ask(order())[0].status_code == 200
 
 
-def test_a_request_ends_at_its_time_limit_and_its_picture_is_left(open_shop):
+def test_a_request_ends_at_its_time_limit(open_shop):
     shop = open_shop(request_timeout_sec=0.3)
     answers = shop.ask(order(steps=100), order("cat", steps=100), order("emu", steps=100))
     assert [answer.status_code for answer in answers] == [504] * 3
@@ -258,7 +256,7 @@ def test_settings_that_cannot_be_are_a_persons_mistake(values, word):
         ServeSettings(**{"adapters": ("x",)} | values)
 
 
-def test_a_config_file_needs_a_token_and_takes_it_from_the_environment(monkeypatch):
+def test_a_config_file_takes_its_token_from_the_environment(monkeypatch):
     with pytest.raises(UserError, match="token"):
         ServeSettings.from_dict({"adapters": "x"})
     monkeypatch.setenv("DREAMBOOTH_TOKEN", TOKEN)

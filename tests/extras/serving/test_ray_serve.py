@@ -96,7 +96,7 @@ def test_nothing_listens_but_on_the_loopback(service):
     ), children
 
 
-def test_mistakes_strangers_and_a_full_queue_are_answered_in_json(service):
+def test_mistakes_strangers_and_a_full_queue_get_json(service):
     client, _ = service
     assert draw(client, "wolf").status_code == 404
     assert draw(client, "dog", prompt="").json() == {
