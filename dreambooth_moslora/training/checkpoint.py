@@ -402,10 +402,8 @@ def has_previous_run(run_dir: run_folder.RunDir) -> bool:
 def move_later_checkpoints(run_dir: run_folder.RunDir, step: int) -> None:
     """Move checkpoints after `step` away: otherwise `latest` would later resume the abandoned
     run."""
-    later = []
-    for path in reversed(run_dir.list_checkpoint_folders()):
-        if run_folder.read_checkpoint_step(path) > step:
-            later.append(path)
+    folders = reversed(run_dir.list_checkpoint_folders())
+    later = [path for path in folders if run_folder.read_checkpoint_step(path) > step]
     scored = run_dir.read_scores()
     if scored and scored[-1].best and scored[-1].best["step"] > step:
         later += filter_existing(run_dir.best_dir)

@@ -194,12 +194,10 @@ def make_masks(config: TrainConfig, context: reporter.RunContext, photos: list[P
 
 
 GENERATED_PATTERN = re.compile(r"class_[0-9a-f]{8}_\d{5}\.png")
-"""The names of generated images."""
-UNUSED = (
+UNUSED_NOTE = (
     "{folder}: {unused} generated class images are of another base, class prompt, size or --seed, "
     "or of an earlier version: they stay unused, and {lacking} of “{prompt}” are drawn."
 )
-"""Said where images are drawn beside generated ones."""
 
 
 @dataclass(frozen=True)
@@ -412,7 +410,7 @@ def plan_class_images(
         lacking += images.list_missing(count, config.sample_batch_size)
         generated -= {images.get_path(index) for index in range(count)}
     if lacking and generated:
-        line = UNUSED.format(
+        line = UNUSED_NOTE.format(
             folder=folder,
             unused=len(generated),
             prompt=config.class_prompt,

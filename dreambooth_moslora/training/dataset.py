@@ -479,16 +479,12 @@ def collate(samples: Sequence[tuple[EncodedCrop, str]], instance_count: int) -> 
     crops = [crop for crop, _ in samples]
     mask = None
     if any(crop.mask is not None for crop in crops):
-        masks = []
-        for crop in crops:
-            masks.append(torch.ones_like(crop.latents[:1]) if crop.mask is None else crop.mask)
-        mask = torch.stack(masks)
-    photo_inputs = {}
-    for name in crops[0].photo_inputs:
-        photo_inputs[name] = torch.stack([crop.photo_inputs[name] for crop in crops])
+        ones = torch.ones_like(crops[0].latents[:1])
+        mask = torch.stack([ones if crop.mask is None else crop.mask for crop in crops])
+    inputs = [crop.photo_inputs for crop in crops]
     return TrainBatch(
         latents=torch.stack([crop.latents for crop in crops]),
-        photo_inputs=photo_inputs,
+        photo_inputs={name: torch.stack([row[name] for row in inputs]) for name in inputs[0]},
         instance_count=instance_count,
         mask=mask,
         prompts=[caption for _, caption in samples],
@@ -516,7 +512,7 @@ def move_tensors(
 
     # Each gets its part, in its own shape and dtype.
     parts = buffer.split([tensor.numel() for tensor in moving.values()])
-    moved = {}
-    for part, (name, tensor) in zip(parts, moving.items(), strict=True):
-        moved[name] = part.view(tensor.shape).to(tensor.dtype)
-    return tensors | moved
+    return tensors | {
+        name: part.view(tensor.shape).to(tensor.dtype)
+        for part, (name, tensor) in zip(parts, moving.items(), strict=True)
+    }

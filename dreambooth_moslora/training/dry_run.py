@@ -97,11 +97,7 @@ def describe_run(config: train_config.TrainConfig, report: folder.PhotoReport | 
         ),
         "remarks": [*report.remarks, *list_plan_advice(plan)],
     }
-    blocks = []
-    for title, lines in sections.items():
-        if lines:
-            blocks.append("\n  ".join([title, *lines]))
-    return "\n\n".join(blocks)
+    return "\n\n".join("\n  ".join([title, *lines]) for title, lines in sections.items() if lines)
 
 
 def format_changed_settings(config: train_config.TrainConfig) -> list[str]:
@@ -112,11 +108,11 @@ def format_changed_settings(config: train_config.TrainConfig) -> list[str]:
     required = {*train_config.list_settings("required")}
     if config.subjects:
         required -= {*train_config.list_settings("per_subject")}
-    lines = []
-    for name, value in values.items():
-        if value != DEFAULTS[name] or name in required:
-            lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
-    return lines
+    return [
+        f"{name} = {json.dumps(value, ensure_ascii=False)}"
+        for name, value in values.items()
+        if value != DEFAULTS[name] or name in required
+    ]
 
 
 def format_photos(config: train_config.TrainConfig, report: folder.PhotoReport) -> list[str]:

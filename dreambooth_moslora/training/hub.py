@@ -21,16 +21,12 @@ PUBLIC_PATTERNS = [
     "image_*.png",
     f"*{run_folder.KOHYA_SUFFIX}",
 ]
-"""Patterns of the files that may be uploaded."""
 
 
 def list_public_files(run_dir: Path) -> list[str]:
     """Names of the files at the top of the run folder that may be uploaded."""
-    tags = []
-    for path in run_dir.iterdir():
-        if path.is_file() and any(map(path.match, PUBLIC_PATTERNS)):
-            tags.append(path.name)
-    return sorted(tags)
+    files = [path for path in run_dir.iterdir() if path.is_file()]
+    return sorted(path.name for path in files if any(map(path.match, PUBLIC_PATTERNS)))
 
 
 def push_to_hub(run_dir: Path, repo_id: str | None, token: str | None) -> None:

@@ -87,9 +87,9 @@ def render_front_matter(config: train_config.TrainConfig, facts: CardFacts) -> s
     if "/" in facts.adapter.base_id:
         recipe_fields["base_model"] = facts.adapter.base_id
     if facts.images:
-        recipe_fields["widget"] = []
-        for file, prompt in facts.images:
-            recipe_fields["widget"].append({"text": prompt, "output": {"url": file}})
+        recipe_fields["widget"] = [
+            {"text": prompt, "output": {"url": file}} for file, prompt in facts.images
+        ]
     tag = find_family(facts).hub_tag or find_family(facts).name
     data = ModelCardData(
         library_name="diffusers",
@@ -187,9 +187,7 @@ def write_card(
         (run_dir.path / stale).unlink(missing_ok=True)
 
     # The card names its images before they are there.
-    names = []
-    for number, (request, _) in enumerate(images):
-        names.append((f"image_{number}.png", request.prompt))
+    names = [(f"image_{number}.png", item[0].prompt) for number, item in enumerate(images)]
     write_atomic(run_dir.card_path, render_model_card(config, replace(facts, images=tuple(names))))
     for (name, _), (_, image) in zip(names, images):
         write_png(run_dir.path / name, image)

@@ -151,6 +151,9 @@ def prepare_inputs(
         # The device as its weights name it: `to` would copy each weight from "cpu" to "cpu:0".
         device = StreamedBlocks(denoiser, device).buffers[0].device
     denoiser.to(device)
+    initial_weights = None
+    if is_fresh and config.init_adapter is not None:
+        initial_weights = reader.read_start(config.init_adapter, pipeline, config.use_dora)
     return TrainInputs(
         pipeline=pipeline,
         family=family,
@@ -159,7 +162,7 @@ def prepare_inputs(
         dataloader=dataloader,
         text_cache=text_cache,
         dtype=dtype,
-        initial_weights=read_initial_weights(config, pipeline) if is_fresh else None,
+        initial_weights=initial_weights,
         base_identity=digests,
     )
 
@@ -208,16 +211,6 @@ def check_target_layers(config: train_config.TrainConfig, pipeline: DiffusionPip
     facts = get_facts(type(pipeline).__name__)
     validation.check_layers(config.target_modules, dimensions, config.use_dora, facts)
     validation.check_patterns(config, dimensions)
-
-
-def read_initial_weights(
-    config: train_config.TrainConfig, pipeline: DiffusionPipeline
-) -> reader.AdapterWeights | None:
-    """Read the weights that a fresh adapter begins with; None without `--init_adapter`. Raises
-    UserError."""
-    if config.init_adapter is None:
-        return None
-    return reader.read_start(config.init_adapter, pipeline, config.use_dora)
 
 
 def build_noise_schedule(

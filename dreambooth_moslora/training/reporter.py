@@ -25,7 +25,6 @@ from dreambooth_moslora.settings.train_config import SETTINGS, TrainConfig
 logger = logging.getLogger(__name__)
 
 TRACKED_EVENTS = (events.StepDone, events.StepEvaluated, events.SamplesSaved)
-"""Events that trackers get."""
 IMAGE_TRACKER_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 """Trackers that get the samples, and how they are told that images are (N, height, width, RGB).
 """
@@ -92,10 +91,10 @@ class Reporter:
 
         # Curves of an earlier run in this folder are moved away with it; others are not ours.
         home = self.run_dir.path
-        self.earlier_curves = []
-        for path in sorted((home / config.logging_dir).rglob("*.tfevents.*")):
-            if path.resolve().is_relative_to(home.resolve()):
-                self.earlier_curves.append(path)
+        curves = sorted((home / config.logging_dir).rglob("*.tfevents.*"))
+        self.earlier_curves = [
+            path for path in curves if path.resolve().is_relative_to(home.resolve())
+        ]
 
         try:
             self.accelerator.init_trackers("dreambooth_moslora", config=public)
@@ -164,11 +163,11 @@ class Reporter:
             return
 
         # A run from step 0 keeps nothing: its file is of a run that failed here.
-        earlier_events = []
-        for event in self.run_dir.read_events() if step else []:
-            if event.get("step", 0) <= step and event["type"] not in END_KINDS:
-                earlier_events.append(event)
-        lines = [json.dumps(event) + "\n" for event in earlier_events]
+        lines = [
+            json.dumps(event) + "\n"
+            for event in (self.run_dir.read_events() if step else [])
+            if event.get("step", 0) <= step and event["type"] not in END_KINDS
+        ]
         write_atomic(self.run_dir.metrics_path, "".join(lines))
         self.write_pending()
 
@@ -182,11 +181,11 @@ class Reporter:
 
 def collect_numbers(event: events.StepDone | events.StepEvaluated) -> dict[str, float]:
     """Return the event's numbers by name, without its step and its time."""
-    numbers = {}
-    for name, value in events.build_record(event).items():
-        if isinstance(value, (int, float)) and name not in ("step", "time"):
-            numbers[name] = value
-    return numbers
+    return {
+        name: value
+        for name, value in events.build_record(event).items()
+        if isinstance(value, (int, float)) and name not in ("step", "time")
+    }
 
 
 @dataclass(frozen=True)

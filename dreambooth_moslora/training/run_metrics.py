@@ -18,7 +18,6 @@ from dreambooth_moslora.values import is_finite_number
 MIN_LIKENESS_GAIN = 0.1
 """A rise over the base below which distances from class to subject are not measured."""
 NON_SCORE_FIELDS = ("step", "time", "photos")
-"""Fields of an evaluation that are not scores."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from dreambooth_moslora.disk.atomic import write_atomic
 from dreambooth_moslora.settings import metric_kinds
 
 LOSS_CURVES = {"loss_instance": ("#2a6fdb", "instance"), "loss_prior": ("#d9822b", "prior")}
-"""Losses with their colour and label."""
 
 
 def compute_running_mean(values: np.ndarray, window: int) -> np.ndarray:

@@ -52,17 +52,14 @@ class ValidationSamples:
         cls, config: train_config.TrainConfig, run_dir: run_folder.RunDir, steps_per_epoch: int
     ) -> "ValidationSamples":
         """Build the samples that the settings ask for."""
-        seeds = []
-        for number in range(config.sample_count):
-            seeds.append(compute_seed(config.seed, "sample", number) % 2**32)
+        numbers = range(config.sample_count)
+        seeds = [compute_seed(config.seed, "sample", number) % 2**32 for number in numbers]
         validation_prompts = prompts.list_validation_prompts(config)
         requests = [SampleRequest(prompt, seed) for prompt in validation_prompts for seed in seeds]
 
         # New contexts are drawn for a run that draws samples, once each.
-        contexts = []
-        if requests:
-            for prompt in prompts.list_context_prompts(config):
-                contexts.append(SampleRequest(prompt, seeds[0]))
+        context_prompts = prompts.list_context_prompts(config) if requests else []
+        contexts = [SampleRequest(prompt, seeds[0]) for prompt in context_prompts]
         return cls(
             run_dir=run_dir,
             requests=requests,
@@ -87,12 +84,10 @@ class ValidationSamples:
         for number, image in enumerate(share_work(accelerator, self.requests, sampler)):
             self.latest.append(image)
             run_on_main(accelerator, partial(self.save, self.get_path(step, number), image))
-        files = []
-        for number in range(len(self.requests)):
-            files.append(str(self.get_path(step, number).relative_to(self.run_dir.path)))
+        paths = [self.get_path(step, number) for number in range(len(self.requests))]
         return events.SamplesSaved(
             step=step,
-            files=files,
+            files=[str(path.relative_to(self.run_dir.path)) for path in paths],
             prompts=[request.prompt for request in self.requests],
             seeds=[request.seed for request in self.requests],
         )

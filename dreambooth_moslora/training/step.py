@@ -198,10 +198,9 @@ class TrainStep:
         losses = self.compute_losses(chunk, share)
         total = sum((parts.total for parts in losses[1:]), losses[0].total)
         self.accelerator.backward(total / self.config.gradient_accumulation_steps)
-        loss_rows = []
-        for parts in losses:
-            loss_rows.append(torch.stack([parts.total.detach(), parts.instance, parts.prior]))
-        return loss_rows
+        return [
+            torch.stack([parts.total.detach(), parts.instance, parts.prior]) for parts in losses
+        ]
 
     def compute_losses(
         self, chunk: Sequence[MicroBatch], share: float | None = None
