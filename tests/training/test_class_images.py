@@ -13,12 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dreambooth_moslora.base import load
 from dreambooth_moslora.cli import command_evaluate
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import offload
-from dreambooth_moslora.generation.sampling import generate_images
 from dreambooth_moslora.photos.captions import Captioner
 from dreambooth_moslora.photos.folder import add_saved_sidecars, build_photo_report, find_photos
 from dreambooth_moslora.photos.masks import Segmenter
@@ -388,22 +386,6 @@ STREAMED = {
     },
     "flux in 4 bit": {"base_quantization": "nf4"},
 }
-
-
-def test_streamed_base_generates_equal_images_and_is_restored(tiny_base, monkeypatch):
-    pipeline = load.load_pipeline(tiny_base)
-    weights = {name: weight.clone() for name, weight in pipeline.unet.state_dict().items()}
-    draw = partial(generate_images, pipeline, "a dog", [1, 2], (64, 64))
-    expected = [picture.tobytes() for picture in draw()]
-    for name in ("is_memory_short", "is_too_small"):
-        monkeypatch.setattr(offload.Placement, name, True)
-    place = offload.Placement(pipeline, torch.device("cpu"))
-    place.enter()
-    assert [picture.tobytes() for picture in draw()] == expected and place.streamed
-    place.end()
-    restored = pipeline.unet.state_dict()
-    assert all(torch.equal(restored[name], weight) for name, weight in weights.items())
-    assert not any(part._forward_pre_hooks for part in pipeline.unet.modules())
 
 
 @pytest.mark.slow

@@ -134,33 +134,3 @@ def test_another_companion_is_another_base_to_go_on_from(
         digests = prepare_base(base, companion=another and str(another), **usual).base_identity
         with pytest.raises(UserError, match="trained on a base with other weights"):
             compare(digests)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("quantization", ("none", "int8"))
-def test_a_run_goes_on_with_its_companion_alone(quantization, bases, tmp_path):
-    _, file, base = bases
-    photos = paint_photos(tmp_path / "photos")
-    other_companion = save_companion(
-        tmp_path / "other.safetensors", load.load_pipeline(base).transformer, scale=0.3
-    )
-
-    def run(companion_path, **more):
-        usual = {"target_modules": field_facts.ATTENTION_LAYERS, "base_quantization": quantization}
-        train(
-            tiny_config(
-                base,
-                photos,
-                tmp_path / "run",
-                companion=companion_path and str(companion_path),
-                **usual,
-                **more,
-            )
-        )
-
-    run(file, max_train_steps=2, checkpointing_steps=1)
-    resumed = {"max_train_steps": 3, "resume_from_checkpoint": "latest"}
-    for another in (None, other_companion):
-        with pytest.raises(UserError, match="trained on a base with other weights"):
-            run(another, **resumed)
-    run(file, **resumed)

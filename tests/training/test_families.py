@@ -23,7 +23,6 @@ from diffusers.training_utils import (
 from PIL import Image
 from safetensors import safe_open
 
-from dreambooth_moslora import training
 from dreambooth_moslora.base import devices, load, streaming
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.families import build_family
@@ -244,15 +243,6 @@ def test_samples_of_a_run_with_streamed_blocks_are_the_same(trained, tmp_path):
     assert adapter_sha256(tmp_path / "streamed") == adapter_sha256(tmp_path / "whole")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ("flux", "sd3", "qwen_image"))
-def test_in_bf16_samples_are_drawn_too(name, base_of, photos, tmp_path):
-    """The pipeline hands its latents to the VAE in the transformer's dtype."""
-    more = {"mixed_precision": "bf16", "num_validation_images": 1, "max_train_steps": 1}
-    train(tiny_config(base_of(name), photos, tmp_path / "run", **settings_of(name, **more)))
-    assert (tmp_path / "run" / "image_0.png").is_file()
-
-
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
@@ -319,22 +309,6 @@ def test_size_that_the_family_cannot_generate_is_refused():
         )
         with pytest.raises(UserError, match=message):
             check_sides((96, 100), facts)
-
-
-def test_nothing_but_two_files_asks_for_a_family_by_its_name():
-    package = Path(training.__file__).parents[1]
-    # the self-test and its recipes are SDXL's own
-    names = {facts.name for facts in family_facts.FAMILIES} - {"sdxl"}
-    family_name = re.compile(rf"""["']({"|".join(names)})["']""")
-    paths = [
-        path
-        for path in package.rglob("*.py")
-        if family_name.search(path.read_text(encoding="utf-8"))
-    ]
-    assert {str(path.relative_to(package)) for path in paths} == {
-        "settings/family_facts.py",
-        "base/families.py",
-    }
 
 
 def test_the_draws_and_weights_of_a_flow_are_those_of_diffusers():

@@ -495,20 +495,6 @@ def test_resume_logs_replaced_parts_of_the_base(tiny_base, goes_on, tmp_path, ca
     assert [line for line in lines if line.endswith(": replaced")] == replaced
 
 
-@pytest.mark.slow
-def test_base_is_recognised_by_weights_not_folder_or_dtype(tiny_base, goes_on, tmp_path):
-    other_base = Path(shutil.copytree(tiny_base, tmp_path / "other"))
-    goes_on(pretrained_model_name_or_path=str(other_base))
-    (file,) = (other_base / "unet").glob("*.safetensors")
-    save_file({name: tensor + 0.01 for name, tensor in load_file(file).items()}, file)
-    with pytest.raises(
-        UserError,
-        match="checkpoint-1 was trained on a base with other weights: resume with that one",
-    ):
-        goes_on(pretrained_model_name_or_path=str(other_base))
-    goes_on(mixed_precision="bf16")
-
-
 TEXTS = (
     '{"step": "one", "seed": 3}',
     "[1]",

@@ -304,7 +304,7 @@ def test_trained_text_encoders_obey_max_sequence_length(photos, tmp_path, monkey
     assert len(text["prompt_embeds"]) == 8
 
 
-def test_another_input_of_a_photo_reaches_the_denoiser_by_its_name(
+def test_added_photo_input_reaches_the_denoiser_by_its_name(
     tiny_base, photos, tmp_path, monkeypatch
 ):
     """The input is added where a photo is encoded and taken where the denoiser is called: two
