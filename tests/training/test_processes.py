@@ -40,7 +40,7 @@ def losses(folder: Path) -> list[float]:
 def watched(monkeypatch):
     """The steps of the trainings in this process."""
     monkeypatch.setattr(loop, "TrainStep", Watched)
-    return Watched.found
+    return Watched.instances
 
 
 def test_two_processes_equal_one_with_accumulation(tiny_base, tmp_path, play, watched):
