@@ -105,7 +105,7 @@ def list_uses(tree: ast.AST) -> Iterator[str]:
         yield from filter(is_private, names)
 
 
-def test_every_private_name_of_a_library_is_listed_with_its_reason():
+def test_each_private_name_of_a_library_is_listed_with_a_reason():
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")]
     defined = {name for tree in trees for name in list_definitions(tree)}
     used = {name for tree in trees for name in list_uses(tree)} - defined

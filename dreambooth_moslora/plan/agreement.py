@@ -1,3 +1,6 @@
+"""Agree between the processes of a run before torch is imported: a run of one process needs none
+of it. `distributed` has the exchange itself, and imports torch."""
+
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 

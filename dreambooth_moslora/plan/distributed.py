@@ -174,8 +174,8 @@ def gather_results(
         raise error
     if all_stop:
         raise StopRequestedError()
-    other = f"process {process}" if process else "the main process"
-    raise UserError(f"{other} ended: {text}")
+    failed_process = f"process {process}" if process else "the main process"
+    raise UserError(f"{failed_process} ended: {text}")
 
 
 @contextmanager

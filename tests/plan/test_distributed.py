@@ -41,15 +41,15 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_only_the_main_process_works_and_what_it_finds_or_ends_by_is_heard_by_all(name, ends):
+def test_all_processes_get_the_main_process_result_or_error(name, ends):
     done = []
     assert ends(
         3, lambda accelerator: run_on_main(accelerator, lambda: done.append(1) or len(done))
     ) == [1, 1, 1]
     assert ends(1, lambda accelerator: run_on_main(accelerator, lambda: len(done))) == [1]
     error, kind, says = ERRORS[name]
-    own, heard = ends(2, lambda accelerator: run_on_main(accelerator, lambda: fail(error)))
-    assert own is error and type(heard) is kind
+    local, heard = ends(2, lambda accelerator: run_on_main(accelerator, lambda: fail(error)))
+    assert local is error and type(heard) is kind
     assert str(heard) == (f"the main process ended: {says}" if says else "")
 
 
@@ -59,47 +59,47 @@ def test_work_is_shared_out_and_all_get_the_results_in_order(items, count, ends)
     closed = []
 
     def results(accelerator):
-        def work(own):
+        def work(items):
             try:
-                yield from ((item.upper(), accelerator.process_index) for item in own)
+                yield from ((item.upper(), accelerator.process_index) for item in items)
             finally:
                 closed.append(accelerator.process_index)
 
         return list(share_work(accelerator, items, work))
 
-    wanted = [(item.upper(), number % count) for number, item in enumerate(items)]
-    assert ends(count, results) == [wanted] * count
+    expected = [(item.upper(), number % count) for number, item in enumerate(items)]
+    assert ends(count, results) == [expected] * count
     assert len(closed) == min(count, len(items)), "each process that works can tidy up"
 
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_an_error_in_one_share_ends_all_after_the_same_round(name, ends):
     error, kind, says = ERRORS[name]
-    seen = [[], [], []]
+    results = [[], [], []]
 
-    def work(own):
-        for item in own:
+    def work(items):
+        for item in items:
             yield item if item != 4 else fail(error)
 
     def take(accelerator):
         for result in share_work(accelerator, range(30), work):
-            seen[accelerator.process_index].append(result)
+            results[accelerator.process_index].append(result)
 
-    first, own, last = ends(3, take)
-    assert own is error and type(first) is type(last) is kind
+    first, second, last = ends(3, take)
+    assert second is error and type(first) is type(last) is kind
     assert str(first) == str(last) == (f"process 1 ended: {says}" if says else "")
-    assert seen == [[0, 1, 2]] * 3
+    assert results == [[0, 1, 2]] * 3
 
 
 def test_an_error_is_more_than_a_stop(ends):
     errors = [StopRequestedError(), UserError("full"), ZeroDivisionError("bug")]
-    found = ends(
+    results = ends(
         3,
         lambda accelerator: run_on_each(
             accelerator, lambda: fail(errors[accelerator.process_index])
         ),
     )
-    assert found[1:] == errors[1:] and str(found[0]) == "process 1 ended: full"
+    assert results[1:] == errors[1:] and str(results[0]) == "process 1 ended: full"
 
 
 def test_a_process_that_has_gone_is_a_line(monkeypatch):
@@ -111,8 +111,8 @@ def test_a_process_that_has_gone_is_a_line(monkeypatch):
         run_on_each(SimpleNamespace(num_processes=2), bool)
 
 
-def test_processes_that_find_other_checkpoints_or_settings_end_in_one_line_with_the_remedy(ends):
-    def found(*steps):
+def test_processes_with_other_checkpoints_end_in_one_line(ends):
+    def compare_steps(*steps):
         def find(accelerator):
             step = steps[accelerator.process_index]
             return fail(UserError(step)) if isinstance(step, str) else step
@@ -124,24 +124,27 @@ def test_processes_that_find_other_checkpoints_or_settings_end_in_one_line_with_
             ),
         )
 
-    assert found(4, 4) == [4, 4]
-    for error in found(4, 0):
+    assert compare_steps(4, 4) == [4, 4]
+    for error in compare_steps(4, 0):
         assert str(error).startswith(
             "process 1 has step 0, and the main process step 4: the photos, "
         )
         assert str(error).endswith("must be on a disk that all machines share.")
-    said = [str(error) for error in found("no checkpoint there", 4) + found("damaged", "damaged")]
-    assert said == [
+    messages = [
+        str(error)
+        for error in compare_steps("no checkpoint there", 4) + compare_steps("damaged", "damaged")
+    ]
+    assert messages == [
         "no checkpoint there",
         "the main process ended: no checkpoint there",
         "damaged",
         "damaged",
     ]
     lines = ["rank 4\nseed 1\nmixer none", "rank 4\nseed 2\nmixer none", "rank 8\nseed 2"]
-    own = lambda accelerator: require_agreement(  # noqa: E731
+    compare_settings = lambda accelerator: require_agreement(  # noqa: E731
         accelerator, lambda: lines[accelerator.process_index], str, "be alike."
     )
-    assert {str(error) for error in ends(3, own)} == {
+    assert {str(error) for error in ends(3, compare_settings)} == {
         "process 1 has seed 2, and the main process seed 1: be alike."
     }
 
@@ -177,7 +180,7 @@ def test_what_a_launcher_sets_is_refused_in_one_line(setting, begin, monkeypatch
 
 
 @pytest.mark.parametrize("allowed", [True, False])
-def test_tf32_is_set_for_those_who_ask_the_older_switch_and_the_newer_setting(allowed, begin):
+def test_tf32_is_set_by_pytorchs_older_and_newer_switch(allowed, begin):
     products = torch.backends.cuda.matmul
     try:
         begin(allow_tf32=allowed)
@@ -197,15 +200,15 @@ def test_accelerates_own_accumulation_divides_no_gradient_again(number, begin, m
     assert weight.grad.item() == 1
 
 
-@pytest.mark.parametrize(("device", "kept"), [("cpu", 1), ("cuda", 0)])
-def test_freed_memory_is_kept_on_a_cpu_only(device, kept, begin, monkeypatch):
-    asked = []
-    monkeypatch.setattr(disk_processes, "keep_freed_memory", lambda: asked.append(1))
+@pytest.mark.parametrize(("device", "calls"), [("cpu", 1), ("cuda", 0)])
+def test_freed_memory_is_kept_on_a_cpu_only(device, calls, begin, monkeypatch):
+    made_calls = []
+    monkeypatch.setattr(disk_processes, "keep_freed_memory", lambda: made_calls.append(1))
     monkeypatch.setattr(Accelerator, "device", torch.device(device))
     begin()
-    assert len(asked) == kept
+    assert len(made_calls) == calls
 
 
-def test_processes_may_differ_in_their_number_their_cache_and_how_a_number_is_written():
-    own = {"cache_dir": "/disk", "hub_token": "secret", "rank": "8"}
-    assert format_settings(own) == format_settings({"rank": 8}) != format_settings({})
+def test_processes_may_differ_in_cache_token_and_number_format():
+    settings = {"cache_dir": "/disk", "hub_token": "secret", "rank": "8"}
+    assert format_settings(settings) == format_settings({"rank": 8}) != format_settings({})

@@ -48,13 +48,13 @@ def run(config):
     return RunDir(config().output_dir)
 
 
-def test_the_first_pattern_that_fits_counts_and_alpha_follows_the_rank(config):
+def test_first_matching_pattern_counts_and_alpha_follows_rank(config):
     assert {path: get_rank_and_alpha(config(), "unet", path) for path in EXPECTED} == EXPECTED
     assert get_rank_and_alpha(config(lora_alpha=8.0), "unet", min(EXPECTED)) == (3, 8.0)
     assert get_rank_and_alpha(config(), "text_encoder", "attn2.to_k") == (4, 4.0)
 
 
-def test_checkpoint_published_files_and_a_dry_run_have_each_layers_own_size(run, config):
+def test_checkpoint_files_and_dry_run_have_each_layers_size(run, config):
     tensors, facts = read_raw(run.find_latest_checkpoint() / "moslora_weights.safetensors")
     kohya = load_file(run.kohya_path)
     for path, (rank, alpha) in EXPECTED.items():
@@ -89,7 +89,7 @@ def test_a_run_is_resumed_with_the_same_sizes_alone(run, config):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_fewer_layers_than_are_asked_for_is_refused(config, tmp_path):
+def test_checkpoint_with_fewer_layers_than_set_is_refused(config, tmp_path):
     """`to_q` alone means more layers than `mid_block.*.to_q`, though each layer there is a
     `to_q`."""
     few = {"rank_pattern": (), "alpha_pattern": (), "output_dir": str(tmp_path)}
@@ -136,7 +136,7 @@ def test_patterns_come_from_the_command_line_and_from_files(tmp_path):
     (tmp_path / "c.toml").write_text(
         'rank_pattern = ["to_k=8", "mid_block.*=2"]\nalpha_pattern = "to_k=4"\n'
     )
-    words = [
+    argv = [
         "--pretrained_model_name_or_path",
         "toy",
         "--instance_data_dir",
@@ -145,9 +145,9 @@ def test_patterns_come_from_the_command_line_and_from_files(tmp_path):
         "sks dog",
     ]
     flags = ["--rank_pattern", "to_k=8", "mid_block.*=2", "--alpha_pattern", "to_k=4"]
-    one, two = (
-        parse_train_config([*words, *more])
+    diffusers_way, kohya_way = (
+        parse_train_config([*argv, *more])
         for more in (flags, ["--config", str(tmp_path / "c.toml")])
     )
-    assert one == two and one.rank_pattern == ("to_k=8", "mid_block.*=2")
-    assert train_main([*words, "--use_blora"]) == 2
+    assert diffusers_way == kohya_way and diffusers_way.rank_pattern == ("to_k=8", "mid_block.*=2")
+    assert train_main([*argv, "--use_blora"]) == 2

@@ -58,16 +58,14 @@ def test_a_scored_run_keeps_its_best_adapter_on_the_disk_too():
         (768, 16, 2, "recompute", 9_650),
     ],
 )
-def test_the_estimate_is_within_a_tenth_of_the_count_and_the_kernels_are_few(
-    px, rank, batch, plan, kernels
-):
+def test_estimate_is_within_a_tenth_of_the_count(px, rank, batch, plan, kernels):
     """They were 11,410 and 15,724 with the products and casts of the adapter made at each call.
     Diffusers' divisions by 1 are 311 of them."""
     config = run_config(px, rank, batch, plan)
     unet = build_adapted_unet(config)
-    found = count(config, unet)
-    assert estimate_total_gib(config) == pytest.approx(compute_total_gib(unet, found), rel=0.1)
-    assert found.kernels <= kernels
+    counted = count(config, unet)
+    assert estimate_total_gib(config) == pytest.approx(compute_total_gib(unet, counted), rel=0.1)
+    assert counted.kernels <= kernels
 
 
 def test_a_unet_counts_as_it_weighs_and_where_it_is():
@@ -83,15 +81,15 @@ def test_a_unet_counts_as_it_weighs_and_where_it_is():
     assert cost().encoding_gib < 5.0
 
 
-def test_photos_of_a_flow_are_encoded_in_tiles_on_a_card_that_is_small():
+def test_flow_photos_are_encoded_in_tiles_on_a_small_card():
     """Encoded whole by a VAE in fp32, as was counted, they needed more than the training: 3.4."""
     size = find_base_size(Base.find("stabilityai/stable-diffusion-3.5-medium"), ())
     plan = MEMORY_PLANS["nf4_stream"] | {"mixed_precision": "bf16"}
-    found = estimate_memory(TrainConfig.from_dict(SETTINGS | plan), size, 100)
-    assert found.encoding_gib == pytest.approx(0.7, abs=0.05) and found.peak_gib < 1.5
+    estimate = estimate_memory(TrainConfig.from_dict(SETTINGS | plan), size, 100)
+    assert estimate.encoding_gib == pytest.approx(0.7, abs=0.05) and estimate.peak_gib < 1.5
 
 
-def test_trained_text_encoders_count_with_their_adapters_and_their_pass(tiny_base, tmp_path):
+def test_trained_text_encoders_count_with_adapters_and_pass(tiny_base, tmp_path):
     config = tiny_config(
         tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run", train_text_encoder=True
     )
@@ -110,11 +108,11 @@ def test_trained_text_encoders_count_with_their_adapters_and_their_pass(tiny_bas
     sdxl, flux = BaseSize(), find_base_size(Base.find("black-forest-labs/FLUX.1-dev"), ())
     assert (sdxl.text_layers, sdxl.text_widths) == (48 + 128, 2 * (48 * 768 + 128 * 1280))
     assert (flux.text_layers, flux.text_widths) == (48, 2 * 48 * 768), "CLIP-L alone"
-    one, two = (
+    single, double = (
         cost(**trained, train_batch_size=2).training_gib - cost(**trained).training_gib
         for trained in ({}, {"train_text_encoder": True})
     )
-    assert two - one == pytest.approx(0.125), "of the second prompt"
+    assert double - single == pytest.approx(0.125), "of the second prompt"
 
 
 def test_the_projections_of_blocks_are_counted_in_the_files(tiny_base):
@@ -128,21 +126,25 @@ def test_the_projections_of_blocks_are_counted_in_the_files(tiny_base):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Z-Image", "FLUX.2 klein 9B", "SD 1.5", "Sana"])
-def test_the_estimate_of_a_family_lies_within_a_tenth_of_the_count_on_its_full_size(name, capsys):
+def test_family_estimate_is_within_a_tenth_of_its_full_count(name, capsys):
     """And within 3 % where blocks are streamed, and where samples are drawn, or else more. The
     second is estimated from the smaller model of its family, the first also at another size and
     rank."""
     cases = [(512 if name == "SD 1.5" else 1024, 16)] + [(512, 64)] * (name == "Z-Image")
-    found = [one for case in cases for one in family_memory.print_deviations(name, *case)]
-    said = capsys.readouterr().out
-    steps, samples = zip(*found)
-    assert max(map(abs, steps)) < 0.1 and min(samples) > -0.03 and max(samples) < 0.04, said
-    streamed = [
-        abs(one) for one, plan in zip(steps, family_memory.COUNTED_PLANS) if "stream" in plan
+    deviations = [
+        deviation for case in cases for deviation in family_memory.print_deviations(name, *case)
     ]
-    assert len(streamed) == 3 and max(streamed) < 0.03, said
-    kernels = re.findall(r" (\d+) +(\d+) kernels", said.replace(",", ""))
-    assert all(int(ours) < int(theirs) for ours, theirs in kernels), said
+    output = capsys.readouterr().out
+    steps, samples = zip(*deviations)
+    assert max(map(abs, steps)) < 0.1 and min(samples) > -0.03 and max(samples) < 0.04, output
+    streamed = [
+        abs(deviation)
+        for deviation, plan in zip(steps, family_memory.COUNTED_PLANS)
+        if "stream" in plan
+    ]
+    assert len(streamed) == 3 and max(streamed) < 0.03, output
+    kernels = re.findall(r" (\d+) +(\d+) kernels", output.replace(",", ""))
+    assert all(int(ours) < int(theirs) for ours, theirs in kernels), output
 
 
 OF_FLOWS = [name for name, (family, *_) in family_memory.MODELS.items() if "sd" not in family[:2]]
@@ -150,19 +152,19 @@ OF_FLOWS = [name for name, (family, *_) in family_memory.MODELS.items() if "sd" 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OF_FLOWS)
-def test_a_recomputed_step_never_takes_more_than_by_pefts_own_layers(name):
+def test_recomputed_step_takes_no_more_than_with_peft_layers(name):
     """At full width, of one block of each kind."""
     ours, pefts = family_memory.measure_block_peaks(name)
     assert 0 < ours <= pefts
 
 
 @pytest.mark.parametrize("facts", FAMILIES, ids=lambda facts: facts.name)
-def test_decoding_takes_at_most_what_a_family_says_and_little_less(facts):
+def test_decoding_takes_at_most_the_stated_memory(facts):
     """A whole picture of 1024 px, by the full-size VAE."""
     vae = family_memory.build_vae(facts.name)
     counted = family_memory.measure_decoding_gib(facts.name, 1024, is_short=False) * GIB / 1024**2
-    said = facts.decoder_bytes_per_pixel * vae.dtype.itemsize / 4
-    assert counted <= said < 1.41 * counted
+    stated = facts.decoder_bytes_per_pixel * vae.dtype.itemsize / 4
+    assert counted <= stated < 1.41 * counted
     assert facts.tile_px == getattr(vae, "tile_sample_min_height", devices.TILES_PX[-1])
     parameters = sum(weight.numel() for weight in vae.parameters())
     assert all(model.vae == pytest.approx(parameters, rel=0.005) for model in facts.models)
@@ -179,7 +181,7 @@ def test_each_family_is_counted_on_its_published_models():
 @pytest.mark.slow
 @pytest.mark.parametrize(("facts", "model"), KNOWN)
 def test_a_known_model_is_what_its_denoiser_counts(facts, model):
-    found = []
+    counts = []
     for option in (
         options for family, options, *_ in family_memory.MODELS.values() if family == facts.name
     ):
@@ -192,15 +194,13 @@ def test_a_known_model_is_what_its_denoiser_counts(facts, model):
         }
         size = base_size.compute_base_size(facts, shapes, facts.targets)
         blocks = (size.projections, size.streamed, size.largest_block)
-        found.append((size.unet, *blocks, size.adapted_layers, size.adapted_widths))
+        counts.append((size.unet, *blocks, size.adapted_layers, size.adapted_widths))
     blocks = (model.block_parameters, model.streamed or model.block_parameters, model.largest_block)
-    assert (model.parameters, *blocks, model.adapted_layers, model.adapted_widths) in found
+    assert (model.parameters, *blocks, model.adapted_layers, model.adapted_widths) in counts
 
 
 @pytest.mark.parametrize(("facts", "model"), KNOWN, ids=[model.hub_id for _, model in KNOWN])
-def test_a_model_that_is_not_fetched_is_known_by_its_id_without_a_network(
-    facts, model, monkeypatch
-):
+def test_size_of_an_unfetched_model_is_found_by_its_hub_id(facts, model, monkeypatch):
     monkeypatch.setattr(
         "huggingface_hub.utils.get_session", lambda: pytest.fail("the hub was asked")
     )

@@ -67,13 +67,13 @@ def chosen(config: TrainConfig) -> tuple:
 
 def short(config: TrainConfig) -> str:
     """The plan in one word, with the images that pass at once."""
-    words = []
+    parts = []
     if config.base_quantization != "none":
-        words = [config.base_quantization]
+        parts = [config.base_quantization]
     elif config.gradient_checkpointing:
-        words = ["recompute"]
-    words += ["ff"] * config.recompute_feed_forward
-    return f"{' '.join(words) or 'full'}, {config.images_per_pass}"
+        parts = ["recompute"]
+    parts += ["ff"] * config.recompute_feed_forward
+    return f"{' '.join(parts) or 'full'}, {config.images_per_pass}"
 
 
 CARDS = {"4 GB": (3.3, "nf4, 1"), "6 GB": (5.05, "int8, 2"), "8 GB": (6.9, "recompute, 2")}
@@ -90,7 +90,7 @@ CARDS |= {
 
 
 @pytest.mark.parametrize(("free_gib", "plan"), CARDS.values(), ids=CARDS)
-def test_every_card_trains_the_one_recipe_by_the_fastest_plan_that_fits(card, free_gib, plan):
+def test_each_card_trains_the_recipe_by_the_fastest_fitting_plan(card, free_gib, plan):
     """Eight images a step, of photos and prior. Rank, crops and steps are the same on all."""
     recipe = load_settings(CONFIGS / "sdxl.toml") | {
         "instance_data_dir": ".",
@@ -136,16 +136,16 @@ def test_one_word_trains_sdxl_on_apples_gpu_with_recomputation(apple, tmp_path, 
     assert not speed.choose_local_speed(run, 10_000).has_cudnn_search
 
 
-def test_a_word_of_memory_lifts_what_a_file_says_of_it_and_takes_the_pass_that_fits(card, tmp_path):
+def test_memory_flag_replaces_a_files_plan_and_fits_the_pass(card, tmp_path):
     """A file for a small card would keep recomputing on a large one."""
     card(11.0)
     file = tmp_path / "small.toml"
     file.write_text('base_quantization = "nf4"\ngradient_checkpointing = true\n')
     file = ["--config", str(file), "--instance_data_dir", ".", "--instance_prompt", "a sks dog"]
     file += ["--pretrained_model_name_or_path", SDXL_HUB_ID, "--resolution", "1024"]
-    kept, lifted = parse_train_config(file), parse_train_config([*file, "--memory", "auto"])
-    assert (kept.base_quantization, kept.gradient_checkpointing) == ("nf4", True)
-    assert (lifted.base_quantization, lifted.gradient_checkpointing) == ("none", False)
+    by_file, by_flag = parse_train_config(file), parse_train_config([*file, "--memory", "auto"])
+    assert (by_file.base_quantization, by_file.gradient_checkpointing) == ("nf4", True)
+    assert (by_flag.base_quantization, by_flag.gradient_checkpointing) == ("none", False)
     full = planned(replace(SDXL, memory="full", gradient_accumulation_steps=4))
     assert short(full) == "full, 1"
     with_tokens = planned(
@@ -154,13 +154,13 @@ def test_a_word_of_memory_lifts_what_a_file_says_of_it_and_takes_the_pass_that_f
     assert with_tokens.images_per_pass == 2  # their texts have one gradient
 
 
-def test_what_was_given_stays_and_without_a_gpu_nothing_is_chosen_for_it(card, monkeypatch):
+def test_user_settings_stay_and_without_a_gpu_none_are_chosen(card, monkeypatch):
     card(23.0)
-    given = replace(
+    user_config = replace(
         SDXL, mixed_precision="fp16", gradient_checkpointing=True, base_quantization="int8"
     )
-    assert chosen(planned(given)) == ("fp16", True, "int8")
-    assert chosen(planned(replace(given, memory="nf4"))) == ("fp16", True, "int8")
+    assert chosen(planned(user_config)) == ("fp16", True, "int8")
+    assert chosen(planned(replace(user_config, memory="nf4"))) == ("fp16", True, "int8")
     assert chosen(planned(replace(SDXL, mixed_precision="no")))[0] == "no"
     plain = replace(SDXL, memory=None)
     assert planned(plain) == plain
@@ -185,19 +185,17 @@ def test_a_run_that_goes_on_keeps_its_plan_on_another_card(card, tmp_path):
     card(80.0)
     resumed = planned(replace(SDXL, output_dir=str(tmp_path), resume_from_checkpoint="latest"))
     assert short(resumed) == short(begun) == "ff, 1" and resumed.mixed_precision == "bf16"
-    for given, plan in (
+    for settings, plan in (
         ({"memory": "recompute"}, "recompute, 1"),
         ({"gradient_checkpointing": True}, "recompute ff, 1"),
     ):
-        asked = planned(
-            replace(SDXL, output_dir=str(tmp_path), resume_from_checkpoint="latest", **given)
+        resumed = planned(
+            replace(SDXL, output_dir=str(tmp_path), resume_from_checkpoint="latest", **settings)
         )
-        assert short(asked) == plan, "a run that had too little memory could not go on with less"
+        assert short(resumed) == plan, "a run that had too little memory could not go on with less"
 
 
-def test_where_a_kept_plan_does_not_fit_a_word_is_named_and_without_a_checkpoint_a_plan_is_made(
-    card, tmp_path
-):
+def test_saved_plan_that_does_not_fit_is_refused_with_advice(card, tmp_path):
     card(80.0)
     assert short(begin(tmp_path, gradient_accumulation_steps=8)) == "full, 8"
     card(7.0)
@@ -218,7 +216,7 @@ def test_where_a_kept_plan_does_not_fit_a_word_is_named_and_without_a_checkpoint
     assert short(planned(again)) == short(word)
 
 
-def test_a_transformer_on_a_card_without_bf16_is_trained_in_fp32_as_it_overflows_in_fp16(card):
+def test_transformer_on_a_card_without_bf16_is_trained_in_fp32(card):
     """Each of the two was refused with the other as the way out, and `--memory auto` took fp16."""
     card(14.6, capability=7)
     base = next(facts for facts in FAMILIES if facts.title == "Z-Image").models[0].hub_id
@@ -257,13 +255,13 @@ SETTINGS = SUBJECT | {
         (1.0, r"give a smaller --resolution than 1024"),
     ],
 )
-def test_a_run_beyond_the_card_is_refused_with_the_nearest_one_that_fits(card, free_gib, says):
+def test_run_too_large_for_the_card_gets_a_fitting_suggestion(card, free_gib, says):
     card(free_gib)
     with pytest.raises(UserError, match=says):
         check(TrainConfig.from_dict(SETTINGS))
 
 
-def test_the_settings_that_are_named_fit_and_so_does_a_small_base(card):
+def test_advised_settings_fit_and_so_does_a_small_base(card):
     def check_with(**changes) -> None:
         check(TrainConfig.from_dict(SETTINGS | changes))
 
@@ -286,12 +284,12 @@ def test_a_dry_run_says_what_each_plan_needs(capsys):
         )
         == 0
     )
-    said = capsys.readouterr().out
-    assert "gradient_checkpointing = true" in said and "memory plans: full 0." in said
-    assert "(--memory recompute)" in said
+    output = capsys.readouterr().out
+    assert "gradient_checkpointing = true" in output and "memory plans: full 0." in output
+    assert "(--memory recompute)" in output
 
 
-def test_a_family_is_refused_by_its_name_and_gets_the_plan_that_fits(card, monkeypatch):
+def test_refusal_names_the_family_and_auto_takes_a_fitting_plan(card, monkeypatch):
     facts = next(facts for facts in FAMILIES if facts.title == "Z-Image")
     size = replace(
         BaseSize(),
@@ -318,7 +316,7 @@ def test_a_family_is_refused_by_its_name_and_gets_the_plan_that_fits(card, monke
         check_memory(run, size)
 
 
-def test_class_images_are_drawn_on_a_card_on_which_only_streamed_blocks_are_trained(card):
+def test_class_images_fit_a_card_that_trains_streamed_blocks(card):
     """The whole base had to be there for them: 32 GiB of FLUX.1."""
     card(7.5)
     prior = {"with_prior_preservation": True, "class_prompt": "a photo of a dog"}
@@ -328,12 +326,12 @@ def test_class_images_are_drawn_on_a_card_on_which_only_streamed_blocks_are_trai
     check_memory(run, find_base_size(Base.of(run), ()))
 
 
-@pytest.mark.parametrize(("here", "streams"), [("1", True), ("2", False)])
-def test_each_of_several_processes_keeps_blocks_of_its_own_on_the_host(here, streams, monkeypatch):
+@pytest.mark.parametrize(("local_processes", "streams"), [("1", True), ("2", False)])
+def test_each_process_keeps_its_blocks_on_the_host(local_processes, streams, monkeypatch):
     """FLUX.1's blocks weigh 22 GiB; half of 64 GiB holds those of one process."""
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=64 * 2**30))
     monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local_processes)
     flux = find_base_size(Base.find("black-forest-labs/FLUX.1-dev"), ())
     run = TrainConfig.from_dict(SETTINGS | {"mixed_precision": "bf16"})
     assert ("stream" in memory_plans.estimate_plans(run, flux)) == streams
@@ -359,9 +357,9 @@ def test_a_run_out_of_memory_has_these_ways_left(family, changes, ends):
     """One after the other, each for a loaded base, and as settings that are allowed."""
     facts, config = family_memory.find_facts(family), TrainConfig.from_dict(SETTINGS | changes)
     flags = []
-    while found := memory_plans.find_leaner_settings(config, facts):
-        config = replace(config, **found[1])
-        flags.append(found[0])
+    while leaner := memory_plans.find_leaner_settings(config, facts):
+        config = replace(config, **leaner[1])
+        flags.append(leaner[0])
     assert len(flags) == len(ends)
     assert all(flag.endswith(end) for flag, end in zip(flags, ends))
 
@@ -370,14 +368,14 @@ def test_a_plan_is_judged_by_its_settings_and_not_by_its_name(card, monkeypatch)
     """DoRA's magnitudes are those of the dense weights, whatever quantises them."""
     card(8.0)
     sdxl, plain = family_memory.find_facts("sdxl"), TrainConfig.from_dict(SETTINGS)
-    named = memory_plans.estimate_plans(plain, BaseSize())
+    needs = memory_plans.estimate_plans(plain, BaseSize())
     _, settings = memory_plans.find_leaner_settings(plain, sdxl)
     renamed = {name.upper(): plan for name, plan in train_config.MEMORY_PLANS.items()}
     renamed["EIGHTHS"] = CHECKPOINTED | {"base_quantization": "int8"}
     monkeypatch.setattr(train_config, "MEMORY_PLANS", renamed)
 
     costs = memory_plans.estimate_plans(plain, BaseSize())
-    assert costs.pop("EIGHTHS") and list(costs.values()) == list(named.values())
+    assert costs.pop("EIGHTHS") and list(costs.values()) == list(needs.values())
     assert memory_plans.find_leaner_settings(plain, sdxl) == ("--memory RECOMPUTE_FF", settings)
     with_dora = replace(plain, gradient_checkpointing=True, use_dora=True)
     assert memory_plans.find_leaner_settings(with_dora, sdxl) is None
@@ -394,7 +392,7 @@ def test_a_run_out_of_memory_passes_by_a_plan_in_8_bit(card, monkeypatch):
     assert flag == "--memory nf4"
 
 
-def test_a_run_out_of_memory_goes_on_in_8_bit_where_there_is_no_4_bit(apple):
+def test_run_out_of_memory_continues_in_8_bit_without_4_bit(apple):
     sdxl, run = family_memory.find_facts("sdxl"), TrainConfig.from_dict(SETTINGS | CHECKPOINTED)
     flag, settings = memory_plans.find_leaner_settings(run, sdxl)
     assert flag == "--memory int8"
@@ -419,11 +417,11 @@ def test_every_card_trains_the_one_recipe_of_a_family(card, facts, free_gib, tmp
     assert (run.memory, run.rank, run.resolution) == ("auto", 16, facts.resolution_px)
     run = replace(run, **choose_family_settings(run, Base.of(run)))
     size = find_base_size(Base.of(run), facts.targets)
-    found = planned(run)
-    assert size.family is facts and estimate_memory(found, size, 1).peak_gib <= USABLE_RATIO * (
+    config = planned(run)
+    assert size.family is facts and estimate_memory(config, size, 1).peak_gib <= USABLE_RATIO * (
         free_gib + 0.5
     )
-    assert found.stream_blocks == (free_gib <= TINY_FAMILIES[facts.name].streams_at_gib)
+    assert config.stream_blocks == (free_gib <= TINY_FAMILIES[facts.name].streams_at_gib)
 
 
 def test_one_word_takes_the_recipe_of_the_bases_family(tmp_path):
@@ -434,7 +432,7 @@ def test_one_word_takes_the_recipe_of_the_bases_family(tmp_path):
 @pytest.mark.parametrize(("optimizer", "rate"), [("AdamW", None), ("prodigy", 1.0), (None, 1.0)])
 def test_the_rate_of_a_recipes_optimizer_is_not_given_to_another(optimizer, rate):
     """Z-Image's is Prodigy's: 1.0 would be ten thousand times AdamW's."""
-    given = {"pretrained_model_name_or_path": "Tongyi-MAI/Z-Image"}
-    choices = Choices(given | ({"optimizer": optimizer} if optimizer else {}))
+    user_settings = {"pretrained_model_name_or_path": "Tongyi-MAI/Z-Image"}
+    choices = Choices(user_settings | ({"optimizer": optimizer} if optimizer else {}))
     choose_recipe(choices, 23.0)
     assert choices.all_settings.get("learning_rate") == rate

@@ -23,7 +23,7 @@ from tests.helpers.odd_photos import picture
 from tests.helpers.tiny_training import paint_photos
 
 
-def test_a_scored_run_by_one_word_makes_one_plan_and_opens_each_photo_once(
+def test_scored_run_makes_one_plan_and_opens_each_photo_once(
     tiny_base, encoders, tmp_path, monkeypatch
 ):
     """Encoding and scoring open them for their pixels, by `photo.open_rgb`."""
@@ -98,7 +98,7 @@ def test_exposures_a_photo_set_the_steps():
         )
 
 
-def advised(about: str = "each photo is seen", **settings) -> list[str]:
+def advised(topic: str = "each photo is seen", **settings) -> list[str]:
     config = TrainConfig(**settings)
     plan = RunPlan(
         config=config,
@@ -107,16 +107,16 @@ def advised(about: str = "each photo is seen", **settings) -> list[str]:
         steps=plan_steps(config, 5),
         cost=estimate_memory(config, BaseSize(), 1),
     )
-    return [line for line in list_plan_advice(plan) if about in line]
+    return [line for line in list_plan_advice(plan) if topic in line]
 
 
-def test_too_few_exposures_and_a_warm_up_without_an_end_are_said_with_the_flag_that_sets_them():
+def test_few_exposures_and_endless_warm_up_are_remarked_on():
     """The default warm-up, as in diffusers' script, is longer than most runs of a subject."""
     (line,) = advised()
     assert "about 2 times" in line and "--exposures_per_photo" in line
     assert advised(exposures_per_photo=19, train_batch_size=1)
     assert advised(exposures_per_photo=20) == []
-    cosine = {"about": "--lr_warmup_steps", "lr_scheduler": "cosine"}
+    cosine = {"topic": "--lr_warmup_steps", "lr_scheduler": "cosine"}
     assert advised(**cosine, max_train_steps=400) == [
         "the learning rate rises for 500 steps, and the run has 400: set --lr_warmup_steps"
     ]
@@ -124,9 +124,7 @@ def test_too_few_exposures_and_a_warm_up_without_an_end_are_said_with_the_flag_t
     assert not advised(**cosine | {"lr_scheduler": "constant"}, max_train_steps=400)
 
 
-def test_a_run_with_dora_is_told_before_it_begins_what_other_programs_make_of_it(
-    tmp_path, monkeypatch
-):
+def test_dora_run_is_warned_about_other_programs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     picture().save("0.png")
     config = TrainConfig(instance_data_dir=".", resolution=64, use_dora=True)

@@ -52,9 +52,7 @@ NO_RUN_FOLDERS = {
     "says, output",
     [(says, output) for says, outputs in NO_RUN_FOLDERS.items() for output in outputs],
 )
-def test_what_is_no_run_folder_is_refused_before_anything_is_made(
-    says, output, tmp_path, monkeypatch
-):
+def test_unsuitable_run_folder_is_refused_with_nothing_made(says, output, tmp_path, monkeypatch):
     photos = paint_photos(tmp_path / "photos")
     monkeypatch.chdir(photos)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -66,9 +64,7 @@ def test_what_is_no_run_folder_is_refused_before_anything_is_made(
 @pytest.mark.skipif(
     not os.path.isdir("/proc"), reason="only Linux has a folder that nobody can write to"
 )
-def test_where_the_file_system_refuses_a_folder_or_the_default_cache_is_said_before_training(
-    tmp_path, monkeypatch
-):
+def test_folder_that_cannot_be_made_is_refused_before_training(tmp_path, monkeypatch):
     photos, run = paint_photos(tmp_path / "photos"), tmp_path / "run"
     for name in ("output_dir", "class_data_dir"):
         places = {"output": run, name.replace("output_dir", "output"): "/proc/no/such"}
@@ -84,9 +80,7 @@ def test_where_the_file_system_refuses_a_folder_or_the_default_cache_is_said_bef
             check(run, photos, caching="disk", cache_dir="/proc")
 
 
-def test_the_present_folder_lends_the_best_adapter_its_name_and_the_longest_leaves_its_files_room(
-    tiny_base, tmp_path, monkeypatch
-):
+def test_current_folder_and_longest_name_give_usable_file_names(tiny_base, tmp_path, monkeypatch):
     photos, name = paint_photos(tmp_path / "photos"), "d" * 200
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / name)
@@ -98,7 +92,7 @@ def test_the_present_folder_lends_the_best_adapter_its_name_and_the_longest_leav
 
 
 @pytest.mark.parametrize("inner", ["samples", "checkpoint-5", "best/mine", "class_images", "masks"])
-def test_photos_are_not_taken_from_where_a_run_writes_nor_the_class_from_them(inner, tmp_path):
+def test_photos_in_folders_that_the_run_writes_are_refused(inner, tmp_path):
     with pytest.raises(UserError, match="--instance_data_dir"):
         check(tmp_path, tmp_path / inner)
     with pytest.raises(UserError, match="--class_data_dir is the folder of --instance_data_dir"):
@@ -123,7 +117,7 @@ def test_a_run_is_refused_before_it_touches_the_photos(tiny_base, tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="everything is allowed to root")
-def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
+def test_unwritable_folder_is_refused_before_training(tmp_path):
     tmp_path.chmod(0o555)
     with pytest.raises(UserError, match=r"--output_dir .*: cannot be written: Permission denied"):
         check(tmp_path / "a" / "b")
@@ -132,10 +126,10 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
 @pytest.mark.slow
 def test_a_run_replaces_the_pictures_of_its_own_card_only(tiny_base, tmp_path):
     photos, run = paint_photos(tmp_path / "photos"), tmp_path / "run"
-    drawn = {"max_train_steps": 1, "num_validation_images": 2}
-    train(tiny_config(tiny_base, photos, run, **drawn))
+    samples = {"max_train_steps": 1, "num_validation_images": 2}
+    train(tiny_config(tiny_base, photos, run, **samples))
     assert len(list(run.glob("image_*.png"))) == 6
-    train(tiny_config(tiny_base, photos, run, **{**drawn, "num_validation_images": 0}))
+    train(tiny_config(tiny_base, photos, run, **{**samples, "num_validation_images": 0}))
     assert not list(run.glob("image_*.png"))
 
 
@@ -143,7 +137,7 @@ ATTENTION = [f"down.0.attn1.{name}" for name in ("to_q", "to_k", "to_out.0")]
 LAYERS = dict.fromkeys(["conv_in", *ATTENTION, "mid.proj_in"], 2)
 
 
-def test_a_name_that_matches_nothing_is_answered_with_a_near_one_and_ends_of_paths_pass():
+def test_unknown_layer_gets_a_suggestion_and_path_ends_pass():
     for names in (("to_q", "to_out.0"), ("attn1.to_k",), ("conv_in",), ("down.0.attn1.to_q",)):
         check_layers(names, LAYERS, use_dora=False)
     near = {
@@ -157,7 +151,7 @@ def test_a_name_that_matches_nothing_is_answered_with_a_near_one_and_ends_of_pat
             check_layers(("to_q", name), LAYERS, use_dora=False)
 
 
-def test_a_layer_that_other_programs_could_not_read_again_is_refused():
+def test_layer_without_a_name_in_kohya_files_is_refused():
     layers = {"time_embedding.linear_1": 2, "add_embedding.linear_1": 2}
     check_layers(("time_embedding.linear_1",), layers, use_dora=False)
     no_name = r"linear_1: add_embedding.linear_1 has no name in kohya's files"
@@ -179,9 +173,7 @@ def asked(**changes):
     validate_run(config, Base.of(config))
 
 
-def test_bf16_on_an_older_gpu_is_refused_with_the_way_out_also_by_a_function_and_of_accelerate(
-    t4, tmp_path, monkeypatch
-):
+def test_bf16_on_an_older_gpu_is_refused_with_advice(t4, tmp_path, monkeypatch):
     says = (
         r"^--mixed_precision bf16: Tesla T4 \(compute capability 7.5\) has no bf16.*: "
         r"give --mixed_precision fp16\.$"
@@ -200,9 +192,7 @@ def test_bf16_on_an_older_gpu_is_refused_with_the_way_out_also_by_a_function_and
     asked(mixed_precision="fp16")
 
 
-def test_other_precisions_newer_gpus_and_the_cpu_are_not_refused_and_doctor_says_so(
-    t4, gpu, monkeypatch, capsys
-):
+def test_other_precisions_and_devices_pass_and_doctor_agrees(t4, gpu, monkeypatch, capsys):
     for precision in ("fp16", "no", None):
         asked(mixed_precision=precision)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -218,7 +208,7 @@ def test_other_precisions_newer_gpus_and_the_cpu_are_not_refused_and_doctor_says
     asked(mixed_precision="bf16")
 
 
-def test_amd_gpus_get_bf16_by_their_architecture_and_doctor_says_the_same(gpu, monkeypatch):
+def test_amd_gpus_get_bf16_by_architecture_as_doctor_says(gpu, monkeypatch):
     """ROCm gives the architecture's number as a compute capability: 10.3 for gfx1030. PyTorch says
     bf16 of all."""
     gpu(10, minor=3)
@@ -230,7 +220,7 @@ def test_amd_gpus_get_bf16_by_their_architecture_and_doctor_says_the_same(gpu, m
             torch.cuda, "get_device_properties", lambda device=None, facts=facts: facts
         )
         assert choose_half_precision() == ("fp16" if name in older else "bf16"), name
-        collect_machine_facts(found := Findings())
-        assert found.facts["bf16"] == (
+        collect_machine_facts(findings := Findings())
+        assert findings.facts["bf16"] == (
             "no: use --mixed_precision fp16" if name in older else "yes"
         ), name
