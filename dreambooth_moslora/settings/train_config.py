@@ -736,6 +736,18 @@ class TrainConfig:
         publish="if_changed",
         family="flow",
     )
+    flow_shift: float | None = training_field(
+        default=None,
+        help=(
+            "flow models: shift the noise levels that are drawn by this factor, in place of the "
+            "base's scheduler; 1 shifts none (default: as the scheduler does)"
+        ),
+        above=0,
+        high=100,
+        publish="if_changed",
+        family="flow",
+        excludes={"shift_timesteps": "each shifts noise levels"},
+    )
     guidance_scale: float = training_field(
         default=3.5,
         help="what a base with embedded guidance (FLUX.1 dev) is told in training",

@@ -89,6 +89,7 @@ class TrainSettings(TypedDict, total=False):
     mode_scale: float
     precondition_outputs: bool | None
     shift_timesteps: bool
+    flow_shift: float | None
     guidance_scale: float
     max_sequence_length: int | None
     text_encoder_out_layers: Sequence[str]

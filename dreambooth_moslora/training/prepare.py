@@ -117,7 +117,9 @@ def prepare_inputs(
     pipeline = base_loading.load_base(config, base, dtype, device, has_denoiser=not is_late)
 
     # Checks, before the long work. A base that is refused costs no encoding.
-    schedule = build_noise_schedule(pipeline.scheduler, config.do_edm_style_training)
+    schedule = build_noise_schedule(
+        pipeline.scheduler, config.do_edm_style_training, config.flow_shift
+    )
     options = families.build_encoding_options(get_text_options(config))
     family = families.build_family(
         pipeline, embedded_guidance=config.guidance_scale, options=options
@@ -214,19 +216,27 @@ def check_target_layers(config: train_config.TrainConfig, pipeline: DiffusionPip
 
 
 def build_noise_schedule(
-    scheduler: SchedulerMixin, edm_style: bool = False
+    scheduler: SchedulerMixin, edm_style: bool = False, flow_shift: float | None = None
 ) -> objective.NoiseSchedule:
-    """Build a base's noise schedule from its scheduler's configuration. Raises UserError for an
-    unknown prediction type."""
+    """Build a base's noise schedule from its scheduler's configuration.
+
+    scheduler: the base's
+    edm_style: clamp the levels to finite ones, which EDM needs
+    flow_shift: of a flow's levels, in place of the scheduler's
+
+    Raises UserError for an unknown prediction type.
+    """
     # A solver for flows, such as Sana's, has the levels of the plain flow scheduler.
-    if scheduler.config.get("use_flow_sigmas"):
+    is_flow = "FlowMatch" in type(scheduler).__name__
+    is_flow_solver = scheduler.config.get("use_flow_sigmas", False)
+    if is_flow_solver or (is_flow and flow_shift is not None):
         scheduler = FlowMatchEulerDiscreteScheduler(
             num_train_timesteps=scheduler.config.num_train_timesteps,
-            shift=scheduler.config.flow_shift,
+            shift=flow_shift or scheduler.config.flow_shift,
         )
 
     # Flow: the scheduler's sigma is the noise's share s, so the ratio is s / (1 - s).
-    if "FlowMatch" in type(scheduler).__name__:
+    if is_flow or is_flow_solver:
         fresh = type(scheduler).from_config(scheduler.config)
         share = fresh.sigmas[: len(fresh.timesteps)].double()
         shift_line = None

@@ -344,6 +344,24 @@ def test_noise_levels_are_shifted_like_the_scheduler():
     assert build_noise_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0)).shift_line is None
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+    ],
+    ids=["shifted", "dynamic", "solver"],
+)
+def test_flow_shift_replaces_that_of_the_scheduler(scheduler):
+    schedule = build_noise_schedule(scheduler, flow_shift=2.0)
+    share = 1 / (1 + 1 / schedule.sigmas)
+    plain = torch.linspace(1, 1e-3, 1000)
+    torch.testing.assert_close(share, 2 * plain / (1 + plain), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(schedule.timesteps, 1000 * share, atol=1e-2, rtol=1e-4)
+    assert schedule.shift_line is None
+
+
 def test_flow_solver_gives_levels_of_its_shift():
     """The published bases are saved with it; a flow's own scheduler of that shift has the same
     levels."""
