@@ -122,7 +122,7 @@ def parse_folder_and_word(positionals: Sequence[str]) -> tuple[Path, str]:
     # The photos of sd-scripts lie in a folder such as `10_sks dog` in it.
     inner_folders = list_repeats_folders(folder)
     if len(inner_folders) == 1:
-        folder = Path(inner_folders[0]["instance_data_dir"])
+        folder = inner_folders[0][0]
     word = " ".join(positionals[1:2]).strip()
 
     # The class is one argument: one word, or several in quotes.

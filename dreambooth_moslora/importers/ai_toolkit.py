@@ -8,21 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.importers.converters import (
+    AVERAGE_ROW,
     CAPTION_SUFFIX_ROW,
+    choose,
     convert_optimizer,
     convert_precision,
     convert_resolution,
-    convert_schedule,
     flatten_values,
     if_true,
     to_number,
     to_positive,
 )
-from dreambooth_moslora.importers.datasets import (
-    complete_class_prompt,
-    to_list,
-    translate_datasets,
-)
+from dreambooth_moslora.importers.datasets import to_list
+from dreambooth_moslora.importers.families import set_block_layers, set_noise_levels
 from dreambooth_moslora.importers.rows import (
     UNSET_VALUES,
     Ignored,
@@ -30,44 +28,52 @@ from dreambooth_moslora.importers.rows import (
     Translated,
     Translation,
     Unsupported,
-    UnsupportedValueError,
 )
+from dreambooth_moslora.importers.trainer import Datasets, Trainer
 
-TRAINER = "ai-toolkit"
 DEFAULTS = {
-    "mixer": "none",
     "rank": 4,
+    "lora_alpha": 1.0,
     "learning_rate": 1e-6,
+    "text_encoder_lr": 0.0,
     "lr_scheduler": "constant",
-    "lr_warmup_steps": 0,
-    "optimizer": "AdamW",
-    "adam_weight_decay": 0.01,
-    "adam_weight_decay_text_encoder": 0.01,
+    "adam_epsilon": 1e-6,
     "max_train_steps": 1000,
     "train_batch_size": 1,
     "resolution": 512,
     "enable_bucket": True,
-    "center_crop": True,
     "gradient_checkpointing": True,
-    "instance_prompt_share": 0.0,
+    "mixed_precision": "no",
     "validation_steps": 100,
     "checkpointing_steps": 1000,
+    "checkpoints_total_limit": 5,
 }
-"""Settings of a job that says nothing of them. AdamW's weight decay is PyTorch's."""
+"""Settings of a job that says nothing of them."""
 PLACEHOLDER = "[trigger]"
 """Stands for the trigger word in captions and prompts."""
 
 
-def convert_timestep_type(value: Any) -> dict[str, Any] | None:
-    """Return how noise levels are drawn. Raises UnsupportedValueError."""
-    kinds = {
-        "sigmoid": {"weighting_scheme": "logit_normal"},
-        "linear": {"weighting_scheme": "none"},
-        "flux_shift": {"weighting_scheme": "none", "shift_timesteps": True},
-    }
-    if value not in kinds:
-        raise UnsupportedValueError(f"one of {', '.join(kinds)} has a counterpart")
-    return kinds[value]
+FAMILIES = {
+    **dict.fromkeys(("sd1", "sdxl", "flux", "qwen_image", "krea2", "lumina2"), None),
+    "is_xl": "sdxl",
+    "is_flux": "flux",
+    "sd3": "sd3",
+    "is_v3": "sd3",
+    "is_lumina2": "lumina2",
+    **dict.fromkeys(("flux2", "flux2_klein_4b", "flux2_klein_9b"), "flux2"),
+    "zimage": "z_image",
+}
+"""`arch`, or the older switch of a model -> family; None for the same name."""
+NOISE_LEVELS: dict[str, dict[str, Any]] = {
+    "sigmoid": {"scheme": "logit_normal"},
+    "linear": {},
+    **{name: {"shift": None} for name in ("shift", "flux_shift", "lumina2_shift")},
+}
+"""`timestep_type` -> arguments of `set_noise_levels`."""
+SCHEDULES = {name: name for name in ("constant", "constant_with_warmup", "cosine")}
+SCHEDULES["cosine_with_restarts"] = "cosine"
+"""`lr_scheduler` -> ours. There is one cycle; `linear` rises there."""
+COUNTS_OF_STEPS = ("max_train_steps", "lr_warmup_steps", "validation_steps", "checkpointing_steps")
 
 
 def convert_quantization(value: Any) -> str | None:
@@ -143,8 +149,9 @@ TABLE: Table = {
     "Training": {
         "train.steps": Translated("max_train_steps", int),
         "train.batch_size": Translated("train_batch_size", int),
-        "train.gradient_accumulation train.gradient_accumulation_steps": Translated(
-            "gradient_accumulation_steps", int
+        "train.gradient_accumulation": Translated("gradient_accumulation_steps", int),
+        "train.gradient_accumulation_steps": Translated(
+            convert=int, remark="it counts batches as steps there: `steps` is divided by it"
         ),
         "train.lr train.unet_lr": Translated("learning_rate", to_number),
         "train.text_encoder_lr": Translated(convert=to_number),
@@ -152,12 +159,16 @@ TABLE: Table = {
         "train.train_unet": Unsupported("the denoiser is always trained", (True,)),
         "train.optimizer": Translated("optimizer", convert_optimizer),
         "train.optimizer_params.weight_decay": Translated("adam_weight_decay", to_number),
-        "train.lr_scheduler": Translated(convert=convert_schedule),
+        "train.lr_scheduler": Translated(convert=choose(SCHEDULES)),
         "train.lr_scheduler_params.num_warmup_steps": Translated("lr_warmup_steps", int),
         "train.max_grad_norm": Translated("max_grad_norm", to_number),
         "train.gradient_checkpointing": Translated(),
         "train.dtype": Translated("mixed_precision", convert_precision),
-        "train.timestep_type": Translated("weighting_scheme", convert_timestep_type),
+        "train.timestep_type": Translated(
+            "weighting_scheme",
+            choose(dict.fromkeys(NOISE_LEVELS)),
+            "with `--flow_shift` or `--shift_timesteps`; `sigmoid` where it is silent",
+        ),
         "train.linear_timesteps train.linear_timesteps2": Unsupported(
             "errors are not weighed by ai-toolkit's bell curve"
         ),
@@ -178,9 +189,7 @@ TABLE: Table = {
         "train.diff_output_preservation_multiplier train.blank_prompt_preservation_multiplier": (
             Translated("prior_loss_weight", to_number)
         ),
-        "train.ema_config.use_ema": Ignored(
-            "the last weights are published; --optimizer AdamWScheduleFree averages its steps"
-        ),
+        "train.ema_config.use_ema": AVERAGE_ROW,
         "train.ema_config.ema_decay": Ignored("it belongs to use_ema"),
         "train.min_denoising_steps train.max_denoising_steps": Unsupported(
             "all noise levels are drawn", (0, 999, 1000)
@@ -254,58 +263,90 @@ def matches_file(content: Mapping[str, Any]) -> bool:
     return "job" in content and isinstance(config, Mapping) and "process" in config
 
 
-def translate_config(content: Mapping[str, Any]) -> Translation:
-    """Return the settings of a job: of its first process that trains."""
-    translation = Translation(TRAINER)
-    process = dict(to_list(content["config"]["process"])[0])
-    if content["job"] != "extension" or "train" not in process:
+def read_values(
+    content: Mapping[str, Any], translation: Translation
+) -> tuple[dict[str, Any], Datasets]:
+    """Return the values and datasets of a job's first process, without those that belong to a
+    switch that is off."""
+    process = next(iter(to_list(content["config"]["process"])), None)
+    if content["job"] != "extension" or not isinstance(process, Mapping) or "train" not in process:
         translation.unsupported.append(f"job {content['job']}: training jobs alone are read")
-        return translation
-
-    # The values, without what is read apart: datasets, and what belongs to a switch that is off
-    datasets = to_list(process.pop("datasets", None))
+        return {}, []
     values = {"name": content["config"].get("name")} | flatten_values(process)
-    folder, trigger = values.pop("training_folder", None), values.get("trigger_word")
-    drop_idle_values(values)
-    translation.translate_values(TABLE, values)
-    if values.get("name"):
-        path = Path(folder or "output") / str(values["name"])
-        translation.set_values({"output_dir": str(path)}, "training_folder, name")
-    split = []
-    for dataset in datasets:
-        values = dict(dataset)
-        is_class = values.pop("is_reg", False) or values.pop("prior_reg", False)
-        split.append((values, bool(is_class)))
-    translate_datasets(translation, DATASET_TABLE, split)
-    set_trigger(translation, trigger)
-    complete_class_prompt(translation)
-    settings = translation.settings
-    if "lora_alpha" not in settings:
-        settings["lora_alpha"] = 1.0
-    if "adam_weight_decay" in settings:
-        settings["adam_weight_decay_text_encoder"] = settings["adam_weight_decay"]
-    translation.add_defaults(DEFAULTS)
-    return translation
+    datasets = [dict(item) for item in to_list(values.pop("datasets", None)) if item]
+    is_class = [item.pop("is_reg", False) or item.pop("prior_reg", False) for item in datasets]
 
-
-def drop_idle_values(values: dict[str, Any]) -> None:
-    """Remove the values of switches that are off, which belong to no effect."""
+    # What belongs to a switch that is off
     if not values.get("model.quantize"):
         values.pop("model.qtype", None)
     for name in ("train.diff_output_preservation", "train.blank_prompt_preservation"):
         if values.get(name) in UNSET_VALUES:
             values.pop(f"{name}_multiplier", None)
             values.pop(f"{name}_class", None)
+    return values, list(zip(datasets, map(bool, is_class)))
 
 
-def set_trigger(translation: Translation, trigger: str | None) -> None:
+def find_family(values: Mapping[str, Any]) -> str:
+    """Return the family of the base; Stable Diffusion 1.5 where nothing is said."""
+    name = str(values.get("model.arch") or "").partition(":")[0]
+    if not name:
+        switches = (key for key in FAMILIES if values.get(f"model.{key}") is True)
+        name = next(switches, "sd1")
+    return FAMILIES.get(name) or name
+
+
+def complete_settings(translation: Translation, values: dict[str, Any]) -> None:
+    """Store what depends on several keys."""
+    settings = translation.settings
+    if values.get("name"):
+        path = Path(str(values.get("training_folder") or "output")) / str(values["name"])
+        translation.set_values({"output_dir": str(path)}, "training_folder, name")
+
+    # Layers, and noise levels, by the family
+    family = find_family(values)
+    set_block_layers(translation, family)
+    if values.get("train.noise_scheduler") == "flowmatch":
+        kind = str(values.get("train.timestep_type") or "sigmoid")
+        source = f"train.timestep_type {kind}"
+        set_noise_levels(translation, family, source, **NOISE_LEVELS.get(kind, {}))
+
+    if settings.get("lr_scheduler") == "constant_with_warmup":
+        translation.add_defaults({"lr_warmup_steps": 1000})
+
+    # Batches are counted as steps with this way of accumulation.
+    count = values.get("train.gradient_accumulation_steps")
+    if isinstance(count, int) and count > 1:
+        settings.setdefault("max_train_steps", DEFAULTS["max_train_steps"])
+        for name in COUNTS_OF_STEPS:
+            if name in settings:
+                settings[name] = max(1, settings[name] // count)
+
+    # Prodigy finds the rate.
+    if settings.get("optimizer") == "Prodigy" and settings.get("learning_rate", 0) < 0.1:
+        translation.set_values({"learning_rate": 1.0}, "Prodigy with a rate below 0.1")
+    set_trigger(translation, values.get("trigger_word"))
+
+
+def set_trigger(translation: Translation, trigger: Any) -> None:
     """Put the trigger word into prompts and before captions, as ai-toolkit does."""
     settings = translation.settings
-    if trigger:
-        settings["token"] = trigger
-        settings["caption_prefix"] = trigger
-    settings["instance_prompt"] = str(settings.get("instance_prompt") or trigger or "")
-    for name in ("instance_prompt", "validation_prompt"):
-        if settings.get(name) and trigger:
-            texts = [text.replace(PLACEHOLDER, trigger) for text in to_list(settings[name])]
-            settings[name] = texts if name == "validation_prompt" else texts[0]
+    if not trigger:
+        return
+    trigger = str(trigger)
+    settings |= {"token": trigger, "caption_prefix": trigger}
+    prompt = str(settings.get("instance_prompt") or trigger)
+    settings["instance_prompt"] = prompt.replace(PLACEHOLDER, trigger)
+    prompts = to_list(settings.get("validation_prompt"))
+    if prompts:
+        settings["validation_prompt"] = [text.replace(PLACEHOLDER, trigger) for text in prompts]
+
+
+AI_TOOLKIT = Trainer(
+    name="ai-toolkit",
+    table=TABLE,
+    dataset_table=DATASET_TABLE,
+    matches=matches_file,
+    read_values=read_values,
+    complete=complete_settings,
+    defaults=DEFAULTS,
+)

@@ -4,24 +4,26 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dreambooth_moslora.importers.rows import Translated, UnsupportedValueError
+from dreambooth_moslora.importers.rows import Ignored, Translated, UnsupportedValueError
 from dreambooth_moslora.settings.lr_schedules import LR_SCHEDULES
 from dreambooth_moslora.settings.optimizers import OPTIMIZERS
 
 OPTIMIZER_NAMES: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": "AdamW"},
+    "adamwbf16": {"optimizer": "AdamW"},
     "adam": {"optimizer": "AdamW", "adam_weight_decay": 0.0},
+    "adam8": {"optimizer": "AdamW", "use_8bit_adam": True, "adam_weight_decay": 0.0},
+    "adamw8": {"optimizer": "AdamW", "use_8bit_adam": True},
     "adamw8bit": {"optimizer": "AdamW", "use_8bit_adam": True},
     "adam8bit": {"optimizer": "AdamW", "use_8bit_adam": True, "adam_weight_decay": 0.0},
     "pagedadamw8bit": {"optimizer": "AdamW", "use_8bit_adam": True},
     "prodigy": {"optimizer": "Prodigy"},
+    "prodigy8bit": {"optimizer": "Prodigy"},
     "schedulefreeadamw": {"optimizer": "AdamWScheduleFree"},
     "adamwschedulefree": {"optimizer": "AdamWScheduleFree"},
     "adafactor": {"optimizer": "Adafactor"},
 }
 """Optimizers' names in lower case without separators -> settings."""
-SCHEDULE_NAMES = {"cosine_with_hard_restarts": "cosine_with_restarts"}
-"""Other names of schedules of the learning rate."""
 
 
 def simplify_name(name: Any) -> str:
@@ -39,11 +41,7 @@ def convert_optimizer(value: Any) -> Mapping[str, Any]:
 
 def convert_schedule(value: Any) -> str:
     """Return a schedule of the learning rate. Raises UnsupportedValueError."""
-    name = str(value).lower()
-    name = SCHEDULE_NAMES.get(name, name)
-    if name not in LR_SCHEDULES:
-        raise UnsupportedValueError(f"the schedules here are {', '.join(LR_SCHEDULES)}")
-    return name
+    return choose(dict(zip(LR_SCHEDULES, LR_SCHEDULES)))(str(value).lower())
 
 
 def convert_resolution(value: Any) -> int:
@@ -67,6 +65,17 @@ def convert_precision(value: Any) -> str | None:
     return names[name]
 
 
+def choose(counterparts: Mapping[Any, Any]) -> Callable[[Any], Any]:
+    """Make a converter of values that have these counterparts, and no others."""
+
+    def convert_choice(value: Any) -> Any:
+        if not isinstance(value, str) or value not in counterparts:
+            raise UnsupportedValueError(f"{', '.join(counterparts)} have a counterpart")
+        return counterparts[value]
+
+    return convert_choice
+
+
 def to_number(value: Any) -> float:
     """Return a number, which YAML 1.1 reads as text if it has no dot: `1e-4`."""
     return float(value)
@@ -83,6 +92,10 @@ def check_caption_suffix(value: Any) -> None:
         raise UnsupportedValueError("captions are .txt or .caption files beside the photos")
 
 
+AVERAGE_ROW = Ignored(
+    "the last weights are published; --optimizer AdamWScheduleFree averages its steps"
+)
+"""Row of a moving average of the weights."""
 CAPTION_SUFFIX_ROW = Translated("captions", check_caption_suffix, "`.txt` and `.caption` are read")
 
 

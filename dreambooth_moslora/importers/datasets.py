@@ -15,16 +15,15 @@ SUBJECT_SETTINGS = train_config.list_settings("per_subject")
 """Settings that each of several subjects may have."""
 
 
-def list_repeats_folders(parent: Path) -> list[dict[str, Any]]:
-    """Return the settings of each folder such as `10_sks dog` in a folder."""
-    settings = []
+def list_repeats_folders(parent: Path) -> list[tuple[Path, str, int]]:
+    """Return each folder such as `10_sks dog` in a folder, its prompt and its repeats."""
+    folders = []
     for folder in sorted(path for path in parent.glob("*") if path.is_dir()):
         match = REPEATS_FOLDER.fullmatch(folder.name)
         if match:
             prompt = " ".join(match["name"].replace("_", " ").split())
-            repeats = {"instance_prompt": prompt, "repeats": int(match["repeats"])}
-            settings.append({"instance_data_dir": str(folder)} | repeats)
-    return settings
+            folders.append((folder, prompt, int(match["repeats"])))
+    return folders
 
 
 def translate_datasets(
@@ -41,19 +40,12 @@ def translate_datasets(
         translation.add_remarks(part)
         folder = part.settings.get("instance_data_dir")
         if folder and is_class:
-            set_class_images(translation, folder, part.settings.get("instance_prompt"))
+            prior = {"class_data_dir": folder, "class_prompt": part.settings.get("instance_prompt")}
+            prior = {"with_prior_preservation": True} | prior
+            translation.set_values(prior, "regularization images")
         elif folder:
             photo_settings.append(part.settings)
     set_photos(translation, photo_settings)
-
-
-def set_class_images(translation: Translation, folder: str, prompt: str | None = None) -> None:
-    """Store a folder of class images, or the folder such as `1_dog` in it."""
-    inner_folders = list_repeats_folders(Path(folder))
-    if inner_folders:
-        folder, prompt, _ = inner_folders[0].values()
-    settings = {"with_prior_preservation": True, "class_data_dir": folder, "class_prompt": prompt}
-    translation.set_values(settings, "regularization images")
 
 
 def set_photos(translation: Translation, datasets: Sequence[Mapping[str, Any]]) -> None:
@@ -75,7 +67,7 @@ def set_photos(translation: Translation, datasets: Sequence[Mapping[str, Any]]) 
         shared = {name: value for name, value in shared.items() if name not in SUBJECT_SETTINGS}
         for name, value in shared.items():
             if any(table.get(name) != value for table in tables):
-                translation.ignored.append(f"{name} of single folders (all have {value})")
+                translation.ignore(f"{name} of single folders", f"all have {value}")
         shared["subjects"] = subjects
     if shared:
         translation.set_values(shared, "datasets")
@@ -92,9 +84,9 @@ def complete_class_prompt(translation: Translation) -> None:
     """Name the class by the last word of the instance prompt, where class images have no prompt."""
     settings = translation.settings
     if settings.get("with_prior_preservation") and not settings.get("class_prompt"):
-        words = str(settings.get("instance_prompt") or "").split()
-        if len(words) > 1:
-            translation.set_values({"class_prompt": f"a photo of a {words[-1]}"}, "")
+        _, space, class_word = str(settings.get("instance_prompt") or "").rpartition(" ")
+        if space:
+            translation.set_values({"class_prompt": f"a photo of a {class_word}"}, "")
 
 
 def to_list(value: Any) -> list[Any]:

@@ -54,7 +54,7 @@ def translate_flags(
     if not values:
         return own_arguments, None
     if is_kohya:
-        return own_arguments, kohya.translate_config(values)
+        return own_arguments, kohya.KOHYA.translate_config(values)
     translation = Translation("other trainers")
     translation.translate_values({"": FLAG_ROWS}, values)
     return own_arguments, translation

@@ -4,7 +4,6 @@ Names and defaults: `library/train_util.py`, `library/flux_train_utils.py` and `
 kohya-ss/sd-scripts, `hv_train_network.py` and `docs/dataset_config.md` of kohya-ss/musubi-tuner.
 """
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from dreambooth_moslora.disk.contents import read_small_text
 from dreambooth_moslora.importers.converters import (
     CAPTION_SUFFIX_ROW,
+    choose,
     convert_optimizer,
     convert_precision,
     convert_resolution,
@@ -21,17 +21,16 @@ from dreambooth_moslora.importers.converters import (
     to_number,
     to_positive,
 )
-from dreambooth_moslora.importers.datasets import (
-    complete_class_prompt,
-    list_repeats_folders,
-    set_class_images,
-    set_photos,
-    to_list,
-    translate_datasets,
+from dreambooth_moslora.importers.datasets import list_repeats_folders, to_list
+from dreambooth_moslora.importers.families import (
+    BLOCK_LAYERS,
+    LINEAR_UNET_LAYERS,
+    TRANSFORMER_BLOCKS,
+    is_flow_family,
+    set_noise_levels,
 )
 from dreambooth_moslora.importers.reading import read_file
 from dreambooth_moslora.importers.rows import (
-    DEFAULT_SOURCE,
     Ignored,
     Table,
     Translated,
@@ -39,30 +38,31 @@ from dreambooth_moslora.importers.rows import (
     Unsupported,
     UnsupportedValueError,
 )
+from dreambooth_moslora.importers.trainer import Datasets, Trainer
 
-TRAINER = "kohya's sd-scripts"
-LORA_TARGETS = [
-    *("to_q", "to_k", "to_v", "to_out.0"),
-    *("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
-]
-"""Layers of a UNet that `networks.lora` adapts."""
+NETWORK_MODULES: dict[str, tuple[str | None, tuple[str, ...] | None]] = {
+    "networks.lora": (None, LINEAR_UNET_LAYERS),
+    "networks.lora_sd3": ("sd3", TRANSFORMER_BLOCKS),
+    "networks.lora_flux": ("flux", TRANSFORMER_BLOCKS),
+    "networks.lora_lumina": ("lumina2", BLOCK_LAYERS["lumina2"]),
+    "networks.lora_flux_2": ("flux2", TRANSFORMER_BLOCKS),
+    "networks.lora_zimage": ("z_image", ("layers.*.attention.*", "layers.*.feed_forward.*")),
+    "networks.lora_qwen_image": ("qwen_image", ("*transformer_blocks.*.attn.*", "*_mlp.*")),
+    "networks.lora_krea2": ("krea2", TRANSFORMER_BLOCKS),
+}
+"""`network_module` -> the family that it is for, and the layers that it adapts."""
+NETWORK_NAMES = dict.fromkeys(NETWORK_MODULES)
+TRAINED_ENCODERS = ("networks.lora", "networks.lora_sd3", "networks.lora_flux")
+"""Modules that adapt text encoders which are adapted here too."""
 DEFAULTS = {
-    "mixer": "none",
     "rank": 4,
     "lora_alpha": 1.0,
     "learning_rate": 2e-6,
     "lr_scheduler": "constant",
-    "lr_warmup_steps": 0,
-    "optimizer": "AdamW",
-    "adam_weight_decay": 0.01,
-    "adam_weight_decay_text_encoder": 0.01,
     "text_encoder_lr": 0.0,
     "train_batch_size": 1,
-    "center_crop": True,
-    "instance_prompt": "",
-    "instance_prompt_share": 0.0,
 }
-"""Settings of a command that says nothing of them. AdamW's weight decay is PyTorch's."""
+"""Settings of a command that says nothing of them."""
 DEFAULT_STEPS = 1600
 SIGNATURE = frozenset(
     (
@@ -71,6 +71,7 @@ SIGNATURE = frozenset(
     )
 )
 """Keys that only sd-scripts and musubi-tuner have: one of them shows whose command it is."""
+DATASET_KEYS = {"subsets", "image_directory", "image_jsonl_file"}
 SWITCHES = frozenset(
     (
         *("enable_bucket", "shuffle_caption", "flip_aug", "color_aug", "random_crop", "alpha_mask"),
@@ -132,8 +133,6 @@ def convert_optimizer_arguments(value: Any) -> dict[str, Any]:
             settings[OPTIMIZER_ARGUMENTS[name]] = text.lower() if "=" not in text else text
         else:
             raise UnsupportedValueError(f"{name} has no counterpart")
-    if "adam_weight_decay" in settings:
-        settings["adam_weight_decay_text_encoder"] = settings["adam_weight_decay"]
     return settings
 
 
@@ -143,7 +142,7 @@ def convert_network_arguments(value: Any) -> dict[str, Any]:
     for name, text in parse_pairs(value).items():
         if name == "conv_dim":
             settings["rank_pattern"] = [f"*conv*={text}"]
-            settings["target_modules"] = [*LORA_TARGETS, "*conv*"]
+            settings["target_modules"] = [*LINEAR_UNET_LAYERS, "*conv*"]
         elif name == "conv_alpha":
             settings["alpha_pattern"] = [f"*conv*={text}"]
         elif name == "algo" and text == "lora":
@@ -151,24 +150,6 @@ def convert_network_arguments(value: Any) -> dict[str, Any]:
         else:
             raise UnsupportedValueError(f"{name} has no counterpart")
     return settings
-
-
-def convert_module(value: Any) -> dict[str, Any] | None:
-    """Return the layers that a LoRA module adapts in a UNet. Raises UnsupportedValueError for any
-    other module."""
-    if value == "networks.lora":
-        return {"target_modules": LORA_TARGETS}
-    if not re.fullmatch(r"networks\.lora_\w+", str(value)):
-        raise UnsupportedValueError("LoRA is the only kind of adapter here")
-    return None
-
-
-def convert_warmup(value: Any) -> dict[str, Any] | None:
-    """Return whole steps of warm-up. Raises UnsupportedValueError for a share of the run."""
-    steps = float(value)
-    if 0 < steps < 1:
-        raise UnsupportedValueError("give the warm-up in steps")
-    return {"lr_warmup_steps": int(steps)}
 
 
 def convert_text_encoder_rate(value: Any) -> dict[str, Any]:
@@ -191,19 +172,16 @@ def read_sample_prompts(value: Any) -> list[str]:
     return list(filter(None, prompts))
 
 
-def convert_timestep_sampling(value: Any) -> dict[str, Any]:
-    """Return how noise levels are drawn. Raises UnsupportedValueError."""
-    kinds: dict[str, dict[str, Any]] = {
-        "sigma": {},
-        "uniform": {"weighting_scheme": "none"},
-        "sigmoid": {"weighting_scheme": "logit_normal"},
-        "shift": {"weighting_scheme": "logit_normal"},
-        "flux_shift": {"weighting_scheme": "logit_normal", "shift_timesteps": True},
-        "qwen_shift": {"weighting_scheme": "logit_normal", "shift_timesteps": True},
-    }
-    if value not in kinds:
-        raise UnsupportedValueError(f"one of {', '.join(kinds)} has a counterpart")
-    return kinds[value]
+NOISE_LEVELS: dict[str, dict[str, Any]] = {
+    "uniform": {},
+    "sigmoid": {"scheme": "logit_normal"},
+    "shift": {"scheme": "logit_normal"},
+    **{
+        f"{family}_shift": {"scheme": "logit_normal", "shift": None}
+        for family in ("flux", "flux2", "qwen", "krea2")
+    },
+}
+"""`timestep_sampling` -> arguments of `set_noise_levels`; `sigma` reads `weighting_scheme`."""
 
 
 TABLE: Table = {
@@ -224,7 +202,9 @@ TABLE: Table = {
             "the folder of the file, with its photos",
         ),
         "reg_data_dir": Translated(
-            "class_data_dir", remark="with `--with_prior_preservation`, as for `is_reg`"
+            "class_data_dir",
+            remark="class images, as for `is_reg`; they are beside photos in a batch, so "
+            "half as many steps show as many photos",
         ),
         "prior_loss_weight": Translated(convert=to_number),
         "resolution": Translated(convert=convert_resolution, remark="the square of equal area"),
@@ -264,7 +244,9 @@ TABLE: Table = {
         "debug_dataset": Unsupported("`check` shows photos and crops"),
     },
     "Adapter": {
-        "network_module": Translated("mixer", convert_module, "LoRA modules; `--mixer none`"),
+        "network_module": Translated(
+            "target_modules", choose(NETWORK_NAMES), "the layers that a LoRA module adapts"
+        ),
         "network_dim": Translated("rank", int),
         "network_alpha": Translated("lora_alpha", to_number),
         "network_dropout": Translated("lora_dropout", to_number),
@@ -311,7 +293,9 @@ TABLE: Table = {
         "lr_scheduler": Translated(convert=convert_schedule),
         "lr_scheduler_num_cycles": Translated("lr_num_cycles", int),
         "lr_scheduler_power": Translated("lr_power", to_number),
-        "lr_warmup_steps": Translated(convert=convert_warmup, remark="in steps"),
+        "lr_warmup_steps": Translated(
+            convert=lambda value: float(value) or None, remark="a share needs `max_train_steps`"
+        ),
         "lr_scheduler_type lr_scheduler_args lr_decay_steps lr_scheduler_timescale "
         "lr_scheduler_min_lr_ratio": Unsupported("--lr_scheduler has no such argument"),
         "min_snr_gamma": Translated("snr_gamma", to_positive),
@@ -326,12 +310,12 @@ TABLE: Table = {
         "ip_noise_gamma ip_noise_gamma_random_strength": Unsupported("--noise_offset is nearest"),
         "multires_noise_discount": Ignored("it belongs to multires_noise_iterations"),
         "min_timestep max_timestep": Unsupported("all noise levels are drawn", (0, 1000)),
-        "timestep_sampling": Translated("weighting_scheme", convert_timestep_sampling),
+        "timestep_sampling": Translated(
+            "weighting_scheme", choose(dict.fromkeys(("sigma", *NOISE_LEVELS)))
+        ),
         "sigmoid_scale": Translated("logit_std", to_number),
         "discrete_flow_shift training_shift": Translated(
-            "logit_mean",
-            lambda value: math.log(float(value)),
-            "a shift of s moves the mean by ln s",
+            "flow_shift", to_number, "with `timestep_sampling` `sigma` and `shift`"
         ),
         "weighting_scheme": Translated(convert=lambda value: {"uniform": "none"}.get(value, value)),
         "logit_mean logit_std mode_scale": Translated(convert=to_number),
@@ -399,78 +383,131 @@ TABLE: Table = {
 }
 
 
-def translate_config(values: Mapping[str, Any], trainer: str = TRAINER) -> Translation:
-    """Return the settings of a command or a configuration file.
+def matches_file(content: Mapping[str, Any]) -> bool:
+    """Return whether the content is that of a `--config_file` or of a dataset TOML."""
+    names = set(content)
+    for value in content.values():
+        if isinstance(value, Mapping):
+            names |= value.keys()
+    datasets = [item for item in to_list(content.get("datasets")) if isinstance(item, Mapping)]
+    return bool(names & SIGNATURE) or any(item.keys() & DATASET_KEYS for item in datasets)
 
-    values: flags by name, or the content of a TOML file with its tables
 
-    Raises UserError for a file that it names and that cannot be read.
-    """
-    # Tables of arguments have no meaning of their own; dataset tables do.
-    translation = Translation(trainer)
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
+def read_values(
+    content: Mapping[str, Any], translation: Translation
+) -> tuple[dict[str, Any], Datasets]:
+    """Return the values and datasets of a command or a file, whose tables of arguments have no
+    meaning. Raises UserError for a file that it names and that cannot be read."""
+    values: dict[str, Any] = {}
+    for name, value in content.items():
         if isinstance(value, Mapping) and name != "general":
-            flat |= value
+            values |= value
         elif name not in ("general", "datasets"):
-            flat[name] = value
-    dataset_values = values
-    if flat.get("dataset_config"):
-        dataset_values = read_file(Path(str(flat.pop("dataset_config"))))
+            values[name] = value
+    if values.get("dataset_config"):
+        content = read_file(Path(str(values.pop("dataset_config"))))
+    datasets = list(list_datasets(content))
+    data_dir, reg_dir = values.pop("train_data_dir", None), values.pop("reg_data_dir", None)
+    if not datasets:
+        datasets = [(item, False) for item in list_folder_datasets(data_dir)]
+        datasets += [(item, True) for item in list_folder_datasets(reg_dir)]
 
-    # Datasets first, as a command's own value of a setting comes second there too.
-    data_dir, reg_dir = flat.pop("train_data_dir", None), flat.pop("reg_data_dir", None)
-    translation.translate_values(TABLE, order_keys(flat))
-    translate_datasets(translation, TABLE, list_datasets(dataset_values))
-    if data_dir and "datasets" not in dataset_values:
-        set_photos(
-            translation,
-            list_repeats_folders(Path(data_dir)) or [{"instance_data_dir": data_dir}],
-        )
-        if reg_dir:
-            set_class_images(translation, reg_dir)
-
-    complete_settings(translation, flat)
-    complete_class_prompt(translation)
-    translation.add_defaults(DEFAULTS)
-    return translation
+    # What wins over another key comes after it.
+    for name in ("unet_lr", "optimizer_args", "network_train_unet_only"):
+        if name in values:
+            values[name] = values.pop(name)
+    return values, datasets
 
 
-def order_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values so that what wins over another key comes after it."""
-    last = ("unet_lr", "optimizer_args", "network_train_unet_only", "output_name")
-    ordered = {name: value for name, value in values.items() if name not in last}
-    return ordered | {name: values[name] for name in last if name in values}
-
-
-def list_datasets(values: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], bool]]:
+def list_datasets(content: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], bool]]:
     """Yield each subset of `[general]`, `[[datasets]]` and `[[datasets.subsets]]`, the inner values
     last, and whether its images are those of the class."""
-    for dataset in values.get("datasets") or ():
-        for subset in dataset.get("subsets") or ({},):
-            merged = (values.get("general") or {}) | dataset | subset
+    general = content.get("general")
+    for dataset in filter(is_mapping, to_list(content.get("datasets"))):
+        for subset in filter(is_mapping, to_list(dataset.get("subsets")) or [{}]):
+            merged = (general if is_mapping(general) else {}) | dataset | subset
             merged.pop("subsets", None)
             yield merged, bool(merged.pop("is_reg", False))
 
 
-def complete_settings(translation: Translation, values: Mapping[str, Any]) -> None:
-    """Store what depends on several keys: the length, the run folder, the text encoders."""
+def is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def list_folder_datasets(parent: Any) -> list[dict[str, Any]]:
+    """Return the values of folders such as `10_sks dog` in a folder, or of the folder itself."""
+    if not parent:
+        return []
+    return [
+        {"image_dir": str(folder), "class_tokens": prompt, "num_repeats": repeats}
+        for folder, prompt, repeats in list_repeats_folders(Path(str(parent)))
+    ] or [{"image_dir": str(parent)}]
+
+
+def complete_settings(translation: Translation, values: dict[str, Any]) -> None:
+    """Store what depends on several keys."""
     settings = translation.settings
 
-    # Epochs win over steps.
+    # Epochs win over steps; a warm-up may be a share of the steps.
     if "num_train_epochs" in settings:
         settings.pop("max_train_steps", None)
-    elif "max_train_steps" not in settings:
-        translation.set_values({"max_train_steps": DEFAULT_STEPS}, DEFAULT_SOURCE)
+    else:
+        translation.add_defaults({"max_train_steps": DEFAULT_STEPS})
+    warmup = settings.get("lr_warmup_steps", 0)
+    if 0 < warmup < 1:
+        if "max_train_steps" not in settings:
+            translation.unsupported.append(f"lr_warmup_steps {warmup}: give it in steps")
+        warmup *= settings.get("max_train_steps", 0)
+    settings["lr_warmup_steps"] = int(warmup)
 
     # output_dir/output_name is the run folder.
     if values.get("output_name"):
-        folder = Path(values.get("output_dir") or "output") / values["output_name"]
+        folder = Path(str(values.get("output_dir") or "output")) / str(values["output_name"])
         translation.set_values({"output_dir": str(folder)}, "output_dir, output_name")
-
-    # Text encoders are trained unless they are frozen or their outputs are cached.
-    is_cached = values.get("cache_text_encoder_outputs") or values.get("network_train_unet_only")
-    if "train_text_encoder" not in settings:
-        settings["train_text_encoder"] = not is_cached
     if values.get("huggingface_repo_id"):
         settings["push_to_hub"] = True
+
+    # Text encoders are trained unless they are frozen or their outputs are cached.
+    module = str(values.get("network_module") or "networks.lora")
+    family, layers = NETWORK_MODULES.get(module, (None, None))
+    is_frozen = values.get("cache_text_encoder_outputs") or values.get("dit")
+    is_trained = module in TRAINED_ENCODERS and not is_frozen
+    translation.add_defaults({"train_text_encoder": is_trained})
+    if settings["train_text_encoder"] and "unet_lr" in values:
+        rate = float(values.get("learning_rate") or DEFAULTS["learning_rate"])
+        translation.add_defaults({"text_encoder_lr": rate})
+
+    # Layers, and noise levels, by the module. Its two programs have other defaults.
+    if layers:
+        translation.add_defaults({"target_modules": list(layers)})
+    set_flow_levels(translation, family, values)
+
+
+def set_flow_levels(
+    translation: Translation, family: str | None, values: Mapping[str, Any]
+) -> None:
+    """Store how the noise levels of a flow are drawn."""
+    settings = translation.settings
+    shift = settings.pop("flow_shift", {"flux": 3.0, "lumina2": 6.0}.get(str(family), 1.0))
+    default = "shift" if family == "lumina2" else "sigma"
+    kind = str(values.get("timestep_sampling") or default)
+    if kind == "sigma":
+        # As in diffusers' scripts: our own settings, and errors of the latents for SD 3.5
+        if is_flow_family(family):
+            translation.set_values({"flow_shift": shift}, "discrete_flow_shift")
+            translation.add_defaults({"weighting_scheme": "none"})
+        return
+    arguments = {"shift": shift if kind == "shift" else 1.0} | NOISE_LEVELS.get(kind, {})
+    std = float(values.get("sigmoid_scale") or 1.0)
+    set_noise_levels(translation, family, f"timestep_sampling {kind}", std=std, **arguments)
+
+
+KOHYA = Trainer(
+    name="kohya's sd-scripts",
+    table=TABLE,
+    dataset_table=TABLE,
+    matches=matches_file,
+    read_values=read_values,
+    complete=complete_settings,
+    defaults=DEFAULTS,
+)

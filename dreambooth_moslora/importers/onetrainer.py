@@ -4,7 +4,6 @@ Names and defaults: `modules/util/config/TrainConfig.py` and `ConceptConfig.py` 
 Nerogar/OneTrainer.
 """
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,20 +11,17 @@ from typing import Any
 
 from dreambooth_moslora.disk.contents import read_json, read_small_text
 from dreambooth_moslora.importers.converters import (
+    AVERAGE_ROW,
+    choose,
     convert_optimizer,
     convert_precision,
     convert_resolution,
-    convert_schedule,
     flatten_values,
     if_true,
     to_number,
 )
-from dreambooth_moslora.importers.datasets import (
-    complete_class_prompt,
-    split_resolutions,
-    to_list,
-    translate_datasets,
-)
+from dreambooth_moslora.importers.datasets import split_resolutions, to_list
+from dreambooth_moslora.importers.families import FAMILIES_BY_NAME, set_noise_levels
 from dreambooth_moslora.importers.rows import (
     Ignored,
     Table,
@@ -33,20 +29,14 @@ from dreambooth_moslora.importers.rows import (
     Translation,
     Unsupported,
     UnsupportedValueError,
+    list_rows,
 )
+from dreambooth_moslora.importers.trainer import Datasets, Trainer
 
-TRAINER = "OneTrainer"
 DEFAULTS = {
-    "mixer": "none",
     "rank": 16,
     "lora_alpha": 1.0,
-    "target_modules": ["*"],
     "learning_rate": 3e-6,
-    "lr_scheduler": "constant_with_warmup",
-    "lr_warmup_steps": 200,
-    "optimizer": "AdamW",
-    "adam_weight_decay": 0.01,
-    "adam_weight_decay_text_encoder": 0.01,
     "text_encoder_lr": 0.0,
     "num_train_epochs": 100,
     "train_batch_size": 1,
@@ -56,61 +46,80 @@ DEFAULTS = {
     "gradient_checkpointing": True,
     "unmasked_weight": 1.0,
     "caching": "disk",
-    "instance_prompt_share": 0.0,
+    "center_crop": False,
 }
 """Settings of a configuration that says nothing of them. Without masked training, masks that lie
 beside photos weigh nothing."""
-FOUR_BITS = ("NFLOAT_4",)
 EIGHT_BITS = ("FLOAT_8", "FLOAT_W8A8", "INT_W8A8", "INT_8", "GGUF_A8_INT", "GGUF_A8_FLOAT")
 
 
-def convert_weight_type(value: Any) -> dict[str, Any] | None:
-    """Return the quantization of the denoiser's weights."""
-    if value in FOUR_BITS:
-        return {"base_quantization": "nf4"}
-    return {"base_quantization": "int8"} if value in EIGHT_BITS else None
+WARMUP_STEPS = 200
+FAMILIES = {
+    "STABLE_DIFFUSION_15": "sd1",
+    "STABLE_DIFFUSION_XL": "sdxl",
+    "STABLE_DIFFUSION_3": "sd3",
+    "FLUX_2": "flux2",
+    "FLUX_DEV_1": "flux",
+    "Z_IMAGE": "z_image",
+    "QWEN": "qwen_image",
+    "KREA_2": "krea2",
+    "SANA": "sana",
+}
+"""Start of `model_type` -> family."""
+SCHEDULES = {
+    "CONSTANT": "constant_with_warmup",
+    "LINEAR": "linear",
+    "COSINE": "cosine",
+    "COSINE_WITH_HARD_RESTARTS": "cosine_with_restarts",
+}
+LOSS_WEIGHTS = {
+    "CONSTANT": None,
+    "MIN_SNR_GAMMA": {"snr_gamma": 5.0},
+    "DEBIASED_ESTIMATION": {"debiased_estimation_loss": True},
+}
+NOISE_LEVELS = {"UNIFORM": "none", "LOGIT_NORMAL": "logit_normal", "HEAVY_TAIL": "mode"}
+"""`timestep_distribution` -> `weighting_scheme`."""
+UNET_BLOCKS = ["down_blocks.*", "mid_block.*", "up_blocks.*"]
+BLOCKS = {"attn-only": ["*attn*"], "blocks": ["*transformer_blocks.*"], "full": ["*"]}
+FEED_FORWARD = {
+    "flux": ["*ff.net*", "*proj_mlp*"],
+    "qwen_image": ["*img_mlp*", "*txt_mlp*"],
+    "krea2": ["transformer_blocks.*.ff.*"],
+}
+FILTER_PRESETS = {
+    "sdxl": {"attn-mlp": ["*attentions*"], "full": UNET_BLOCKS},
+    "sd1": {"attn-mlp": ["*attentions*"], "full": UNET_BLOCKS},
+    "z_image": {
+        "attn-mlp": ["layers.*attention*", "layers.*feed_forward*"],
+        "attn-only": ["layers.*attention*"],
+        "blocks": ["*layers.*"],
+    },
+    **{name: {"attn-mlp": ["*attn*", *layers]} for name, layers in FEED_FORWARD.items()},
+}
+"""Family -> its presets of `layer_filter_preset`, where they are not BLOCKS."""
+LOOKAHEAD = re.compile(r"\^?(?:\(\?=\.\*([\w.]+)\))(\(\?!\.\*refiner\))?(?:\.\*)?")
+"""Regular expression of a filter that asks for a part of a name, and for none of a refiner."""
 
 
 def convert_layer_filter(value: Any) -> list[str] | None:
     """Return patterns of a filter: parts of names, or regular expressions that ask for parts."""
     patterns = []
-    for text in str(value).split(","):
-        for part in re.findall(r"\(\?=\.\*([\w.]+)\)", text) or [text.strip()]:
-            if not re.fullmatch(r"[\w.]+", part):
-                raise UnsupportedValueError("a filter of parts of names is read")
-            patterns.append(f"*{part}*")
-    return patterns if str(value).strip() else None
+    for text in filter(None, map(str.strip, str(value).split(","))):
+        match = LOOKAHEAD.fullmatch(text)
+        if match:
+            patterns.append(f"layers.*{match[1]}*" if match[2] else f"*{match[1]}*")
+        elif re.fullmatch(r"[\w.]+", text):
+            patterns.append(f"*{text}*")
+        else:
+            raise UnsupportedValueError("a filter of parts of names is read")
+    return patterns or None
 
 
-def convert_filter_preset(value: Any) -> list[str] | None:
-    """Return the layers of a filter's preset. Raises UnsupportedValueError."""
-    presets = {"full": ["*"], "attn-mlp": ["*attentions*"], "attn-only": ["*attn*"]}
-    return presets.get(value)
-
-
-def convert_loss_weight(value: Any) -> dict[str, Any] | None:
-    """Return the weighting of the loss. Raises UnsupportedValueError."""
-    weightings = {
-        "CONSTANT": None,
-        "MIN_SNR_GAMMA": {"snr_gamma": 5.0},
-        "DEBIASED_ESTIMATION": {"debiased_estimation_loss": True},
-    }
-    if value not in weightings:
-        raise UnsupportedValueError(f"one of {', '.join(weightings)} has a counterpart")
-    return weightings[value]
-
-
-def convert_distribution(value: Any) -> dict[str, Any] | None:
-    """Return how noise levels are drawn. Raises UnsupportedValueError."""
-    schemes = {"UNIFORM": None, "LOGIT_NORMAL": {"weighting_scheme": "logit_normal"}}
-    if value not in schemes:
-        raise UnsupportedValueError(f"one of {', '.join(schemes)} has a counterpart")
-    return schemes[value]
-
-
-def convert_dropout(value: Any) -> float:
-    """Return the share of empty captions; OneTrainer's default drops a caption as a whole."""
-    return float(value)
+def convert_warmup(value: Any) -> int:
+    """Return whole steps of warm-up. Raises UnsupportedValueError for a share of the run."""
+    if 0 < float(value) <= 1:
+        raise UnsupportedValueError("give the warm-up in steps")
+    return max(0, int(float(value)))
 
 
 COLOUR_AND_ANGLE = Unsupported("colours and angles of the photos stay as they are")
@@ -163,7 +172,9 @@ TABLE: Table = {
         ),
         "transformer.model_name": Unsupported("give the whole model as the base"),
         "transformer.weight_dtype unet.weight_dtype": Translated(
-            "base_quantization", convert_weight_type, "4 and 8 bit"
+            "base_quantization",
+            {"NFLOAT_4": "nf4", **dict.fromkeys(EIGHT_BITS, "int8")}.get,
+            "4 and 8 bit",
         ),
         "tensorboard": Translated("report_to", if_true({"report_to": "tensorboard"})),
         "continue_last_backup": Translated(
@@ -188,7 +199,7 @@ TABLE: Table = {
         "lora_decompose": Translated("use_dora", remark="one magnitude for each output"),
         "layer_filter": Translated("target_modules", convert_layer_filter),
         "layer_filter_preset": Translated(
-            "target_modules", convert_filter_preset, "`full`: all layers"
+            "target_modules", lambda value: None, "`full`: all layers"
         ),
         "epochs": Translated("num_train_epochs", int),
         "batch_size": Translated("train_batch_size", int),
@@ -197,10 +208,10 @@ TABLE: Table = {
             "learning_rate", to_number
         ),
         "learning_rate_scheduler": Translated(
-            "lr_scheduler", convert_schedule, "a constant rate is warmed up too"
+            "lr_scheduler", choose(SCHEDULES), "a constant rate is warmed up too"
         ),
         "learning_rate_warmup_steps": Translated(
-            "lr_warmup_steps", lambda steps: int(float(steps)), "steps; a share has no counterpart"
+            "lr_warmup_steps", convert_warmup, "batches there, so divided by the accumulation"
         ),
         "learning_rate_cycles": Translated("lr_num_cycles", lambda cycles: int(float(cycles))),
         "learning_rate_min_factor": Unsupported("the rate may fall to 0", (0.0,)),
@@ -220,9 +231,7 @@ TABLE: Table = {
         "text_encoder_layer_skip": Translated(
             "clip_skip", lambda count: int(count) + 1 if count else None, "Stable Diffusion 1.5"
         ),
-        "ema": Unsupported(
-            "--optimizer AdamWScheduleFree publishes an average of its steps", ("OFF",)
-        ),
+        "ema": AVERAGE_ROW,
         "masked_training": Translated(
             "masks", if_true({"unmasked_weight": 0.1}), "masks beside the photos"
         ),
@@ -235,15 +244,22 @@ TABLE: Table = {
         "mae_strength log_cosh_strength huber_strength": Unsupported(
             "the loss is the mean squared error", (0.0,)
         ),
-        "loss_weight_fn": Translated("snr_gamma", convert_loss_weight),
+        "loss_weight_fn": Translated("snr_gamma", choose(LOSS_WEIGHTS)),
         "offset_noise_weight": Translated("noise_offset", to_number),
         "perturbation_noise_weight generalized_offset_noise": Unsupported(
             "--noise_offset is nearest", (0.0,)
         ),
         "min_noising_strength": Unsupported("all noise levels are drawn", (0.0,)),
         "max_noising_strength": Unsupported("all noise levels are drawn", (1, 1.0)),
-        "timestep_distribution": Translated("weighting_scheme", convert_distribution),
-        "dynamic_timestep_shifting": Translated("shift_timesteps"),
+        "timestep_distribution": Translated(
+            "weighting_scheme",
+            choose(dict.fromkeys(NOISE_LEVELS)),
+            "with `--logit_mean`, `--logit_std`, `--mode_scale`",
+        ),
+        "noising_bias noising_weight timestep_shift": Translated(
+            "weighting_scheme", lambda value: None, "`timestep_shift` is `--flow_shift`"
+        ),
+        "dynamic_timestep_shifting": Translated("shift_timesteps", lambda value: None),
         "force_v_prediction force_epsilon_prediction "
         "rescale_noise_scheduler_to_zero_terminal_snr": Ignored(
             "it is read from the base's scheduler"
@@ -274,7 +290,7 @@ TABLE: Table = {
 PARTS_WITHOUT_EFFECT = re.compile(
     r"(vae|text_encoder(_\d)?|unet|transformer|prior|effnet_encoder|decoder\w*|embedding\w*|"
     r"additional_embeddings|unconditional_transformer|quantization|cloud|secrets|optimizer\w*|lokr|oft|"
-    r"loss_weight_strength|noising_\w+|timestep_shift|text_encoder\w*|huber_delta|vb_loss_strength|"
+    r"loss_weight_strength|text_encoder\w*|huber_delta|vb_loss_strength|"
     r"samples?|concepts?|.*_gradient_reduce\w*|lora|async|attention|dataloader|train_device|temp|"
     r"fallback|enable_|only_cache|frames|loss_scaler|clear_|ema_|custom_|scheduler_params|device|"
     r"force_circular|fused|gradient_reduce|bundle|preserve|layer_filter_regex|weight_dtype)"
@@ -288,39 +304,36 @@ def matches_file(content: Mapping[str, Any]) -> bool:
     return "training_method" in content or {"base_model_name", "model_type"} <= content.keys()
 
 
-def translate_config(content: Mapping[str, Any]) -> Translation:
-    """Return the settings of a configuration. Raises UserError for a file of concepts or samples
-    that it names and that cannot be read."""
-    translation = Translation(TRAINER)
-    values = flatten_values(content)
-    concepts = read_list(values.pop("concepts", None), values.pop("concept_file_name", None))
-    samples = read_list(
-        values.pop("samples", None), values.pop("sample_definition_file_name", None)
-    )
-    rows = {key for rows in TABLE.values() for keys in rows for key in keys.split()}
-    kept = {k: v for k, v in values.items() if k in rows or not PARTS_WITHOUT_EFFECT.fullmatch(k)}
+def read_values(
+    content: Mapping[str, Any], translation: Translation
+) -> tuple[dict[str, Any], Datasets]:
+    """Return the values and the concepts that are switched on, without parts that have no effect.
 
-    # A filter of its own counts before the preset that it was made from.
-    if kept.get("layer_filter"):
-        kept.pop("layer_filter_preset", None)
-    translation.translate_values(TABLE, kept)
-    translate_datasets(translation, CONCEPT_TABLE, list_datasets(concepts))
-    translation.settings.setdefault("instance_prompt", "")
-    prompts = [item["prompt"] for item in samples if item.get("enabled", True)]
-    if prompts:
-        translation.set_values({"validation_prompt": prompts}, "samples")
-    complete_settings(translation, values)
-    complete_class_prompt(translation)
-    translation.add_defaults(DEFAULTS)
-    return translation
+    Raises UserError for a file of concepts or samples that is there and cannot be read.
+    """
+    flat = flatten_values(content)
+    concepts = read_list(flat.pop("concepts", None), flat.pop("concept_file_name", None))
+    samples = read_list(flat.pop("samples", None), flat.pop("sample_definition_file_name", None))
+    prompts = [str(item.get("prompt", "")) for item in samples if item.get("enabled", True)]
+    if any(prompts):
+        translation.set_values({"validation_prompt": list(filter(None, prompts))}, "samples")
+
+    # Parts without effect are counted, as a saved configuration has hundreds.
+    rows = dict(list_rows(TABLE))
+    idle = [key for key in flat if key not in rows and PARTS_WITHOUT_EFFECT.fullmatch(key)]
+    if idle:
+        parts = ", ".join(dict.fromkeys(key.partition(".")[0] for key in idle))
+        translation.ignore(f"{len(idle)} keys of {parts}", "they are not of this adapter")
+    values = {key: value for key, value in flat.items() if key in rows or key not in idle}
+    return values, list(list_datasets(concepts))
 
 
 def read_list(items: Any, file_name: Any) -> list[Mapping[str, Any]]:
     """Return the items that stand in the configuration, or else in the file that it names. Raises
     UserError for a file that is there and cannot be read."""
-    if not items and file_name and Path(file_name).is_file():
-        items = read_json(Path(file_name), list)
-    return [item for item in items or () if isinstance(item, Mapping)]
+    if not items and file_name and Path(str(file_name)).is_file():
+        items = read_json(Path(str(file_name)), list)
+    return [item for item in to_list(items) if isinstance(item, Mapping)]
 
 
 def read_prompt(path: Any) -> str | None:
@@ -334,26 +347,60 @@ def list_datasets(
 ) -> Iterator[tuple[dict[str, Any], bool]]:
     """Yield the concepts that are switched on, and whether their images are those of the class."""
     for concept in concepts:
-        values = {"text.prompt_path": ""} | flatten_values(concept)
+        values = flatten_values(concept)
         kind = values.pop("type", "STANDARD")
         if values.pop("enabled", True) and kind != "VALIDATION":
             yield values, kind == "PRIOR_PREDICTION"
 
 
-def complete_settings(translation: Translation, values: Mapping[str, Any]) -> None:
-    """Store what depends on several keys: resolutions, noise levels, weightings, the schedule."""
+def complete_settings(translation: Translation, values: dict[str, Any]) -> None:
+    """Store what depends on several keys."""
     settings = translation.settings
     settings |= split_resolutions(to_list(settings.get("resolution")))
-    if settings.get("weighting_scheme") == "logit_normal":
-        shift = float(values.get("timestep_shift") or 1.0)
-        mean = float(values.get("noising_bias") or 0.0) + math.log(shift)
-        std = float(values.get("noising_weight") or 0.0) + 1.0
-        translation.set_values(
-            {"logit_mean": mean, "logit_std": std}, "noising_bias, timestep_shift"
-        )
     if "snr_gamma" in settings and values.get("loss_weight_strength"):
         settings["snr_gamma"] = float(values["loss_weight_strength"])
-    if settings.get("lr_scheduler", "constant") == "constant":
-        settings["lr_scheduler"] = "constant_with_warmup"
-    if "adam_weight_decay" in settings:
-        settings["adam_weight_decay_text_encoder"] = settings["adam_weight_decay"]
+
+    # Layers, and noise levels, by the family
+    model_type = str(values.get("model_type"))
+    family = next((name for key, name in FAMILIES.items() if model_type.startswith(key)), None)
+    presets = BLOCKS | FILTER_PRESETS.get(str(family), {})
+    preset = str(values.get("layer_filter_preset") or "full")
+    translation.add_defaults({"target_modules": presets.get(preset, presets["full"])})
+    weight = float(values.get("noising_weight") or 0.0)
+    scheme = NOISE_LEVELS.get(str(values.get("timestep_distribution")), "none")
+    is_dynamic = values.get("dynamic_timestep_shifting")
+    set_noise_levels(
+        translation,
+        family,
+        "timestep_distribution",
+        scheme,
+        mean=float(values.get("noising_bias") or 0.0),
+        std=weight + 1.0,
+        shift=None if is_dynamic else float(values.get("timestep_shift") or 1.0),
+    )
+    if settings.get("weighting_scheme") == "mode":
+        settings["mode_scale"] = weight
+
+    # Text encoders are trained where nothing is said; a first tag is kept where tags are shuffled.
+    if family and FAMILIES_BY_NAME[family].adapted_encoders:
+        translation.add_defaults({"train_text_encoder": True})
+    if settings.get("shuffle_caption"):
+        translation.add_defaults({"keep_tokens": 1})
+
+    # A constant rate is warmed up too, by batches. Schedule-free optimizers have no schedule.
+    translation.add_defaults({"lr_scheduler": SCHEDULES["CONSTANT"]})
+    translation.add_defaults({"lr_warmup_steps": WARMUP_STEPS})
+    settings["lr_warmup_steps"] //= settings.get("gradient_accumulation_steps", 1)
+    if settings.get("optimizer") == "AdamWScheduleFree":
+        settings |= {"lr_scheduler": "constant", "lr_warmup_steps": 0}
+
+
+ONE_TRAINER = Trainer(
+    name="OneTrainer",
+    table=TABLE,
+    dataset_table=CONCEPT_TABLE,
+    matches=matches_file,
+    read_values=read_values,
+    complete=complete_settings,
+    defaults=DEFAULTS,
+)

@@ -4,6 +4,9 @@ A table is {title: {keys: row}}; a string of several keys, separated by spaces, 
 keys are joined by dots: `train.lr`. The pages `docs/from_*.md` are made from the same rows.
 """
 
+import shlex
+import shutil
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,13 +71,14 @@ class Translation:
 
     settings: by our names
     sources: setting -> the keys and values that it comes from, as text
-    ignored, unsupported, unknown: texts of keys and reasons
+    ignored: reason -> keys and values without effect, as text
+    unsupported, unknown: texts of keys and reasons
     """
 
     trainer: str
     settings: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
-    ignored: list[str] = field(default_factory=list)
+    ignored: dict[str, list[str]] = field(default_factory=dict)
     unsupported: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
 
@@ -109,21 +113,30 @@ class Translation:
 
     def add_remarks(self, part: "Translation") -> None:
         """Add what became of the keys of a part, such as a dataset, each text once."""
-        for name in ("ignored", "unsupported", "unknown"):
+        for reason, pairs in part.ignored.items():
+            for pair in pairs:
+                self.ignore(pair, reason)
+        for name in ("unsupported", "unknown"):
             texts = getattr(self, name)
             texts += [text for text in getattr(part, name) if text not in texts]
+
+    def ignore(self, pair: str, reason: str) -> None:
+        """Report a key and its value as without effect, once."""
+        pairs = self.ignored.setdefault(reason, [])
+        if pair not in pairs:
+            pairs.append(pair)
 
     def _translate_value(self, key: str, value: Any, row: Row) -> None:
         text = format_pair(key, value)
         if isinstance(row, Ignored):
-            self.ignored.append(f"{text} ({row.reason})")
+            self.ignore(text, row.reason)
         elif isinstance(row, Unsupported):
             if value not in (*UNSET_VALUES, *row.harmless):
                 self.unsupported.append(f"{text}: {row.reason}")
         elif value is not None and value != "":
             try:
                 converted = row.convert(value)
-            except (UnsupportedValueError, TypeError, ValueError, UserError) as error:
+            except (TypeError, ValueError, OverflowError, UserError) as error:
                 self.unsupported.append(f"{text}: {error}")
                 return
             if not isinstance(converted, Mapping):
@@ -147,37 +160,49 @@ def format_pair(key: str, value: Any) -> str:
 
 
 def format_report(translation: Translation) -> list[str]:
-    """Return the lines that say what became of the keys. Settings with our default are left out."""
+    """Return the lines that say what became of the keys, as wide as the terminal. Settings with our
+    default are left out."""
     lines = [f"Translated from {translation.trainer}:"]
     default_texts = []
     for name, value in translation.settings.items():
         source = translation.sources.get(name, "")
         if translation.is_default(name):
             continue
-        text = f"--{train_config.get_flag_name(name)} {format_value(value)}"
+        text = format_setting(name, value)
         if source == DEFAULT_SOURCE:
             default_texts.append(text)
         else:
-            lines.append(f"  {text}  <- {source}" if source else f"  {text}")
+            lines += wrap_line(f"  {text}  <- {source}" if source else f"  {text}")
 
-    # One line for each kind of key that became no setting
-    for title, texts in (
-        (f"defaults of {translation.trainer}", default_texts),
-        ("no effect here", translation.ignored),
-        ("unknown here and left out", translation.unknown),
-    ):
-        if texts:
-            lines.append(f"  {title}: {'; '.join(texts)}")
+    # What became no setting
+    if default_texts:
+        lines += wrap_line(f"  defaults of {translation.trainer}: {', '.join(default_texts)}")
+    if translation.ignored:
+        lines.append("  no effect here:")
+    for reason, pairs in translation.ignored.items():
+        lines += wrap_line(f"    {reason}: {', '.join(pairs)}")
+    if translation.unknown:
+        lines += wrap_line(f"  unknown here and left out: {', '.join(translation.unknown)}")
     if translation.settings.get("mixer") == "none":
         lines.append("  This trains a plain LoRA, as there; --mixer orthogonal trains a MoSLoRA.")
     return lines
 
 
-def format_value(value: Any) -> str:
-    """Return a setting's value as a flag has it."""
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(str, value))
-    return str(value)
+def wrap_line(line: str) -> list[str]:
+    """Return the lines of a line that is too long for the terminal."""
+    width = shutil.get_terminal_size((100, 24)).columns
+    return textwrap.wrap(line, width, subsequent_indent="      ", break_on_hyphens=False)
+
+
+def format_setting(name: str, value: Any) -> str:
+    """Return a setting as a flag with its value, as it is written in a command."""
+    flag = train_config.get_flag_name(name)
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no_{flag}"
+    if name == "subjects":
+        value = [subject["instance_data_dir"] for subject in value]
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return " ".join([f"--{flag}", *(shlex.quote(str(item)) for item in values)])
 
 
 def require_supported(translation: Translation) -> None:

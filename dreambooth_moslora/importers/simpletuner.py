@@ -5,57 +5,52 @@ Names and defaults: `simpletuner_sdk/server/services/field_registry`, `helpers/m
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.importers.converters import (
+    AVERAGE_ROW,
+    choose,
     convert_optimizer,
     convert_precision,
     convert_resolution,
     convert_schedule,
     flatten_values,
-    if_true,
     to_number,
     to_positive,
 )
-from dreambooth_moslora.importers.datasets import (
-    complete_class_prompt,
-    to_list,
-    translate_datasets,
-)
+from dreambooth_moslora.importers.datasets import to_list
+from dreambooth_moslora.importers.families import set_noise_levels
 from dreambooth_moslora.importers.rows import (
     Ignored,
     Table,
     Translated,
     Translation,
     Unsupported,
-    UnsupportedValueError,
 )
+from dreambooth_moslora.importers.trainer import Datasets, Trainer
 
-TRAINER = "SimpleTuner"
 DEFAULTS = {
-    "mixer": "none",
     "rank": 16,
     "lora_dropout": 0.1,
     "learning_rate": 4e-7,
     "lr_scheduler": "constant_with_warmup",
-    "lr_warmup_steps": 0,
-    "lr_power": 0.8,
-    "optimizer": "AdamW",
-    "adam_weight_decay": 0.01,
+    "adam_epsilon": 1e-6,
+    "max_grad_norm": 2.0,
+    "mixed_precision": "bf16",
     "train_batch_size": 4,
     "gradient_checkpointing": True,
     "checkpoints_total_limit": 5,
-    "center_crop": True,
-    "instance_prompt_share": 0.0,
+    "caption_dropout": 0.1,
     "caching": "disk",
     "resolution": 1024,
 }
 """Settings of a configuration that says nothing of them."""
 CLASS_KEYS = ("is_regularisation_data", "is_regularization_data")
-FLOW_FAMILIES = ("flux", "flux2", "sd3", "z_image", "qwen_image", "krea2", "lumina2", "sana")
+FAMILIES = {"sd1x": "sd1"}
+"""`model_family` -> family, where it has another name here."""
 HUB_IDS = {
     "flux": {"": "black-forest-labs/FLUX.1-Krea-dev", "dev": "black-forest-labs/FLUX.1-dev"},
     "flux2": {
@@ -97,19 +92,7 @@ def convert_module_names(value: Any) -> list[str]:
     return to_list(value.split(",") if isinstance(value, str) else value)
 
 
-def convert_optimizer_name(value: Any) -> Mapping[str, Any]:
-    """Return the settings of an optimizer; `adamw_bf16` is AdamW with weights in bf16."""
-    return convert_optimizer(
-        str(value).removesuffix("_bf16").removesuffix("-8bit")
-        + ("8bit" if "8bit" in str(value) else "")
-    )
-
-
-def check_caption_strategy(value: Any) -> dict[str, Any] | None:
-    """Accept captions beside photos, and one prompt for all. Raises UnsupportedValueError."""
-    if value not in ("textfile", "instanceprompt", "instance_prompt"):
-        raise UnsupportedValueError("captions are name.txt beside the photos")
-    return None
+CAPTION_STRATEGIES = dict.fromkeys(("textfile", "instanceprompt", "instance_prompt"))
 
 
 def to_pixels(value: Any) -> int:
@@ -129,7 +112,7 @@ DATASET_TABLE: Table = {
         ),
         "crop_aspect": Translated("enable_bucket", lambda value: value != "square"),
         "crop": Ignored("photos are cropped to the shape that they are trained in"),
-        "caption_strategy": Translated("captions", check_caption_strategy),
+        "caption_strategy": Translated("captions", choose(CAPTION_STRATEGIES)),
         "only_instance_prompt": Unsupported("leave the caption files out of the folder"),
         "caption_prefix": Translated(remark="with `prepend_instance_prompt`"),
         "caption_shuffle.enable": Translated("shuffle_caption"),
@@ -175,7 +158,7 @@ TABLE: Table = {
         "lr_warmup_steps": Translated(convert=int),
         "lr_num_cycles": Translated(convert=int),
         "lr_power": Translated(convert=to_number),
-        "optimizer": Translated(convert=convert_optimizer_name),
+        "optimizer": Translated(convert=convert_optimizer),
         "adam_beta1 adam_beta2 adam_weight_decay adam_epsilon": Translated(convert=to_number),
         "optimizer_beta1": Translated("adam_beta1", to_number),
         "optimizer_beta2": Translated("adam_beta2", to_number),
@@ -187,17 +170,18 @@ TABLE: Table = {
         "loss_type": Unsupported("the loss is the mean squared error", ("l2",)),
         "noise_offset": Translated(convert=to_number),
         "caption_dropout_probability": Translated("caption_dropout", to_number),
-        "flow_schedule_auto_shift": Translated("shift_timesteps"),
+        "flow_schedule_auto_shift": Translated(
+            "shift_timesteps", lambda value: None, "with `flow_schedule_shift` 0"
+        ),
         "flow_use_uniform_schedule": Translated(
-            "weighting_scheme", if_true({"weighting_scheme": "none"})
+            "weighting_scheme", lambda value: None, "`--weighting_scheme none`"
         ),
         "flow_use_beta_schedule use_soft_min_snr input_perturbation": Unsupported(
             "there is no counterpart", (0.0,)
         ),
-        "flow_schedule_shift flow_sigmoid_scale": Translated(
-            "logit_mean", lambda value: None, "`logit_mean` is ln of the shift"
-        ),
-        "use_ema": Unsupported("--optimizer AdamWScheduleFree publishes an average of its steps"),
+        "flow_schedule_shift": Translated("flow_shift", lambda value: None, "3 if it is silent"),
+        "flow_sigmoid_scale": Translated("logit_std", lambda value: None),
+        "use_ema": AVERAGE_ROW,
         "gradient_checkpointing": Translated(),
         "mixed_precision": Translated(convert=convert_precision),
         "resolution": Translated(convert=to_pixels),
@@ -245,47 +229,28 @@ def matches_file(content: Mapping[str, Any]) -> bool:
     return bool(names & {"data_backend_config", "model_family", "base_model_precision"})
 
 
-def translate_config(content: Mapping[str, Any]) -> Translation:
-    """Return the settings of a configuration. Raises UserError for a file of datasets that cannot
-    be read."""
-    translation = Translation(TRAINER)
+def read_values(
+    content: Mapping[str, Any], translation: Translation
+) -> tuple[dict[str, Any], Datasets]:
+    """Return the values and the datasets of images. Raises UserError for a file of datasets that
+    cannot be read."""
     values = {str(name).lstrip("-").replace("-", "_"): value for name, value in content.items()}
-    translation.translate_values(TABLE, values)
-    settings = translation.settings
-
-    # The base of the family, unless a path is given
-    flavours = HUB_IDS.get(values.get("model_family"))
-    if flavours and not values.get("pretrained_model_name_or_path"):
-        hub_id = flavours.get(values.get("model_flavour"), flavours[""])
-        translation.set_values({"pretrained_model_name_or_path": hub_id}, "model_family")
-
-    # Noise levels of flow models: sigmoid of a normal draw, then shifted
-    if values.get("model_family") in FLOW_FAMILIES and "weighting_scheme" not in settings:
-        shift = float(values.get("flow_schedule_shift") or 1.0)
-        scheme = {
-            "weighting_scheme": "logit_normal",
-            "logit_mean": math.log(shift),
-            "logit_std": float(values.get("flow_sigmoid_scale") or 1.0),
-        }
-        translation.set_values(scheme, "flow_schedule_shift, flow_sigmoid_scale")
-
     path = values.get("data_backend_config")
-    if path and Path(str(path)).is_file():
-        backends = read_json(Path(str(path)), list)
-        translate_datasets(translation, DATASET_TABLE, list_datasets(translation, backends))
-    elif path:
+    if path and not Path(str(path)).is_file():
         translation.unknown.append(f"data_backend_config {path} (no such file)")
-    complete_class_prompt(translation)
-    settings.setdefault("instance_prompt", str(values.get("instance_prompt") or ""))
-    translation.add_defaults(DEFAULTS)
-    return translation
+        path = None
+    backends = read_json(Path(str(path)), list) if path else []
+    datasets = list(list_datasets(translation, backends))
+    if values.get("instance_prompt"):
+        translation.set_values({"instance_prompt": str(values["instance_prompt"])}, "")
+    return values, datasets
 
 
 def list_datasets(
-    translation: Translation, backends: Iterable[Mapping[str, Any]]
+    translation: Translation, backends: list[Any]
 ) -> Iterator[tuple[dict[str, Any], bool]]:
     """Yield the datasets of images, and whether they are those of the class; report the others."""
-    for backend in backends:
+    for backend in filter(lambda item: isinstance(item, Mapping), backends):
         kind = backend.get("dataset_type", "image")
         if kind in ("text_embeds", "image_embeds") or backend.get("disabled"):
             continue
@@ -297,3 +262,35 @@ def list_datasets(
             values["caption_prefix"] = values.get("instance_prompt")
         is_class = [values.pop(name, False) for name in CLASS_KEYS]
         yield values, any(is_class)
+
+
+def complete_settings(translation: Translation, values: dict[str, Any]) -> None:
+    """Store the base of the family, unless a path is given, and how noise levels are drawn."""
+    name = str(values.get("model_family"))
+    flavours = HUB_IDS.get(name)
+    if flavours and not values.get("pretrained_model_name_or_path"):
+        hub_id = flavours.get(str(values.get("model_flavour")), flavours[""])
+        translation.set_values({"pretrained_model_name_or_path": hub_id}, "model_family")
+
+    # A shift of 0 is none, or that of the base by the picture's size.
+    shift = float(values.get("flow_schedule_shift", 3.0) or 0.0)
+    by_size = shift <= 0 and values.get("flow_schedule_auto_shift")
+    set_noise_levels(
+        translation,
+        FAMILIES.get(name, name),
+        "flow_schedule_shift",
+        "none" if values.get("flow_use_uniform_schedule") else "logit_normal",
+        std=float(values.get("flow_sigmoid_scale") or 1.0),
+        shift=None if by_size else shift if shift > 0 else 1.0,
+    )
+
+
+SIMPLE_TUNER = Trainer(
+    name="SimpleTuner",
+    table=TABLE,
+    dataset_table=DATASET_TABLE,
+    matches=matches_file,
+    read_values=read_values,
+    complete=complete_settings,
+    defaults=DEFAULTS,
+)

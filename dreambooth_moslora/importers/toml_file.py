@@ -23,7 +23,10 @@ def format_toml(translation: Translation, file_name: str) -> str:
     # What became no setting
     for title, texts in (
         ("Not supported here", translation.unsupported),
-        ("No effect here", translation.ignored),
+        (
+            "No effect here",
+            [f"{reason}: {', '.join(pairs)}" for reason, pairs in translation.ignored.items()],
+        ),
         ("Unknown here", translation.unknown),
     ):
         lines += format_comments(title, texts)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.importers import ai_toolkit, kohya, onetrainer, simpletuner
+from dreambooth_moslora.importers.families import LINEAR_UNET_LAYERS
 from dreambooth_moslora.importers.rows import Table
 
 AI_TOOLKIT = """
@@ -188,15 +189,19 @@ CONFIGS = {
             "lr_scheduler": "constant",
             "use_8bit_adam": True,
             "adam_weight_decay": 0.01,
-            "max_train_steps": 2000,
+            "max_train_steps": 1000,  # batches are counted there
             "gradient_accumulation_steps": 2,
+            "adam_epsilon": 1e-6,
+            "text_encoder_lr": 0.0,
+            "target_modules": ("*transformer_blocks.*",),
+            "flow_shift": 1.0,
             "resolution": 1024,
             "more_resolutions": ("768", "512"),
             "instance_prompt": "sks",
             "caption_prefix": "sks",
             "caption_dropout": 0.05,
             "validation_prompt": ("sks dog, running", "a photo of a cat"),
-            "validation_steps": 500,
+            "validation_steps": 250,
             "weighting_scheme": "logit_normal",
             "base_quantization": "int8",
             "output_dir": "output/my_dog",
@@ -221,7 +226,7 @@ CONFIGS = {
             "max_train_steps": None,
             "train_batch_size": 2,
             "train_text_encoder": False,
-            "target_modules": tuple(kohya.LORA_TARGETS),
+            "target_modules": LINEAR_UNET_LAYERS,
             "resolution": 1024,
             "more_resolutions": ("512",),
             "instance_data_dir": "photos",
@@ -283,7 +288,12 @@ CONFIGS = {
             "enable_bucket": False,
             "instance_prompt": "sks dog",
             "weighting_scheme": "logit_normal",
-            "logit_mean": 1.0986122886681098,
+            "logit_mean": 0.0,
+            "flow_shift": 3.0,
+            "max_grad_norm": 2.0,
+            "caption_dropout": 0.1,
+            "adam_epsilon": 1e-6,
+            "mixed_precision": "bf16",
             "seed": 42,
         },
     ),
@@ -299,5 +309,6 @@ def write_config(trainer: str, changes: tuple[str, str] = ("", "")) -> Path:
     Path("regular").mkdir(exist_ok=True)
     Path("multidatabackend.json").write_text(json.dumps(BACKENDS))
     path = Path(config.file_name)
+    assert changes[0] in config.content
     path.write_text(config.content.replace(*changes) if changes[0] else config.content)
     return path

@@ -52,10 +52,11 @@ def test_file_means_the_same_settings_here(trainer):
 def test_train_reads_the_file_and_reports_every_key(trainer, capsys):
     path = write_config(trainer)
     settings = parse_training(["--config", str(path), "--rank", "3"]).all_settings
-    assert settings["rank"] == "3"
+    assert settings["rank"] == 3
     report = capsys.readouterr().err
     assert report.startswith("Translated from ")
     assert "plain LoRA" in report and f"--learning_rate {settings['learning_rate']}" in report
+    assert max(map(len, report.splitlines())) <= 100
 
 
 @pytest.mark.parametrize("trainer", CONFIGS)

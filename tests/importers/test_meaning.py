@@ -1,0 +1,194 @@
+"""Settings that mean what another trainer's program does, also where its file is silent."""
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from dreambooth_moslora.importers.families import LINEAR_UNET_LAYERS
+from dreambooth_moslora.importers.files import load_config
+from dreambooth_moslora.settings.train_config import TrainConfig
+from dreambooth_moslora.training.objective import sample_flow_timesteps
+from dreambooth_moslora.training.prepare import build_noise_schedule
+from tests.helpers.foreign_configs import write_config
+
+PRODIGY = {
+    "optimizer": "Prodigy",
+    "adam_weight_decay": 0.0,
+    "prodigy_use_bias_correction": False,
+    "prodigy_safeguard_warmup": False,
+}
+SDXL_TYPE = '"STABLE_DIFFUSION_XL_10_BASE"'
+MASKED = '"masked_training": true'
+MEANINGS = {
+    "ai-toolkit": {
+        ("optimizer: adamw8bit", "optimizer: prodigy"): PRODIGY | {"learning_rate": 1.0},
+        ("timestep_type: sigmoid", ""): {"weighting_scheme": "logit_normal", "flow_shift": 1.0},
+        ("sigmoid", "linear"): {"weighting_scheme": "none", "flow_shift": 1.0},
+        ("sigmoid", "flux_shift"): {"weighting_scheme": "none", "shift_timesteps": True},
+        ("noise_scheduler: flowmatch", ""): {"weighting_scheme": None},
+        ("is_flux: true", "arch: zimage"): {"target_modules": ("layers.*",)},
+        ("is_flux: true", "is_xl: true"): {
+            "target_modules": LINEAR_UNET_LAYERS,
+            "weighting_scheme": None,
+        },
+        ("accumulation_steps: 2", "accumulation: 2"): {"max_train_steps": 2000},
+        ("dtype: bf16", "lr_scheduler: constant_with_warmup"): {
+            "lr_warmup_steps": 500,
+            "mixed_precision": "no",
+        },
+        ("is_flux: true", "arch: sd3"): {"precondition_outputs": False},
+    },
+    "kohya": {
+        ('"AdamW8bit"\noptimizer_args = ["weight_decay=0.1", "betas=0.9,0.99"]', '"Prodigy"'): (
+            PRODIGY | {"learning_rate": 2e-4}
+        ),
+        ("network_train_unet_only = true", ""): {
+            "train_text_encoder": True,
+            "text_encoder_lr": 2e-6,
+            "learning_rate": 2e-4,
+        },
+        ("steps = 50\nmax_train_epochs = 10", "steps = 0.1\nmax_train_steps = 300"): {
+            "lr_warmup_steps": 30
+        },
+        ("networks.lora", "networks.lora_flux"): {
+            "weighting_scheme": "none",
+            "flow_shift": 3.0,
+            "target_modules": ("*transformer_blocks.*",),
+        },
+        (
+            'networks.lora"',
+            'networks.lora_flux"\ntimestep_sampling = "shift"\ndiscrete_flow_shift = 3.1',
+        ): {"weighting_scheme": "logit_normal", "flow_shift": 3.1, "logit_mean": 0.0},
+        ('networks.lora"', 'networks.lora_flux"\ntimestep_sampling = "flux_shift"'): {
+            "weighting_scheme": "logit_normal",
+            "shift_timesteps": True,
+            "flow_shift": None,
+        },
+        ('networks.lora"\nnetwork_dim', 'networks.lora_zimage"\ndit = "z.safetensors"\n#'): {
+            "target_modules": ("layers.*.attention.*", "layers.*.feed_forward.*"),
+            "flow_shift": 1.0,
+            "train_text_encoder": False,
+            "rank": 4,
+        },
+    },
+    "OneTrainer": {
+        (SDXL_TYPE, '"FLUX_DEV_1", "noising_bias": 0.5, "noising_weight": 0.2'): {
+            "weighting_scheme": "none",
+            "flow_shift": 1.0,
+            "target_modules": ("*attn*", "*ff.net*", "*proj_mlp*"),
+        },
+        (
+            SDXL_TYPE,
+            '"FLUX_DEV_1", "timestep_distribution": "LOGIT_NORMAL", "noising_bias": 0.5, '
+            '"noising_weight": 0.2, "timestep_shift": 2',
+        ): {"logit_mean": -0.5, "logit_std": 1.2, "flow_shift": 2.0},
+        (
+            SDXL_TYPE,
+            '"FLUX_DEV_1", "timestep_distribution": "HEAVY_TAIL", "noising_weight": 0.4, '
+            '"dynamic_timestep_shifting": true',
+        ): {"weighting_scheme": "mode", "mode_scale": 0.4, "shift_timesteps": True},
+        (MASKED, '"gradient_accumulation_steps": 4'): {
+            "lr_warmup_steps": 25,
+            "unmasked_weight": 0.2,
+        },
+        ('"layer_filter_preset": "attn-mlp"', '"dropout_probability": 0'): {
+            "target_modules": ("down_blocks.*", "mid_block.*", "up_blocks.*")
+        },
+        (MASKED, '"layer_filter": "^(?=.*attention)(?!.*refiner).*,feed_forward"'): {
+            "target_modules": ("layers.*attention*", "*feed_forward*")
+        },
+        ('"text_encoder": {"train": false}, ', ""): {"train_text_encoder": True},
+        ('"COSINE"', '"COSINE_WITH_HARD_RESTARTS"'): {"lr_scheduler": "cosine_with_restarts"},
+        ('"COSINE"', '"CONSTANT"'): {"lr_scheduler": "constant_with_warmup"},
+    },
+    "SimpleTuner": {
+        ('shift": 3', 'shift": 0'): {"flow_shift": 1.0},
+        ('z_image", "--model_flavour": "base"', 'flux"'): {"flow_shift": 3.0},
+        ('"z_image"', '"flux", "--flow_schedule_auto_shift": true'): {"flow_shift": 3.0},
+        ('"z_image"', '"sdxl"'): {"weighting_scheme": None, "flow_shift": None},
+        ('"z_image"', '"sd3"'): {"precondition_outputs": False},
+        ("adamw_bf16", "prodigy"): PRODIGY,
+    },
+}
+"""Trainer -> {a text of its file and another in its place: the settings}."""
+ROWS = [(trainer, *row) for trainer, rows in MEANINGS.items() for row in rows.items()]
+REFUSALS = [
+    ("ai-toolkit", ("dtype: bf16", "lr_scheduler: linear"), "lr_scheduler linear"),
+    ("kohya", ("warmup_steps = 50", "warmup_steps = 0.1"), "lr_warmup_steps 0.1"),
+    ("OneTrainer", ('"COSINE"', '"COSINE_WITH_RESTARTS"'), "COSINE_WITH_RESTARTS"),
+    ("OneTrainer", ('_steps": 100', '_steps": 0.05'), "learning_rate_warmup_steps 0.05"),
+    ("SimpleTuner", ("adamw_bf16", "optimi-lion"), "optimi-lion"),
+]
+"""Trainer, changed text, and what cannot be meant here."""
+
+
+def shift_noise(share: torch.Tensor, factor: float) -> torch.Tensor:
+    return factor * share / (1 + (factor - 1) * share)
+
+
+NOISE_SHARES = {
+    ("ai-toolkit", ("", "")): lambda normal: normal.sigmoid(),
+    (
+        "kohya",
+        (
+            'networks.lora"',
+            'networks.lora_flux"\ntimestep_sampling = "shift"\ndiscrete_flow_shift = 3.1',
+        ),
+    ): lambda normal: shift_noise(normal.sigmoid(), 3.1),
+    (
+        "OneTrainer",
+        (
+            SDXL_TYPE,
+            '"Z_IMAGE", "timestep_distribution": "LOGIT_NORMAL", "noising_bias": 0.5, '
+            '"timestep_shift": 2',
+        ),
+    ): lambda normal: shift_noise((normal + 0.5).sigmoid(), 2.0),
+    ("SimpleTuner", ("", "")): lambda normal: shift_noise(normal.sigmoid(), 3.0),
+}
+"""Trainer and changed text -> its formula of the noise's share, from a normal draw."""
+
+
+@pytest.fixture(autouse=True)
+def work_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(("trainer", "changes", "expected"), ROWS)
+def test_setting_means_what_the_trainer_does(trainer, changes, expected):
+    _, translation = load_config(write_config(trainer, changes))
+    assert not translation.unsupported and not translation.unknown
+    config = TrainConfig.from_dict(translation.settings)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(("trainer", "changes", "key"), REFUSALS)
+def test_value_with_another_meaning_is_refused(trainer, changes, key):
+    _, translation = load_config(write_config(trainer, changes))
+    (text,) = translation.unsupported
+    assert key in text
+
+
+@pytest.mark.parametrize("trainer_and_changes", NOISE_SHARES, ids=lambda item: item[0])
+def test_noise_levels_have_the_distribution_of_the_trainer(trainer_and_changes):
+    """Whatever shift the base's own scheduler has."""
+    settings, _ = load_config(write_config(*trainer_and_changes))
+    config = TrainConfig.from_dict(settings)
+    schedule = build_noise_schedule(
+        FlowMatchEulerDiscreteScheduler(shift=6.0), flow_shift=config.flow_shift
+    )
+    generator = torch.Generator().manual_seed(1)
+    index = sample_flow_timesteps(
+        schedule,
+        50_000,
+        generator,
+        str(config.weighting_scheme),
+        config.logit_mean,
+        config.logit_std,
+        config.mode_scale,
+    )
+    points = torch.linspace(0.05, 0.95, 19)
+    shares = 1 / (1 + 1 / schedule.sigmas[index])
+    expected = NOISE_SHARES[trainer_and_changes](torch.randn(50_000, generator=generator))
+    torch.testing.assert_close(
+        shares.quantile(points), expected.quantile(points), atol=0.01, rtol=0
+    )
