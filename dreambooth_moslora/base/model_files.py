@@ -110,7 +110,9 @@ def read_unet_resolution(folder: Path) -> int | None:
     try:
         # The UNet's configuration has the side in latents, the VAE's decides the px of each.
         latents = int(read_json(folder / "unet" / "config.json")["sample_size"])
-        levels = len(read_json(folder / "vae" / "config.json")["block_out_channels"])
+        # A folder may have no VAE of its own; SDXL's has four levels.
+        vae = folder / "vae" / "config.json"
+        levels = len(read_json(vae)["block_out_channels"]) if vae.is_file() else 4
         return latents * 2 ** (levels - 1) if latents > 0 else None
     except (UserError, KeyError, TypeError, ValueError, OverflowError):
         return None

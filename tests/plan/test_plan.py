@@ -114,8 +114,8 @@ def test_few_exposures_and_endless_warm_up_are_remarked_on():
     """The default warm-up, as in diffusers' script, is longer than most runs of a subject."""
     (line,) = advised()
     assert "about 2 times" in line and "--exposures_per_photo" in line
-    assert advised(exposures_per_photo=19, train_batch_size=1)
-    assert advised(exposures_per_photo=20) == []
+    assert advised(exposures_per_photo=99, train_batch_size=1)
+    assert advised(exposures_per_photo=100) == []
     cosine = {"topic": "--lr_warmup_steps", "lr_scheduler": "cosine"}
     assert advised(**cosine, max_train_steps=400) == [
         "the learning rate rises for 500 steps, and the run has 400: set --lr_warmup_steps"

@@ -70,7 +70,7 @@ def test_a_run_that_is_resumed_is_judged_beside_two_equal_runs(
     )
     for name, tensors in zip(names, weights):
         (tmp_path / name).mkdir()
-        header = name.encode()
+        header = json.dumps({"__metadata__": {"name": name}}).encode()
         content = len(header).to_bytes(8, "little") + header + tensors.encode()
         (tmp_path / name / "pytorch_lora_weights.safetensors").write_bytes(content)
     repeated, resumed = SelfTest(tmp_path).check_resume()

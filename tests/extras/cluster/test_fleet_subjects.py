@@ -309,7 +309,7 @@ def test_a_damaged_record_is_none(tmp_path):
         (["s3://pets", "--out", "x"], "s3://pets: give a folder"),
         (["pets", "more", "--out", "x"], "`more` belongs to no flag"),
         (["pets", "--out", "x"], "missing: --base"),
-        (["pets", "--out", "x", "--network_dim", "4"], "use --rank"),
+        (["pets", "--out", "x", "--use_ema"], "not supported here: use_ema"),
         (["pets", "--out", "x", *TOY, "--output_dir", "y"], "--output_dir"),
         (["pets", "--out", "x", "--per_gpu", "0"], "--per_gpu"),
         (["pets", "--out", "x", "--cpus", "0"], "--cpus"),
