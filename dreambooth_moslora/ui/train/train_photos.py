@@ -22,7 +22,12 @@ from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.photo_copies import copy_photos, list_photo_copies, remove_photos
 from dreambooth_moslora.ui.train.mask_pictures import draw_outline
 from dreambooth_moslora.ui.train.train_form import TrainForm
-from dreambooth_moslora.ui.train.train_start import TOY_PHOTOS_REMARK, build_config, is_beyond_toy
+from dreambooth_moslora.ui.train.train_start import (
+    TOY_PHOTOS_REMARK,
+    build_config,
+    describe_length,
+    is_beyond_toy,
+)
 from dreambooth_moslora.ui.workspace import Workspace
 
 TILE_PX = 256
@@ -132,10 +137,12 @@ def build_review(
         # Crop the others, with the outlines of their masks. The crops do not depend on the token
         # and class word, which may still be missing.
         photos = report.photos
+        length = ""
         if photos:
             form_with_words = replace(form, token=DEFAULT_TOKEN, class_word="subject")
             config = build_config(ctx, form_with_words, photos)
             photos = add_faces(config, photos)
+            length = describe_length(ctx.jobs, config, len(photos))
         for photo_index, photo in enumerate(photos):
             plan = next(plan_crops(photo, photo_index, config))
             masked = replace(photo, mask_path=(masks or {}).get(photo.path, photo.mask_path))
@@ -149,17 +156,24 @@ def build_review(
     return PhotoReview(
         photos=photo_paths,
         crops=[crops[photo] for photo in photo_paths],
-        remarks=render_photo_remarks(len(report.photos), lines),
+        remarks=render_photo_remarks(len(photos), len(crops), lines, length),
     )
 
 
-def render_photo_remarks(count: int, faults: list[str]) -> str:
-    """Render the remarks on all photos: `count` are usable, and `faults` are a line each."""
-    plural = "" if count == 1 else "s"
-    title = f"{count} photo{plural}, each as the run will crop it"
-    if not faults:
-        return html.render_faint(f"{title}.")
-    return html.render_remarks(faults, f"{title}:")
+def render_photo_remarks(used: int, count: int, faults: list[str], length: str) -> str:
+    """Render the remarks on all photos.
+
+    - `used` of the `count` photos are usable.
+    - `faults` are a line each.
+    - `length` is that of the run.
+    """
+    photos = f"{count} photo{'' if count == 1 else 's'}"
+    if used < count:
+        photos = f"{used} of {photos}"
+    title = f"{photos} will be used, cropped as shown"
+    if length:
+        title += f": {length}"
+    return html.render_remarks(faults, f"{title}.") if faults else html.render_faint(f"{title}.")
 
 
 def build_cards(review: PhotoReview) -> list[dict[str, str]]:

@@ -161,6 +161,35 @@ def format_choices(config: train_config.TrainConfig) -> list[str]:
     return lines
 
 
+SPEED_SETTINGS = (
+    "pretrained_model_name_or_path",
+    "resolution",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "with_prior_preservation",
+)
+"""Settings that decide most of a run's seconds per step."""
+
+
+def describe_length(jobs: Jobs, config: train_config.TrainConfig, photos: int) -> str:
+    """Return the number of steps, and the time that they take if a similar run was measured."""
+    steps = plan_steps(config, [photos]).total_steps
+    for job in jobs.list_jobs():
+        metrics = jobs.load_metrics(job)
+        start = metrics.get_last("start")
+        old_config = start.get("config") or {}
+        if any(old_config.get(name) != getattr(config, name) for name in SPEED_SETTINGS):
+            continue
+        # Its preparation, then its steps with the samples and scores between them.
+        events = [event for event in metrics.list_since_start() if event.get("type") == "step"]
+        times = [event["time"] for event in events]
+        if len(times) > 1:
+            step_sec = (times[-1] - times[0]) / (len(times) - 1)
+            seconds = times[0] - start["time"] + steps * step_sec
+            return f"{steps} steps, about {html.format_seconds(seconds)} as the run {job.name} took"
+    return f"{steps} steps"
+
+
 def free_run_dir(jobs: Jobs, form: TrainForm) -> Path:
     """Return a free folder by the form's name or class word; a number is added if it is in use."""
     name = str(form.run_name or form.class_word)

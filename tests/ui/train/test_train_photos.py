@@ -18,6 +18,7 @@ from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import open_rgb
 from dreambooth_moslora.photos.quality import plan_crops
 from dreambooth_moslora.settings.train_config import TrainConfig
+from dreambooth_moslora.ui.jobs import Jobs
 from dreambooth_moslora.ui.page import build_app
 from dreambooth_moslora.ui.photo_copies import copy_photos, list_photo_copies
 from dreambooth_moslora.ui.train import train_form
@@ -30,6 +31,7 @@ from dreambooth_moslora.ui.train.train_photos import (
     remove_photo,
     write_captions,
 )
+from tests.ui.conftest import write_run
 
 HALF = "a \ud800"
 """JSON can hold a lone surrogate."""
@@ -62,7 +64,9 @@ def test_photos_are_numbered_and_faults_reported(tmp_path, workspace):
     noise(3).filter(PIL.ImageFilter.GaussianBlur(4)).save(tmp_path / "soft.png")
     noise(4, 20).save(tmp_path / "tiny.png")
     names = ("letter.jpg", "turned.png", "good.png", "twin.png", "soft.png", "tiny.png")
-    ctx = SimpleNamespace(resolution_px=64, base_name="some/base", workspace=workspace)
+    ctx = SimpleNamespace(
+        resolution_px=64, base_name="some/base", workspace=workspace, jobs=Jobs(tmp_path)
+    )
     files = [str(tmp_path / name) for name in names]
     review = build_review(ctx, ROCKET, copy_photos(files, workspace.photos_dir))
     assert [p.name for p in sorted(workspace.photos_dir.iterdir())] == [
@@ -76,6 +80,21 @@ def test_photos_are_numbered_and_faults_reported(tmp_path, workspace):
     for remark in (*faults, "photo 5: too small", "only 2 of 5 photos are"):
         assert remark in review.remarks, (remark, review.remarks)
     assert [caption == "good" for _, caption in review.crops] == [True, True, False, False, False]
+    assert "5 photos will be used" in review.remarks  # of six files
+
+
+def test_length_and_measured_time_stand_before_the_start(toys, tab):
+    """The time is that of a run with the same settings; without one none is told."""
+    assert (
+        "5 photos will be used, cropped as shown: 480 steps." in build_review(tab, ROCKET).remarks
+    )
+    start = {"type": "start", "time": 100.0, "config": build_config(toys).to_dict()}
+    steps = [{"type": "step", "time": 110.0 + 2 * step, "step": step} for step in range(3)]
+    write_run(tab.jobs.runs_dir / "duck", start, *steps)
+    assert "240 steps, about 8 min 10 s as the run duck took." in (
+        build_review(tab, replace(ROCKET, preset="quick")).remarks
+    )
+    assert "about" not in build_review(tab, replace(ROCKET, batch_size=2)).remarks
 
 
 def write_noise_files(folder, *seeds: int) -> list[str]:
@@ -131,6 +150,7 @@ def test_caption_follows_its_photo(tmp_path, workspace, tab):
     review = build_review(tab, ROCKET)
     used = [remark.partition(":")[0] for _, remark in review.crops]
     assert used[:2] == ["not used", "too small for the resolution"]
+    assert "2 of 3 photos will be used" in review.remarks
     remove_photo(workspace, tiny)
     captions = [(card["photo"], card["caption"]) for card in build_cards(build_review(tab, ROCKET))]
     assert captions == [(first, "on a beach"), (second, "a ?")]
@@ -166,7 +186,9 @@ def test_dropped_captions_go_to_their_photos(tmp_path, workspace):
 def test_shown_crops_equal_the_runs(tmp_path, workspace, base, seed):
     x, y = np.meshgrid(np.arange(400) % 256, np.arange(200))
     PIL.Image.fromarray(np.stack([x, y, x], 2).astype(np.uint8)).save(tmp_path / "wide.png")
-    ctx = SimpleNamespace(resolution_px=128, base_name=base, workspace=workspace)
+    ctx = SimpleNamespace(
+        resolution_px=128, base_name=base, workspace=workspace, jobs=Jobs(tmp_path)
+    )
     copy_photos([str(tmp_path / "wide.png")], workspace.photos_dir)
     review = build_review(ctx, TrainForm(seed=seed))
     (photo,) = find_photos(workspace.photos_dir, "", 128).photos
