@@ -479,8 +479,8 @@ def collate(samples: Sequence[tuple[EncodedCrop, str]], instance_count: int) -> 
     crops = [crop for crop, _ in samples]
     mask = None
     if any(crop.mask is not None for crop in crops):
-        ones = torch.ones_like(crops[0].latents[:1])
-        mask = torch.stack([ones if crop.mask is None else crop.mask for crop in crops])
+        whole_mask = torch.ones_like(crops[0].latents[:1])
+        mask = torch.stack([whole_mask if crop.mask is None else crop.mask for crop in crops])
     inputs = [crop.photo_inputs for crop in crops]
     return TrainBatch(
         latents=torch.stack([crop.latents for crop in crops]),

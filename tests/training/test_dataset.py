@@ -125,9 +125,9 @@ def test_epoch_shows_each_photo_in_each_resolution(batch_size):
     assert len(dataset) == 3 * len(SIZES)
     count = len(dataset) * batch_size
     crops = list_samples(dataset, count)
-    shown = Counter((photo, plan.target_size) for photo, plan in crops)
+    view_counts = Counter((photo, plan.target_size) for photo, plan in crops)
     sides = [(64, 64), (48, 48), (32, 32)]
-    assert shown == {(n, side): batch_size for n in range(len(SIZES)) for side in sides}
+    assert view_counts == {(n, side): batch_size for n in range(len(SIZES)) for side in sides}
     for start in range(0, count, batch_size):
         assert len({plan.target_size for _, plan in crops[start : start + batch_size]}) == 1
 
