@@ -28,7 +28,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_every_file_has_its_line_and_a_folder_without_a_photo_is_an_error(tmp_path, capsys):
+def test_check_lists_every_file(tmp_path, capsys):
     folder = make_folder(tmp_path / "photos")
     assert main(["check", str(folder), "dog", "--no_picture", "--resolution", "64"]) == 0
     out = capsys.readouterr().out
@@ -44,7 +44,7 @@ def test_every_file_has_its_line_and_a_folder_without_a_photo_is_an_error(tmp_pa
     assert error.startswith("error: no usable photo") and error.count("\n") == 1
 
 
-def test_a_folder_and_a_word_are_judged_as_train_would_and_end_in_a_verdict(tmp_path, capsys):
+def test_check_judges_photos_as_train_would(tmp_path, capsys):
     """For the toy base where there is no GPU, and its size. A blurred copy is the duplicate, though
     it is first."""
     for name in ("00.jpg", "01.jpg"):
@@ -97,7 +97,7 @@ def test_a_photo_that_is_enlarged_a_little_is_good_and_says_so(tmp_path, capsys)
     assert "bad" not in out and "3 good photos are there, enough to train" in out
 
 
-def test_the_crops_of_a_square_photo_are_one_cell_and_it_says_why(tmp_path):
+def test_equal_crops_of_a_square_photo_are_one_cell(tmp_path):
     """Four equal crops stood beside each photo."""
     picture(size_px=(96, 96)).save("a.png")
     picture(size_px=(96, 160)).save("b.png")
@@ -113,7 +113,7 @@ def test_the_crops_of_a_square_photo_are_one_cell_and_it_says_why(tmp_path):
     assert long.title == "b.png" and len(long.images) == 5
 
 
-def test_crops_of_large_photos_are_kept_as_small_as_they_are_shown(tmp_path):
+def test_crops_of_large_photos_are_stored_small(tmp_path):
     """Thirty photos for 1024 px took 0.7 GB."""
     picture(size_px=(700, 900)).save("a.png")
     photos = find_photos(tmp_path, "a photo of a sks dog", 64).photos
@@ -122,9 +122,7 @@ def test_crops_of_large_photos_are_kept_as_small_as_they_are_shown(tmp_path):
     assert {max(image.size) for image in row.images} == {CELL_PX}
 
 
-def test_the_picture_shows_every_photo_and_its_crops_and_never_lies_among_the_photos(
-    tmp_path, capsys, monkeypatch
-):
+def test_crop_sheet_shows_all_photos_outside_their_folder(tmp_path, capsys, monkeypatch):
     """There it would be one of them in the next check and in the training."""
     (tmp_path / "dog").mkdir()
     picture().save("dog/a.png")
@@ -142,7 +140,7 @@ def test_the_picture_shows_every_photo_and_its_crops_and_never_lies_among_the_ph
     assert os.listdir() == ["a.png"] and (tmp_path / "dog_crops.png").is_file()
 
 
-def test_crops_have_the_shapes_that_one_word_chooses_and_flags_or_a_recipe_win(tmp_path, capsys):
+def test_crop_shapes_follow_flags_and_recipe(tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     picture(size_px=(160, 90)).save("photos/a.png")
     Path("square.toml").write_text("enable_bucket = false")
@@ -220,9 +218,7 @@ def test_a_name_that_is_no_text_is_spelled_out(tmp_path):
 
 
 @pytest.mark.slow
-def test_photos_whose_names_are_no_text_are_trained_on_and_the_terminal_gets_no_control_characters(
-    tmp_path, tiny_base, capfd
-):
+def test_photo_names_are_printed_without_control_characters(tmp_path, tiny_base, capfd):
     hostile = "a\x1b[31m\x9b31m\r\x7f"
     picture().save(tmp_path / f"{hostile}.jpg")
     (tmp_path / f"{hostile}.txt").write_text(hostile)
@@ -271,7 +267,7 @@ def copy_duck_photos(folder: Path, *names: str) -> Path:
     return folder / "duck"
 
 
-def test_masks_are_made_beside_the_photos_of_a_toy_and_darken_the_crops(tmp_path, capsys):
+def test_masks_of_toy_photos_are_made_and_darken_crops(tmp_path, capsys):
     duck = copy_duck_photos(tmp_path, "00.jpg", "01.jpg", "01.mask.png")
     user_mask = (duck / "01.mask.png").read_bytes()
     command = ["check", "duck", "duck", "--make_masks", *TOY]
@@ -287,7 +283,7 @@ def test_masks_are_made_beside_the_photos_of_a_toy_and_darken_the_crops(tmp_path
     assert main(command) == 0 and (duck / "00.mask.png").read_bytes() == new_mask
 
 
-def test_photos_get_captions_that_say_the_place_behind_the_subject(tmp_path, capsys):
+def test_captions_name_the_place_behind_the_subject(tmp_path, capsys):
     duck = copy_duck_photos(tmp_path, "01.jpg", "03.jpg", "03.txt")
     user_caption = (duck / "03.txt").read_bytes()
     assert main(["caption", "duck", "--subject", "sks duck", *TOY]) == 0

@@ -72,9 +72,7 @@ def test_a_base_that_was_trained_smaller_has_its_own_resolution(
         assert parse_train_config([*arguments, *base, *extra_flags]).resolution == px
 
 
-def test_the_own_side_is_read_in_a_folder_without_a_vae_and_beside_a_single_file(
-    tiny_base, tmp_path
-):
+def test_resolution_is_read_without_a_vae_or_from_a_single_file(tiny_base, tmp_path):
     assert Base.find(tiny_base).resolution_px == RESOLUTION_PX
     unet = tmp_path / "mine" / "unet" / "config.json"
     unet.parent.mkdir(parents=True)
@@ -129,7 +127,7 @@ ANSWERS += [
 
 
 @pytest.mark.parametrize(("answer", "why"), ANSWERS)
-def test_a_base_that_the_hub_does_not_give_is_refused_at_once_and_leaves_no_folder(
+def test_unreachable_base_is_refused_before_a_folder_is_made(
     answer, why, flags, tmp_path, hub_says, capsys
 ):
     timeouts = hub_says(answer)
@@ -157,9 +155,7 @@ def test_a_base_that_the_hub_does_not_give_is_refused_at_once_and_leaves_no_fold
         ),
     ],
 )
-def test_a_dry_run_says_what_is_assumed_of_a_base_that_is_neither_here_nor_known(
-    kind, message, flags, hub_says, capsys
-):
+def test_dry_run_says_what_it_assumes_of_an_unknown_base(kind, message, flags, hub_says, capsys):
     timeouts = hub_says(200 if kind else 404, {"_class_name": kind})
     arguments = [
         "--pretrained_model_name_or_path",
@@ -173,9 +169,7 @@ def test_a_dry_run_says_what_is_assumed_of_a_base_that_is_neither_here_nor_known
     assert message in line and len(timeouts) == 1
 
 
-def test_a_distilled_base_of_the_hub_is_refused_before_it_is_fetched_and_the_one_to_train_is_named(
-    flags, hub_says, capsys
-):
+def test_distilled_base_is_refused_before_it_is_fetched(flags, hub_says, capsys):
     hub_says(200, {"_class_name": "Flux2KleinPipeline", "is_distilled": True})
     assert train_main([*flags, "--pretrained_model_name_or_path", "nobody/a-klein"]) == 2
     message = capsys.readouterr().err
@@ -185,9 +179,7 @@ def test_a_distilled_base_of_the_hub_is_refused_before_it_is_fetched_and_the_one
     )
 
 
-def test_the_launchers_fp16_is_refused_for_a_family_that_overflows_in_it(
-    flags, monkeypatch, capsys
-):
+def test_launcher_fp16_is_refused_where_it_overflows(flags, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     assert (
         train_main([*flags, "--pretrained_model_name_or_path", "Tongyi-MAI/Z-Image", "--dry_run"])

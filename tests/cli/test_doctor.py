@@ -26,7 +26,7 @@ def test_doctor_reads_versions_and_the_machine(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("macos", "says"), [(14, "yes"), (13, "no: use --mixed_precision fp16")])
-def test_doctor_sees_apples_gpu_and_that_bf16_begins_with_macos_14(apple, macos, says, monkeypatch):
+def test_doctor_reports_apple_gpu_and_its_bf16(apple, macos, says, monkeypatch):
     monkeypatch.setattr(
         torch.backends.mps, "is_macos_or_newer", lambda major, minor: major <= macos
     )
@@ -50,9 +50,7 @@ def test_doctor_sees_apples_gpu_and_that_bf16_begins_with_macos_14(apple, macos,
         ({"report_to": "wandb"}, "--report_to wandb needs wandb"),
     ],
 )
-def test_a_flag_whose_package_is_missing_is_refused_before_anything_is_loaded(
-    settings, says, monkeypatch
-):
+def test_missing_package_of_a_flag_is_reported_first(settings, says, monkeypatch):
     base = Base.find("toy")
     validation.validate_run(TrainConfig(report_to="none"), base)
     monkeypatch.setattr(rules, "find_package_version", lambda name: None)

@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def test_export_needs_no_base_and_equals_the_file_of_the_live_adapter(checkpoint, tmp_path, capsys):
+def test_export_without_base_equals_the_live_adapter(checkpoint, tmp_path, capsys):
     assert run_main("export", checkpoint, "--out", tmp_path / "dog") == 0
     captured = capsys.readouterr().out
     assert "largest relative difference" in captured and "dog.kohya.safetensors" in captured

@@ -37,9 +37,7 @@ def run_generate(tiny_base, folder, *flags) -> int:
     return command_generate.run_generate(args)
 
 
-def test_the_base_is_that_of_the_first_adapters_run_also_where_it_is_the_embedded_one(
-    tmp_path, capsys
-):
+def test_base_is_that_of_the_first_adapter(tmp_path, capsys):
     runs = [tmp_path / name for name in ("none", "toy", "an/other")]
     for run, base in zip(runs[1:], ("toy", "an/other")):
         run.mkdir(parents=True)
@@ -80,9 +78,7 @@ def test_the_command_writes_pictures_with_their_recipe(tiny_base, pipeline, tmp_
     assert np.array_equal(np.asarray(again), np.asarray(PIL.Image.open(second)))
 
 
-def test_the_base_is_loaded_from_where_the_run_had_it_unless_another_is_given(
-    tiny_base, pipeline, tmp_path, monkeypatch
-):
+def test_base_is_loaded_from_where_the_run_had_it(tiny_base, pipeline, tmp_path, monkeypatch):
     """The default revision was drawn with."""
     loaded, from_base = [], SubjectPipeline.from_base
     monkeypatch.setattr(
@@ -98,7 +94,7 @@ def test_the_base_is_loaded_from_where_the_run_had_it_unless_another_is_given(
     assert loaded == [Base.find(tiny_base, **settings) for settings in (base_settings, {})]
 
 
-def test_a_vae_that_overflows_in_fp16_draws_what_it_draws_in_fp32(tmp_path, monkeypatch):
+def test_vae_that_overflows_in_fp16_decodes_in_fp32(tmp_path, monkeypatch):
     """Its configuration does not tell diffusers to upcast it. The pictures were black."""
     base = tmp_path / "base"
     overflowing = tiny_sdxl(tmp_path)

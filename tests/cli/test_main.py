@@ -105,7 +105,7 @@ for arguments, code, unneeded in json.loads(sys.argv[1]):
 """
 
 
-def test_what_trains_nothing_imports_no_torch_and_info_nothing_but_torch(photos):
+def test_commands_import_torch_only_when_needed(photos):
     before, libraries = sorted(photos.iterdir()), "torch diffusers numpy PIL"
     cases = [
         (["train", *arguments], code, libraries)
@@ -128,7 +128,7 @@ def test_the_programs_own_files_are_found_from_another_folder(tmp_path, monkeypa
     assert open_catalogue(["assets/adapters"]).list_names() == ["rocket"]
 
 
-def test_the_overview_names_every_command_and_the_first_steps_of_the_readme(capsys):
+def test_overview_lists_commands_and_first_steps(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(f"  {name:9} {help_line}\n" in out for name, (_, help_line) in COMMANDS.items())
@@ -186,7 +186,7 @@ ABSENT = {
 }
 
 
-def test_a_path_that_is_not_there_is_told_before_torch_is_imported(tmp_path):
+def test_missing_path_is_reported_before_torch_is_imported(tmp_path):
     """Its import takes half a minute on a busy machine."""
     (tmp_path / "dog.safetensors").write_bytes(b"")
     (tmp_path / "photos").mkdir()
@@ -254,7 +254,7 @@ GUESSED = {
 
 
 @pytest.mark.parametrize("arguments", GUESSED)
-def test_a_flag_that_people_try_first_is_answered_with_the_one_that_they_mean(arguments, capsys):
+def test_guessed_flag_names_the_real_one(arguments, capsys):
     """`train --steps` was said to be unknown, and `--base` to be `--base_quantization`."""
     assert main(arguments.split()) == 2
     error = capsys.readouterr().err
@@ -296,7 +296,7 @@ def test_a_file_names_the_base_as_a_flag_does_and_once(photos, monkeypatch, caps
     assert "pretrained_model_name_or_path is given twice" in capsys.readouterr().err
 
 
-def test_generate_takes_the_names_that_diffusers_gives_its_parameters(tmp_path):
+def test_generate_accepts_diffusers_parameter_names(tmp_path):
     add_arguments, _ = load_command("generate")
     add_arguments(parser := CommandParser())
     arguments = "--num_inference_steps 9 --guidance_scale 2 --num_images_per_prompt 3"
@@ -422,7 +422,7 @@ def test_ctrl_c_during_the_imports_is_one_word(program, tmp_path):
     assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "")
 
 
-def test_an_error_of_the_machine_ends_the_page_in_one_line_as_any_command():
+def test_machine_error_ends_the_page_in_one_line():
     """Such as a folder that this user may not look into; it was a traceback."""
     command = [sys.executable, ROOT / "app.py", "--adapters_dir", name := "x" * 300]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
@@ -445,7 +445,7 @@ def test_a_run_that_may_write_no_large_file_ends_in_one_line(photos, tiny_base, 
 
 
 @pytest.mark.slow
-def test_a_console_that_is_not_utf_8_gets_what_it_has_letters_for(photos, tmp_path):
+def test_console_without_utf8_gets_replacements(photos, tmp_path):
     arguments = [
         "train",
         str(photos),
@@ -485,7 +485,7 @@ def test_signals_ask_and_never_tear(signals):
     )
 
 
-def test_a_third_ctrl_c_leaves_at_once_and_a_file_asks_as_a_signal_does_and_goes_with_the_run(
+def test_third_ctrl_c_ends_at_once_and_stop_file_is_removed(
     tmp_path,
 ):
     hanging, stopping = (
@@ -513,7 +513,7 @@ def test_a_closed_terminal_stops_nothing_under_nohup():
 
 
 @pytest.mark.slow
-def test_two_ctrl_c_during_training_leave_a_checkpoint_and_an_adapter(photos, tiny_base, tmp_path):
+def test_two_ctrl_c_leave_a_checkpoint_and_an_adapter(photos, tiny_base, tmp_path):
     """And `2>&1 | tee log` is gone before the training is asked to stop."""
     run, arguments = (
         RunDir(tmp_path / "run"),
@@ -551,9 +551,7 @@ def test_help_without_a_reader_is_no_failure(ending):
     assert done.returncode == 0 and done.stderr == b""
 
 
-def test_a_bug_ends_with_1_and_its_traceback_once_on_the_terminal_and_in_the_log(
-    photos, tmp_path, monkeypatch, capsys
-):
+def test_bug_exits_with_1_and_prints_its_traceback_once(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         distributed, "make_accelerator", lambda *_: raise_error(ZeroDivisionError("unforeseen"))
     )
@@ -613,9 +611,7 @@ def test_a_mistake_that_is_found_late_is_one_line_too(
         assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
 
 
-def test_dry_run_prints_cost_steps_photos_and_changed_settings_and_does_nothing(
-    photos, tiny_base, tmp_path, capsys
-):
+def test_dry_run_prints_the_plan_and_writes_nothing(photos, tiny_base, tmp_path, capsys):
     (photos / "notes.md").write_text("x")
     arguments = [
         *build_flags(tiny_base, photos, tmp_path / "run"),
@@ -675,7 +671,7 @@ def test_a_run_shows_its_phases_the_time_left_and_both_losses(photos, tiny_base,
     assert "loss=" in last and "prior=" not in last
 
 
-def test_loading_a_base_shows_no_bars_and_the_bar_of_the_steps_fits_100_columns():
+def test_step_bar_fits_100_columns_and_loading_has_none():
     disable_library_notes()
     for library in (diffusers, transformers):
         assert not library.utils.logging.is_progress_bar_enabled()
@@ -693,9 +689,7 @@ def format_events(*events) -> str:
     return stream.getvalue()
 
 
-def test_a_stopped_run_says_where_its_adapter_is_and_the_command_that_goes_on(
-    photos, tiny_base, tmp_path
-):
+def test_stopped_run_names_its_adapter_and_how_to_resume(photos, tiny_base, tmp_path):
     """It named a flag, and nobody knew to which command it belongs."""
     config = tiny_config(tiny_base, photos, tmp_path / "run")
     (tmp_path / "run").mkdir()
@@ -711,7 +705,7 @@ def test_a_stopped_run_says_where_its_adapter_is_and_the_command_that_goes_on(
     )
 
 
-def test_a_resumed_run_counts_from_its_step_a_new_one_from_nowhere_and_a_line_of_scores_has_words():
+def test_progress_of_resumed_run_starts_at_its_step():
     """There were fourteen of the program's own names in it."""
     output = format_events(RunStarted(100), StepDone(41, loss=1.0, lr=1e-4, eta_sec=125.0))
     assert "41/100" in output and "0/100" not in output.replace("40/100", "")
@@ -728,9 +722,7 @@ def test_a_run_says_before_it_begins_what_will_go_badly(photos, tiny_base, tmp_p
     assert len([line for line in caplog.messages if line.startswith(says)]) == 1
 
 
-def test_a_run_that_would_fill_the_disk_does_not_begin_and_a_dry_run_says_it_first(
-    photos, tiny_base, tmp_path, capsys
-):
+def test_run_that_would_fill_the_disk_is_refused(photos, tiny_base, tmp_path, capsys):
     """It was a note, and the last line of a dry run."""
     arguments = build_flags(tiny_base, photos, tmp_path / "run")
     arguments += ["--max_train_steps", "1000000000", "--checkpointing_steps", "1"]

@@ -81,7 +81,7 @@ def test_a_toy_is_trained_as_the_recipe_says(tmp_path, monkeypatch, capsys):
     )
 
 
-def test_photos_without_masks_get_them_where_nothing_is_fetched_for_it(photos, capsys):
+def test_missing_masks_are_made_if_nothing_is_fetched(photos, capsys):
     toy = ["--pretrained_model_name_or_path", "toy"]
     assert parse_train_config([*photos, *toy]).masks == "auto"
     assert "masks: made for the 5 without one (--masks)" in capsys.readouterr().err
@@ -99,7 +99,7 @@ def test_photos_without_masks_get_them_where_nothing_is_fetched_for_it(photos, c
     assert "\n  token “dog”\n" in capsys.readouterr().out
 
 
-def test_photos_that_are_not_square_are_cropped_in_their_own_shapes(photos, tmp_path, capsys):
+def test_photos_are_cropped_in_their_own_shapes(photos, tmp_path, capsys):
     (oblong := tmp_path / "wide").mkdir()
     Image.new("RGB", (160, 128)).save(oblong / "0.png")
     for arguments in (photos, [str(oblong), "dog", "--no_enable_bucket"]):
@@ -112,7 +112,7 @@ def test_photos_that_are_not_square_are_cropped_in_their_own_shapes(photos, tmp_
 
 
 @pytest.mark.parametrize("are_before", [False, True])
-def test_flags_win_before_and_behind_and_are_not_said_to_be_chosen(photos, capsys, are_before):
+def test_flags_win_and_are_not_reported_as_chosen(photos, capsys, are_before):
     flags = [
         "--pretrained_model_name_or_path",
         "toy",
@@ -194,7 +194,7 @@ def test_scores_are_refused_by_steps_of_0(capsys):
     assert not config.is_scored and "scores: " not in capsys.readouterr().err
 
 
-def test_a_config_file_takes_the_recipes_place_and_what_it_says_of_its_subject_reaches_no_other(
+def test_config_replaces_recipe_without_its_subject(
     photos,
 ):
     config = parse_train_config([*photos, "--config", str(CONFIGS / "quickstart.toml")])
@@ -246,7 +246,7 @@ CARDS = [
     os.name != "posix" or precision.has_gpu(), reason="scripts in the place of a driver's"
 )
 @pytest.mark.parametrize(("program", "body", "built_for", "says"), CARDS)
-def test_a_gpu_that_pytorch_does_not_see_is_told_and_nothing_is_trained_in_its_place(
+def test_gpu_unseen_by_pytorch_is_reported(
     photos, tmp_path, monkeypatch, capsys, program, body, built_for, says
 ):
     """The embedded base would be trained on a person's photos."""
@@ -262,9 +262,7 @@ def test_a_gpu_that_pytorch_does_not_see_is_told_and_nothing_is_trained_in_its_p
         assert parse_train_config(arguments).pretrained_model_name_or_path == "toy"
 
 
-def test_without_a_gpu_the_embedded_base_is_taken_and_another_than_stock_sdxl_has_no_variant(
-    photos, monkeypatch, capsys
-):
+def test_embedded_base_is_chosen_without_a_gpu(photos, monkeypatch, capsys):
     another = parse_train_config([*photos, "--pretrained_model_name_or_path", "someone/another-xl"])
     # stock SDXL alone has files in fp16
     assert another.variant is None and another.mixed_precision == "bf16"
@@ -282,9 +280,7 @@ def test_without_a_gpu_the_embedded_base_is_taken_and_another_than_stock_sdxl_ha
         (" ".join(TOYS), False),
     ],
 )
-def test_photos_of_ones_own_are_said_last_to_be_beyond_the_practice_model_if_nobody_named_it(
-    photos, monkeypatch, capsys, arguments, is_said
-):
+def test_last_lines_warn_of_real_photos_on_the_toy(photos, monkeypatch, capsys, arguments, is_said):
     """It was line 2 of eleven, and nobody saw it; then it gave a command without the flags that
     were given, such as --subject. The run is asked to stop before its first step."""
     monkeypatch.setattr(agreement, "get_min_free_gib", lambda: None)
@@ -304,7 +300,7 @@ def test_photos_of_ones_own_are_said_last_to_be_beyond_the_practice_model_if_nob
     ) < message.index("stopped before")
 
 
-def test_on_a_gpu_one_recipe_is_taken_and_memory_alone_goes_by_what_is_free(photos, monkeypatch):
+def test_recipe_is_fixed_and_memory_plan_fits_the_gpu(photos, monkeypatch):
     """`tests/plan/test_memory_plans.py` says which plan each card gets."""
     configs = []
     for free in (3.8, 12.0, 79.1):
@@ -365,7 +361,7 @@ SAME = (
 )
 
 
-def test_a_program_trains_what_the_command_trains_and_prints_nothing(photos, capsys):
+def test_train_subject_equals_the_command_and_is_silent(photos, capsys):
     """It is stopped before its first step."""
     expected = parse_train_config([*photos, "--base", "toy", "--rank", "3"])
     events = []
@@ -400,9 +396,7 @@ def write_ended_run(name: str, state: str, at: float | None = None) -> None:
         os.utime(checkpoint, (at, at))
 
 
-def test_the_run_of_the_newest_checkpoint_goes_on_and_one_that_saved_nothing_is_used_again(
-    photos, capsys
-):
+def test_latest_resumes_the_newest_run_of_that_name(photos, capsys):
     write_ended_run("dog", "interrupted", at=200)
     write_ended_run("dog_2", "interrupted", at=100)
     write_ended_run("dog_3", "done", at=50)
@@ -413,7 +407,7 @@ def test_the_run_of_the_newest_checkpoint_goes_on_and_one_that_saved_nothing_is_
     assert parse_train_config(photos).output_dir == "runs/dog_4"
 
 
-def test_a_taken_name_is_left_alone_and_a_run_that_goes_on_takes_the_latest(photos, monkeypatch):
+def test_new_run_gets_a_free_name(photos, monkeypatch):
     assert parse_train_config(photos).output_dir == "runs/dog"
     for name in ("dog", "dog_2", "dogs"):
         (Path("runs") / name).mkdir(parents=True)

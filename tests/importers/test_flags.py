@@ -82,7 +82,7 @@ def test_check_accepts_flags_of_other_trainers(capsys):
     assert "local_rank -1" in read_ignored_text(capsys)
 
 
-def test_flags_that_would_change_the_training_end_the_command_together():
+def test_unsupported_flags_end_the_command_together():
     flags = ["--timestep_bias_strategy", "later", "--system_prompt", "x", "--use_ema"]
     with pytest.raises(UserError) as caught:
         parse_training([*DIFFUSERS_COMMAND, *flags])

@@ -78,7 +78,7 @@ def test_photos_that_would_share_a_caption_get_none(tmp_path):
     assert texts == ["b.txt"]
 
 
-def test_a_saved_caption_is_used_again_for_photo_model_and_prompt(folder, tmp_path):
+def test_saved_caption_is_reused_for_photo_model_and_prompt(folder, tmp_path):
     run, captions_file = tmp_path / "run", tmp_path / "run" / "captions.json"
 
     def requests(prompt: str = PROMPT) -> int:
