@@ -19,7 +19,7 @@ from dreambooth_moslora.importers.converters import (
     to_number,
     to_positive,
 )
-from dreambooth_moslora.importers.datasets import to_list
+from dreambooth_moslora.importers.datasets import list_mappings, split_resolutions, to_list
 from dreambooth_moslora.importers.families import set_block_layers, set_noise_levels
 from dreambooth_moslora.importers.rows import (
     UNSET_VALUES,
@@ -83,14 +83,15 @@ def convert_quantization(value: Any) -> str | None:
     )
 
 
-def convert_sides(value: Any) -> list[int]:
-    """Return the sides of one or several resolutions, px."""
-    return [convert_resolution(side) for side in to_list(value)]
+def convert_sides(value: Any) -> dict[str, Any]:
+    """Return the settings of one or several resolutions, px."""
+    return split_resolutions(map(convert_resolution, to_list(value)))
 
 
 def convert_prompts(value: Any) -> list[str]:
     """Return the prompts of `prompts`, or of `samples` with further keys."""
-    return [str(item["prompt"] if isinstance(item, Mapping) else item) for item in to_list(value)]
+    prompts = [item.get("prompt") if isinstance(item, Mapping) else item for item in to_list(value)]
+    return list(map(str, filter(None, prompts)))
 
 
 VIDEO_OR_CONTROL = Unsupported("photos are trained without control images and without video", (1,))
@@ -273,7 +274,7 @@ def read_values(
         translation.unsupported.append(f"job {content['job']}: training jobs alone are read")
         return {}, []
     values = {"name": content["config"].get("name")} | flatten_values(process)
-    datasets = [dict(item) for item in to_list(values.pop("datasets", None)) if item]
+    datasets = list_mappings(values.pop("datasets", None))
     is_class = [item.pop("is_reg", False) or item.pop("prior_reg", False) for item in datasets]
 
     # What belongs to a switch that is off

@@ -4,7 +4,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dreambooth_moslora.importers.rows import Ignored, Translated, UnsupportedValueError
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.importers.rows import (
+    Ignored,
+    Translated,
+    UnsupportedValueError,
+    format_pair,
+)
 from dreambooth_moslora.settings.lr_schedules import LR_SCHEDULES
 from dreambooth_moslora.settings.optimizers import OPTIMIZERS
 
@@ -79,6 +85,15 @@ def choose(counterparts: Mapping[Any, Any]) -> Callable[[Any], Any]:
 def to_number(value: Any) -> float:
     """Return a number, which YAML 1.1 reads as text if it has no dot: `1e-4`."""
     return float(value)
+
+
+def read_number(values: Mapping[str, Any], key: str, default: float) -> float:
+    """Return a number of the values; the default where there is none. Raises UserError."""
+    value = values.get(key)
+    try:
+        return default if value is None or value == "" else float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{format_pair(key, value)}: expected a number.") from error
 
 
 def to_positive(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Datasets of another trainer's file: folders of photos that become one subject or several, and
 folders of class images."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ SUBJECT_SETTINGS = train_config.list_settings("per_subject")
 def list_repeats_folders(parent: Path) -> list[tuple[Path, str, int]]:
     """Return each folder such as `10_sks dog` in a folder, its prompt and its repeats."""
     folders = []
-    for folder in sorted(path for path in parent.glob("*") if path.is_dir()):
+    paths = parent.glob("*") if os.path.isdir(parent) else ()
+    for folder in sorted(path for path in paths if path.is_dir()):
         match = REPEATS_FOLDER.fullmatch(folder.name)
         if match:
             prompt = " ".join(match["name"].replace("_", " ").split())
@@ -54,7 +56,7 @@ def set_photos(translation: Translation, datasets: Sequence[Mapping[str, Any]]) 
     folders: dict[str, dict[str, Any]] = {}
     for dataset in datasets:
         folder = folders.setdefault(dataset["instance_data_dir"], dict(dataset) | {"sides": []})
-        folder["sides"] += to_list(dataset.get("resolution"))
+        folder["sides"] += [dataset.get("resolution"), *dataset.get("more_resolutions", ())]
     tables = [table | split_resolutions(table.pop("sides")) for table in folders.values()]
 
     # A setting that subjects do not have on their own has the first folder's value.
@@ -73,9 +75,9 @@ def set_photos(translation: Translation, datasets: Sequence[Mapping[str, Any]]) 
         translation.set_values(shared, "datasets")
 
 
-def split_resolutions(sides: Iterable[int]) -> dict[str, Any]:
+def split_resolutions(sides: Iterable[Any]) -> dict[str, Any]:
     """Return the settings of one or several resolutions, px."""
-    largest, *smaller = sorted(set(sides), reverse=True) or [None]
+    largest, *smaller = sorted({int(side) for side in sides if side}, reverse=True) or [None]
     settings: dict[str, Any] = {"resolution": largest} if largest else {}
     return settings | ({"more_resolutions": smaller} if smaller else {})
 
@@ -87,6 +89,11 @@ def complete_class_prompt(translation: Translation) -> None:
         _, space, class_word = str(settings.get("instance_prompt") or "").rpartition(" ")
         if space:
             translation.set_values({"class_prompt": f"a photo of a {class_word}"}, "")
+
+
+def list_mappings(value: Any) -> list[dict[str, Any]]:
+    """Return copies of the mappings in a list."""
+    return [dict(item) for item in to_list(value) if isinstance(item, Mapping)]
 
 
 def to_list(value: Any) -> list[Any]:

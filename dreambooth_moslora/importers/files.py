@@ -19,12 +19,11 @@ TRAINERS = (AI_TOOLKIT, ONE_TRAINER, SIMPLE_TUNER, KOHYA)
 def load_config(path: Path) -> tuple[dict[str, Any], Translation | None]:
     """Return the settings of a configuration file, and their translation where the file is another
     trainer's. Raises UserError."""
-    is_yaml = path.suffix.lower() in YAML_SUFFIXES
-    content = read_file(path) if is_yaml else config_files.read_tables(path)
+    content = read_file(path)
     for trainer in TRAINERS:
         if trainer.matches(content):
             translation = trainer.translate_config(content)
             return translation.settings, translation
-    if is_yaml:
+    if path.suffix.lower() in YAML_SUFFIXES:
         raise UserError(f"--config {path}: it is no configuration of a trainer that is known here.")
     return config_files.flatten_tables(content, path), None

@@ -4,6 +4,7 @@ Names and defaults: `library/train_util.py`, `library/flux_train_utils.py` and `
 kohya-ss/sd-scripts, `hv_train_network.py` and `docs/dataset_config.md` of kohya-ss/musubi-tuner.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,10 +19,11 @@ from dreambooth_moslora.importers.converters import (
     convert_resolution,
     convert_schedule,
     if_true,
+    read_number,
     to_number,
     to_positive,
 )
-from dreambooth_moslora.importers.datasets import list_repeats_folders, to_list
+from dreambooth_moslora.importers.datasets import list_mappings, list_repeats_folders, to_list
 from dreambooth_moslora.importers.families import (
     BLOCK_LAYERS,
     LINEAR_UNET_LAYERS,
@@ -165,7 +167,7 @@ def convert_text_encoder_rate(value: Any) -> dict[str, Any]:
 def read_sample_prompts(value: Any) -> list[str]:
     """Return the prompts of a `sample_prompts` file, without their options. Raises UserError."""
     path = Path(str(value))
-    if not path.is_file() or path.suffix != ".txt":
+    if not os.path.isfile(path) or path.suffix != ".txt":
         raise UnsupportedValueError("expected a .txt file with a prompt on each line")
     lines = read_small_text(path).splitlines()
     prompts = [SAMPLE_OPTION.sub("", line).strip() for line in lines if not line.startswith("#")]
@@ -294,7 +296,8 @@ TABLE: Table = {
         "lr_scheduler_num_cycles": Translated("lr_num_cycles", int),
         "lr_scheduler_power": Translated("lr_power", to_number),
         "lr_warmup_steps": Translated(
-            convert=lambda value: float(value) or None, remark="a share needs `max_train_steps`"
+            convert=lambda value: int(float(value)) or None,
+            remark="a share needs `max_train_steps`",
         ),
         "lr_scheduler_type lr_scheduler_args lr_decay_steps lr_scheduler_timescale "
         "lr_scheduler_min_lr_ratio": Unsupported("--lr_scheduler has no such argument"),
@@ -389,7 +392,7 @@ def matches_file(content: Mapping[str, Any]) -> bool:
     for value in content.values():
         if isinstance(value, Mapping):
             names |= value.keys()
-    datasets = [item for item in to_list(content.get("datasets")) if isinstance(item, Mapping)]
+    datasets = list_mappings(content.get("datasets"))
     return bool(names & SIGNATURE) or any(item.keys() & DATASET_KEYS for item in datasets)
 
 
@@ -423,15 +426,11 @@ def list_datasets(content: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], 
     """Yield each subset of `[general]`, `[[datasets]]` and `[[datasets.subsets]]`, the inner values
     last, and whether its images are those of the class."""
     general = content.get("general")
-    for dataset in filter(is_mapping, to_list(content.get("datasets"))):
-        for subset in filter(is_mapping, to_list(dataset.get("subsets")) or [{}]):
-            merged = (general if is_mapping(general) else {}) | dataset | subset
-            merged.pop("subsets", None)
+    general = general if isinstance(general, Mapping) else {}
+    for dataset in list_mappings(content.get("datasets")):
+        for subset in list_mappings(dataset.pop("subsets", None)) or [{}]:
+            merged = {**general, **dataset, **subset}
             yield merged, bool(merged.pop("is_reg", False))
-
-
-def is_mapping(value: Any) -> bool:
-    return isinstance(value, Mapping)
 
 
 def list_folder_datasets(parent: Any) -> list[dict[str, Any]]:
@@ -453,12 +452,11 @@ def complete_settings(translation: Translation, values: dict[str, Any]) -> None:
         settings.pop("max_train_steps", None)
     else:
         translation.add_defaults({"max_train_steps": DEFAULT_STEPS})
-    warmup = settings.get("lr_warmup_steps", 0)
-    if 0 < warmup < 1:
-        if "max_train_steps" not in settings:
-            translation.unsupported.append(f"lr_warmup_steps {warmup}: give it in steps")
-        warmup *= settings.get("max_train_steps", 0)
-    settings["lr_warmup_steps"] = int(warmup)
+    share = read_number(values, "lr_warmup_steps", 0)
+    if 0 < share < 1 and "max_train_steps" in settings:
+        settings["lr_warmup_steps"] = int(share * settings["max_train_steps"])
+    elif 0 < share < 1:
+        translation.unsupported.append(f"lr_warmup_steps {share}: give it in steps")
 
     # output_dir/output_name is the run folder.
     if values.get("output_name"):
@@ -474,7 +472,7 @@ def complete_settings(translation: Translation, values: dict[str, Any]) -> None:
     is_trained = module in TRAINED_ENCODERS and not is_frozen
     translation.add_defaults({"train_text_encoder": is_trained})
     if settings["train_text_encoder"] and "unet_lr" in values:
-        rate = float(values.get("learning_rate") or DEFAULTS["learning_rate"])
+        rate = read_number(values, "learning_rate", 2e-6)
         translation.add_defaults({"text_encoder_lr": rate})
 
     # Layers, and noise levels, by the module. Its two programs have other defaults.
@@ -498,7 +496,7 @@ def set_flow_levels(
             translation.add_defaults({"weighting_scheme": "none"})
         return
     arguments = {"shift": shift if kind == "shift" else 1.0} | NOISE_LEVELS.get(kind, {})
-    std = float(values.get("sigmoid_scale") or 1.0)
+    std = read_number(values, "sigmoid_scale", 1.0)
     set_noise_levels(translation, family, f"timestep_sampling {kind}", std=std, **arguments)
 
 

@@ -4,6 +4,7 @@ Names and defaults: `modules/util/config/TrainConfig.py` and `ConceptConfig.py` 
 Nerogar/OneTrainer.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,9 +19,10 @@ from dreambooth_moslora.importers.converters import (
     convert_resolution,
     flatten_values,
     if_true,
+    read_number,
     to_number,
 )
-from dreambooth_moslora.importers.datasets import split_resolutions, to_list
+from dreambooth_moslora.importers.datasets import list_mappings, split_resolutions
 from dreambooth_moslora.importers.families import FAMILIES_BY_NAME, set_noise_levels
 from dreambooth_moslora.importers.rows import (
     Ignored,
@@ -265,7 +267,7 @@ TABLE: Table = {
             "it is read from the base's scheduler"
         ),
         "resolution": Translated(
-            convert=lambda value: list(map(convert_resolution, str(value).split(","))),
+            convert=lambda value: split_resolutions(map(convert_resolution, str(value).split(","))),
             remark="one or several sides",
         ),
         "aspect_ratio_bucketing": Translated("enable_bucket"),
@@ -328,18 +330,18 @@ def read_values(
     return values, list(list_datasets(concepts))
 
 
-def read_list(items: Any, file_name: Any) -> list[Mapping[str, Any]]:
+def read_list(items: Any, file_name: Any) -> list[dict[str, Any]]:
     """Return the items that stand in the configuration, or else in the file that it names. Raises
     UserError for a file that is there and cannot be read."""
-    if not items and file_name and Path(str(file_name)).is_file():
+    if not items and file_name and os.path.isfile(str(file_name)):
         items = read_json(Path(str(file_name)), list)
-    return [item for item in to_list(items) if isinstance(item, Mapping)]
+    return list_mappings(items)
 
 
 def read_prompt(path: Any) -> str | None:
     """Return the first line of a file of prompts; None without the file."""
-    file = Path(str(path))
-    return read_small_text(file).strip().partition("\n")[0] if file.is_file() else None
+    is_file = os.path.isfile(str(path))
+    return read_small_text(Path(path)).strip().partition("\n")[0] if is_file else None
 
 
 def list_datasets(
@@ -356,9 +358,8 @@ def list_datasets(
 def complete_settings(translation: Translation, values: dict[str, Any]) -> None:
     """Store what depends on several keys."""
     settings = translation.settings
-    settings |= split_resolutions(to_list(settings.get("resolution")))
-    if "snr_gamma" in settings and values.get("loss_weight_strength"):
-        settings["snr_gamma"] = float(values["loss_weight_strength"])
+    if "snr_gamma" in settings:
+        settings["snr_gamma"] = read_number(values, "loss_weight_strength", 5.0)
 
     # Layers, and noise levels, by the family
     model_type = str(values.get("model_type"))
@@ -366,7 +367,7 @@ def complete_settings(translation: Translation, values: dict[str, Any]) -> None:
     presets = BLOCKS | FILTER_PRESETS.get(str(family), {})
     preset = str(values.get("layer_filter_preset") or "full")
     translation.add_defaults({"target_modules": presets.get(preset, presets["full"])})
-    weight = float(values.get("noising_weight") or 0.0)
+    weight = read_number(values, "noising_weight", 0.0)
     scheme = NOISE_LEVELS.get(str(values.get("timestep_distribution")), "none")
     is_dynamic = values.get("dynamic_timestep_shifting")
     set_noise_levels(
@@ -374,9 +375,9 @@ def complete_settings(translation: Translation, values: dict[str, Any]) -> None:
         family,
         "timestep_distribution",
         scheme,
-        mean=float(values.get("noising_bias") or 0.0),
+        mean=read_number(values, "noising_bias", 0.0),
         std=weight + 1.0,
-        shift=None if is_dynamic else float(values.get("timestep_shift") or 1.0),
+        shift=None if is_dynamic else read_number(values, "timestep_shift", 1.0),
     )
     if settings.get("weighting_scheme") == "mode":
         settings["mode_scale"] = weight

@@ -36,7 +36,7 @@ class Translated:
 
     setting: the counterpart; None if it has the key's name, or the last part of a nested one
     convert: returns the setting's value, or a dict of several settings, or None for no setting;
-        raises UnsupportedValueError
+        raises UnsupportedValueError, or TypeError or ValueError for a value of another type
     remark: for the docs
     """
 
@@ -99,7 +99,8 @@ class Translation:
         file does not name it or turns it off."""
         value = self.settings[name]
         is_silent = self.sources.get(name, DEFAULT_SOURCE) == DEFAULT_SOURCE
-        return value == train_config.SETTINGS[name].default and (is_silent or value is False)
+        is_off = value in (None, False)
+        return value == train_config.SETTINGS[name].default and (is_silent or is_off)
 
     def translate_values(self, table: Table, values: Mapping[str, Any]) -> None:
         """Translate the values of a flat mapping by the rows of a table."""
@@ -107,7 +108,7 @@ class Translation:
         for key, value in values.items():
             row = rows.get(key)
             if row is None:
-                self.unknown.append(key)
+                self.unknown.append(format_pair(key, ""))
             else:
                 self._translate_value(key, value, row)
 
@@ -136,13 +137,14 @@ class Translation:
         elif value is not None and value != "":
             try:
                 converted = row.convert(value)
-            except (TypeError, ValueError, OverflowError, UserError) as error:
-                self.unsupported.append(f"{text}: {error}")
-                return
-            if not isinstance(converted, Mapping):
-                setting = row.setting or key.rpartition(".")[2]
-                converted = {} if converted is None else {setting: converted}
-            self.set_values(converted, text)
+                if not isinstance(converted, Mapping):
+                    setting = row.setting or key.rpartition(".")[2]
+                    converted = {} if converted is None else {setting: converted}
+                self.set_values(train_config.parse_settings(converted), text)
+            except (UnsupportedValueError, UserError) as error:
+                self.unsupported.append(f"{text}: {error}".rstrip("."))
+            except (TypeError, ValueError, OverflowError):
+                self.unsupported.append(f"{text}: a value of another kind is expected")
 
 
 def list_rows(table: Table) -> Iterator[tuple[str, Row]]:

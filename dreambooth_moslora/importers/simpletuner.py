@@ -5,6 +5,7 @@ Names and defaults: `simpletuner_sdk/server/services/field_registry`, `helpers/m
 """
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from dreambooth_moslora.importers.converters import (
     convert_resolution,
     convert_schedule,
     flatten_values,
+    read_number,
     to_number,
     to_positive,
 )
-from dreambooth_moslora.importers.datasets import to_list
+from dreambooth_moslora.importers.datasets import list_mappings, to_list
 from dreambooth_moslora.importers.families import set_noise_levels
 from dreambooth_moslora.importers.rows import (
     Ignored,
@@ -236,7 +238,7 @@ def read_values(
     cannot be read."""
     values = {str(name).lstrip("-").replace("-", "_"): value for name, value in content.items()}
     path = values.get("data_backend_config")
-    if path and not Path(str(path)).is_file():
+    if path and not os.path.isfile(str(path)):
         translation.unknown.append(f"data_backend_config {path} (no such file)")
         path = None
     backends = read_json(Path(str(path)), list) if path else []
@@ -250,7 +252,7 @@ def list_datasets(
     translation: Translation, backends: list[Any]
 ) -> Iterator[tuple[dict[str, Any], bool]]:
     """Yield the datasets of images, and whether they are those of the class; report the others."""
-    for backend in filter(lambda item: isinstance(item, Mapping), backends):
+    for backend in list_mappings(backends):
         kind = backend.get("dataset_type", "image")
         if kind in ("text_embeds", "image_embeds") or backend.get("disabled"):
             continue
@@ -273,14 +275,14 @@ def complete_settings(translation: Translation, values: dict[str, Any]) -> None:
         translation.set_values({"pretrained_model_name_or_path": hub_id}, "model_family")
 
     # A shift of 0 is none, or that of the base by the picture's size.
-    shift = float(values.get("flow_schedule_shift", 3.0) or 0.0)
+    shift = read_number(values, "flow_schedule_shift", 3.0)
     by_size = shift <= 0 and values.get("flow_schedule_auto_shift")
     set_noise_levels(
         translation,
         FAMILIES.get(name, name),
         "flow_schedule_shift",
         "none" if values.get("flow_use_uniform_schedule") else "logit_normal",
-        std=float(values.get("flow_sigmoid_scale") or 1.0),
+        std=read_number(values, "flow_sigmoid_scale", 1.0),
         shift=None if by_size else shift if shift > 0 else 1.0,
     )
 

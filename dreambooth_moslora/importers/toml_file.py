@@ -46,4 +46,6 @@ def format_comments(title: str, texts: Iterable[str]) -> Iterator[str]:
 
 def format_toml_value(value: Any) -> str:
     """Return a number, switch, text or list in TOML, which has JSON's form of them."""
+    if isinstance(value, float):
+        return repr(value)
     return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)

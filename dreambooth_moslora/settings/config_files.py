@@ -64,6 +64,8 @@ def read_tables(path: Path | str) -> dict[str, Any]:
         raise UserError(f"--config {path}: {explain_read_error(error)}.") from error
     except ValueError as error:  # a number of thousands of digits is no TOMLDecodeError
         raise UserError(f"--config {path}: it is not valid TOML: {error}.") from error
+    except RecursionError as error:
+        raise UserError(f"--config {path}: its tables are nested too deep.") from error
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Configuration files of other trainers: recognized by shape, read safely, written as TOML."""
 
+import os
 import tomllib
 from pathlib import Path
 
@@ -17,6 +18,22 @@ HOSTILE = {
     "tag.yaml": ("!!python/object/apply:os.system ['touch hacked']", "cannot be read"),
     "bomb.yaml": ("a: &a [x]\nb: [*a, *a]", "aliases"),
     "deep.yaml": ("[" * 5000, "cannot be read"),
+    "deep.toml": (f"network_dim = {'[' * 5000}", "nested too deep"),
+    "deep.json": ('{"model_family": ' + "[" * 100_000, "recursion depth"),
+    "twice.yaml": ("job: extension\njob: x", "job is given twice"),
+    "twice.json": ('{"training_method": "LORA", "training_method": "X"}', "given twice"),
+    "missing.toml": (
+        'network_dim = 4\ndataset_config = "none.toml"',
+        "none.toml: there is no",
+    ),
+    "pipe.toml": ('network_dim = 4\ndataset_config = "pipe"', "pipe: it is a pipe"),
+    "outside.json": (
+        '{"training_method": "LORA", "concept_file_name": "../outside.txt"}',
+        "outside.txt: Invalid JSON",
+    ),
+    "kinds.toml": ('network_dim = ["x"]\nlearning_rate = nan', "of another kind"),
+    "kinds.json": ('{"model_family": "flux", "flow_schedule_shift": {}}', "expected a number"),
+    "kinds.yaml": ("{job: x, config: {process: [3]}}", "training jobs alone"),
     "list.yaml": ("- 1", "expected a table"),
     "own.yaml": ("rank: 8", "no configuration of a trainer"),
     "huge.yaml": ("x" * (20 * 2**20), "it has more than 1 MiB"),
@@ -33,6 +50,8 @@ def work_in_a_folder_of_its_own(tmp_path, monkeypatch):
 def test_hostile_file_costs_one_line(name, capsys):
     content, message = HOSTILE[name]
     Path(name).write_text(content)
+    Path("../outside.txt").write_text("secret")
+    os.mkfifo("pipe")
     assert main(["train", "--config", name]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
