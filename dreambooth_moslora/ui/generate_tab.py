@@ -177,7 +177,7 @@ def _connect_reuse(ctx: state.AppContext, tab: GenerateTab, results: dict, name:
     @on(results[f"reuse_{name}"].click, MESSAGE_EVENT, inputs=[gallery, selected], outputs=outputs)
     def restore_recipe(gallery_items: list[tuple[str, str]] | None, index: int) -> list:
         if not gallery_items:
-            raise UserError("there is no picture yet")
+            raise UserError("there is no picture yet: press Generate, then take its settings")
         file, _ = gallery_items[min(index, len(gallery_items) - 1)]
         # A request may name any file of this machine.
         folders = (gallery.GRADIO_CACHE, ctx.workspace.root)

@@ -104,7 +104,9 @@ def render_status(state: JobState, metrics: events.EventLog) -> str:
     line = PHASE_TITLES.get(state.phase, state.phase or "Preparing")
     phase = metrics.get_last("phase")
     if int(phase.get("total") or 1) > 1:
-        line += f" {phase.get('done')} of {phase['total']}"
+        done = int(phase.get("done") or 0)
+        line += f" {done} of {phase['total']}"
+        fraction = done / phase["total"]
     return html.render_progress(f"{line} …", format_numbers(last), fraction)
 
 

@@ -179,6 +179,13 @@ def test_gigabytes_of_events_are_not_read(tmp_path, list_widget_changes):
     assert "metrics.jsonl: it has more than 64 MiB" in list_widget_changes()["status"]
 
 
+def test_bar_of_a_counted_phase_shows_its_count(tmp_path):
+    """It was empty at “Drawing samples 100 of 100”."""
+    phase = {"type": "phase", "phase": "sampling", "done": 75, "total": 100}
+    status = render_status(JobState("running", 0, 400, "sampling"), write_metrics(tmp_path, phase))
+    assert "Drawing samples 75 of 100" in status and 'aria-valuenow="75"' in status
+
+
 def test_status_follows_the_phases(
     tmp_path,
 ):
