@@ -211,6 +211,10 @@ def _connect_form(
             # The event that saves the caption typed last may not have come yet.
             train_photos.write_captions(ctx.workspace, captions or [])
             return act(TrainForm(**values))
+        except train_start.BusyError as error:
+            # A message that goes by itself: on the card it stayed when that run had ended.
+            gr.Warning(format_message(error))
+            return {parts["cost"]: ""}
         except Exception as error:
             return {parts["cost"]: render_mistake(error, replace_flags)}
 

@@ -41,6 +41,10 @@ CHOICES_TITLE = "“More settings” changes this:"
 """Heading above the choices for a run."""
 
 
+class BusyError(UserError):
+    """Error of a start while another run is going on: it holds only until that run has ended."""
+
+
 @dataclass(frozen=True)
 class PreparedRun:
     """New run folder with the photos in it, its settings, and lines about them."""
@@ -53,7 +57,7 @@ class PreparedRun:
 def start_run(ctx: state.AppContext, form: TrainForm) -> tuple[Job, str]:
     """Start the run; return it, and the choices for it as HTML. Raises UserError."""
     if ctx.jobs.find_active_job() or not ctx.queue.is_empty:
-        raise UserError(BUSY_MESSAGE)
+        raise BusyError(BUSY_MESSAGE)
     with prepare_run(ctx, form) as run:
         job = ctx.jobs.start(run.run_dir.name, run.settings)
     return job, html.render_remarks(run.lines, f"Chosen for {job.name}. {CHOICES_TITLE}")

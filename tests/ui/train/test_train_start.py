@@ -1,6 +1,7 @@
 """From the form to a run as the command would make it, and from an earlier run, or from a recipe,
 back to the form."""
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import PIL.Image
 import pytest
 
 from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.disk.process_identity import read_process_start
 from dreambooth_moslora.plan import agreement
 from dreambooth_moslora.plan.base_size import BaseSize
 from dreambooth_moslora.plan.memory import estimate_memory
@@ -30,7 +32,7 @@ from dreambooth_moslora.ui.train.train_start import (
 )
 from tests.helpers.command_line import parse_train_config
 from tests.helpers.tiny_training import paint_photos
-from tests.ui.conftest import click, list_toy_photos
+from tests.ui.conftest import click, find_handler, list_toy_photos, write_run
 
 DUCK = TrainForm("sks", "duck")
 
@@ -206,3 +208,12 @@ def test_cost_lists_choices_and_memory_plans(gpu, workspace, context):
     assert "(“Memory” auto)" in cost and "--memory" not in cost
     for text in ("at 1024 px, from 5 photos.", "learned whole", "Likeness is not measured"):
         assert text in cost, (text, cost)
+
+
+def test_busy_message_goes_by_itself(workspace, context):
+    """On the card it stayed when the other run had ended."""
+    page = context()
+    write_run(page.runs_dir / "bear", birth=read_process_start(os.getpid()))
+    submit = find_handler(page, "submit", "start")
+    with pytest.warns(UserWarning, match="Another run is going on"):
+        assert list(submit([], **vars(DUCK)).values()) == [""]
