@@ -1,8 +1,9 @@
 """Layout and events of the Generate tab: generating images, and reusing their settings."""
 
 import html
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 
 import gradio as gr
 from gradio.utils import is_in_or_equal
@@ -95,15 +96,17 @@ def _connect_generate(
     def list_outputs(frame: Frame) -> tuple:
         seed = frame.params.seed if frame.params else gr.skip()
         if frame.saved_images is None:
-            return gr.skip(), seed, frame.status, gr.skip()
+            return gr.skip(), seed, frame.status, gr.skip(), seed
         # The gallery selects its first image when it is emptied, and keeps that as it fills.
         selected = gr.skip() if frame.saved_images else 0
-        return list(map(_format_gallery_item, frame.saved_images)), seed, frame.status, selected
+        images = list(map(_format_gallery_item, frame.saved_images))
+        return images, seed, frame.status, selected, seed
 
     def generate(request: gr.Request, **values) -> Iterator[tuple]:
         yield from map(list_outputs, drawing.generate_images(ctx, GenerateForm(**values), request))
 
-    outputs = [results[name] for name in ("gallery", "used_seed", "status", "selected_gallery")]
+    names = ("gallery", "used_seed", "status", "selected_gallery", "drawn_seed")
+    outputs = [results[name] for name in names]
     _connect_generation(ctx, tab, starts, generate, outputs, results["status"])
 
     # The server sends the preview inside the card, from which the browser takes it.
@@ -112,17 +115,24 @@ def _connect_generate(
 
 
 def _connect_compare(ctx: state.AppContext, tab: GenerateTab, results: dict) -> None:
-    """Generate the same seed without and with the adapter."""
+    """Generate the same seed without and with the adapter: that of the last images, unless the form
+    has one."""
 
-    def compare(request: gr.Request, **values) -> Iterator[tuple]:
-        for frame in drawing.compare(ctx, GenerateForm(**values), request):
+    def compare(request: gr.Request, drawn_seed: int, **values) -> Iterator[tuple]:
+        form = GenerateForm(**values)
+        if form.seed is None or form.seed < 0:
+            form = replace(form, seed=drawn_seed)
+        for frame in drawing.compare(ctx, form, request):
             slider_images = gr.skip()
             if frame.saved_images and len(frame.saved_images) == 2:
                 slider_images = tuple(str(image.path) for image in frame.saved_images)
             yield slider_images, frame.status
 
     outputs = [results["slider"], results["status"]]
-    _connect_generation(ctx, tab, [results["compare"].click], compare, outputs, results["status"])
+    starts = [results["compare"].click]
+    # A state is no argument of the API.
+    seed = {"drawn_seed": results["drawn_seed"]}
+    _connect_generation(ctx, tab, starts, compare, outputs, results["status"], seed)
 
 
 def _connect_generation(
@@ -132,6 +142,7 @@ def _connect_generation(
     handler: Callable,
     outputs: list,
     status: gr.HTML,
+    more_inputs: Mapping[str, gr.State] = MappingProxyType({}),
 ) -> None:
     """Connect a generating handler, whose name is its API name, to the events that start it."""
     # Gradio runs a trigger's events in order: from here on a Stop counts, even before its turn.
@@ -140,7 +151,7 @@ def _connect_generation(
         starts,
         GPU_EVENT,
         api_name=handler.__name__,
-        inputs_kwargs=tab.fields,
+        inputs_kwargs=tab.fields | dict(more_inputs),
         outputs=outputs,
         show_progress="minimal",
         show_progress_on=status,

@@ -127,6 +127,7 @@ def build_result_widgets(ctx: state.AppContext) -> dict[str, Any]:
             parts["used_seed"] = gr.Number(
                 label="Seed used", interactive=False, elem_id="used_seed", visible="hidden"
             )
+        parts["drawn_seed"] = gr.State(-1)
         # One image with and without the adapter, from the same noise.
         with gr.Tab("Compare", id="compare"):
             parts["compare"] = gr.Button("Compare at the same seed", elem_id="compare")

@@ -96,6 +96,13 @@ def test_negative_or_empty_seed_is_sampled(client):
     assert len(seeds) == 2 and min(seeds) >= 0
 
 
+def test_compare_takes_the_seed_of_the_last_image(client):
+    """It drew another one, so that the image just made could not be compared."""
+    _, seed, _ = client.predict("a dog", adapter="dog", seed=-1, **DRAW)
+    _, status = client.predict("a dog", adapter="dog", seed=-1, **FAST, api_name="/compare")
+    assert f"seed {seed:.0f}" in status
+
+
 def test_compare_generates_without_then_with_adapter_at_one_seed(client):
     (without, with_dog), _ = client.predict(
         "a dog", adapter="dog", seed=5, **FAST, api_name="/compare"
