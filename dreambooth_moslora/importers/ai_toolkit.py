@@ -20,7 +20,11 @@ from dreambooth_moslora.importers.converters import (
     to_positive,
 )
 from dreambooth_moslora.importers.datasets import list_mappings, split_resolutions, to_list
-from dreambooth_moslora.importers.families import set_block_layers, set_noise_levels
+from dreambooth_moslora.importers.families import (
+    adapt_convolutions,
+    set_block_layers,
+    set_noise_levels,
+)
 from dreambooth_moslora.importers.rows import (
     UNSET_VALUES,
     Ignored,
@@ -73,6 +77,7 @@ NOISE_LEVELS: dict[str, dict[str, Any]] = {
 SCHEDULES = {name: name for name in ("constant", "constant_with_warmup", "cosine")}
 SCHEDULES["cosine_with_restarts"] = "cosine"
 """`lr_scheduler` -> ours. There is one cycle; `linear` rises there."""
+UNET_FAMILIES = ("sd1", "sdxl")
 COUNTS_OF_STEPS = ("max_train_steps", "lr_warmup_steps", "validation_steps", "checkpointing_steps")
 
 
@@ -122,11 +127,18 @@ DATASET_TABLE: Table = {
         "random_triggers replacements standardize_images use_short_captions": NO_COUNTERPART,
         "loss_multiplier network_weight scale": Unsupported("all photos count equally", (1, 1.0)),
         "control_path control_path_1 control_path_2 control_path_3 inpaint_path "
-        "unconditional_path clip_image_path num_frames do_i2v control_from_same_folder": (
-            VIDEO_OR_CONTROL
-        ),
+        "unconditional_path clip_image_path num_frames do_i2v control_from_same_folder controls "
+        "clip_image_from_same_folder auto_frame_count do_audio": VIDEO_OR_CONTROL,
         "type": Unsupported("photos alone are trained", ("image",)),
-        "shrink_video_to_frames fps full_size_control_images replay_transforms guidance_type": (
+        "trigger_word": Unsupported(
+            "one trigger word is for all folders: config.process.trigger_word"
+        ),
+        "diff_output_preservation extra_values poi": NO_COUNTERPART,
+        "trim_auto_frame_count_tail num_controls_from_same_folder control_transparent_color debug "
+        "cache_clip_vision_to_disk shuffle_augmentations clip_image_augmentations fps "
+        "random_triggers_max clip_image_shuffle_augmentations fast_image_size guidance_type "
+        "audio_preserve_pitch audio_normalize diff_output_preservation_class "
+        "shrink_video_to_frames full_size_control_images replay_transforms": (
             Ignored("it belongs to video or control images")
         ),
     }
@@ -137,7 +149,9 @@ TABLE: Table = {
         "network.linear network.rank": Translated("rank", int),
         "network.linear_alpha network.alpha": Translated("lora_alpha", to_number),
         "network.dropout": Translated("lora_dropout", to_number),
-        "network.conv network.conv_alpha": Unsupported("use --rank_pattern *conv*=N"),
+        "network.conv network.conv_alpha": Translated(
+            "rank_pattern", lambda value: None, "a UNet's convolutions; transformers have none"
+        ),
         "network.pretrained_lora_path": Translated("init_adapter"),
         "network.network_kwargs.only_if_contains": Translated("target_modules", to_list),
         "network.network_kwargs.ignore_if_contains network.lorm network.all_layers": NO_COUNTERPART,
@@ -210,6 +224,42 @@ TABLE: Table = {
             "num_validation_images", if_true({"num_validation_images": 0})
         ),
     },
+    "Training without a counterpart": {
+        "train.learnable_snr_gos train.weight_jitter train.merge_network_on_save train.free_u "
+        "train.start_step train.adapter_assist_name_or_path train.random_noise_multiplier "
+        "train.do_signal_correction_noise train.do_batch_noise_correction train.train_turbo "
+        "train.do_signal_amplification train.random_noise_shift train.negative_prompt "
+        "train.adaptive_scaling_factor train.match_noise_norm train.short_and_long_captions "
+        "train.single_item_batching train.match_adapter_assist train.match_adapter_chance "
+        "train.inverted_mask_prior train.standardize_images train.standardize_latents "
+        "train.dynamic_noise_offset train.do_cfg train.do_random_cfg train.correct_pred_norm "
+        "train.t0_loss_target train.do_fft_loss train.prompt_saturation_chance "
+        "train.do_prior_divergence train.target_norm_std train.do_paramiter_swapping "
+        "train.latent_feature_extractor_path train.diffusion_feature_extractor_path "
+        "train.force_consistent_noise train.blended_blur_noise train.do_guidance_loss "
+        "train.do_differential_guidance train.do_blank_stabilization train.max_loss "
+        "train.validation_config train.unconditional_prompt": NO_COUNTERPART,
+        "train.noise_multiplier train.target_noise_multiplier train.img_multiplier "
+        "train.noisy_latent_multiplier train.latent_multiplier train.pred_scaler "
+        "train.optimal_noise_pairing_samples": Unsupported("there is no counterpart", (1, 1.0)),
+        "train.loss_target": Unsupported("there is no counterpart", ("noise",)),
+        "train.num_train_timesteps": Unsupported("there are 1000 noise levels", (1000,)),
+        "train.refiner_lr train.embedding_lr train.adapter_lr train.train_refiner "
+        "train.show_turbo_outputs train.merge_network_on_save_strength train.adapter_assist_type "
+        "train.batch_noise_correction_scale train.signal_amplification_strength "
+        "train.signal_correction_noise_scale train.max_negative_prompts train.cfg_scale "
+        "train.short_and_long_captions_encoder_split train.inverted_mask_prior_multiplier "
+        "train.max_cfg_scale train.cfg_rescale train.correct_pred_norm_multiplier "
+        "train.t0_velocity_equiv_weight train.do_fft_velocity_equiv_weight "
+        "train.target_norm_std_value train.next_sample_timesteps train.paramiter_swapping_factor "
+        "train.latent_feature_loss_weight train.diffusion_feature_extractor_weight "
+        "train.guidance_loss_target train.do_guidance_loss_cfg_zero train.guidance_loss_schedule "
+        "train.differential_guidance_scale train.switch_boundary_every "
+        "train.audio_loss_multiplier train.max_loss_debug": Ignored("it belongs to a switch"),
+        "train.ema_config.use_feedback train.ema_config.param_multiplier": Ignored(
+            "it belongs to use_ema"
+        ),
+    },
     "Model": {
         "model.name_or_path": Translated("pretrained_model_name_or_path"),
         "model.quantize": Translated("base_quantization", if_true({"base_quantization": "int8"})),
@@ -220,9 +270,18 @@ TABLE: Table = {
         "model.layer_offloading model.auto_memory": Translated("stream_blocks"),
         "model.vae_path": Translated("pretrained_vae_model_name_or_path"),
         "model.lora_path": Unsupported("merge it into the base first"),
+        "model.unet_path model.refiner_name_or_path model.inference_lora_path "
+        "model.unconditional_lora_path model.only_if_contains model.ignore_if_contains "
+        "model.use_flux_cfg model.in_context model.experimental_xl": NO_COUNTERPART,
         "model.compile model.block_compile": Translated("compile", if_true({"compile": "on"})),
         "model.arch model.is_flux model.is_xl model.is_v3 model.is_v2 model.is_pixart "
-        "model.is_lumina2 model.is_auraflow": Ignored("it is read from the base"),
+        "model.is_lumina2 model.is_auraflow model.is_pixart_sigma model.is_ssd model.is_vega "
+        "model.is_v_pred model.latent_space_version model.use_text_encoder_1 "
+        "model.use_text_encoder_2 model.unet_sample_size": Ignored("it is read from the base"),
+        "model.quantize_kwargs.exclude model.text_encoder_bits model.vae_device model.vae_dtype "
+        "model.te_device model.te_dtype model.compile_mode model.compile_fullgraph "
+        "model.compile_dynamic model.cache_size_limit model.model_paths model.refiner_start_at "
+        "model.quantize_kwargs model.split_model_other_module_param_count_scale "
         "model.quantize_te model.qtype_te model.low_vram model.te_name_or_path "
         "model.extras_name_or_path model.layer_offloading_transformer_percent "
         "model.layer_offloading_text_encoder_percent model.model_kwargs model.dtype "
@@ -274,6 +333,8 @@ def read_values(
         translation.unsupported.append(f"job {content['job']}: training jobs alone are read")
         return {}, []
     values = {"name": content["config"].get("name")} | flatten_values(process)
+    if not process.get("network"):
+        translation.unsupported.append("no network: LoRA is trained here, not the whole model")
     datasets = list_mappings(values.pop("datasets", None))
     is_class = [item.pop("is_reg", False) or item.pop("prior_reg", False) for item in datasets]
 
@@ -305,6 +366,9 @@ def complete_settings(translation: Translation, values: dict[str, Any]) -> None:
 
     # Layers, and noise levels, by the family
     family = find_family(values)
+    if values.get("network.conv") and family in UNET_FAMILIES:
+        rank, alpha = values["network.conv"], values.get("network.conv_alpha")
+        translation.add_defaults(adapt_convolutions(rank, alpha or rank))
     set_block_layers(translation, family)
     if values.get("train.noise_scheduler") == "flowmatch":
         kind = str(values.get("train.timestep_type") or "sigmoid")

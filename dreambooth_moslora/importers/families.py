@@ -12,6 +12,8 @@ LINEAR_UNET_LAYERS = (
     *("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
 )
 """Linear layers of a UNet's transformers."""
+CONVOLUTIONS = ("*resnets.*conv*", "*samplers.*.conv")
+"""Convolutions in a UNet's blocks."""
 BLOCK_LAYERS = {
     "sdxl": LINEAR_UNET_LAYERS,
     "sd1": LINEAR_UNET_LAYERS,
@@ -31,6 +33,13 @@ def set_block_layers(translation: Translation, family: str | None) -> None:
     if family in FAMILIES_BY_NAME:
         layers = list(BLOCK_LAYERS.get(family, TRANSFORMER_BLOCKS))
         translation.add_defaults({"target_modules": layers})
+
+
+def adapt_convolutions(rank: Any, alpha: Any) -> dict[str, Any]:
+    """Return the settings that adapt the convolutions of a UNet too, with a rank of their own."""
+    layers = {"target_modules": [*LINEAR_UNET_LAYERS, *CONVOLUTIONS]}
+    ranks = {"rank_pattern": [f"{name}={rank}" for name in CONVOLUTIONS]}
+    return layers | ranks | {"alpha_pattern": [f"{name}={alpha}" for name in CONVOLUTIONS]}
 
 
 def set_noise_levels(

@@ -28,6 +28,7 @@ from dreambooth_moslora.importers.families import (
     BLOCK_LAYERS,
     LINEAR_UNET_LAYERS,
     TRANSFORMER_BLOCKS,
+    adapt_convolutions,
     is_flow_family,
     set_noise_levels,
 )
@@ -91,7 +92,15 @@ SWITCHES = frozenset(
         *("save_state_on_train_end", "no_metadata", "sample_at_first", "log_config", "fp8_llm"),
         *("skip_until_initial_step", "output_config", "async_upload", "fp8_vl", "fp8_t5"),
         *("save_state_to_huggingface", "resume_from_huggingface", "fp8_text_encoder"),
-        *("ddp_gradient_as_bucket_view", "ddp_static_graph"),
+        *("ddp_gradient_as_bucket_view", "ddp_static_graph", "apply_lg_attn_mask", "deepspeed"),
+        *("block_swap_h2d_only", "compile", "compile_fullgraph", "console_log_simple"),
+        *("cpu_offload_checkpointing", "cuda_allow_tf32", "cuda_cudnn_benchmark"),
+        *("disable_numpy_memmap", "dynamo_dynamic", "dynamo_fullgraph", "flash3", "split_mode"),
+        *("enable_scaled_pos_embed", "fp16_master_weights_and_gradients", "fp8_base_unet"),
+        *("img_in_txt_in_offloading", "preserve_distribution_shape", "save_clip", "save_t5xxl"),
+        *("remove_first_image_from_target", "sage_attn", "turbo_dit_cache", "use_sage_attn"),
+        *("use_32bit_attention", "use_flash_attn", "use_pinned_memory_for_block_swap"),
+        *("vae_tiling", "zero3_init_flag", "zero3_save_16bit_model"),
     )
 )
 """Flags that take no value."""
@@ -140,18 +149,11 @@ def convert_optimizer_arguments(value: Any) -> dict[str, Any]:
 
 def convert_network_arguments(value: Any) -> dict[str, Any]:
     """Return the settings of `network_args`. Raises UnsupportedValueError."""
-    settings: dict[str, Any] = {}
-    for name, text in parse_pairs(value).items():
-        if name == "conv_dim":
-            settings["rank_pattern"] = [f"*conv*={text}"]
-            settings["target_modules"] = [*LINEAR_UNET_LAYERS, "*conv*"]
-        elif name == "conv_alpha":
-            settings["alpha_pattern"] = [f"*conv*={text}"]
-        elif name == "algo" and text == "lora":
-            pass
-        else:
-            raise UnsupportedValueError(f"{name} has no counterpart")
-    return settings
+    arguments = parse_pairs(value)
+    rank, alpha = arguments.pop("conv_dim", None), arguments.pop("conv_alpha", 1)
+    if arguments.pop("algo", "lora") != "lora" or arguments:
+        raise UnsupportedValueError("conv_dim and conv_alpha have a counterpart")
+    return adapt_convolutions(rank, alpha) if rank else {}
 
 
 def convert_text_encoder_rate(value: Any) -> dict[str, Any]:
@@ -216,7 +218,7 @@ TABLE: Table = {
         "min_bucket_reso max_bucket_reso": Ignored(
             "sides lie between half and twice the resolution"
         ),
-        "bucket_no_upscale": Unsupported("a small photo is enlarged to the area of --resolution"),
+        "bucket_no_upscale": Ignored("a photo smaller than --resolution is enlarged"),
         "caption_extension caption_extention": CAPTION_SUFFIX_ROW,
         "caption_separator": Unsupported("tags stand between commas", (",",)),
         "shuffle_caption keep_tokens caption_prefix": Translated(),
@@ -228,6 +230,9 @@ TABLE: Table = {
             "--caption_dropout is a share of all exposures, of whole captions"
         ),
         "token_warmup_step token_warmup_min": Unsupported("captions are whole all along", (1,)),
+        "conditioning_data_dir control_directory": Unsupported(
+            "photos are trained without control images"
+        ),
         "weighted_captions": Unsupported("brackets in a caption are letters like others"),
         "max_token_length": Unsupported("77 tokens are read", (75,)),
         "flip_aug": Translated("random_flip"),
@@ -269,11 +274,11 @@ TABLE: Table = {
         "pretrained_model_name_or_path": Translated(),
         "dit": Translated("pretrained_model_name_or_path", remark="musubi-tuner's name"),
         "vae": Translated("pretrained_vae_model_name_or_path", remark="a folder or hub id"),
-        "text_encoder clip_l clip_g t5xxl ae": Ignored("the base's own are used"),
-        "vae_dtype text_encoder_dtype fp8_llm fp8_vl fp8_t5 fp8_text_encoder": Ignored(
-            "encoders work in the run's precision, and only once"
-        ),
-        "v_parameterization zero_terminal_snr v2 task model_version": Ignored(
+        "text_encoder text_encoder1 text_encoder2 clip_l clip_g t5xxl gemma2 ae num_layers "
+        "dit_in_channels tokenizer_cache_dir": Ignored("the base's own are used"),
+        "vae_dtype dit_dtype t5xxl_dtype t5xxl_device text_encoder_dtype fp8_llm fp8_vl fp8_t5 "
+        "fp8_text_encoder": Ignored("encoders work in the run's precision, and only once"),
+        "v_parameterization zero_terminal_snr v2 task model_version model_type": Ignored(
             "it is read from the base"
         ),
         "clip_skip": Translated(convert=int),
@@ -324,8 +329,18 @@ TABLE: Table = {
         "logit_mean logit_std mode_scale": Translated(convert=to_number),
         "model_prediction_type": Unsupported("the velocity is predicted", ("raw",)),
         "guidance_scale": Translated(convert=to_number),
-        "t5xxl_max_token_length": Translated("max_sequence_length", int),
-        "apply_t5_attn_mask": Ignored("text is masked as in the base's pipeline"),
+        "t5xxl_max_token_length gemma2_max_token_length": Translated("max_sequence_length", int),
+        "clip_l_dropout_rate clip_g_dropout_rate t5_dropout_rate": Unsupported(
+            "--caption_dropout leaves out the caption for all encoders", ("0", "0.0")
+        ),
+        "pos_emb_random_crop_rate enable_scaled_pos_embed num_timestep_buckets "
+        "preserve_distribution_shape remove_first_image_from_target": Unsupported(
+            "there is no counterpart", ("0", "0.0")
+        ),
+        "system_prompt": Unsupported("Lumina 2's own sentence is put before each prompt"),
+        "apply_t5_attn_mask apply_lg_attn_mask": Ignored(
+            "text is masked as in the base's pipeline"
+        ),
     },
     "Memory, files and samples": {
         "mixed_precision": Translated(convert=convert_precision),
@@ -334,15 +349,25 @@ TABLE: Table = {
             "stream_blocks", lambda value: int(value) > 0, "all blocks, whatever the number is"
         ),
         "full_fp16 full_bf16": Ignored("the adapter is trained in fp32"),
-        "fp8_base fp8_scaled": Translated(
+        "fp8_base fp8_base_unet fp8_scaled": Translated(
             "base_quantization", if_true({"base_quantization": "int8"}), "8 bit"
         ),
         "no_half_vae": Ignored("the VAE computes in fp32 where half precision overflows"),
-        "lowram highvram fused_backward_pass gradient_checkpointing_cpu_offload split_attn "
+        "lowram highvram cpu_offload_checkpointing img_in_txt_in_offloading split_mode "
+        "block_swap_h2d_only block_swap_ring_size use_pinned_memory_for_block_swap "
+        "disable_numpy_memmap vae_tiling vae_chunk_size vae_spatial_tile_sample_min_size "
+        "turbo_dit turbo_dit_cache sample_batch_size fused_backward_pass "
+        "gradient_checkpointing_cpu_offload split_attn "
         "flash_attn": Ignored("--memory chooses what is kept on the GPU"),
-        "xformers sdpa mem_eff_attn": Ignored("PyTorch's own attention is used"),
-        "torch_compile": Translated("compile", if_true({"compile": "on"})),
-        "dynamo_backend compile_mode": Ignored("the default backend is used"),
+        "xformers sdpa mem_eff_attn sage_attn flash3 use_flash_attn use_sage_attn "
+        "use_32bit_attention cuda_allow_tf32 cuda_cudnn_benchmark": Ignored(
+            "PyTorch's own attention is used"
+        ),
+        "torch_compile compile": Translated("compile", if_true({"compile": "on"})),
+        "dynamo_backend dynamo_mode dynamo_dynamic dynamo_fullgraph compile_mode compile_backend "
+        "compile_dynamic compile_fullgraph compile_cache_size_limit": Ignored(
+            "the default backend is used"
+        ),
         "max_data_loader_n_workers persistent_data_loader_workers vae_batch_size cache_info "
         "disable_mmap_load_safetensors": Ignored("photos are encoded once"),
         "output_dir": Translated(remark="the run folder is `output_name` in it"),
@@ -358,8 +383,11 @@ TABLE: Table = {
             "each checkpoint holds all that resuming needs"
         ),
         "resume": Translated("resume_from_checkpoint", remark="of this program alone"),
-        "initial_step skip_until_initial_step": Unsupported("the checkpoint says the step"),
-        "no_metadata training_comment metadata_title metadata_author metadata_description "
+        "initial_epoch initial_step skip_until_initial_step": Unsupported(
+            "the checkpoint says the step"
+        ),
+        "metadata_arch metadata_reso no_metadata training_comment metadata_title metadata_author "
+        "metadata_description "
         "metadata_license metadata_tags": Ignored("the header holds numbers and trigger words"),
         "sample_prompts": Translated("validation_prompt", read_sample_prompts),
         "sample_every_n_steps": Translated("validation_steps", int),
@@ -382,6 +410,14 @@ TABLE: Table = {
             "accelerate's settings are used"
         ),
         "output_config config_file": Ignored("--config reads a file"),
+        "save_clip save_t5xxl": Ignored("adapters alone are saved"),
+        "show_timesteps": Unsupported("timesteps are not drawn as a picture"),
+        "console_log_file console_log_level console_log_simple": Ignored(
+            "the run folder has the log"
+        ),
+        "deepspeed zero_stage zero3_init_flag zero3_save_16bit_model offload_optimizer_device "
+        "offload_optimizer_nvme_path offload_param_device offload_param_nvme_path "
+        "fp16_master_weights_and_gradients": Unsupported("DeepSpeed is not used"),
     },
 }
 

@@ -301,14 +301,19 @@ CONFIGS = {
 """By trainer: its file, and settings of the first step that it means."""
 
 
-def write_config(trainer: str, changes: tuple[str, str] = ("", "")) -> Path:
-    """Write a trainer's file and what it names into the working directory, with a text of it
-    replaced by another."""
+def write_config(trainer: str, changes: tuple[str, ...] = ()) -> Path:
+    """Write a trainer's file and what it names into the working directory.
+
+    changes: texts of the file, each followed by the text in its place
+    """
     config = CONFIGS[trainer]
     Path("photos").mkdir(exist_ok=True)
     Path("regular").mkdir(exist_ok=True)
     Path("multidatabackend.json").write_text(json.dumps(BACKENDS))
+    content = config.content
+    for old, new in zip(changes[::2], changes[1::2], strict=True):
+        assert old in content
+        content = content.replace(old, new)
     path = Path(config.file_name)
-    assert changes[0] in config.content
-    path.write_text(config.content.replace(*changes) if changes[0] else config.content)
+    path.write_text(content)
     return path

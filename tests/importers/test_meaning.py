@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from dreambooth_moslora.importers.families import LINEAR_UNET_LAYERS
+from dreambooth_moslora.importers.families import CONVOLUTIONS, LINEAR_UNET_LAYERS
 from dreambooth_moslora.importers.files import load_config
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training.objective import sample_flow_timesteps
@@ -32,6 +32,17 @@ MEANINGS = {
             "weighting_scheme": None,
         },
         ("accumulation_steps: 2", "accumulation: 2"): {"max_train_steps": 2000},
+        ("linear_alpha: 8", "linear_alpha: 8, conv: 16, conv_alpha: 4"): {"rank_pattern": ()},
+        (
+            "linear_alpha: 8",
+            "linear_alpha: 8, conv: 16, conv_alpha: 4",
+            "is_flux: true",
+            "arch: sdxl",
+        ): {
+            "rank_pattern": tuple(f"{name}=16" for name in CONVOLUTIONS),
+            "alpha_pattern": tuple(f"{name}=4" for name in CONVOLUTIONS),
+            "target_modules": (*LINEAR_UNET_LAYERS, *CONVOLUTIONS),
+        },
         ("dtype: bf16", "lr_scheduler: constant_with_warmup"): {
             "lr_warmup_steps": 500,
             "mixed_precision": "no",
@@ -49,6 +60,10 @@ MEANINGS = {
         },
         ("steps = 50\nmax_train_epochs = 10", "steps = 0.1\nmax_train_steps = 300"): {
             "lr_warmup_steps": 30
+        },
+        ("betas=0.9,0.99", 'betas=0.9,0.99"]\nnetwork_args = ["conv_dim=8'): {
+            "rank_pattern": tuple(f"{name}=8" for name in CONVOLUTIONS),
+            "alpha_pattern": tuple(f"{name}=1" for name in CONVOLUTIONS),
         },
         ("networks.lora", "networks.lora_flux"): {
             "weighting_scheme": "none",
@@ -113,6 +128,7 @@ MEANINGS = {
 """Trainer -> {a text of its file and another in its place: the settings}."""
 ROWS = [(trainer, *row) for trainer, rows in MEANINGS.items() for row in rows.items()]
 REFUSALS = [
+    ("ai-toolkit", ("network: {type: lora, linear: 16, linear_alpha: 8}", ""), "no network"),
     ("ai-toolkit", ("dtype: bf16", "lr_scheduler: linear"), "lr_scheduler linear"),
     ("kohya", ("warmup_steps = 50", "warmup_steps = 0.1"), "lr_warmup_steps 0.1"),
     ("OneTrainer", ('"COSINE"', '"COSINE_WITH_RESTARTS"'), "COSINE_WITH_RESTARTS"),
@@ -127,7 +143,7 @@ def shift_noise(share: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 NOISE_SHARES = {
-    ("ai-toolkit", ("", "")): lambda normal: normal.sigmoid(),
+    ("ai-toolkit", ()): lambda normal: normal.sigmoid(),
     (
         "kohya",
         (
@@ -143,7 +159,7 @@ NOISE_SHARES = {
             '"timestep_shift": 2',
         ),
     ): lambda normal: shift_noise((normal + 0.5).sigmoid(), 2.0),
-    ("SimpleTuner", ("", "")): lambda normal: shift_noise(normal.sigmoid(), 3.0),
+    ("SimpleTuner", ()): lambda normal: shift_noise(normal.sigmoid(), 3.0),
 }
 """Trainer and changed text -> its formula of the noise's share, from a normal draw."""
 
