@@ -246,6 +246,8 @@ class SubjectPipeline:
     def complete(self, params: GenerationParams) -> GenerationParams:
         """Apply tags and fill in the base's sizes, guidance and scheduler. Raises UserError for an
         unknown adapter, and for a scheduler that does not know the base's noise levels."""
+        if not isinstance(params, GenerationParams):
+            raise UserError(f"give GenerationParams({params!r:.60}) instead of {params!r:.60}")
         # Every adapter that is named must be loaded.
         params = params.apply_tags()
         for name, _ in params.adapters:

@@ -18,7 +18,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def check_subjects(config: Config) -> None:
             if not str(getattr(table, name) or "").strip():
                 raise UserError(f"--subjects: number {number} has no {name}.")
         try:
-            runs.append(replace(config, subjects=(), **table.to_dict()))
+            runs.append(config.build_subject_config(table))
         except UserError as error:
             raise UserError(f"subject {number} ({table.instance_data_dir}): {error}") from error
 

@@ -10,8 +10,10 @@ sentence in `rules`.
 import math
 import operator
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import Field, dataclass, fields, make_dataclass, replace
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import Field, dataclass, fields, make_dataclass
 from functools import cached_property
 from os.path import expanduser
 from pathlib import Path
@@ -1057,6 +1059,11 @@ class TrainConfig:
     )
 
     def __init__(self, **settings: "Unpack[TrainSettings]") -> None:
+        with name_arguments_in_errors():
+            self._convert(settings)
+
+    def _convert(self, settings: Mapping[str, Any]) -> None:
+        """Fill all fields. Raises UserError."""
         values = {name: item.default for name, item in SETTINGS.items()} | parse_settings(settings)
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -1072,7 +1079,12 @@ class TrainConfig:
         """Settings of 1 to n runs, each with one of the run's subjects alone."""
         if not self.subjects:
             return (self,)
-        return tuple(replace(self, subjects=(), **table.to_dict()) for table in self.subjects)
+        return tuple(map(self.build_subject_config, self.subjects))
+
+    def build_subject_config(self, table: "SubjectTable") -> "TrainConfig":
+        """Return the settings with this subject alone. Raises UserError."""
+        shared = {name: getattr(self, name) for name in SETTINGS} | {"subjects": ()}
+        return TrainConfig.from_dict(shared | table.to_dict())
 
     @property
     def cache_folder(self) -> Path:
@@ -1139,11 +1151,13 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
-        """Build the settings from a file's values.
+        """Build the settings from values of a file or of flags.
 
-        Raises UserError for an unknown name, with the most similar setting.
+        Raises UserError, which names flags, for an unknown name with the most similar setting.
         """
-        return cls(**values)
+        config = cls.__new__(cls)
+        config._convert(values)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values of all settings but the secret ones, for `from_dict`."""
@@ -1205,6 +1219,8 @@ GUESSES = {
     "network_alpha": "lora_alpha",
 }
 """Names that people try first -> the setting that they mean."""
+FLAG_PATTERN = re.compile(r"--(?P<name>\w+)(?: (?P<word>'[^']*'|[^\s,;:]+?)(?=\.?(?:[\s,;:]|$)))?")
+"""Flag in a message, with the word after it."""
 
 
 def list_flags(name: str) -> list[str]:
@@ -1401,8 +1417,40 @@ def check_setting_names(names: Iterable[str]) -> None:
             alias = name.replace("-", "_")
             nearest = (ALIASES | GUESSES).get(alias)
             nearest = nearest or field_facts.find_nearest_name(alias, SETTINGS)
-            advice = f": did you mean `{nearest}`?" if nearest else "; see --help."
+            advice = f": did you mean `{nearest}`?" if nearest else "; docs/settings.md lists all."
             raise UserError(f"unknown setting `{name}`{advice}")
+
+
+@contextmanager
+def name_arguments_in_errors() -> Iterator[None]:
+    """Let UserErrors name arguments of Python in place of flags."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(format_arguments(str(error))) from error.__cause__
+
+
+def format_arguments(text: str) -> str:
+    """Write flags as arguments: `--captions auto` -> `captions="auto"`."""
+    text = re.sub(r"`train (\S+) (\w+)`", r'`train_subject("\1", "\2")`', text)
+    return FLAG_PATTERN.sub(format_argument, text)
+
+
+def format_argument(flag: re.Match) -> str:
+    """Write a flag, with its value if the next word is one, as an argument."""
+    name, word = flag["name"], flag["word"] or ""
+    setting = ALIASES.get(name, name)
+    if setting not in SETTINGS and name.removeprefix("no_") in SETTINGS:
+        return f"{name.removeprefix('no_')}=False{word and f' {word}'}"
+    if word.startswith("'") or re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?|-?inf|nan", word):
+        return f"{name}={word}"
+
+    # A message may begin with any value and a colon: `--masks sometimes: choose one of …`.
+    begins = flag.start() == 0 and flag.string[flag.end() :].startswith(":")
+    is_choice = setting in SETTINGS and word in SETTINGS[setting].metadata["choices"]
+    if word and (begins or is_choice):
+        return f'{name}="{word}"'
+    return f"{name} {word}".rstrip()
 
 
 def get_rank_and_alpha(config: TrainConfig, component: str, path: str) -> tuple[int, float]:

@@ -34,7 +34,7 @@ from dreambooth_moslora.plan import distributed, validation
 from dreambooth_moslora.plan.plan import RunPlan, make_plan
 from dreambooth_moslora.plan.steps import plan_steps
 from dreambooth_moslora.precision import FP16_OVERFLOW_ADVICE
-from dreambooth_moslora.settings.train_config import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig, name_arguments_in_errors
 from dreambooth_moslora.training import (
     checkpoint,
     class_images,
@@ -344,10 +344,12 @@ def train(
     Raises UserError for a mistake in the settings or files, and for a loss that is no longer
     finite.
     """
-    # The plan. Folders are checked here because a plan can be made without them.
+    # A program gives settings. Folders are checked here because a plan can be made without them.
     if isinstance(config, TrainConfig):
-        validation.check_folders(config)
-    plan = config if isinstance(config, RunPlan) else make_plan(config)
+        with name_arguments_in_errors():
+            validation.check_folders(config)
+            return train(make_plan(config), on_event, should_stop, evaluator)
+    plan = config
 
     # What every part of the run shares.
     run_dir = run_folder.RunDir(plan.config.output_dir)

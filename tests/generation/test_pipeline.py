@@ -289,6 +289,11 @@ def test_a_stop_ends_after_the_step_and_leaves_no_thread(pipeline):
     assert np.array_equal(generate_first(pipeline), before)
 
 
+def test_a_prompt_without_parameters_is_refused(pipeline):
+    with pytest.raises(UserError, match=r"give GenerationParams\('a photo'\)"):
+        pipeline.draw("a photo")
+
+
 def test_an_image_that_cannot_be_generated_is_refused(pipeline, monkeypatch):
     """An allocation beyond the address space fails as a too large image does."""
     # SDXL's usual

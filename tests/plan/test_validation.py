@@ -106,7 +106,7 @@ def test_a_run_is_refused_before_it_touches_the_photos(tiny_base, tmp_path):
     (photos / "image_0.png").write_bytes((photos / "0.png").read_bytes())
     (photos / "README.md").write_text("my photos")
     before = {path.name: path.read_bytes() for path in photos.iterdir()}
-    with pytest.raises(UserError, match="is the folder of --instance_data_dir"):
+    with pytest.raises(UserError, match="is the folder of instance_data_dir"):
         train(tiny_config(tiny_base, photos, photos))
     assert {path.name: path.read_bytes() for path in photos.iterdir()} == before
     for name in ("README.md", "image_7.png"):

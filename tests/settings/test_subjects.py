@@ -125,7 +125,7 @@ def test_a_folder_of_folders_names_its_subjects(tmp_path):
 )
 def test_a_mistake_in_a_table_is_one_line_that_names_it(changes, says):
     with pytest.raises(UserError, match=says):
-        TrainConfig(**changes)
+        TrainConfig.from_dict(changes)
 
 
 def test_a_folder_without_folders_is_refused(tmp_path):

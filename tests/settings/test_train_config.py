@@ -16,7 +16,12 @@ import dreambooth_moslora
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.field_facts import COMMAND_WORDS
 from dreambooth_moslora.settings.rules import list_remarks
-from dreambooth_moslora.settings.train_config import SETTINGS, TrainConfig, parse_settings
+from dreambooth_moslora.settings.train_config import (
+    SETTINGS,
+    TrainConfig,
+    format_arguments,
+    parse_settings,
+)
 from tests.helpers.command_line import parse_train_config
 
 NEEDED = [
@@ -240,6 +245,35 @@ def test_the_base_has_a_short_name():
     assert replace(config, pretrained_model_name_or_path="toy").base == "toy"
     with pytest.raises(UserError, match="give one of them"):
         TrainConfig(base="toy", pretrained_model_name_or_path="toy")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": 1}, "unknown setting `lr`: did you mean `learning_rate`?"),
+        ({"rank": -1}, "rank=-1: must be at least 1."),
+        ({"rank": "many"}, "rank='many': expected a whole number."),
+        ({"mixer": "blender"}, 'mixer="blender": choose one of '),
+        ({"qqqq": 1}, "unknown setting `qqqq`; docs/settings.md lists all."),
+    ],
+)
+def test_a_mistake_in_a_program_names_its_argument(settings, message):
+    with pytest.raises(UserError) as error:
+        TrainConfig(**settings)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lower --learning_rate; or --masks auto.", 'lower learning_rate; or masks="auto".'),
+        ("without --captions auto, set --rank 8.", 'without captions="auto", set rank=8.'),
+        ("--masks and --no_train_mixer: unset", "masks and train_mixer=False: unset"),
+        ("as in `train photos/dog dog`.", 'as in `train_subject("photos/dog", "dog")`.'),
+    ],
+)  # fmt: skip
+def test_flags_in_a_message_are_written_as_arguments(text, expected):
+    assert format_arguments(text) == expected
 
 
 def test_settings_can_be_pickled_and_replaced():

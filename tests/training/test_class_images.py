@@ -96,7 +96,7 @@ def test_masks_are_made_once_and_weigh_the_loss(auto, photos, tmp_path, lowest_p
 @pytest.mark.parametrize("asked_for", MISSING)
 def test_missing_model_ends_the_run_before_loading_the_base(asked_for, tiny_base, photos, tmp_path):
     events, config = [], tiny_config(tiny_base, photos, tmp_path / "run", **{asked_for: "auto"})
-    with pytest.raises(UserError, match=f"--{MISSING[asked_for]} is not here"):
+    with pytest.raises(UserError, match=f"{MISSING[asked_for]} is not here"):
         train(config, events.append)
     assert not [event for event in events if getattr(event, "phase", None) == "loading"]
 

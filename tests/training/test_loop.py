@@ -363,7 +363,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(run, monkeypatch, tm
     monkeypatch.setattr(
         TrainStep, "accumulate_gradients", lambda self: step(self) if self.step < 2 else bad
     )
-    with pytest.raises(UserError, match="at step 3: lower --learning_rate"):
+    with pytest.raises(UserError, match="at step 3: lower learning_rate"):
         run(checkpointing_steps=2)
     end = RunDir(tmp_path / "run").read_events()[-1]
     assert (end["state"], end["step"]) == ("failed", 2)
@@ -423,7 +423,7 @@ def test_an_adapter_that_is_not_finite_becomes_no_checkpoint(
         "max_train_steps": 2,
         "checkpointing_steps": 1,
     }
-    with pytest.raises(UserError, match=f"{says}: lower --learning_rate"):
+    with pytest.raises(UserError, match=f"{says}: lower learning_rate"):
         train(replace(config, **sizes))
     assert [path.name for path in RunDir(config.output_dir).list_checkpoints()] == checkpoint_names
 
