@@ -10,6 +10,7 @@ Each fact is read from the base's files at its first use, and cached. This modul
 model nor imports torch: `base.load` does.
 """
 
+import difflib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -162,10 +163,20 @@ class Base:
         if not isinstance(self._index_or_reason, str):
             return None
         return (
-            f"the base {self.name} is not on this machine, and the hub {self._index_or_reason}: "
-            f"{OTHER_BASE_ADVICE}, "
+            f"{self.suggestion}the base {self.name} is not on this machine, and the hub "
+            f"{self._index_or_reason}: {OTHER_BASE_ADVICE}, "
             f"or fetch it with `hf download {self.name}` where there is a connection."
         )
+
+    @property
+    def suggestion(self) -> str:
+        """Beginning of a message about an unknown hub id that nearly is a published model's; else
+        ""."""
+        if self.source != "hub" or self.facts is not None:
+            return ""
+        ids = [model.hub_id for facts in family_facts.FAMILIES for model in facts.models]
+        near = difflib.get_close_matches(self.name, ids, n=1, cutoff=0.85)
+        return f"did you mean {near[0]}? " if near else ""
 
     @cached_property
     def published(self) -> tuple[family_facts.FamilyFacts, family_facts.PublishedModel] | None:

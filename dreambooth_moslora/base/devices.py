@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextvars import ContextVar
 from typing import Any
 
 from dreambooth_moslora.disk import processes
@@ -31,6 +32,9 @@ OUTPUTS_PER_BLOCK = 32
 """Outputs that the 4-bit kernels for CPUs compute at a time. It divides every width of SDXL."""
 RESIDENT_BLOCKS = 2
 """Streamed blocks that lie on the device: the block that computes and the next, being copied."""
+
+assumed_vram_gib: ContextVar[float | None] = ContextVar("assumed_vram_gib", default=None)
+"""Memory of a GPU that is elsewhere, for which this context only plans; None for this machine's."""
 
 
 def get_world_size() -> int:
@@ -61,6 +65,8 @@ def is_on_apple() -> bool:
     """Return whether a run would use Apple's GPU, without PyTorch on other systems."""
     if sys.platform != "darwin" or is_variable_true("ACCELERATE_USE_CPU"):
         return False
+    if assumed_vram_gib.get():
+        return False
     return get_best_device().type == "mps"
 
 
@@ -89,6 +95,10 @@ def measure_free_gib(device: Any) -> float | None:
 def measure_free_gpu_gib() -> float | None:
     """Return the free GiB of this process's GPU; None without a GPU, or if accelerate uses the CPU.
     The CUDA context, which this measurement creates, counts as free."""
+    # The driver and a desktop use a little of each card.
+    vram_gib = assumed_vram_gib.get()
+    if vram_gib:
+        return 0.98 * vram_gib - 0.35 + CONTEXT_GIB
     if is_variable_true("ACCELERATE_USE_CPU"):
         return None
     import torch
@@ -138,8 +148,8 @@ def free_unused_host_blocks() -> None:
 
 
 def has_gpu() -> bool:
-    """Return whether PyTorch finds an Nvidia or AMD GPU, or Apple's."""
-    return get_best_device().type != "cpu"
+    """Return whether PyTorch finds an Nvidia or AMD GPU, or Apple's, or the plan assumes one."""
+    return bool(assumed_vram_gib.get()) or get_best_device().type != "cpu"
 
 
 def has_fast_search() -> bool:
@@ -220,7 +230,7 @@ def is_variable_true(variable: str) -> bool:
 def choose_family_precision(facts: FamilyFacts | None) -> str:
     """Choose the half precision for a family: "no" in place of fp16 for transformers, which
     overflow in it."""
-    half = choose_half_precision()
+    half = "bf16" if assumed_vram_gib.get() else choose_half_precision()
     is_transformer = facts is not None and facts.style == "flow"
     return "no" if half == "fp16" and is_transformer else half
 

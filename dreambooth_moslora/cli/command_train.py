@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.devices import is_main_process
+from dreambooth_moslora.base.devices import assumed_vram_gib, is_main_process
 from dreambooth_moslora.cli import one_word
 from dreambooth_moslora.cli.parser import describe_unknown_flag, normalize_flags
 from dreambooth_moslora.cli.run_log import start_log
@@ -70,6 +70,9 @@ def run_train(argv: list[str], prog: str = SCRIPT) -> int:
         print(escape_control_characters("\n".join(lines)))
         return EXIT_DONE
 
+    if assumed_vram_gib.get():
+        raise UserError("--vram plans for a GPU that is elsewhere: give --dry_run too.")
+
     # Train. Mistakes are reported before the log creates a folder and before torch is imported.
     with StopRequest() as stop:
         check_folders_and_base(config)
@@ -88,6 +91,7 @@ def run_train(argv: list[str], prog: str = SCRIPT) -> int:
         return code
 
 
+@train_config.name_arguments_in_errors()
 def train_subject(
     photos: str | Path,
     word: str,

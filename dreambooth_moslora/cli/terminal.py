@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from io import TextIOWrapper
 from types import FrameType
 from typing import Any, TextIO
@@ -305,7 +306,7 @@ def run_to_exit_code(run: Callable[[], int]) -> int:
     processes.enable_expandable_segments()
     with ignore_broken_pipes():
         try:
-            return run()
+            return copy_context().run(run)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED

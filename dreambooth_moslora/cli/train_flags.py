@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora import __version__
+from dreambooth_moslora.base import devices
 from dreambooth_moslora.cli.parser import CommandParser
 from dreambooth_moslora.cli.terminal import print_lines
 from dreambooth_moslora.disk.paths import find_asset
@@ -99,6 +100,14 @@ def add_training_flags(parser: CommandParser, hidden: Collection[str] = ()) -> N
         metavar="FILE",
         help="settings from a .toml or .json file, or another trainer's; flags override them",
     )
+    parser.add_argument(
+        "--vram",
+        metavar="GIB",
+        type=float,
+        default=argparse.SUPPRESS,
+        help="plan for a GPU with this memory that is elsewhere (Nvidia, Ampere or newer), for "
+        "--dry_run and `check`",
+    )
     settings = train_config.SETTINGS.values()
     for title, items in groupby(settings, lambda item: item.metadata["group"]):
         group = parser.add_argument_group(title)
@@ -147,6 +156,11 @@ def resolve_settings(
     """
     flags = dict(flags)
     file = flags.pop("config")
+    vram_gib = flags.pop("vram", None)
+    if vram_gib is not None:
+        if not 1 <= vram_gib <= 1000:
+            raise UserError(f"--vram {vram_gib:g}: give a GPU's memory in GiB, such as 12.")
+        devices.assumed_vram_gib.set(vram_gib)
     file_settings, file_translation = load_config(Path(find_asset(file))) if file else ({}, None)
     for translation in filter(None, (file_translation, flags.pop("translation", None))):
         require_supported(translation)

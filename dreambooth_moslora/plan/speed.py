@@ -56,6 +56,8 @@ def choose_speed(config: train_config.TrainConfig, device_type: str, steps: int)
 def choose_local_speed(config: train_config.TrainConfig, steps: int) -> Speed:
     """Return the choice on this machine, for a dry run. It looks for a GPU only where that
     matters."""
+    if devices.assumed_vram_gib.get():
+        return choose_speed(config, "cuda", steps)
     is_long = count_images(config, steps) >= MIN_COMPILED_IMAGES
     is_on_gpu = is_long and not devices.is_variable_true("ACCELERATE_USE_CPU")
     return choose_speed(config, devices.get_best_device().type if is_on_gpu else "cpu", steps)

@@ -97,7 +97,15 @@ def describe_run(config: train_config.TrainConfig, report: folder.PhotoReport | 
         ),
         "remarks": [*report.remarks, *list_plan_advice(plan)],
     }
-    return "\n\n".join("\n  ".join([title, *lines]) for title, lines in sections.items() if lines)
+    blocks = []
+    if plan.base.suggestion:
+        blocks.append(
+            f"{plan.base.suggestion}Nothing is known of {plan.base.name}: it is planned as SDXL."
+        )
+    for title, lines in sections.items():
+        if lines:
+            blocks.append("\n  ".join([title, *lines]))
+    return "\n\n".join(blocks)
 
 
 def format_changed_settings(config: train_config.TrainConfig) -> list[str]:

@@ -379,6 +379,8 @@ def test_train_subject_equals_the_command_and_is_silent(photos, capsys):
         (["nowhere", "dog"], {}, "no such folder"),
         (photos, {"rnak": 3}, "did you mean `rank`"),
         (photos, {"base": "my models/x"}, "does not exist"),
+        (photos, {"lr": 1e-4}, "did you mean `learning_rate`"),
+        (photos, {"rank": -1}, "^rank=-1: must be at least 1"),
     ):
         with pytest.raises(UserError, match=message):
             train_subject(*positionals, **settings)
@@ -457,3 +459,24 @@ def test_a_mistake_is_one_line(photos, capsys, arguments, message):
         assert run(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
+
+
+@pytest.mark.parametrize(
+    ("base", "gib", "expected"),
+    [(SDXL_HUB_ID, 24, "memory = "), ("black-forest-labs/FLUX.1-dev", 8, "stream_blocks = true")],
+)
+def test_a_card_that_is_elsewhere_gets_its_plan(photos, capsys, base, gib, expected):
+    assert main(["train", *photos, "--base", base, "--vram", str(gib), "--dry_run"]) == 0
+    report = capsys.readouterr().out
+    assert expected in report and 'mixed_precision = "bf16"' in report
+
+    # Nothing of it stays for the next command, and nothing is trained.
+    assert precision.assumed_vram_gib.get() is None
+    assert main(["train", *photos, "--vram", str(gib)]) == 2
+    assert "give --dry_run too" in capsys.readouterr().err
+
+
+def test_a_misspelled_base_is_named_in_the_first_line(photos, capsys):
+    assert main(["train", *photos, "--base", "Tongyi-MAI/Z-Imge", "--dry_run"]) == 0
+    first_line = capsys.readouterr().out.splitlines()[0]
+    assert first_line.startswith("did you mean Tongyi-MAI/Z-Image?")
