@@ -228,8 +228,8 @@ def update_cards(cards: list[dict[str, Any]]) -> gr.HTML:
 def build_run_list(elem_id: str) -> gr.HTML:
     """Build the list of runs; it is hidden until there are some.
 
-    The server sends `cards`: {run, picture, state, date, kind}, and `chosen`, the name of the
+    Its value has `cards`: {run, picture, state, date, kind}, and `chosen`, the name of the
     selected run. Its event is `choose` (select `event.run`).
     """
     template, script = ("\n" + read_static(name) for name in ("runs.html", "runs.js"))
-    return _build_card_list("Runs", elem_id, template, script, chosen="")
+    return _build_card_list("Runs", elem_id, template, script)

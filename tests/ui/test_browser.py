@@ -449,3 +449,19 @@ def test_phone_layout_and_dark_mode(served, browser):
         button = page.locator("#estimate")
         assert button.evaluate(text_left_script) - button.bounding_box()["x"] >= 10
         assert web.fits(page) and not visited.errors
+
+
+def test_list_of_runs_is_there_in_every_fresh_page(tiny_base, tmp_path, browser):
+    """A poll without news came before the tab was opened, and the list stayed empty."""
+    for number in range(7):
+        events = {"type": "start"}, {"type": "step", "step": 3}
+        run = write_run(tmp_path / "runs" / f"run{number}", *events).run_dir
+        (run / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    second = PageBase("second", "toy", 128, lambda: SubjectPipeline.from_base("toy"))
+    with serve(tiny_base, tmp_path, further_bases=[second]) as server:
+        for _ in range(12):
+            with web.visit(browser, server.url) as visited:
+                web.open_tab(visited.page, "Train")
+                web.says(visited.page, "train_status", "failed")
+                visited.page.wait_for_timeout(4 * web.SETTLE_MS)
+                assert visited.page.locator("#runs .run-card").count() == 7

@@ -2,11 +2,11 @@ const [strip, template] = [".run-strip", "template"].map((name) => element.query
 
 function draw() {
   const left = strip.scrollLeft, typing = strip.contains(document.activeElement) && document.activeElement.dataset.run;
-  strip.replaceChildren(...(props.cards || []).map(({run, picture, state, date, kind}) => {
+  strip.replaceChildren(...(props.value?.cards || []).map(({run, picture, state, date, kind}) => {
     const card = template.content.firstElementChild.cloneNode(true);
     card.dataset.run = run;
-    card.classList.toggle("run-chosen", run === props.chosen);
-    card.setAttribute("aria-pressed", run === props.chosen);
+    card.classList.toggle("run-chosen", run === props.value.chosen);
+    card.setAttribute("aria-pressed", run === props.value.chosen);
     if (picture) card.querySelector("img").src = picture;
     card.querySelector("b").textContent = card.title = run;
     card.querySelector(".run-state").textContent = state;
@@ -19,5 +19,5 @@ function draw() {
   if (typing) strip.querySelector(`[data-run="${CSS.escape(typing)}"]`)?.focus({preventScroll: true});
 }
 
-watch(Object.keys(props).filter((name) => /^(cards|chosen)$/.test(name)), draw);
+watch(["value"], draw);
 draw();

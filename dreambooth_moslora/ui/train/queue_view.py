@@ -29,8 +29,8 @@ def list_queue_changes(
         "queue_box": gr.Column(visible=bool(rows)),
         "queued": gr.Radio(choices=rows, value=None),
         "queue_seen": now,
-        # Gradio replaces all props of the list, so both are sent together.
-        "runs": gr.HTML(cards=cards, chosen=run, visible=bool(cards)),
+        # A later answer without news takes all props but the value from a list not yet drawn.
+        "runs": gr.HTML({"cards": cards, "chosen": run}, visible=bool(cards)),
     }
     # A run that the page has not seen yet has just begun: watch it.
     current = ctx.jobs.find_active_job()
