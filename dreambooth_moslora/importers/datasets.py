@@ -42,8 +42,9 @@ def translate_datasets(
         translation.add_remarks(part)
         folder = part.settings.get("instance_data_dir")
         if folder and is_class:
-            prior = {"class_data_dir": folder, "class_prompt": part.settings.get("instance_prompt")}
-            prior = {"with_prior_preservation": True} | prior
+            prior = {"with_prior_preservation": True, "class_data_dir": folder}
+            if part.settings.get("instance_prompt"):
+                prior["class_prompt"] = part.settings["instance_prompt"]
             translation.set_values(prior, "regularization images")
         elif folder:
             photo_settings.append(part.settings)
@@ -82,13 +83,24 @@ def split_resolutions(sides: Iterable[Any]) -> dict[str, Any]:
     return settings | ({"more_resolutions": smaller} if smaller else {})
 
 
-def complete_class_prompt(translation: Translation) -> None:
-    """Name the class by the last word of the instance prompt, where class images have no prompt."""
+def complete_subjects(translation: Translation) -> None:
+    """Move what names a single subject into the tables of several, and name the classes.
+
+    Where class images have no prompt, the class is the last word of the instance prompt.
+    """
     settings = translation.settings
-    if settings.get("with_prior_preservation") and not settings.get("class_prompt"):
-        _, space, class_word = str(settings.get("instance_prompt") or "").rpartition(" ")
-        if space:
-            translation.set_values({"class_prompt": f"a photo of a {class_word}"}, "")
+    if "subjects" in settings:
+        common = {name: settings.pop(name) for name in SUBJECT_SETTINGS if name in settings}
+        settings["subjects"] = [common | table for table in settings["subjects"]]
+        prompts = {table.get("instance_prompt") for table in settings["subjects"]}
+        if len(prompts) < len(settings["subjects"]):
+            translation.unsupported.append("several folders with one prompt: join their photos")
+    if not settings.get("with_prior_preservation"):
+        return
+    for table in settings.get("subjects", [settings]):
+        _, space, class_word = str(table.get("instance_prompt") or "").rpartition(" ")
+        if space and not table.get("class_prompt"):
+            table["class_prompt"] = f"a photo of a {class_word}"
 
 
 def list_mappings(value: Any) -> list[dict[str, Any]]:

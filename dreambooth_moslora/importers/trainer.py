@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dreambooth_moslora.importers.datasets import complete_class_prompt, translate_datasets
+from dreambooth_moslora.importers.datasets import complete_subjects, translate_datasets
 from dreambooth_moslora.importers.rows import Table, Translation
 from dreambooth_moslora.settings.train_config import SETTINGS
 
@@ -57,11 +57,11 @@ class Trainer:
         translation.translate_values(self.table, values)
         translate_datasets(translation, self.dataset_table, datasets)
         self.complete(translation, values)
-        complete_class_prompt(translation)
 
         # Defaults: the trainer's, then those of all, then the optimizer's
         translation.add_defaults(dict(self.defaults))
         translation.add_defaults(COMMON_DEFAULTS)
+        complete_subjects(translation)
         settings = translation.settings
         optimizer = str(settings["optimizer"])
         translation.add_defaults(OPTIMIZER_DEFAULTS.get(optimizer, {"adam_weight_decay": 0.0}))

@@ -1,5 +1,6 @@
 """Configuration files of other trainers: recognized by shape, read safely, written as TOML."""
 
+import json
 import os
 import tomllib
 from pathlib import Path
@@ -104,3 +105,58 @@ def test_unsupported_keys_end_the_command_together():
     path = write_config("ai-toolkit", ("dtype: bf16", "loss_type: mae\n        noise_offset: x"))
     with pytest.raises(UserError, match=r"(?s)train\.loss_type mae.*train\.noise_offset x"):
         parse_training(["--config", str(path)])
+
+
+def test_folders_with_repeats_become_subjects():
+    for name in ("10_sks dog", "4_ohwx cat", "samples"):
+        Path("train", name).mkdir(parents=True)
+    Path("regular/1_dog").mkdir(parents=True)
+    Path("config.toml").write_text(
+        'network_dim = 8\ntrain_data_dir = "train"\nreg_data_dir = "regular"\n'
+    )
+    settings, translation = load_config(Path("config.toml"))
+    assert not translation.unsupported
+    config = TrainConfig.from_dict(settings)
+    assert [subject.instance_prompt for subject in config.subjects] == ["sks dog", "ohwx cat"]
+    assert {subject.class_data_dir for subject in config.subjects} == {"regular/1_dog"}
+    assert (config.rank, config.lora_alpha, config.mixer) == (8, 1.0, "none")
+
+
+def test_folders_of_one_subject_cost_a_line():
+    two_folders = "- folder_path: more\n        - folder_path: photos"
+    path = write_config("ai-toolkit", ("- folder_path: photos", two_folders))
+    with pytest.raises(UserError, match="several folders with one prompt: join their photos"):
+        parse_training(["--config", str(path)])
+
+
+def test_dataset_of_musubi_tuner_names_the_folder_of_its_jsonl():
+    Path("photos").mkdir()
+    Path("dataset.toml").write_text(
+        "[general]\nresolution = [960, 544]\nbatch_size = 2\n"
+        '[[datasets]]\nimage_jsonl_file = "photos/metadata.jsonl"\nnum_repeats = 3\n'
+    )
+    settings, translation = load_config(Path("dataset.toml"))
+    assert not translation.unsupported and not translation.unknown
+    config = TrainConfig.from_dict(settings)
+    assert (config.instance_data_dir, config.repeats) == ("photos", 3)
+    assert (config.resolution, config.train_batch_size) == (720, 2)
+
+
+def test_dataset_of_the_hub_costs_a_line_that_says_how_to_load_it():
+    backends = [{"id": "x", "type": "huggingface", "dataset_name": "user/dogs"}]
+    Path("multidatabackend.json").write_text(json.dumps(backends))
+    Path("config.json").write_text(
+        json.dumps({"model_family": "flux", "data_backend_config": "multidatabackend.json"})
+    )
+    with pytest.raises(UserError, match=r"dataset_name user/dogs: .*hf download NAME"):
+        parse_training(["--config", "config.json"])
+
+
+def test_parts_of_a_saved_configuration_without_effect_are_counted():
+    content = json.loads(CONFIGS["OneTrainer"].content)
+    content |= {"decoder": {"train": True, "weight_dtype": "x"}, "lokr_dim": 16}
+    Path("saved.json").write_text(json.dumps(content))
+    _, translation = load_config(Path("saved.json"))
+    assert translation.ignored["they are not of this adapter"] == [
+        "4 keys of unet, decoder, lokr_dim"
+    ]
