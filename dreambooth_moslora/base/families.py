@@ -11,6 +11,7 @@ passed to the denoiser and the pipeline alike, so no other module needs to know 
 `tests/base/test_families.py` compares each family with its own pipeline.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -143,6 +144,12 @@ class Family:
         text_embeddings: result of `collate`
         """
         raise NotImplementedError
+
+    def select_photo_inputs(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the inputs that are arguments of this family's `predict`; other families may have
+        more."""
+        arguments = inspect.signature(self.predict).parameters
+        return {name: tensor for name, tensor in inputs.items() if name in arguments}
 
     def get_guidance(
         self, denoiser: torch.nn.Module, count: int, device: torch.device

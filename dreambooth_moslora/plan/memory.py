@@ -55,8 +55,9 @@ RESIDENT_TEXT_ENCODER_RATIO = 0.3
 """Of the text encoders' weights, what is on a device that streams their blocks: of Gemma 2. Of
 small ones it is more, which is little."""
 SAMPLING_GIB = 0.31
-PNG_BYTES_PER_PIXEL = 1.6  # Of a picture of a run on the disk.
 """GiB of the UNet's pass with and without a prompt, for an image of 1024 px in half precision."""
+PNG_BYTES_PER_PIXEL = 1.6
+"""Size of a run's images on disk."""
 
 
 @dataclass(frozen=True)

@@ -475,13 +475,17 @@ def build_dataloader(
 
 def collate(samples: Sequence[tuple[EncodedCrop, str]], instance_count: int) -> TrainBatch:
     """Collate samples, the instance samples first. Where only some have a mask, the others get a
-    mask of ones."""
+    mask of ones. Raises ValueError if samples have different inputs."""
     crops = [crop for crop, _ in samples]
     mask = None
     if any(crop.mask is not None for crop in crops):
         whole_mask = torch.ones_like(crops[0].latents[:1])
         mask = torch.stack([whole_mask if crop.mask is None else crop.mask for crop in crops])
     inputs = [crop.photo_inputs for crop in crops]
+    if any(row.keys() != inputs[0].keys() for row in inputs):
+        raise ValueError(
+            f"photos of a batch need the same inputs: {[sorted(row) for row in inputs]}"
+        )
     return TrainBatch(
         latents=torch.stack([crop.latents for crop in crops]),
         photo_inputs={name: torch.stack([row[name] for row in inputs]) for name in inputs[0]},

@@ -435,7 +435,7 @@ class TrainStep:
             self.inputs.denoiser,
             noisy.denoiser_input.to(**to),
             noisy.timesteps,
-            **inputs.photo_inputs,
+            **family.select_photo_inputs(inputs.photo_inputs),
             **family.collate(embeddings),
         )
         return objective.convert_prediction(self.schedule, output.float(), noisy)

@@ -10,7 +10,8 @@ import pytest
 from dreambooth_moslora.cli.command_train import parse_training
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.importers.files import load_config
+from dreambooth_moslora.importers.files import TRAINERS, load_config
+from dreambooth_moslora.importers.reading import read_file
 from dreambooth_moslora.importers.rows import list_rows
 from dreambooth_moslora.settings.train_config import SETTINGS, TrainConfig
 from tests.helpers.foreign_configs import CONFIGS, write_config
@@ -87,6 +88,14 @@ def test_converted_file_means_what_the_file_means(trainer):
     assert converted == TrainConfig.from_dict(load_config(path)[0])
     assert main(["convert", str(path), "--out", "ours.toml"]) == 2  # never replaced
     assert main(["convert", "ours.toml"]) == 2
+
+
+def test_every_trainer_has_an_example_that_it_alone_matches():
+    names = []
+    for example in CONFIGS:
+        content = read_file(write_config(example))
+        names += [trainer.name for trainer in TRAINERS if trainer.matches(content)]
+    assert sorted(names) == sorted(trainer.name for trainer in TRAINERS)
 
 
 def test_own_file_is_read_as_ours():

@@ -19,9 +19,10 @@ from dreambooth_moslora.method.fast_linear import WorkingCopies
 from dreambooth_moslora.plan import distributed
 from dreambooth_moslora.plan.distributed import set_deterministic
 from dreambooth_moslora.plan.speed import choose_speed
+from dreambooth_moslora.settings.family_facts import get_facts
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import compilation, loop
-from dreambooth_moslora.training.dataset import PhotoEncoder
+from dreambooth_moslora.training.dataset import EncodedCrop, PhotoEncoder, collate
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.step import TrainStep
 from tests.helpers.tiny_families import tiny_pipeline
@@ -304,6 +305,25 @@ def test_trained_text_encoders_obey_max_sequence_length(photos, tmp_path, monkey
     assert len(text["prompt_embeds"]) == 8
 
 
+def test_families_get_the_photo_inputs_that_they_take():
+    inputs = {"time_ids": torch.zeros(1, 6), "depth": torch.zeros(1, 1, 8, 8)}
+
+    class DepthFamily(families.ZImage):
+        def predict(self, denoiser, z, t, time_ids, depth, prompt_embeds):
+            return z
+
+    facts = get_facts("ZImagePipeline")
+    assert families.ZImage(facts).select_photo_inputs(inputs).keys() == {"time_ids"}
+    assert DepthFamily(facts).select_photo_inputs(inputs).keys() == inputs.keys()
+
+
+def test_batch_with_an_input_of_some_photos_is_refused():
+    crop = EncodedCrop(torch.zeros(4, 8, 8), {"time_ids": torch.zeros(6)}, mask=None)
+    deep = replace(crop, photo_inputs=crop.photo_inputs | {"depth": torch.zeros(1)})
+    with pytest.raises(ValueError, match="need the same inputs"):
+        collate([(crop, "a"), (deep, "b")], instance_count=2)
+
+
 def test_added_photo_input_reaches_the_denoiser_by_its_name(
     tiny_base, photos, tmp_path, monkeypatch
 ):
@@ -316,9 +336,9 @@ def test_added_photo_input_reaches_the_denoiser_by_its_name(
         inputs = crop.photo_inputs | {"brightness": crop.latents.mean().reshape(1)}
         return replace(crop, photo_inputs=inputs)
 
-    def predict_with_brightness(family, denoiser, z, t, *, brightness, **text_embeddings):
+    def predict_with_brightness(family, denoiser, z, t, time_ids, brightness, **text_embeddings):
         received.append(brightness)
-        return predict(family, denoiser, z, t, **text_embeddings)
+        return predict(family, denoiser, z, t, time_ids, **text_embeddings)
 
     monkeypatch.setattr(PhotoEncoder, "encode", encode_with_brightness)
     monkeypatch.setattr(families.SDXL, "predict", predict_with_brightness)
