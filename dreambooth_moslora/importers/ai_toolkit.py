@@ -398,7 +398,8 @@ def set_trigger(translation: Translation, trigger: Any) -> None:
     if not trigger:
         return
     trigger = str(trigger)
-    settings |= {"token": trigger, "caption_prefix": trigger}
+    trigger_settings = {"token": trigger, "caption_prefix": trigger}
+    translation.set_values(trigger_settings, f"trigger_word {trigger}")
     prompt = str(settings.get("instance_prompt") or trigger)
     settings["instance_prompt"] = prompt.replace(PLACEHOLDER, trigger)
     prompts = to_list(settings.get("validation_prompt"))

@@ -130,7 +130,8 @@ class Translation:
     def _translate_value(self, key: str, value: Any, row: Row) -> None:
         text = format_pair(key, value)
         if isinstance(row, Ignored):
-            self.ignore(text, row.reason)
+            if value not in UNSET_VALUES:
+                self.ignore(text, row.reason)
         elif isinstance(row, Unsupported):
             if value not in (*UNSET_VALUES, *row.harmless):
                 self.unsupported.append(f"{text}: {row.reason}")

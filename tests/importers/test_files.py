@@ -78,6 +78,7 @@ def test_train_reads_the_file_and_reports_every_key(trainer, capsys):
     assert report.startswith("Translated from ")
     assert "plain LoRA" in report and f"--learning_rate {settings['learning_rate']}" in report
     assert max(map(len, report.splitlines())) <= 100
+    assert " False" not in report  # switches that are off are not worth a line
 
 
 @pytest.mark.parametrize("trainer", CONFIGS)
