@@ -16,7 +16,6 @@ from dreambooth_moslora.importers.converters import (
     convert_resolution,
     flatten_values,
     if_true,
-    to_number,
     to_positive,
 )
 from dreambooth_moslora.importers.datasets import list_mappings, split_resolutions, to_list
@@ -106,18 +105,18 @@ DATASET_TABLE: Table = {
         "folder_path dataset_path": Translated("instance_data_dir"),
         "default_caption": Translated("instance_prompt", remark="for photos without a caption"),
         "caption_ext caption_type": CAPTION_SUFFIX_ROW,
-        "caption_dropout_rate": Translated("caption_dropout", to_number),
+        "caption_dropout_rate": Translated("caption_dropout"),
         "shuffle_tokens": Translated("shuffle_caption"),
-        "keep_tokens": Translated(convert=int),
+        "keep_tokens": Translated(),
         "resolution": Translated(convert=convert_sides, remark="one or several sides"),
         "buckets": Translated("enable_bucket"),
         "square_crop": Translated("enable_bucket", lambda value: not value),
         "random_crop": Translated("center_crop", lambda value: not value),
         "flip_x": Translated("random_flip"),
-        "num_repeats": Translated("repeats", int),
+        "num_repeats": Translated("repeats"),
         "cache_latents_to_disk": Translated("caching", if_true({"caching": "disk"})),
         "alpha_mask": Ignored("a photo's transparency is its mask"),
-        "mask_min_value": Translated("unmasked_weight", to_number),
+        "mask_min_value": Translated("unmasked_weight"),
         "cache_latents cache_text_embeddings num_workers prefetch_factor cache_latents_num_workers "
         "bucket_tolerance load_image_when_caching_latents cache_tensors_to_disk": (
             Ignored("photos and prompts are encoded once")
@@ -146,9 +145,9 @@ DATASET_TABLE: Table = {
 TABLE: Table = {
     "Adapter": {
         "network.type": Unsupported("LoRA is the only kind of adapter here", ("lora",)),
-        "network.linear network.rank": Translated("rank", int),
-        "network.linear_alpha network.alpha": Translated("lora_alpha", to_number),
-        "network.dropout": Translated("lora_dropout", to_number),
+        "network.linear network.rank": Translated("rank"),
+        "network.linear_alpha network.alpha": Translated("lora_alpha"),
+        "network.dropout": Translated("lora_dropout"),
         "network.conv network.conv_alpha": Translated(
             "rank_pattern", lambda value: None, "a UNet's convolutions; transformers have none"
         ),
@@ -162,21 +161,21 @@ TABLE: Table = {
         ),
     },
     "Training": {
-        "train.steps": Translated("max_train_steps", int),
-        "train.batch_size": Translated("train_batch_size", int),
-        "train.gradient_accumulation": Translated("gradient_accumulation_steps", int),
+        "train.steps": Translated("max_train_steps"),
+        "train.batch_size": Translated("train_batch_size"),
+        "train.gradient_accumulation": Translated("gradient_accumulation_steps"),
         "train.gradient_accumulation_steps": Translated(
-            convert=int, remark="it counts batches as steps there: `steps` is divided by it"
+            remark="it counts batches as steps there: `steps` is divided by it"
         ),
-        "train.lr train.unet_lr": Translated("learning_rate", to_number),
-        "train.text_encoder_lr": Translated(convert=to_number),
+        "train.lr train.unet_lr": Translated("learning_rate"),
+        "train.text_encoder_lr": Translated(),
         "train.train_text_encoder": Translated("train_text_encoder"),
         "train.train_unet": Unsupported("the denoiser is always trained", (True,)),
         "train.optimizer": Translated("optimizer", convert_optimizer),
-        "train.optimizer_params.weight_decay": Translated("adam_weight_decay", to_number),
+        "train.optimizer_params.weight_decay": Translated("adam_weight_decay"),
         "train.lr_scheduler": Translated(convert=choose(SCHEDULES)),
-        "train.lr_scheduler_params.num_warmup_steps": Translated("lr_warmup_steps", int),
-        "train.max_grad_norm": Translated("max_grad_norm", to_number),
+        "train.lr_scheduler_params.num_warmup_steps": Translated("lr_warmup_steps"),
+        "train.max_grad_norm": Translated("max_grad_norm"),
         "train.gradient_checkpointing": Translated(),
         "train.dtype": Translated("mixed_precision", convert_precision),
         "train.timestep_type": Translated(
@@ -189,9 +188,9 @@ TABLE: Table = {
         ),
         "train.content_or_style": Unsupported("all noise levels are drawn alike", ("balanced",)),
         "train.min_snr_gamma train.snr_gamma": Translated("snr_gamma", to_positive),
-        "train.noise_offset": Translated(convert=to_number),
+        "train.noise_offset": Translated(),
         "train.loss_type": Unsupported("the loss is the mean squared error", ("mse",)),
-        "train.reg_weight": Translated("prior_loss_weight", to_number),
+        "train.reg_weight": Translated("prior_loss_weight"),
         "train.noise_scheduler": Ignored("it is the base's own"),
         "train.diff_output_preservation train.blank_prompt_preservation": Translated(
             "prior",
@@ -202,14 +201,14 @@ TABLE: Table = {
             "class_prompt", lambda value: f"a photo of a {value}" if value else None
         ),
         "train.diff_output_preservation_multiplier train.blank_prompt_preservation_multiplier": (
-            Translated("prior_loss_weight", to_number)
+            Translated("prior_loss_weight")
         ),
         "train.ema_config.use_ema": AVERAGE_ROW,
         "train.ema_config.ema_decay": Ignored("it belongs to use_ema"),
         "train.min_denoising_steps train.max_denoising_steps": Unsupported(
             "all noise levels are drawn", (0, 999, 1000)
         ),
-        "train.prompt_dropout_prob": Translated("caption_dropout", to_number),
+        "train.prompt_dropout_prob": Translated("caption_dropout"),
         "train.bypass_guidance_embedding": Translated(
             "guidance_scale",
             if_true({"guidance_scale": 1.0}),
@@ -293,15 +292,15 @@ TABLE: Table = {
         "name": Translated("output_dir", remark="in `training_folder`"),
         "training_folder": Translated("output_dir"),
         "trigger_word": Translated("instance_prompt", remark="and before captions that lack it"),
-        "sample.sample_every": Translated("validation_steps", int),
+        "sample.sample_every": Translated("validation_steps"),
         "sample.prompts sample.samples": Translated("validation_prompt", convert_prompts),
         "sample.sampler sample.width sample.height sample.neg sample.seed sample.walk_seed "
         "sample.guidance_scale sample.sample_steps sample.sample_start_step sample.format "
         "sample.num_frames sample.fps sample.network_multiplier sample.guidance_rescale": Ignored(
             "samples are generated with the base's usual steps and guidance at fixed seeds"
         ),
-        "save.save_every": Translated("checkpointing_steps", int),
-        "save.max_step_saves_to_keep": Translated("checkpoints_total_limit", int),
+        "save.save_every": Translated("checkpointing_steps"),
+        "save.max_step_saves_to_keep": Translated("checkpoints_total_limit"),
         "save.push_to_hub": Translated("push_to_hub"),
         "save.hf_repo_id": Translated("hub_model_id"),
         "save.dtype save.save_format save.hf_private": Ignored(

@@ -12,7 +12,6 @@ from dreambooth_moslora.importers.rows import (
     format_pair,
 )
 from dreambooth_moslora.settings.lr_schedules import LR_SCHEDULES
-from dreambooth_moslora.settings.optimizers import OPTIMIZERS
 
 OPTIMIZER_NAMES: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": "AdamW"},
@@ -30,24 +29,13 @@ OPTIMIZER_NAMES: dict[str, dict[str, Any]] = {
     "adafactor": {"optimizer": "Adafactor"},
 }
 """Optimizers' names in lower case without separators -> settings."""
+PRECISIONS = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16"}
+PRECISIONS |= {name: "no" for name in ("no", "fp32", "float32", "tf32")}
 
 
 def simplify_name(name: Any) -> str:
     """Return a name in lower case without separators: `ADAMW_8BIT` -> `adamw8bit`."""
     return re.sub(r"[^a-z0-9]", "", str(name).rpartition(".")[2].lower())
-
-
-def convert_optimizer(value: Any) -> Mapping[str, Any]:
-    """Return the settings of an optimizer. Raises UnsupportedValueError."""
-    name = simplify_name(value)
-    if name not in OPTIMIZER_NAMES:
-        raise UnsupportedValueError(f"the optimizers here are {', '.join(OPTIMIZERS)}")
-    return OPTIMIZER_NAMES[name]
-
-
-def convert_schedule(value: Any) -> str:
-    """Return a schedule of the learning rate. Raises UnsupportedValueError."""
-    return choose(dict(zip(LR_SCHEDULES, LR_SCHEDULES)))(str(value).lower())
 
 
 def convert_resolution(value: Any) -> int:
@@ -61,30 +49,22 @@ def convert_resolution(value: Any) -> int:
     return round(area**0.5 / 8) * 8
 
 
-def convert_precision(value: Any) -> str | None:
-    """Return `mixed_precision`. Raises UnsupportedValueError."""
-    names = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16"}
-    names |= dict.fromkeys(("no", "fp32", "float32", "tf32"), "no")
-    name = simplify_name(value)
-    if name not in names:
-        raise UnsupportedValueError("the precisions here are bf16, fp16 and no")
-    return names[name]
-
-
-def choose(counterparts: Mapping[Any, Any]) -> Callable[[Any], Any]:
-    """Make a converter of values that have these counterparts, and no others."""
+def choose(counterparts: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """Make a converter of names that have these counterparts, and no others; names may be in lower
+    case without separators."""
 
     def convert_choice(value: Any) -> Any:
-        if not isinstance(value, str) or value not in counterparts:
+        name = str(value) if str(value) in counterparts else simplify_name(value)
+        if name not in counterparts:
             raise UnsupportedValueError(f"{', '.join(counterparts)} have a counterpart")
-        return counterparts[value]
+        return counterparts[name]
 
     return convert_choice
 
 
-def to_number(value: Any) -> float:
-    """Return a number, which YAML 1.1 reads as text if it has no dot: `1e-4`."""
-    return float(value)
+convert_optimizer = choose(OPTIMIZER_NAMES)
+convert_schedule = choose({name: name for name in LR_SCHEDULES})
+convert_precision = choose(PRECISIONS)
 
 
 def read_number(values: Mapping[str, Any], key: str, default: float) -> float:
@@ -101,17 +81,13 @@ def to_positive(value: Any) -> Any:
     return value if float(value) > 0 else None
 
 
-def check_caption_suffix(value: Any) -> None:
-    """Accept the suffixes of caption files. Raises UnsupportedValueError for any other."""
-    if str(value).lstrip(".").lower() not in ("txt", "caption"):
-        raise UnsupportedValueError("captions are .txt or .caption files beside the photos")
-
-
 AVERAGE_ROW = Ignored(
     "the last weights are published; --optimizer AdamWScheduleFree averages its steps"
 )
 """Row of a moving average of the weights."""
-CAPTION_SUFFIX_ROW = Translated("captions", check_caption_suffix, "`.txt` and `.caption` are read")
+CAPTION_SUFFIX_ROW = Translated(
+    "captions", choose({"txt": None, "caption": None}), "`.txt` and `.caption` are read"
+)
 
 
 def if_true(settings: Mapping[str, Any]) -> Callable[[Any], Mapping[str, Any] | None]:

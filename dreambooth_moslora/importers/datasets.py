@@ -4,6 +4,7 @@ folders of class images."""
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,8 @@ def translate_datasets(
     """
     photo_settings = []
     for values, is_class in datasets:
-        part = Translation(translation.trainer)
+        part = replace(translation, settings={}, sources={})
         part.translate_values(table, values)
-        translation.add_remarks(part)
         folder = part.settings.get("instance_data_dir")
         if folder and is_class:
             prior = {"with_prior_preservation": True, "class_data_dir": folder}

@@ -5,7 +5,7 @@ Read in `examples/dreambooth` and `examples/advanced_diffusion_training` of hugg
 
 from typing import Any
 
-from dreambooth_moslora.importers.converters import if_true, to_number
+from dreambooth_moslora.importers.converters import if_true
 from dreambooth_moslora.importers.rows import Ignored, Table, Translated, Unsupported
 
 
@@ -45,7 +45,7 @@ TABLE: Table = {
         ),
     },
     "Flags with another name": {
-        "lora_rank lora_r": Translated("rank", int),
+        "lora_rank lora_r": Translated("rank"),
         "init_lora": Translated("init_adapter"),
         "lora_layers lora_unet_blocks": Translated("target_modules", convert_layer_names),
         "use_blora": Translated(
@@ -55,12 +55,10 @@ TABLE: Table = {
             "enable_bucket", lambda value: True, "each photo is cropped in its own shape"
         ),
         "offset_noise": Translated("noise_offset", if_true({"noise_offset": 0.1})),
-        "caption_dropout_probability proportion_empty_prompts": Translated(
-            "caption_dropout", to_number
-        ),
+        "caption_dropout_probability proportion_empty_prompts": Translated("caption_dropout"),
         "shuffle_tags": Translated("shuffle_caption"),
-        "prior_loss_weights": Translated("prior_loss_weight", to_number),
-        "seeds": Translated("seed", int),
+        "prior_loss_weights": Translated("prior_loss_weight"),
+        "seeds": Translated("seed"),
         "optimizer_schedulefree_wrapper": Translated(
             "optimizer", if_true({"optimizer": "AdamWScheduleFree"})
         ),

@@ -20,7 +20,6 @@ from dreambooth_moslora.importers.converters import (
     convert_schedule,
     if_true,
     read_number,
-    to_number,
     to_positive,
 )
 from dreambooth_moslora.importers.datasets import list_mappings, list_repeats_folders, to_list
@@ -194,7 +193,7 @@ TABLE: Table = {
             "instance_data_dir", remark="folders such as `10_sks dog` in it give repeats and prompt"
         ),
         "image_dir image_directory": Translated("instance_data_dir"),
-        "num_repeats dataset_repeats": Translated("repeats", int),
+        "num_repeats dataset_repeats": Translated("repeats"),
         "class_tokens": Translated("instance_prompt", remark="for photos without a caption"),
         "dataset_config": Translated("subjects", remark="its folders and settings are read"),
         "in_json metadata_file": Unsupported(
@@ -210,11 +209,11 @@ TABLE: Table = {
             remark="class images, as for `is_reg`; they are beside photos in a batch, so "
             "half as many steps show as many photos",
         ),
-        "prior_loss_weight": Translated(convert=to_number),
+        "prior_loss_weight": Translated(),
         "resolution": Translated(convert=convert_resolution, remark="the square of equal area"),
-        "batch_size": Translated("train_batch_size", int),
+        "batch_size": Translated("train_batch_size"),
         "enable_bucket": Translated(),
-        "bucket_reso_steps": Translated(convert=int),
+        "bucket_reso_steps": Translated(),
         "min_bucket_reso max_bucket_reso": Ignored(
             "sides lie between half and twice the resolution"
         ),
@@ -225,7 +224,7 @@ TABLE: Table = {
         "caption_suffix": Unsupported("write it into the captions"),
         "keep_tokens_separator secondary_separator": Unsupported("give --keep_tokens a number"),
         "enable_wildcard": Ignored("with several lines in a caption file, one is picked each time"),
-        "caption_dropout_rate": Translated("caption_dropout", to_number),
+        "caption_dropout_rate": Translated("caption_dropout"),
         "caption_dropout_every_n_epochs caption_tag_dropout_rate": Unsupported(
             "--caption_dropout is a share of all exposures, of whole captions"
         ),
@@ -254,9 +253,9 @@ TABLE: Table = {
         "network_module": Translated(
             "target_modules", choose(NETWORK_NAMES), "the layers that a LoRA module adapts"
         ),
-        "network_dim": Translated("rank", int),
-        "network_alpha": Translated("lora_alpha", to_number),
-        "network_dropout": Translated("lora_dropout", to_number),
+        "network_dim": Translated("rank"),
+        "network_alpha": Translated("lora_alpha"),
+        "network_dropout": Translated("lora_dropout"),
         "network_args": Translated(
             "rank_pattern", convert_network_arguments, "`conv_dim` and `conv_alpha`"
         ),
@@ -281,15 +280,15 @@ TABLE: Table = {
         "v_parameterization zero_terminal_snr v2 task model_version model_type": Ignored(
             "it is read from the base"
         ),
-        "clip_skip": Translated(convert=int),
-        "learning_rate": Translated(convert=to_number),
-        "unet_lr": Translated("learning_rate", to_number),
+        "clip_skip": Translated(),
+        "learning_rate": Translated(),
+        "unet_lr": Translated("learning_rate"),
         "text_encoder_lr text_encoder_lr1 text_encoder_lr2": Translated(
             "text_encoder_lr", convert_text_encoder_rate, "one rate for all encoders"
         ),
-        "max_train_steps": Translated(convert=int),
-        "max_train_epochs": Translated("num_train_epochs", int, "wins over the steps"),
-        "train_batch_size gradient_accumulation_steps seed": Translated(convert=int),
+        "max_train_steps": Translated(),
+        "max_train_epochs": Translated("num_train_epochs", remark="wins over the steps"),
+        "train_batch_size gradient_accumulation_steps seed": Translated(),
         "max_grad_norm": Translated(
             convert=lambda value: float(value) or 1e9, remark="0 clips nothing"
         ),
@@ -298,8 +297,8 @@ TABLE: Table = {
         "use_lion_optimizer": Unsupported("the adapter's optimizer needs little memory"),
         "optimizer_args": Translated("adam_weight_decay", convert_optimizer_arguments),
         "lr_scheduler": Translated(convert=convert_schedule),
-        "lr_scheduler_num_cycles": Translated("lr_num_cycles", int),
-        "lr_scheduler_power": Translated("lr_power", to_number),
+        "lr_scheduler_num_cycles": Translated("lr_num_cycles"),
+        "lr_scheduler_power": Translated("lr_power"),
         "lr_warmup_steps": Translated(
             convert=lambda value: int(float(value)) or None,
             remark="a share needs `max_train_steps`",
@@ -313,7 +312,7 @@ TABLE: Table = {
         ),
         "loss_type": Unsupported("the loss is the mean squared error", ("l2",)),
         "huber_c huber_schedule huber_scale": Ignored("the loss is the mean squared error"),
-        "noise_offset": Translated(convert=to_number),
+        "noise_offset": Translated(),
         "noise_offset_random_strength adaptive_noise_scale multires_noise_iterations "
         "ip_noise_gamma ip_noise_gamma_random_strength": Unsupported("--noise_offset is nearest"),
         "multires_noise_discount": Ignored("it belongs to multires_noise_iterations"),
@@ -321,15 +320,15 @@ TABLE: Table = {
         "timestep_sampling": Translated(
             "weighting_scheme", choose(dict.fromkeys(("sigma", *NOISE_LEVELS)))
         ),
-        "sigmoid_scale": Translated("logit_std", to_number),
+        "sigmoid_scale": Translated("logit_std"),
         "discrete_flow_shift training_shift": Translated(
-            "flow_shift", to_number, "with `timestep_sampling` `sigma` and `shift`"
+            "flow_shift", remark="with `timestep_sampling` `sigma` and `shift`"
         ),
         "weighting_scheme": Translated(convert=lambda value: {"uniform": "none"}.get(value, value)),
-        "logit_mean logit_std mode_scale": Translated(convert=to_number),
+        "logit_mean logit_std mode_scale": Translated(),
         "model_prediction_type": Unsupported("the velocity is predicted", ("raw",)),
-        "guidance_scale": Translated(convert=to_number),
-        "t5xxl_max_token_length gemma2_max_token_length": Translated("max_sequence_length", int),
+        "guidance_scale": Translated(),
+        "t5xxl_max_token_length gemma2_max_token_length": Translated("max_sequence_length"),
         "clip_l_dropout_rate clip_g_dropout_rate t5_dropout_rate": Unsupported(
             "--caption_dropout leaves out the caption for all encoders", ("0", "0.0")
         ),
@@ -374,7 +373,7 @@ TABLE: Table = {
         "output_name": Translated("output_dir"),
         "save_precision": Ignored("the adapter is saved in its own precision"),
         "save_model_as use_safetensors": Ignored("adapters are always safetensors"),
-        "save_every_n_steps": Translated("checkpointing_steps", int),
+        "save_every_n_steps": Translated("checkpointing_steps"),
         "save_every_n_epochs save_n_epoch_ratio": Ignored("--checkpointing_steps counts steps"),
         "save_last_n_steps save_last_n_epochs save_last_n_steps_state save_last_n_epochs_state": (
             Ignored("--checkpoints_total_limit keeps a number of checkpoints")
@@ -390,8 +389,8 @@ TABLE: Table = {
         "metadata_description "
         "metadata_license metadata_tags": Ignored("the header holds numbers and trigger words"),
         "sample_prompts": Translated("validation_prompt", read_sample_prompts),
-        "sample_every_n_steps": Translated("validation_steps", int),
-        "sample_every_n_epochs": Translated("validation_epochs", int),
+        "sample_every_n_steps": Translated("validation_steps"),
+        "sample_every_n_epochs": Translated("validation_epochs"),
         "sample_at_first sample_sampler": Ignored("samples are generated before the first step"),
         "validation_split validation_seed validate_every_n_steps validate_every_n_epochs "
         "max_validation_steps": Ignored("--evaluate_steps scores samples"),

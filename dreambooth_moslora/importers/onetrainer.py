@@ -20,7 +20,6 @@ from dreambooth_moslora.importers.converters import (
     flatten_values,
     if_true,
     read_number,
-    to_number,
 )
 from dreambooth_moslora.importers.datasets import list_mappings, split_resolutions
 from dreambooth_moslora.importers.families import FAMILIES_BY_NAME, set_noise_levels
@@ -132,7 +131,7 @@ CONCEPT_TABLE: Table = {
         "balancing_strategy": Unsupported("all photos are shown equally often", ("REPEATS",)),
         "include_subdirectories": Unsupported("photos of one folder are read"),
         "loss_weight": Unsupported("all photos count equally", (1, 1.0)),
-        "image_variations": Translated("crops_per_photo", int),
+        "image_variations": Translated("crops_per_photo"),
         "text_variations": Ignored("with several lines in a caption file, one is picked each time"),
         "image.enable_crop_jitter": Translated("center_crop", lambda value: not value),
         "image.enable_random_flip": Translated("random_flip"),
@@ -148,7 +147,7 @@ CONCEPT_TABLE: Table = {
         ),
         "text.enable_tag_shuffling": Translated("shuffle_caption"),
         "text.tag_delimiter": Unsupported("tags stand between commas", (",",)),
-        "text.keep_tags_count": Translated("keep_tokens", int),
+        "text.keep_tags_count": Translated("keep_tokens"),
         "text.tag_dropout_enable": Unsupported("--caption_dropout leaves out whole captions"),
         "text.caps_randomize_enable": Unsupported("captions keep their capitals"),
         "name seed concept_stats image.random_rotate_max_angle "
@@ -182,7 +181,7 @@ TABLE: Table = {
         "continue_last_backup": Translated(
             "resume_from_checkpoint", if_true({"resume_from_checkpoint": "latest"})
         ),
-        "rolling_backup_count": Translated("checkpoints_total_limit", int),
+        "rolling_backup_count": Translated("checkpoints_total_limit"),
         "secrets.huggingface_token": Translated("hub_token"),
         "model_type output_model_format output_dtype workspace_dir cache_dir debug_mode debug_dir "
         "include_train_config prevent_overwrites backup_after backup_after_unit backup_before_save "
@@ -195,20 +194,18 @@ TABLE: Table = {
         "cloud.enabled": Unsupported("`fleet` trains on several machines"),
     },
     "Training": {
-        "lora_rank": Translated("rank", int),
-        "lora_alpha": Translated(convert=to_number),
-        "dropout_probability": Translated("lora_dropout", to_number),
+        "lora_rank": Translated("rank"),
+        "lora_alpha": Translated(),
+        "dropout_probability": Translated("lora_dropout"),
         "lora_decompose": Translated("use_dora", remark="one magnitude for each output"),
         "layer_filter": Translated("target_modules", convert_layer_filter),
         "layer_filter_preset": Translated(
             "target_modules", lambda value: None, "`full`: all layers"
         ),
-        "epochs": Translated("num_train_epochs", int),
-        "batch_size": Translated("train_batch_size", int),
-        "gradient_accumulation_steps": Translated(convert=int),
-        "learning_rate unet.learning_rate transformer.learning_rate": Translated(
-            "learning_rate", to_number
-        ),
+        "epochs": Translated("num_train_epochs"),
+        "batch_size": Translated("train_batch_size"),
+        "gradient_accumulation_steps": Translated(),
+        "learning_rate unet.learning_rate transformer.learning_rate": Translated("learning_rate"),
         "learning_rate_scheduler": Translated(
             "lr_scheduler", choose(SCHEDULES), "a constant rate is warmed up too"
         ),
@@ -218,17 +215,17 @@ TABLE: Table = {
         "learning_rate_cycles": Translated("lr_num_cycles", lambda cycles: int(float(cycles))),
         "learning_rate_min_factor": Unsupported("the rate may fall to 0", (0.0,)),
         "learning_rate_scaler": Unsupported("--scale_lr is nearest", ("NONE",)),
-        "clip_grad_norm": Translated("max_grad_norm", to_number),
+        "clip_grad_norm": Translated("max_grad_norm"),
         "optimizer optimizer.optimizer": Translated("optimizer", convert_optimizer),
-        "weight_decay optimizer.weight_decay": Translated("adam_weight_decay", to_number),
-        "optimizer.beta1": Translated("adam_beta1", to_number),
-        "optimizer.beta2": Translated("adam_beta2", to_number),
-        "optimizer.eps": Translated("adam_epsilon", to_number),
-        "optimizer.beta3": Translated("prodigy_beta3", to_number),
+        "weight_decay optimizer.weight_decay": Translated("adam_weight_decay"),
+        "optimizer.beta1": Translated("adam_beta1"),
+        "optimizer.beta2": Translated("adam_beta2"),
+        "optimizer.eps": Translated("adam_epsilon"),
+        "optimizer.beta3": Translated("prodigy_beta3"),
         "optimizer.d_coef": Unsupported("Prodigy's step size is its own", (1, 1.0)),
         "text_encoder.train text_encoder_2.train": Translated("train_text_encoder"),
         "text_encoder.learning_rate text_encoder_2.learning_rate": Translated(
-            "text_encoder_lr", to_number, "one rate for all encoders"
+            "text_encoder_lr", remark="one rate for all encoders"
         ),
         "text_encoder_layer_skip": Translated(
             "clip_skip", lambda count: int(count) + 1 if count else None, "Stable Diffusion 1.5"
@@ -237,7 +234,7 @@ TABLE: Table = {
         "masked_training": Translated(
             "masks", if_true({"unmasked_weight": 0.1}), "masks beside the photos"
         ),
-        "unmasked_weight": Translated(convert=to_number),
+        "unmasked_weight": Translated(),
         "unmasked_probability": Ignored("every exposure has the photo's mask"),
         "normalize_masked_area_loss masked_prior_preservation_weight custom_conditioning_image": (
             Unsupported("there is no counterpart", (0.0,))
@@ -247,7 +244,7 @@ TABLE: Table = {
             "the loss is the mean squared error", (0.0,)
         ),
         "loss_weight_fn": Translated("snr_gamma", choose(LOSS_WEIGHTS)),
-        "offset_noise_weight": Translated("noise_offset", to_number),
+        "offset_noise_weight": Translated("noise_offset"),
         "perturbation_noise_weight generalized_offset_noise": Unsupported(
             "--noise_offset is nearest", (0.0,)
         ),

@@ -26,10 +26,6 @@ class UnsupportedValueError(ValueError):
     """A converter's refusal of a value; its text is the reason."""
 
 
-def keep_value(value: Any) -> Any:
-    return value
-
-
 @dataclass(frozen=True)
 class Translated:
     """Key with a counterpart.
@@ -41,7 +37,7 @@ class Translated:
     """
 
     setting: str | None = None
-    convert: Callable[[Any], Any] = keep_value
+    convert: Callable[[Any], Any] | None = None
     remark: str = ""
 
 
@@ -108,24 +104,13 @@ class Translation:
         for key, value in values.items():
             row = rows.get(key)
             if row is None:
-                self.unknown.append(format_pair(key, ""))
+                add_text(self.unknown, format_pair(key, ""))
             else:
                 self._translate_value(key, value, row)
 
-    def add_remarks(self, part: "Translation") -> None:
-        """Add what became of the keys of a part, such as a dataset, each text once."""
-        for reason, pairs in part.ignored.items():
-            for pair in pairs:
-                self.ignore(pair, reason)
-        for name in ("unsupported", "unknown"):
-            texts = getattr(self, name)
-            texts += [text for text in getattr(part, name) if text not in texts]
-
     def ignore(self, pair: str, reason: str) -> None:
-        """Report a key and its value as without effect, once."""
-        pairs = self.ignored.setdefault(reason, [])
-        if pair not in pairs:
-            pairs.append(pair)
+        """Report a key and its value as without effect."""
+        add_text(self.ignored.setdefault(reason, []), pair)
 
     def _translate_value(self, key: str, value: Any, row: Row) -> None:
         text = format_pair(key, value)
@@ -134,18 +119,24 @@ class Translation:
                 self.ignore(text, row.reason)
         elif isinstance(row, Unsupported):
             if value not in (*UNSET_VALUES, *row.harmless):
-                self.unsupported.append(f"{text}: {row.reason}")
+                add_text(self.unsupported, f"{text}: {row.reason}")
         elif value is not None and value != "":
             try:
-                converted = row.convert(value)
+                converted = row.convert(value) if row.convert else value
                 if not isinstance(converted, Mapping):
                     setting = row.setting or key.rpartition(".")[2]
                     converted = {} if converted is None else {setting: converted}
                 self.set_values(train_config.parse_settings(converted), text)
             except (UnsupportedValueError, UserError) as error:
-                self.unsupported.append(f"{text}: {error}".rstrip("."))
+                add_text(self.unsupported, f"{text}: {error}".rstrip("."))
             except (TypeError, ValueError, OverflowError):
-                self.unsupported.append(f"{text}: a value of another kind is expected")
+                add_text(self.unsupported, f"{text}: a value of another kind is expected")
+
+
+def add_text(texts: list[str], text: str) -> None:
+    """Add a text once."""
+    if text not in texts:
+        texts.append(text)
 
 
 def list_rows(table: Table) -> Iterator[tuple[str, Row]]:

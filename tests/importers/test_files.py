@@ -33,7 +33,7 @@ HOSTILE = {
         '{"training_method": "LORA", "concept_file_name": "../outside.txt"}',
         "outside.txt: Invalid JSON",
     ),
-    "kinds.toml": ('network_dim = ["x"]\nlearning_rate = nan', "of another kind"),
+    "kinds.toml": ('network_dim = ["x"]\nlearning_rate = nan', "expected a whole number"),
     "kinds.json": ('{"model_family": "flux", "flow_schedule_shift": {}}', "expected a number"),
     "kinds.yaml": ("{job: x, config: {process: [3]}}", "training jobs alone"),
     "list.yaml": ("- 1", "expected a table"),
