@@ -91,7 +91,12 @@ def group_quantized(path: Path) -> dict[str, dict[str, str]]:
     dtypes = read_header(path).dtypes
     for name, dtype in dtypes.items():
         layer, _, part = name.rpartition(".")
-        if dtype in ("I8", "U8") or QUANTIZED.fullmatch(part):
+
+        # A weight of 8 bits or of integers has its scale beside it, whatever that is called.
+        is_integer = part == "weight" and dtype.startswith(("I", "U"))
+        weight_dtype = dtypes.get(f"{layer}.weight", "")
+        is_scale = part not in ("weight", "bias") and weight_dtype.startswith(("I", "U", "F8"))
+        if dtype in ("I8", "U8") or is_integer or is_scale or QUANTIZED.fullmatch(part):
             layers.setdefault(layer, {})[part] = dtype
             if (weight := f"{layer}.weight") in dtypes:
                 layers[layer]["weight"] = dtypes[weight]

@@ -166,9 +166,9 @@ def restore_weight(parts: dict[str, Tensor], settings: dict[str, Any]) -> Tensor
     # Rotate rotated columns back.
     if options.get("convrot"):
         size = options.get("convrot_groupsize", DEFAULT_GROUP_SIZE)
-        matrix = build_hadamard(size)
-        if weight.ndim != 2 or weight.shape[1] % size:
+        if weight.ndim != 2 or not 0 < size <= weight.shape[1] or weight.shape[1] % size:
             raise ValueError(f"int8 with convrot in groups of {size} of {weight.shape[1]} columns")
+        matrix = build_hadamard(size)
         restored = (restored.unflatten(1, (-1, size)) @ matrix).flatten(1)
     return restored
 

@@ -210,6 +210,17 @@ UNSUPPORTED = {  # what the file has of a layer of 32 x 32, and what the message
     "int8 alone": ({"weight": INT8}, "unknown format .weight: int8"),
     "another scale": ({"weight": FP8, "pre_quant_scale": SCALE, "weight_scale": ONE}, "pre_quant"),
     "a GPU's order": ({"weight": INT8, "SCB": SCALE, "weight_format": ONE.byte()}, "SCB: float32"),
+    "scale of another name": ({"weight": FP8, "scale": ONE}, "scale: float32, weight: float8"),
+    "zero point": ({"weight": INT8, "weight_scale": SCALE, "zero_point": SCALE}, "zero_point"),
+    "int32 alone": ({"weight": INT8.int()}, "unknown format .weight: int32"),
+    "groups of more memory than there is": (
+        {
+            "weight": INT8,
+            "weight_scale": SCALE,
+            "comfy_quant": as_json({"convrot": True, "convrot_groupsize": 4**30}),
+        },
+        "of 32 columns",
+    ),
     "packed": ({"qweight": INT8, "wscales": SCALE}, "unknown format .qweight: int8"),
     "quanto": ({"weight._data": INT8, "weight._scale": SCALE}, "_data: int8, _scale: float32"),
     "odd blocks": ({"weight": FP8, "weight_scale_inv": torch.ones(3, 5)}, "3×5 scales for 32×32"),
