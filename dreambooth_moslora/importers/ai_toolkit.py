@@ -51,9 +51,7 @@ DEFAULTS = {
     "checkpointing_steps": 1000,
     "checkpoints_total_limit": 5,
 }
-"""Settings of a job that says nothing of them."""
 PLACEHOLDER = "[trigger]"
-"""Stands for the trigger word in captions and prompts."""
 
 
 FAMILIES = {
@@ -388,22 +386,19 @@ def complete_settings(translation: Translation, values: dict[str, Any]) -> None:
     # Prodigy finds the rate.
     if settings.get("optimizer") == "Prodigy" and settings.get("learning_rate", 0) < 0.1:
         translation.set_values({"learning_rate": 1.0}, "Prodigy with a rate below 0.1")
-    set_trigger(translation, values.get("trigger_word"))
+    if values.get("trigger_word"):
+        set_trigger(translation, str(values["trigger_word"]))
 
 
-def set_trigger(translation: Translation, trigger: Any) -> None:
+def set_trigger(translation: Translation, trigger: str) -> None:
     """Put the trigger word into prompts and before captions, as ai-toolkit does."""
     settings = translation.settings
-    if not trigger:
-        return
-    trigger = str(trigger)
-    trigger_settings = {"token": trigger, "caption_prefix": trigger}
-    translation.set_values(trigger_settings, f"trigger_word {trigger}")
-    prompt = str(settings.get("instance_prompt") or trigger)
-    settings["instance_prompt"] = prompt.replace(PLACEHOLDER, trigger)
-    prompts = to_list(settings.get("validation_prompt"))
-    if prompts:
-        settings["validation_prompt"] = [text.replace(PLACEHOLDER, trigger) for text in prompts]
+    prompts = [settings.get("instance_prompt") or trigger, *settings.get("validation_prompt", ())]
+    prompt, *samples = [text.replace(PLACEHOLDER, trigger) for text in prompts]
+    names = {"token": trigger, "caption_prefix": trigger, "instance_prompt": prompt}
+    translation.set_values(names, f"trigger_word {trigger}")
+    if samples:
+        settings["validation_prompt"] = samples
 
 
 AI_TOOLKIT = Trainer(

@@ -84,7 +84,6 @@ def to_positive(value: Any) -> Any:
 AVERAGE_ROW = Ignored(
     "the last weights are published; --optimizer AdamWScheduleFree averages its steps"
 )
-"""Row of a moving average of the weights."""
 CAPTION_SUFFIX_ROW = Translated(
     "captions", choose({"txt": None, "caption": None}), "`.txt` and `.caption` are read"
 )

@@ -14,7 +14,6 @@ from dreambooth_moslora.settings import train_config
 REPEATS_FOLDER = re.compile(r"(?P<repeats>\d+)_(?P<name>.+)")
 """Folder of sd-scripts: `10_sks dog` is shown ten times an epoch; its name is the caption."""
 SUBJECT_SETTINGS = train_config.list_settings("per_subject")
-"""Settings that each of several subjects may have."""
 
 
 def list_repeats_folders(parent: Path) -> list[tuple[Path, str, int]]:

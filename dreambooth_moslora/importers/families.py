@@ -13,7 +13,6 @@ LINEAR_UNET_LAYERS = (
 )
 """Linear layers of a UNet's transformers."""
 CONVOLUTIONS = ("*resnets.*conv*", "*samplers.*.conv")
-"""Convolutions in a UNet's blocks."""
 BLOCK_LAYERS = {
     "sdxl": LINEAR_UNET_LAYERS,
     "sd1": LINEAR_UNET_LAYERS,

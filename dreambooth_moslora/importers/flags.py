@@ -11,7 +11,6 @@ COMMAND_SIGNATURE = frozenset(("network_module", "train_data_dir", "dataset_conf
 """Flags that show a command of sd-scripts or musubi-tuner, whose defaults apply then."""
 KOHYA_ROWS: dict[str, Row] = dict(list_rows(kohya.TABLE))
 FLAG_ROWS: dict[str, Row] = KOHYA_ROWS | dict(list_rows(diffusers.TABLE))
-"""Flags of all trainers -> row."""
 SWITCHES = kohya.SWITCHES | diffusers.SWITCHES
 
 

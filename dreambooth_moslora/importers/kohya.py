@@ -64,7 +64,6 @@ DEFAULTS = {
     "text_encoder_lr": 0.0,
     "train_batch_size": 1,
 }
-"""Settings of a command that says nothing of them."""
 DEFAULT_STEPS = 1600
 SIGNATURE = frozenset(
     (
@@ -102,14 +101,12 @@ SWITCHES = frozenset(
         *("vae_tiling", "zero3_init_flag", "zero3_save_16bit_model"),
     )
 )
-"""Flags that take no value."""
 LISTS = frozenset(
     (
         *("network_args", "optimizer_args", "lr_scheduler_args", "text_encoder_lr"),
         *("base_weights", "base_weights_multiplier"),
     )
 )
-"""Flags that take several values."""
 OPTIMIZER_ARGUMENTS = {
     "weight_decay": "adam_weight_decay",
     "eps": "adam_epsilon",
@@ -119,6 +116,8 @@ OPTIMIZER_ARGUMENTS = {
     "safeguard_warmup": "prodigy_safeguard_warmup",
 }
 """Arguments of `optimizer_args` -> settings; `betas` are two."""
+IDLE_ARGUMENTS = ("d_coef", "scale_parameter", "relative_step", "warmup_init")
+USUAL = ("1", "1.0", "false")
 SAMPLE_OPTION = re.compile(r"\s--[a-z]{1,2}\s.*$")
 """Options at the end of a line of `sample_prompts`: `--n blurry --w 1024`."""
 
@@ -131,19 +130,13 @@ def parse_pairs(value: Any) -> dict[str, str]:
 
 def convert_optimizer_arguments(value: Any) -> dict[str, Any]:
     """Return the settings of `optimizer_args`. Raises UnsupportedValueError."""
-    settings: dict[str, Any] = {}
-    for name, text in parse_pairs(value).items():
-        if name == "betas":
-            beta1, beta2, *_ = text.strip("()[]").split(",")
-            settings |= {"adam_beta1": float(beta1), "adam_beta2": float(beta2)}
-        elif name in ("d_coef", "scale_parameter", "relative_step", "warmup_init"):
-            if text.lower() not in ("1", "1.0", "false"):
-                raise UnsupportedValueError(f"{name} has no counterpart")
-        elif name in OPTIMIZER_ARGUMENTS:
-            settings[OPTIMIZER_ARGUMENTS[name]] = text.lower() if "=" not in text else text
-        else:
-            raise UnsupportedValueError(f"{name} has no counterpart")
-    return settings
+    arguments = parse_pairs(value)
+    betas = arguments.pop("betas", "").strip("()[]")
+    unusual = [arguments.pop(name, "1").lower() not in USUAL for name in IDLE_ARGUMENTS]
+    if any(unusual) or arguments.keys() - OPTIMIZER_ARGUMENTS.keys():
+        raise UnsupportedValueError(f"betas, {', '.join(OPTIMIZER_ARGUMENTS)} have a counterpart")
+    settings = {OPTIMIZER_ARGUMENTS[name]: text for name, text in arguments.items()}
+    return settings | dict(zip(("adam_beta1", "adam_beta2"), filter(None, betas.split(","))))
 
 
 def convert_network_arguments(value: Any) -> dict[str, Any]:
@@ -157,12 +150,9 @@ def convert_network_arguments(value: Any) -> dict[str, Any]:
 
 def convert_text_encoder_rate(value: Any) -> dict[str, Any]:
     """Return the settings of `text_encoder_lr`, one number or a list; 0 freezes the encoders."""
-    rates = [
-        float(rate) for rate in to_list(value if not isinstance(value, str) else value.split())
-    ]
-    if not any(rates):
-        return {"train_text_encoder": False}
-    return {"text_encoder_lr": max(rates), "train_text_encoder": True}
+    texts = value.split() if isinstance(value, str) else to_list(value)
+    rate = max(map(float, texts), default=0.0)
+    return {"train_text_encoder": rate > 0} | ({"text_encoder_lr": rate} if rate else {})
 
 
 def read_sample_prompts(value: Any) -> list[str]:

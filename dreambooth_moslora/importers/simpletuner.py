@@ -48,7 +48,6 @@ DEFAULTS = {
     "caching": "disk",
     "resolution": 1024,
 }
-"""Settings of a configuration that says nothing of them."""
 CLASS_KEYS = ("is_regularisation_data", "is_regularization_data")
 FAMILIES = {"sd1x": "sd1"}
 """`model_family` -> family, where it has another name here."""

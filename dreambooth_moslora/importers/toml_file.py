@@ -1,7 +1,6 @@
 """Write a translation as a TOML file of this program, with what each line was there."""
 
 import json
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dreambooth_moslora.errors import escape_control_characters
@@ -25,23 +24,16 @@ def format_toml(translation: Translation, file_name: str) -> str:
         ("Not supported here", translation.unsupported),
         (
             "No effect here",
-            [f"{reason}: {', '.join(pairs)}" for reason, pairs in translation.ignored.items()],
+            [f"{key}: {', '.join(row)}" for key, row in translation.ignored.items()],
         ),
         ("Unknown here", translation.unknown),
     ):
-        lines += format_comments(title, texts)
+        lines += ["", f"# {title}:"] if texts else []
+        lines += [f"#   {' '.join(text.split())}" for text in texts]
     for subject in translation.settings.get("subjects", ()):
         lines += ["", "[[subjects]]"]
         lines += [f"{name} = {format_toml_value(value)}" for name, value in subject.items()]
     return "".join(f"{escape_control_characters(line)}\n" for line in lines)
-
-
-def format_comments(title: str, texts: Iterable[str]) -> Iterator[str]:
-    """Yield the texts as comments below a title; nothing without texts."""
-    texts = list(texts)
-    if texts:
-        yield from ("", f"# {title}:")
-        yield from (f"#   {' '.join(text.split())}" for text in texts)
 
 
 def format_toml_value(value: Any) -> str:

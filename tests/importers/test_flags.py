@@ -130,3 +130,32 @@ def test_hyphens_in_flags_of_kohya_are_read(tmp_path, monkeypatch):
     command = ["--base", "toy", "--train-data-dir", "photos", "--network-dim", "8"]
     config = parse_config(command)
     assert (config.rank, config.lora_alpha, config.instance_data_dir) == (8, 1.0, "photos")
+
+
+def test_every_optimizer_argument_is_converted_or_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    command = ["--base", "toy", "--train_data_dir", "photos", "--optimizer_type", "prodigy"]
+    arguments = ["d_coef=1", "decouple=True", "betas=0.9,0.99", "safeguard_warmup=True"]
+    config = parse_config([*command, "--optimizer_args", *arguments])
+    assert (config.adam_beta1, config.adam_beta2) == (0.9, 0.99)
+    assert config.prodigy_safeguard_warmup and not config.prodigy_use_bias_correction
+    with pytest.raises(UserError, match="optimizer_args d_coef=2"):
+        parse_training([*command, "--optimizer_args", "d_coef=2"])
+
+
+def test_compile_switch_of_musubi_tuner_takes_no_value(tmp_path, monkeypatch):
+    """It is a setting with a value here."""
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    command = "--dit toy --network_module networks.lora_zimage --compile --train_data_dir photos"
+    config = parse_config(command.split())
+    assert (config.compile, config.instance_data_dir) == ("on", "photos")
+
+
+def test_text_encoders_rate_is_the_largest_of_several(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    command = ["--base", "toy", "--train_data_dir", "photos", "--network_dim", "4"]
+    assert parse_config([*command, "--text_encoder_lr", "1e-5", "2e-5"]).text_encoder_lr == 2e-5
+    assert not parse_config([*command, "--text_encoder_lr", "0"]).train_text_encoder
