@@ -1,7 +1,7 @@
 """Converters of values that several trainers write alike."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dreambooth_moslora.errors import UserError
@@ -12,6 +12,7 @@ from dreambooth_moslora.importers.rows import (
     format_pair,
 )
 from dreambooth_moslora.settings.lr_schedules import LR_SCHEDULES
+from dreambooth_moslora.settings.optimizers import OPTIMIZERS
 
 OPTIMIZER_NAMES: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": "AdamW"},
@@ -49,20 +50,23 @@ def convert_resolution(value: Any) -> int:
     return round(area**0.5 / 8) * 8
 
 
-def choose(counterparts: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """Make a converter of names that have these counterparts, and no others; names may be in lower
-    case without separators."""
+def choose(counterparts: Mapping[str, Any], names: Iterable[str] = ()) -> Callable[[Any], Any]:
+    """Make a converter of names that have these counterparts, and no others.
+
+    counterparts: keys may be in lower case without separators
+    names: for the message about any other name; by default the keys
+    """
 
     def convert_choice(value: Any) -> Any:
         name = str(value) if str(value) in counterparts else simplify_name(value)
         if name not in counterparts:
-            raise UnsupportedValueError(f"{', '.join(counterparts)} have a counterpart")
+            raise UnsupportedValueError(f"{', '.join(names or counterparts)} have a counterpart")
         return counterparts[name]
 
     return convert_choice
 
 
-convert_optimizer = choose(OPTIMIZER_NAMES)
+convert_optimizer = choose(OPTIMIZER_NAMES, OPTIMIZERS)
 convert_schedule = choose({name: name for name in LR_SCHEDULES})
 convert_precision = choose(PRECISIONS)
 

@@ -133,7 +133,7 @@ REFUSALS = [
     ("kohya", ("warmup_steps = 50", "warmup_steps = 0.1"), "lr_warmup_steps 0.1"),
     ("OneTrainer", ('"COSINE"', '"COSINE_WITH_RESTARTS"'), "COSINE_WITH_RESTARTS"),
     ("OneTrainer", ('_steps": 100', '_steps": 0.05'), "learning_rate_warmup_steps 0.05"),
-    ("SimpleTuner", ("adamw_bf16", "optimi-lion"), "optimi-lion"),
+    ("SimpleTuner", ("adamw_bf16", "optimi-lion"), "optimi-lion: AdamW, Prodigy, "),
 ]
 """Trainer, changed text, and what cannot be meant here."""
 
