@@ -11,7 +11,7 @@ from dreambooth_moslora.disk.queue import RunQueue
 from dreambooth_moslora.photos.folder import build_photo_report
 from dreambooth_moslora.photos.photo_file import open_mask
 from dreambooth_moslora.settings.train_config import TrainConfig
-from dreambooth_moslora.ui.train.train_photos import remove_photo
+from dreambooth_moslora.ui.train.train_photos import remove_all_photos, remove_photo
 from tests.helpers import browser as web
 from tests.ui.conftest import list_toy_photos, write_noise_photos
 
@@ -197,6 +197,7 @@ def test_subject_stays_on_reload_and_is_cleared(served, browser, tmp_path):
 
 
 def test_mistake_is_shown_below_the_buttons(served, browser, tmp_path):
+    remove_all_photos(served.ctx.workspace)  # of the tests before this one
     with web.visit(browser, served.url) as visited:
         page = visited.page
         web.open_tab(page, "Train")
