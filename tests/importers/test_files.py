@@ -152,7 +152,7 @@ def test_dataset_of_musubi_tuner_names_the_folder_of_its_jsonl():
     assert (config.resolution, config.train_batch_size) == (720, 2)
 
 
-def test_dataset_of_the_hub_costs_a_line_that_says_how_to_load_it():
+def test_dataset_of_the_hub_costs_a_line_with_the_download():
     backends = [{"id": "x", "type": "huggingface", "dataset_name": "user/dogs"}]
     Path("multidatabackend.json").write_text(json.dumps(backends))
     Path("config.json").write_text(
@@ -162,7 +162,7 @@ def test_dataset_of_the_hub_costs_a_line_that_says_how_to_load_it():
         parse_training(["--config", "config.json"])
 
 
-def test_parts_of_a_saved_configuration_without_effect_are_counted():
+def test_parts_without_effect_are_counted():
     content = json.loads(CONFIGS["OneTrainer"].content)
     content |= {"decoder": {"train": True, "weight_dtype": "x"}, "lokr_dim": 16}
     Path("saved.json").write_text(json.dumps(content))
