@@ -67,5 +67,10 @@ class Trainer:
         translation.add_defaults(OPTIMIZER_DEFAULTS.get(optimizer, {"adam_weight_decay": 0.0}))
         decay = settings["adam_weight_decay"]
         translation.add_defaults({"adam_weight_decay_text_encoder": decay})
+
+        # A setting of frozen text encoders would be remarked on.
+        if not settings.get("train_text_encoder"):
+            for name in ("text_encoder_lr", "adam_weight_decay_text_encoder"):
+                settings.pop(name, None)
         translation.settings = {name: settings[name] for name in SETTINGS if name in settings}
         return translation

@@ -192,7 +192,6 @@ CONFIGS = {
             "max_train_steps": 1000,  # batches are counted there
             "gradient_accumulation_steps": 2,
             "adam_epsilon": 1e-6,
-            "text_encoder_lr": 0.0,
             "target_modules": ("*transformer_blocks.*",),
             "flow_shift": 1.0,
             "resolution": 1024,

@@ -13,6 +13,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.importers.files import TRAINERS, load_config
 from dreambooth_moslora.importers.reading import read_file
 from dreambooth_moslora.importers.rows import list_rows
+from dreambooth_moslora.settings.rules import list_remarks
 from dreambooth_moslora.settings.train_config import SETTINGS, TrainConfig
 from tests.helpers.foreign_configs import CONFIGS, write_config
 
@@ -67,6 +68,7 @@ def test_file_means_the_same_settings_here(trainer):
     config = TrainConfig.from_dict(translation.settings)
     expected = CONFIGS[trainer].settings
     assert {name: getattr(config, name) for name in expected} == expected
+    assert not [remark for remark in list_remarks(config) if "has no effect" in remark]
 
 
 @pytest.mark.parametrize("trainer", CONFIGS)
