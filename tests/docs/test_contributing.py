@@ -49,4 +49,4 @@ def test_every_setting_is_read():
     """A setting that nothing reads would be accepted and have no effect."""
     table = PACKAGE / "settings" / "train_config.py"
     files = set(PACKAGE.rglob("*.py")) - {table, *(PACKAGE / "importers").rglob("*.py")}
-    assert SETTINGS.keys() - list_names(files) == READ_IN_THE_TABLE | ACCEPTED
+    assert SETTINGS.keys() - list_names(files) <= READ_IN_THE_TABLE | ACCEPTED
