@@ -98,7 +98,7 @@ def add_training_flags(parser: CommandParser, hidden: Collection[str] = ()) -> N
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="settings from a .toml or .json file, or another trainer's; flags override them",
+        help="settings from a file, also another trainer's; flags override them",
     )
     parser.add_argument(
         "--vram",

@@ -352,9 +352,9 @@ def test_a_single_file_is_the_same_model_as_its_folder(checkpoint, tiny_base):
 
 
 WRONG_LAYERS = [
-    ({"target_modules": ("to_q", "conv9")}, "--target_modules conv9: the UNet has no such layer"),
-    ({"target_modules": ("to_q", "norm1")}, "--target_modules norm1: the UNet has no such layer"),
-    ({"target_modules": ("conv1",), "use_dora": True}, "--use_dora: .*conv1 is a convolution"),
+    ({"target_modules": ("to_q", "conv9")}, 'target_modules="conv9": the UNet has no such layer'),
+    ({"target_modules": ("to_q", "norm1")}, 'target_modules="norm1": the UNet has no such layer'),
+    ({"target_modules": ("conv1",), "use_dora": True}, "use_dora: .*conv1 is a convolution"),
 ]
 
 

@@ -410,7 +410,7 @@ def test_failing_tracker_warns_once_or_refuses_to_start(config, tmp_path, monkey
     )
     file.write_text("no folder")
     with pytest.raises(
-        UserError, match=r"--report_to tensorboard cannot start: FileExistsError .*; none trains"
+        UserError, match=r"report_to=.tensorboard. cannot start: FileExistsError .*; none trains"
     ):
         train(config(report_to="tensorboard"), events.append)
     assert [event.kind for event in events] == ["start", "end"] and not caplog.text

@@ -243,11 +243,11 @@ def test_gallery_selection_survives_new_images(context):
     events = [event for image in images for event in (Step(image.index, 2, 1, 1, 0.0), image)]
     page = build_app(context(lambda: SimpleNamespace(generate=lambda *_: iter(events))))
     generate = next(event for event in page.fns.values() if event.name == "generate")
-    selections = [frame[-1] for frame in generate.fn(PAGE, prompt="a dog", num_images=2)]
+    selections = [frame[-2] for frame in generate.fn(PAGE, prompt="a dog", num_images=2)]
     assert [value for value in selections if value != gr.skip()] == [0] and selections.index(
         0
     ) < len(selections) - 3
-    setting = {event.name for event in page.fns.values() if generate.outputs[-1] in event.outputs}
+    setting = {event.name for event in page.fns.values() if generate.outputs[-2] in event.outputs}
     assert setting == {"generate", "select"}
 
 

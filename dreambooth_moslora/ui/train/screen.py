@@ -22,6 +22,7 @@ from dreambooth_moslora.ui.events import (
 )
 from dreambooth_moslora.ui.generate_tab import GenerateTab
 from dreambooth_moslora.ui.train import (
+    config_upload,
     photo_events,
     train_form,
     train_photos,
@@ -63,6 +64,7 @@ def build_train_widgets(base: str) -> tuple[dict[str, Any], dict[str, Any]]:
     lines = sorted({row.line for row in list_form_fields().values()} - {0})
     with gr.Accordion("More settings", open=False, elem_id="more_training") as more:
         parts["more"] = more
+        parts["config"] = config_upload.build_config_button()
         for line in lines:
             if line < train_form.FIRST_EXPERT_LINE:
                 build_line_widgets(line, fields, base)
@@ -144,6 +146,7 @@ def build_train_tab(
     )
     photo_events.connect_photos(ctx, page, fields, parts)
     _connect_start(ctx, fields, parts)
+    config_upload.connect_config_button(parts["config"], fields, parts["cost"])
     # The run's events.
     connect_watch(ctx, page, parts)
     _connect_use(ctx, parts, tabs, generate)
