@@ -62,6 +62,21 @@ def test_measures_of_known_vectors(name):
     assert values.tolist() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("values", "likeness"),
+    [
+        ((0.3, 0.6, 1.0, 1.0), 0.5),  # half as like as the photos are to each other
+        ((0.9, 0.6, 1.0, 1.0), 1.0),
+        ((0.6, 0.6, 0.4, 0.8), 0.5),  # half of the faces that the base shows
+        ((0.6, 0.6, 0.9, 0.8), 1.0),
+        ((-0.1, 0.6, 1.0, 1.0), 0.0),
+        ((0.3, 0.6, 1.0, 0.0), 0.5),
+    ],
+)
+def test_face_likeness_is_a_share_of_the_photos_own(values, likeness):
+    assert metrics.compute_face_likeness(*values) == pytest.approx(likeness)
+
+
 def test_photo_fidelity_and_joint_vectors():
     assert metrics.photo_fidelity(torch.stack([E[0], E[0], E[1]])) == pytest.approx(1 / 3)
     assert math.isnan(metrics.photo_fidelity(E[:1]))
