@@ -91,6 +91,9 @@ def group_quantized(path: Path) -> dict[str, dict[str, str]]:
     dtypes = read_header(path).dtypes
     for name, dtype in dtypes.items():
         layer, _, part = name.rpartition(".")
+        if layer in dtypes:  # `x.weight.scale` belongs to `x.weight`
+            layer, _, tensor = layer.rpartition(".")
+            part = f"{tensor}.{part}"
 
         # A weight of 8 bits or of integers has its scale beside it, whatever that is called.
         is_integer = part == "weight" and dtype.startswith(("I", "U"))

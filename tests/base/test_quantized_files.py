@@ -211,6 +211,7 @@ UNSUPPORTED = {  # what the file has of a layer of 32 x 32, and what the message
     "another scale": ({"weight": FP8, "pre_quant_scale": SCALE, "weight_scale": ONE}, "pre_quant"),
     "a GPU's order": ({"weight": INT8, "SCB": SCALE, "weight_format": ONE.byte()}, "SCB: float32"),
     "scale of another name": ({"weight": FP8, "scale": ONE}, "scale: float32, weight: float8"),
+    "scale in the weight's name": ({"weight": FP8, "weight.scale": ONE}, "weight.scale: float32"),
     "zero point": ({"weight": INT8, "weight_scale": SCALE, "zero_point": SCALE}, "zero_point"),
     "int32 alone": ({"weight": INT8.int()}, "unknown format .weight: int32"),
     "groups of more memory than there is": (
