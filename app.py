@@ -3,12 +3,15 @@ options."""
 
 import sys
 
-if __name__ == "__main__":
-    try:
-        from dreambooth_moslora.cli.terminal import run_to_exit_code
-        from dreambooth_moslora.ui.app import main
+from dreambooth_moslora.launcher import start
 
-        sys.exit(run_to_exit_code(main))
-    except KeyboardInterrupt:  # also while the imports above run
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+
+def load():
+    from dreambooth_moslora.cli.terminal import run_to_exit_code
+    from dreambooth_moslora.ui.app import main
+
+    return lambda: run_to_exit_code(main)
+
+
+if __name__ == "__main__":
+    sys.exit(start(load))

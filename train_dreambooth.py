@@ -2,11 +2,14 @@
 
 import sys
 
-if __name__ == "__main__":
-    try:
-        from dreambooth_moslora.cli.command_train import train_main
+from dreambooth_moslora.launcher import start
 
-        sys.exit(train_main())
-    except KeyboardInterrupt:  # also while the imports above run
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+
+def load():
+    from dreambooth_moslora.cli.command_train import train_main
+
+    return train_main
+
+
+if __name__ == "__main__":
+    sys.exit(start(load))

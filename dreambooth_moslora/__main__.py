@@ -2,19 +2,18 @@
 
 import sys
 
+from dreambooth_moslora.launcher import start
+
+
+def load():
+    from dreambooth_moslora.cli.main import main as run
+
+    return run
+
 
 def main() -> int:
-    """Run the command line, and return the exit code.
-
-    A Ctrl-C during the import ends the program like one during a command.
-    """
-    try:
-        from dreambooth_moslora.cli.main import main as run
-
-        return run()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    """Run the command line, and return the exit code."""
+    return start(load)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 HOME = Path(__file__).parents[1]
 ROOT = HOME / "dreambooth_moslora"
 ORDER = [
+    "launcher",
     "errors",
     "values",
     "seeds",
