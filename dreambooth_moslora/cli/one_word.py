@@ -19,8 +19,8 @@ from dreambooth_moslora.settings import family_facts, train_config
 RUNS_FOLDER = Path("runs")
 """Folder of the runs that have no --output_dir."""
 NO_GPU_NOTES = (
-    "No GPU here: the practice model (a 128 px toy) is trained, and it can draw toys alone.",
-    "On a machine with a GPU this trains SDXL.",
+    "No GPU found. Using a practice model that cannot learn real photos.",
+    "Choose another with --base. With a GPU this trains SDXL.",
 )
 """Lines for photos of real things that are trained on the embedded base."""
 USAGE_EXAMPLE = "as in `train photos/dog dog`"

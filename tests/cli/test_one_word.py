@@ -285,8 +285,8 @@ def test_last_lines_warn_of_real_photos_on_the_toy(photos, monkeypatch, capsys, 
     were given, such as --subject. The run is asked to stop before its first step."""
     monkeypatch.setattr(agreement, "get_min_free_gib", lambda: None)
     last = (
-        "\nNo GPU here: the practice model (a 128 px toy) is trained, and it can draw toys alone.\n"
-        "On a machine with a GPU this trains SDXL.\n\n"
+        "\nNo GPU found. Using a practice model that cannot learn real photos.\n"
+        "Choose another with --base. With a GPU this trains SDXL.\n\n"
     )
     assert main(["train", *arguments.split(), "--dry_run"]) == 0
     assert capsys.readouterr().out.endswith(last) == is_said
