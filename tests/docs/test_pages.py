@@ -236,7 +236,7 @@ def test_the_whole_walk_on_the_embedded_base(capsys):
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_steps")
 def test_the_api_pages_program_trains_outside_the_clone():
-    (program,) = list_blocks(DOCS / "api.md", "python")
+    program = list_blocks(DOCS / "api.md", "python")[0]
     assert all(code in program for code in FEWER)
     for code, fewer in FEWER.items():
         program = program.replace(code, fewer)

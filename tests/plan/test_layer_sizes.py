@@ -95,7 +95,7 @@ def test_checkpoint_with_fewer_layers_than_set_is_refused(config, tmp_path):
     few = {"rank_pattern": (), "alpha_pattern": (), "output_dir": str(tmp_path)}
     train(config(**few | {"target_modules": ("mid_block.*.to_q",)}))
     with pytest.raises(
-        UserError, match="--target_modules: checkpoint-2 was trained on other layers, first down_"
+        UserError, match="target_modules: checkpoint-2 was trained on other layers, first down_"
     ):
         train(
             config(

@@ -549,7 +549,7 @@ def test_several_subjects_in_shapes_of_their_own_without_a_cache(case):
 @pytest.mark.slow
 def test_evaluate_judges_the_run_and_its_file_alone(trained, photos, tmp_path, monkeypatch, capsys):
     """At 64 px: at their families' own side the little bases would draw for minutes."""
-    monkeypatch.setattr(SubjectPipeline, "resolution_px", 64)
+    monkeypatch.setattr(Base, "resolution_px", 64)
     _, config, _ = trained
     run, file, scores = (
         shutil.copytree(config.output_dir, tmp_path / "run"),

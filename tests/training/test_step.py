@@ -288,7 +288,7 @@ def test_overflowing_fp16_step_is_repeated_and_not_counted(tiny_base, photos, tm
     for name, weights in expected.items():
         torch.testing.assert_close(trained[name], weights, rtol=0.02, atol=1e-4)
     scaled(init_scale=2.0**30, backoff=0.999)
-    with pytest.raises(UserError, match=r"the gradient is .* at step 1: lower --learning_rate"):
+    with pytest.raises(UserError, match=r"the gradient is .* at step 1: lower learning_rate"):
         loop.train(config("run"))
     assert (
         len(logged(tmp_path / "run")) == 20 and not RunDir(tmp_path / "run").adapter_path.exists()

@@ -167,8 +167,9 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
 
     def ask_and_train(form: TrainForm) -> dict:
         # Photos that the practice model cannot draw need a second click.
+        has_photos = bool(ctx.workspace.required_photos_dir)
         form.check_words()
-        if ctx.workspace.required_photos_dir and train_start.is_beyond_toy(ctx):
+        if has_photos and train_start.is_beyond_toy(ctx):
             question = html.render_notice(format_message(train_start.TOY_PHOTOS_REMARK) + ".")
             return {parts["cost"]: question, parts["anyway"]: gr.Button(visible=True)}
         return train(form)

@@ -12,13 +12,13 @@ import psutil
 import pytest
 from PIL import Image
 
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.load import load_pipeline
 from dreambooth_moslora.extras.lab import budget, comparison, run
 from dreambooth_moslora.extras.lab.comparison import CellResult
 from dreambooth_moslora.extras.lab.run import list_unfinished, run_study
 from dreambooth_moslora.extras.lab.study import Cell, Protocol, Study, StudySubject
 from dreambooth_moslora.extras.lab.study_report import write_comparison
-from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.method.moslora import list_adapter_parameters
 from dreambooth_moslora.photos.synthetic import SyntheticRecord, write_record
 from dreambooth_moslora.settings.train_config import TrainConfig
@@ -117,7 +117,7 @@ def test_it_goes_on_where_it_stopped(study, finished):
 
 def test_a_study_of_another_family_counts_its_layers(study, tmp_path, monkeypatch):
     tiny_pipeline("lumina2", tmp_path / "files").save_pretrained(tmp_path / "base")
-    monkeypatch.setattr(SubjectPipeline, "resolution_px", 64)
+    monkeypatch.setattr(Base, "resolution_px", 64)
     changes = {"pretrained_model_name_or_path": str(tmp_path / "base")}
     study = replace(study, train=study.train | changes, budget="parameters", ranks=(4,))
     cell = Cell("test", "mix", 4, study.subjects[0].name, 0, 1e-3)
@@ -131,7 +131,7 @@ def test_an_arm_of_references_is_in_the_same_table_and_sheet(study, tmp_path, mo
     """Drawn first or after a training, it is the same, and the base's pictures are of nothing
     shown."""
     tiny_pipeline("flux2", tmp_path / "files").save_pretrained(tmp_path / "base")
-    monkeypatch.setattr(SubjectPipeline, "resolution_px", 64)
+    monkeypatch.setattr(Base, "resolution_px", 64)
     changes = {"pretrained_model_name_or_path": str(tmp_path / "base")}
     study_options = {"arms": {"lora": {"mixer": "none"}, "shown": {"by_references": True}}}
     study_options |= {"tuning_subjects": (), "learning_rates": (1e-2,), "ranks": (4,)}
