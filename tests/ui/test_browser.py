@@ -256,6 +256,7 @@ def test_queue_is_shown_edited_and_continues(served, page, tmp_path, monkeypatch
     monkeypatch.setattr(served.ctx.jobs, "script", stand_in)
     web.open_tab(page, "Train")
     page.set_input_files("#photos input[type=file]", write_noise_photos(tmp_path, 3))
+    web.says(page, "remarks", "3 photos")
     web.open_box(page, "more_training")
     web.set_number(page, "train_steps", 5000)
     assert not page.locator("#queue_box").is_visible()
