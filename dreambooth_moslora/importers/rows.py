@@ -155,7 +155,10 @@ def format_pair(key: str, value: Any) -> str:
 
 def format_report(translation: Translation) -> list[str]:
     """Return the lines that say what became of the keys, as wide as the terminal. Settings with our
-    default are left out."""
+    default are left out. Flags of which none has an effect are one line."""
+    if translation.ignored and not (translation.settings or translation.unknown):
+        reasons = [f"{', '.join(pairs)} ({why})" for why, pairs in translation.ignored.items()]
+        return [f"Ignored, as they have no effect here: {'; '.join(reasons)}."]
     lines = [f"Translated from {translation.trainer}:"]
     default_texts = []
     for name, value in translation.settings.items():

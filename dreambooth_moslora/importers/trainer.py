@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dreambooth_moslora.importers.datasets import complete_subjects, translate_datasets
-from dreambooth_moslora.importers.rows import Table, Translation
+from dreambooth_moslora.importers.rows import DEFAULT_SOURCE, Table, Translation
 from dreambooth_moslora.settings.train_config import SETTINGS
 
 COMMON_DEFAULTS = {
@@ -68,9 +68,10 @@ class Trainer:
         decay = settings["adam_weight_decay"]
         translation.add_defaults({"adam_weight_decay_text_encoder": decay})
 
-        # A setting of frozen text encoders would be remarked on.
+        # A default of frozen text encoders would be remarked on, though nobody gave it.
         if not settings.get("train_text_encoder"):
             for name in ("text_encoder_lr", "adam_weight_decay_text_encoder"):
-                settings.pop(name, None)
+                if translation.sources.get(name) == DEFAULT_SOURCE:
+                    del settings[name]
         translation.settings = {name: settings[name] for name in SETTINGS if name in settings}
         return translation

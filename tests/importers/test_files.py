@@ -101,6 +101,11 @@ def test_every_trainer_has_an_example_that_it_alone_matches():
     assert sorted(names) == sorted(trainer.name for trainer in TRAINERS)
 
 
+def test_a_rate_that_the_file_names_stays_though_it_is_idle():
+    path = write_config("ai-toolkit", ("lr: 1e-4", "lr: 1e-4\n        text_encoder_lr: 1e-5"))
+    assert float(load_config(path)[0]["text_encoder_lr"]) == 1e-5
+
+
 def test_own_file_is_read_as_ours():
     Path("own.toml").write_text("[training]\nrank = 8\nlearning_rate = 1e-4\n")
     assert load_config(Path("own.toml")) == ({"rank": 8, "learning_rate": 1e-4}, None)

@@ -38,30 +38,27 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     return TrainConfig.from_dict(parse_training(arguments).all_settings)
 
 
-def read_ignored_text(capsys) -> str:
-    """Return what the report says of flags without effect, on one line."""
-    report = " ".join(capsys.readouterr().err.split())
-    assert report.count("no effect here:") <= 1
-    return report.partition("no effect here:")[2]
+def list_ignored_lines(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if "no effect here" in line]
 
 
 def test_command_of_diffusers_names_flags_without_effect_once(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert train_main([*WITHOUT_EFFECT, *DIFFUSERS_COMMAND, "--dry_run"]) == 0
-    report = read_ignored_text(capsys)
+    (line,) = list_ignored_lines(capsys)
     for text in (
-        "a UNet's kohya file is always written: output_kohya_format True",
-        "photos are encoded once: dataloader_num_workers 4",
-        "class images are generated in the run's precision: prior_generation_precision fp16",
-        "environment: local_rank -1",
-        "photos are resized by Lanczos: image_interpolation_mode nearest",
+        "output_kohya_format True (a UNet's kohya file is always written)",
+        "dataloader_num_workers 4 (photos are encoded once)",
+        "prior_generation_precision fp16 (class images are generated in the run's precision)",
+        "local_rank -1 (",
+        "image_interpolation_mode nearest (photos are resized by Lanczos)",
     ):
-        assert report.count(text) == 1
+        assert line.count(text) == 1
 
 
 def test_flags_without_effect_leave_the_settings_alone(capsys):
     plain = parse_training(DIFFUSERS_COMMAND).all_settings
-    assert read_ignored_text(capsys) == ""
+    assert list_ignored_lines(capsys) == []
     first, last = WITHOUT_EFFECT[:3], WITHOUT_EFFECT[3:]
     assert parse_training([*first, *DIFFUSERS_COMMAND, *last]).all_settings == plain
 
@@ -79,7 +76,8 @@ def test_switch_takes_no_value_and_another_flag_takes_one(capsys):
 def test_check_accepts_flags_of_other_trainers(capsys):
     positionals = [find_asset("assets/subjects/bear"), "bear", "--base", "toy", "--no_picture"]
     assert main(["check", *positionals, *WITHOUT_EFFECT]) == 0
-    assert "local_rank -1" in read_ignored_text(capsys)
+    (line,) = list_ignored_lines(capsys)
+    assert "local_rank -1 (" in line
 
 
 def test_unsupported_flags_end_the_command_together():
