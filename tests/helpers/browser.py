@@ -153,6 +153,11 @@ def open_photo(page: Page, number: int) -> None:
     page.locator(f"#crops textarea[aria-label='Caption of photo {number}']").wait_for()
 
 
+def wait_for_photos(page: Page, count: int) -> None:
+    """Wait until the grid shows this many photos."""
+    page.wait_for_function("n => document.querySelectorAll('#crops img').length === n", arg=count)
+
+
 def caption(page: Page, number: int) -> str:
     open_photo(page, number)
     return page.input_value("#crops textarea")

@@ -182,7 +182,7 @@ def test_keys_generate_and_a_png_reproduces_its_image(visited, page, tmp_path):
 def test_run_starts_stops_resumes_and_its_adapter_is_used(served, visited, page, tmp_path):
     web.open_tab(page, "Train")
     web.add_photos(page, write_noise_photos(tmp_path, 3), "dog")
-    page.wait_for_function("document.querySelectorAll('#crops img').length === 3")
+    web.wait_for_photos(page, 3)
     web.says(page, "prompts", "a photo of a sks dog")
     web.open_box(page, "more_training")
     web.set_number(page, "train_steps", 5000)
@@ -226,7 +226,7 @@ def test_second_browser_watches_and_stops_the_run(served, browser, page, tmp_pat
     web.says(page, "train_status", "of 5000")
     with web.visit(browser, served.url) as second:
         web.open_tab(second.page, "Train")
-        second.page.wait_for_function("document.querySelectorAll('#crops img').length === 3")
+        web.wait_for_photos(second.page, 3)
         assert second.page.inner_text("#runs .run-chosen b") == "owl"
         web.says(second.page, "train_status", "of 5000")
         second.page.click("#stop_training:not([disabled])")

@@ -52,7 +52,7 @@ def test_run_trains_with_captions_and_masks(toy_page, browser, tmp_path):
         assert web.fits(page)
         visited.reload()
         web.open_tab(page, "Train")
-        page.wait_for_function("document.querySelectorAll('#crops img').length === 3")
+        web.wait_for_photos(page, 3)
         assert web.caption(page, 2) == "a sks duck at night"
         web.put(page, "class_word", "duck")
         queue.folder.mkdir()
@@ -93,7 +93,7 @@ def open_train_tab(page, files: list[Path]) -> None:
     """With these photos in the grid."""
     web.open_tab(page, "Train")
     page.set_input_files("#photos input[type=file]", files)
-    page.wait_for_function(f"document.querySelectorAll('#crops img').length === {len(files)}")
+    web.wait_for_photos(page, len(files))
 
 
 def has_all_in_view(page) -> bool:
@@ -128,17 +128,17 @@ def test_captions_survive_added_and_removed_photos(served, browser, tmp_path, st
         page = visited.page
         web.open_tab(page, "Train")
         web.add_photos(page, files[:14], "dog")
-        page.wait_for_function("document.querySelectorAll('#crops img').length === 14")
+        web.wait_for_photos(page, 14)
         web.write_caption(page, 2, "the second\nin two lines")
         web.write_caption(page, 14, "the fourteenth")
         page.set_input_files("#photos input[type=file]", files[14:])
         web.says(page, "remarks", "15 photos")
         page.locator("#crops textarea").press_sequentially(" and more", delay=60)
-        page.wait_for_function("document.querySelectorAll('#crops img').length === 15")
+        web.wait_for_photos(page, 15)
         web.write_caption(page, 15, "the last")
         web.press(page, "Remove: photo 1")
         web.says(page, "remarks", "14 photos")
-        page.wait_for_function("document.querySelectorAll('#crops img').length === 14")
+        web.wait_for_photos(page, 14)
         expected = ["the second in two lines", *[""] * 11, "the fourteenth and more", "the last"]
         assert list_captions(page) == expected
         web.open_tab(page, "Generate")
@@ -146,7 +146,7 @@ def test_captions_survive_added_and_removed_photos(served, browser, tmp_path, st
         assert list_captions(page) == expected
         visited.reload()
         web.open_tab(page, "Train")
-        page.wait_for_function("document.querySelectorAll('#crops img').length === 14")
+        web.wait_for_photos(page, 14)
         assert list_captions(page) == expected
         web.write_caption(page, 14, "")
         workspace = served.ctx.workspace
@@ -180,6 +180,7 @@ def test_subject_stays_on_reload_and_is_cleared(served, browser, tmp_path):
         visited.reload()
         web.open_tab(page, "Train")
         web.says(page, "prompts", "“a photo of a sks dog”")
+        web.wait_for_photos(page, 2)
         assert list_captions(page) == ["a dog on grass", ""]
         page.on("dialog", lambda dialog: dialog.accept())
         web.press(page, "Remove all")
@@ -187,7 +188,7 @@ def test_subject_stays_on_reload_and_is_cleared(served, browser, tmp_path):
         word = page.locator("#class_word input, #class_word textarea")
         assert word.input_value() == "dog"
         page.set_input_files("#photos input[type=file]", files)
-        web.says(page, "remarks", "2 photos")
+        web.wait_for_photos(page, 2)
         assert list_captions(page) == ["", ""]
         web.press(page, "New subject")
         page.wait_for_selector("#crops", state="hidden")
