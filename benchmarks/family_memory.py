@@ -37,6 +37,7 @@ from benchmarks.peft_layers import restore_peft_layers
 from dreambooth_moslora.base import decode, devices
 from dreambooth_moslora.base.devices import CONTEXT_GIB, OUTPUTS_PER_BLOCK, RESIDENT_BLOCKS
 from dreambooth_moslora.base.families import FAMILY_CLASSES
+from dreambooth_moslora.base.load import get_pipeline_class
 from dreambooth_moslora.base.quantization import list_block_layers
 from dreambooth_moslora.base.streaming import list_streamed_blocks
 from dreambooth_moslora.extras.lab.full_step import SDXL
@@ -172,6 +173,12 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, int], Callable[[], TextI
         (64, 16),
         lambda: {"prompt_embeds": create_empty(1, 64, 4096), "prompt_embeds_mask": None},
     ),
+    "Anima": (
+        "anima",
+        {"num_attention_heads": 16, "extra_pos_embed_type": None},
+        (16, 8),
+        lambda: {"prompt_embeds": create_empty(1, 512, 1024)},
+    ),
     "Krea 2": (
         "krea2",
         {},
@@ -297,7 +304,7 @@ def measure_drawing_gib(
 def build_vae(family: str) -> nn.Module:
     """Build a family's VAE on the meta device."""
     facts = find_facts(family)
-    kind = getattr(diffusers, facts.pipeline)._get_signature_types()["vae"][0]
+    kind = get_pipeline_class(facts)._get_signature_types()["vae"][0]
     with torch.device("meta"):
         vae = kind(**VAES.get(family, {}))
     return vae.to(torch.bfloat16 if facts.style == "flow" else torch.float32).eval()

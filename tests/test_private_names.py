@@ -35,6 +35,10 @@ PRIVATE_NAMES: dict[str, tuple[Callable[[], Any], str]] = {
     "_compiled_call_impl": (torch.nn.Module, "Module.compile has no opposite"),
     "_create_and_replace": (lambda: LoraModel, "PEFT has no hook for a mixer: `patch_peft`"),
     "_data": (lambda: gradio.EventData(None, {}), "reading a missing key of an event raises"),
+    "_dict_from_json_file": (
+        lambda: diffusers.DiffusionPipeline,
+        "reads the index of a modular pipeline, which describes its parts in another way",
+    ),
     "_disable_adapters": (build_lora_layer, "PEFT's method changes the gradient flags too"),
     "_dynamo": (lambda: torch, "limits the number of graphs, and names the backend"),
     "_execution_device": (lambda: diffusers.DiffusionPipeline, "the device of offloaded models"),

@@ -134,7 +134,7 @@ class Base:
     @cached_property
     def _cache_folder(self) -> Path | None:
         """Folder of the hub's cache that has at least the base's index."""
-        return model_files.find_snapshot(self.name, model_files.INDEX_NAME, **self.version)
+        return model_files.find_indexed_snapshot(self.name, **self.version)
 
     @property
     def configs(self) -> Path | None:
@@ -147,13 +147,13 @@ class Base:
         # Request the hub's index only if this machine has none.
         folder = self._cache_folder if self.source == "hub" else self.configs
         if folder is not None:
-            return read_json(folder / model_files.INDEX_NAME)
+            return read_json(model_files.find_index(folder))
         return fetch_index(self.name, self.revision) if self.source == "hub" else None
 
     @property
     def index(self) -> dict | None:
-        """Content of `model_index.json`, perhaps from the hub; None if neither this machine nor the
-        hub has it. Raises UserError for a damaged one."""
+        """Content of the file that lists the parts, perhaps from the hub; None if neither this
+        machine nor the hub has it. Raises UserError for a damaged one."""
         return self._index_or_reason if isinstance(self._index_or_reason, dict) else None
 
     @property
@@ -301,7 +301,7 @@ class Base:
         if not self.vae:
             models.insert(1, "vae")
         tokenizers = [part.replace("text_encoder", facts.tokenizer) for part in facts.encoders]
-        for part in (*models, *tokenizers, "scheduler"):
+        for part in (*models, *tokenizers, *facts.further_parts, "scheduler"):
             if not any((self.folder / part).glob("*.json")):
                 raise UserError(
                     f"{self.folder} is not a whole base model: "
@@ -334,7 +334,7 @@ def find_path(name: str | Path) -> Path | None:
     # Look for a local folder or file, which must hold a model.
     path = expand_user_path(name)
     if path.is_dir():
-        if not (path / model_files.INDEX_NAME).is_file():
+        if not model_files.find_index(path):
             raise UserError(f"{path} is not a diffusers model: it has no {model_files.INDEX_NAME}.")
         return path
     if path.is_file():
@@ -354,14 +354,18 @@ def find_path(name: str | Path) -> Path | None:
 
 @cache
 def fetch_index(hub_id: str, revision: str | None) -> dict | str:
-    """Fetch `model_index.json` from the hub; return the reason where that fails. There is one
-    request, of at most `HUB_TIMEOUT_SEC`: loading a base repeats its requests for minutes."""
+    """Fetch a base's index from the hub; return the reason where that fails. There is one request
+    for each name of an index, of at most `HUB_TIMEOUT_SEC`: loading a base repeats its requests for
+    minutes."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import OfflineModeIsEnabled, build_hf_headers, get_session
 
-    url = hf_hub_url(hub_id, model_files.INDEX_NAME, revision=revision)
     try:
-        response = get_session().get(url, headers=build_hf_headers(), timeout=HUB_TIMEOUT_SEC)
+        for name in model_files.INDEX_NAMES:
+            url = hf_hub_url(hub_id, name, revision=revision)
+            response = get_session().get(url, headers=build_hf_headers(), timeout=HUB_TIMEOUT_SEC)
+            if response.status_code != 404:
+                break
         if response.status_code != 200:
             return HUB_ERRORS.get(response.status_code, "has none")
         index = response.json()

@@ -70,5 +70,5 @@ def find_part_folder(base: Base, facts: FamilyFacts, part: str) -> Path | None:
     root = None if base.source == "hub" else base.configs
     if root is None:
         hub_id = facts.models[0].hub_id if base.file else base.name
-        root = model_files.find_snapshot(hub_id, model_files.INDEX_NAME, **base.version)
+        root = model_files.find_indexed_snapshot(hub_id, **base.version)
     return root / part if root else None

@@ -127,6 +127,11 @@ class Family:
         z = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
         return (z - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
+    def decode_latents(self, vae: torch.nn.Module, z: torch.Tensor) -> torch.Tensor:
+        """Decode latents to pixels (B, 3, H, W), about in [-1, 1]: the inverse of `encode_latents`.
+        Only modular pipelines need it; others decode themselves."""
+        raise NotImplementedError
+
     def predict(
         self,
         denoiser: torch.nn.Module,
@@ -381,6 +386,33 @@ class Krea2(QwenImage):
         return unpack_latents(tokens, z)
 
 
+class Anima(QwenImage):
+    """Anima. Its transformer attends to the padding of a text too, so there is no mask."""
+
+    def collate(self, texts):
+        # All are as long as the conditioner's minimum, unless a text is longer.
+        embeds = [text["prompt_embeds"] for text in texts]
+        return {"prompt_embeds": pad_sequence(embeds, batch_first=True)}
+
+    def add_negative(self, text_embeddings, negative_embeddings):
+        return Family.add_negative(self, text_embeddings, negative_embeddings)
+
+    def decode_latents(self, vae, z):
+        mean, deviation = get_latent_statistics(vae, z.device)
+        frames = (z * deviation + mean)[:, :, None]
+        return vae.decode(frames.to(vae.device, vae.dtype), return_dict=False)[0][:, :, 0]
+
+    def predict(self, denoiser, z, t, time_ids, prompt_embeds):
+        # The mask marks no padding of the images; its size in px is not used.
+        return denoiser(
+            z[:, :, None],
+            t / 1000,
+            prompt_embeds,
+            padding_mask=torch.zeros_like(z[:1, :1]),
+            return_dict=False,
+        )[0][:, :, 0]
+
+
 class QwenImage21(QwenImage):
     """Qwen-Image 2.1. The image's tokens follow the longest text of a batch in one sequence. So
     that their positions are those without a batch, texts of equal length are predicted together.
@@ -531,6 +563,7 @@ FAMILY_CLASSES: dict[str, type[Family]] = {
     "z_image": ZImage,
     "qwen_image": QwenImage,
     "qwen_image21": QwenImage21,
+    "anima": Anima,
     "krea2": Krea2,
     "lumina2": Lumina2,
     "sana": Sana,

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from dreambooth_moslora.base import decode, devices, families, model_files
+from dreambooth_moslora.base import decode, devices, families, model_files, modular
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.quantized_files import QuantizedFile
 from dreambooth_moslora.disk.safetensors_header import read_header
@@ -99,7 +99,7 @@ def load_pipeline(
     with explain_loader_errors(f"the base model {base.name}"):
         # Options of the loader: another VAE, no watermark, perhaps no denoiser.
         facts = base.facts or SDXL
-        kind = getattr(diffusers, facts.pipeline)
+        kind = get_pipeline_class(facts)
         options = dict(base.version)
         if base.vae:
             options["vae"] = load_vae(base.vae, kind, vae_dtype, base.cache_dir)
@@ -133,6 +133,12 @@ def load_pipeline(
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
     return pipeline
+
+
+def get_pipeline_class(facts: FamilyFacts) -> type[DiffusionPipeline]:
+    """Return the class that loads and runs a family's bases: diffusers' own, or the ordinary
+    pipeline with the parts of a modular one."""
+    return getattr(modular, facts.pipeline, None) or getattr(diffusers, facts.pipeline)
 
 
 def load_denoiser(pipeline: DiffusionPipeline, base: Base, dtype: torch.dtype) -> None:
@@ -207,7 +213,7 @@ def load_around_file(
         parts[facts.denoiser] = load_denoiser_file(path, facts, dtype)
     home = model_files.find_configs(path) or facts.models[0].hub_id
     try:
-        return getattr(diffusers, facts.pipeline).from_pretrained(home, **options, **parts)
+        return get_pipeline_class(facts).from_pretrained(home, **options, **parts)
     except OSError as error:
         raise UserError(explain_missing_parts(path, facts)) from error
 

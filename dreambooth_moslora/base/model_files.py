@@ -4,7 +4,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.safetensors_header import read_header
@@ -29,6 +29,10 @@ QUANTIZED = re.compile(
 """Last parts of the names of tensors that exist only beside quantized weights."""
 INDEX_NAME = "model_index.json"
 """File of diffusers that lists the parts of a base."""
+MODULAR_INDEX_NAME = "modular_model_index.json"
+"""The same of a modular pipeline."""
+INDEX_NAMES = (INDEX_NAME, MODULAR_INDEX_NAME)
+"""A folder with both is read as the ordinary pipeline, which more families have."""
 
 
 def list_weight_files(folder: Path, variant: str | None = None) -> list[Path]:
@@ -80,6 +84,18 @@ def find_snapshot(
 
     path = try_to_load_from_cache(hub_id, file, revision=revision, cache_dir=cache_dir)
     return Path(path).parent if isinstance(path, str) else None
+
+
+def find_indexed_snapshot(hub_id: str, **version: Any) -> Path | None:
+    """Return the folder of the hub's cache that has an index of this model, or None."""
+    folders = (find_snapshot(hub_id, name, **version) for name in INDEX_NAMES)
+    return next(filter(None, folders), None)
+
+
+def find_index(folder: Path) -> Path | None:
+    """Return the file in a base's folder that lists its parts, or None."""
+    files = (folder / name for name in INDEX_NAMES)
+    return next((file for file in files if file.is_file()), None)
 
 
 def group_quantized(path: Path) -> dict[str, dict[str, str]]:
@@ -231,7 +247,7 @@ def check_is_dense(folder: Path) -> None:
 
 
 def get_index_facts(index: dict) -> family_facts.FamilyFacts:
-    """Return the family of a base by its `model_index.json`. Raises UserError for a family that
+    """Return the family of a base by its index. Raises UserError for a family that
     cannot be trained."""
     name = str(index.get("_class_name", ""))
 
@@ -245,4 +261,4 @@ def find_configs(checkpoint: Path) -> Path | None:
     """Return the folder of the same stem beside a single-file checkpoint, or None if it has no
     diffusers index."""
     folder = checkpoint.with_suffix("")
-    return folder if (folder / INDEX_NAME).is_file() else None
+    return folder if find_index(folder) else None

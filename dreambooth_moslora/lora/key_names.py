@@ -31,7 +31,7 @@ import torch
 from dreambooth_moslora.lora.metadata import AdapterMetadata, get_most_common
 from dreambooth_moslora.lora.raw_file import COMPONENTS
 from dreambooth_moslora.method.mixer import Folded, Tensors
-from dreambooth_moslora.settings.family_facts import DENOISERS, get_denoiser_facts
+from dreambooth_moslora.settings.family_facts import DENOISERS, FamilyFacts, get_denoiser_facts
 
 
 class Prefix(NamedTuple):
@@ -43,6 +43,7 @@ class Prefix(NamedTuple):
 
 
 DIFFUSERS, KOHYA = "diffusers", "kohya"
+COMFYUI_PREFIX = "diffusion_model."
 PEFT_PREFIX = "base_model.model."
 PREFIXES = (
     *(Prefix(f"{component}.", DIFFUSERS, (component,)) for component in COMPONENTS),
@@ -52,7 +53,7 @@ PREFIXES = (
     Prefix("lora_te2_", KOHYA, ("text_encoder_2",)),
     Prefix("lora_transformer_", "OneTrainer", ("transformer",)),
     Prefix("lycoris_", "LyCORIS", DENOISERS[::-1]),
-    Prefix("diffusion_model.", "ComfyUI", DENOISERS[::-1]),
+    Prefix(COMFYUI_PREFIX, "ComfyUI", DENOISERS[::-1]),
     Prefix(PEFT_PREFIX, "PEFT", COMPONENTS),
     Prefix("", DIFFUSERS, COMPONENTS),  # its `save_lora_adapter`
 )
@@ -179,6 +180,8 @@ LAYOUT_SEGMENTS = (
     *("double_stream_modulation_img", "double_stream_modulation_txt"),
     *("layerwise_blocks", "refiner_blocks"),  # Krea 2
     *("noise_refiner", "context_refiner", "feed_forward", "cap_embedder"),  # Lumina 2, Z-Image
+    *("adaln_modulation_self_attn", "adaln_modulation_cross_attn", "adaln_modulation_mlp"),  # Anima
+    *("adaln_modulation", "self_attn", "cross_attn", "q_proj", "k_proj", "v_proj", "output_proj"),
     *("adaLN_modulation", "final_layer", "x_embedder", "t_embedder", "y_embedder"),
     "context_embedder",
 )
@@ -206,6 +209,16 @@ def get_published_path(component: str, path: str) -> str:
     """
     is_bare = component not in DENOISERS and not path.startswith(("text_model.", "text_projection"))
     return f"text_model.{path}" if is_bare else path
+
+
+def format_published_name(component: str, path: str, facts: FamilyFacts) -> str:
+    """Return the name of a layer in the published file: diffusers' own, or that of the family's
+    original layout with ComfyUI's prefix, which diffusers reads too."""
+    if not facts.original_names:
+        return f"{component}.{path}"
+    for name, original_name in facts.original_names:
+        path = path.replace(name, original_name)
+    return COMFYUI_PREFIX + path
 
 
 def format_kohya_name(component: str, path: str, components: Collection[str] = COMPONENTS) -> str:

@@ -21,8 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.errors import UserError, format_validation_error
-from dreambooth_moslora.settings import config_files, rules, train_config
-from dreambooth_moslora.settings.family_facts import TEXT_OPTIONS
+from dreambooth_moslora.settings import config_files, family_facts, rules, train_config
 
 DORA_READERS = {
     "this program, LyCORIS": "what was trained",
@@ -105,6 +104,14 @@ class AdapterMetadata:
         """Metadata as strings of a safetensors header."""
         return {METADATA_KEY: self.to_json()}
 
+    @property
+    def family(self) -> family_facts.FamilyFacts:
+        """Family of the denoiser in `structures`; SDXL where there is none."""
+        for name in family_facts.DENOISERS:
+            if model := self.structures.get(name):
+                return family_facts.get_denoiser_facts(model["class"], model["config"])
+        return family_facts.SDXL
+
     def to_json(self) -> str:
         """Return the metadata as JSON.
 
@@ -144,7 +151,7 @@ def parse_text_options(header: Mapping[str, str]) -> dict[str, Any]:
     options = {}
     if metadata is None:
         return options
-    for name in TEXT_OPTIONS:
+    for name in family_facts.TEXT_OPTIONS:
         # An invalid value is left out: anyone may have written the header.
         if name in metadata.recipe:
             with suppress(UserError):

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
 
-import diffusers
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from dreambooth_moslora.base.load import get_pipeline_class
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import empty_models, key_names, raw_file, safetensors_file
 from dreambooth_moslora.lora.key_names import KOHYA_KEYS
@@ -165,9 +165,8 @@ def load_stock_layers(path: Path, components: Components) -> dict[str, LoraLayer
         name: empty_models.build_empty_model(empty_models.get_model_config(model))
         for name, model in components.items()
     }
-    pipeline_class = getattr(
-        diffusers, get_denoiser_facts(type(denoiser).__name__, denoiser.config).pipeline
-    )
+    facts = get_denoiser_facts(type(denoiser).__name__, denoiser.config)
+    pipeline_class = get_pipeline_class(facts)
     expected, _ = pipeline_class._get_signature_keys(pipeline_class)
 
     # Some pipelines cannot be constructed without all their parts, which the loader does not need.

@@ -30,7 +30,7 @@ from dreambooth_moslora.lora.metadata import AdapterMetadata, get_dora_note, get
 from dreambooth_moslora.lora.verify import MAX_DIFFERENCES, FileProof, Proof, verify_file
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.method.mixer import Components, Folded, LowRank, Tensors
-from dreambooth_moslora.settings.family_facts import DENOISERS
+from dreambooth_moslora.settings.family_facts import DENOISERS, FamilyFacts
 
 FILE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Value of the setting -> dtype of a published file."""
@@ -125,7 +125,8 @@ def write_published(
     head = dict(header)
     if "unet" not in folded:
         head[PEFT_SETTINGS_KEY] = json.dumps(build_peft_settings(padded), indent=2, sort_keys=True)
-    files = [(folder / PUBLISHED_NAME, build_published_tensors(padded, dtype), head)]
+    tensors = build_published_tensors(padded, dtype, metadata.family)
+    files = [(folder / PUBLISHED_NAME, tensors, head)]
 
     # kohya's file, only for a UNet
     if "unet" in folded:
@@ -171,15 +172,16 @@ def build_peft_settings(folded: Folded) -> dict[str, object]:
     return settings
 
 
-def build_published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) -> Tensors:
+def build_published_tensors(folded: Folded, dtype: torch.dtype, facts: FamilyFacts) -> Tensors:
     """Return the tensors under PEFT's keys, which diffusers reads since 0.22.
 
+    The family's `facts` name the layers.
     DoRA's magnitudes stay in fp32.
     """
     tensors = {}
     for component, layers in folded.items():
         for path, layer in layers.items():
-            name = f"{component}.{path}"
+            name = key_names.format_published_name(component, path, facts)
             tensors[format_key(PEFT_KEYS, name, "down")] = layer.down.to(dtype)
             tensors[format_key(PEFT_KEYS, name, "up")] = layer.up.to(dtype)
             if layer.magnitude is not None:

@@ -96,7 +96,7 @@ def compute_base_size(
     count = {
         part: sum(map(math.prod, part_shapes.values())) for part, part_shapes in shapes.items()
     }
-    texts = sum(number for part, number in count.items() if part.startswith("text_encoder"))
+    texts = sum(count.get(part, 0) for part in facts.encoders)
 
     # The denoiser's layers, and those that get an adapter.
     layers = {}

@@ -60,6 +60,8 @@ class PublishedModel:
 CLIP_L_PARAMETERS = 123_060_480
 CLIP_G_PARAMETERS = 694_659_840
 T5_XXL_PARAMETERS = 4_762_310_656
+QWEN3_06B_PARAMETERS = 596_049_920
+ANIMA_CONDITIONER_PARAMETERS = 134_663_680
 QWEN3_4B_PARAMETERS = 4_022_468_096
 QWEN3_8B_PARAMETERS = 8_190_735_360
 GEMMA2_2B_PARAMETERS = 2_614_341_888
@@ -88,6 +90,8 @@ class FamilyFacts:
     """The pipeline's attribute of that model; it begins the keys of adapter files."""
     encoders: tuple[str, ...] = ("text_encoder",)
     tokenizer: str = "tokenizer"  # The pipeline's component that reads prompts.
+    further_parts: tuple[str, ...] = ()
+    """Parts with a configuration, besides these, the VAE and the scheduler."""
     adapted_encoders: tuple[str, ...] = ()
     """Text encoders whose LoRA diffusers loads, and which `--train_text_encoder` adapts."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -127,8 +131,14 @@ class FamilyFacts:
     """Tensor by which this family's single files are recognised, in the layout of its authors."""
     models: tuple[PublishedModel, ...] = ()
     """Models whose sizes are known before a download (`benchmarks.family_memory`)."""
+    original_names: tuple[tuple[str, str], ...] = ()
+    """Parts of layers' names in diffusers and in the original layout, in which the published file
+    has them. Empty where ComfyUI reads diffusers' names."""
     not_in_comfyui: str = ""
     """Why ComfyUI, "it", does not read the published file; "" where it does."""
+    loading: str = '({base}, torch_dtype=torch.{dtype}).to("cuda")'
+    """Rest of the line that loads the base after `from_pretrained` in the snippet of a model card.
+    """
     call: str = ""
     """Further arguments of the pipeline's call in the snippet of a model card."""
 
@@ -155,6 +165,25 @@ JOINT_ATTENTION_LAYERS = tuple(
 them."""
 FEED_FORWARD_LAYERS = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 """Layers of the feed-forward blocks, which diffusers' script for FLUX.1 adapts too."""
+ANIMA_NAMES = (
+    ("transformer_blocks.", "blocks."),
+    ("norm1.linear_", "adaln_modulation_self_attn."),
+    ("norm2.linear_", "adaln_modulation_cross_attn."),
+    ("norm3.linear_", "adaln_modulation_mlp."),
+    ("norm_out.linear_", "final_layer.adaln_modulation."),
+    ("attn1.", "self_attn."),
+    ("attn2.", "cross_attn."),
+    (".to_q", ".q_proj"),
+    (".to_k", ".k_proj"),
+    (".to_v", ".v_proj"),
+    (".to_out.0", ".output_proj"),
+    ("ff.net.0.proj", "mlp.layer1"),
+    ("ff.net.2", "mlp.layer2"),
+    ("patch_embed.proj", "x_embedder.proj.1"),
+    ("proj_out", "final_layer.linear"),
+    ("time_embed.t_embedder", "t_embedder.1"),
+)
+MODULAR_LOADING = '({base})\npipe.load_components(dtype=torch.{dtype})\npipe.to("cuda")'
 UNET_FACTS = {
     "model": "UNet2DConditionModel",
     "denoiser": "unet",
@@ -429,6 +458,40 @@ FAMILIES = (
                 adapted_widths=1_048_576,
                 encoders=8_767_123_696,
                 vae=337_740_404,
+            ),
+        ),
+    ),
+    FamilyFacts(
+        name="anima",
+        title="Anima",
+        pipeline="AnimaModularPipeline",
+        model="CosmosTransformer3DModel",
+        encoders=("text_encoder", "text_conditioner"),
+        further_parts=("t5_tokenizer",),
+        targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
+        weighting_scheme="logit_normal",
+        marker_tensor="llm_adapter.embed.weight",
+        original_names=ANIMA_NAMES,
+        loading=MODULAR_LOADING,
+        decoder_bytes_per_pixel=6_930,
+        article="an",
+        licence="CircleStone Labs Non-Commercial",
+        memory=ActivationMemory(
+            full_gib=13.068,
+            recomputed_gib=0.943,
+            sampling_gib=0.411,
+            parameters=1.956e9,
+        ),
+        models=(
+            PublishedModel(
+                hub_id="circlestone-labs/Anima-Base-v1.0-Diffusers",
+                parameters=1_956_405_248,
+                block_parameters=1_937_768_448,
+                largest_block=69_206_016,
+                adapted_layers=280,
+                adapted_widths=1_433_600,
+                encoders=QWEN3_06B_PARAMETERS + ANIMA_CONDITIONER_PARAMETERS,
+                vae=126_892_531,
             ),
         ),
     ),

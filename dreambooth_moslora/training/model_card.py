@@ -62,11 +62,11 @@ def render_model_card(config: train_config.TrainConfig, facts: CardFacts) -> str
         facts=facts,
         adapter=adapter,
         prompts=prompts,
-        family=find_family(facts),
+        family=facts.adapter.family,
         kind=describe_kind(facts),
         call=format_call(facts),
         front=render_front_matter(config, facts),
-        base=repr(adapter.base_id if "/" in adapter.base_id else "path/to/the/base"),
+        loading=format_loading(adapter),
         prompt=repr(prompts[0]),
         kohya=f"{facts.name}{run_folder.KOHYA_SUFFIX}",
         dora_table=format_dora_table(),
@@ -90,7 +90,7 @@ def render_front_matter(config: train_config.TrainConfig, facts: CardFacts) -> s
         recipe_fields["widget"] = [
             {"text": prompt, "output": {"url": file}} for file, prompt in facts.images
         ]
-    tag = find_family(facts).hub_tag or find_family(facts).name
+    tag = facts.adapter.family.hub_tag or facts.adapter.family.name
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
@@ -114,22 +114,21 @@ def list_instance_prompts(config: train_config.TrainConfig) -> list[str]:
     return [subject.instance_prompt for subject in config.each_subject]
 
 
-def find_family(facts: CardFacts) -> family_facts.FamilyFacts:
-    """Return the base's family, by the denoiser that the adapter names; SDXL where it names
-    none."""
-    for name in family_facts.DENOISERS:
-        model = facts.adapter.structures.get(name)
-        if model:
-            return family_facts.get_denoiser_facts(model["class"], model["config"])
-    return family_facts.FAMILIES[0]
-
-
 def describe_kind(facts: CardFacts) -> str:
     """Describe for the title what the adapter is of."""
     if toy_bases.is_toy(facts.adapter.base_id):
         return f"a practice adapter of the embedded base `{facts.adapter.base_id}`"
-    family = find_family(facts)
+    family = facts.adapter.family
     return f"{family.article} {family.title} adapter"
+
+
+def format_loading(adapter: AdapterMetadata) -> str:
+    """Format the end of the line that loads the base, after `from_pretrained`."""
+    family = adapter.family
+    return family.loading.format(
+        base=repr(adapter.base_id if "/" in adapter.base_id else "path/to/the/base"),
+        dtype="bfloat16" if family.style == "flow" else "float16",
+    )
 
 
 def format_call(facts: CardFacts) -> str:
@@ -143,7 +142,7 @@ def format_call(facts: CardFacts) -> str:
     )
 
     # A transformer does not tell its side, and the embedded one's is not the usual one.
-    family = find_family(facts)
+    family = facts.adapter.family
     if toy_bases.is_toy(facts.adapter.base_id) and family.style == "flow":
         arguments += f", height={toy_bases.RESOLUTION_PX}, width={toy_bases.RESOLUTION_PX}"
     return f"{family.call}{arguments}).images[0]"

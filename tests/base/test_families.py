@@ -19,6 +19,7 @@ from dreambooth_moslora.base.families import (
     drop_unused_negative,
     unpack_latents,
 )
+from dreambooth_moslora.base.load import get_pipeline_class
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.method.fast_linear import WorkingCopies, enable_fast_path
 from dreambooth_moslora.method.moslora import (
@@ -295,13 +296,15 @@ def test_images_of_cached_embeddings_equal_the_pipelines(loaded):
 def test_the_facts_of_a_family_fit_its_diffusers_classes():
     assert {facts.name for facts in FAMILIES} == FAMILY_CLASSES.keys() == TINY_FAMILIES.keys()
     for facts in FAMILIES:
-        kind = getattr(diffusers, facts.pipeline)
+        assert hasattr(diffusers, facts.pipeline)
+        kind = get_pipeline_class(facts)
         assert {facts.denoiser, *facts.encoders} <= inspect.signature(
             kind.__init__
         ).parameters.keys()
         assert {facts.guidance_name} <= inspect.signature(kind.__call__).parameters.keys()
         assert set(facts.text_options) <= inspect.signature(kind.encode_prompt).parameters.keys()
-        assert set(facts.adapted_encoders) | {facts.denoiser} == set(kind._lora_loadable_modules)
+        adapted = {facts.denoiser, *facts.adapted_encoders}
+        assert adapted == {*kind._lora_loadable_modules} - {"text_conditioner"}  # it stays frozen
         assert (facts.memory is None) == (facts.denoiser == "unet")
     with pytest.raises(TypeError, match="memory"):
         FamilyFacts(name="new", title="New", pipeline="NewPipeline", model="NewTransformer2DModel")
@@ -370,6 +373,7 @@ def test_the_family_of_a_hub_id_is_requested_once():
     )
     requests = (
         "['/some/Z-Image/resolve/main/model_index.json', "
-        "'/some/other/resolve/main/model_index.json']"
+        "'/some/other/resolve/main/model_index.json', "
+        "'/some/other/resolve/main/modular_model_index.json']"
     )
     assert result.stdout.strip() == f"z_image None {requests}"

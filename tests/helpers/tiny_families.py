@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 
+from dreambooth_moslora.base import modular
 from dreambooth_moslora.base.families import pack_latents
 from tests.helpers.tiny import byte_alphabet, tiny_sdxl, tiny_text_config, tiny_tokenizer
 
@@ -241,6 +242,49 @@ def qwen_image(folder: Path) -> DiffusionPipeline:
     encoder = transformers.Qwen2_5_VLForConditionalGeneration(config)
     parts = {"vae": qwen_vae(), "text_encoder": encoder, "tokenizer": qwen_tokenizer()}
     return with_flow(diffusers.QwenImagePipeline, transformer, DYNAMIC, **parts)
+
+
+def anima(folder: Path) -> DiffusionPipeline:
+    """Our pipeline of the parts, which diffusers' modular pipeline saves."""
+    transformer = diffusers.CosmosTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        text_embed_dim=16,
+        adaln_lora_dim=4,
+        max_size=(4, 64, 64),
+        extra_pos_embed_type=None,
+    )
+    conditioner = diffusers.AnimaTextConditioner(
+        source_dim=16,
+        target_dim=16,
+        model_dim=16,
+        num_layers=2,
+        num_attention_heads=2,
+        target_vocab_size=WORDS,
+    )
+    pipe = with_flow(
+        modular.AnimaModularPipeline,
+        transformer,
+        {"shift": 3.0},
+        vae=qwen_vae(),
+        text_conditioner=conditioner,
+        t5_tokenizer=plain_tokenizer(),
+        **qwen3(),
+    )
+    return saved_as_modular(pipe, diffusers.AnimaAutoBlocks())
+
+
+def saved_as_modular(pipe: DiffusionPipeline, blocks) -> DiffusionPipeline:
+    """Let diffusers' modular pipeline of these blocks save the parts."""
+    stock = blocks.init_pipeline()
+    stock.update_components(**pipe.components)
+    pipe.save_pretrained = lambda folder: stock.save_pretrained(
+        str(folder), overwrite_modular_index=True
+    )
+    return pipe
 
 
 def krea2(folder: Path) -> DiffusionPipeline:
@@ -521,6 +565,15 @@ TINY_FAMILIES = {
         original={  # its original layout is diffusers'
             "transformer_blocks.0.attn.to_q": ("transformer_blocks.0.attn.to_q",),
             "transformer_blocks.1.img_mlp.proj": ("transformer_blocks.1.img_mlp.proj",),
+        },
+    ),
+    "anima": TinyFamily(
+        make=anima,
+        one_layer="transformer_blocks.0.attn1.to_k",
+        original={
+            "blocks.0.self_attn.q_proj": ("transformer_blocks.0.attn1.to_q",),
+            "blocks.1.cross_attn.output_proj": ("transformer_blocks.1.attn2.to_out.0",),
+            "blocks.0.mlp.layer1": ("transformer_blocks.0.ff.net.0.proj",),
         },
     ),
     "krea2": TinyFamily(

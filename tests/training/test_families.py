@@ -35,6 +35,7 @@ from dreambooth_moslora.generation import offload as gpu_room
 from dreambooth_moslora.generation.image_params import GenerationParams, check_sides
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.generation.sampling import Sampler, SampleRequest, generate_images
+from dreambooth_moslora.lora import key_names
 from dreambooth_moslora.lora.describe import describe
 from dreambooth_moslora.plan.defaults import load_recipe
 from dreambooth_moslora.plan.plan import make_plan
@@ -143,9 +144,8 @@ def test_photos_become_files_that_say_what_they_are(trained):
     run = RunDir(config.output_dir)
     with safe_open(run.adapter_path, "pt") as opened:
         keys, header = set(opened.keys()), json.loads(opened.metadata()["moslora"])
-    assert {key.partition(".")[0] for key in keys} == {facts.denoiser} and header[
-        "mixer"
-    ] == "orthogonal"
+    prefix = "diffusion_model" if facts.original_names else facts.denoiser
+    assert {key.partition(".")[0] for key in keys} == {prefix} and header["mixer"] == "orthogonal"
     assert run.kohya_path.exists() == (facts.denoiser == "unet")
     assert f"{facts.pipeline}.from_pretrained" in run.read_card() and facts.title in run.read_card()
     assert describe(run.adapter_path)["modules"] == {facts.denoiser: len(keys) // 2}
@@ -593,7 +593,7 @@ def test_generate_and_the_cards_snippet_draw(case, whole, tmp_path, monkeypatch)
     code = code.replace("path/to/the/base", str(case.base)).replace(
         "path/to/this/folder", str(whole)
     )
-    code = re.sub(r'torch\.b?float16\)\.to\("cuda"\)', "torch.float32)", code)
+    code = re.sub(r'torch\.b?float16\)(\npipe)?\.to\("cuda"\)', "torch.float32)", code)
     code = code.replace(").images", ", num_inference_steps=1, height=64, width=64).images")
     scope = {}
     exec(code, scope)
@@ -670,7 +670,8 @@ def test_flags_of_diffusers_script_tests_work(name, base_of, photos, tmp_path):
     assert {path.name for path in tmp_path.glob("checkpoint*")} == {"checkpoint-6", "checkpoint-8"}
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as opened:
         keys, header = set(opened.keys()), json.loads(opened.metadata()["lora_adapter_metadata"])
-    assert {key.rpartition(".lora_")[0] for key in keys} == {f"transformer.{row.one_layer}"}
+    layer = key_names.format_published_name("transformer", row.one_layer, facts_named(name))
+    assert {key.rpartition(".lora_")[0] for key in keys} == {layer}
     assert header["transformer.target_modules"] == [row.one_layer]
 
 
