@@ -39,9 +39,10 @@ def list_files(base: Base, facts: FamilyFacts, part: str) -> list[Path]:
     is_other_vae = part == "vae" and base.vae
     is_denoiser = part == facts.denoiser
 
-    # A UNet's single file holds all models, a transformer's file the transformer alone.
+    # A UNet's single file holds all models, a transformer's file the transformer and few more.
     weights = []
-    if base.file and not is_other_vae and (is_denoiser or facts.style == "ddpm"):
+    is_in_file = is_denoiser or facts.style == "ddpm" or part in dict(facts.file_parts)
+    if base.file and not is_other_vae and is_in_file:
         weights = [base.file]
     elif folder:
         weights = model_files.list_weight_files(folder, None if is_other_vae else base.variant)

@@ -7,6 +7,7 @@ Pixels are (B, 3, H, W) in [-1, 1].
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -213,6 +214,8 @@ def load_around_file(
         parts[facts.denoiser] = load_denoiser_file(path, facts, dtype)
     home = model_files.find_configs(path) or facts.models[0].hub_id
     try:
+        for part, _ in facts.file_parts:
+            parts[part] = load_file_part(path, facts, part, dtype)
         return get_pipeline_class(facts).from_pretrained(home, **options, **parts)
     except OSError as error:
         raise UserError(explain_missing_parts(path, facts)) from error
@@ -233,15 +236,17 @@ def load_denoiser_file(path: Path, facts: FamilyFacts, dtype: torch.dtype) -> nn
     home = model_files.find_configs(path)
     kind = getattr(diffusers, facts.model)
     try:
-        # diffusers drops scales, and splits and renames weights: apply the scales first.
-        weights = load_single_file_checkpoint(str(path))
-        if model_files.group_quantized(path):
-            QuantizedFile(path).dequantize(weights, dtype)
+        weights = read_file_parts(path, facts, dtype)[facts.denoiser]
+        options = {}
+        if facts.counted_blocks:
+            blocks = (re.match(facts.counted_blocks, name) for name in weights)
+            options["num_layers"] = 1 + max(int(block[1]) for block in blocks if block)
         return kind.from_single_file(
             weights,
             config=str(home or facts.models[0].hub_id),
             subfolder=facts.denoiser,
             dtype=dtype,
+            **options,
         )
     except UserError:
         raise
@@ -253,6 +258,34 @@ def load_denoiser_file(path: Path, facts: FamilyFacts, dtype: torch.dtype) -> nn
             f"{path}: diffusers cannot read {facts.denoiser_name} from it: "
             f"{format_error(error, 300)}"
         ) from error
+
+
+def read_file_parts(
+    path: Path, facts: FamilyFacts, dtype: torch.dtype
+) -> dict[str, dict[str, Tensor]]:
+    """Return the dense weights of each part in a transformer's file. Raises UserError for an
+    unsupported quantized format."""
+    # diffusers drops scales, and splits and renames weights: apply the scales first.
+    weights = load_single_file_checkpoint(str(path))
+    if model_files.group_quantized(path):
+        QuantizedFile(path).dequantize(weights, dtype)
+
+    # Take out the other parts: diffusers would rename them as if they were the transformer's.
+    parts = {facts.denoiser: weights}
+    for part, prefix in facts.file_parts:
+        names = [name for name in weights if model_files.strip_prefix(name).startswith(prefix)]
+        parts[part] = {name.partition(prefix)[2]: weights.pop(name) for name in names}
+    return parts
+
+
+def load_file_part(path: Path, facts: FamilyFacts, part: str, dtype: torch.dtype) -> nn.Module:
+    """Load another part of a transformer's file. Raises OSError if its configuration is neither on
+    this machine nor fetched, and RuntimeError if the file does not fit it."""
+    kind = get_pipeline_class(facts)._get_signature_types()[part][0]
+    home = model_files.find_configs(path) or facts.models[0].hub_id
+    model = kind.from_config(kind.load_config(str(home), subfolder=part))
+    model.load_state_dict(read_file_parts(path, facts, dtype)[part])
+    return model.to(dtype)
 
 
 def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -> DiffusionPipeline:

@@ -22,6 +22,8 @@ HUB_NAME_PATTERN = re.compile(
 SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
 DENOISER_PREFIX = "model.diffusion_model."
 """Prefix of the denoiser's tensors in a whole checkpoint."""
+FILE_PREFIXES = (DENOISER_PREFIX, "net.")
+"""The same, and that of Cosmos, which Anima's files have."""
 QUANTIZED = re.compile(
     "SCB|weight_format|comfy_quant|scaled_fp8|scale_(weight|input)"
     r"|(weight|input|output|pre_quant)?_scale(_\w+)?"
@@ -198,7 +200,7 @@ def detect_file_facts(path: Path, tensors: Mapping[str, list[int]]) -> family_fa
         return family_facts.SDXL
 
     # Try the unsupported models first: some have tensors of a family.
-    shapes = {name.removeprefix(DENOISER_PREFIX): shape for name, shape in tensors.items()}
+    shapes = {strip_prefix(name): shape for name, shape in tensors.items()}
     for model in OTHER_MODELS:
         if model.is_match(path.stem, shapes):
             raise UserError(
@@ -213,6 +215,11 @@ def detect_file_facts(path: Path, tensors: Mapping[str, list[int]]) -> family_fa
         f"{path} holds weights of no family that is known here, but {min(shapes):.80}: "
         f"{format_file_advice()}."
     )
+
+
+def strip_prefix(name: str) -> str:
+    """Return the name of a denoiser's tensor without the prefix that it has in some files."""
+    return next((name.removeprefix(text) for text in FILE_PREFIXES if name.startswith(text)), name)
 
 
 def format_file_advice() -> str:

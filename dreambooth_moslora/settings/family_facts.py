@@ -129,6 +129,11 @@ class FamilyFacts:
     tile_px: int = 256  # Side of the smallest tiles in which its VAE works.
     marker_tensor: str = ""
     """Tensor by which this family's single files are recognised, in the layout of its authors."""
+    file_parts: tuple[tuple[str, str], ...] = ()
+    """Parts beside the transformer in a single file, and what begins the names of their tensors."""
+    counted_blocks: str = ""
+    """Pattern of a block's number in a single file, which may have more than the published model.
+    """
     models: tuple[PublishedModel, ...] = ()
     """Models whose sizes are known before a download (`benchmarks.family_memory`)."""
     original_names: tuple[tuple[str, str], ...] = ()
@@ -471,6 +476,8 @@ FAMILIES = (
         targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
         weighting_scheme="logit_normal",
         marker_tensor="llm_adapter.embed.weight",
+        file_parts=(("text_conditioner", "llm_adapter."),),
+        counted_blocks=r"(?:net\.)?blocks\.(\d+)\.",
         original_names=ANIMA_NAMES,
         loading=MODULAR_LOADING,
         decoder_bytes_per_pixel=6_930,

@@ -31,7 +31,7 @@ from dreambooth_moslora.generation.image_params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.plan import base_size
 from dreambooth_moslora.plan.plan import make_plan
-from dreambooth_moslora.settings.family_facts import FAMILIES
+from dreambooth_moslora.settings.family_facts import ANIMA_NAMES, FAMILIES
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.prepare import build_noise_schedule
@@ -442,7 +442,25 @@ def sd1_layout(pipe):
     return {prefix + name: value for prefix, part in parts.items() for name, value in part.items()}
 
 
-LAYOUTS = {"z_image": lambda pipe: z_image_layout(pipe.transformer.state_dict()), "sd1": sd1_layout}
+def anima_layout(pipe):
+    """As in circlestone-labs' files, which hold the text conditioner too."""
+    names = {"norm_q": "q_norm", "norm_k": "k_norm", "time_embed.norm": "t_embedding_norm"}
+    tensors = {
+        f"net.llm_adapter.{name}": value
+        for name, value in pipe.text_conditioner.state_dict().items()
+    }
+    for name, value in pipe.transformer.state_dict().items():
+        for text, original in (*ANIMA_NAMES, *names.items()):
+            name = name.replace(text, original)
+        tensors[f"net.{name}"] = value
+    return tensors
+
+
+LAYOUTS = {
+    "anima": anima_layout,
+    "z_image": lambda pipe: z_image_layout(pipe.transformer.state_dict()),
+    "sd1": sd1_layout,
+}
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -456,7 +474,9 @@ def family_file(request, tmp_path):
     }
     save_file(tensors, tmp_path / "model.safetensors")
     facts = next(facts for facts in FAMILIES if facts.name == request.param)
-    parts = (facts.denoiser,) if facts.style == "flow" else (facts.denoiser, "vae", "text_encoder")
+    parts = (facts.denoiser, *dict(facts.file_parts))
+    if facts.style != "flow":
+        parts = (facts.denoiser, "vae", "text_encoder")
 
     def list_weights(folder, names):
         return [
@@ -502,10 +522,28 @@ def test_a_file_without_its_other_parts_names_its_family(
     shutil.rmtree(file.with_suffix(""))
     assert base_size.find_base_size(Base.find(file), ()).family is Base.find(file).facts is facts
     message = "configs that belong to them could not be fetched"
-    with pytest.raises(
-        UserError, match=message if facts.style == "ddpm" else "holds Z-Image's transformer alone"
-    ):
+    if facts.style == "flow":
+        message = f"holds {facts.title}'s transformer alone"
+    with pytest.raises(UserError, match=message):
         load.load_pipeline(file)
+
+
+@pytest.mark.parametrize("family_file", ["anima"], indirect=True)
+def test_a_file_of_anima_has_its_conditioner_and_its_own_depth(family_file, tmp_path):
+    """Some fine-tunes have more blocks than the configuration."""
+    _, folder, file = family_file
+    tensors = load_file(file)
+    deeper = {name.replace("blocks.1.", "blocks.2."): value for name, value in tensors.items()}
+    kept = {name: value for name, value in deeper.items() if "llm_adapter" not in name}
+    save_file({**tensors, **kept}, file)
+    pipe, truth = load.load_pipeline(file), load.load_pipeline(folder)
+    assert len(pipe.transformer.transformer_blocks) == 3
+    ours, theirs = (part.text_conditioner.state_dict() for part in (pipe, truth))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert torch.equal(
+        pipe.transformer.transformer_blocks[2].attn1.to_q.weight,
+        truth.transformer.transformer_blocks[1].attn1.to_q.weight,
+    )
 
 
 @pytest.mark.parametrize("name", [name for name, row in TINY_FAMILIES.items() if row.file_type])
