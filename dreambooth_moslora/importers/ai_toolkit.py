@@ -55,7 +55,7 @@ PLACEHOLDER = "[trigger]"
 
 
 FAMILIES = {
-    **dict.fromkeys(("sd1", "sdxl", "flux", "qwen_image", "krea2", "lumina2"), None),
+    **dict.fromkeys(("sd1", "sdxl", "flux", "qwen_image", "krea2", "lumina2", "anima"), None),
     "is_xl": "sdxl",
     "is_flux": "flux",
     "sd3": "sd3",

@@ -51,6 +51,7 @@ NETWORK_MODULES: dict[str, tuple[str | None, tuple[str, ...] | None]] = {
     "networks.lora_zimage": ("z_image", ("layers.*.attention.*", "layers.*.feed_forward.*")),
     "networks.lora_qwen_image": ("qwen_image", ("*transformer_blocks.*.attn.*", "*_mlp.*")),
     "networks.lora_krea2": ("krea2", TRANSFORMER_BLOCKS),
+    "networks.lora_anima": ("anima", ("transformer_blocks.*.attn*", "transformer_blocks.*.ff.*")),
 }
 """`network_module` -> the family that it is for, and the layers that it adapts."""
 NETWORK_NAMES = dict.fromkeys(NETWORK_MODULES)
@@ -512,7 +513,7 @@ def set_flow_levels(
     """Store how the noise levels of a flow are drawn."""
     settings = translation.settings
     shift = settings.pop("flow_shift", {"flux": 3.0, "lumina2": 6.0}.get(str(family), 1.0))
-    default = "shift" if family == "lumina2" else "sigma"
+    default = {"lumina2": "shift", "anima": "sigmoid"}.get(str(family), "sigma")
     kind = str(values.get("timestep_sampling") or default)
     if kind == "sigma":
         # As in diffusers' scripts: our own settings, and errors of the latents for SD 3.5

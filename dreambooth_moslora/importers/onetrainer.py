@@ -65,6 +65,7 @@ FAMILIES = {
     "QWEN": "qwen_image",
     "KREA_2": "krea2",
     "SANA": "sana",
+    "ANIMA": "anima",
 }
 """Start of `model_type` -> family."""
 SCHEDULES = {
@@ -86,6 +87,7 @@ FEED_FORWARD = {
     "flux": ["*ff.net*", "*proj_mlp*"],
     "qwen_image": ["*img_mlp*", "*txt_mlp*"],
     "krea2": ["transformer_blocks.*.ff.*"],
+    "anima": ["*ff*"],
 }
 FILTER_PRESETS = {
     "sdxl": {"attn-mlp": ["*attentions*"], "full": UNET_BLOCKS},

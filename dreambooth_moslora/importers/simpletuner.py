@@ -60,6 +60,11 @@ HUB_IDS = {
     },
     "z_image": {"": "Tongyi-MAI/Z-Image-Turbo", "base": "Tongyi-MAI/Z-Image"},
     "qwen_image": {"": "Qwen/Qwen-Image-2512", "v1.0": "Qwen/Qwen-Image"},
+    "anima": {
+        "": "CalamitousFelicitousness/Anima-Preview-3-sdnext-diffusers",
+        "release": "circlestone-labs/Anima-Base-v1.0-Diffusers",
+        "base-v1.0": "circlestone-labs/Anima-Base-v1.0-Diffusers",
+    },
     "krea2": {"": "krea/Krea-2-Raw", "turbo": "krea/Krea-2-Turbo"},
     "lumina2": {"": "Alpha-VLLM/Lumina-Image-2.0"},
     "sana": {

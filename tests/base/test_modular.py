@@ -11,7 +11,7 @@ from diffusers.loaders.single_file_utils import (
     convert_cosmos_transformer_checkpoint_to_diffusers,
 )
 from diffusers.modular_pipelines.anima.encoders import encode_vae_image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.base import load, model_files
 from dreambooth_moslora.base.base import Base
@@ -212,3 +212,25 @@ def test_comfyui_patches_the_same_weights_by_the_same(base, adapter):
         layer = subject.pipeline.transformer.get_submodule(key.removesuffix(".weight"))
         (adapter_name,) = layer.lora_A
         assert torch.equal(layer.get_delta_weight(adapter_name), patch)
+
+
+def test_a_file_of_sd_scripts_is_a_start(base, photos, tmp_path):
+    name = "lora_unet_blocks_0_cross_attn_output_proj"
+    down, up = torch.randn(4, 32), torch.randn(32, 4)
+    save_file(
+        {
+            f"{name}.lora_down.weight": down,
+            f"{name}.lora_up.weight": up,
+            f"{name}.alpha": torch.tensor(2.0),
+        },
+        tmp_path / "start.safetensors",
+    )
+    layer = "transformer_blocks.0.attn2.to_out.0"
+    settings = {"rank": 4, "max_train_steps": 1, "learning_rate": 1e-9, "target_modules": (layer,)}
+    start = str(tmp_path / "start.safetensors")
+    train(tiny_config(base, photos, tmp_path / "run", init_adapter=start, **settings))
+    tensors = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
+    original = "diffusion_model.blocks.0.cross_attn.output_proj.lora_"
+    assert tensors.keys() == {f"{original}A.weight", f"{original}B.weight"}
+    change = tensors[f"{original}B.weight"] @ tensors[f"{original}A.weight"]
+    torch.testing.assert_close(change, 2 / 4 * up @ down, rtol=1e-4, atol=1e-4)

@@ -27,6 +27,10 @@ MEANINGS = {
         ("sigmoid", "flux_shift"): {"weighting_scheme": "none", "shift_timesteps": True},
         ("noise_scheduler: flowmatch", ""): {"weighting_scheme": None},
         ("is_flux: true", "arch: zimage"): {"target_modules": ("layers.*",)},
+        ("is_flux: true", "arch: anima"): {
+            "target_modules": ("*transformer_blocks.*",),
+            "weighting_scheme": "logit_normal",
+        },
         ("is_flux: true", "is_xl: true"): {
             "target_modules": LINEAR_UNET_LAYERS,
             "weighting_scheme": None,
@@ -79,6 +83,11 @@ MEANINGS = {
             "shift_timesteps": True,
             "flow_shift": None,
         },
+        ("networks.lora", "networks.lora_anima"): {
+            "weighting_scheme": "logit_normal",
+            "flow_shift": 1.0,
+            "target_modules": ("transformer_blocks.*.attn*", "transformer_blocks.*.ff.*"),
+        },
         ('networks.lora"\nnetwork_dim', 'networks.lora_zimage"\ndit = "z.safetensors"\n#'): {
             "target_modules": ("layers.*.attention.*", "layers.*.feed_forward.*"),
             "flow_shift": 1.0,
@@ -92,6 +101,7 @@ MEANINGS = {
             "flow_shift": 1.0,
             "target_modules": ("*attn*", "*ff.net*", "*proj_mlp*"),
         },
+        (SDXL_TYPE, '"ANIMA"'): {"target_modules": ("*attn*", "*ff*"), "flow_shift": 1.0},
         (
             SDXL_TYPE,
             '"FLUX_DEV_1", "timestep_distribution": "LOGIT_NORMAL", "noising_bias": 0.5, '
@@ -122,6 +132,9 @@ MEANINGS = {
         ('"z_image"', '"flux", "--flow_schedule_auto_shift": true'): {"flow_shift": 3.0},
         ('"z_image"', '"sdxl"'): {"weighting_scheme": None, "flow_shift": None},
         ('"z_image"', '"sd3"'): {"precondition_outputs": False},
+        ('z_image", "--model_flavour": "base"', 'anima", "--model_flavour": "release"'): {
+            "pretrained_model_name_or_path": "circlestone-labs/Anima-Base-v1.0-Diffusers"
+        },
         ("adamw_bf16", "prodigy"): PRODIGY,
     },
 }
