@@ -50,7 +50,8 @@ from dreambooth_moslora.plan.memory import (
     estimate_memory,
 )
 from dreambooth_moslora.settings.family_facts import FAMILIES, UNET_SETTINGS, FamilyFacts
-from dreambooth_moslora.settings.train_config import MEMORY_PLANS, TrainConfig
+from dreambooth_moslora.settings.memory_presets import MEMORY_PLANS
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training.adapters import add_adapters
 
 __all__ = [

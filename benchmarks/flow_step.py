@@ -31,7 +31,7 @@ from dreambooth_moslora.plan.base_size import compute_base_size
 from dreambooth_moslora.plan.distributed import PRECISION_DTYPES
 from dreambooth_moslora.plan.memory import estimate_memory
 from dreambooth_moslora.settings.family_facts import FamilyFacts
-from dreambooth_moslora.settings.train_config import MEMORY_PLANS
+from dreambooth_moslora.settings.memory_presets import MEMORY_PLANS
 from dreambooth_moslora.training.prepare import TrainInputs
 from dreambooth_moslora.training.step import TrainStep
 

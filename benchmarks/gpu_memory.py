@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from benchmarks.meta_count import GIB, Count, Counter, count_bytes, patch_attention
 from benchmarks.sdxl_structure import build_sdxl_unet
-from dreambooth_moslora.settings.train_config import MEMORY_PLANS, TrainConfig
+from dreambooth_moslora.settings.memory_presets import MEMORY_PLANS
+from dreambooth_moslora.settings.train_config import TrainConfig
 
 __all__ = [
     "build_adapted_unet",

@@ -21,7 +21,8 @@ from PIL import Image
 from benchmarks.gpu_memory import estimate_total_gib
 from benchmarks.random_sdxl import build_random_sdxl
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.settings.train_config import MEMORY_PLANS, TrainConfig
+from dreambooth_moslora.settings.memory_presets import MEMORY_PLANS
+from dreambooth_moslora.settings.train_config import TrainConfig
 
 __all__ = ["main"]
 

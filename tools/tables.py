@@ -18,16 +18,12 @@ from dreambooth_moslora.importers import ai_toolkit, diffusers, kohya, onetraine
 from dreambooth_moslora.importers.rows import Ignored, Row, Table, Unsupported
 from dreambooth_moslora.settings.family_facts import UNET_SETTINGS
 from dreambooth_moslora.settings.field_facts import Prompt, Subject
+from dreambooth_moslora.settings.memory_presets import MEMORY_PLANS
 from dreambooth_moslora.settings.metric_kinds import METRICS
 from dreambooth_moslora.settings.optimizers import OPTIMIZERS
-from dreambooth_moslora.settings.train_config import (
-    FIELD_TYPES,
-    GROUPS,
-    MEMORY_PLANS,
-    TrainConfig,
-    get_flag_name,
-    list_flags,
-)
+from dreambooth_moslora.settings.parsing import FIELD_TYPES
+from dreambooth_moslora.settings.setting_names import GROUPS, get_flag_name, list_flags
+from dreambooth_moslora.settings.train_config import TrainConfig
 
 __all__ = ["main", "render_pages", "render_settings"]
 
@@ -36,7 +32,7 @@ PACKAGE = DOCS.parent / "dreambooth_moslora"
 TABLE_PATTERN = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 PAGE_HEAD = """# All settings
 
-`python -m tools.tables` writes this page from `dreambooth_moslora/settings/train_config.py`. Each
+`python -m tools.tables` writes this page from `dreambooth_moslora/settings/setting_rows.py`. Each
 setting is a flag (`--rank 8`), a name in a `--config` file (`rank = 8`), a field of `TrainConfig`,
 and a line of `--help`. The last column says whether a published adapter tells its value: always, or
 only if it differs from the default.

@@ -17,7 +17,7 @@ from dreambooth_moslora.cli import one_word, terminal, train_flags
 from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.errors import UserError, escape_control_characters
 from dreambooth_moslora.plan.defaults import choose_bucket_step
-from dreambooth_moslora.settings import train_config
+from dreambooth_moslora.settings import setting_names, train_config
 from dreambooth_moslora.settings.family_facts import SDXL_HUB_ID
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def check_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write name.mask.png beside photos without a mask",
     )
-    train_flags.add_training_flags(parser, hidden=train_config.SETTINGS)
+    train_flags.add_training_flags(parser, hidden=setting_names.SETTINGS)
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -160,7 +160,7 @@ def caption_arguments(parser: argparse.ArgumentParser) -> None:
         help='rare word and class, "sks dog": "a photo of a sks dog …"',
     )
     parser.add_argument(
-        *train_config.list_flags("pretrained_model_name_or_path"),
+        *setting_names.list_flags("pretrained_model_name_or_path"),
         dest="base",
         metavar="TEXT",
         default=SDXL_HUB_ID,
@@ -170,7 +170,7 @@ def caption_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--caption_model",
         metavar="TEXT",
-        help=train_config.SETTINGS["caption_model"].metadata["help"],
+        help=setting_names.SETTINGS["caption_model"].metadata["help"],
     )
     parser.add_argument(
         "--describe",

@@ -21,7 +21,13 @@ from dreambooth_moslora.errors import UserError, escape_control_characters
 from dreambooth_moslora.photos.folder import build_photo_report, log_strays, require_photo_folder
 from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan.validation import check_references, require_output_folder
-from dreambooth_moslora.settings import config_files, metric_kinds, subject_kinds, train_config
+from dreambooth_moslora.settings import (
+    config_files,
+    metric_kinds,
+    setting_names,
+    subject_kinds,
+    train_config,
+)
 from dreambooth_moslora.settings.family_facts import get_text_options
 from dreambooth_moslora.training import run_advice
 from dreambooth_moslora.training.run_metrics import RunMetrics, load_run_metrics
@@ -52,7 +58,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="the real photos (default: those that the run was trained on)",
     )
     parser.add_argument(
-        *train_config.list_flags("pretrained_model_name_or_path"),
+        *setting_names.list_flags("pretrained_model_name_or_path"),
         dest="base",
         metavar="BASE",
         help='base model (default: what the run or the file says; "toy" is the embedded one)',

@@ -37,7 +37,7 @@ from dreambooth_moslora.disk.paths import find_asset, get_public_name
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError, escape_control_characters
 from dreambooth_moslora.plan import agreement, defaults
-from dreambooth_moslora.settings import train_config
+from dreambooth_moslora.settings import parsing, setting_names, train_config
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -91,7 +91,7 @@ def run_train(argv: list[str], prog: str = SCRIPT) -> int:
         return code
 
 
-@train_config.name_arguments_in_errors()
+@setting_names.name_arguments_in_errors()
 def train_subject(
     photos: str | Path,
     word: str,
@@ -113,7 +113,7 @@ def train_subject(
     The result's `run_dir` holds the adapter, `runs/dog` or a free name like it. Raises UserError.
     """
     # Check the user's settings before choosing the rest.
-    user_settings = train_config.parse_settings(settings)
+    user_settings = parsing.parse_settings(settings)
     choices = one_word.choose_settings([str(photos), word], user_settings, has_recipe=False)
     for line in filter(None, choices.closing_lines):
         logger.warning("%s", line)

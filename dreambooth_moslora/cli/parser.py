@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.importers.flags import translate_flags
-from dreambooth_moslora.settings import field_facts, train_config
+from dreambooth_moslora.settings import field_facts, setting_names
 
 DEVICE_HINT = "a GPU is used if there is one; CUDA_VISIBLE_DEVICES in the environment chooses one"
 """End of the message for a flag that names a device."""
@@ -31,12 +31,12 @@ def describe_unknown_flag(word: str, flag_names: Collection[str] = ()) -> str:
     # Look for a mistyped flag.
     if name in ("device", "gpu", "gpus"):
         return f"unknown flag {flag}: {DEVICE_HINT}."
-    flag_names = flag_names or {*train_config.SETTINGS, *train_config.ALIASES}
-    nearest = train_config.GUESSES.get(name)
+    flag_names = flag_names or {*setting_names.SETTINGS, *setting_names.ALIASES}
+    nearest = setting_names.GUESSES.get(name)
     if nearest not in flag_names:
         nearest = field_facts.find_nearest_name(name.removeprefix("no_"), flag_names)
     if nearest:
-        return f"unknown flag {flag}: did you mean --{train_config.get_flag_name(nearest)}?"
+        return f"unknown flag {flag}: did you mean --{setting_names.get_flag_name(nearest)}?"
     return f"unknown flag {flag}; see --help."
 
 

@@ -19,7 +19,7 @@ from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.importers.files import load_config
 from dreambooth_moslora.importers.rows import format_report, require_supported
-from dreambooth_moslora.settings import train_config
+from dreambooth_moslora.settings import parsing, setting_names
 from dreambooth_moslora.settings.field_facts import COMMAND_WORDS, Prompt, Subject
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def build_train_parser(prog: str = SCRIPT, hidden: Collection[str] = ()) -> Comm
     # The short help comes from a parser that hides most settings. argparse's action `version`
     # prints any text and exits.
     if not hidden:
-        rare_settings = train_config.SETTINGS.keys() - {*DAILY_FLAGS}
+        rare_settings = setting_names.SETTINGS.keys() - {*DAILY_FLAGS}
         parser.add_argument(
             "-h",
             "--help",
@@ -108,7 +108,7 @@ def add_training_flags(parser: CommandParser, hidden: Collection[str] = ()) -> N
         help="plan for a GPU with this memory that is elsewhere (Nvidia, Ampere or newer), for "
         "--dry_run and `check`",
     )
-    settings = train_config.SETTINGS.values()
+    settings = setting_names.SETTINGS.values()
     for title, items in groupby(settings, lambda item: item.metadata["group"]):
         group = parser.add_argument_group(title)
         for item in items:
@@ -117,7 +117,7 @@ def add_training_flags(parser: CommandParser, hidden: Collection[str] = ()) -> N
 
 def add_flag(group: Any, item: Field, *, is_hidden: bool = False) -> None:
     """Add the flag of a setting to a parser's group; a hidden one is left out of the help."""
-    kind = train_config.FIELD_TYPES[item.name][0]
+    kind = parsing.FIELD_TYPES[item.name][0]
     facts = item.metadata
     default = item.default
 
@@ -128,7 +128,7 @@ def add_flag(group: Any, item: Field, *, is_hidden: bool = False) -> None:
     help_text = argparse.SUPPRESS if is_hidden else help_text.replace("%", "%%")
 
     # An absent flag sets no attribute, so that a file's setting applies.
-    names = train_config.list_flags(item.name)
+    names = setting_names.list_flags(item.name)
     options: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": help_text}
     if kind is bool:
         group.add_argument(*names, nargs="?", const=True, metavar="true|false", **options)
@@ -168,18 +168,18 @@ def resolve_settings(
 
     # A flag may replace another setting of the file, such as the photos by another source of
     # photos. A switch that is turned off replaces none.
-    flags = train_config.parse_settings(flags)
+    flags = parsing.parse_settings(flags)
     flag_names = {name for name, value in flags.items() if value is not False}
     if without_words:
         flag_names.add(COMMAND_WORDS)
     settings = {}
     for name, value in file_settings.items():
-        item = train_config.SETTINGS.get(name)
+        item = setting_names.SETTINGS.get(name)
         if item is None or not flag_names.intersection(item.metadata["yields_to"]):
             settings[name] = value
         elif name == "subjects":
             logger.warning("note: the subjects in %s are left out, as others are given", file)
-    return train_config.parse_settings(settings | flags), bool(file)
+    return parsing.parse_settings(settings | flags), bool(file)
 
 
 def require_settings(settings: Mapping[str, Any]) -> None:
@@ -188,7 +188,7 @@ def require_settings(settings: Mapping[str, Any]) -> None:
     needed = ["pretrained_model_name_or_path"]
     if not settings.get("subjects"):
         needed += ["instance_prompt", "instance_data_dir"]
-    missing = [f"--{train_config.get_flag_name(name)}" for name in needed if name not in settings]
+    missing = [f"--{setting_names.get_flag_name(name)}" for name in needed if name not in settings]
     if missing:
         raise UserError(
             f"missing: {', '.join(missing)}; give it as a flag or in a --config file, "

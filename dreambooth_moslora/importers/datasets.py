@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.importers.rows import Table, Translation
-from dreambooth_moslora.settings import train_config
+from dreambooth_moslora.settings import setting_names
 
 REPEATS_FOLDER = re.compile(r"(?P<repeats>\d+)_(?P<name>.+)")
 """Folder of sd-scripts: `10_sks dog` is shown ten times an epoch; its name is the caption."""
-SUBJECT_SETTINGS = train_config.list_settings("per_subject")
+SUBJECT_SETTINGS = setting_names.list_settings("per_subject")
 
 
 def list_repeats_folders(parent: Path) -> list[tuple[Path, str, int]]:

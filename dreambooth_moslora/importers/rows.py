@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings import train_config
+from dreambooth_moslora.settings import parsing, setting_names
 
 UNSET_VALUES = (None, False, 0, "", (), [], {}, "none", "None", "NONE")
 """Values with which an option of another trainer is turned off."""
@@ -96,7 +96,7 @@ class Translation:
         value = self.settings[name]
         is_silent = self.sources.get(name, DEFAULT_SOURCE) == DEFAULT_SOURCE
         is_off = value in (None, False)
-        return value == train_config.SETTINGS[name].default and (is_silent or is_off)
+        return value == setting_names.SETTINGS[name].default and (is_silent or is_off)
 
     def translate_values(self, table: Table, values: Mapping[str, Any]) -> None:
         """Translate the values of a flat mapping by the rows of a table."""
@@ -126,7 +126,7 @@ class Translation:
                 if not isinstance(converted, Mapping):
                     setting = row.setting or key.rpartition(".")[2]
                     converted = {} if converted is None else {setting: converted}
-                self.set_values(train_config.parse_settings(converted), text)
+                self.set_values(parsing.parse_settings(converted), text)
             except (UnsupportedValueError, UserError) as error:
                 add_text(self.unsupported, f"{text}: {error}".rstrip("."))
             except (TypeError, ValueError, OverflowError):
@@ -193,7 +193,7 @@ def wrap_line(line: str) -> list[str]:
 
 def format_setting(name: str, value: Any) -> str:
     """Return a setting as a flag with its value, as it is written in a command."""
-    flag = train_config.get_flag_name(name)
+    flag = setting_names.get_flag_name(name)
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no_{flag}"
     if name == "subjects":

@@ -6,7 +6,7 @@ from typing import Any
 
 from dreambooth_moslora.importers.datasets import complete_subjects, translate_datasets
 from dreambooth_moslora.importers.rows import DEFAULT_SOURCE, Table, Translation
-from dreambooth_moslora.settings.train_config import SETTINGS
+from dreambooth_moslora.settings.setting_names import SETTINGS
 
 COMMON_DEFAULTS = {
     "mixer": "none",

@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.errors import UserError, format_validation_error
-from dreambooth_moslora.settings import config_files, family_facts, rules, train_config
+from dreambooth_moslora.settings import config_files, family_facts, parsing, rules, train_config
 
 DORA_READERS = {
     "this program, LyCORIS": "what was trained",
@@ -155,7 +155,7 @@ def parse_text_options(header: Mapping[str, str]) -> dict[str, Any]:
         # An invalid value is left out: anyone may have written the header.
         if name in metadata.recipe:
             with suppress(UserError):
-                options |= train_config.parse_settings({name: metadata.recipe[name]})
+                options |= parsing.parse_settings({name: metadata.recipe[name]})
     return options
 
 

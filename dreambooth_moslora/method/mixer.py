@@ -89,7 +89,7 @@ INITIALIZERS: dict[str, Callable[[torch.Tensor, torch.Generator], None]] = {
     "identity": init_identity,
     "butterfly": init_butterfly,
 }
-"""Kind -> function that initializes M (r, r) in place by the generator. `train_config.MIXERS` lists
+"""Kind -> function that initializes M (r, r) in place by the generator. `setting_rows.MIXERS` lists
 the kinds."""
 
 

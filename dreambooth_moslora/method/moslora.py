@@ -21,7 +21,7 @@ from torch import nn
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.method import mixer
-from dreambooth_moslora.settings.train_config import MIXERS
+from dreambooth_moslora.settings.setting_rows import MIXERS
 
 
 def get_unwrapped_model(model: nn.Module) -> nn.Module:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from dreambooth_moslora.base import devices
 from dreambooth_moslora.base.devices import get_world_size
-from dreambooth_moslora.settings import train_config
+from dreambooth_moslora.settings import parsing, setting_names, train_config
 
 Result = TypeVar("Result")
 
@@ -37,9 +37,9 @@ def check_same_settings(config: train_config.TrainConfig) -> None:
 
 def format_settings(settings: Mapping[str, Any]) -> str:
     """Return a line for each setting that the processes must share, also for defaults."""
-    excluded = {*train_config.list_settings("secret"), *train_config.list_settings("per_process")}
-    defaults = {name: item.default for name, item in train_config.SETTINGS.items()}
-    values = defaults | train_config.parse_settings(settings)
+    excluded = {*setting_names.list_settings("secret"), *setting_names.list_settings("per_process")}
+    defaults = {name: item.default for name, item in setting_names.SETTINGS.items()}
+    values = defaults | parsing.parse_settings(settings)
     return "\n".join(
         f"--{name} {value!r}" for name, value in values.items() if name not in excluded
     )

@@ -24,8 +24,9 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan.steps import plan_steps
 from dreambooth_moslora.settings import config_files, family_facts, field_facts, toy_bases
 from dreambooth_moslora.settings.metric_kinds import CLIP_REPO, DINO_REPO, SFACE
+from dreambooth_moslora.settings.setting_names import EXCLUSIONS, get_flag_name
 from dreambooth_moslora.settings.subject_kinds import SUBJECT_KINDS
-from dreambooth_moslora.settings.train_config import EXCLUSIONS, TrainConfig, get_flag_name
+from dreambooth_moslora.settings.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from dreambooth_moslora.photos.folder import PhotoReport

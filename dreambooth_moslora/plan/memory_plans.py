@@ -1,5 +1,5 @@
 """Choose the memory plan of `--memory`: precision, recomputation, caching and quantisation, by a
-row of `settings.train_config.MEMORY_PLANS`.
+row of `settings.memory_presets.MEMORY_PLANS`.
 
 It only adds to the user's settings; on a GPU it also chooses half precision, unless the user set
 one. `auto` is the first plan that is possible and fits the GPU's free memory; without a GPU it is
@@ -30,7 +30,13 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan.agreement import get_min_free_gib
 from dreambooth_moslora.plan.base_size import BaseSize, find_base_size
 from dreambooth_moslora.plan.memory import estimate_memory, estimate_streamed_gib
-from dreambooth_moslora.settings import family_facts, rules, train_config
+from dreambooth_moslora.settings import (
+    family_facts,
+    memory_presets,
+    rules,
+    setting_names,
+    train_config,
+)
 
 MIN_CHECKED_GIB = 2.0
 """Runs that need less fit every GPU: then neither the driver is asked nor PyTorch loaded."""
@@ -80,7 +86,7 @@ def read_saved_plan(config: train_config.TrainConfig) -> dict[str, Any] | None:
         saved = read_json(run_dir.config_path)
         if saved.get("memory") == config.memory:
             # What a word of `--memory` decides, but for what was given.
-            plan_settings = train_config.SETTINGS["memory"].metadata["replaces"]
+            plan_settings = setting_names.SETTINGS["memory"].metadata["replaces"]
             names = [name for name in plan_settings if not rules.format_flag(config, name)]
             return {name: saved[name] for name in names if name in saved}
     return None
@@ -88,8 +94,8 @@ def read_saved_plan(config: train_config.TrainConfig) -> dict[str, Any] | None:
 
 def reset_plan_settings(config: train_config.TrainConfig) -> train_config.TrainConfig:
     """Return the settings with the defaults in place of those of a plan."""
-    names = [name for name in train_config.MEMORY_PLAN_SETTINGS if name != "images_at_once"]
-    return replace(config, **{name: train_config.SETTINGS[name].default for name in names})
+    names = [name for name in memory_presets.MEMORY_PLAN_SETTINGS if name != "images_at_once"]
+    return replace(config, **{name: setting_names.SETTINGS[name].default for name in names})
 
 
 def choose_precision_settings(
@@ -125,7 +131,7 @@ def choose_plan(config: train_config.TrainConfig, size: BaseSize, free_gib: floa
     if config.memory != "auto":
         return config.memory
     if free_gib is None:
-        return next(iter(train_config.MEMORY_PLANS))
+        return next(iter(memory_presets.MEMORY_PLANS))
     needs = estimate_plans(replace(config, **list_pass_settings(config)[-1]), size)
     fitting = [name for name, gib in needs.items() if gib <= USABLE_RATIO * free_gib]
     return fitting[0] if fitting else list(needs)[-1]
@@ -151,7 +157,7 @@ def list_pass_settings(config: train_config.TrainConfig) -> list[dict[str, int]]
 
 def get_plan_settings(config: train_config.TrainConfig, name: str) -> dict[str, Any]:
     """Return the settings that the plan adds to the user's; a quantisation of the user stays."""
-    plan = dict(train_config.MEMORY_PLANS[name])
+    plan = dict(memory_presets.MEMORY_PLANS[name])
     if config.base_quantization != "none":
         plan.pop("base_quantization", None)
     return plan
@@ -160,7 +166,7 @@ def get_plan_settings(config: train_config.TrainConfig, name: str) -> dict[str, 
 def estimate_plans(config: train_config.TrainConfig, size: BaseSize) -> dict[str, float]:
     """Return {plan: peak memory in GiB}, for the plans that these settings and packages allow."""
     needs = {}
-    for name, plan in train_config.MEMORY_PLANS.items():
+    for name, plan in memory_presets.MEMORY_PLANS.items():
         if not is_plan_possible(name, config, size.family):
             continue
         tried = replace(config, **get_plan_settings(config, name))
@@ -182,7 +188,7 @@ def is_plan_possible(
 ) -> bool:
     """Return whether a run can take this plan, with its settings, its family and the installed
     packages."""
-    plan = train_config.MEMORY_PLANS[name]
+    plan = memory_presets.MEMORY_PLANS[name]
     # Apple's attention keeps all scores unless blocks are recomputed; it has no bitsandbytes, and
     # its GPU computes in the host's memory.
     is_in_4_bit, is_streamed = plan.get("base_quantization") == "nf4", "stream_blocks" in plan
@@ -213,7 +219,7 @@ def find_leaner_settings(
 
     # Go on after the leanest plan whose settings the run has.
     later = []
-    for name, plan in train_config.MEMORY_PLANS.items():
+    for name, plan in memory_presets.MEMORY_PLANS.items():
         settings = get_plan_settings(config, name)
         if all(getattr(config, key) == value for key, value in settings.items()):
             later = []
@@ -224,7 +230,7 @@ def find_leaner_settings(
 
     # Layers in 8 bit cannot become those in 4 bit, which take less: they come last.
     name = min(
-        later, key=lambda name: train_config.MEMORY_PLANS[name].get("base_quantization") == "int8"
+        later, key=lambda name: memory_presets.MEMORY_PLANS[name].get("base_quantization") == "int8"
     )
 
     # A block that is recomputed as a whole would recompute its feed-forward part twice.

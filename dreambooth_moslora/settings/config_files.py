@@ -16,13 +16,9 @@ from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.disk.processes import JOB_CONFIG_NAME
 from dreambooth_moslora.disk.run_folder import SETTINGS_NAME
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings.train_config import (
-    ALIASES,
-    FIELD_TYPES,
-    SETTINGS,
-    TrainConfig,
-    list_settings,
-)
+from dreambooth_moslora.settings.parsing import FIELD_TYPES
+from dreambooth_moslora.settings.setting_names import ALIASES, SETTINGS, list_settings
+from dreambooth_moslora.settings.train_config import TrainConfig
 
 RUN_SETTINGS_NAMES = (SETTINGS_NAME, JOB_CONFIG_NAME)
 """Files in which a run stores its settings."""

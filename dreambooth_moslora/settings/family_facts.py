@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings.train_config import list_settings
+from dreambooth_moslora.settings.setting_names import list_settings
 
 PX_PER_TOKEN = 16 * 16
 """Pixels of an image token of a transformer."""

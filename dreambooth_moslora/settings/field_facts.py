@@ -94,7 +94,7 @@ def find_pattern_value(patterns: Iterable[str], flag: str, path: str) -> float |
 Prompt = NewType("Prompt", str)
 """Text that may hold commas: a list of prompts is not split at them."""
 Subject = NewType("Subject", Any)
-"""A `train_config.SubjectTable`; before conversion, a mapping of its settings."""
+"""A `parsing.SubjectTable`; before conversion, a mapping of its settings."""
 COMMAND_WORDS = "words"
 """In `FieldFacts.yields_to`: a folder and a word on the command line, `train photos/dog dog`."""
 IgnoredCases = tuple[tuple[str, Callable[[Any], object]], ...]

@@ -31,7 +31,7 @@ from dreambooth_moslora.disk.run_folder import OPTIMIZER_NAME, POSITION_NAME, Po
 from dreambooth_moslora.disk.safetensors_header import read_header
 from dreambooth_moslora.errors import UserError, format_error
 from dreambooth_moslora.lora import metadata, raw_file
-from dreambooth_moslora.settings import train_config
+from dreambooth_moslora.settings import setting_names, train_config
 from dreambooth_moslora.settings.family_facts import DENOISERS
 from dreambooth_moslora.training.optimizer import (
     copy_into,
@@ -309,7 +309,7 @@ def compare_settings(
         yield alpha_name, facts.alphas.get(module, facts.alpha), alpha
 
     # The settings that the table says have to be the same. Without a mixer none is trained.
-    for name in train_config.list_settings("same_on_resume"):
+    for name in setting_names.list_settings("same_on_resume"):
         if name != "train_mixer" or config.mixer != "none":
             yield name, getattr(facts, name), getattr(config, name)
 
@@ -338,7 +338,7 @@ def list_changes(
     for name, value in now.items():
         if name in before and name not in SINGLE_START_SETTINGS and before[name] != value:
             change = f"{format_setting(before[name])} -> {format_setting(value)}"
-            lines.append(f"{train_config.get_flag_name(name)}: {change}")
+            lines.append(f"{setting_names.get_flag_name(name)}: {change}")
 
     # Files, but for the photos that a changed --leave_out tells.
     if not position.photos:

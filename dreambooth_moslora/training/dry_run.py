@@ -18,7 +18,7 @@ from dreambooth_moslora.plan.plan import RunPlan, make_plan
 from dreambooth_moslora.plan.speed import choose_local_speed
 from dreambooth_moslora.plan.steps import EXPOSURES_ADVICE, MIN_EXPOSURES
 from dreambooth_moslora.plan.validation import check_folders, find_existing_folder
-from dreambooth_moslora.settings import lr_schedules, rules, train_config
+from dreambooth_moslora.settings import lr_schedules, rules, setting_names, train_config
 from dreambooth_moslora.settings.config_files import DEFAULTS
 from dreambooth_moslora.settings.prompts import parse_subject
 
@@ -113,9 +113,9 @@ def format_changed_settings(config: train_config.TrainConfig) -> list[str]:
     values = config.to_dict() | {"dry_run": False}
 
     # What `train` requires has no default, unless several subjects have their own.
-    required = {*train_config.list_settings("required")}
+    required = {*setting_names.list_settings("required")}
     if config.subjects:
-        required -= {*train_config.list_settings("per_subject")}
+        required -= {*setting_names.list_settings("per_subject")}
     return [
         f"{name} = {json.dumps(value, ensure_ascii=False)}"
         for name, value in values.items()

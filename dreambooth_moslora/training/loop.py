@@ -34,7 +34,8 @@ from dreambooth_moslora.plan import distributed, validation
 from dreambooth_moslora.plan.plan import RunPlan, make_plan
 from dreambooth_moslora.plan.steps import plan_steps
 from dreambooth_moslora.precision import FP16_OVERFLOW_ADVICE
-from dreambooth_moslora.settings.train_config import TrainConfig, name_arguments_in_errors
+from dreambooth_moslora.settings.setting_names import name_arguments_in_errors
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import (
     checkpoint,
     class_images,

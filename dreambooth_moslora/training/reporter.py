@@ -20,7 +20,8 @@ from dreambooth_moslora.disk import events, run_folder
 from dreambooth_moslora.disk.atomic import write_atomic
 from dreambooth_moslora.errors import StopRequestedError, UserError, format_error
 from dreambooth_moslora.plan.distributed import reduce_any, run_on_each
-from dreambooth_moslora.settings.train_config import SETTINGS, TrainConfig
+from dreambooth_moslora.settings.setting_names import SETTINGS
+from dreambooth_moslora.settings.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 

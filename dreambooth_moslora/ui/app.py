@@ -19,7 +19,9 @@ from dreambooth_moslora.disk.run_folder import clean_name
 from dreambooth_moslora.errors import UserError, format_error
 from dreambooth_moslora.settings import toy_bases
 from dreambooth_moslora.settings.family_facts import SDXL_HUB_ID
-from dreambooth_moslora.settings.train_config import MEMORY_PLANS, TrainConfig, list_flags
+from dreambooth_moslora.settings.memory_presets import MEMORY_PLANS
+from dreambooth_moslora.settings.setting_names import list_flags
+from dreambooth_moslora.settings.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from dreambooth_moslora.ui.state import AppContext, PageBase

@@ -14,7 +14,7 @@ from dreambooth_moslora.cli.command_train import train_main
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.queue import lock_folder
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings.train_config import SETTINGS, list_flags
+from dreambooth_moslora.settings.setting_names import SETTINGS, list_flags
 from tests.helpers.command_line import parse_train_config
 from tests.helpers.tiny import RESOLUTION_PX
 from tests.helpers.tiny_training import paint_photos

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from dreambooth_moslora.settings.train_config import SETTINGS
+from dreambooth_moslora.settings.setting_names import SETTINGS
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dreambooth_moslora"
@@ -47,6 +47,6 @@ def test_every_name_in_contributing_exists():
 
 def test_every_setting_is_read():
     """A setting that nothing reads would be accepted and have no effect."""
-    table = PACKAGE / "settings" / "train_config.py"
+    table = PACKAGE / "settings" / "setting_rows.py"
     files = set(PACKAGE.rglob("*.py")) - {table, *(PACKAGE / "importers").rglob("*.py")}
     assert SETTINGS.keys() - list_names(files) <= READ_IN_THE_TABLE | ACCEPTED

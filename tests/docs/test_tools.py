@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.settings.metric_kinds import METRICS, Metric
-from dreambooth_moslora.settings.train_config import SETTINGS
+from dreambooth_moslora.settings.setting_names import SETTINGS
 from tools import bare_photos, formats_table, pictures, systems, tables, words
 
 

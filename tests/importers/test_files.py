@@ -14,7 +14,8 @@ from dreambooth_moslora.importers.files import TRAINERS, load_config
 from dreambooth_moslora.importers.reading import read_file
 from dreambooth_moslora.importers.rows import list_rows
 from dreambooth_moslora.settings.rules import list_remarks
-from dreambooth_moslora.settings.train_config import SETTINGS, TrainConfig
+from dreambooth_moslora.settings.setting_names import SETTINGS
+from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.foreign_configs import CONFIGS, write_config
 
 HOSTILE = {

@@ -31,7 +31,7 @@ from dreambooth_moslora.lora.describe import describe
 from dreambooth_moslora.lora.lora_settings import PEFT_SETTINGS_KEY
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.settings import field_facts
-from dreambooth_moslora.settings.train_config import MIXERS
+from dreambooth_moslora.settings.setting_rows import MIXERS
 from tests.generation.test_pipeline import generate_first, has_difference
 from tests.helpers.live_adapters import CONVOLUTIONS, PROJECTIONS, facts_of, live, shake
 from tests.helpers.tiers import slow_but

@@ -14,7 +14,7 @@ from dreambooth_moslora.method.moslora import (
     get_adapter_layers,
     list_adapter_parameters,
 )
-from dreambooth_moslora.settings.train_config import MIXERS
+from dreambooth_moslora.settings.setting_rows import MIXERS
 from tests.method.test_moslora import Net, config
 
 

@@ -33,7 +33,7 @@ from dreambooth_moslora.method.moslora import (
     list_adapter_parameters,
 )
 from dreambooth_moslora.settings.field_facts import ATTENTION_LAYERS, is_target
-from dreambooth_moslora.settings.train_config import MIXERS
+from dreambooth_moslora.settings.setting_rows import MIXERS
 from tests.helpers.folding import loaded_by_diffusers
 from tests.helpers.live_adapters import PROJECTIONS, shake, text_encoders
 from tests.helpers.tiny import tiny_unet

@@ -23,7 +23,8 @@ from dreambooth_moslora.plan import base_size
 from dreambooth_moslora.plan.base_size import BaseSize, find_base_size
 from dreambooth_moslora.plan.memory import estimate_memory
 from dreambooth_moslora.settings.family_facts import FAMILIES, SDXL_HUB_ID
-from dreambooth_moslora.settings.train_config import MEMORY_PLANS, TrainConfig
+from dreambooth_moslora.settings.memory_presets import MEMORY_PLANS
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training.adapters import add_adapters
 from dreambooth_moslora.training.dry_run import describe_run
 from tests.helpers.tiny_training import paint_photos, tiny_config

@@ -27,7 +27,7 @@ from dreambooth_moslora.plan.defaults import (
 from dreambooth_moslora.plan.memory import estimate_memory
 from dreambooth_moslora.plan.memory_plans import USABLE_RATIO, check_memory, choose_memory_settings
 from dreambooth_moslora.plan.validation import check_base_settings, validate_run
-from dreambooth_moslora.settings import train_config
+from dreambooth_moslora.settings import memory_presets
 from dreambooth_moslora.settings.config_files import load_settings
 from dreambooth_moslora.settings.family_facts import FAMILIES, SDXL_HUB_ID
 from dreambooth_moslora.settings.train_config import TrainConfig
@@ -370,9 +370,9 @@ def test_a_plan_is_judged_by_its_settings_and_not_by_its_name(card, monkeypatch)
     sdxl, plain = family_memory.find_facts("sdxl"), TrainConfig.from_dict(SETTINGS)
     needs = memory_plans.estimate_plans(plain, BaseSize())
     _, settings = memory_plans.find_leaner_settings(plain, sdxl)
-    renamed = {name.upper(): plan for name, plan in train_config.MEMORY_PLANS.items()}
+    renamed = {name.upper(): plan for name, plan in memory_presets.MEMORY_PLANS.items()}
     renamed["EIGHTHS"] = CHECKPOINTED | {"base_quantization": "int8"}
-    monkeypatch.setattr(train_config, "MEMORY_PLANS", renamed)
+    monkeypatch.setattr(memory_presets, "MEMORY_PLANS", renamed)
 
     costs = memory_plans.estimate_plans(plain, BaseSize())
     assert costs.pop("EIGHTHS") and list(costs.values()) == list(needs.values())
@@ -385,8 +385,8 @@ def test_a_run_out_of_memory_passes_by_a_plan_in_8_bit(card, monkeypatch):
     """Layers in 8 bit cannot become those in 4 bit, in which the next plans train."""
     card(8.0)
     in_8_bit = CHECKPOINTED | {"base_quantization": "int8"}
-    plans = {"recompute": CHECKPOINTED, "int8": in_8_bit, "nf4": train_config.MEMORY_PLANS["nf4"]}
-    monkeypatch.setattr(train_config, "MEMORY_PLANS", plans)
+    plans = {"recompute": CHECKPOINTED, "int8": in_8_bit, "nf4": memory_presets.MEMORY_PLANS["nf4"]}
+    monkeypatch.setattr(memory_presets, "MEMORY_PLANS", plans)
     run = TrainConfig.from_dict(SETTINGS | CHECKPOINTED)
     flag, _ = memory_plans.find_leaner_settings(run, family_memory.find_facts("sdxl"))
     assert flag == "--memory nf4"

@@ -12,7 +12,8 @@ from dreambooth_moslora.settings.config_files import (
     RECIPE_SETTINGS,
     build_recipe,
 )
-from dreambooth_moslora.settings.train_config import FIELD_TYPES, TrainConfig
+from dreambooth_moslora.settings.parsing import FIELD_TYPES
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 

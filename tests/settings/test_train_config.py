@@ -15,13 +15,10 @@ import pytest
 import dreambooth_moslora
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.field_facts import COMMAND_WORDS
+from dreambooth_moslora.settings.parsing import parse_settings
 from dreambooth_moslora.settings.rules import list_remarks
-from dreambooth_moslora.settings.train_config import (
-    SETTINGS,
-    TrainConfig,
-    format_arguments,
-    parse_settings,
-)
+from dreambooth_moslora.settings.setting_names import SETTINGS, format_arguments
+from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.command_line import parse_train_config
 
 NEEDED = [
@@ -313,7 +310,8 @@ from dreambooth_moslora.cli.command_train import parse_training
 from dreambooth_moslora.cli.train_flags import build_train_parser
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import config_files, rules
-from dreambooth_moslora.settings.train_config import SubjectTable, TrainConfig
+from dreambooth_moslora.settings.parsing import SubjectTable
+from dreambooth_moslora.settings.train_config import TrainConfig
 from tools.tables import render_settings
 
 NEEDED = ["--base", "toy", "--instance_data_dir", "x", "--instance_prompt", "a sks dog"]
@@ -351,7 +349,7 @@ def test_a_new_row_is_all_that_a_new_setting_needs(tmp_path):
     unneeded = shutil.ignore_patterns("__pycache__")
     for folder in ("dreambooth_moslora", "tools"):
         shutil.copytree(ROOT / folder, tmp_path / folder, copy_function=os.symlink, ignore=unneeded)
-    table = tmp_path / "dreambooth_moslora" / "settings" / "train_config.py"
+    table = tmp_path / "dreambooth_moslora" / "settings" / "setting_rows.py"
     rows = table.read_text(encoding="utf-8")
     assert rows.count(BEFORE) == 1
     table.unlink()

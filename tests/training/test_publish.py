@@ -25,7 +25,9 @@ from dreambooth_moslora.lora.verify import FileProof, Proof
 from dreambooth_moslora.pictures import SheetRow, draw_contact_sheet
 from dreambooth_moslora.plan.validation import check_hub_upload
 from dreambooth_moslora.settings.family_facts import FAMILIES
-from dreambooth_moslora.settings.train_config import FIELD_TYPES, SETTINGS, TrainConfig
+from dreambooth_moslora.settings.parsing import FIELD_TYPES
+from dreambooth_moslora.settings.setting_names import SETTINGS
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import contact_sheet, hub, publish, reporter
 from dreambooth_moslora.training.hub import list_public_files, push_to_hub
 from dreambooth_moslora.training.loop import train

@@ -38,7 +38,7 @@ from dreambooth_moslora.disk.run_folder import check_name, find_weights
 from dreambooth_moslora.errors import UserError, format_error
 from dreambooth_moslora.extras.cluster import records
 from dreambooth_moslora.plan.defaults import DEFAULT_TOKEN
-from dreambooth_moslora.settings import config_files, train_config
+from dreambooth_moslora.settings import config_files, parsing, train_config
 from dreambooth_moslora.settings.subjects import build_prompts
 
 ROW_COLUMNS = ("folder", "token", "class", "class_word", "name")
@@ -200,7 +200,7 @@ def build_settings(
     """
     row_settings = {name: value for name, value in row.items() if name not in ROW_COLUMNS}
     refuse_settings(row_settings)
-    train_config.parse_settings(row_settings)
+    parsing.parse_settings(row_settings)
     if not photos.is_dir():
         raise UserError(f"{photos}: {'not a folder' if photos.exists() else 'no such folder'}.")
 

@@ -18,7 +18,8 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster import command_fleet
 from dreambooth_moslora.extras.lab.study import Study, StudySubject, load_study
 from dreambooth_moslora.plan import agreement, defaults
-from dreambooth_moslora.settings.train_config import MIXERS, list_flags
+from dreambooth_moslora.settings.setting_names import list_flags
+from dreambooth_moslora.settings.setting_rows import MIXERS
 
 BASE_SETTING = "pretrained_model_name_or_path"
 

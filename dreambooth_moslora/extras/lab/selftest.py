@@ -34,7 +34,7 @@ from dreambooth_moslora.disk.safetensors_header import split_content
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan.base_size import BaseSize
 from dreambooth_moslora.plan.memory_plans import USABLE_RATIO, estimate_plans
-from dreambooth_moslora.settings import train_config
+from dreambooth_moslora.settings import memory_presets
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training.step import FALLBACK_NOTE
 
@@ -54,7 +54,7 @@ CPU_PX = 512
 """Resolution of the step that is measured on a CPU."""
 MEMORY_PLANS = tuple(
     name
-    for name, plan in train_config.MEMORY_PLANS.items()
+    for name, plan in memory_presets.MEMORY_PLANS.items()
     if plan.keys() <= {"gradient_checkpointing"}
 )
 """Memory plans with which it is tried, the fastest first: those that leave the base as it is."""
@@ -239,7 +239,7 @@ class SelfTest:
 
         # in a process of its own, whose peak is the step's
         arguments = ["--size", size, "--resolution", str(px), "--mixed_precision", half]
-        arguments += ["--gradient_checkpointing"] if train_config.MEMORY_PLANS[plan] else []
+        arguments += ["--gradient_checkpointing"] if memory_presets.MEMORY_PLANS[plan] else []
         command = [sys.executable, "-m", "dreambooth_moslora.extras.lab.full_step", *arguments]
         try:
             measured = json.loads(self.run_command("step", command, STEP_SEC).splitlines()[-1])

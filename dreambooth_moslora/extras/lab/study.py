@@ -32,8 +32,9 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan import defaults
 from dreambooth_moslora.plan.validation import check_references
 from dreambooth_moslora.settings import config_files
+from dreambooth_moslora.settings.parsing import parse_settings
 from dreambooth_moslora.settings.subjects import build_prompts
-from dreambooth_moslora.settings.train_config import TrainConfig, parse_settings
+from dreambooth_moslora.settings.train_config import TrainConfig
 
 
 @dataclass(frozen=True)

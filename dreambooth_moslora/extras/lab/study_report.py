@@ -21,7 +21,7 @@ from dreambooth_moslora.extras.lab import comparison, run
 from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.pictures import render
 from dreambooth_moslora.settings.metric_kinds import METRICS, Metric
-from dreambooth_moslora.settings.train_config import SETTINGS
+from dreambooth_moslora.settings.setting_names import SETTINGS
 
 WIN_COLOUR = "#2a6fdb"
 TIE_COLOUR = "#c9c9cf"

@@ -24,7 +24,7 @@ from dreambooth_moslora.extras.serving.front import (
     ServeSettings,
     collect_tokens,
 )
-from dreambooth_moslora.settings.train_config import list_flags
+from dreambooth_moslora.settings.setting_names import list_flags
 
 BASE_SETTING = "pretrained_model_name_or_path"
 EPILOG = """example:

@@ -9,8 +9,9 @@ import gradio as gr
 
 from dreambooth_moslora.importers.files import load_config
 from dreambooth_moslora.importers.rows import require_supported
+from dreambooth_moslora.settings.parsing import parse_settings
 from dreambooth_moslora.settings.prompts import parse_subject
-from dreambooth_moslora.settings.train_config import TrainConfig, parse_settings
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.ui import html
 from dreambooth_moslora.ui.events import MESSAGE_EVENT, on
 from dreambooth_moslora.ui.train.train_form import list_form_fields

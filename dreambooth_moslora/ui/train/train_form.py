@@ -23,7 +23,8 @@ from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.photos.sidecars import clean_whitespace
 from dreambooth_moslora.plan import defaults as plan
 from dreambooth_moslora.settings import toy_bases
-from dreambooth_moslora.settings.train_config import SETTINGS, TrainConfig
+from dreambooth_moslora.settings.setting_names import SETTINGS
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.values import is_number
 
 PRESET_FACTORS = {"quick": 0.5, "standard": 1.0, "thorough": 2.0}

@@ -3,7 +3,8 @@
 import pytest
 
 from dreambooth_moslora.importers.files import load_config
-from dreambooth_moslora.settings.train_config import TrainConfig, parse_settings
+from dreambooth_moslora.settings.parsing import parse_settings
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.ui.train.config_upload import collect_field_values
 from dreambooth_moslora.ui.train.train_form import TrainForm
 from tests.helpers.foreign_configs import CONFIGS, write_config

@@ -6,7 +6,8 @@ import PIL.ImageFilter
 import pytest
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings.train_config import SETTINGS, TrainConfig
+from dreambooth_moslora.settings.setting_names import SETTINGS
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.ui.train.train_form import (
     TrainForm,
     list_form_fields,
