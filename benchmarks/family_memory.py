@@ -19,7 +19,6 @@ UNet's in fp32.
 
 import argparse
 import gc
-import inspect
 import itertools
 import logging
 from collections.abc import Callable
@@ -438,26 +437,6 @@ def print_deviations(name: str, resolution: int, rank: int) -> list[tuple[float,
     print(format_decoding(facts, resolution))
     print(format_row(size, steps, drawing), flush=True)
     return measured
-
-
-def measure_block_peaks(name: str) -> tuple[float, float]:
-    """GiB of a recomputed step at rank 16 by our layers and by PEFT's own, of a flow model with one
-    block of each kind."""
-    family, options, _, _ = MODELS[name]
-    kind = getattr(diffusers, find_facts(family).model)
-    depths = [name for name in DEPTHS if name in inspect.signature(kind.__init__).parameters]
-    shallow = options | dict.fromkeys(depths, 1)
-    if "dual_attention_layers" in options:
-        shallow["dual_attention_layers"] = (0,)
-    facts, denoiser = build_denoiser(family, shallow)
-    with torch.device("meta"):
-        config = build_config(facts, facts.resolution_px, 16, "recompute")
-        add_adapters(config, {facts.denoiser: denoiser})
-    peaks = []
-    for prepare in (lambda _: None, restore_peft_layers):
-        prepare(denoiser)
-        peaks.append(count(name, facts, denoiser, facts.resolution_px).peak_gib)
-    return peaks[0], peaks[1]
 
 
 def main(arguments: list[str] | None = None) -> None:

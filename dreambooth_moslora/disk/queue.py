@@ -245,10 +245,6 @@ class RunQueue:
         events.append_event(self.ended_path, facts | {"message": message})
         self._get_path("started", run.name).unlink(missing_ok=True)
 
-    def list_ended(self) -> list[dict[str, Any]]:
-        """Return the runs that have ended and how, the earliest first."""
-        return events.read_events(self.ended_path) if self.ended_path.is_file() else []
-
     def _read_runs(self, kind: str) -> list[QueuedRun]:
         """Read the runs of a folder; reading a pipe would never end."""
         paths = [path for path in (self.folder / kind).glob("[!.]*.json") if not path.is_fifo()]

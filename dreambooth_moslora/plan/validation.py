@@ -117,7 +117,7 @@ def check_folders(config: train_config.TrainConfig) -> None:
     run_folder.check_name(run_dir.name)
     for subject in config.each_subject:
         check_photo_folders(subject, run_dir)
-        check_writable_folders(subject, run_dir)
+        check_writable_folders(subject)
     check_foreign_files(run_dir)
     queue.check_no_links(run_dir.path, "--output_dir")
 
@@ -164,7 +164,7 @@ def check_photo_folders(config: train_config.TrainConfig, run_dir: run_folder.Ru
             )
 
 
-def check_writable_folders(config: train_config.TrainConfig, run_dir: run_folder.RunDir) -> None:
+def check_writable_folders(config: train_config.TrainConfig) -> None:
     """Raise UserError when a folder that the run writes to cannot be written."""
     for name, folder in config.output_folders.items():
         require_writable(name, str(folder))

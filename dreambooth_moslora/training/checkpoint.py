@@ -236,7 +236,7 @@ def check_resumed_settings(
             f"you ask for {asked_optimizer}: "
             "resume with the same optimizer, or start a new run."
         )
-    for name, saved, current in compare_settings(config, checkpoint, position.seed, facts, modules):
+    for name, saved, current in compare_settings(config, position.seed, facts, modules):
         if saved != current:
             raise UserError(
                 f"--{name}: {checkpoint.name} has {format_setting(saved)}; "
@@ -278,7 +278,6 @@ def compare_bases(
 
 def compare_settings(
     config: train_config.TrainConfig,
-    checkpoint: Path,
     seed: int,
     facts: metadata.AdapterMetadata,
     modules: set[str],
@@ -286,12 +285,11 @@ def compare_settings(
     """Yield each setting that a resumed run must share with its checkpoint.
 
     config: what the run asks for
-    checkpoint: its folder
     seed: of the checkpoint
     facts: in the header of the checkpoint's adapter
     modules: the modules that are adapted there, `component.path`
 
-    Yields (name, the checkpoint's value, the command line's). Raises UserError for a missing file.
+    Yields (name, the checkpoint's value, the command line's).
     """
     if config.seed is not None:
         yield "seed", seed, config.seed

@@ -19,6 +19,7 @@ from dreambooth_moslora.disk.atomic import (
     write_atomic,
     write_atomic_directory,
 )
+from dreambooth_moslora.disk.events import read_events
 from dreambooth_moslora.disk.process_identity import compute_process_token
 from dreambooth_moslora.disk.queue import LOCK_NAME, QueuedRun, lock_folder
 from dreambooth_moslora.disk.run_folder import RunDir
@@ -121,7 +122,7 @@ def test_a_stop_request_ends_one_run_of_the_queue(tmp_path):
     jobs.stop("dog")
     processes.send_stop_request(tmp_path / "runs" / "cat")  # left there by an earlier run
     wait_for(lambda: runner.run_next() or runner.is_empty)
-    assert {event["name"]: event["state"] for event in runner.queue.list_ended()} == {
+    assert {event["name"]: event["state"] for event in read_events(runner.queue.ended_path)} == {
         "dog": "interrupted",
         "cat": "done",
     }

@@ -146,10 +146,6 @@ def embeds_of(texts: Sequence[TextEmbedding]) -> Tensor:
     return torch.stack([text["prompt_embeds"] for text in texts])
 
 
-def pooled_of(texts: Sequence[TextEmbedding]) -> Tensor:
-    return torch.stack([text["pooled_prompt_embeds"] for text in texts])
-
-
 def equal(texts: Sequence[TextEmbedding], expected: Sequence[TextEmbedding]) -> bool:
     return all(
         text.keys() == expected_text.keys()

@@ -148,17 +148,6 @@ def test_family_estimate_is_within_a_tenth_of_its_full_count(name, capsys):
     assert all(int(ours) < int(theirs) for ours, theirs in kernels), output
 
 
-OF_FLOWS = [name for name, (family, *_) in family_memory.MODELS.items() if "sd" not in family[:2]]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OF_FLOWS)
-def test_recomputed_step_takes_no_more_than_with_peft_layers(name):
-    """At full width, of one block of each kind."""
-    ours, pefts = family_memory.measure_block_peaks(name)
-    assert 0 < ours <= pefts
-
-
 @pytest.mark.parametrize("facts", FAMILIES, ids=lambda facts: facts.name)
 def test_decoding_takes_at_most_the_stated_memory(facts):
     """A whole picture of 1024 px, by the full-size VAE."""

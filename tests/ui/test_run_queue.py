@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from dreambooth_moslora.disk.events import read_events
 from dreambooth_moslora.disk.queue import QueuedRun, RunQueue
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.jobs import MAX_KILLS, Jobs, QueueRunner
@@ -56,8 +57,12 @@ def list_names(queue: RunQueue) -> list[str]:
     return [run.name for run in queue.list_waiting()]
 
 
+def list_ended(queue: RunQueue) -> list[dict]:
+    return read_events(queue.ended_path) if queue.ended_path.is_file() else []
+
+
 def map_end_states(queue: RunQueue) -> dict[str, str]:
-    return {event["name"]: event["state"] for event in queue.list_ended()}
+    return {event["name"]: event["state"] for event in list_ended(queue)}
 
 
 def run_queue(runner: QueueRunner) -> dict[str, str]:
@@ -106,7 +111,7 @@ def test_runs_train_in_order_and_a_bad_one_fails_alone(runner):
     assert states == dict.fromkeys(("dog", "cat"), "done") | dict.fromkeys(
         ("bad", "torn"), "failed"
     )
-    messages = {event["name"]: event["message"] for event in runner.queue.list_ended()}
+    messages = {event["name"]: event["message"] for event in list_ended(runner.queue)}
     assert messages["bad"] == "error: the photos are gone" and "cannot be read" in messages["torn"]
     assert list_starts(runner.queue, "cat")[0]["time"] < list_starts(runner.queue, "dog")[0]["time"]
 
@@ -129,7 +134,8 @@ def test_two_processes_never_start_one_run(jobs):
     command = [sys.executable, "-c", RUN_QUEUE_SCRIPT, str(jobs.runs_dir), str(jobs.script)]
     processes = [subprocess.Popen(command) for _ in range(2)]
     assert [process.wait(60) for process in processes] == [0, 0]
-    assert map_end_states(queue) == dict.fromkeys("abc", "done") and len(queue.list_ended()) == 3
+    assert map_end_states(queue) == dict.fromkeys("abc", "done")
+    assert len(list_ended(queue)) == 3
     assert [len(list_starts(queue, name)) for name in "abc"] == [1, 1, 1]
 
 
@@ -179,7 +185,7 @@ def test_repeatedly_killed_run_fails(runner):
     runner.jobs.script.write_text("import os; os.kill(os.getpid(), 9)")
     add_run(runner.queue, "big")
     assert run_queue(runner) == {"big": "failed"}
-    assert f"killed {MAX_KILLS} times" in runner.queue.list_ended()[0]["message"]
+    assert f"killed {MAX_KILLS} times" in list_ended(runner.queue)[0]["message"]
 
 
 def test_queue_waits_for_an_active_run(jobs, runner):
