@@ -160,6 +160,12 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, int], Callable[[], TextI
         (128, 16),
         lambda: {"prompt_embeds": create_empty(1, 512, 12288)},
     ),
+    "FLUX 3 klein": (
+        "flux3",
+        {},
+        (128, 16),
+        lambda: {"prompt_embeds": [create_empty(80, 20480)]},
+    ),
     "Z-Image": ("z_image", {}, (16, 8), lambda: {"prompt_embeds": [create_empty(64, 2560)]}),
     "Qwen-Image": (
         "qwen_image",

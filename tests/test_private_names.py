@@ -15,6 +15,7 @@ import gradio
 import pytest
 import torch
 import transformers
+from diffusers.modular_pipelines.flux3.encoders import Flux3TextEncoderStep
 from peft import LoraConfig
 from peft.tuners.lora import Linear, LoraModel
 
@@ -55,6 +56,10 @@ PRIVATE_NAMES: dict[str, tuple[Callable[[], Any], str]] = {
     "_is_mkldnn_bf16_supported": (lambda: torch.ops.mkldnn, "whether the CPU computes bf16"),
     "_load_from_state_dict": (torch.nn.Module, "the documented place to refuse a foreign weight"),
     "_no_split_modules": (lambda: transformers.CLIPTextModel, "classes of repeated blocks"),
+    "_get_qwen3_vl_prompt_embeds": (
+        lambda: Flux3TextEncoderStep,
+        "encodes a prompt without the state of a modular pipeline",
+    ),
     "_option_string_actions": (
         argparse.ArgumentParser,
         "argparse does not list the flags that it knows",

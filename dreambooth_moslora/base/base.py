@@ -301,7 +301,7 @@ class Base:
         if not self.vae:
             models.insert(1, "vae")
         tokenizers = [part.replace("text_encoder", facts.tokenizer) for part in facts.encoders]
-        for part in (*models, *tokenizers, *facts.further_parts, "scheduler"):
+        for part in (*models, *tokenizers, *facts.further_parts):
             if not any((self.folder / part).glob("*.json")):
                 raise UserError(
                     f"{self.folder} is not a whole base model: "

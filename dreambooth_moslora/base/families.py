@@ -293,6 +293,49 @@ class Flux2(Family):
         return tokens[:, : len(image_ids)].mT.reshape(z.shape)
 
 
+class Flux3(Flux2):
+    """FLUX 3. Its transformer attends to the padding of a text, whose length is part of what it was
+    trained on, so texts of equal length are predicted together."""
+
+    def collate(self, texts):
+        return {"prompt_embeds": [text["prompt_embeds"] for text in texts]}
+
+    def decode_latents(self, vae, z):
+        # The inverse of `encode_latents`, step by step.
+        mean = vae.bn.running_mean.float().view(1, -1, 1, 1)
+        variance = vae.bn.running_var.float().view(1, -1, 1, 1)
+        z = z * (variance + vae.config.batch_norm_eps).sqrt() + mean
+        z = torch.nn.functional.pixel_shuffle(z, 2)
+        return vae.decode(z.to(vae.device, vae.dtype), return_dict=False)[0]
+
+    def predict(self, denoiser, z, t, time_ids, prompt_embeds):
+        lengths = [len(rows) for rows in prompt_embeds]
+        prediction = torch.empty_like(z)
+        for length in set(lengths):
+            rows = [row for row, row_length in enumerate(lengths) if row_length == length]
+            texts = torch.stack([prompt_embeds[row] for row in rows])
+            prediction[rows] = self.predict_equal_lengths(denoiser, z[rows], t[rows], texts)
+        return prediction
+
+    def predict_equal_lengths(
+        self,
+        denoiser: torch.nn.Module,
+        z: torch.Tensor,
+        t: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+    ) -> torch.Tensor:
+        """Predict (B, C, h, w) for texts (B, T, D)."""
+        text_ids = torch.zeros(prompt_embeds.shape[1], 4, device=z.device)
+        text_ids[:, 3] = torch.arange(len(text_ids), device=z.device)
+
+        # It was trained with half the usual distance between image tokens.
+        image_ids = build_position_ids(*z.shape[-2:], axes=4, device=z.device) / 2
+        tokens = denoiser(
+            z.flatten(2).mT, prompt_embeds, t / 1000, image_ids, text_ids, return_dict=False
+        )[0]
+        return tokens.mT.reshape(z.shape)
+
+
 class ZImage(Family):
     """Z-Image. Texts of unequal length stay a list. Time runs backwards, so that the prediction is
     negated."""
@@ -560,6 +603,7 @@ FAMILY_CLASSES: dict[str, type[Family]] = {
     "sd3": SD3,
     "flux": Flux,
     "flux2": Flux2,
+    "flux3": Flux3,
     "z_image": ZImage,
     "qwen_image": QwenImage,
     "qwen_image21": QwenImage21,

@@ -172,6 +172,7 @@ class OtherModel(NamedTuple):
 
 
 FLUX1_TENSORS = ("vector_in.in_layer.weight", "double_blocks.0.img_attn.norm.key_norm.scale")
+FLUX3_DISTILLED = "the distilled form of flux-3-image-klein-base"
 OTHER_MODELS = (
     OtherModel("FLUX.1 Kontext", FLUX1_TENSORS, pattern="kontext"),
     OtherModel("FLUX.1 Fill", FLUX1_TENSORS, inputs=384),
@@ -186,6 +187,8 @@ OTHER_MODELS = (
     OtherModel("HiDream", ("double_stream_blocks.0.block.adaLN_modulation.1.bias",)),
     OtherModel("FLUX.1 in diffusers' layout", ("single_transformer_blocks.0.proj_mlp.weight",)),
     OtherModel("Stable Diffusion 3 in diffusers' layout", ("pos_embed.proj.weight", SD3_TENSOR)),
+    OtherModel(FLUX3_DISTILLED, ("ref_time_in.in_layer.weight",)),
+    OtherModel(FLUX3_DISTILLED, pattern=r"flux-?3-image-klein$"),
     OtherModel("a GGUF file", pattern="gguf"),
 )
 """Unsupported models, which are tried before the families. A hub id without files is compared by
@@ -234,10 +237,11 @@ def detect_hub_facts(name: str) -> family_facts.FamilyFacts | None:
     for model in OTHER_MODELS:
         if model.pattern and model.is_name_match(name):
             raise UserError(f"{name} is {model.title} by its name, which is no base here.")
-    letters = re.sub(r"[^a-z0-9]", "", name.lower())
     for facts in family_facts.FAMILIES:
-        title = re.sub(r"[^a-z0-9]", "", facts.title.lower())
-        if facts.style == "flow" and title in letters:
+        # Any separators may be between the letters; Animagine is no Anima.
+        letters = re.sub(r"[^a-z0-9]", "", facts.title.lower())
+        title = "[^a-z0-9]*".join(letters) + "(?![a-z])"
+        if facts.style == "flow" and re.search(title, name.lower()):
             return facts
     return None
 
@@ -257,6 +261,12 @@ def get_index_facts(index: dict) -> family_facts.FamilyFacts:
     """Return the family of a base by its index. Raises UserError for a family that
     cannot be trained."""
     name = str(index.get("_class_name", ""))
+    if "Distilled" in name:
+        facts = family_facts.get_facts(name.replace("Distilled", ""))
+        raise UserError(
+            f"the base is {facts.title} distilled to a few steps, which needs a timestep more: "
+            f"take the base model of its family, {facts.models[0].hub_id}."
+        )
 
     # SDXL has pipelines for other tasks, such as inpainting, whose parts are the same.
     if not name or name.startswith("StableDiffusionXL"):

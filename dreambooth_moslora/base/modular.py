@@ -11,20 +11,32 @@ family's `predict` and `decode_latents`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import AnimaLoraLoaderMixin
+from diffusers.loaders import AnimaLoraLoaderMixin, Flux3LoraLoaderMixin
 from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
+from diffusers.modular_pipelines.flux3.encoders import Flux3TextEncoderStep
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
-from transformers import Qwen2Tokenizer, Qwen3Model, T5TokenizerFast
+from transformers import (
+    Qwen2Tokenizer,
+    Qwen3Model,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    T5TokenizerFast,
+)
 
 from dreambooth_moslora.base import families, model_files
+from dreambooth_moslora.settings.family_facts import get_facts
+
+FLUX3_SHIFT = 6.93
+"""Shift of the noise levels of FLUX 3, which diffusers has in a block and not in the base's files.
+"""
 
 
 class ModularBase(DiffusionPipeline):
@@ -76,10 +88,12 @@ class ModularBase(DiffusionPipeline):
         callback_on_step_end: as other pipelines take it
         output_type: `latent`, `pt` or `pil`
         text_embeddings: as `encode_prompt` returns them, and those of the negative prompts, whose
-            names begin with `negative_`
+            names begin with `negative_`; for prompts, options of `encode_prompt`
         """
         # Encode the prompts, unless that was done.
-        family = families.build_family(self)
+        names = get_facts(type(self).__name__).text_options
+        options = {name: text_embeddings.pop(name) for name in names if name in text_embeddings}
+        family = families.build_family(self, options=options)
         if prompt is not None:
             text_embeddings = self._encode_batch(family, prompt, negative_prompt)
         positive, negative = {}, {}
@@ -184,5 +198,55 @@ class AnimaModularPipeline(ModularBase, AnimaLoraLoaderMixin):
             target_input_ids=texts["t5_input_ids"],
             target_attention_mask=texts["t5_attention_mask"],
             source_attention_mask=texts["qwen_attention_mask"],
+        )
+        return (embeds,)
+
+
+class Flux3ModularPipeline(ModularBase, Flux3LoraLoaderMixin):
+    """FLUX 3, without the model that rewrites prompts."""
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components: ClassVar = ["scheduler"]
+
+    def __init__(
+        self,
+        text_encoder: Qwen3VLForConditionalGeneration,
+        tokenizer: Qwen3VLProcessor,
+        transformer: diffusers.Flux3Transformer2DModel,
+        vae: diffusers.AutoencoderKLFlux2,
+        scheduler: diffusers.FlowMatchEulerDiscreteScheduler | None = None,
+    ):
+        super().__init__()
+        if scheduler is None:
+            scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=FLUX3_SHIFT)
+        self.register_modules(
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            transformer=transformer,
+            vae=vae,
+            scheduler=scheduler,
+        )
+
+    @property
+    def px_per_latent(self) -> int:
+        """Pixels of a patch of 2 x 2 latents along a side: 16 for the published models."""
+        return 2 ** len(self.vae.config.block_out_channels)
+
+    def encode_prompt(
+        self,
+        prompt: str,
+        device: torch.device | None = None,
+        max_sequence_length: int = 8192,
+        text_encoder_out_layers: tuple[int, ...] = (4, 8, 12, 16, 20, 24, 28, 32),
+    ) -> tuple[torch.Tensor]:
+        """Return the text embedding (1, T, D) of one prompt: T is a multiple of 80, and D has the
+        states of these layers side by side."""
+        embeds = Flux3TextEncoderStep._get_qwen3_vl_prompt_embeds(
+            self.text_encoder,
+            self.tokenizer,
+            prompt,
+            device=device,
+            max_sequence_length=max_sequence_length,
+            hidden_states_layers=text_encoder_out_layers,
         )
         return (embeds,)

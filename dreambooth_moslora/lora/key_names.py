@@ -178,6 +178,7 @@ LAYOUT_SEGMENTS = (
     *("img_mod", "txt_mod", "img_in", "txt_in", "time_in", "vector_in", "guidance_in"),
     *("in_layer", "out_layer", "single_stream_modulation"),
     *("double_stream_modulation_img", "double_stream_modulation_txt"),
+    *("content_mode_blocks", "txt_mode_blocks", "image_cond", "attn_out", "mlp_in", "mlp_out"),
     *("layerwise_blocks", "refiner_blocks"),  # Krea 2
     *("noise_refiner", "context_refiner", "feed_forward", "cap_embedder"),  # Lumina 2, Z-Image
     *("adaln_modulation_self_attn", "adaln_modulation_cross_attn", "adaln_modulation_mlp"),  # Anima

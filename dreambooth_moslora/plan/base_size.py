@@ -13,7 +13,9 @@ from dreambooth_moslora.settings import family_facts, field_facts
 
 DEFAULT_MODEL = family_facts.SDXL.models[0]
 """Whose counts an unknown base is taken to have."""
-FLOW_BLOCK_PATH = re.compile(r"(\w*transformer_blocks|layers|\w*refiner)\.\d+\.")
+FLOW_BLOCK_PATH = re.compile(
+    r"(\w*transformer_blocks|layers|\w*refiner|\w*mode_blocks(\.\w+)?)\.\d+\."
+)
 UNET_BLOCK_PATH = re.compile(r".*transformer_blocks\.\d+\.")
 """Paths of a denoiser's repeated blocks, whose linear layers are quantised."""
 

@@ -90,8 +90,8 @@ class FamilyFacts:
     """The pipeline's attribute of that model; it begins the keys of adapter files."""
     encoders: tuple[str, ...] = ("text_encoder",)
     tokenizer: str = "tokenizer"  # The pipeline's component that reads prompts.
-    further_parts: tuple[str, ...] = ()
-    """Parts with a configuration, besides these, the VAE and the scheduler."""
+    further_parts: tuple[str, ...] = ("scheduler",)
+    """Parts with a configuration, besides these and the VAE."""
     adapted_encoders: tuple[str, ...] = ()
     """Text encoders whose LoRA diffusers loads, and which `--train_text_encoder` adapts."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -189,6 +189,10 @@ ANIMA_NAMES = (
     ("time_embed.t_embedder", "t_embedder.1"),
 )
 MODULAR_LOADING = '({base})\npipe.load_components(dtype=torch.{dtype})\npipe.to("cuda")'
+FLUX3_LOADING = (
+    '({base})\nblocks = pipe.blocks\nblocks.sub_blocks.pop("prompt_upsampler")  # prompts as given'
+    f"\npipe = blocks.init_pipeline{MODULAR_LOADING}"
+)
 UNET_FACTS = {
     "model": "UNet2DConditionModel",
     "denoiser": "unet",
@@ -371,6 +375,42 @@ FAMILIES = (
         ),
     ),
     FamilyFacts(
+        name="flux3",
+        title="FLUX 3 klein",
+        pipeline="Flux3ModularPipeline",
+        model="Flux3Transformer2DModel",
+        targets=tuple(
+            f"{blocks}.*.attn.{layer}"
+            for blocks in ("mode_blocks.image", "txt_mode_blocks", "single_transformer_blocks")
+            for layer in ("to_q", "to_k", "to_v", "to_out.0")
+        ),
+        further_parts=(),  # diffusers makes the scheduler by its block's configuration
+        loading=FLUX3_LOADING,
+        text_options=("max_sequence_length", "text_encoder_out_layers"),
+        guidance=3.5,
+        marker_tensor="early_stream_modulations.image.lin.weight",
+        licence="FLUX 3 (not for commercial use above a limit of revenue)",
+        not_in_comfyui="its map of FLUX 3 is not known here",
+        memory=ActivationMemory(
+            full_gib=15.948,
+            recomputed_gib=1.630,
+            sampling_gib=0.589,
+            parameters=5.538e9,
+            text_tokens=80,
+        ),
+        models=(
+            PublishedModel(
+                hub_id="black-forest-labs/flux-3-image-klein-base",
+                parameters=5_538_458_368,
+                block_parameters=5_275_385_856,
+                largest_block=122_683_392,
+                adapted_layers=152,
+                adapted_widths=933_888,
+                encoders=4_437_815_808,
+            ),
+        ),
+    ),
+    FamilyFacts(
         name="z_image",
         title="Z-Image",
         pipeline="ZImagePipeline",
@@ -472,7 +512,7 @@ FAMILIES = (
         pipeline="AnimaModularPipeline",
         model="CosmosTransformer3DModel",
         encoders=("text_encoder", "text_conditioner"),
-        further_parts=("t5_tokenizer",),
+        further_parts=("t5_tokenizer", "scheduler"),
         targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
         weighting_scheme="logit_normal",
         marker_tensor="llm_adapter.embed.weight",

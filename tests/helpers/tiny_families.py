@@ -277,6 +277,36 @@ def anima(folder: Path) -> DiffusionPipeline:
     return saved_as_modular(pipe, diffusers.AnimaAutoBlocks())
 
 
+def flux3(folder: Path) -> DiffusionPipeline:
+    """Our pipeline of the parts, without the one that rewrites prompts."""
+    transformer = diffusers.Flux3Transformer2DModel(
+        in_channels=16,
+        cond_in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=128,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+    autoencoder = diffusers.AutoencoderKLFlux2(latent_channels=4, **HALVED)
+    autoencoder.bn.running_mean.normal_()
+    autoencoder.bn.running_var.uniform_(0.5, 2)
+    processor = qwen3_vl_processor()
+    processor.chat_template = processor.tokenizer.chat_template = CHAT
+    pipe = with_flow(
+        modular.Flux3ModularPipeline,
+        transformer,
+        {"shift": 6.93},
+        vae=autoencoder,
+        text_encoder=qwen3_vl(processor, layers=32),
+        tokenizer=processor,
+    )
+    blocks = diffusers.Flux3AutoBlocks()
+    blocks.sub_blocks.pop("prompt_upsampler")
+    return saved_as_modular(pipe, blocks)
+
+
 def saved_as_modular(pipe: DiffusionPipeline, blocks) -> DiffusionPipeline:
     """Let diffusers' modular pipeline of these blocks save the parts."""
     stock = blocks.init_pipeline()
@@ -348,6 +378,22 @@ def qwen3_vl_processor() -> transformers.Qwen3VLProcessor:
     )
 
 
+def qwen3_vl(processor, layers: int = 2) -> transformers.Qwen3VLForConditionalGeneration:
+    numbers = processor.tokenizer.convert_tokens_to_ids
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
+    text = {**SMALL, "num_hidden_layers": layers, "head_dim": 8, "vocab_size": WORDS}
+    vision = {**VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+    config = transformers.Qwen3VLConfig(
+        text_config=text | {"rope_parameters": rope | {"mrope_interleaved": True}},
+        vision_config=vision,
+        image_token_id=numbers("<|image_pad|>"),
+        video_token_id=numbers("<|video_pad|>"),
+        vision_start_token_id=numbers("<|vision_start|>"),
+        vision_end_token_id=numbers("<|vision_end|>"),
+    )
+    return transformers.Qwen3VLForConditionalGeneration(config)
+
+
 def qwen_image21(folder: Path) -> DiffusionPipeline:
     transformer = diffusers.QwenImage21Transformer2DModel(
         in_channels=4,
@@ -368,19 +414,7 @@ def qwen_image21(folder: Path) -> DiffusionPipeline:
         latents_std=[1.0, 2.0, 0.5, 1.5],
     )
     processor = qwen3_vl_processor()
-    numbers = processor.tokenizer.convert_tokens_to_ids
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
-    text = {**SMALL, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": WORDS}
-    vision = {**VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 64}
-    config = transformers.Qwen3VLConfig(
-        text_config=text | {"rope_parameters": rope | {"mrope_interleaved": True}},
-        vision_config=vision,
-        image_token_id=numbers("<|image_pad|>"),
-        video_token_id=numbers("<|video_pad|>"),
-        vision_start_token_id=numbers("<|vision_start|>"),
-        vision_end_token_id=numbers("<|vision_end|>"),
-    )
-    encoder = transformers.Qwen3VLForConditionalGeneration(config)
+    encoder = qwen3_vl(processor)
     parts = {"vae": autoencoder, "text_encoder": encoder, "processor": processor}
     return with_flow(diffusers.QwenImage21Pipeline, transformer, DYNAMIC, **parts)
 
@@ -574,6 +608,16 @@ TINY_FAMILIES = {
             "blocks.0.self_attn.q_proj": ("transformer_blocks.0.attn1.to_q",),
             "blocks.1.cross_attn.output_proj": ("transformer_blocks.1.attn2.to_out.0",),
             "blocks.0.mlp.layer1": ("transformer_blocks.0.ff.net.0.proj",),
+        },
+    ),
+    "flux3": TinyFamily(
+        make=flux3,
+        one_layer="single_transformer_blocks.0.attn.to_k",
+        file_type="flux-3-image",
+        original={
+            "single_blocks.0.q_proj": ("single_transformer_blocks.0.attn.to_q",),
+            "content_mode_blocks.image.1.attn_out": ("mode_blocks.image.1.attn.to_out.0",),
+            "txt_mode_blocks.0.mlp_in": ("txt_mode_blocks.0.ff.linear_in",),
         },
     ),
     "krea2": TinyFamily(
