@@ -12,8 +12,6 @@ PACKAGE = ROOT / "dreambooth_moslora"
 FOLDERS = ("dreambooth_moslora", "toybox", "benchmarks", "tools", "tests")
 KEYS_OF_FILES = {"to_out_lora"}
 """Part of an example of a key in LoRA files."""
-READ_IN_THE_TABLE = {"instance_prompt_share"}
-"""Settings that a property of `TrainConfig` reads."""
 ACCEPTED = {"cache_latents", "offload"}
 """Flags of diffusers' script that are accepted, as it is always so."""
 
@@ -49,4 +47,4 @@ def test_every_setting_is_read():
     """A setting that nothing reads would be accepted and have no effect."""
     table = PACKAGE / "settings" / "setting_rows.py"
     files = set(PACKAGE.rglob("*.py")) - {table, *(PACKAGE / "importers").rglob("*.py")}
-    assert SETTINGS.keys() - list_names(files) <= READ_IN_THE_TABLE | ACCEPTED
+    assert SETTINGS.keys() - list_names(files) <= ACCEPTED

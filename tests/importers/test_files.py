@@ -12,7 +12,7 @@ from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.importers.files import TRAINERS, load_config
 from dreambooth_moslora.importers.reading import read_file
-from dreambooth_moslora.importers.rows import list_rows
+from dreambooth_moslora.importers.rows import Unsupported, list_rows
 from dreambooth_moslora.settings.rules import list_remarks
 from dreambooth_moslora.settings.setting_names import SETTINGS
 from dreambooth_moslora.settings.train_config import TrainConfig
@@ -117,6 +117,13 @@ def test_every_row_names_settings_that_exist(trainer):
     for key, row in list_rows(CONFIGS[trainer].table):
         setting = getattr(row, "setting", None)
         assert setting is None or setting in SETTINGS, key
+
+
+@pytest.mark.parametrize("trainer", CONFIGS)
+def test_no_row_refuses_a_key_that_is_a_setting(trainer):
+    """A new setting, such as another loss, has to be translated."""
+    refused = [key for key, row in list_rows(CONFIGS[trainer].table) if type(row) is Unsupported]
+    assert refused and not {key.rpartition(".")[2] for key in refused} & SETTINGS.keys()
 
 
 def test_unsupported_keys_end_the_command_together():

@@ -16,7 +16,7 @@ from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
 from dreambooth_moslora.base import devices
-from dreambooth_moslora.disk.events import SamplesSaved, StepDone, StepEvaluated, build_record
+from dreambooth_moslora.disk.events import StepDone, StepEvaluated
 from dreambooth_moslora.disk.run_folder import CARD_SIGNATURE, RunDir, list_card_pictures
 from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.generation.sampling import build_stop_callback
@@ -28,12 +28,11 @@ from dreambooth_moslora.settings.family_facts import FAMILIES
 from dreambooth_moslora.settings.parsing import FIELD_TYPES
 from dreambooth_moslora.settings.setting_names import SETTINGS
 from dreambooth_moslora.settings.train_config import TrainConfig
-from dreambooth_moslora.training import contact_sheet, hub, publish, reporter
+from dreambooth_moslora.training import hub, publish, reporter
 from dreambooth_moslora.training.hub import list_public_files, push_to_hub
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.model_card import CardFacts, render_model_card
 from dreambooth_moslora.training.run_plots import compute_running_mean, plot_losses
-from dreambooth_moslora.training.samples import ValidationSamples
 from tests.helpers.tiny_training import logged, paint_photos, tiny_config
 
 pytestmark = pytest.mark.usefixtures("few_steps")
@@ -351,36 +350,6 @@ def test_stop_while_scoring_saves_and_resume_catches_up(config, tmp_path):
         event["step"] for event in logged(run.path, "evaluation")
     ] == [2]
     assert [event["step"] for event in logged(run.path, "sample")] == [0, 2, 3]
-
-
-def note_first(samples: ValidationSamples) -> None:
-    """As a run notes its pictures of step 0."""
-    prompts, seeds = map(
-        list, zip(*((request.prompt, request.seed) for request in samples.requests))
-    )
-    samples.run_dir.record_event(build_record(SamplesSaved(0, [""] * len(seeds), prompts, seeds)))
-
-
-def test_sheet_shows_step_0_images_under_their_prompts(tmp_path):
-    """A resumed run may ask for another prompt, or for another number of pictures."""
-    config = TrainConfig(num_validation_images=2, validation_prompt="a dog", seed=3)
-    begun, more, other_prompt = (
-        ValidationSamples.from_config(replace(config, **changes), RunDir(tmp_path), 1)
-        for changes in ({}, {"num_validation_images": 3}, {"validation_prompt": "a cat"})
-    )
-    for number, colour in enumerate(("red", "blue")):
-        begun.save(begun.get_path(0, number), Image.new("RGB", (8, 8), colour))
-    note_first(begun)
-    rows = [contact_sheet.build_sheet_rows(config, [], samples, [])[1] for samples in (begun, more)]
-    assert [row.captions for row in rows] == [("a dog",) * 2] * 2 and all(
-        len(row.images) == 2 for row in rows
-    )
-    assert (
-        contact_sheet.build_sheet_rows(
-            replace(config, validation_prompt="a cat"), [], other_prompt, []
-        )[1].images
-        == []
-    )
 
 
 def test_trackers_get_settings_without_user_text():
