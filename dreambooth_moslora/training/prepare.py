@@ -16,12 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from diffusers import (
-    DDPMScheduler,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    SchedulerMixin,
-)
+from diffusers import DiffusionPipeline
 
 from dreambooth_moslora.base import devices, families, load
 from dreambooth_moslora.base.base import Base
@@ -30,7 +25,6 @@ from dreambooth_moslora.base.streaming import StreamedBlocks
 from dreambooth_moslora.disk.contents import hash_file, hash_values
 from dreambooth_moslora.disk.processes import release_freed_memory
 from dreambooth_moslora.disk.run_folder import find_weights
-from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import reader
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.photos.augment import build_crop_rule
@@ -44,6 +38,7 @@ from dreambooth_moslora.training import (
     class_images,
     dataset,
     encoding_cache,
+    noise_schedule,
     objective,
     reporter,
 )
@@ -117,7 +112,7 @@ def prepare_inputs(
     pipeline = base_loading.load_base(config, base, dtype, device, has_denoiser=not is_late)
 
     # Checks, before the long work. A base that is refused costs no encoding.
-    schedule = build_noise_schedule(
+    schedule = noise_schedule.build_noise_schedule(
         pipeline.scheduler, config.do_edm_style_training, config.flow_shift
     )
     options = families.build_encoding_options(get_text_options(config))
@@ -125,10 +120,9 @@ def prepare_inputs(
         pipeline, embedded_guidance=config.guidance_scale, options=options
     )
     validation.check_family(config, family.facts)
-    if not is_late:
-        check_target_layers(config, pipeline)
     parts = [*family.facts.encoders, "vae"]
     if not is_late:
+        check_target_layers(config, pipeline)
         parts.append(family.facts.denoiser)
     digests = identify_base(config, base, family.facts, parts)
     context.raise_if_stop_requested()
@@ -144,15 +138,9 @@ def prepare_inputs(
 
     # The denoiser has the memory to itself.
     if is_late:
-        load.load_denoiser(pipeline, base, dtype)
-        base_loading.finish_denoiser(config, pipeline, dtype, device)
-        check_target_layers(config, pipeline)
+        load_late_denoiser(config, base, pipeline, dtype, device)
         digests |= identify_base(config, base, family.facts, [family.facts.denoiser])
-    denoiser = families.get_denoiser(pipeline)
-    if config.stream_blocks:
-        # The device as its weights name it: `to` would copy each weight from "cpu" to "cpu:0".
-        device = StreamedBlocks(denoiser, device).buffers[0].device
-    denoiser.to(device)
+    place_denoiser(config, pipeline, device)
     initial_weights = None
     if is_fresh and config.init_adapter is not None:
         initial_weights = reader.read_start(config.init_adapter, pipeline, config.use_dora)
@@ -167,6 +155,31 @@ def prepare_inputs(
         initial_weights=initial_weights,
         base_identity=digests,
     )
+
+
+def load_late_denoiser(
+    config: train_config.TrainConfig,
+    base: Base,
+    pipeline: DiffusionPipeline,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Load the denoiser of a pipeline whose encoders have left memory. Raises UserError for a layer
+    that it lacks."""
+    load.load_denoiser(pipeline, base, dtype)
+    base_loading.finish_denoiser(config, pipeline, dtype, device)
+    check_target_layers(config, pipeline)
+
+
+def place_denoiser(
+    config: train_config.TrainConfig, pipeline: DiffusionPipeline, device: torch.device
+) -> None:
+    """Move the denoiser to `device`, except blocks that are streamed."""
+    denoiser = families.get_denoiser(pipeline)
+    if config.stream_blocks:
+        # The device as its weights name it: `to` would copy each weight from "cpu" to "cpu:0".
+        device = StreamedBlocks(denoiser, device).buffers[0].device
+    denoiser.to(device)
 
 
 def load_photos(
@@ -213,75 +226,6 @@ def check_target_layers(config: train_config.TrainConfig, pipeline: DiffusionPip
     facts = get_facts(type(pipeline).__name__)
     validation.check_layers(config.target_modules, dimensions, config.use_dora, facts)
     validation.check_patterns(config, dimensions)
-
-
-def build_noise_schedule(
-    scheduler: SchedulerMixin, edm_style: bool = False, flow_shift: float | None = None
-) -> objective.NoiseSchedule:
-    """Build a base's noise schedule from its scheduler's configuration.
-
-    scheduler: the base's
-    edm_style: clamp the levels to finite ones, which EDM needs
-    flow_shift: of a flow's levels, in place of the scheduler's
-
-    Raises UserError for an unknown prediction type.
-    """
-    # A solver for flows, such as Sana's, has the levels of the plain flow scheduler.
-    is_flow = "FlowMatch" in type(scheduler).__name__
-    is_flow_solver = scheduler.config.get("use_flow_sigmas", False)
-    if is_flow_solver or (is_flow and flow_shift is not None):
-        scheduler = FlowMatchEulerDiscreteScheduler(
-            num_train_timesteps=scheduler.config.num_train_timesteps,
-            shift=flow_shift or scheduler.config.flow_shift,
-        )
-
-    # Flow: the scheduler's sigma is the noise's share s, so the ratio is s / (1 - s).
-    if is_flow or is_flow_solver:
-        fresh = type(scheduler).from_config(scheduler.config)
-        share = fresh.sigmas[: len(fresh.timesteps)].double()
-        shift_line = None
-        if scheduler.config.use_dynamic_shifting:
-            shift_line = compute_shift_line(scheduler.config)
-        return objective.NoiseSchedule(
-            sigmas=(share / (1 - share)).float(),
-            timesteps=fresh.timesteps,
-            prediction_type="flow",
-            style="flow",
-            shift_line=shift_line,
-        )
-
-    kind = scheduler.config.get("prediction_type", "epsilon")
-    if kind not in ("epsilon", "v_prediction"):
-        raise UserError(
-            f"the base predicts `{kind}`: only epsilon and v_prediction bases can be trained."
-        )
-
-    # The scheduler of a base trained in EDM style has its sigmas.
-    if "EDM" in type(scheduler).__name__:
-        fresh = type(scheduler).from_config(scheduler.config)
-        return objective.NoiseSchedule(
-            sigmas=fresh.sigmas[: len(fresh.timesteps)],
-            timesteps=fresh.timesteps,
-            prediction_type=kind,
-            style="edm",
-            sigma_data=scheduler.config.sigma_data,
-        )
-
-    # Any other has the levels of DDPM, whatever solver samples with it. EDM needs a finite sigma
-    # where the base has zero terminal SNR; the bound is diffusers'.
-    alphas = DDPMScheduler.from_config(scheduler.config).alphas_cumprod
-    if edm_style:
-        alphas = alphas.clamp(min=2**-24)
-    return objective.NoiseSchedule.from_alphas(alphas, kind, "edm" if edm_style else "ddpm")
-
-
-def compute_shift_line(config: Mapping[str, float]) -> tuple[float, float]:
-    """Compute slope and intercept of the line through a scheduler's two points, as its pipelines
-    compute the shift."""
-    min_tokens, max_tokens = config["base_image_seq_len"], config["max_image_seq_len"]
-    low, high = config["base_shift"], config["max_shift"]
-    slope = (high - low) / (max_tokens - min_tokens)
-    return slope, low - slope * min_tokens
 
 
 def open_cache(config: train_config.TrainConfig) -> encoding_cache.EncodingCache | None:

@@ -34,7 +34,7 @@ from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings.family_facts import ANIMA_NAMES, FAMILIES
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.prepare import build_noise_schedule
+from dreambooth_moslora.training.noise_schedule import build_noise_schedule
 from tests.helpers.single_file import (
     PREFIX,
     clip_layout,

@@ -7,8 +7,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from dreambooth_moslora.importers.families import CONVOLUTIONS, LINEAR_UNET_LAYERS
 from dreambooth_moslora.importers.files import load_config
 from dreambooth_moslora.settings.train_config import TrainConfig
+from dreambooth_moslora.training.noise_schedule import build_noise_schedule
 from dreambooth_moslora.training.objective import sample_flow_timesteps
-from dreambooth_moslora.training.prepare import build_noise_schedule
 from tests.helpers.foreign_configs import write_config
 
 PRODIGY = {

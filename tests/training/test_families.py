@@ -43,13 +43,13 @@ from dreambooth_moslora.settings import family_facts, field_facts
 from dreambooth_moslora.settings.train_config import TrainConfig, get_rank_and_alpha
 from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.loop import train
+from dreambooth_moslora.training.noise_schedule import build_noise_schedule
 from dreambooth_moslora.training.objective import (
     add_noise,
     compute_target,
     compute_weights,
     sample_flow_timesteps,
 )
-from dreambooth_moslora.training.prepare import build_noise_schedule
 from tests.helpers.command_line import parse_train_config
 from tests.helpers.few_pictures import few_pictures
 from tests.helpers.late_copies import LateCopies

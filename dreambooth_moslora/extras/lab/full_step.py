@@ -30,7 +30,7 @@ from dreambooth_moslora.base import devices, families, load
 from dreambooth_moslora.disk import processes
 from dreambooth_moslora.plan.distributed import PRECISION_DTYPES
 from dreambooth_moslora.settings.train_config import TrainConfig
-from dreambooth_moslora.training import dataset, prepare
+from dreambooth_moslora.training import dataset, noise_schedule, prepare
 from dreambooth_moslora.training.step import TrainStep
 
 WIDTHS = {"sdxl": (768, 1280), "small": (32, 64)}
@@ -177,7 +177,7 @@ def build_inputs(
     return prepare.TrainInputs(
         pipeline=pipeline,
         family=family,
-        schedule=prepare.build_noise_schedule(pipeline.scheduler),
+        schedule=noise_schedule.build_noise_schedule(pipeline.scheduler),
         photos=[],
         dataloader=dataset.TrainDataLoader(samples),
         text_cache=lambda prompts: [text] * len(prompts),
