@@ -152,6 +152,7 @@ def format_verdict(report: "PhotoReport") -> str:
 
 def caption_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `caption`."""
+    # The photos, and the subject's name in their captions.
     parser.add_argument("folder", metavar="DIR", help="folder with the photos")
     parser.add_argument(
         "--subject",
@@ -159,6 +160,8 @@ def caption_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help='rare word and class, "sks dog": "a photo of a sks dog …"',
     )
+
+    # The model that writes them, which the base decides, and what they name of the subject.
     parser.add_argument(
         *setting_names.list_flags("pretrained_model_name_or_path"),
         dest="base",

@@ -53,6 +53,7 @@ def run_info(args: argparse.Namespace) -> int:
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `export`."""
+    # The file with A, M and B, and the folder of the files that are made of it.
     parser.add_argument(
         "source",
         metavar="RAW_OR_CHECKPOINT",
@@ -64,6 +65,8 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of the two files; created if missing",
     )
+
+    # The name and the precision of these files.
     parser.add_argument(
         "--name", help="title and name of the kohya file; by default that of the output folder"
     )

@@ -259,6 +259,7 @@ def format_ending(plan: "RunPlan", result: "TrainResult") -> list[str]:
     )
     from dreambooth_moslora.training.run_metrics import load_run_metrics
 
+    # An interrupted run, which may have no adapter.
     folder = result.run_dir
     step = result.step
     if result.interrupted and not step:
@@ -269,6 +270,8 @@ def format_ending(plan: "RunPlan", result: "TrainResult") -> list[str]:
             f"stopped at step {step}: the adapter so far is in {folder}; "
             f"{format_resume_command(metrics)}"
         ]
+
+    # A finished run.
     return [
         f'done: {step} steps. pipe.load_lora_weights("{folder}") loads the adapter; '
         f"{folder}/README.md says more.",

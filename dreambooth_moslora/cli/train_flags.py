@@ -94,6 +94,7 @@ def add_training_flags(parser: CommandParser, hidden: Collection[str] = ()) -> N
     The namespace has attributes for the flags of the command line alone, and `translation` if there
     are flags of other trainers. `hidden` settings are parsed, but left out of the help.
     """
+    # Flags that are no settings.
     parser.has_settings = True
     parser.add_argument(
         "--config",
@@ -108,6 +109,8 @@ def add_training_flags(parser: CommandParser, hidden: Collection[str] = ()) -> N
         help="plan for a GPU with this memory that is elsewhere (Nvidia, Ampere or newer), for "
         "--dry_run and `check`",
     )
+
+    # The settings, in their groups.
     settings = setting_names.SETTINGS.values()
     for title, items in groupby(settings, lambda item: item.metadata["group"]):
         group = parser.add_argument_group(title)
