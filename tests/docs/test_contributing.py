@@ -10,8 +10,8 @@ from dreambooth_moslora.settings.setting_names import SETTINGS
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dreambooth_moslora"
 FOLDERS = ("dreambooth_moslora", "toybox", "benchmarks", "tools", "tests")
-KEYS_OF_FILES = {"to_out_lora"}
-"""Part of an example of a key in LoRA files."""
+KEYS_OF_FILES = {"to_out_lora", "modular_model_index"}
+"""Parts of an example of a key in LoRA files, and of the name of a file of models."""
 ACCEPTED = {"cache_latents", "offload"}
 """Flags of diffusers' script that are accepted, as it is always so."""
 
