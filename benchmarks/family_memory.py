@@ -93,8 +93,6 @@ KLEIN_9B = {
     "num_attention_heads": 32,
     "joint_attention_dim": 12288,
 }
-DEPTHS = ("num_layers", "num_single_layers", "n_layers", "n_refiner_layers")
-"""Numbers of blocks, as the configurations call them."""
 TextInputs = dict[str, Any]
 """One prompt, as the arguments of `predict`."""
 

@@ -22,7 +22,7 @@ from dreambooth_moslora.base import model_files
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.paths import expand_user_path, get_public_name
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings import family_facts, toy_bases
+from dreambooth_moslora.settings import distillation, family_facts, toy_bases
 from dreambooth_moslora.settings.train_config import TrainConfig
 
 BASE_SETTINGS = {
@@ -213,7 +213,7 @@ class Base:
 
         # Models in the table are not distilled, so their index is not needed.
         index = None if self.published else self.index
-        return family_facts.explain_distilled(index or {}, self.name, facts)
+        return distillation.explain_distilled(index or {}, self.name, facts)
 
     @cached_property
     def tensors(self) -> Shapes:

@@ -39,7 +39,7 @@ from dreambooth_moslora.lora import key_names
 from dreambooth_moslora.lora.describe import describe
 from dreambooth_moslora.plan.defaults import load_recipe
 from dreambooth_moslora.plan.plan import make_plan
-from dreambooth_moslora.settings import family_facts, field_facts
+from dreambooth_moslora.settings import distillation, family_facts, field_facts
 from dreambooth_moslora.settings.train_config import TrainConfig, get_rank_and_alpha
 from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.loop import train
@@ -438,13 +438,13 @@ NAMED = {  # a base's name -> the word that says that it is distilled
 
 @pytest.mark.parametrize("name", NAMED)
 def test_distillation_is_recognised_by_the_name(name):
-    message = family_facts.explain_distilled({}, name, facts_named("flux"))
+    message = distillation.explain_distilled({}, name, facts_named("flux"))
     if word := NAMED[name]:
         assert f"“{word}” says that it is distilled" in message
         assert message.endswith("black-forest-labs/FLUX.1-dev")
     else:
         assert not message
-    assert family_facts.explain_distilled({"is_distilled": True}, name, facts_named("flux"))
+    assert distillation.explain_distilled({"is_distilled": True}, name, facts_named("flux"))
 
 
 def test_distilled_or_unknown_base_is_refused(base_of, photos, tmp_path):
