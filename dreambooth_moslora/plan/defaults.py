@@ -21,7 +21,12 @@ from dreambooth_moslora.base.devices import get_world_size
 from dreambooth_moslora.base.model_files import MAX_SMALL_BASE_PX
 from dreambooth_moslora.disk.paths import get_assets_folder
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.plan.steps import plan_steps
+from dreambooth_moslora.plan.steps import (
+    MIN_EXPOSURES,
+    count_sample_images,
+    count_scorings,
+    plan_steps,
+)
 from dreambooth_moslora.settings import config_files, family_facts, field_facts, toy_bases
 from dreambooth_moslora.settings.metric_kinds import CLIP_REPO, DINO_REPO, SFACE
 from dreambooth_moslora.settings.setting_names import EXCLUSIONS, get_flag_name
@@ -355,16 +360,30 @@ def choose_scores(
     is_requested: whether the user asked for scores or refused them; None for neither. An
     `evaluate_steps` of 0 refuses them.
     """
+    from dreambooth_moslora.photos.photo_file import count_photos
+
     user_steps = choices.user_settings.get("evaluate_steps")
     is_open = is_requested is None and (user_steps or "evaluate_steps" not in choices.user_settings)
     missing = list_missing_encoders(choices.base.name, choices.all_settings.get("subject", "thing"))
     is_scored = not missing if is_open else is_requested
+
+    # As often as a quarter of the run's time allows. A run of full length is scored at its end.
+    config = TrainConfig.from_dict(choices.all_settings)
+    step_plan = plan_steps(config, count_photos(photos), get_world_size())
+    scorings = count_scorings(config, step_plan.total_steps)
+    if not scorings and step_plan.exposures_per_photo < MIN_EXPOSURES and not is_requested:
+        is_scored = is_scored and bool(user_steps)
     if is_scored:
-        # Four times in the run, unless the steps were given.
-        steps = user_steps or max(1, count_steps(choices, photos) // 4)
+        steps = user_steps or max(1, step_plan.total_steps // max(1, scorings))
         settings = {"evaluate_steps": steps, "validation_steps": steps}
         line = f"scores: every {steps} steps, the best in best/"
         choices.add(line, "evaluate_steps", **settings)
+    elif is_open and not missing:
+        images = count_sample_images(config, step_plan.total_steps)
+        settings = {"num_validation_images": images, "validation_steps": step_plan.total_steps}
+        line = "scores: none, as they would take most of so short a run"
+        choices.add_note(line, "evaluate_steps")
+        choices.add("", **settings)
     elif is_open and not user_steps:
         line = f"scores: none, as they take {' and '.join(missing)} from the hub"
         choices.add_note(line, "evaluate_steps")

@@ -18,6 +18,17 @@ MIN_EXPOSURES = 100
 """Exposures of a photo that a subject needs; with 20 hardly anything of it is learnt."""
 EXPOSURES_ADVICE = f"a subject needs {MIN_EXPOSURES} or more"
 
+MAX_SCORINGS = 4
+"""Scorings of a run whose length nobody bounds."""
+IMAGE_PASSES = 25 * 2
+"""Denoiser passes of a sample image: 25 steps, each with the prompt and without."""
+SCORING_PASSES = 12 * 20 * 2
+"""Denoiser passes of a scoring: a dozen images with the adapter, of 20 steps."""
+BASE_PASSES = 10 * 20 * 2
+"""Denoiser passes of the base's images, which the first scoring compares with."""
+CONTEXT_IMAGES = 4
+"""Images in new contexts that the end of a run draws."""
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -85,6 +96,34 @@ def plan_steps(config: TrainConfig, photos: int | Sequence[int], world_size: int
         steps_per_epoch=steps_an_epoch,
         total_steps=total,
     )
+
+
+def count_spare_passes(config: TrainConfig, steps: int) -> int:
+    """Return the denoiser passes that scores and samples may take: a quarter of the run's time,
+    which is a third of its training's.
+
+    An image of a step counts three, as the backward pass costs two, and a prior image whose target
+    the base predicts one more.
+    """
+    images = config.images_per_micro_batch
+    passes = 3 * images + (images - config.train_batch_size) * (config.prior == "adapter_off")
+    return steps * config.gradient_accumulation_steps * passes // 3
+
+
+def count_scorings(config: TrainConfig, steps: int) -> int:
+    """Return how often a run is scored in a quarter of its time, each time with samples: at most
+    MAX_SCORINGS."""
+    samples = config.sample_count * IMAGE_PASSES
+    spare = count_spare_passes(config, steps) - BASE_PASSES - samples
+    spare -= CONTEXT_IMAGES * IMAGE_PASSES * bool(samples)
+    return min(max(spare, 0) // (SCORING_PASSES + samples), MAX_SCORINGS)
+
+
+def count_sample_images(config: TrainConfig, steps: int) -> int:
+    """Return how many samples fit into a quarter of a run that draws them at its beginning and end
+    alone: at least 1, at most those of the settings."""
+    spare = count_spare_passes(config, steps) // IMAGE_PASSES - CONTEXT_IMAGES
+    return min(max(spare // 2, 1), config.sample_count)
 
 
 def split_total(sizes: Mapping[tuple[int, int], int], total: int) -> dict[tuple[int, int], int]:

@@ -18,14 +18,18 @@ from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.terminal import EXIT_INTERRUPTED
 from dreambooth_moslora.cli.train_flags import build_train_parser
 from dreambooth_moslora.disk.contents import read_json
+from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.disk.processes import STOP_FILE_VARIABLE
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir
+from dreambooth_moslora.evaluation.during_training import build_small_plan
+from dreambooth_moslora.generation.sampling import DEFAULT_INFERENCE_STEPS
+from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.plan import agreement
 from dreambooth_moslora.plan.steps import plan_steps
 from dreambooth_moslora.settings.config_files import load_settings
 from dreambooth_moslora.settings.family_facts import SDXL_HUB_ID
 from dreambooth_moslora.settings.metric_kinds import CLIP_REPO, DINO_REPO
-from dreambooth_moslora.settings.prompts import parse_subject
+from dreambooth_moslora.settings.prompts import list_context_prompts, parse_subject
 from tests.helpers.command_line import parse_train_config
 from tests.helpers.tiny_training import paint_photos
 
@@ -187,6 +191,35 @@ def test_dora_leaves_the_convolutions_of_the_recipe_out():
     assert {*layers} == {*parse_train_config(TOYS).target_modules} - {"conv1", "conv2"}
     config = parse_train_config([*TOYS, "--use_dora", "--target_modules", "conv1"])
     assert config.target_modules == ("conv1",)
+
+
+@pytest.mark.parametrize("steps", [40, 120, 240, 480, 2000])
+def test_scores_and_samples_take_a_quarter_of_the_run(steps):
+    """40 steps were scored four times, with five sets of samples, for eight minutes."""
+    config = parse_train_config([*TOYS, "--max_train_steps", str(steps)])
+    photos = find_photos(
+        Path(find_asset(config.instance_data_dir)), config.instance_prompt, 128
+    ).photos
+    plan = build_small_plan(config, photos)
+    requests = [*plan.class_requests, *plan.unrelated_requests, *plan.subject_requests]
+
+    # With the prompt and without: the base's images once, the adapter's at each scoring.
+    score = 2 * plan.inference_steps * len([*requests, *plan.bare_requests])
+    base = 2 * plan.inference_steps * len(requests)
+    scorings = steps // config.evaluate_steps if config.evaluate_steps else 0
+    samples = config.sample_count * (1 + steps // config.validation_steps)
+    samples += len(list_context_prompts(config))
+    drawn = score * scorings + base * bool(scorings) + 2 * DEFAULT_INFERENCE_STEPS * samples
+
+    # Three for an image, and the base's prediction of each prior image
+    trained = steps * (3 * config.images_per_micro_batch + config.train_batch_size)
+    assert drawn <= (drawn + trained) / 4 + 1 and config.sample_count > 0
+    assert bool(scorings) == (steps >= 240)
+
+
+def test_given_steps_of_scores_are_obeyed_in_a_short_run():
+    config = parse_train_config([*TOYS, "--max_train_steps", "40", "--evaluate_steps", "10"])
+    assert config.evaluate_steps == config.validation_steps == 10
 
 
 def test_scores_are_refused_by_steps_of_0(capsys):
