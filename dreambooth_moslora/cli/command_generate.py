@@ -13,8 +13,10 @@ from dreambooth_moslora.cli.terminal import disable_library_notes, print_lines, 
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.paths import expand_user_path, find_asset, find_free_name
 from dreambooth_moslora.disk.run_folder import RunDir, find_weights
+from dreambooth_moslora.disk.safetensors_header import read_header
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import image_params
+from dreambooth_moslora.lora.metadata import parse_metadata
 from dreambooth_moslora.plan.validation import require_output_folder
 from dreambooth_moslora.settings import train_config
 
@@ -87,6 +89,7 @@ def run_generate(args: argparse.Namespace) -> int:
     params = image_params.GenerationParams.from_dict(_collect_params(args))
     base = find_runs_base(args.adapter, args.base)
     check_paths(args)
+    print_lines(list_missing_triggers(args.adapter, params.prompt))
     print_loading()
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
@@ -137,6 +140,18 @@ def check_paths(args: argparse.Namespace) -> None:
     for path, _ in map(_split_scale, args.adapter):
         find_weights(find_asset(path))
     require_output_folder(args.output_dir)
+
+
+def list_missing_triggers(adapters: list[str], prompt: str) -> list[str]:
+    """Return a line for each adapter of this program whose trigger words the prompt lacks."""
+    lines = []
+    for path, _ in map(_split_scale, adapters):
+        metadata = parse_metadata(read_header(find_weights(find_asset(path))).metadata)
+        triggers = metadata.trigger_words if metadata else ()
+        if triggers and not any(trigger.lower() in prompt.lower() for trigger in triggers):
+            names = " or ".join(f"“{trigger}”" for trigger in triggers)
+            lines.append(f"note: {path} was trained on {names}, which the prompt lacks")
+    return lines
 
 
 def _split_scale(text: str) -> tuple[str, float]:

@@ -7,6 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli import command_generate
@@ -16,6 +17,7 @@ from dreambooth_moslora.generation.image_params import (
     read_recipe,
 )
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.lora.metadata import AdapterMetadata
 from tests.helpers.tiny import tiny_sdxl
 from tests.helpers.tiny_adapters import save_diffusers_lora
 
@@ -55,6 +57,17 @@ def test_base_is_that_of_the_first_adapter(tmp_path, capsys):
     with pytest.raises(UserError, match=r"is not valid JSON"):
         command_generate.find_runs_base([str(best)])
     assert command_generate.find_runs_base([str(best)], "a/given") == Base.find("a/given")
+
+
+def test_prompt_without_the_trigger_words_is_remarked_on(tmp_path):
+    """The base's own rockets were drawn, without a word."""
+    metadata = AdapterMetadata(rank=1, alpha=1, trigger_words=("sks rocket",))
+    file = tmp_path / "rocket.safetensors"
+    save_file({"a": torch.zeros(1)}, file, metadata=metadata.header)
+    list_lines = command_generate.list_missing_triggers
+    assert list_lines([f"{file}:0.5"], "a photo of a SKS rocket on the moon") == []
+    (line,) = list_lines([f"{file}:0.5"], "a photo of a rocket")
+    assert "“sks rocket”, which the prompt lacks" in line
 
 
 def test_the_command_writes_pictures_with_their_recipe(tiny_base, pipeline, tmp_path, capsys):
