@@ -209,11 +209,13 @@ def test_scores_and_samples_take_a_quarter_of_the_run(steps):
     scorings = steps // config.evaluate_steps if config.evaluate_steps else 0
     samples = config.sample_count * (1 + steps // config.validation_steps)
     samples += len(list_context_prompts(config))
-    drawn = score * scorings + base * bool(scorings) + 2 * DEFAULT_INFERENCE_STEPS * samples
+    drawing_passes = (
+        score * scorings + base * bool(scorings) + 2 * DEFAULT_INFERENCE_STEPS * samples
+    )
 
     # Three for an image, and the base's prediction of each prior image
-    trained = steps * (3 * config.images_per_micro_batch + config.train_batch_size)
-    assert drawn <= (drawn + trained) / 4 + 1 and config.sample_count > 0
+    training_passes = steps * (3 * config.images_per_micro_batch + config.train_batch_size)
+    assert drawing_passes <= (drawing_passes + training_passes) / 4 + 1 and config.sample_count > 0
     assert bool(scorings) == (steps >= 240)
 
 
