@@ -438,7 +438,7 @@ def run_explain(args: argparse.Namespace) -> int:
     for line in hints:
         print(escape_control_characters(line))
     if not (hints or advice):
-        advice = [run_advice.NO_ADVICE]
+        print(run_advice.NO_ADVICE)
     if advice:
         print(escape_control_characters("\n  ".join(["what to try next", *advice])))
     return 0

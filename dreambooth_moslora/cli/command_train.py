@@ -253,6 +253,8 @@ def format_ending(plan: "RunPlan", result: "TrainResult") -> list[str]:
     """Return lines on where the adapter is, and after a finished run the most important advice of
     `explain`."""
     from dreambooth_moslora.training.run_advice import (
+        NO_ADVICE,
+        NOT_SCORED_NOTE,
         format_resume_command,
         judge_run,
         list_closing_advice,
@@ -276,5 +278,8 @@ def format_ending(plan: "RunPlan", result: "TrainResult") -> list[str]:
         f'done: {step} steps. pipe.load_lora_weights("{folder}") loads the adapter; '
         f"{folder}/README.md says more.",
         judge_run(metrics),
-        *(f"try next: {line}" for line in list_closing_advice(metrics)),
+        *(
+            line if line.startswith((NO_ADVICE, NOT_SCORED_NOTE)) else f"try next: {line}"
+            for line in list_closing_advice(metrics)
+        ),
     ]

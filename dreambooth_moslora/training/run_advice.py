@@ -27,10 +27,12 @@ from dreambooth_moslora.settings.toy_bases import is_toy
 from dreambooth_moslora.training.best_step import find_best_step
 from dreambooth_moslora.training.run_metrics import MIN_LIKENESS_GAIN, RunMetrics
 
+COMMAND = ("python", "-m", "dreambooth_moslora")
+"""Begin of a command that an advice names."""
 MAX_ADVICE_LINES = 3
 """Of advice at the end of a run."""
-NO_ADVICE = "nothing: no problem was detected in the scores"
-NOT_SCORED_NOTE = "nothing was scored"
+NO_ADVICE = "No problem was detected in the scores. Look at the contact sheet yourself."
+NOT_SCORED_NOTE = "Not scored. Run"
 MIN_FINAL_LIKENESS = 0.6
 """Below it a subject is not recognised for certain: 0.61 at least in `assets/studies/recipe`."""
 MIN_RISE_SHARE = 0.1
@@ -80,8 +82,8 @@ def explain_steps(run: RunMetrics) -> Iterator[str]:
     if run.step and not run.scores and run.state != "failed":
         every = max(1, run.step // 5)
         yield (
-            f"{NOT_SCORED_NOTE}: the command `evaluate` does it now, "
-            f"--evaluate_steps {every} during the next run"
+            f"{NOT_SCORED_NOTE}: {shlex.join([*COMMAND, 'evaluate', str(run.folder)])}, "
+            f"or give the next training --evaluate_steps {every}"
         )
 
 
@@ -342,7 +344,7 @@ def format_resume_command(run: RunMetrics) -> str:
 
 def format_train_command(run: RunMetrics) -> str:
     """Return the command that trains with the run's own settings, in its folder."""
-    argv = ["python", "-m", "dreambooth_moslora", "train"]
+    argv = [*COMMAND, "train"]
     if run.processes > 1:
         argv = ["accelerate", "launch", "--multi_gpu", "train_dreambooth.py"]
     argv += ["--config", str(RunDir(run.folder).config_path)]

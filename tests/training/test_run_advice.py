@@ -69,7 +69,10 @@ FAULTS = {
         "the loss is nan at step 7; --learning_rate 3e-05; --mixed_precision bf16, or no on",
     ),
     "seen_too_rarely": (replace(GOOD, step=10), "shown 8 times; --exposures_per_photo 200"),
-    "nothing_scored": (replace(GOOD, scores={}), "`evaluate`; --evaluate_steps 48"),
+    "nothing_scored": (
+        replace(GOOD, scores={}),
+        "Not scored. Run: python -m dreambooth_moslora evaluate; --evaluate_steps 48",
+    ),
     "odd_photo": (
         replace(
             GOOD, photo_likeness={"0.jpg": 0.6, "1.jpg": 0.65, "my dog.jpg": 0.2, "3.jpg": 0.6}
@@ -101,7 +104,7 @@ FAULTS = {
 
 def test_good_metrics_get_no_advice_bad_ones_three_lines():
     assert list_advice(GOOD) == [] and run_advice.list_closing_advice(GOOD) == [
-        run_advice.NO_ADVICE
+        "No problem was detected in the scores. Look at the contact sheet yourself."
     ]
     assert list_advice(replace(GOOD, photo_likeness=dict.fromkeys("abc", 0.6))) == []
     assert with_scores(dino=0.15, dino_base=0.1, dino_bare=0.1).compute_shift("dino_bare") is None

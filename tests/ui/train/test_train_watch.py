@@ -93,7 +93,7 @@ def test_verdict_on_a_short_run(tmp_path):
     verdict = render_verdict(write_metrics(tmp_path, *short), tmp_path, has_best=False)
     for text in ("Next: each photo was shown 8 times", "models/loras", "“sks bear”"):
         assert text in verdict
-    assert "nothing was scored" not in verdict and "Draw with it" not in verdict
+    assert "Not scored" not in verdict and "Draw with it" not in verdict
     scores = {"type": "evaluation", "step": 10, "dino": 0.47, "dino_base": 0.0}
     verdict = render_verdict(write_metrics(tmp_path, *short, scores), tmp_path, has_best=False)
     assert "It has only begun to learn your subject" in verdict
