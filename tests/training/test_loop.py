@@ -28,8 +28,9 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import raw_file
 from dreambooth_moslora.method import moslora
+from dreambooth_moslora.seeds import seed_generator
 from dreambooth_moslora.settings.train_config import TrainConfig
-from dreambooth_moslora.training import loop, objective
+from dreambooth_moslora.training import loop
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.step import TrainStep, sample_prior_prompts
 from tests.generation.test_pipeline import has_difference
@@ -217,10 +218,6 @@ class RunResults:
         return not torch.allclose(self.tensors["mixer"], other_run.tensors["mixer"], atol=0.02)
 
 
-def has_other_loss(results, plain):
-    return results.loss != plain.loss
-
-
 def has_later_loss_change(results, plain):
     return results.loss == plain.loss and results.steps[1].loss != plain.steps[1].loss
 
@@ -254,7 +251,6 @@ ROUNDED = (
     ("int8", {"base_quantization": "int8"}),
 )
 OPTIONS = {
-    "seed": ({"seed": 4}, has_other_loss),
     "rank, mixer, alpha, rslora, dora, cosine": (RECORDED, check_recorded_settings),
     "frozen mixer": (
         {"train_mixer": False},
@@ -265,10 +261,6 @@ OPTIONS = {
         lambda results, plain: results.has_far_mixers(plain),
     ),
     "dropout": ({"lora_dropout": 0.5}, has_later_loss_change),  # nothing to drop while B is zero
-    "min-SNR": ({"snr_gamma": 1e-3}, lambda results, plain: results.loss < 0.9 * plain.loss),
-    "noise offset": ({"noise_offset": 0.1}, has_other_loss),
-    "debiased": ({"debiased_estimation_loss": True}, has_other_loss),
-    "edm": ({"do_edm_style_training": True}, has_other_loss),
     **{
         name: (changes, lambda results, plain: 0 < abs(results.loss / plain.loss - 1) < 0.05)
         for name, changes in ROUNDED
@@ -283,7 +275,6 @@ OPTIONS = {
         {"adam_weight_decay": 5.0},
         lambda results, plain: results.size("lora_A") < 0.97 * plain.size("lora_A"),
     ),
-    "center_crop": ({"center_crop": True}, has_other_loss),
 }
 """Changes, and what they must show beside the run without them."""
 
@@ -304,26 +295,63 @@ def test_every_option_acts_as_its_name_says_and_stays_finite(name, run, plain_ru
     assert all(math.isfinite(step.loss) for step in results.steps) and acts(results, plain_run)
 
 
-def test_a_v_prediction_base_is_trained_on_velocity(tmp_path, photos, monkeypatch):
-    base, noised, targets = (
-        save_tiny_sdxl(tmp_path / "base", prediction_type="v_prediction"),
-        [],
-        [],
+@pytest.fixture
+def prepare_step(tiny_base, photos, tmp_path, monkeypatch):
+    """Prepare a run with changes; returns its TrainStep before the first step."""
+    monkeypatch.setattr(loop, "run_training_loop", lambda run: run.train_step)
+    return lambda base=tiny_base, **changes: train(
+        tiny_config(base, photos, tmp_path / "run", **changes)
     )
-    add_noise, loss = objective.add_noise, objective.compute_loss
-    monkeypatch.setattr(
-        objective, "add_noise", lambda *arguments: noised.append(arguments) or add_noise(*arguments)
+
+
+def test_noise_is_drawn_from_the_seed_and_offset_by_channel(prepare_step):
+    plain, shifted = (
+        prepare_step(noise_offset=strength, seed=4).build_micro_batch(0).target
+        for strength in (0, 0.1)
     )
-    noted = lambda answer, target, *arguments, **options: (  # noqa: E731
-        targets.append(target) or loss(answer, target, *arguments, **options)
-    )
-    monkeypatch.setattr(objective, "compute_loss", noted)
-    train(tiny_config(base, photos, tmp_path / "run", max_train_steps=2))
+    names = (4, "micro", 0)
+    assert torch.equal(plain, torch.randn(plain.shape, generator=seed_generator(*names, "noise")))
+    offsets = torch.randn(1, 4, 1, 1, generator=seed_generator(*names, "noise offset"))
+    torch.testing.assert_close(shifted - plain, (0.1 * offsets).expand_as(plain))
+
+
+@pytest.mark.parametrize(
+    ("changes", "weigh"),
+    [
+        ({"snr_gamma": 1e-3}, lambda snr: min(snr, 1e-3) / snr),
+        ({"debiased_estimation_loss": True}, lambda snr: min(snr, 1000) ** -0.5),
+        ({"do_edm_style_training": True}, lambda snr: 1),  # another output, the same loss
+    ],
+)
+def test_loss_of_a_run_is_weighted_as_its_settings_say(changes, weigh, prepare_step):
+    losses = []
+    for settings in ({}, changes):
+        step = prepare_step(**settings)
+        micro_batch = step.build_micro_batch(0)
+        losses.append(step.compute_losses([micro_batch])[0].total.item())
+    assert step.schedule.style == ("edm" if "do_edm_style_training" in changes else "ddpm")
+    snr = float(step.schedule.snr(micro_batch.inputs.noisy_sample.timestep_indices))
+    assert losses[1] == pytest.approx(losses[0] * weigh(snr), rel=1e-3)
+
+
+def test_center_crop_takes_the_middle_of_each_photo(prepare_step):
+    step = prepare_step(center_crop=True)
+    time_ids = [step.build_micro_batch(n).inputs.photo_inputs["time_ids"][0] for n in range(9)]
+    corners = {(tuple(ids[:2].int().tolist()), tuple(ids[2:4].int().tolist())) for ids in time_ids}
+    assert corners == {((64, 96), (0, 16)), ((80, 64), (8, 0)), ((72, 72), (0, 0))}
+
+
+def test_a_v_prediction_base_is_trained_on_velocity(tmp_path, prepare_step):
+    base = save_tiny_sdxl(tmp_path / "base", prediction_type="v_prediction")
+    micro_batch = prepare_step(base).build_micro_batch(0)
+    noisy, target = micro_batch.inputs.noisy_sample, micro_batch.target
+
+    # Of z = sqrt(a)·x + sqrt(1 - a)·n and v = sqrt(a)·n - sqrt(1 - a)·x, the noise.
     scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
-    for (_, latents, noise, index), target in zip(noised, targets, strict=True):
-        torch.testing.assert_close(
-            target, scheduler.get_velocity(latents, noise, index), atol=1e-5, rtol=1e-4
-        )
+    alpha = scheduler.alphas_cumprod[noisy.timestep_indices].view(-1, 1, 1, 1)
+    noise = (1 - alpha).sqrt() * noisy.latents + alpha.sqrt() * target
+    drawn_noise = torch.randn(target.shape, generator=seed_generator(3, "micro", 0, "noise"))
+    torch.testing.assert_close(noise, drawn_noise, atol=1e-5, rtol=1e-4)
 
 
 def test_prior_losses_are_logged_and_class_prompts_alternate(run, tiny_base, photos, tmp_path):
