@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
@@ -63,8 +64,11 @@ def test_the_commands_whose_peak_is_measured_are_trainings(tmp_path):
 def test_the_loop_in_diffusers_style_learns_in_either_dtype():
     for fp32_adapter in (False, True):
         step = build_diffusers_style_step("small", 64, 2, True, fp32_adapter)
-        losses = [step()[0] for _ in range(2)]
-        assert all(0 < loss < 100 for loss in losses) and losses[0] != losses[1]
+        losses = []
+        for _ in range(6):
+            torch.manual_seed(1)  # the same noise and timestep in each step
+            losses.append(step()[0])
+        assert losses[-1] < 0.99 * losses[0]  # 0.976 was seen
 
 
 def test_the_trainer_takes_the_random_base(tmp_path):
