@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 COMMAND_FLAGS = ("folder", "word", "no_picture", "make_masks")
 """Arguments of `check` besides the settings of a training."""
+PHOTO_CHOICES = ("base: ", "crops: ")
+"""Begins of the program's choices that decide how photos are judged and cropped."""
 MAX_DRAWN_PHOTOS = 48
 """Largest number of photos on the contact sheet."""
 
@@ -55,7 +57,7 @@ def run_check(args: argparse.Namespace) -> int:
     flags = {name: value for name, value in vars(args).items() if name not in COMMAND_FLAGS}
     settings, has_recipe = train_flags.resolve_settings(flags, without_words=True)
     choices = one_word.choose_settings([args.folder, args.word], settings, has_recipe=has_recipe)
-    terminal.print_lines(choices.lines)
+    terminal.print_lines([line for line in choices.lines if line.startswith(PHOTO_CHOICES)])
     config = train_config.TrainConfig.from_dict(choices.all_settings)
     config = replace(config, **choose_bucket_step(config, Base.of(config)))
 
@@ -114,14 +116,19 @@ def format_report(report: "PhotoReport", target: str, crops: str | None = None) 
     from dreambooth_moslora.photos.photo_file import format_captions
     from dreambooth_moslora.photos.quality import list_faults
 
-    # List each file with its remarks.
+    # List each file with its remarks. A prompt that all photos share stands once, below.
     lines = []
+    prompts = {*map(format_captions, report.photos)}
     for photo in report.photos:
         height, width = photo.size_px
         remarks = [*photo.reasons, "has a mask"] if photo.has_mask_file else photo.reasons
         mark = "bad" if list_faults(photo) else "ok "
         line = f"  {mark}   {photo.path.name}  {width} x {height}  {'; '.join(remarks)}"
-        lines += [line.rstrip(), f"        {format_captions(photo)}"]
+        lines.append(line.rstrip())
+        if len(prompts) > 1:
+            lines.append(f"        {format_captions(photo)}")
+    if len(prompts) == 1:
+        lines.append(f"  all   {prompts.pop()}")
     lines += [f"  left  {item.path.name}  {item.reason}" for item in report.skipped]
 
     # Sum up.

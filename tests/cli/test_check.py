@@ -18,6 +18,7 @@ from dreambooth_moslora.photos.quality import CELL_PX, build_crop_rows
 from dreambooth_moslora.settings.family_facts import SDXL_HUB_ID
 from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.odd_photos import CASES, make_folder, picture
+from tests.helpers.tiny_training import paint_photos
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ["--pretrained_model_name_or_path", "toy"]
@@ -341,3 +342,14 @@ def test_a_mistake_is_one_line_and_writes_nothing(command_line, says, tmp_path, 
     assert main(shlex.split(command_line)) == 2
     error = capsys.readouterr().err
     assert says in error.splitlines()[-1] and os.listdir() == ["a.png"]
+
+
+def test_a_shared_prompt_stands_once_without_a_training_plan(tmp_path, monkeypatch, capsys):
+    """The same prompt stood under every photo, below the steps and the recipe of a training."""
+    monkeypatch.chdir(tmp_path)
+    for path in paint_photos(tmp_path / "dog", 4).iterdir():
+        Image.open(path).resize((256, 256)).save(path)
+    assert main(["check", "dog", "dog", "--base", "toy", "--no_picture"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("“a photo of a sks dog”") == 1
+    assert "steps: " not in captured.err and "recipe: " not in captured.err
