@@ -5,24 +5,14 @@ import pytest
 import torch
 from PIL import Image
 
-from toybox.learning.train_unet import build_noise_schedule
+from tests.toybox.test_velocity_error import CAPTIONS, LATENTS, predict_true_velocity
 from toybox.measures.ladder import STEPS, denoise_latents, main
-
-LATENTS = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-CAPTIONS = [str(number) for number in range(len(LATENTS))]
 
 
 @pytest.mark.parametrize("timestep", STEPS)
 def test_true_velocities_give_the_latents_back(timestep):
-    def truth(noisy, t, captions):
-        latents = LATENTS[[int(caption) for caption in captions]]
-        signal = build_noise_schedule().alphas_cumprod[t].sqrt()[:, None, None, None]
-        noise = (noisy - signal * latents) / (1 - signal**2).sqrt()
-        return signal * noise - (1 - signal**2).sqrt() * latents
-
-    torch.testing.assert_close(
-        denoise_latents(truth, LATENTS, CAPTIONS, timestep), LATENTS, atol=1e-3, rtol=0
-    )
+    denoised = denoise_latents(predict_true_velocity, LATENTS, CAPTIONS, timestep)
+    torch.testing.assert_close(denoised, LATENTS, atol=1e-3, rtol=0)
     none = denoise_latents(lambda noisy, *_: 0 * noisy, LATENTS, CAPTIONS, timestep)
     assert (none - LATENTS).square().mean() > 0.05
 

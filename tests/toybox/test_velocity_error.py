@@ -11,15 +11,17 @@ LATENTS = torch.randn(BATCH + 2, 4, 16, 16, generator=torch.Generator().manual_s
 CAPTIONS = [str(number) for number in range(len(LATENTS))]
 
 
-def test_true_velocities_have_no_error():
-    def truth(noisy, t, captions):
-        latents = LATENTS[[int(caption) for caption in captions]]
-        signal = build_noise_schedule().alphas_cumprod[t].sqrt()[:, None, None, None]
-        noise = (noisy - signal * latents) / (1 - signal**2).sqrt()
-        return signal * noise - (1 - signal**2).sqrt() * latents
+def predict_true_velocity(noisy, t, captions):
+    """Return the velocities of noised latents, whose captions are their indices."""
+    latents = LATENTS[[int(caption) for caption in captions]]
+    signal = build_noise_schedule().alphas_cumprod[t].sqrt()[:, None, None, None]
+    noise = (noisy - signal * latents) / (1 - signal**2).sqrt()
+    return signal * noise - (1 - signal**2).sqrt() * latents
 
+
+def test_true_velocities_have_no_error():
     for timestep in TIMESTEPS:
-        assert compute_error(truth, LATENTS, CAPTIONS, timestep) < 1e-8
+        assert compute_error(predict_true_velocity, LATENTS, CAPTIONS, timestep) < 1e-8
         assert compute_error(
             lambda noisy, *_: 0 * noisy, LATENTS, CAPTIONS, timestep
         ) == pytest.approx(1, abs=0.05)
