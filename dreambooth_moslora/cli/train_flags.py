@@ -49,6 +49,7 @@ DAILY_FLAGS = (
     "seed",
     "max_train_steps",
     "exposures_per_photo",
+    "evaluate_steps",
     "learning_rate",
     "memory",
     "output_dir",
@@ -56,6 +57,8 @@ DAILY_FLAGS = (
     "dry_run",
 )
 """Settings in the short help."""
+RECOMMENDED_DEFAULTS = {"rank": 16, "output_dir": "runs/WORD"}
+"""Defaults of `train PHOTOS WORD`, which the short help shows."""
 METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAME", Prompt: "TEXT", Subject: "DIR"}
 """Type of a setting -> placeholder of its value in the help."""
 
@@ -115,14 +118,15 @@ def add_training_flags(parser: CommandParser, hidden: Collection[str] = ()) -> N
     for title, items in groupby(settings, lambda item: item.metadata["group"]):
         group = parser.add_argument_group(title)
         for item in items:
-            add_flag(group, item, is_hidden=item.name in hidden)
+            add_flag(group, item, is_hidden=item.name in hidden, has_recipe=bool(hidden))
 
 
-def add_flag(group: Any, item: Field, *, is_hidden: bool = False) -> None:
-    """Add the flag of a setting to a parser's group; a hidden one is left out of the help."""
+def add_flag(group: Any, item: Field, *, is_hidden: bool = False, has_recipe: bool = False) -> None:
+    """Add the flag of a setting to a parser's group; a hidden one is left out of the help. With
+    `has_recipe` the help shows the defaults of `train PHOTOS WORD`."""
     kind = parsing.FIELD_TYPES[item.name][0]
     facts = item.metadata
-    default = item.default
+    default = item.default if not has_recipe else RECOMMENDED_DEFAULTS.get(item.name, item.default)
 
     # The help; argparse reads % as a format.
     help_text = facts["help"]

@@ -950,7 +950,7 @@ class SettingRows:
     )
     evaluate_steps: int | None = samples_field(
         default=None,
-        help="steps between scores of fidelity; 0: never (default: never)",
+        help="steps between scores; 0: never (default: never; with PHOTOS WORD up to 4 times)",
         low=0,
     )
 
