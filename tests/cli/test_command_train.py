@@ -48,8 +48,8 @@ def test_help_shows_the_flags_in_daily_use_and_all_of_it_each(capsys, monkeypatc
     assert "(required)" not in each
 
     # The short help has the defaults of the recommended form.
-    words = " ".join(daily.split())
-    assert "(default: 16)" in words and "(default: runs/WORD)" in words
+    help_line = " ".join(daily.split())
+    assert "(default: 16)" in help_line and "(default: runs/WORD)" in help_line
     assert "--evaluate_steps" in daily and "(default: runs/WORD)" not in each
 
 
