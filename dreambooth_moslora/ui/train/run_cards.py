@@ -44,20 +44,19 @@ ENDING_SENTENCES = {
 """State of a run that has ended -> the page's text."""
 
 
-def render_verdict(metrics: events.EventLog, run_dir: Path, has_best: bool) -> str:
+def render_verdict(metrics: events.EventLog, run_dir: Path, best_step: int | None = None) -> str:
     """Render a finished run's result and what to do next.
 
-    The folder `run_dir` has the page's copies of its photos. With `has_best` its best step was
-    stored. Flags in advice are replaced by the form's labels.
+    The folder `run_dir` has the page's copies of its photos. `best_step` is that of the best
+    adapter, if one was stored. Flags in advice are replaced by the form's labels.
     """
     config = parse_known_config(metrics.get_last("start").get("config") or {})
     photos = list_photo_copies(RunDir(run_dir).photos_dir)
     run_metrics = build_run_metrics(metrics.events, config, {"count": len(photos)})
     lines = [judge_run(run_metrics)]
-    best = metrics.get_last("evaluation").get("best")
-    if has_best and isinstance(best, dict):
+    if best_step is not None:
         lines.append(
-            f"Step {best.get('step')} was the best: it is what you draw with and download."
+            f"Step {best_step} was the best: it is shown here, and what you draw with and download."
         )
     # The next action. The verdict has said whether it was scored.
     omitted_advice = (NO_ADVICE, NOT_SCORED_NOTE)

@@ -29,7 +29,6 @@ WATCHED_WIDGETS = (
     "use",
     *DOWNLOADS,
     "samples",
-    "sheet",
     "verdict",
     "details",
     "plot",
@@ -78,9 +77,9 @@ def _list_values(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) ->
         is_whole = is_ready and file.is_file()
         return str(copy_into_workspace(workspace, file, job.name)) if is_whole else None
 
-    # The contact sheet, with the photos and images before and after, replaces the samples.
-    sheet = get_link(run_dir.contact_sheet_path, ready)
-    samples = [] if sheet else list_samples(job, metrics, workspace)
+    # Samples of the adapter that is drawn with, or the newest.
+    best_step = find_best_step(run_dir, metrics) if ready else None
+    samples = list_samples(job, metrics, workspace, best_step)
     plot = get_link(run_dir.loss_plot_path, is_over)
     # The best step's files, if there is one.
     best = find_best_folder(run_dir) if ready else run_dir.path
@@ -91,7 +90,7 @@ def _list_values(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) ->
     status = render_status(state, metrics)
     verdict = ""
     if state.state == "done":
-        verdict = render_verdict(metrics, job.run_dir, has_best=best != run_dir.path)
+        verdict = render_verdict(metrics, job.run_dir, best_step)
     can_stop = state.is_active and job.has_process
     if state.is_active and not can_stop:
         status += html.render_faint(format_message(TERMINAL_RUN_MESSAGE) + ".")
@@ -103,7 +102,6 @@ def _list_values(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) ->
         "download": gr.DownloadButton(label, value=adapter, visible=bool(adapter)),
         "download_kohya": gr.DownloadButton(value=kohya, visible=bool(kohya)),
         "samples": gr.Gallery(samples, visible=bool(samples)),
-        "sheet": gr.Image(sheet, visible=bool(sheet)),
         "verdict": verdict,
         "details": gr.Accordion(visible=True),
         "plot": gr.Image(plot, visible=bool(plot)),
@@ -118,21 +116,48 @@ def find_best_folder(run_dir: RunDir) -> Path:
     return run_dir.best_dir if has_best else run_dir.path
 
 
-def list_samples(job: Job, metrics: events.EventLog, workspace: Workspace) -> list[tuple[str, str]]:
-    """List (link in the workspace, caption) of the newest sample images."""
+def find_best_step(run_dir: RunDir, metrics: events.EventLog) -> int | None:
+    """Return the step of the best adapter; None if none was stored."""
+    best = metrics.get_last("evaluation").get("best")
+    is_stored = find_best_folder(run_dir) != run_dir.path
+    return best.get("step") if is_stored and isinstance(best, dict) else None
+
+
+def list_samples(
+    job: Job, metrics: events.EventLog, workspace: Workspace, step: int | None = None
+) -> list[tuple[str, str]]:
+    """List (link in the workspace, caption) of samples: of each prompt and seed the one of step 0,
+    then that of `step`, or of the last drawn before it.
+
+    Without a step those are the newest.
+    """
+    sample_events = events.filter_events(events.SamplesSaved, metrics.events)
+    if not sample_events:
+        return []
     # A resumed run generates some samples again: the last ones count.
-    captions: dict[Path, str] = {}
+    by_step = {event.step: event for event in sample_events}
+    latest = sample_events[-1]
+    if step is not None:
+        latest = by_step[max((at for at in by_step if at <= step), default=latest.step)]
+    # Each prompt and seed, before and after.
+    captions = {}
+    first_files = map_sample_files(by_step[0]) if 0 in by_step else {}
+    for request, file in map_sample_files(latest).items():
+        if request in first_files:
+            captions[first_files[request]] = f"Before: {request[0]}"
+        captions.setdefault(file, f"Step {latest.step}: {request[0]}")
     samples_dir = RunDir(job.run_dir).samples_dir
-    for event in reversed(metrics.list_events("sample")):
-        step = event.get("step")
-        for name in event.get("files") or ():
-            file = samples_dir / Path(str(name)).name
-            if file.is_file():
-                captions.setdefault(file, f"step {step}" if step else "before")
-    newest = list(captions.items())[:MAX_SAMPLES_SHOWN]
     return [
-        (str(copy_into_workspace(workspace, file, job.name)), caption) for file, caption in newest
+        (str(copy_into_workspace(workspace, samples_dir / name, job.name)), caption)
+        for name, caption in list(captions.items())[:MAX_SAMPLES_SHOWN]
+        if (samples_dir / name).is_file()
     ]
+
+
+def map_sample_files(event: events.SamplesSaved) -> dict[tuple[str, int], str]:
+    """Map each prompt and seed to the name of its image."""
+    names = [Path(file).name for file in event.files]
+    return dict(zip(zip(event.prompts, event.seeds), names))
 
 
 def copy_into_workspace(workspace: Workspace, file: Path, run: str) -> Path:

@@ -37,13 +37,15 @@ def build_watch_widgets() -> dict[str, Any]:
     parts["run"] = gr.Textbox("", label="Run", visible=False)
     parts["status"] = gr.HTML(NO_RUN_CARD, elem_id="train_status", label="Status")
     # The images come before the verdict: people judge them better than scores do.
-    parts |= _build_buttons() | _build_galleries()
+    parts |= _build_buttons()
+    parts["samples"] = _build_gallery()
     parts["verdict"] = gr.HTML("", elem_id="verdict", label="Verdict")
     parts |= _build_queue()
     # Further details.
     look = {"open": False, "visible": False, "elem_id": "log_box"}
     with gr.Accordion("Curves and log", **look) as parts["details"]:
-        parts["plot"] = _build_image("Loss and scores", "plot")
+        look = {"type": "filepath", "visible": False, "elem_id": "plot"}
+        parts["plot"] = gr.Image(label="Loss and scores", **look, **html.IMAGE_OPTIONS)
         parts["log"] = gr.HTML("", elem_id="log", label="Log")
     return parts
 
@@ -61,9 +63,9 @@ def _build_buttons() -> dict[str, Any]:
     return parts
 
 
-def _build_galleries() -> dict[str, Any]:
-    """Build the images of the run: newest samples while it trains, before and after at its end."""
-    samples = gr.Gallery(
+def _build_gallery() -> gr.Gallery:
+    """Build the images of the run: its samples before and after, the newest while it trains."""
+    return gr.Gallery(
         label="Samples",
         columns=4,
         height="auto",
@@ -72,12 +74,6 @@ def _build_galleries() -> dict[str, Any]:
         elem_id="samples",
         **html.IMAGE_OPTIONS,
     )
-    return {"samples": samples, "sheet": _build_image("Before and after", "sheet_of_run")}
-
-
-def _build_image(label: str, elem_id: str) -> gr.Image:
-    look = {"type": "filepath", "visible": False, "elem_id": elem_id}
-    return gr.Image(label=label, **look, **html.IMAGE_OPTIONS)
 
 
 def _build_queue() -> dict[str, Any]:

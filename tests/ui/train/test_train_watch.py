@@ -1,6 +1,7 @@
 """What is shown of a run: its state and numbers, its plots and pictures, its files, its best step
 and advice."""
 
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -17,7 +18,7 @@ from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, find_phase
 from dreambooth_moslora.ui.state import AdapterCatalog
 from dreambooth_moslora.ui.train.run_cards import render_status, render_verdict
 from dreambooth_moslora.ui.train.run_list import build_run_cards
-from dreambooth_moslora.ui.train.run_view import MAX_SAMPLES_SHOWN, list_changes, list_samples
+from dreambooth_moslora.ui.train.run_view import list_changes, list_samples
 from dreambooth_moslora.ui.train.train_form import replace_flags
 from tests.ui.conftest import find_handler, write_run
 
@@ -66,12 +67,10 @@ def test_card_names_best_step_and_offers_files(run, list_widget_changes, tmp_pat
         for name, file in files.items()
     )
     assert now["download"].label == "Download for diffusers"
-    later = {"sheet": "contact_sheet.png", "plot": "loss.png"}
-    assert not any(now[name].visible for name in later)
-    for file in later.values():
-        PIL.Image.new("RGB", (8, 8)).save(run / file)
+    assert not now["plot"].visible
+    PIL.Image.new("RGB", (8, 8)).save(run / "loss.png")
     now = list_widget_changes()
-    assert all(now[name].visible and file in str(now[name].value) for name, file in later.items())
+    assert now["plot"].visible and "loss.png" in str(now["plot"].value)
     for folder in (run, run / "best"):
         (folder / "dog.kohya.safetensors").unlink()
     write_run(run, {"type": "start"}, {"type": "end", "state": "done", "step": 30})
@@ -90,18 +89,18 @@ def test_verdict_on_a_short_run(tmp_path):
         copy.touch()
     config = {"instance_prompt": "a photo of sks bear", "train_batch_size": 4}
     short = [{"type": "start", "config": config}, {"type": "step", "step": 10}]
-    verdict = render_verdict(write_metrics(tmp_path, *short), tmp_path, has_best=False)
+    verdict = render_verdict(write_metrics(tmp_path, *short), tmp_path)
     for text in ("Next: each photo was shown 8 times", "models/loras", "“sks bear”"):
         assert text in verdict
     assert "Not scored" not in verdict and "Draw with it" not in verdict
     scores = {"type": "evaluation", "step": 10, "dino": 0.47, "dino_base": 0.0}
-    verdict = render_verdict(write_metrics(tmp_path, *short, scores), tmp_path, has_best=False)
+    verdict = render_verdict(write_metrics(tmp_path, *short, scores), tmp_path)
     assert "It has only begun to learn your subject" in verdict
 
     # A style without a score has been measured, and the page says why it has none.
     style = {"type": "start", "config": {"instance_prompt": "in ink style", "subject": "style"}}
     unscored = {"type": "evaluation", "step": 10, "dino": 0.47, "no_score": "the base draws so"}
-    verdict = render_verdict(write_metrics(tmp_path, style, unscored), tmp_path, has_best=False)
+    verdict = render_verdict(write_metrics(tmp_path, style, unscored), tmp_path)
     assert "It has no score: the base draws so." in verdict
 
 
@@ -110,12 +109,12 @@ def test_verdict_on_a_style(tmp_path):
     config = {"instance_prompt": "a picture in dusk style", "subject": "style"}
     scores = {"type": "evaluation", "step": 200, "dino": 0.05, "dino_base": 0.0, "style": 0.77}
     events = [{"type": "start", "config": config}, {"type": "step", "step": 200}, scores]
-    verdict = render_verdict(write_metrics(tmp_path, *events), tmp_path, has_best=False)
+    verdict = render_verdict(write_metrics(tmp_path, *events), tmp_path)
     assert "rose from 0% to 77%" in verdict and "write “in dusk style” in the prompt" in verdict
 
     # Above 1, a style is as like as it can be.
     events[-1] = scores | {"style": 2.2}
-    verdict = render_verdict(write_metrics(tmp_path, *events), tmp_path, has_best=False)
+    verdict = render_verdict(write_metrics(tmp_path, *events), tmp_path)
     assert "rose from 0% to 100%" in verdict
 
 
@@ -213,24 +212,53 @@ def write_metrics(tmp_path, *events) -> EventLog:
     return EventLog(write_run(tmp_path, *events).run_dir / "metrics.jsonl").refresh()
 
 
-def write_samples(tmp_path, steps, *more: str) -> list[dict]:
-    """The events of a picture at each step, with its file."""
-    (tmp_path / "samples").mkdir(exist_ok=True)
+def write_samples(run: Path, *steps: int, **facts) -> list[dict]:
+    """The events of two prompts' images at each step, with the files."""
+    (run / "samples").mkdir(parents=True, exist_ok=True)
+    samples = {"prompts": ["in snow", "at sea"], "seeds": [1, 1]} | facts
+    events = []
     for step in steps:
-        (tmp_path / "samples" / f"{step}.png").write_bytes(b"x")
-    return [
-        {"type": "sample", "step": step, "files": [f"samples/{step}.png", *more]} for step in steps
-    ]
+        files = [f"samples/step_{step:06d}_{number}.png" for number in range(2)]
+        for number, file in enumerate(files):
+            PIL.Image.new("RGB", (8, 8), (step, number, 0)).save(run / file)
+        events.append({"type": "sample", "step": step, "files": files} | samples)
+    return events
 
 
-def test_newest_samples_are_shown_first(tmp_path, workspace):
-    metrics = write_metrics(tmp_path, *write_samples(tmp_path, (0, 10), "../../etc/passwd"))
-    samples = list_samples(Job(tmp_path, 1, ""), metrics, workspace)
-    assert [caption for _, caption in samples] == ["step 10", "before"]
+def list_captions(tmp_path, workspace, events: list[dict], step: int | None = None) -> list[str]:
+    """The captions of the samples that the page shows of these events."""
+    samples = list_samples(Job(tmp_path, 1, ""), write_metrics(tmp_path, *events), workspace, step)
     assert all(Path(path).is_relative_to(workspace.folder) for path, _ in samples)
-    metrics = write_metrics(tmp_path, *write_samples(tmp_path, range(40)))
-    samples = [caption for _, caption in list_samples(Job(tmp_path, 1, ""), metrics, workspace)]
-    assert samples == [f"step {step}" for step in range(39, 39 - MAX_SAMPLES_SHOWN, -1)]
+    return [caption for _, caption in samples]
+
+
+def test_samples_are_paired_by_prompt_and_seed(tmp_path, workspace):
+    events = write_samples(tmp_path, 0, 10, 20)
+    assert list_captions(tmp_path, workspace, events[:1]) == ["Before: in snow", "Before: at sea"]
+    newest = ["Before: in snow", "Step 20: in snow", "Before: at sea", "Step 20: at sea"]
+    assert list_captions(tmp_path, workspace, events) == newest
+    # A resumed run drew other prompts, in another order: no pair where there is no image before.
+    (late,) = write_samples(tmp_path, 30, prompts=["at sea", "at sea"], seeds=[2, 1])
+    captions = list_captions(tmp_path, workspace, [*events, late])
+    assert captions == ["Step 30: at sea", "Before: at sea", "Step 30: at sea"]
+    # The last drawn up to a step between two drawings, and nothing outside the folder.
+    assert list_captions(tmp_path, workspace, [*events, late], step=25) == newest
+    outside = [event | {"files": ["../../etc/passwd"] * 2} for event in events]
+    assert list_captions(tmp_path, workspace, outside) == []
+    many = [event | {"seeds": [1, 2], "prompts": ["in snow"] * 2} for event in events]
+    assert list_captions(tmp_path, workspace, many) == newest[:2] * 2
+
+
+def test_samples_of_a_finished_run_are_those_of_its_best_step(run, list_widget_changes, workspace):
+    """The page showed step 30, and step 20 was drawn with and downloaded."""
+    samples = write_samples(run, 0, 10, 20, 30)
+    (run / "metrics.jsonl").open("a").writelines(json.dumps(event) + "\n" for event in samples)
+    now = list_widget_changes()
+    captions = [image["caption"] for image in now["samples"].value]
+    assert captions == ["Before: in snow", "Step 20: in snow", "Before: at sea", "Step 20: at sea"]
+    shutil.rmtree(run / "best")
+    captions = [image["caption"] for image in list_widget_changes()["samples"].value]
+    assert captions[1] == "Step 30: in snow"
 
 
 def test_terminal_runs_are_listed_if_they_saved(tmp_path):
