@@ -49,7 +49,7 @@ def test_run_trains_with_captions_and_masks(toy_page, browser, tmp_path):
         page.locator("#samples", has_text="Step 2: ").locator("img").first.wait_for()
         assert page.is_visible("#use_adapter")
         web.resize(page, web.PHONE)
-        assert web.fits(page)
+        assert web.fits(page) and are_pairs_readable(page)
         visited.reload()
         web.open_tab(page, "Train")
         web.wait_for_photos(page, 3)
@@ -77,6 +77,18 @@ def test_run_trains_with_captions_and_masks(toy_page, browser, tmp_path):
     white = np.asarray(open_mask(used.photos[0])) > 127
     half = white.shape[1] // 2
     assert white[:, :half].all() and not white[:, half:].any()
+
+
+def are_pairs_readable(page) -> bool:
+    """Two photos, then before and after beside each other, and no caption is cut off."""
+    tiles = page.locator("#samples .thumbnail-lg")
+    photos, before, after = (tiles.nth(number).bounding_box() for number in (1, 2, 3))
+    is_cut = "nodes => nodes.some(node => node.scrollWidth > node.clientWidth)"
+    return (
+        tiles.all_inner_texts()[:2] == ["Photo", "Photo"]
+        and photos["y"] < before["y"] == after["y"]
+        and not page.locator("#samples .caption-label").evaluate_all(is_cut)
+    )
 
 
 def list_captions(page) -> list[str]:

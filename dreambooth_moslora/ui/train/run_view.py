@@ -11,9 +11,11 @@ from dreambooth_moslora.disk import events
 from dreambooth_moslora.disk.processes import read_log_tail
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.photos.sidecars import is_sidecar_name
 from dreambooth_moslora.ui import html
 from dreambooth_moslora.ui.events import format_message
 from dreambooth_moslora.ui.jobs import TERMINAL_RUN_MESSAGE, Job, Jobs, JobState
+from dreambooth_moslora.ui.photo_copies import list_photo_copies
 from dreambooth_moslora.ui.train.run_cards import render_status, render_verdict
 from dreambooth_moslora.ui.train.watch_widgets import DOWNLOADS
 from dreambooth_moslora.ui.workspace import Workspace
@@ -37,6 +39,10 @@ WATCHED_WIDGETS = (
 """Names of the widgets that show the run."""
 MAX_SAMPLES_SHOWN = 24
 """Sample images that are shown at most."""
+MAX_PHOTOS_SHOWN = 4
+"""Photos that are shown before them at most."""
+SHOWN_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+"""Suffixes of photos that every browser shows."""
 
 
 def list_changes(
@@ -79,7 +85,9 @@ def _list_values(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) ->
 
     # Samples of the adapter that is drawn with, or the newest.
     best_step = find_best_step(run_dir, metrics) if ready else None
-    samples = list_samples(job, metrics, workspace, best_step)
+    # While it trains, the form beside them shows the photos.
+    images = list_photos(job, metrics, workspace) if is_over else []
+    images += list_samples(job, metrics, workspace, best_step)
     plot = get_link(run_dir.loss_plot_path, is_over)
     # The best step's files, if there is one.
     best = find_best_folder(run_dir) if ready else run_dir.path
@@ -101,7 +109,7 @@ def _list_values(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) ->
         "use": gr.Button(visible=ready),
         "download": gr.DownloadButton(label, value=adapter, visible=bool(adapter)),
         "download_kohya": gr.DownloadButton(value=kohya, visible=bool(kohya)),
-        "samples": gr.Gallery(samples, visible=bool(samples)),
+        "samples": gr.Gallery(images, visible=bool(images)),
         "verdict": verdict,
         "details": gr.Accordion(visible=True),
         "plot": gr.Image(plot, visible=bool(plot)),
@@ -121,6 +129,21 @@ def find_best_step(run_dir: RunDir, metrics: events.EventLog) -> int | None:
     best = metrics.get_last("evaluation").get("best")
     is_stored = find_best_folder(run_dir) != run_dir.path
     return best.get("step") if is_stored and isinstance(best, dict) else None
+
+
+def list_photos(job: Job, metrics: events.EventLog, workspace: Workspace) -> list[tuple[str, str]]:
+    """List (link in the workspace, caption) of the run's first photos: an even number, so that
+    pairs of images stand side by side after them."""
+    photos = list_photo_copies(RunDir(job.run_dir).photos_dir)
+    config = metrics.get_last("start").get("config") or {}
+    folder = Path(config.get("instance_data_dir") or RunDir(job.run_dir).photos_dir)
+    if not photos and folder.is_dir():  # a terminal's run
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SHOWN_SUFFIXES)
+        photos = [file for file in files if not is_sidecar_name(file)]
+    count = min(len(photos) // 2 * 2, MAX_PHOTOS_SHOWN) or len(photos)
+    return [
+        (str(copy_into_workspace(workspace, file, job.name)), "Photo") for file in photos[:count]
+    ]
 
 
 def list_samples(

@@ -64,9 +64,9 @@ def _build_buttons() -> dict[str, Any]:
 
 
 def _build_gallery() -> gr.Gallery:
-    """Build the images of the run: its samples before and after, the newest while it trains."""
+    """Build the images of the run: photos, then samples before and after, side by side."""
     return gr.Gallery(
-        label="Samples",
+        label="Photos, before and after",
         columns=4,
         height="auto",
         object_fit="contain",

@@ -249,6 +249,37 @@ def test_samples_are_paired_by_prompt_and_seed(tmp_path, workspace):
     assert list_captions(tmp_path, workspace, many) == newest[:2] * 2
 
 
+@pytest.mark.parametrize(
+    "is_of_page, count, expected", [(True, 5, 4), (False, 3, 2), (False, 1, 1)]
+)
+def test_photos_come_before_the_pairs_of_a_run_that_has_ended(
+    tmp_path, workspace, is_of_page, count, expected
+):
+    """An even number, so that before and after stand side by side in two or four columns."""
+    run, folder = tmp_path / "dog", tmp_path / "dog" / "photos"
+    name = "photo_{:02d}.png" if is_of_page else "{}.JPG"
+    folder = folder if is_of_page else tmp_path / "elsewhere"
+    folder.mkdir(parents=True)
+    for number in range(count):
+        PIL.Image.new("RGB", (8, 8)).save(folder / name.format(number))
+        PIL.Image.new("L", (8, 8)).save((folder / name.format(number)).with_suffix(".mask.png"))
+    start = {"type": "start", "config": {"instance_data_dir": str(folder)}}
+    ended = {"type": "end", "state": "interrupted", "step": 10}
+    events = [start, *write_samples(run, 0, 10)]
+    write_run(run, *events, birth=read_process_start(os.getpid()))
+    images = list_changes(Jobs(tmp_path), "dog", None, workspace)["samples"].value
+    assert [image["caption"] for image in images][:2] == ["Before: in snow", "Step 10: in snow"]
+    write_run(run, *events, ended)
+    images = list_changes(Jobs(tmp_path), "dog", None, workspace)["samples"].value
+    captions = [image["caption"] for image in images]
+    assert captions == ["Photo"] * expected + [
+        "Before: in snow",
+        "Step 10: in snow",
+        "Before: at sea",
+        "Step 10: at sea",
+    ]
+
+
 def test_samples_of_a_finished_run_are_those_of_its_best_step(run, list_widget_changes, workspace):
     """The page showed step 30, and step 20 was drawn with and downloaded."""
     samples = write_samples(run, 0, 10, 20, 30)
