@@ -26,7 +26,7 @@ from tqdm import tqdm
 from dreambooth_moslora.base.devices import is_main_process
 from dreambooth_moslora.disk import events, processes
 from dreambooth_moslora.errors import UserError, escape_control_characters, is_out_of_memory
-from dreambooth_moslora.settings.metric_kinds import get_curve_labels
+from dreambooth_moslora.settings.metric_kinds import describe_scores
 
 EXIT_DONE = 0
 EXIT_BUG = 1
@@ -268,11 +268,7 @@ class TerminalProgress:
         self._update_bar(event.done)
 
     def _show_scores(self, event: events.StepEvaluated) -> None:
-        scores = [
-            f"{label} {event.scores[name]:.3f}"
-            for name, label in get_curve_labels().items()
-            if name in event.scores
-        ]
+        scores = describe_scores(event.scores).values()
         self.write(f"step {event.step}: {', '.join(scores)}")
 
     def _show_step(self, event: events.StepDone) -> None:

@@ -4,7 +4,7 @@ The formulas are in `evaluation/metrics.py`, and `evaluation/scoring.py` compute
 metric by its name. Rows stand in the order in which people see them.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,7 +35,8 @@ class Metric:
     summary: bool = False  # whether `evaluate` prints it
     # whether evaluations during training write it into the run's events, and so into the card
     logged: bool = False
-    curve: str = ""  # its label on plots of a run, short enough for a phone
+    curve: str = ""  # its label on the plots in a run's folder
+    phrase: str = ""  # what stands before its value, in %, on the page and in the terminal
     # a study compares the values, shows the score of each arm, or also shows the differences
     study: Literal["", "values", "scores", "differences"] = ""
     column: str = ""  # its title in a study's tables, if not `title`
@@ -56,6 +57,7 @@ METRICS = {
         study="differences",
         panel="subject (DINO)",
         pictures=True,
+        phrase="likeness to the photos",
     ),
     "dino_base": Metric(logged=True),
     "dino_bare": Metric(
@@ -68,6 +70,7 @@ METRICS = {
         curve="bare prompt",
         study="differences",
         panel="bare prompt (DINO)",
+        phrase="likeness without a place",
     ),
     # Style: how strong it is, and which content leaks with it.
     "style": Metric(
@@ -78,6 +81,7 @@ METRICS = {
         curve="style",
         study="differences",
         panel="style",
+        phrase="strength of the style",
     ),
     "leak": Metric(
         title="Content leak",
@@ -87,6 +91,7 @@ METRICS = {
         logged=True,
         curve="leak",
         study="differences",
+        phrase="content that came along",
     ),
     "leak_base": Metric(logged=True),
     # Person: likeness of the face, where one is found.
@@ -101,6 +106,7 @@ METRICS = {
         curve="face",
         study="differences",
         panel="face",
+        phrase="likeness of the face",
     ),
     "identity_base": Metric(logged=True),
     "identity_of_photos": Metric(summary=True, logged=True),
@@ -213,6 +219,7 @@ METRICS = {
         share=("clip_t", "clip_t_base"),
         logged=True,
         study="values",
+        phrase="prompts followed as by the base",
     ),
     "clip_t_of_ceiling": Metric(
         title="CLIP-T, share of true renders'",
@@ -239,6 +246,7 @@ METRICS = {
         logged=True,
         curve="copies",
         study="values",
+        phrase="copies of photos",
     ),
     # Result of the others: the single number by which a run is judged.
     "score": Metric(
@@ -247,6 +255,7 @@ METRICS = {
         curve="score",
         study="differences",
         panel="score",
+        phrase="score",
     ),
 }
 """By the name that `scores.json` and a run's events give it."""
@@ -255,6 +264,16 @@ METRICS = {
 def get_curve_labels() -> dict[str, str]:
     """Return metric -> label, for those on the plots of a run."""
     return {name: row.curve for name, row in METRICS.items() if row.curve}
+
+
+def describe_scores(scores: Mapping[str, float]) -> dict[str, str]:
+    """Return metric -> words with its value in %, for those of the scores that are told of a
+    run."""
+    return {
+        name: f"{row.phrase} {scores[name]:.0%}"
+        for name, row in METRICS.items()
+        if row.phrase and name in scores
+    }
 
 
 def describe_likeness(names: Collection[str]) -> str:

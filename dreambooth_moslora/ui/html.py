@@ -94,6 +94,14 @@ def _render_items(lines: list[str]) -> str:
     return f'<ul class="remarks">{items}</ul>' if items else ""
 
 
+def render_legend(title: str, entries: list[tuple[str, str]]) -> str:
+    """Render (colour, text) of each curve of a plot in a line that may wrap."""
+    spans = "".join(
+        f'<span><i style="background:{color}"></i>{escape(text)}</span>' for color, text in entries
+    )
+    return f'<div class="legend">{escape(title)} {spans}</div>'
+
+
 def render_facts(facts: list[tuple[str, str]]) -> str:
     """Render a table of names and values, without empty values. Characters that turn a line's
     direction, which a file's values may hold, are spelled out.

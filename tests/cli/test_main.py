@@ -710,9 +710,9 @@ def test_progress_of_resumed_run_starts_at_its_step():
     output = format_events(RunStarted(100), StepDone(41, loss=1.0, lr=1e-4, eta_sec=125.0))
     assert "41/100" in output and "0/100" not in output.replace("40/100", "")
     assert "left=02:05" in output and "step/s" not in output
-    scores = StepEvaluated(1, {"dino": 0.5, "dino_base": 0.1, "clip_t": 0.25, "score": 0.75})
+    scores = StepEvaluated(1, {"dino": 0.5, "dino_base": 0.1, "copied": 0.25, "score": 0.75})
     output = format_events(RunStarted(2), StepDone(1, loss=1.0, lr=1e-4), scores)
-    assert "step 1: subject 0.500, prompt 0.250, score 0.750\n" in output
+    assert "step 1: likeness to the photos 50%, copies of photos 25%, score 75%\n" in output
 
 
 def test_a_run_says_before_it_begins_what_will_go_badly(photos, tiny_base, tmp_path, caplog):

@@ -229,6 +229,7 @@ def test_second_browser_watches_and_stops_the_run(served, browser, page, tmp_pat
         web.wait_for_photos(second.page, 3)
         assert second.page.inner_text("#runs .run-chosen b") == "owl"
         web.says(second.page, "train_status", "of 5000")
+        second.page.wait_for_selector("#loss_curve svg .mark-line path", state="attached")
         second.page.click("#stop_training:not([disabled])")
         web.says(second.page, "train_status", "Stopped; a checkpoint is written.")
         assert not second.errors

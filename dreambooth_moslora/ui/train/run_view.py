@@ -16,6 +16,7 @@ from dreambooth_moslora.ui import html
 from dreambooth_moslora.ui.events import format_message
 from dreambooth_moslora.ui.jobs import TERMINAL_RUN_MESSAGE, Job, Jobs, JobState
 from dreambooth_moslora.ui.photo_copies import list_photo_copies
+from dreambooth_moslora.ui.train.curves import list_curve_values
 from dreambooth_moslora.ui.train.run_cards import render_status, render_verdict
 from dreambooth_moslora.ui.train.watch_widgets import DOWNLOADS
 from dreambooth_moslora.ui.workspace import Workspace
@@ -33,7 +34,9 @@ WATCHED_WIDGETS = (
     "samples",
     "verdict",
     "details",
-    "plot",
+    "scores",
+    "loss_curve",
+    "score_curve",
     "log",
 )
 """Names of the widgets that show the run."""
@@ -88,7 +91,6 @@ def _list_values(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) ->
     # While it trains, the form beside them shows the photos.
     images = list_photos(job, metrics, workspace) if is_over else []
     images += list_samples(job, metrics, workspace, best_step)
-    plot = get_link(run_dir.loss_plot_path, is_over)
     # The best step's files, if there is one.
     best = find_best_folder(run_dir) if ready else run_dir.path
     adapter = get_link(best / PUBLISHED_NAME, ready)
@@ -112,7 +114,7 @@ def _list_values(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) ->
         "samples": gr.Gallery(images, visible=bool(images)),
         "verdict": verdict,
         "details": gr.Accordion(visible=True),
-        "plot": gr.Image(plot, visible=bool(plot)),
+        **list_curve_values(metrics),
         # CSS scrolls the log from its end, so it opens at the newest line.
         "log": f"<pre>{html.escape(read_log_tail(job.run_dir))}</pre>",
     }

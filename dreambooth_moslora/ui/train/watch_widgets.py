@@ -5,6 +5,7 @@ from typing import Any
 import gradio as gr
 
 from dreambooth_moslora.ui import html
+from dreambooth_moslora.ui.train import curves
 
 POLL_SEC = 2.0
 """Seconds between two polls of the run."""
@@ -40,12 +41,10 @@ def build_watch_widgets() -> dict[str, Any]:
     parts |= _build_buttons()
     parts["samples"] = _build_gallery()
     parts["verdict"] = gr.HTML("", elem_id="verdict", label="Verdict")
+    parts |= curves.build_curve_widgets()
     parts |= _build_queue()
-    # Further details.
     look = {"open": False, "visible": False, "elem_id": "log_box"}
-    with gr.Accordion("Curves and log", **look) as parts["details"]:
-        look = {"type": "filepath", "visible": False, "elem_id": "plot"}
-        parts["plot"] = gr.Image(label="Loss and scores", **look, **html.IMAGE_OPTIONS)
+    with gr.Accordion("Log", **look) as parts["details"]:
         parts["log"] = gr.HTML("", elem_id="log", label="Log")
     return parts
 

@@ -3,6 +3,7 @@ and advice."""
 
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,15 @@ from dreambooth_moslora.disk.events import EventLog
 from dreambooth_moslora.disk.process_identity import read_process_start
 from dreambooth_moslora.disk.queue import lock_folder
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.settings.metric_kinds import METRICS
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, find_phase
 from dreambooth_moslora.ui.state import AdapterCatalog
+from dreambooth_moslora.ui.train.curves import (
+    MAX_POINTS,
+    SCORE_COLORS,
+    build_loss_table,
+    list_curve_values,
+)
 from dreambooth_moslora.ui.train.run_cards import render_status, render_verdict
 from dreambooth_moslora.ui.train.run_list import build_run_cards
 from dreambooth_moslora.ui.train.run_view import list_changes, list_samples
@@ -67,10 +75,6 @@ def test_card_names_best_step_and_offers_files(run, list_widget_changes, tmp_pat
         for name, file in files.items()
     )
     assert now["download"].label == "Download for diffusers"
-    assert not now["plot"].visible
-    PIL.Image.new("RGB", (8, 8)).save(run / "loss.png")
-    now = list_widget_changes()
-    assert now["plot"].visible and "loss.png" in str(now["plot"].value)
     for folder in (run, run / "best"):
         (folder / "dog.kohya.safetensors").unlink()
     write_run(run, {"type": "start"}, {"type": "end", "state": "done", "step": 30})
@@ -290,6 +294,37 @@ def test_samples_of_a_finished_run_are_those_of_its_best_step(run, list_widget_c
     shutil.rmtree(run / "best")
     captions = [image["caption"] for image in list_widget_changes()["samples"].value]
     assert captions[1] == "Step 30: in snow"
+
+
+def test_curves_have_mean_losses_and_scores_in_words(tmp_path):
+    """There were none before the run had ended, and scores were called “bare prompt 0.660”."""
+    step = {"type": "step", "loss_prior": 0.5}
+    steps = [step | {"step": at, "loss_instance": at % 2} for at in range(1, 601)]
+    values = list_curve_values(write_metrics(tmp_path, *steps[:1]))
+    assert not values["loss_curve"].visible and values["scores"] == ""
+    metrics = write_metrics(tmp_path, *steps, {"type": "step", "step": 601, "loss_instance": None})
+    table = build_loss_table(metrics)
+    assert sorted(set(table["curve"])) == ["class", "photos"]
+    assert len(table) <= 2 * (MAX_POINTS + 1)
+    photos = table[table["curve"] == "photos"]
+    assert list(photos["step"][:3]) == [11, 22, 33]
+    assert photos["value"].iloc[0] == pytest.approx(6 / 11)  # odd steps among the first 11
+    scores = [
+        {"type": "evaluation", "step": at, "dino": at / 100, "dino_bare": 0.66, "clip_t": 0.3}
+        for at in (20, 40)
+    ]
+    values = list_curve_values(write_metrics(tmp_path, *steps, *scores))
+    assert values["loss_curve"].visible and values["score_curve"].visible
+    texts = re.findall("</i>(.*?)</span>", values["scores"])
+    assert texts == ["likeness to the photos 40%", "likeness without a place 66%"]
+    assert "Step 40:" in values["scores"]
+    one_score = list_curve_values(write_metrics(tmp_path, *steps, scores[0]))
+    assert "photos 20%" in one_score["scores"] and not one_score["score_curve"].visible
+    # Every metric that is told of has a colour of its own, in the dot and on the plot.
+    colors = list(SCORE_COLORS.values())
+    assert len(SCORE_COLORS) == sum(bool(row.phrase) for row in METRICS.values())
+    assert len(set(colors)) == len(colors)
+    assert values["score_curve"].color_map.items() <= SCORE_COLORS.items()
 
 
 def test_terminal_runs_are_listed_if_they_saved(tmp_path):
