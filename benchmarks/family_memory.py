@@ -369,8 +369,8 @@ def compute_host_gib(denoiser: nn.Module, plan: str) -> float:
         return 0.0
     bytes_per_number = STREAMED_BYTES.get(COUNTED_PLANS[plan].get("base_quantization"), 2)
     blocks = []
-    for _, layers in list_streamed_blocks(denoiser):
-        numbers = sum(layer.weight.numel() for layer in layers)
+    for block in list_streamed_blocks(denoiser):
+        numbers = sum(layer.weight.numel() for layer in block.layers)
         blocks.append(numbers * bytes_per_number / GIB)
     return sum(blocks) - RESIDENT_BLOCKS * max(blocks)
 

@@ -21,7 +21,7 @@ it, and restores each weight to its earlier value, the trained ones too.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,14 @@ from dreambooth_moslora.base.families import list_block_classes
 
 ALIGNMENT_BYTES = 256
 """Alignment of each weight in a buffer: kernels read several numbers at once."""
+USE_ORDER = (
+    *("down_blocks.", "mid_block.", "up_blocks."),  # a UNet defines its middle block last
+    *("txt_mode_blocks.", "mode_blocks.", "single_transformer_blocks."),  # FLUX 3
+    "mode_blocks.image_cond.",
+)
+"""Beginnings of blocks' paths in the order of use, which is otherwise that of definition."""
+UNUSED_BLOCKS = "mode_blocks.image_cond."
+"""Beginning of the paths of blocks that only reference images pass through. They come last."""
 PIECE_BYTES = 2**24
 """Bytes of a piece of a block on the host: PyTorch rounds a pinned buffer up to a power of two."""
 
@@ -68,6 +76,14 @@ def copy_pieces(buffer: Tensor, pieces: Sequence[Tensor]) -> None:
         target[: len(piece)].copy_(piece, non_blocking=piece.is_pinned())
 
 
+class StreamedBlock(NamedTuple):
+    """Block with its path in the model, and the layers whose matrices are streamed."""
+
+    path: str
+    module: nn.Module
+    layers: list[nn.Linear]
+
+
 class StreamedBlocks:
     """Matrices of a model's blocks on the host, which are copied to the device for computation.
 
@@ -81,7 +97,8 @@ class StreamedBlocks:
 
     def __init__(self, model: nn.Module, device: torch.device, copies: BlockCopier | None = None):
         self.blocks = list_streamed_blocks(model)
-        self.largest = max(sum(map(compute_padded_bytes, layers)) for _, layers in self.blocks)
+        self.pass_length = sum(not block.path.startswith(UNUSED_BLOCKS) for block in self.blocks)
+        self.largest = max(sum(map(compute_padded_bytes, block.layers)) for block in self.blocks)
         self.make_buffers(device, copies or BlockCopier(device))
 
         # Move each block to the host, and copy it back whenever its forward is called. The hooks
@@ -91,12 +108,12 @@ class StreamedBlocks:
         self.hooks: list[RemovableHandle] = []
         enter = torch.compiler.disable(self.enter)
         leave = torch.compiler.disable(self.leave)
-        for number, (block, layers) in enumerate(self.blocks):
-            packed = pack_weights(layers).split(PIECE_BYTES)
+        for number, block in enumerate(self.blocks):
+            packed = pack_weights(block.layers).split(PIECE_BYTES)
             self.pieces.append([move_to_pinned(piece) if is_cuda else piece for piece in packed])
             self.bind_block(number)
-            self.hooks.append(block.register_forward_pre_hook(partial(enter, number)))
-            self.hooks.append(block.register_forward_hook(partial(leave, number)))
+            self.hooks.append(block.module.register_forward_pre_hook(partial(enter, number)))
+            self.hooks.append(block.module.register_forward_hook(partial(leave, number)))
 
     def make_buffers(self, device: torch.device, copies: BlockCopier) -> None:
         """Allocate buffers on the device, as large as the largest block."""
@@ -127,8 +144,8 @@ class StreamedBlocks:
         self.wait()
         for hook in self.hooks:
             hook.remove()
-        for (_, layers), pieces in zip(self.blocks, self.pieces, strict=True):
-            bind_weights(layers, torch.cat(pieces))
+        for block, pieces in zip(self.blocks, self.pieces, strict=True):
+            bind_weights(block.layers, torch.cat(pieces))
 
             # Free the pinned memory: otherwise the host holds the base twice.
             pieces.clear()
@@ -136,7 +153,7 @@ class StreamedBlocks:
 
     def bind_block(self, number: int) -> None:
         """Make a block's matrices views of its buffer."""
-        bind_weights(self.blocks[number][1], self.buffers[number % RESIDENT_BLOCKS])
+        bind_weights(self.blocks[number].layers, self.buffers[number % RESIDENT_BLOCKS])
 
     def enter(self, number: int, *_: Any) -> None:
         """Wait for block `number` before it computes, forwards or backwards, and start to copy the
@@ -145,14 +162,14 @@ class StreamedBlocks:
         self.copies.wait(self.pending_copies[number % RESIDENT_BLOCKS])
         next_number = number + 1 if number > self.last else number - 1
         self.last = number
-        if 0 <= next_number < len(self.pieces):
+        if 0 <= next_number < self.pass_length:
             self.fetch_block(next_number)
 
     def leave(self, number: int, block: nn.Module, inputs: tuple, outputs: Any) -> None:
         """Register `enter` for the gradients of block `number`'s outputs. After the last block of a
         pass without gradients, start to copy the first ones for the next pass."""
-        if number == len(self.blocks) - 1 and not torch.is_grad_enabled():
-            for first in range(min(RESIDENT_BLOCKS, len(self.blocks))):
+        if number == self.pass_length - 1 and not torch.is_grad_enabled():
+            for first in range(min(RESIDENT_BLOCKS, self.pass_length)):
                 self.fetch_block(first)
         for output in outputs if isinstance(outputs, tuple) else (outputs,):
             if isinstance(output, Tensor) and output.requires_grad:
@@ -166,28 +183,32 @@ class StreamedBlocks:
             self.pending_copies[slot] = self.copies.start(self.buffers[slot], self.pieces[number])
 
 
-def list_streamed_blocks(model: nn.Module) -> list[tuple[nn.Module, list[nn.Linear]]]:
-    """List the streamed blocks, each with the layers whose matrices are streamed, in the order of
-    use. The few blocks that refine an input are excluded: Lumina 2 does not recompute them."""
+def list_streamed_blocks(model: nn.Module) -> list[StreamedBlock]:
+    """List the streamed blocks in the order of use. The few blocks that refine an input are
+    excluded: Lumina 2 does not recompute them."""
     kinds = list_block_classes(model)
     blocks = []
 
-    # A UNet defines its middle block after its upper half, but uses it before.
-    modules = sorted(model.named_modules(), key=lambda item: item[0].startswith("up_blocks."))
-    for name, block in modules:
-        if type(block).__name__ not in kinds or "refiner" in name:
+    for path, module in sorted(model.named_modules(), key=lambda item: rank_by_use(item[0])):
+        if type(module).__name__ not in kinds or "refiner" in path:
             continue
 
         # Exclude the matrices of an adapter that was added before. PEFT's layers, which have the
         # class names of the layers that they wrap, are not PyTorch's.
         layers = []
-        for path, layer in block.named_modules():
+        for inner_path, layer in module.named_modules():
             is_matrix = type(layer).__name__ in ("Linear", "Linear4bit", "Int8Linear")
-            if is_matrix and isinstance(layer, nn.Linear) and ".lora_" not in path:
+            if is_matrix and isinstance(layer, nn.Linear) and ".lora_" not in inner_path:
                 layers.append(layer)
         if layers:
-            blocks.append((block, layers))
+            blocks.append(StreamedBlock(path, module, layers))
     return blocks
+
+
+def rank_by_use(path: str) -> int:
+    """Return the place of a module's path in `USE_ORDER`; 0 for a path that is not there."""
+    ranks = [rank for rank, prefix in enumerate(USE_ORDER) if path.startswith(prefix)]
+    return max(ranks, default=0)
 
 
 def bind_weights(layers: Sequence[nn.Linear], buffer: Tensor) -> None:

@@ -80,13 +80,13 @@ def test_streamed_blocks_give_the_same_gradients_bit_for_bit(name, kind, tmp_pat
     assert all(map(torch.equal, learnt, expected))
 
     # Three passes bring each block once, but for the two that the backward pass finds there.
-    count = len(streamed.blocks)
+    count = streamed.pass_length
     assert copies.ended == copies.started == (3 * count - 2 if count > 2 else count)
 
     # No more than two are on the device: all blocks' weights lie in two buffers.
     buffers = {place.untyped_storage().data_ptr() for place in streamed.buffers}
     weights = [
-        layer.weight for _, layers in streaming.list_streamed_blocks(denoiser) for layer in layers
+        layer.weight for block in streaming.list_streamed_blocks(denoiser) for layer in block.layers
     ]
     assert len(buffers) == 2
     assert {weight.untyped_storage().data_ptr() for weight in weights} <= buffers
@@ -120,7 +120,7 @@ def test_sampling_waits_for_the_very_first_block_alone(name, tmp_path):
     predictions = [
         family.predict(denoiser, z, torch.tensor([500.0]), time_ids, **text) for _ in range(3)
     ]
-    count = len(watched.blocks)
+    count = watched.pass_length
     passes = [(number, step + number > 0) for step in range(3) for number in range(count)]
     assert watched.entered == passes
     assert copies.started == (3 * count + 2 if count > 2 else count)
