@@ -254,7 +254,6 @@ def format_ending(plan: "RunPlan", result: "TrainResult") -> list[str]:
     `explain`."""
     from dreambooth_moslora.training.run_advice import (
         NO_ADVICE,
-        NOT_SCORED_NOTE,
         format_resume_command,
         judge_run,
         list_closing_advice,
@@ -279,7 +278,7 @@ def format_ending(plan: "RunPlan", result: "TrainResult") -> list[str]:
         f"{folder}/README.md says more.",
         judge_run(metrics),
         *(
-            line if line.startswith((NO_ADVICE, NOT_SCORED_NOTE)) else f"try next: {line}"
+            line if line == NO_ADVICE else f"try next: {line}"
             for line in list_closing_advice(metrics)
         ),
     ]

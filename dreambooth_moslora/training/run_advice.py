@@ -80,11 +80,14 @@ def explain_steps(run: RunMetrics) -> Iterator[str]:
         exposures = f"each photo was shown {run.exposures:.0f} times, and {EXPOSURES_ADVICE}"
         yield f"{exposures}: try --exposures_per_photo {DEFAULT_EXPOSURES}"
     if run.step and not run.scores and run.state != "failed":
-        every = max(1, run.step // 5)
-        yield (
-            f"{NOT_SCORED_NOTE}: {shlex.join([*COMMAND, 'evaluate', str(run.folder)])}, "
-            f"or give the next training --evaluate_steps {every}"
-        )
+        yield describe_missing_scores(run)
+
+
+def describe_missing_scores(run: RunMetrics) -> str:
+    """Return how a run without scores gets some."""
+    command = shlex.join([*COMMAND, "evaluate", str(run.folder)])
+    every = max(1, run.step // 5)
+    return f"{NOT_SCORED_NOTE}: {command}, or give the next training --evaluate_steps {every}"
 
 
 def explain_photos(run: RunMetrics) -> Iterator[str]:
@@ -296,7 +299,7 @@ LOOK_ADVICE = "Look for yourself: are the images like your photos?"
 
 def judge_run(run: RunMetrics) -> str:
     """Return the verdict on a run, in a few sentences, for the page and the terminal."""
-    verdict = f"It has no score: {run.no_score}" if run.no_score else "It was not scored"
+    verdict = f"It has no score: {run.no_score}" if run.no_score else describe_missing_scores(run)
     change = get_likeness_change(run)
     if change is not None:
         before, now = change
@@ -361,5 +364,7 @@ def list_advice(run: RunMetrics) -> list[str]:
 
 
 def list_closing_advice(run: RunMetrics) -> list[str]:
-    """Up to three lines of advice for the end of a run, the most important first."""
-    return list_advice(run)[:MAX_ADVICE_LINES] or [NO_ADVICE]
+    """Up to three lines of advice for the end of a run, the most important first. That it has no
+    score is part of its verdict."""
+    advice = [line for line in list_advice(run) if not line.startswith(NOT_SCORED_NOTE)]
+    return advice[:MAX_ADVICE_LINES] or [NO_ADVICE] * bool(run.scores)

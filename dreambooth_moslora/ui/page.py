@@ -34,6 +34,7 @@ from dreambooth_moslora.ui.generate_tab import (
     to_widgets,
 )
 from dreambooth_moslora.ui.train import screen, train_form
+from dreambooth_moslora.ui.train.run_list import list_runs
 
 MAX_SESSIONS = 256
 """Sessions of 250 KB each; gradio's default is 10,000. A page whose session is dropped begins a new
@@ -48,6 +49,8 @@ FILE_AGE_SEC = 24 * 3600
 """Age at which they are deleted."""
 PUBLIC_FILE_AGE_SEC = 3600
 """Age on a public page, whose visitors may generate without end."""
+BASE_POLL_SEC = 2.0
+"""Seconds between two looks whether another browser has selected another base."""
 INSPECT_HINT = html.render_notice("Drop a PNG of this page, or a .safetensors adapter.")
 """Text of the Inspect tab before a file is dropped."""
 
@@ -59,8 +62,9 @@ def build_app(ctx: state.AppContext) -> gr.Blocks:
             gr.HTML("<h1>dreambooth_moslora</h1>")
             chooser = build_base_chooser(ctx)
         base_line = gr.HTML(render_base_line(ctx), elem_id="about_base")
-        # The tabs. A public page only generates.
-        with gr.Tabs(elem_id="tabs") as tabs:
+        # The tabs. A public page only generates; without a run, training comes first.
+        is_new = not ctx.public and not list_runs(ctx.jobs)
+        with gr.Tabs(elem_id="tabs", selected="train" if is_new else "generate") as tabs:
             with gr.Tab("Generate", id="generate"):
                 generate = build_generate_tab(ctx, page)
             if not ctx.public:
@@ -123,14 +127,15 @@ def connect_bases(
     - `about_line` describes the base.
     - `widgets`, by name, have other values for another base (`get_first_value`).
     """
-    outputs = [chooser, about_line, *widgets.values()]
+    shown_base = gr.State(ctx.base)
+    outputs = [chooser, about_line, *widgets.values(), shown_base]
 
     def list_values() -> list:
         values = [get_first_value(ctx, name) for name in widgets]
-        return [gr.Dropdown(value=ctx.base), render_base_line(ctx), *values]
+        return [gr.Dropdown(value=ctx.base), render_base_line(ctx), *values, ctx.base]
 
     def choose(title: str) -> Iterator[list]:
-        unchanged = [gr.skip()] * len(widgets)
+        unchanged = [gr.skip()] * (len(widgets) + 1)
         try:
             base = ctx.bases[title]
             # The line counts the seconds while it loads.
@@ -152,8 +157,13 @@ def connect_bases(
     }
     on(chooser.input, inputs=chooser, **loading)(choose)
 
-    # Another browser may have selected another base since the page was built.
+    # Another browser may have selected another base since the page was built, or shown it.
     page.load(list_values, None, outputs, **UNQUEUED_EVENT)
+
+    def follow(title: str) -> list:
+        return [gr.skip()] * len(outputs) if title == ctx.base else list_values()
+
+    gr.Timer(BASE_POLL_SEC).tick(follow, shown_base, outputs, **UNQUEUED_EVENT)
 
 
 def get_first_value(ctx: state.AppContext, name: str) -> Any:

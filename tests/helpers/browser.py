@@ -53,6 +53,7 @@ class Visit:
         leaves."""
         count = len(self.errors)
         self.page.reload()
+        open_tab(self.page, "Generate")
         self.page.wait_for_selector("#run")
         del self.errors[count:]
 
@@ -83,6 +84,7 @@ def visit(browser: Browser, url: str, *, size: tuple[int, int] = (1280, 900)) ->
         "request", lambda request: visited.hosts.add(request.url.split("/")[2].split(":")[0])
     )
     visited.page.goto(url)
+    open_tab(visited.page, "Generate")
     visited.page.wait_for_selector("#run")
     try:
         yield visited

@@ -114,12 +114,15 @@ def test_good_metrics_get_no_advice_bad_ones_three_lines():
     assert (
         run_advice.list_closing_advice(bad) == list_advice(bad)[:3] and len(list_advice(bad)) == 4
     )
-    (unscored,) = run_advice.list_closing_advice(replace(GOOD, scores={}))
-    assert unscored.startswith(run_advice.NOT_SCORED_NOTE)
+    assert run_advice.list_closing_advice(replace(GOOD, scores={})) == []
 
 
 JUDGEMENTS = {
-    "unscored": (replace(GOOD, scores={}), "It was not scored. Look for yourself"),
+    "unscored": (
+        replace(GOOD, scores={}, folder=Path("runs/dog")),
+        "^Not scored. Run: python -m dreambooth_moslora evaluate runs/dog, or give the next "
+        "training --evaluate_steps 48. Look for yourself",
+    ),
     "no_gain": (with_scores(dino=0.15), "It hardly learned your subject: .* was 10%, and is 15%"),
     "melted": (with_scores(dino=0.54, dino_base=0.22), "only begun to learn .* from 22% to 54%"),
     "class": (with_scores(dino=0.8, pres=0.7), "Every dog turns into yours; .* from 10% to 80%"),

@@ -115,6 +115,21 @@ def write_run(run: Path, *events: dict, **job) -> Job:
     return job_record
 
 
+def write_samples(run: Path, *steps: int, **facts) -> list[dict]:
+    """Write the images of each prompt at these steps; return their events."""
+    (run / "samples").mkdir(parents=True, exist_ok=True)
+    samples = {"prompts": ["in snow", "at sea"], "seeds": [1, 1]} | facts
+    events = []
+    for step in steps:
+        files = [
+            f"samples/step_{step:06d}_{number}.png" for number in range(len(samples["prompts"]))
+        ]
+        for number, file in enumerate(files):
+            PIL.Image.new("RGB", (8, 8), (step, number, 0)).save(run / file)
+        events.append({"type": "sample", "step": step, "files": files} | samples)
+    return events
+
+
 @pytest.fixture
 def jobs(tmp_path):
     """Return runs of TRAINER."""

@@ -215,6 +215,19 @@ def test_run_starts_stops_resumes_and_its_adapter_is_used(served, visited, page,
     web.says(page, "status", "1 picture in")
 
 
+def test_page_without_a_run_opens_on_train(tiny_base, tmp_path, browser):
+    """A newcomer came to the Generate tab, with nothing of their own to draw."""
+    write_run(tmp_path / "with" / "runs" / "dog", {"type": "start"}, {"type": "end"})
+    (tmp_path / "with" / "runs" / "dog" / "pytorch_lora_weights.safetensors").touch()
+    for folder, tab in (("without", "Train"), ("with", "Generate")):
+        with serve(tiny_base, tmp_path / folder) as server:
+            page = browser.new_page()
+            page.goto(server.url)
+            page.locator("#tabs [role=tab][aria-selected=true]").first.wait_for()
+            assert page.inner_text("#tabs [role=tab][aria-selected=true]") == tab
+            page.close()
+
+
 def test_second_browser_watches_and_stops_the_run(served, browser, page, tmp_path, monkeypatch):
     (stand_in := tmp_path / "trainer.py").write_text(TRAINER)
     monkeypatch.setattr(served.ctx.jobs, "script", stand_in)
@@ -304,6 +317,7 @@ def test_base_choice_changes_the_page_or_fails_safely(tiny_base, tmp_path, brows
     with (
         serve(tiny_base, tmp_path, further_bases=[toy, broken, flux]) as server,
         web.visit(browser, server.url) as visited,
+        web.visit(browser, server.url) as second,
     ):
         page = visited.page
         choose(page, "base", "broken")
@@ -312,6 +326,9 @@ def test_base_choice_changes_the_page_or_fails_safely(tiny_base, tmp_path, brows
         choose(page, "base", "flux")
         page.wait_for_selector("#negative", state="hidden")
         assert page.get_by_label("Scheduler").count() == 0
+        # A page that was open before shows the base with which it would train.
+        second.page.wait_for_selector("#negative", state="hidden")
+        assert second.page.input_value("#base input") == "flux"
         choose(page, "base", "toy")
         web.says(page, "about_base", "Toy: a 128 px practice model")
         page.wait_for_selector("#negative")
@@ -319,7 +336,7 @@ def test_base_choice_changes_the_page_or_fails_safely(tiny_base, tmp_path, brows
         choose(page, "adapter", "none")
         generate(page, "a lamp")
         web.says(page, "status", "1 picture in")
-        assert not visited.errors
+        assert not visited.errors and not second.errors
 
 
 def test_photos_and_a_word_suffice_and_hidden_fields_count(served, browser, tmp_path, started):

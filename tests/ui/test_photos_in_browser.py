@@ -1,19 +1,22 @@
 """Photos as a person meets them: in a real Chromium, with a real training."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 
 from dreambooth_moslora.disk.contents import hash_file
+from dreambooth_moslora.disk.process_identity import read_process_start
 from dreambooth_moslora.disk.queue import RunQueue
 from dreambooth_moslora.photos.folder import build_photo_report
 from dreambooth_moslora.photos.photo_file import open_mask
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.ui.train.train_photos import remove_all_photos, remove_photo
 from tests.helpers import browser as web
-from tests.ui.conftest import list_toy_photos, write_noise_photos
+from tests.ui.conftest import list_toy_photos, write_noise_photos, write_run, write_samples
 
 pytestmark = web.IN_BROWSER
 LONG_MS = 900_000
@@ -123,6 +126,29 @@ def test_ten_photos_and_start_fit_the_window(toy_page, browser):
     with web.visit(browser, toy_page.url, size=WIDE) as visited:
         open_train_tab(visited.page, [*list_toy_photos("duck", 5), *list_toy_photos("rocket", 5)])
         assert has_all_in_view(visited.page) and not visited.errors
+
+
+def test_a_run_in_progress_fits_the_window(toy_page, browser):
+    """Its photos, word, progress and newest samples, without scrolling."""
+    runs_dir = toy_page.ctx.runs_dir
+    events = write_samples(
+        runs_dir / "duck", 0, 10, prompts=["a photo of a sks duck"] * 4, seeds=[1, 2, 3, 4]
+    )
+    step = {"type": "step", "step": 12, "loss": 0.5, "loss_instance": 0.5, "eta_sec": 90}
+    started = {"type": "start", "max_train_steps": 240}
+    write_run(runs_dir / "duck", started, *events, step, birth=read_process_start(os.getpid()))
+    try:
+        with web.visit(browser, toy_page.url, size=(1440, 900)) as visited:
+            page = visited.page
+            open_train_tab(page, list_toy_photos("duck", 5))
+            web.says(page, "train_status", "Step 12 of 240")
+            page.wait_for_function("document.querySelectorAll('#samples img').length === 8")
+            parts = ["#crops .photo:nth-child(5)", "#class_word", "#train_status", "#stop_training"]
+            boxes = [page.locator(part).bounding_box() for part in parts]
+            boxes.append(page.locator("#samples").bounding_box())
+            assert all(is_within(box, (1440, 900)) for box in boxes), boxes
+    finally:
+        shutil.rmtree(runs_dir / "duck")
 
 
 def test_upright_crop_is_shown_whole(toy_page, browser, tmp_path):

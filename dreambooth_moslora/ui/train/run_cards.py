@@ -1,5 +1,6 @@
 """Cards of a run: its progress, and the verdict at its end."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ from dreambooth_moslora.settings.prompts import list_trigger_words
 from dreambooth_moslora.settings.subject_kinds import get_subject_kind
 from dreambooth_moslora.training.run_advice import (
     NO_ADVICE,
-    NOT_SCORED_NOTE,
     judge_run,
     list_closing_advice,
 )
@@ -53,15 +53,14 @@ def render_verdict(metrics: events.EventLog, run_dir: Path, best_step: int | Non
     config = parse_known_config(metrics.get_last("start").get("config") or {})
     photos = list_photo_copies(RunDir(run_dir).photos_dir)
     run_metrics = build_run_metrics(metrics.events, config, {"count": len(photos)})
-    lines = [judge_run(run_metrics)]
+    run_metrics = replace(run_metrics, folder=run_dir)
+    lines = [train_form.replace_flags(judge_run(run_metrics))]
     if best_step is not None:
         lines.append(
             f"Step {best_step} was the best: it is shown here, and what you draw with and download."
         )
-    # The next action. The verdict has said whether it was scored.
-    omitted_advice = (NO_ADVICE, NOT_SCORED_NOTE)
-    advice = list_closing_advice(run_metrics)
-    advice = [line for line in advice if not line.startswith(omitted_advice)]
+    # The next action.
+    advice = [line for line in list_closing_advice(run_metrics) if line != NO_ADVICE]
     for line in advice:
         lines.append(f"Next: {train_form.replace_flags(line)}.")
     if not advice:

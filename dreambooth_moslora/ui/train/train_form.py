@@ -443,6 +443,7 @@ def replace_flags(advice: str) -> str:
     rows = [row for row in list_form_fields().values() if row.setting]
     labels = {
         r"--exposures_per_photo \d+": "a greater “Length”, or more “Steps”",
+        r"give the next training --evaluate_steps \d+": "tick “Scores” for the next training",
         PRIOR_FLAGS_PATTERN: f"“{list_form_fields()['prior_preservation'].label}”",
     }
     for row in rows:

@@ -28,7 +28,7 @@ from dreambooth_moslora.ui.train.run_cards import render_status, render_verdict
 from dreambooth_moslora.ui.train.run_list import build_run_cards
 from dreambooth_moslora.ui.train.run_view import list_changes, list_samples
 from dreambooth_moslora.ui.train.train_form import replace_flags
-from tests.ui.conftest import find_handler, write_run
+from tests.ui.conftest import find_handler, write_run, write_samples
 
 PUBLISHED = "pytorch_lora_weights.safetensors"
 
@@ -81,7 +81,8 @@ def test_card_names_best_step_and_offers_files(run, list_widget_changes, tmp_pat
     now = list_widget_changes()
     assert now["download"].visible and not now["download_kohya"].visible
     assert now["download"].label == "Download the LoRA"
-    assert "It was not scored" in now["verdict"] and "Next: “Draw with it”" in now["verdict"]
+    command = f"Not scored. Run: python -m dreambooth_moslora evaluate {run}, or tick “Scores”"
+    assert command in now["verdict"] and "Next: “Draw with it”" in now["verdict"]
     run.rename(run.with_name("best"))  # a run of that name is a run
     assert set(catalog.list_files()) == {"best", "best@best"}
 
@@ -96,7 +97,7 @@ def test_verdict_on_a_short_run(tmp_path):
     verdict = render_verdict(write_metrics(tmp_path, *short), tmp_path)
     for text in ("Next: each photo was shown 8 times", "models/loras", "“sks bear”"):
         assert text in verdict
-    assert "Not scored" not in verdict and "Draw with it" not in verdict
+    assert verdict.count("Not scored") == 1 and "Draw with it" not in verdict
     scores = {"type": "evaluation", "step": 10, "dino": 0.47, "dino_base": 0.0}
     verdict = render_verdict(write_metrics(tmp_path, *short, scores), tmp_path)
     assert "It has only begun to learn your subject" in verdict
@@ -214,19 +215,6 @@ def test_status_follows_the_phases(
 
 def write_metrics(tmp_path, *events) -> EventLog:
     return EventLog(write_run(tmp_path, *events).run_dir / "metrics.jsonl").refresh()
-
-
-def write_samples(run: Path, *steps: int, **facts) -> list[dict]:
-    """The events of two prompts' images at each step, with the files."""
-    (run / "samples").mkdir(parents=True, exist_ok=True)
-    samples = {"prompts": ["in snow", "at sea"], "seeds": [1, 1]} | facts
-    events = []
-    for step in steps:
-        files = [f"samples/step_{step:06d}_{number}.png" for number in range(2)]
-        for number, file in enumerate(files):
-            PIL.Image.new("RGB", (8, 8), (step, number, 0)).save(run / file)
-        events.append({"type": "sample", "step": step, "files": files} | samples)
-    return events
 
 
 def list_captions(tmp_path, workspace, events: list[dict], step: int | None = None) -> list[str]:
