@@ -235,6 +235,35 @@ def test_subject_stays_on_reload_and_is_cleared(served, browser, tmp_path):
         assert not visited.errors
 
 
+def test_question_about_photos_of_no_toy_goes_with_its_card(toy_page, browser, tmp_path):
+    """“Train it anyway” stayed below an estimate, and below the empty form of a new subject."""
+    with web.visit(browser, toy_page.url) as visited:
+        page = visited.page
+        open_train_tab(page, write_noise_photos(tmp_path, 3))
+        # Pasted: no key was pressed.
+        word = page.locator("#class_word input, #class_word textarea")
+        word.click()
+        page.keyboard.insert_text("dog")
+        page.click("#start")
+        web.says(page, "cost", "cannot learn what these photos show")
+        page.wait_for_selector("#train_anyway")
+        page.click("#estimate")
+        web.says(page, "cost", "GiB of memory")
+        page.wait_for_selector("#train_anyway", state="hidden")
+        page.click("#start")
+        page.wait_for_selector("#train_anyway")
+        visited.reload()
+        web.open_tab(page, "Train")
+        web.says(page, "prompts", "“a photo of a sks dog”")
+        page.click("#start")
+        page.wait_for_selector("#train_anyway")
+        page.on("dialog", lambda dialog: dialog.accept())
+        web.press(page, "New subject")
+        page.wait_for_selector("#train_anyway", state="hidden")
+        page.wait_for_function("!document.getElementById('cost').innerText.trim()")
+        assert not visited.errors
+
+
 def test_mistake_is_shown_below_the_buttons(served, browser, tmp_path):
     remove_all_photos(served.ctx.workspace)  # of the tests before this one
     with web.visit(browser, served.url) as visited:

@@ -116,7 +116,9 @@ def _connect_subject(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts
         if row.names_subject
     }
     outputs = list(named_fields.values())
+    # A pasted word is no `input` to gradio: it is kept when its field is left.
     changes = [widget.input for widget in outputs]
+    changes += [widget.blur for widget in outputs if isinstance(widget, gr.Textbox)]
 
     @on(changes, UNQUEUED_EVENT, inputs_kwargs=named_fields, trigger_mode="always_last")
     def keep_subject(**values) -> None:
@@ -132,12 +134,12 @@ def _connect_subject(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts
         parts["crops"].new_subject,
         MESSAGE_EVENT,
         inputs=None,
-        outputs=[parts["remarks"], parts["crops"], *outputs],
+        outputs=[*(parts[name] for name in ("remarks", "crops", "cost", "anyway")), *outputs],
     )
     def clear_subject() -> list:
         ctx.workspace.subject_fields.clear()
         train_photos.remove_all_photos(ctx.workspace)
-        return [*render_review(ctx, {}), *list_values()]
+        return [*render_review(ctx, {}), "", gr.Button(visible=False), *list_values()]
 
 
 def _connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:

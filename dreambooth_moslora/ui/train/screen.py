@@ -180,7 +180,6 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
         return {
             parts["run"]: job.name,
             parts["status"]: notice,
-            parts["anyway"]: gr.Button(visible=False),
             choices_card: choices_html,
         }
 
@@ -210,17 +209,20 @@ def _connect_form(
     - `fields` and `parts` are the tab's widgets.
     """
 
+    # The question of an earlier click goes with its card.
+    no_question = {parts["anyway"]: gr.update(visible=False)}
+
     def submit(captions: list | None, **values) -> dict:
         try:
             # The event that saves the caption typed last may not have come yet.
             train_photos.write_captions(ctx.workspace, captions or [])
-            return act(TrainForm(**values))
+            return no_question | act(TrainForm(**values))
         except train_start.BusyError as error:
             # A message that goes by itself: on the card it stayed when that run had ended.
             gr.Warning(format_message(error))
-            return {parts["cost"]: ""}
+            return no_question | {parts["cost"]: ""}
         except Exception as error:
-            return {parts["cost"]: render_mistake(error, replace_flags)}
+            return no_question | {parts["cost"]: render_mistake(error, replace_flags)}
 
     button.click(
         submit,

@@ -190,7 +190,8 @@ def describe_length(jobs: Jobs, config: train_config.TrainConfig, photos: int) -
         if len(times) > 1:
             step_sec = (times[-1] - times[0]) / (len(times) - 1)
             seconds = times[0] - start["time"] + steps * step_sec
-            return f"{steps} steps, about {html.format_seconds(seconds)} as the run {job.name} took"
+            duration = html.format_seconds(seconds)
+            return f"{steps} steps, about {duration} at the pace of the run {job.name}"
     return f"{steps} steps"
 
 

@@ -91,7 +91,7 @@ def test_length_and_measured_time_stand_before_the_start(toys, tab):
     start = {"type": "start", "time": 100.0, "config": build_config(toys).to_dict()}
     steps = [{"type": "step", "time": 110.0 + 2 * step, "step": step} for step in range(3)]
     write_run(tab.jobs.runs_dir / "duck", start, *steps)
-    assert "240 steps, about 8 min 10 s as the run duck took." in (
+    assert "240 steps, about 8 min 10 s at the pace of the run duck." in (
         build_review(tab, replace(ROCKET, preset="quick")).remarks
     )
     assert "about" not in build_review(tab, replace(ROCKET, batch_size=2)).remarks
