@@ -220,7 +220,7 @@ def test_streamed_blocks_generate_equal_images(trained, monkeypatch):
     streamed, gone = subject.home.streamed, []
     assert len(streamed) == 1 + len(facts.encoders)
     for blocks in streamed:
-        weights = [layer.weight for _, layers in blocks.blocks for layer in layers]
+        weights = [layer.weight for block in blocks.blocks for layer in block.layers]
         places = {place.untyped_storage().data_ptr() for place in blocks.buffers}
         assert {weight.untyped_storage().data_ptr() for weight in weights} == places and len(
             places
