@@ -213,6 +213,7 @@ class TerminalProgress:
         self.stream = stream or sys.stderr
         self.total_steps = 0
         self._bar: tqdm | None = None
+        self._inner_bar: tqdm | None = None  # below the bar of steps
         self._phase = ""
 
     def __call__(self, event: events.Event) -> None:
@@ -233,11 +234,17 @@ class TerminalProgress:
                 self.close()
 
     def close(self) -> None:
-        """Close the bar, if there is one."""
+        """Close the bars, if there are any."""
+        self._close_inner_bar()
         if self._bar is not None:
             self._bar.close()
             self._bar = None
         self._phase = ""
+
+    def _close_inner_bar(self) -> None:
+        if self._inner_bar is not None:
+            self._inner_bar.close()
+            self._inner_bar = None
 
     def write(self, line: str) -> None:
         """Write a line above the bar."""
@@ -258,20 +265,35 @@ class TerminalProgress:
 
         # A single item is a line; it must not tear the bar of steps.
         if event.total <= 1:
+            self._close_inner_bar()
             if self._phase != TRAINING_TITLE or event.phase == "exporting":
                 self.close()
                 self.write(f"{title} …")
             return
+        unit = "step" if event.phase in ("sampling", "evaluating") else "image"
+        if self._phase == TRAINING_TITLE:
+            self._show_inner_phase(title, event, unit)
+            return
         if self._phase != title:
-            unit = "step" if event.phase == "sampling" else "image"
             self._open(title, event.total, event.done, unit)
         self._update_bar(event.done)
+
+    def _show_inner_phase(self, title: str, event: events.PhaseProgress, unit: str) -> None:
+        """Show samples and scores between two steps by a bar below that of the steps."""
+        if self._inner_bar is None:
+            self._inner_bar = create_bar(
+                event.total, title, unit, self.stream, position=1, leave=False
+            )
+        self._inner_bar.update(event.done - self._inner_bar.n)
+        if event.done >= event.total:
+            self._close_inner_bar()
 
     def _show_scores(self, event: events.StepEvaluated) -> None:
         scores = describe_scores(event.scores).values()
         self.write(f"step {event.step}: {', '.join(scores)}")
 
     def _show_step(self, event: events.StepDone) -> None:
+        self._close_inner_bar()
         if self._phase != TRAINING_TITLE:
             self._open(TRAINING_TITLE, self.total_steps, event.step - 1, "step")
 

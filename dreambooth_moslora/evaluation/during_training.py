@@ -79,6 +79,11 @@ class TrainingEvaluator:
             size_px=self.config.resolution,
         )
 
+    def count_denoising_steps(self) -> int:
+        """Return the denoising steps of the next call. A batch of images takes as many as one."""
+        batches = sum(evaluator.count_batches() for evaluator in self.evaluators)
+        return batches * self.plans[0].inference_steps
+
     def __call__(self, sampler: Sampler, step: int) -> StepEvaluated:
         """Return the scores of a step, and what they cost."""
         # Each subject is judged separately, and the scores are averaged.

@@ -8,6 +8,7 @@ seeds.
 of adapters.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -167,19 +168,11 @@ class Evaluator:
         """Generate the images, embed them and return the scores."""
         started = time.perf_counter()
         plan = self.plan
-
-        # The base's images, once for any number of adapters
-        shared = {"class": plan.class_requests, "unrelated": plan.unrelated_requests}
-        for name, requests in ({"subject": plan.base_requests} | shared).items():
-            if requests and name not in self._base:
-                self._base[name] = self._embed_images(generate(requests, False))
-
-        # The adapter's images
-        adapter_requests = {"subject": plan.subject_requests, "bare": plan.bare_requests} | shared
+        for name, requests in self.base_requests.items():
+            self._base[name] = self._embed_images(generate(requests, False))
         embedded = {
             name: self._embed_images(generate(requests, True))
-            for name, requests in adapter_requests.items()
-            if requests
+            for name, requests in self.adapter_requests.items()
         }
 
         # The tables, and from them the score
@@ -206,6 +199,30 @@ class Evaluator:
             no_score="" if has_score else metrics.NO_STYLE_SCORE,
             leaked=self.leaked,
         )
+
+    @property
+    def base_requests(self) -> dict[str, list[SampleRequest]]:
+        """Requests of the base's images, which are generated once for any number of adapters."""
+        requests = {"subject": self.plan.base_requests} | self._shared_requests
+        return {
+            name: requests[name] for name in requests if requests[name] and name not in self._base
+        }
+
+    @property
+    def adapter_requests(self) -> dict[str, list[SampleRequest]]:
+        """Requests of the adapter's images."""
+        requests = {"subject": self.plan.subject_requests, "bare": self.plan.bare_requests}
+        requests |= self._shared_requests
+        return {name: requests[name] for name in requests if requests[name]}
+
+    @property
+    def _shared_requests(self) -> dict[str, list[SampleRequest]]:
+        return {"class": self.plan.class_requests, "unrelated": self.plan.unrelated_requests}
+
+    def count_batches(self, batch_size: int = IMAGE_BATCH_SIZE) -> int:
+        """Return the number of batches that the next call generates."""
+        groups = [*self.base_requests.values(), *self.adapter_requests.values()]
+        return sum(math.ceil(len(requests) / batch_size) for requests in groups)
 
     def copy_subject_only(self) -> "Evaluator":
         """Return a copy for only the subject's images, which suffice for the score."""

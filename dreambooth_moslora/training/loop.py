@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from dreambooth_moslora.errors import (
     UserError,
     escape_control_characters,
 )
-from dreambooth_moslora.generation.sampling import Sampler
+from dreambooth_moslora.generation.sampling import Sampler, SampleRequest
 from dreambooth_moslora.lora.verify import Proof
 from dreambooth_moslora.photos import caption_variants, folder, photo_file, synthetic
 from dreambooth_moslora.photos.quality import find_photo_faults, log_faults
@@ -184,21 +184,25 @@ class Training:
             self.sample()
 
     def sample(self) -> None:
-        """Draw samples, at step 0 telling each denoising step."""
+        """Draw samples, and report each denoising step."""
         self.report.report_phase("sampling", 0, 1)
-        sampler = self.sampler
-
-        # Nothing else has moved yet at step 0: each denoising step of this process is a count.
-        if self.step == 0:
-            requests = distributed.select_share(self.accelerator, self.samples.requests)
-            total = len(requests) * sampler.inference_steps
-            counts = self.report.report_counts("sampling", range(1, total + 1), total)
-            sampler = replace(sampler, on_step=lambda: next(counts, None))
+        sampler = self.count_sampling(self.samples.requests)
 
         # A stop ends the drawing alone; the loop asks for it next.
         with suppress(StopRequestedError), self.train_step.apply_average():
             self.report(self.samples.sample_images(self.step, sampler, self.accelerator))
         devices.free_unused_memory(self.accelerator.device)
+
+    def count_denoising_steps(self, phase: str, total: int) -> Sampler:
+        """Return the sampler, which then reports each denoising step as a count of the phase."""
+        counts = self.report.report_counts(phase, range(1, total + 1), total)
+        return replace(self.sampler, on_step=lambda: next(counts, None))
+
+    def count_sampling(self, requests: Sequence[SampleRequest]) -> Sampler:
+        """Return the sampler for this process's share of the requests, with counts."""
+        share = distributed.select_share(self.accelerator, requests)
+        total = len(share) * self.sampler.inference_steps
+        return self.count_denoising_steps("sampling", total)
 
     @property
     def should_score(self) -> bool:
@@ -209,9 +213,15 @@ class Training:
     def evaluate(self) -> None:
         """Score this step, on the main process, and keep the adapter if it is the best so far."""
         self.report.report_phase("evaluating")
+        sampler = self.sampler
+
+        # A program's evaluator need not know how much it generates.
+        count_steps = getattr(self.evaluator, "count_denoising_steps", None)
+        if count_steps is not None:
+            sampler = self.count_denoising_steps("evaluating", count_steps())
         try:
             with self.train_step.apply_average():
-                evaluation = self.evaluator(self.sampler, self.step)
+                evaluation = self.evaluator(sampler, self.step)
         except StopRequestedError:  # the loop checks for a stop next
             return
         finally:
@@ -314,7 +324,8 @@ class Training:
         # The adapter's files. All processes take part: they draw the card's new contexts.
         with self.train_step.apply_average():
             self.report.report_phase("exporting")
-            proof = self.publisher.publish(finished=not interrupted)
+            sampler = self.count_sampling(self.samples.contexts)
+            proof = self.publisher.publish(sampler, finished=not interrupted)
 
         # Say it last, so that a run that is told to be done has all its files.
         self.report(events.AdapterExported(list(proof.files), proof.to_dict()))
@@ -533,12 +544,10 @@ def build_training(
         should_stop=context.should_stop,
         guidance_scale=Base.of(train_step.config).guidance,
     )
-    # What is published is drawn once more, by the same sampler.
     publisher = publish.Publisher(
         run_dir=context.run_dir,
         train_step=train_step,
         samples=samples,
-        sampler=sampler,
         max_train_steps=max_train_steps,
         photo_digests=photo_digests,
     )

@@ -36,7 +36,6 @@ class Publisher:
     run_dir: where everything goes
     train_step: the adapter, the steps that are done, the base, the photos and the settings
     samples: the images at fixed seeds
-    sampler: draws new contexts at the end
     max_train_steps: optimizer steps of the whole run
     photo_digests: of the photos and the files beside them, by name
     scores: the evaluator's latest
@@ -46,7 +45,6 @@ class Publisher:
     run_dir: run_folder.RunDir
     train_step: TrainStep
     samples: ValidationSamples
-    sampler: Sampler
     max_train_steps: int
     photo_digests: dict[str, str] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
@@ -78,9 +76,9 @@ class Publisher:
         with write_atomic_directory(self.run_dir.best_dir) as folder:
             self._publish_to(folder)
 
-    def publish(self, finished: bool) -> Proof:
-        """Write adapter, card, plot and sheet. Only a finished run draws contexts and is pushed;
-        all processes draw."""
+    def publish(self, sampler: Sampler, finished: bool) -> Proof:
+        """Write adapter, card, plot and sheet. Only a finished run draws contexts, with `sampler`
+        in all processes, and is pushed."""
         # The adapter first: whatever fails after it, the run has its result.
         accelerator = self.train_step.accelerator
         proof = run_on_main(accelerator, lambda: self._publish_to(self.run_dir.path))
@@ -89,7 +87,7 @@ class Publisher:
         contexts: list[Sample] = []
         requests = self.samples.contexts if finished else []
         with suppress(StopRequestedError):
-            images = share_work(accelerator, requests, self.sampler)
+            images = share_work(accelerator, requests, sampler)
             for image, request in zip(images, requests, strict=True):
                 contexts.append((request, image))
 

@@ -32,7 +32,7 @@ from dreambooth_moslora.cli.terminal import (
     disable_library_notes,
     run_to_exit_code,
 )
-from dreambooth_moslora.disk.events import RunStarted, StepDone, StepEvaluated
+from dreambooth_moslora.disk.events import PhaseProgress, RunStarted, StepDone, StepEvaluated
 from dreambooth_moslora.disk.paths import get_assets_folder
 from dreambooth_moslora.disk.processes import STOP_FILE_VARIABLE, send_stop_request
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir, read_checkpoint_step
@@ -713,6 +713,18 @@ def test_progress_of_resumed_run_starts_at_its_step():
     scores = StepEvaluated(1, {"dino": 0.5, "dino_base": 0.1, "copied": 0.25, "score": 0.75})
     output = format_events(RunStarted(2), StepDone(1, loss=1.0, lr=1e-4), scores)
     assert "step 1: likeness to the photos 50%, copies of photos 25%, score 75%\n" in output
+
+
+def test_scores_between_two_steps_have_a_bar_below_that_of_the_steps():
+    """A minute passed without a count."""
+    step = StepDone(1, loss=1.0, lr=1e-4)
+    counts = [PhaseProgress("evaluating", done, 40) for done in (0, 20, 40)]
+    output = format_events(RunStarted(3), step, PhaseProgress("evaluating"), *counts)
+    assert "scoring:   0%" in output and "0/40" in output
+
+    # The bar of steps goes on afterwards.
+    output = format_events(RunStarted(3), step, *counts, StepDone(3, loss=1.0, lr=1e-4))
+    assert "training: 100%" in output.rpartition("scoring")[2]
 
 
 def test_a_run_says_before_it_begins_what_will_go_badly(photos, tiny_base, tmp_path, caplog):

@@ -97,6 +97,14 @@ def test_evaluations_are_logged_and_do_not_change_the_adapter(run, tmp_path):
     assert adapter_sha256(tmp_path / "dog") == adapter_sha256(run[1].path)
 
 
+def test_scoring_reports_each_denoising_step(run):
+    """It was silent for a minute. The base's images, in three batches, are generated once; the
+    adapter's are four batches."""
+    phases = [event for event in logged(run[1].path, "phase") if event["phase"] == "evaluating"]
+    totals = [event["total"] for event in phases if event["done"] == event["total"]]
+    assert totals == [2 * (3 + 4), 2 * 4, 2 * 4, 2 * 4]
+
+
 def test_the_best_step_is_kept_and_the_card_names_it(run, tiny_base):
     """Check also that of equal scores the first is the best."""
     assert find_best_step([(1, 0.5), (2, 0.7), (3, 0.7), (4, 0.1)]) == BestStep(2, 0.7, since=2)
