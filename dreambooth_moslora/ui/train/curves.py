@@ -33,15 +33,18 @@ def build_curve_widgets() -> dict[str, Any]:
     return widgets
 
 
-def list_curve_values(metrics: events.EventLog) -> dict[str, Any]:
-    """Return new values of the widgets, by name."""
+def list_curve_values(metrics: events.EventLog, best_step: int | None = None) -> dict[str, Any]:
+    """Return new values of the widgets, by name: the scores of `best_step`, or the latest."""
     losses = build_loss_table(metrics)
     evaluations = events.filter_events(events.StepEvaluated, metrics.events)
     scores = build_score_table(evaluations)
-    latest = describe_scores(evaluations[-1].scores) if evaluations else {}
-    legend = [(SCORE_COLORS[METRICS[name].phrase], text) for name, text in latest.items()]
+    chosen_evaluations = [event for event in evaluations if event.step == best_step] or evaluations
+    texts = describe_scores(chosen_evaluations[-1].scores) if chosen_evaluations else {}
+    legend = [(SCORE_COLORS[METRICS[name].phrase], text) for name, text in texts.items()]
     return {
-        "scores": html.render_legend(f"Step {evaluations[-1].step}:", legend) if legend else "",
+        "scores": html.render_legend(f"Step {chosen_evaluations[-1].step}:", legend)
+        if legend
+        else "",
         "loss_curve": build_plot(losses, dict(zip(LOSS_LABELS.values(), COLORS))),
         "score_curve": build_plot(scores, SCORE_COLORS),
     }

@@ -52,7 +52,14 @@ def render_verdict(metrics: events.EventLog, run_dir: Path, best_step: int | Non
     """
     config = parse_known_config(metrics.get_last("start").get("config") or {})
     photos = list_photo_copies(RunDir(run_dir).photos_dir)
-    run_metrics = build_run_metrics(metrics.events, config, {"count": len(photos)})
+    # What came after the best step is of another adapter than the one that is shown.
+    records = metrics.events
+    if best_step is not None:
+        kind = events.StepEvaluated.kind
+        records = [
+            event for event in records if event["type"] != kind or event["step"] <= best_step
+        ]
+    run_metrics = build_run_metrics(records, config, {"count": len(photos)})
     run_metrics = replace(run_metrics, folder=run_dir)
     lines = [train_form.replace_flags(judge_run(run_metrics))]
     if best_step is not None:

@@ -114,7 +114,7 @@ def _list_values(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) ->
         "samples": gr.Gallery(images, visible=bool(images)),
         "verdict": verdict,
         "details": gr.Accordion(visible=True),
-        **list_curve_values(metrics),
+        **list_curve_values(metrics, best_step),
         # CSS scrolls the log from its end, so it opens at the newest line.
         "log": f"<pre>{html.escape(read_log_tail(job.run_dir))}</pre>",
     }

@@ -49,8 +49,10 @@ def run(tmp_path):
     write_run(
         run,
         {"type": "start", "max_train_steps": 30},
-        {"type": "evaluation", "step": 20, "score": 0.5, "best": best | {"since": 0}},
-        {"type": "evaluation", "step": 30, "score": 0.4, "best": best | {"since": 1}},
+        {"type": "evaluation", "step": 20, "score": 0.5, "best": best | {"since": 0}}
+        | {"dino": 0.7, "dino_base": 0.1},
+        {"type": "evaluation", "step": 30, "score": 0.4, "best": best | {"since": 1}}
+        | {"dino": 0.6, "dino_base": 0.1},
         {"type": "end", "state": "done", "step": 30},
     )
     return run
@@ -66,9 +68,10 @@ def test_card_names_best_step_and_offers_files(run, list_widget_changes, tmp_pat
     catalog = AdapterCatalog(tmp_path / "adapters", tmp_path / "runs", workspace)
     assert catalog.list_files() == {"dog": run / PUBLISHED, "dog@best": run / "best" / PUBLISHED}
     now = list_widget_changes()
-    for text in ("Step 20 was the best", "Next: the score fell from 0.50 at step 20"):
-        assert text in now["verdict"] and text not in now["status"]
-    assert "@" not in now["verdict"]
+    assert "Step 20 was the best" in now["verdict"] and "@" not in now["verdict"]
+    # The verdict and the scores are of that step; that a later one was worse needs no advice.
+    assert "rose from 10% to 70%" in now["verdict"] and "fell" not in now["verdict"]
+    assert "Step 20:" in now["scores"] and "likeness to the photos 70%" in now["scores"]
     files = {"download": PUBLISHED, "download_kohya": "dog.kohya.safetensors"}
     assert all(
         now[name].visible and Path(str(now[name].value["path"])).name == file
