@@ -13,6 +13,7 @@ the embedded base with faults made on purpose.
 import math
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
@@ -27,8 +28,8 @@ from dreambooth_moslora.settings.toy_bases import is_toy
 from dreambooth_moslora.training.best_step import find_best_step
 from dreambooth_moslora.training.run_metrics import MIN_LIKENESS_GAIN, RunMetrics
 
-COMMAND = ("python", "-m", "dreambooth_moslora")
-"""Begin of a command that an advice names."""
+INSTALLED_PROGRAM = "dreambooth-moslora"
+TRAIN_SCRIPT = "train_dreambooth.py"
 MAX_ADVICE_LINES = 3
 """Of advice at the end of a run."""
 NO_ADVICE = "No problem was detected in the scores. Look at the contact sheet yourself."
@@ -85,7 +86,7 @@ def explain_steps(run: RunMetrics) -> Iterator[str]:
 
 def describe_missing_scores(run: RunMetrics) -> str:
     """Return how a run without scores gets some."""
-    command = shlex.join([*COMMAND, "evaluate", str(run.folder)])
+    command = shlex.join([*spell_command("evaluate"), str(run.folder)])
     every = max(1, run.step // 5)
     return f"{NOT_SCORED_NOTE}: {command}, or give the next training --evaluate_steps {every}"
 
@@ -340,6 +341,16 @@ def list_resume_hints(run: RunMetrics) -> list[str]:
     return [f"nothing was {achieved}; to start again: {format_train_command(run)}"]
 
 
+def spell_command(command: str) -> list[str]:
+    """Return the beginning of a command line, spelled as this program was called."""
+    program = Path(sys.argv[0])
+    if program.name == TRAIN_SCRIPT and command == "train":
+        return ["python", str(program)]
+    if program.stem == INSTALLED_PROGRAM:
+        return [INSTALLED_PROGRAM, command]
+    return ["python", "-m", "dreambooth_moslora", command]
+
+
 def format_resume_command(run: RunMetrics) -> str:
     """Return the whole command that resumes a stopped run."""
     return f"to go on: {format_train_command(run)} --resume_from_checkpoint latest"
@@ -347,9 +358,9 @@ def format_resume_command(run: RunMetrics) -> str:
 
 def format_train_command(run: RunMetrics) -> str:
     """Return the command that trains with the run's own settings, in its folder."""
-    argv = [*COMMAND, "train"]
+    argv = spell_command("train")
     if run.processes > 1:
-        argv = ["accelerate", "launch", "--multi_gpu", "train_dreambooth.py"]
+        argv = ["accelerate", "launch", "--multi_gpu", TRAIN_SCRIPT]
     argv += ["--config", str(RunDir(run.folder).config_path)]
 
     # The folder may have been moved since.

@@ -404,3 +404,22 @@ def test_bare_prompt_share_reduces_the_bare_prompts_lag(
         never.scores
     )
     assert usual.compute_shift("dino_bare") > never.compute_shift("dino_bare") + 0.2
+
+
+@pytest.mark.parametrize(
+    ("program", "train_command", "evaluate_command"),
+    [
+        ("train_dreambooth.py", "python train_dreambooth.py", "python -m dreambooth_moslora"),
+        ("/env/bin/dreambooth-moslora", "dreambooth-moslora train", "dreambooth-moslora"),
+        ("dreambooth-moslora.exe", "dreambooth-moslora train", "dreambooth-moslora"),
+        ("app.py", "python -m dreambooth_moslora train", "python -m dreambooth_moslora"),
+    ],
+)
+def test_commands_are_spelled_as_the_program_was_called(
+    program, train_command, evaluate_command, monkeypatch
+):
+    """Who trains by the script was told to use the package."""
+    monkeypatch.setattr("sys.argv", [program])
+    run = replace(GOOD, scores={}, state="interrupted", folder=RUN)
+    assert run_advice.format_resume_command(run).startswith(f"to go on: {train_command} --config ")
+    assert f" {evaluate_command} evaluate {RUN}" in run_advice.describe_missing_scores(run)
