@@ -261,11 +261,6 @@ METRICS = {
 """By the name that `scores.json` and a run's events give it."""
 
 
-def get_curve_labels() -> dict[str, str]:
-    """Return metric -> label, for those on the plots of a run."""
-    return {name: row.curve for name, row in METRICS.items() if row.curve}
-
-
 def describe_scores(scores: Mapping[str, float]) -> dict[str, str]:
     """Return metric -> words with its value in %, for those of the scores that are told of a
     run."""

@@ -58,12 +58,14 @@ def plot_losses(
 def plot_scores(axes: Axes, evaluations: Sequence[events.StepEvaluated]) -> None:
     """Draw likeness, prompt, copies and score; a line marks the best step."""
     at = [event.step for event in evaluations]
-    for key, label in metric_kinds.get_curve_labels().items():
+    for key, row in metric_kinds.METRICS.items():
         values = [event.scores.get(key, np.nan) for event in evaluations]
-        if np.isfinite(values).any():
+        if row.curve and np.isfinite(values).any():
             # Without copies, the score may be the subject's likeness: it lies wide beneath.
             style = {"linewidth": 6, "alpha": 0.4, "zorder": 1} if key == "score" else {}
-            axes.plot(at, values, "o-", **{"markersize": 3, "linewidth": 1} | style, label=label)
+            axes.plot(
+                at, values, "o-", **{"markersize": 3, "linewidth": 1} | style, label=row.curve
+            )
     if best := evaluations[-1].best:
         label = f"best: step {best['step']}"
         axes.axvline(best["step"], color="#888", linestyle=":", label=label)
