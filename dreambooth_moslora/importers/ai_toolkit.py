@@ -10,6 +10,7 @@ from typing import Any
 from dreambooth_moslora.importers.converters import (
     AVERAGE_ROW,
     CAPTION_SUFFIX_ROW,
+    CLIPPING_ROW,
     choose,
     convert_optimizer,
     convert_precision,
@@ -173,7 +174,7 @@ TABLE: Table = {
         "train.optimizer_params.weight_decay": Translated("adam_weight_decay"),
         "train.lr_scheduler": Translated(convert=choose(SCHEDULES)),
         "train.lr_scheduler_params.num_warmup_steps": Translated("lr_warmup_steps"),
-        "train.max_grad_norm": Translated("max_grad_norm"),
+        "train.max_grad_norm": CLIPPING_ROW,
         "train.gradient_checkpointing": Translated(),
         "train.dtype": Translated("mixed_precision", convert_precision),
         "train.timestep_type": Translated(

@@ -88,6 +88,7 @@ def to_positive(value: Any) -> Any:
 AVERAGE_ROW = Ignored(
     "the last weights are published; --optimizer AdamWScheduleFree averages its steps"
 )
+CLIPPING_ROW = Translated("max_grad_norm", lambda value: float(value) or 1e9, "0 clips nothing")
 CAPTION_SUFFIX_ROW = Translated(
     "captions", choose({"txt": None, "caption": None}), "`.txt` and `.caption` are read"
 )

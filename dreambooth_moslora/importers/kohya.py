@@ -13,6 +13,7 @@ from typing import Any
 from dreambooth_moslora.disk.contents import read_small_text
 from dreambooth_moslora.importers.converters import (
     CAPTION_SUFFIX_ROW,
+    CLIPPING_ROW,
     choose,
     convert_optimizer,
     convert_precision,
@@ -99,7 +100,8 @@ SWITCHES = frozenset(
         *("img_in_txt_in_offloading", "preserve_distribution_shape", "save_clip", "save_t5xxl"),
         *("remove_first_image_from_target", "sage_attn", "turbo_dit_cache", "use_sage_attn"),
         *("use_32bit_attention", "use_flash_attn", "use_pinned_memory_for_block_swap"),
-        *("vae_tiling", "zero3_init_flag", "zero3_save_16bit_model"),
+        *("vae_tiling", "vae_disable_cache", "unsloth_offload_checkpointing"),
+        *("zero3_init_flag", "zero3_save_16bit_model"),
     )
 )
 LISTS = frozenset(
@@ -264,8 +266,10 @@ TABLE: Table = {
         "pretrained_model_name_or_path": Translated(),
         "dit": Translated("pretrained_model_name_or_path", remark="musubi-tuner's name"),
         "vae": Translated("pretrained_vae_model_name_or_path", remark="a folder or hub id"),
-        "text_encoder text_encoder1 text_encoder2 clip_l clip_g t5xxl gemma2 ae num_layers "
-        "dit_in_channels tokenizer_cache_dir": Ignored("the base's own are used"),
+        "text_encoder text_encoder1 text_encoder2 clip_l clip_g t5xxl gemma2 qwen3 ae num_layers "
+        "dit_in_channels tokenizer_cache_dir t5_tokenizer_path llm_adapter_path": Ignored(
+            "the base's own are used"
+        ),
         "vae_dtype dit_dtype t5xxl_dtype t5xxl_device text_encoder_dtype fp8_llm fp8_vl fp8_t5 "
         "fp8_text_encoder": Ignored("encoders work in the run's precision, and only once"),
         "v_parameterization zero_terminal_snr v2 task model_version model_type": Ignored(
@@ -277,12 +281,13 @@ TABLE: Table = {
         "text_encoder_lr text_encoder_lr1 text_encoder_lr2": Translated(
             "text_encoder_lr", convert_text_encoder_rate, "one rate for all encoders"
         ),
+        "self_attn_lr cross_attn_lr mlp_lr mod_lr llm_adapter_lr": Unsupported(
+            "all layers have one rate"
+        ),
         "max_train_steps": Translated(),
         "max_train_epochs": Translated("num_train_epochs", remark="wins over the steps"),
         "train_batch_size gradient_accumulation_steps seed": Translated(),
-        "max_grad_norm": Translated(
-            convert=lambda value: float(value) or 1e9, remark="0 clips nothing"
-        ),
+        "max_grad_norm": CLIPPING_ROW,
         "optimizer_type": Translated("optimizer", convert_optimizer),
         "use_8bit_adam": Translated(),
         "use_lion_optimizer": Unsupported("the adapter's optimizer needs little memory"),
@@ -319,7 +324,8 @@ TABLE: Table = {
         "logit_mean logit_std mode_scale": Translated(),
         "model_prediction_type": Unsupported("the velocity is predicted", ("raw",)),
         "guidance_scale": Translated(),
-        "t5xxl_max_token_length gemma2_max_token_length": Translated("max_sequence_length"),
+        "t5xxl_max_token_length gemma2_max_token_length qwen3_max_token_length "
+        "t5_max_token_length": Translated("max_sequence_length"),
         "clip_l_dropout_rate clip_g_dropout_rate t5_dropout_rate": Unsupported(
             "--caption_dropout leaves out the caption for all encoders", ("0", "0.0")
         ),
@@ -345,12 +351,13 @@ TABLE: Table = {
         "no_half_vae": Ignored("the VAE computes in fp32 where half precision overflows"),
         "lowram highvram cpu_offload_checkpointing img_in_txt_in_offloading split_mode "
         "block_swap_h2d_only block_swap_ring_size use_pinned_memory_for_block_swap "
-        "disable_numpy_memmap vae_tiling vae_chunk_size vae_spatial_tile_sample_min_size "
+        "disable_numpy_memmap vae_tiling vae_disable_cache vae_chunk_size "
+        "vae_spatial_tile_sample_min_size unsloth_offload_checkpointing "
         "turbo_dit turbo_dit_cache sample_batch_size fused_backward_pass "
         "gradient_checkpointing_cpu_offload split_attn "
         "flash_attn": Ignored("--memory chooses what is kept on the GPU"),
         "xformers sdpa mem_eff_attn sage_attn flash3 use_flash_attn use_sage_attn "
-        "use_32bit_attention cuda_allow_tf32 cuda_cudnn_benchmark": Ignored(
+        "use_32bit_attention attn_mode cuda_allow_tf32 cuda_cudnn_benchmark": Ignored(
             "PyTorch's own attention is used"
         ),
         "torch_compile compile": Translated("compile", if_true({"compile": "on"})),
@@ -380,7 +387,7 @@ TABLE: Table = {
         "metadata_description "
         "metadata_license metadata_tags": Ignored("the header holds numbers and trigger words"),
         "sample_prompts": Translated("validation_prompt", read_sample_prompts),
-        "sample_every_n_steps": Translated("validation_steps"),
+        "sample_every_n_steps": Translated("validation_steps", to_positive),
         "sample_every_n_epochs": Translated("validation_epochs"),
         "sample_at_first sample_sampler": Ignored("samples are generated before the first step"),
         "validation_split validation_seed validate_every_n_steps validate_every_n_epochs "
@@ -429,10 +436,8 @@ def read_values(
     meaning. Raises UserError for a file that it names and that cannot be read."""
     values: dict[str, Any] = {}
     for name, value in content.items():
-        if isinstance(value, Mapping) and name != "general":
-            values |= value
-        elif name not in ("general", "datasets"):
-            values[name] = value
+        if name not in ("general", "datasets"):
+            values |= value if isinstance(value, Mapping) else {name: value}
     if values.get("dataset_config"):
         content = read_file(Path(str(values.pop("dataset_config"))))
     datasets = list(list_datasets(content))

@@ -13,6 +13,7 @@ from typing import Any
 from dreambooth_moslora.disk.contents import read_json, read_small_text
 from dreambooth_moslora.importers.converters import (
     AVERAGE_ROW,
+    CLIPPING_ROW,
     choose,
     convert_optimizer,
     convert_precision,
@@ -217,7 +218,7 @@ TABLE: Table = {
         "learning_rate_cycles": Translated("lr_num_cycles", lambda cycles: int(float(cycles))),
         "learning_rate_min_factor": Unsupported("the rate may fall to 0", (0.0,)),
         "learning_rate_scaler": Unsupported("--scale_lr is nearest", ("NONE",)),
-        "clip_grad_norm": Translated("max_grad_norm"),
+        "clip_grad_norm": CLIPPING_ROW,
         "optimizer optimizer.optimizer": Translated("optimizer", convert_optimizer),
         "weight_decay optimizer.weight_decay": Translated("adam_weight_decay"),
         "optimizer.beta1": Translated("adam_beta1"),

@@ -46,5 +46,8 @@ def parse_yaml(text: str) -> Any:
 
     try:
         return yaml.load(text, Loader=PlainLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ValueError(f"it is not valid YAML in line {line}: {error.problem}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"it is not valid YAML: {error}") from error

@@ -13,6 +13,7 @@ from typing import Any
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.importers.converters import (
     AVERAGE_ROW,
+    CLIPPING_ROW,
     choose,
     convert_optimizer,
     convert_precision,
@@ -167,7 +168,7 @@ TABLE: Table = {
         "adam_beta1 adam_beta2 adam_weight_decay adam_epsilon": Translated(),
         "optimizer_beta1": Translated("adam_beta1"),
         "optimizer_beta2": Translated("adam_beta2"),
-        "max_grad_norm": Translated(remark="a norm; see `grad_clip_method`"),
+        "max_grad_norm": CLIPPING_ROW,
         "grad_clip_method": Unsupported("gradients are clipped by their norm", ("norm", "value")),
         "train_text_encoder": Translated(),
         "text_encoder_lr": Translated(),
@@ -198,7 +199,7 @@ TABLE: Table = {
         "checkpoints_total_limit": Translated(),
         "resume_from_checkpoint": Ignored("give --resume_from_checkpoint latest to resume"),
         "validation_prompt": Translated(),
-        "validation_steps validation_step_interval": Translated("validation_steps"),
+        "validation_steps validation_step_interval": Translated("validation_steps", to_positive),
         "num_validation_images": Translated(),
         "report_to": Translated(),
         "push_to_hub hub_model_id": Translated(),

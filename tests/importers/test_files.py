@@ -38,6 +38,7 @@ HOSTILE = {
     "kinds.toml": ('network_dim = ["x"]\nlearning_rate = nan', "expected a whole number"),
     "kinds.json": ('{"model_family": "flux", "flow_schedule_shift": {}}', "expected a number"),
     "kinds.yaml": ("{job: x, config: {process: [3]}}", "training jobs alone"),
+    "typo.yaml": ('job: extension\nconfig: "x\nname: y', "it is not valid YAML in line "),
     "list.yaml": ("- 1", "expected a table"),
     "own.yaml": ("rank: 8", "no configuration of a trainer"),
     "huge.yaml": ("x" * (20 * 2**20), "it has more than 1 MiB"),
@@ -165,6 +166,12 @@ def test_dataset_of_musubi_tuner_names_the_folder_of_its_jsonl():
     config = TrainConfig.from_dict(settings)
     assert (config.instance_data_dir, config.repeats) == ("photos", 3)
     assert (config.resolution, config.train_batch_size) == (720, 2)
+
+
+def test_subsets_of_sd_scripts_need_no_dataset_above_them():
+    Path("dataset.toml").write_text('[[datasets.subsets]]\nimage_dir = "photos"\nnum_repeats = 8\n')
+    settings, translation = load_config(Path("dataset.toml"))
+    assert not translation.unknown and settings["repeats"] == 8
 
 
 def test_dataset_of_the_hub_costs_a_line_with_the_download():

@@ -9,6 +9,7 @@ from dreambooth_moslora.cli.command_train import parse_training, train_main
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.importers.flags import translate_flags
 from dreambooth_moslora.settings.train_config import TrainConfig
 
 DIFFUSERS_COMMAND = shlex.split("""
@@ -128,6 +129,13 @@ def test_hyphens_in_flags_of_kohya_are_read(tmp_path, monkeypatch):
     command = ["--base", "toy", "--train-data-dir", "photos", "--network-dim", "8"]
     config = parse_config(command)
     assert (config.rank, config.lora_alpha, config.instance_data_dir) == (8, 1.0, "photos")
+
+
+def test_own_flags_of_anima_have_rows():
+    flags = ["--qwen3", "q.safetensors", "--vae_disable_cache", "--attn_mode", "flash"]
+    own_arguments, translation = translate_flags([*flags, "--t5_max_token_length", "256"], [])
+    assert not own_arguments and translation is not None
+    assert translation.settings == {"max_sequence_length": 256}
 
 
 def test_every_optimizer_argument_is_converted_or_refused(tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ MEANINGS = {
         ("sigmoid", "linear"): {"weighting_scheme": "none", "flow_shift": 1.0},
         ("sigmoid", "flux_shift"): {"weighting_scheme": "none", "shift_timesteps": True},
         ("noise_scheduler: flowmatch", ""): {"weighting_scheme": None},
+        ("dtype: bf16", "max_grad_norm: 0"): {"max_grad_norm": 1e9},
         ("is_flux: true", "arch: zimage"): {"target_modules": ("layers.*",)},
         ("is_flux: true", "arch: anima"): {
             "target_modules": ("*transformer_blocks.*",),
@@ -112,6 +113,7 @@ MEANINGS = {
             '"FLUX_DEV_1", "timestep_distribution": "HEAVY_TAIL", "noising_weight": 0.4, '
             '"dynamic_timestep_shifting": true',
         ): {"weighting_scheme": "mode", "mode_scale": 0.4, "shift_timesteps": True},
+        (MASKED, '"clip_grad_norm": 0'): {"max_grad_norm": 1e9},
         (MASKED, '"gradient_accumulation_steps": 4'): {
             "lr_warmup_steps": 25,
             "unmasked_weight": 0.2,
@@ -136,6 +138,10 @@ MEANINGS = {
             "pretrained_model_name_or_path": "circlestone-labs/Anima-Base-v1.0-Diffusers"
         },
         ("adamw_bf16", "prodigy"): PRODIGY,
+        ('_steps": 100', '_steps": 0, "--max_grad_norm": 0.0'): {
+            "validation_steps": None,
+            "max_grad_norm": 1e9,
+        },
     },
 }
 """Trainer -> {a text of its file and another in its place: the settings}."""
