@@ -95,11 +95,11 @@ def _render_items(lines: list[str]) -> str:
 
 
 def render_legend(title: str, entries: list[tuple[str, str]]) -> str:
-    """Render (colour, text) of each curve of a plot in a line that may wrap."""
+    """Render (colour, text) of each curve of a plot in a line that may wrap; "" without any."""
     spans = "".join(
         f'<span><i style="background:{color}"></i>{escape(text)}</span>' for color, text in entries
     )
-    return f'<div class="legend">{escape(title)} {spans}</div>'
+    return f'<div class="legend">{escape(title)} {spans}</div>' if entries else ""
 
 
 def render_facts(facts: list[tuple[str, str]]) -> str:

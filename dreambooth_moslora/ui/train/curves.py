@@ -41,10 +41,9 @@ def list_curve_values(metrics: events.EventLog, best_step: int | None = None) ->
     chosen_evaluations = [event for event in evaluations if event.step == best_step] or evaluations
     texts = describe_scores(chosen_evaluations[-1].scores) if chosen_evaluations else {}
     legend = [(SCORE_COLORS[METRICS[name].phrase], text) for name, text in texts.items()]
+    title = f"Step {chosen_evaluations[-1].step}:" if texts else ""
     return {
-        "scores": html.render_legend(f"Step {chosen_evaluations[-1].step}:", legend)
-        if legend
-        else "",
+        "scores": html.render_legend(title, legend),
         "loss_curve": build_plot(losses, dict(zip(LOSS_LABELS.values(), COLORS))),
         "score_curve": build_plot(scores, SCORE_COLORS),
     }
@@ -53,7 +52,7 @@ def list_curve_values(metrics: events.EventLog, best_step: int | None = None) ->
 def build_loss_table(metrics: events.EventLog) -> pd.DataFrame:
     """Return the mean of each loss over equal parts of the run, at the last step of each part."""
     rows = [
-        (event["step"], label, event[key])
+        (event.get("step", 0), label, event[key])
         for event in metrics.list_events("step")
         for key, label in LOSS_LABELS.items()
         if is_finite_number(event.get(key))

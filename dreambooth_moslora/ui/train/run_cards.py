@@ -57,7 +57,7 @@ def render_verdict(metrics: events.EventLog, run_dir: Path, best_step: int | Non
     if best_step is not None:
         kind = events.StepEvaluated.kind
         records = [
-            event for event in records if event["type"] != kind or event["step"] <= best_step
+            event for event in records if event["type"] != kind or event.get("step", 0) <= best_step
         ]
     run_metrics = build_run_metrics(records, config, {"count": len(photos)})
     run_metrics = replace(run_metrics, folder=run_dir)

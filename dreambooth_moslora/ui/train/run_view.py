@@ -128,9 +128,10 @@ def find_best_folder(run_dir: RunDir) -> Path:
 
 def find_best_step(run_dir: RunDir, metrics: events.EventLog) -> int | None:
     """Return the step of the best adapter; None if none was stored."""
-    best = metrics.get_last("evaluation").get("best")
+    evaluations = events.filter_events(events.StepEvaluated, metrics.events)
     is_stored = find_best_folder(run_dir) != run_dir.path
-    return best.get("step") if is_stored and isinstance(best, dict) else None
+    best = evaluations[-1].best if evaluations and is_stored else None
+    return best["step"] if best else None
 
 
 def list_photos(job: Job, metrics: events.EventLog, workspace: Workspace) -> list[tuple[str, str]]:
