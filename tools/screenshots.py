@@ -21,7 +21,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Page
 
-from tests.helpers.browser import chromium, set_number, visit
+from tests.helpers.browser import chromium, set_number, visit, wait_for_photos
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = (1440, 900)
@@ -127,8 +127,9 @@ def generate(page: Page, args: argparse.Namespace) -> None:
 def train(page: Page, args: argparse.Namespace) -> None:
     """Train a part of a run, which has losses, samples and scores."""
     page.get_by_role("tab", name="Train", exact=True).click()
-    page.set_input_files("#photos input[type=file]", sorted(args.subject.glob("*.jpg")))
-    wait_for(page, "remarks", "photos")
+    photos = sorted(args.subject.glob("*.jpg"))
+    page.set_input_files("#photos input[type=file]", photos)
+    wait_for_photos(page, len(photos))
     page.fill("#class_word textarea, #class_word input", args.class_word)
     page.click("#start")
     page.wait_for_function(
