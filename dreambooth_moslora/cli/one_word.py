@@ -15,6 +15,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.importers.datasets import list_repeats_folders
 from dreambooth_moslora.plan import agreement, defaults
 from dreambooth_moslora.settings import family_facts, train_config
+from dreambooth_moslora.settings.subject_kinds import SUBJECT_KINDS
 
 RUNS_FOLDER = Path("runs")
 """Folder of the runs that have no --output_dir."""
@@ -38,6 +39,7 @@ def choose_settings(
 
     Raises UserError.
     """
+    from dreambooth_moslora.photos import faces
     from dreambooth_moslora.photos.folder import build_photo_report
     from dreambooth_moslora.plan.validation import check_distilled
 
@@ -50,6 +52,8 @@ def choose_settings(
     base = settings.get("pretrained_model_name_or_path")
     if base:
         check_distilled(Base.find(base), settings.get("companion"))
+    if SUBJECT_KINDS[settings.get("subject") or "thing"].has_face:
+        faces.load_face_reader()  # needs OpenCV
 
     # Choose the base: for photos of real things by the GPU, which needs PyTorch.
     if not (folder / SUBJECT_FILE).is_file():

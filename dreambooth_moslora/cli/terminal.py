@@ -12,10 +12,11 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import copy_context
 from io import TextIOWrapper
 from types import FrameType
@@ -28,6 +29,9 @@ from dreambooth_moslora.disk import events, processes
 from dreambooth_moslora.errors import UserError, escape_control_characters, is_out_of_memory
 from dreambooth_moslora.settings.metric_kinds import describe_scores
 
+MIN_SILENCE_SEC = 3.0
+"""Time without output after which the seconds are shown."""
+SILENCE_INTERVAL_SEC = 1.0
 EXIT_DONE = 0
 EXIT_BUG = 1
 EXIT_MISTAKE = 2
@@ -66,15 +70,72 @@ def disable_library_notes() -> None:
     warnings.filterwarnings("ignore", "invalid value encountered in cast")
 
 
-class BreakableStream:
-    """Text stream that sends its output to the null device once a write has failed."""
+class SilenceCounter:
+    """Seconds since the last output, shown on a terminal below the last line.
 
-    def __init__(self, stream: TextIO):
+    Imports, loading and saving take longer than a user waits without a sign of life. A bar that is
+    not at its end stays as it is.
+    """
+
+    def __init__(self, terminal: TextIO):
+        self.terminal = terminal
+        self.lock = threading.RLock()
+        self.last_output_sec = time.monotonic()
+        self.is_line_complete = True
+        self.shown = ""
+        self.ended = threading.Event()
+
+    def record_output(self, text: str) -> None:
+        """Remove the count before the next output."""
+        if self.shown:
+            self.terminal.write("\r" + " " * len(self.shown) + "\r")
+            self.shown = ""
+        self.last_output_sec = time.monotonic()
+        self.is_line_complete = text.endswith("\n")
+
+    def count(self) -> None:
+        """Show the count once a second until the end."""
+        while not self.ended.wait(SILENCE_INTERVAL_SEC):
+            with self.lock, suppress(OSError):
+                seconds = time.monotonic() - self.last_output_sec
+                if seconds >= MIN_SILENCE_SEC and self.is_line_complete:
+                    self.shown = f"… {seconds:.0f} s"
+                    self.terminal.write(f"\r{self.shown}")
+                    self.terminal.flush()
+
+    @contextmanager
+    def run(self) -> Iterator[None]:
+        """Count for the duration of the block."""
+        thread = threading.Thread(target=self.count, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self.ended.set()
+            thread.join()
+
+
+class BreakableStream:
+    """Text stream that sends its output to the null device once a write has failed.
+
+    silence: counter that is told of the output, if there is a terminal
+    """
+
+    def __init__(self, stream: TextIO, silence: SilenceCounter | None = None):
         self._stream = stream
+        self._silence = silence
 
     def write(self, text: str) -> int:
-        self._run_or_drop(lambda: self._stream.write(text))
+        self._run_or_drop(lambda: self._write(text))
         return len(text)
+
+    def _write(self, text: str) -> None:
+        if self._silence is None:
+            self._stream.write(text)
+            return
+        with self._silence.lock:
+            self._silence.record_output(text)
+            self._stream.write(text)
 
     def flush(self) -> None:
         self._run_or_drop(self._stream.flush)
@@ -105,9 +166,11 @@ def ignore_broken_pipes() -> Iterator[None]:
     for stream in streams:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = map(BreakableStream, streams)
+    counter = SilenceCounter(streams[1]) if streams[1].isatty() and is_main_process() else None
+    sys.stdout, sys.stderr = (BreakableStream(stream, counter) for stream in streams)
     try:
-        yield
+        with counter.run() if counter else nullcontext():
+            yield
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -140,11 +140,16 @@ def serve(args: argparse.Namespace) -> int:
         "share": args.share,
         "auth": logins or None,
         "inbrowser": args.inbrowser,
+        "prevent_thread_lock": True,
+        "quiet": True,  # gradio's own lines advise `share=True` of its Python function
     }
     page.patch_url_probe()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so `finally` runs
     try:
-        page.build_app(context).launch(**options)
+        app = page.build_app(context)
+        _, local_url, share_url = app.launch(**options)
+        print(f"the page is at {share_url or local_url} (Ctrl-C ends it)", flush=True)
+        app.block_thread()
     except OSError as error:
         raise UserError(f"the page cannot be served: {' '.join(str(error).split())}") from error
     finally:

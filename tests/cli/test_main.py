@@ -5,11 +5,13 @@ import errno
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from dreambooth_moslora import __version__
+from dreambooth_moslora.cli import terminal
 from dreambooth_moslora.cli.command_train import format_ending, run_trainer, train_main
 from dreambooth_moslora.cli.main import COMMANDS, load_command, main
 from dreambooth_moslora.cli.parser import CommandParser
@@ -725,6 +728,47 @@ def test_scores_between_two_steps_have_a_bar_below_that_of_the_steps():
     # The bar of steps goes on afterwards.
     output = format_events(RunStarted(3), step, *counts, StepDone(3, loss=1.0, lr=1e-4))
     assert "training: 100%" in output.rpartition("scoring")[2]
+
+
+class FakeTerminal(io.StringIO):
+    """Text that says it is a terminal, and an event for each count of seconds."""
+
+    def __init__(self):
+        super().__init__()
+        self.has_count = threading.Event()
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        if "…" in text:
+            self.has_count.set()
+        return super().write(text)
+
+
+def test_a_silent_command_counts_the_seconds_below_its_last_line(monkeypatch):
+    """Imports and verification of a file were silent for half a minute."""
+    monkeypatch.setattr(terminal, "MIN_SILENCE_SEC", 0.0)
+    monkeypatch.setattr(terminal, "SILENCE_INTERVAL_SEC", 0.01)
+    stderr = FakeTerminal()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with terminal.ignore_broken_pipes():
+        print("saving", file=sys.stderr)
+        assert stderr.has_count.wait(60)
+        print("done", file=sys.stderr)
+    assert re.search(r"saving\n\r… \d+ s", stderr.getvalue())
+    assert re.search(r"… \d+ s\r +\rdone\n", stderr.getvalue())
+
+
+def test_a_bar_is_not_overwritten_by_a_count(monkeypatch):
+    stderr = FakeTerminal()
+    counter = terminal.SilenceCounter(stderr)
+    terminal.BreakableStream(stderr, counter).write("\rtraining:  10%")
+    monkeypatch.setattr(terminal, "MIN_SILENCE_SEC", 0.0)
+    turns = iter([False, True])
+    monkeypatch.setattr(counter.ended, "wait", lambda _: next(turns))
+    counter.count()
+    assert stderr.getvalue() == "\rtraining:  10%"
 
 
 def test_a_run_says_before_it_begins_what_will_go_badly(photos, tiny_base, tmp_path, caplog):

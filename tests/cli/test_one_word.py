@@ -4,6 +4,7 @@ flags win."""
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -295,6 +296,14 @@ def test_gpu_unseen_by_pytorch_is_reported(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # by which a person asks for the CPU
     for arguments in (photos, [*photos, "--pretrained_model_name_or_path", "toy"]):
         assert parse_train_config(arguments).pretrained_model_name_or_path == "toy"
+
+
+def test_a_person_without_opencv_is_refused_before_any_choice(photos, monkeypatch, capsys):
+    """The line stood below eight choices."""
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    assert main(["train", *photos, "--subject", "person", "--base", "toy"]) == 2
+    expected = "error: faces are found by OpenCV: pip install opencv-python-headless\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_embedded_base_is_chosen_without_a_gpu(photos, monkeypatch, capsys):

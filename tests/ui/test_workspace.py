@@ -88,7 +88,7 @@ def test_uploads_do_not_outlive_the_server(tmp_path, free_port, number):
     ]
     page = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     try:
-        assert any("Running on" in line for line in page.stdout)
+        assert any("the page is at http://127.0.0.1" in line for line in page.stdout)
         assert len(list(tmp.glob("moslora-app-*"))) == 1
         url, files = (
             f"http://127.0.0.1:{free_port}/gradio_api/upload",
