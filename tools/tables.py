@@ -10,12 +10,19 @@ test fails while a page differs from the program's tables.
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import Field, fields
+from dataclasses import Field, fields, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import dreambooth_moslora
+from dreambooth_moslora.base import devices
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.importers import ai_toolkit, diffusers, kohya, onetrainer, simpletuner
 from dreambooth_moslora.importers.rows import Ignored, Row, Table, Unsupported
+from dreambooth_moslora.plan import memory_plans
+from dreambooth_moslora.plan.base_size import find_base_size
+from dreambooth_moslora.plan.defaults import load_recipe
+from dreambooth_moslora.plan.memory import estimate_memory
 from dreambooth_moslora.settings.family_facts import UNET_SETTINGS
 from dreambooth_moslora.settings.field_facts import Prompt, Subject
 from dreambooth_moslora.settings.memory_presets import MEMORY_PLANS
@@ -67,6 +74,24 @@ from typing import Any, TypedDict
 class TrainSettings(TypedDict, total=False):
     base: str | PathLike[str] | None
 '''
+CARDS_GIB = (8, 12, 16, 24)
+HOST_GIB = 32.0
+"""Memory of the computer that the table of cards is made for."""
+CARD_MODELS = (
+    "stabilityai/stable-diffusion-xl-base-1.0",
+    "Tongyi-MAI/Z-Image",
+    "black-forest-labs/FLUX.1-dev",
+    "black-forest-labs/FLUX.2-klein-base-4B",
+    "black-forest-labs/FLUX.2-klein-base-9B",
+    "Qwen/Qwen-Image-2512",
+)
+SUBJECT = {
+    "instance_data_dir": "photos/dog",
+    "instance_prompt": "a photo of a sks dog",
+    "class_prompt": "a photo of a dog",
+    "with_prior_preservation": True,
+}
+PLAN_SETTINGS = {name for plan in MEMORY_PLANS.values() for name in plan}
 METADATA_WORDS = {"always": "always", "if_changed": "if changed", None: ""}
 
 
@@ -148,6 +173,45 @@ def format_memory_plans() -> str:
     return format_table(("`--memory`", "the same by hand", "for transformers too"), rows)
 
 
+def format_card_plans() -> str:
+    """Format the plan of `train photos/dog dog --base ID --dry_run --vram GIB` for each model and
+    card: its name and its peak, GiB; the size of the model in half precision, GiB, which is loaded
+    into the host's memory; and the recipe's rank and rate.
+
+    The host has `HOST_GIB`, whatever this machine has.
+    """
+    rows = []
+    with patch.object(memory_plans, "measure_host_gib", return_value=HOST_GIB):
+        for hub_id in CARD_MODELS:
+            plans = [choose_card_plan(hub_id, vram_gib) for vram_gib in CARDS_GIB]
+            cells = [f"`{name}`, {peak_gib:.1f}" for name, peak_gib in plans]
+            base = Base.find(hub_id)
+            host_gib = 2 * find_base_size(base, ()).unet / devices.GIB
+            _, recipe = load_recipe(base)
+            optimizer = recipe.get("optimizer", "")
+            rate = f"{recipe['learning_rate']:g} {optimizer}".strip()
+            rows.append((f"`{hub_id}`", *cells, f"{host_gib:.0f}", str(recipe["rank"]), rate))
+    cards = [f"{vram_gib} GB" for vram_gib in CARDS_GIB]
+    return format_table(("`--base`", *cards, "RAM", "rank", "rate"), rows)
+
+
+def choose_card_plan(hub_id: str, vram_gib: float) -> tuple[str, float]:
+    """Return the plan that `--memory auto` chooses on a card for a subject, and its peak, GiB."""
+    base = Base.find(hub_id)
+    _, recipe = load_recipe(base)
+    config = TrainConfig.from_dict(recipe | SUBJECT | {"pretrained_model_name_or_path": hub_id})
+    token = devices.assumed_vram_gib.set(vram_gib)
+    try:
+        settings = memory_plans.choose_memory_settings(config, base, devices.measure_free_gpu_gib())
+    finally:
+        devices.assumed_vram_gib.reset(token)
+    size = find_base_size(base, config.target_modules)
+    peak_gib = estimate_memory(replace(config, **settings), size, 1).peak_gib
+    plan_settings = {name: value for name, value in settings.items() if name in PLAN_SETTINGS}
+    (name,) = [name for name, plan in MEMORY_PLANS.items() if plan == plan_settings]
+    return name, peak_gib
+
+
 def format_trainer_tables(*tables: Table) -> str:
     """Return the rows by which another trainer's keys are translated, below their titles."""
     parts = []
@@ -181,6 +245,7 @@ def format_optimizers() -> str:
 # By the name in the mark of a page.
 TABLES = {
     "measures": format_measures,
+    "cards": format_card_plans,
     "memory": format_memory_plans,
     "optimizers": format_optimizers,
     "ai_toolkit": lambda: format_trainer_tables(ai_toolkit.DATASET_TABLE, ai_toolkit.TABLE),

@@ -98,9 +98,12 @@ def test_commands_of_the_pages_are_found():
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 OTHERS = ("Tongyi-MAI/Z-Image", "black-forest-labs/FLUX.1-dev")
 """The other bases of the walk to ComfyUI."""
-RUN_ELSEWHERE = ("pip install ", "python -m venv ", "python -m dreambooth_moslora doctor")
+RUN_ELSEWHERE = (
+    *("pip install ", "python -m venv ", "python app.py"),
+    "python -m dreambooth_moslora doctor",
+)
 """`tests/test_wheel.py` installs the program in a fresh environment, `tests/cli/test_doctor.py`
-runs the doctor."""
+runs the doctor, `tests/ui` the page."""
 LINES = list(
     dict.fromkeys(
         line for page in ("comfyui", *PAGES) for line in list_commands(DOCS / f"{page}.md")
