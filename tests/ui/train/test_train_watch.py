@@ -311,6 +311,9 @@ def test_curves_have_mean_losses_and_scores_in_words(tmp_path):
     assert "Step 40:" in values["scores"]
     one_score = list_curve_values(write_metrics(tmp_path, *steps, scores[0]))
     assert "photos 20%" in one_score["scores"] and not one_score["score_curve"].visible
+    # A received folder may lack a step, or have none that can be read.
+    odd = [{"type": "step", "loss_instance": 1.0}, {"type": "evaluation", "best": {"step": "x"}}]
+    assert list_curve_values(write_metrics(tmp_path, *odd))["scores"] == ""
     # Every metric that is told of has a colour of its own, in the dot and on the plot.
     colors = list(SCORE_COLORS.values())
     assert len(SCORE_COLORS) == sum(bool(row.phrase) for row in METRICS.values())
