@@ -58,8 +58,9 @@ def build_loss_table(metrics: events.EventLog) -> pd.DataFrame:
         if is_finite_number(event.get(key))
     ]
     table = pd.DataFrame(rows, columns=["step", "curve", "value"])
-    steps_a_point = max((step for step, *_ in rows), default=0) // MAX_POINTS + 1
-    table["step"] = -(-table["step"] // steps_a_point) * steps_a_point
+    last_step = max((step for step, *_ in rows), default=0)
+    steps_a_point = last_step // MAX_POINTS + 1
+    table["step"] = (-(-table["step"] // steps_a_point) * steps_a_point).clip(upper=last_step)
     return table.groupby(["curve", "step"], as_index=False)["value"].mean()
 
 

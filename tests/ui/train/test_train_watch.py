@@ -298,7 +298,7 @@ def test_curves_have_mean_losses_and_scores_in_words(tmp_path):
     assert sorted(set(table["curve"])) == ["class", "photos"]
     assert len(table) <= 2 * (MAX_POINTS + 1)
     photos = table[table["curve"] == "photos"]
-    assert list(photos["step"][:3]) == [11, 22, 33]
+    assert list(photos["step"][:3]) == [11, 22, 33] and photos["step"].max() == 600
     assert photos["value"].iloc[0] == pytest.approx(6 / 11)  # odd steps among the first 11
     scores = [
         {"type": "evaluation", "step": at, "dino": at / 100, "dino_bare": 0.66, "clip_t": 0.3}
