@@ -18,7 +18,6 @@ from dreambooth_moslora.importers.converters import (
     convert_optimizer,
     convert_precision,
     convert_resolution,
-    convert_schedule,
     flatten_values,
     read_number,
     to_positive,
@@ -31,6 +30,7 @@ from dreambooth_moslora.importers.rows import (
     Translated,
     Translation,
     Unsupported,
+    format_pair,
 )
 from dreambooth_moslora.importers.trainer import Datasets, Trainer
 
@@ -49,6 +49,10 @@ DEFAULTS = {
     "caching": "disk",
     "resolution": 1024,
 }
+SCHEDULES = {
+    name: name for name in ("constant", "constant_with_warmup", "linear", "cosine", "polynomial")
+}
+"""`lr_scheduler` -> ours. `cosine_with_restarts` keeps the rate constant there."""
 CLASS_KEYS = ("is_regularisation_data", "is_regularization_data")
 FAMILIES = {"sd1x": "sd1"}
 """`model_family` -> family, where it has another name here."""
@@ -160,8 +164,12 @@ TABLE: Table = {
         "train_batch_size gradient_accumulation_steps seed": Translated(),
         "max_train_steps num_train_epochs": Translated(convert=lambda value: int(value) or None),
         "learning_rate": Translated(),
-        "lr_scheduler": Translated(convert=convert_schedule),
-        "lr_warmup_steps": Translated(),
+        "lr_scheduler": Translated(convert=choose(SCHEDULES)),
+        "lr_warmup_steps": Translated(
+            remark="of `cosine` there it is half the period, and nothing is warmed up; here the "
+            "rate falls once, over the whole run"
+        ),
+        "lr_end": Ignored("the rate falls to 0"),
         "lr_num_cycles": Translated(),
         "lr_power": Translated(),
         "optimizer": Translated(convert=convert_optimizer),
@@ -271,12 +279,19 @@ def list_datasets(
 
 
 def complete_settings(translation: Translation, values: dict[str, Any]) -> None:
-    """Store the base of the family, unless a path is given, and how noise levels are drawn."""
+    """Store what depends on several keys."""
     name = str(values.get("model_family"))
     flavours = HUB_IDS.get(name)
     if flavours and not values.get("pretrained_model_name_or_path"):
         hub_id = flavours.get(str(values.get("model_flavour")), flavours[""])
         translation.set_values({"pretrained_model_name_or_path": hub_id}, "model_family")
+
+    # A cosine has no warm-up there.
+    if translation.settings.get("lr_scheduler") == "cosine":
+        steps = translation.settings.pop("lr_warmup_steps", 0)
+        if steps:
+            reason = "half the period of the cosine; here the rate falls once, over the whole run"
+            translation.ignore(format_pair("lr_warmup_steps", steps), reason)
 
     # A shift of 0 is none, or that of the base by the picture's size.
     shift = read_number(values, "flow_schedule_shift", 3.0)

@@ -278,7 +278,7 @@ CONFIGS = {
             "lora_dropout": 0.1,
             "learning_rate": 2e-4,
             "lr_scheduler": "cosine",
-            "lr_warmup_steps": 20,
+            "lr_warmup_steps": 0,
             "max_train_steps": 300,
             "base_quantization": "int8",
             "resolution": 1000,

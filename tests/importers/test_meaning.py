@@ -1,5 +1,7 @@
 """Settings that mean what another trainer's program does, also where its file is silent."""
 
+import math
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -9,6 +11,7 @@ from dreambooth_moslora.importers.files import load_config
 from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training.noise_schedule import build_noise_schedule
 from dreambooth_moslora.training.objective import sample_flow_timesteps
+from dreambooth_moslora.training.optimizer import make_lr_schedule
 from tests.helpers.foreign_configs import write_config
 
 PRODIGY = {
@@ -152,6 +155,7 @@ REFUSALS = [
     ("kohya", ("warmup_steps = 50", "warmup_steps = 0.1"), "lr_warmup_steps 0.1"),
     ("OneTrainer", ('"COSINE"', '"COSINE_WITH_RESTARTS"'), "COSINE_WITH_RESTARTS"),
     ("OneTrainer", ('_steps": 100', '_steps": 0.05'), "learning_rate_warmup_steps 0.05"),
+    ("SimpleTuner", ('"cosine"', '"cosine_with_restarts"'), "lr_scheduler cosine_with_restarts"),
     ("SimpleTuner", ("adamw_bf16", "optimi-lion"), "optimi-lion: AdamW, Prodigy, "),
 ]
 """Trainer, changed text, and what cannot be meant here."""
@@ -183,6 +187,49 @@ NOISE_SHARES = {
 """Trainer and changed text -> its formula of the noise's share, from a normal draw."""
 
 
+def warm_up(step: int, warmup: int) -> float:
+    return min(1.0, step / warmup)
+
+
+def fall_by_cosine(step: int, warmup: int, total: int) -> float:
+    """A share of the rate, after a warm-up, before update number `step` + 1."""
+    if step < warmup:
+        return warm_up(step, warmup)
+    return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+
+RATES = {
+    ("ai-toolkit", (), 1000): lambda step: 1e-4,
+    ("ai-toolkit", ("dtype: bf16", "lr_scheduler: cosine"), 1000): (
+        lambda step: 1e-4 * fall_by_cosine(step, 0, 1000)
+    ),
+    (
+        "ai-toolkit",
+        ("dtype: bf16", "lr_scheduler: constant_with_warmup\n        dtype: bf16"),
+        1000,
+    ): lambda step: 1e-4 * warm_up(step, 500),
+    ("kohya", (), 200): lambda step: 2e-4 * fall_by_cosine(step, 50, 200),
+    ("kohya", ("cosine", "linear"), 200): (
+        lambda step: 2e-4 * (warm_up(step, 50) if step < 50 else (200 - step) / 150)
+    ),
+    ("kohya", ("cosine", "constant_with_warmup"), 200): lambda step: 2e-4 * warm_up(step, 50),
+    ("OneTrainer", (), 400): lambda step: 3e-4 * fall_by_cosine(step, 100, 400),
+    ("OneTrainer", ('"COSINE"', '"CONSTANT"'), 400): lambda step: 3e-4 * warm_up(step, 100),
+    ("OneTrainer", (MASKED, '"gradient_accumulation_steps": 4'), 100): (
+        lambda step: 3e-4 * fall_by_cosine(step, 25, 100)
+    ),
+    ("SimpleTuner", ('"cosine"', '"constant"'), 300): lambda step: 2e-4,
+    ("SimpleTuner", ('"cosine"', '"constant_with_warmup"'), 300): (
+        lambda step: 2e-4 * warm_up(step, 20)
+    ),
+    # Its cosine swings; with a half period as long as the run it falls once.
+    ("SimpleTuner", ('warmup_steps": 20', 'warmup_steps": 300'), 300): (
+        lambda step: 2e-4 * fall_by_cosine(step, 0, 300)
+    ),
+}
+"""Trainer, changed text and updates of the run -> the rate of its program before each update."""
+
+
 @pytest.fixture(autouse=True)
 def work_in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -201,6 +248,23 @@ def test_value_with_another_meaning_is_refused(trainer, changes, key):
     _, translation = load_config(write_config(trainer, changes))
     (text,) = translation.unsupported
     assert key in text
+
+
+@pytest.mark.parametrize("case", RATES, ids=lambda case: f"{case[0]}-{case[1][-1:]}")
+def test_rate_of_the_first_tenth_and_last_step_is_that_of_the_trainer(case):
+    trainer, changes, total = case
+    _, translation = load_config(write_config(trainer, changes))
+    assert not translation.unsupported and not translation.unknown
+    config = TrainConfig.from_dict(translation.settings)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    schedule = make_lr_schedule(config, optimizer, total)
+    rates = []
+    for _ in range(total):
+        rates += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    expected = [RATES[case](step) for step in (0, 9, total - 1)]
+    assert [rates[0], rates[9], rates[-1]] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("trainer_and_changes", NOISE_SHARES, ids=lambda item: item[0])
