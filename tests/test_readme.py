@@ -19,6 +19,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora.metadata import format_dora_table
 from dreambooth_moslora.ui import app as serve
 from tests.helpers.command_line import parse_train_config
+from tests.helpers.stub_faces import stub_faces  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -155,6 +156,7 @@ def require(is_valid: bool, text: str) -> None:
         raise LookupError(text)
 
 
+@pytest.mark.usefixtures("stub_faces")  # OpenCV is an extra
 @pytest.mark.parametrize("line", ALL_LINES)
 def test_every_command_is_valid(line, monkeypatch):
     monkeypatch.chdir(ROOT)

@@ -31,6 +31,7 @@ from dreambooth_moslora.ui.train.train_start import (
     start_run,
 )
 from tests.helpers.command_line import parse_train_config
+from tests.helpers.stub_faces import stub_faces  # noqa: F401
 from tests.helpers.tiny_training import paint_photos
 from tests.ui.conftest import click, find_handler, list_toy_photos, write_run
 
@@ -172,6 +173,7 @@ def test_crop_sides_fit_the_bases_patches(workspace, context):
     assert [build_config(page, DUCK).bucket_reso_steps for page in pages] == [8, 16]
 
 
+@pytest.mark.usefixtures("stub_faces")  # OpenCV is an extra
 @pytest.mark.parametrize(
     ("values", "flags"),
     [
