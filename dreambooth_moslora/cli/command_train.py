@@ -66,8 +66,8 @@ def run_train(argv: list[str], prog: str = SCRIPT) -> int:
     if config.dry_run:
         from dreambooth_moslora.training.dry_run import describe_run
 
-        lines = [describe_run(config, choices.photo_report), *choices.closing_lines]
-        print(escape_control_characters("\n".join(lines)))
+        report = describe_run(config, choices.photo_report, is_verbose=choices.is_verbose)
+        print(escape_control_characters("\n".join([report, *choices.closing_lines])))
         return EXIT_DONE
 
     if assumed_vram_gib.get():
@@ -187,6 +187,7 @@ def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> defaults.Choices:
             command_line.positionals, command_line.settings, has_recipe=command_line.has_recipe
         )
         print_lines(choices.lines)
+    choices.is_verbose = command_line.is_verbose
     require_settings(choices.all_settings)
     defaults.choose_resolution(choices)
     return choices
@@ -198,6 +199,7 @@ class CommandLine(NamedTuple):
     positionals: list[str]
     settings: dict[str, Any]
     has_recipe: bool  # a file replaces the recipe
+    is_verbose: bool  # of `--dry_run`
 
 
 def parse_command_line(argv: Sequence[str], prog: str) -> CommandLine:
@@ -219,8 +221,10 @@ def parse_command_line(argv: Sequence[str], prog: str) -> CommandLine:
         positionals, unknown = unknown, []
     if unknown:
         raise UserError(describe_unknown_flag(unknown[0]))
-    settings, has_recipe = resolve_settings(vars(flags), without_words=bool(positionals))
-    return CommandLine(positionals, settings, has_recipe)
+    flag_values = vars(flags)
+    is_verbose = flag_values.pop("verbose")
+    settings, has_recipe = resolve_settings(flag_values, without_words=bool(positionals))
+    return CommandLine(positionals, settings, has_recipe, is_verbose)
 
 
 def run_trainer(plan: "RunPlan", stop: Callable[[], bool], final_lines: Sequence[str] = ()) -> int:

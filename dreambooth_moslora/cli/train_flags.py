@@ -87,6 +87,11 @@ def build_train_parser(prog: str = SCRIPT, hidden: Collection[str] = ()) -> Comm
         )
     parser.add_argument("--help_all", action="help", help="all flags")
     parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help="with --dry_run: also the other memory plans and the changed settings",
+    )
     add_training_flags(parser, hidden)
     return parser
 

@@ -66,7 +66,8 @@ class Choices:
     """Settings that were chosen for the user, and notes about them.
 
     `notes` has a sentence about each choice and its flags; `photo_report` is set if the photos were
-    read for one. `closing_lines` are logged just before the run begins.
+    read for one. `closing_lines` are logged just before the run begins. `is_verbose` is
+    `--verbose`.
     """
 
     user_settings: Mapping[str, Any]
@@ -74,6 +75,7 @@ class Choices:
     notes: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     photo_report: "PhotoReport | None" = None
     closing_lines: Sequence[str] = ()
+    is_verbose: bool = False
 
     def add(self, text: str, *flags: str, **settings: Any) -> None:
         """Choose these settings unless the user set them. `text` is noted if any was chosen."""

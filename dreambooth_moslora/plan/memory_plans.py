@@ -252,21 +252,34 @@ def can_switch_plan(plan: MemoryPlan, config: train_config.TrainConfig) -> bool:
     return plan.keys() <= LOADED_BASE_SETTINGS and not is_streamed_dense
 
 
-def format_plans(config: train_config.TrainConfig, size: BaseSize) -> list[str]:
-    """Return a line for `--dry_run`: the memory that each plan needs, and the GPU's free memory."""
+def format_chosen_plan(config: train_config.TrainConfig) -> list[str]:
+    """Return a line for `--dry_run`: the plan that these settings are, and the GPU's free memory;
+    none without `--memory`."""
     if config.memory is None:
         return []
+    # The settings of a lean plan contain those of plans before it.
+    matching = [
+        name
+        for name, plan in memory_presets.MEMORY_PLANS.items()
+        if all(getattr(config, key) == value for key, value in plan.items())
+    ]
     free = devices.measure_free_gpu_gib()
+    free_text = "there is no GPU here" if free is None else f"{free:.1f} GiB are free"
+    return [f"memory plan: {matching[-1]}; {free_text} (--memory {config.memory})"]
+
+
+def format_plans(config: train_config.TrainConfig, size: BaseSize) -> list[str]:
+    """Return a line: the memory that each plan needs, and how many images pass at once; none
+    without `--memory`."""
+    if config.memory is None:
+        return []
     plans = estimate_plans(reset_plan_settings(config), size)
     needs = ", ".join(f"{name} {cost:.1f} GiB" for name, cost in plans.items())
-    has = "there is no GPU here" if free is None else f"{free:.1f} GiB are free"
     passes = (
         f"{config.images_per_pass} of a step's "
         f"{config.images_per_micro_batch * config.gradient_accumulation_steps}"
     )
-    return [
-        f"memory plans: {needs}; {has}; {passes} images pass at once (--memory {config.memory})"
-    ]
+    return [f"memory plans: {needs}; {passes} images pass at once"]
 
 
 def check_memory(config: train_config.TrainConfig, size: BaseSize) -> None:

@@ -13,7 +13,7 @@ from dreambooth_moslora.lora.metadata import get_dora_note
 from dreambooth_moslora.photos import caption_variants, folder, photo_file, synthetic
 from dreambooth_moslora.photos.quality import find_photo_faults
 from dreambooth_moslora.plan.base_size import BaseSize
-from dreambooth_moslora.plan.memory_plans import format_plans
+from dreambooth_moslora.plan.memory_plans import format_chosen_plan, format_plans
 from dreambooth_moslora.plan.plan import RunPlan, make_plan
 from dreambooth_moslora.plan.speed import choose_local_speed
 from dreambooth_moslora.plan.steps import EXPOSURES_ADVICE, MIN_EXPOSURES
@@ -65,8 +65,17 @@ def measure_free_disk_gib(config: train_config.TrainConfig) -> float:
     return shutil.disk_usage(find_existing_folder(Path(config.output_dir))).free / GIB
 
 
-def describe_run(config: train_config.TrainConfig, report: folder.PhotoReport | None = None) -> str:
-    """Return the report of `--dry_run`. Raises UserError for what training would refuse."""
+def describe_run(
+    config: train_config.TrainConfig,
+    report: folder.PhotoReport | None = None,
+    *,
+    is_verbose: bool = False,
+) -> str:
+    """Return the report of `--dry_run`: what the run costs, its steps, its photos and remarks;
+    with `is_verbose` also every memory plan, the speed settings and the changed settings.
+
+    Raises UserError for what training would refuse.
+    """
     # Whatever a run would refuse before it loads the base.
     check_folders(config)
     queue.check_unlocked(Path(config.output_dir))
@@ -85,16 +94,19 @@ def describe_run(config: train_config.TrainConfig, report: folder.PhotoReport | 
     # The sections, each with the settings as the plan has completed them.
     report = find_photo_faults(plan.photo_report, config.resolution)
     config = plan.config
-    speed = f"speed: {choose_local_speed(config, plan.steps.total_steps).describe()}"
+    costs, settings_section = [*format_costs(plan), *format_chosen_plan(config)], {}
+    if is_verbose:
+        speed = choose_local_speed(config, plan.steps.total_steps).describe()
+        costs += [*format_plans(config, plan.cost.size), f"speed: {speed}"]
+        title = "settings that are not the defaults (--help_all shows those)"
+        settings_section = {title: format_changed_settings(config)}
     sections = {
         "not enough room": describe_disk_lack(plan),
         **changes,
-        "cost (estimated)": [*format_costs(plan), *format_plans(config, plan.cost.size), speed],
+        "cost (estimated)": costs,
         "steps": format_steps(plan),
         "photos": format_photos(config, report),
-        "settings that are not the defaults (--help_all shows those)": format_changed_settings(
-            config
-        ),
+        **settings_section,
         "remarks": [*report.remarks, *list_plan_advice(plan)],
     }
     blocks = []
@@ -105,6 +117,8 @@ def describe_run(config: train_config.TrainConfig, report: folder.PhotoReport | 
     for title, lines in sections.items():
         if lines:
             blocks.append("\n  ".join([title, *lines]))
+    if not is_verbose:
+        blocks.append("--verbose also lists the other memory plans and the changed settings.")
     return "\n\n".join(blocks)
 
 
@@ -125,10 +139,16 @@ def format_changed_settings(config: train_config.TrainConfig) -> list[str]:
 
 def format_photos(config: train_config.TrainConfig, report: folder.PhotoReport) -> list[str]:
     """Return a line for each photo and each skipped file, and the instance prompt's share."""
-    lines = []
+    # Captions that all photos share stand once.
+    captions = {photo_file.format_captions(photo) for photo in report.photos}
+    lines = [f"all: {next(iter(captions))}"] if len(captions) == 1 else []
+
+    # The photos, and the files that are no photos.
     for photo in report.photos:
         height, width = photo.size_px
-        description = f"{photo.path.name}  {width} x {height}  {photo_file.format_captions(photo)}"
+        description = f"{photo.path.name}  {width} x {height}"
+        if len(captions) > 1:
+            description += f"  {photo_file.format_captions(photo)}"
         lines.append("; ".join([description, *photo.reasons]))
     lines += [f"left out: {item.path.name}  {item.reason}" for item in report.skipped]
     if share := caption_variants.describe_bare_prompts(config, report.photos):

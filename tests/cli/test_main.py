@@ -626,7 +626,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(photos, tiny_base, tmp_path,
         "3",
     ]
     arguments += ["--gradient_accumulation_steps", "2", "--num_train_epochs", "30", "--dry_run"]
-    assert train_main([*arguments, "--class_prompt", "a toy", "--prior", "adapter_off"]) == 0
+    arguments += ["--class_prompt", "a toy", "--prior", "adapter_off"]
+    assert train_main([*arguments, "--verbose"]) == 0
     out = capsys.readouterr().out
     titles = [line.partition(" ")[0] for line in out.splitlines() if line and line[0] != " "]
     assert titles == ["cost", "steps", "photos", "settings", "remarks"]
@@ -644,6 +645,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(photos, tiny_base, tmp_path,
     expected = sum(3 * (m.in_features + m.out_features) + 9 for m in layers)
     assert f"{expected:,} parameters on {len(layers)} layers" in out
     assert not (tmp_path / "run").exists()
+
+    # The prompt that all photos share stands once.
+    assert out.count("  all: “") == 1 and "0.png  96 x 64\n" in out
     assert train_main([*arguments, "--num_train_epochs", "1"]) == 0
     assert "set --exposures_per_photo" in capsys.readouterr().out
 

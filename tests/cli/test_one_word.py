@@ -510,7 +510,8 @@ def test_a_mistake_is_one_line(photos, capsys, arguments, message):
     [(SDXL_HUB_ID, 24, "memory = "), ("black-forest-labs/FLUX.1-dev", 8, "stream_blocks = true")],
 )
 def test_a_card_that_is_elsewhere_gets_its_plan(photos, capsys, base, gib, expected):
-    assert main(["train", *photos, "--base", base, "--vram", str(gib), "--dry_run"]) == 0
+    flags = ["--base", base, "--vram", str(gib), "--dry_run", "--verbose"]
+    assert main(["train", *photos, *flags]) == 0
     report = capsys.readouterr().out
     assert expected in report and 'mixed_precision = "bf16"' in report
 

@@ -164,7 +164,7 @@ def run(line: str, *more: str) -> int:
 
 @pytest.mark.parametrize("line", PLANNED)
 def test_each_training_of_the_pages_is_planned(line, capsys):
-    assert run(line, "--dry_run") == 0
+    assert run(line, "--dry_run", "--verbose") == 0
     output = capsys.readouterr()
     base = next((base for base in OTHERS if base in line), SDXL)
     assert "memory: encoding" in output.out and base in output.out, output.err
@@ -209,7 +209,9 @@ def test_what_the_walk_says_is_printed_is_what_is_printed(capsys):
     output = capsys.readouterr()
     page = (DOCS / "comfyui.md").read_text(encoding="utf-8")
     assert all(choice in page for choice in output.err.splitlines() if ": " in choice)
-    cost = [row for row in output.out.splitlines() if row.startswith(("  memory: ", "  speed: "))]
+    cost = [
+        row for row in output.out.splitlines() if row.startswith(("  memory: ", "  memory plan: "))
+    ]
     assert len(cost) == 2 and all(row in page for row in cost)
 
 

@@ -277,16 +277,19 @@ def test_advised_settings_fit_and_so_does_a_small_base(card):
     check_with(pretrained_model_name_or_path="toy", resolution=128)
 
 
-def test_a_dry_run_says_what_each_plan_needs(capsys):
-    assert (
-        train_main(
-            ["--config", "assets/configs/quickstart.toml", "--dry_run", "--memory", "recompute"]
-        )
-        == 0
-    )
-    output = capsys.readouterr().out
-    assert "gradient_checkpointing = true" in output and "memory plans: full 0." in output
-    assert "(--memory recompute)" in output
+@pytest.mark.parametrize("name", ["recompute", "int8", "stream"])
+def test_a_dry_run_names_its_plan_and_with_verbose_what_each_needs(name, capsys):
+    config = ["--config", "assets/configs/quickstart.toml"]
+    assert train_main([*config, "--dry_run", "--memory", name]) == 0
+    short = capsys.readouterr().out
+    assert f"memory plan: {name}; there is no GPU here (--memory {name})" in short
+    assert "memory plans: " not in short and "gradient_checkpointing" not in short
+    assert "--verbose also lists" in short
+
+    assert train_main([*config, "--dry_run", "--memory", name, "--verbose"]) == 0
+    report = capsys.readouterr().out
+    assert "gradient_checkpointing = true" in report and "memory plans: full 0." in report
+    assert "speed: " in report and "--verbose also lists" not in report
 
 
 def test_refusal_names_the_family_and_auto_takes_a_fitting_plan(card, monkeypatch):

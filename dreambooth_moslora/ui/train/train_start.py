@@ -19,7 +19,7 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan.defaults import choose_bucket_step, choose_family_settings
-from dreambooth_moslora.plan.memory_plans import format_plans
+from dreambooth_moslora.plan.memory_plans import format_chosen_plan, format_plans
 from dreambooth_moslora.plan.steps import plan_steps
 from dreambooth_moslora.settings import train_config
 from dreambooth_moslora.settings.subject_kinds import get_subject_kind
@@ -226,6 +226,7 @@ def estimate_cost(ctx: state.AppContext, form: TrainForm) -> str:
     lines = [*describe_disk_lack(plan), *format_choices(plan.config)]
     details = [
         *format_costs(plan),
+        *format_chosen_plan(plan.config),
         *format_plans(plan.config, plan.cost.size),
         *list_plan_advice(plan),
     ]
