@@ -72,15 +72,19 @@ class QuantizedFile:
         }
 
     def check(self) -> None:
-        """Raise UserError for an unsupported format, by reading one layer of each kind."""
+        """Raise UserError for an unsupported format, by reading one layer of each kind, and for a
+        scale of any layer that is not finite."""
         checked = set()
         with safe_open(self.path, "pt") as file:
             for layer, dtypes in self.layers.items():
                 mark = join(layer, "comfy_quant")
                 settings = file.get_tensor(mark).tolist() if "comfy_quant" in dtypes else None
                 kind = str((sorted(dtypes.items()), self.formats[layer], settings))
-                if kind not in checked:
-                    parts = {part: file.get_tensor(join(layer, part)) for part in dtypes}
+                names = dtypes.keys() & SCALE_DIVISORS.keys() if kind in checked else dtypes
+                parts = {part: file.get_tensor(join(layer, part)) for part in names}
+                if kind in checked:
+                    self.check_scales(layer, parts)
+                else:
                     self.restore(layer, parts)
                 checked.add(kind)
 
@@ -94,7 +98,8 @@ class QuantizedFile:
 
     def restore(self, layer: str, parts: dict[str, Tensor]) -> Tensor | None:
         """Return a layer's dense weight in fp32, as `restore_weight` does. Raises UserError with
-        the name of an unsupported format."""
+        the name of an unsupported format, and as `check_scales` does."""
+        self.check_scales(layer, parts)
         try:
             settings = self.formats[layer]
             if "comfy_quant" in parts:
@@ -110,6 +115,16 @@ class QuantizedFile:
                 f"{self.path} holds weights in {unread[0] if unread else format_error(error)}, "
                 "which is not read here: take the same model in bf16, scaled fp8 or int8."
             ) from error
+
+    def check_scales(self, layer: str, parts: dict[str, Tensor]) -> None:
+        """Raise UserError for a scale of the layer that is NaN or infinite: one makes the images
+        black."""
+        for part in SCALE_DIVISORS.keys() & parts.keys():
+            if not parts[part].float().isfinite().all():
+                raise UserError(
+                    f"{self.path} holds NaN or infinite values, first in {join(layer, part)}: "
+                    "download the file again, or take the same model from elsewhere."
+                )
 
 
 @dataclass

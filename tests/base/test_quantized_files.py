@@ -3,6 +3,7 @@ format; any other format is one line that names it."""
 
 import json
 import math
+import re
 from itertools import product
 
 import pytest
@@ -265,6 +266,23 @@ def test_an_unsupported_format_is_refused_by_name(name, dense, tmp_path):
     photos = paint_photos(tmp_path / "photos")
     with pytest.raises(UserError, match=message):
         make_plan(tiny_config(tmp_path / "q.safetensors", photos, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("scale_name", ["weight_scale", "SCB"])
+def test_a_scale_that_is_not_finite_is_named(scale_name, value, tmp_path):
+    """It is in the second of two equal layers: formats are checked by the first."""
+    kind = int8_of_bitsandbytes if scale_name == "SCB" else fp8_by_rows
+    weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    tensors = quantized({"a.weight": weight, "b.weight": weight}, kind)
+    tensors[f"b.{scale_name}"].view(-1)[3] = value
+    path = tmp_path / "q.safetensors"
+    save_file(tensors, path)
+    message = rf"^{re.escape(str(path))} holds NaN or infinite values, first in b\.{scale_name}:"
+    with pytest.raises(UserError, match=message):
+        QuantizedFile(path).check()
+    with pytest.raises(UserError, match=message):
+        QuantizedFile(path).dequantize(tensors, torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["fp8, old names", "int8 by rows", "convrot"])
