@@ -73,24 +73,27 @@ def hash_files(paths: Iterable[Path], record: Path) -> list[str]:
 MAX_TEXT_BYTES = 32 * 2**20
 
 
-def check_file_size(path: Path, max_bytes: int) -> None:
-    """Raise OSError for a file that is too large, and for a pipe.
-
-    A sparse file of gigabytes would fill the memory, and a pipe may never end.
-    """
-    if path.is_fifo() and not path.is_relative_to("/dev"):  # where a shell's <(…) is one
-        raise OSError(errno.EINVAL, "it is a pipe, not a file")
-    if path.stat().st_size > max_bytes:
-        raise OSError(errno.EFBIG, f"it has more than {max_bytes // 2**20} MiB")
+SHELL_PIPE_FOLDERS = ("/dev", "/proc")
+"""Folders of the pipes that shells write in place of `<(…)`: bash the first, zsh the second."""
 
 
 def read_small_text(path: Path, max_bytes: int = MAX_TEXT_BYTES, errors: str = "strict") -> str:
-    """Return the text of a file; `errors` as in `str.decode`, for bytes that are not UTF-8.
+    """Return the text of a file, or of a shell's `<(…)`; `errors` as in `str.decode`, for bytes
+    that are not UTF-8.
 
-    Raises UnicodeDecodeError, and OSError, also for more than `max_bytes`.
+    Raises UnicodeDecodeError, and OSError, also for more than `max_bytes`, for a device, which may
+    have no end, and for any other pipe, which may have no writer.
     """
-    check_file_size(path, max_bytes)
-    return path.read_text(encoding="utf-8-sig", errors=errors)
+    is_shell_pipe = path.is_fifo() and any(map(path.is_relative_to, SHELL_PIPE_FOLDERS))
+    if path.exists() and not (path.is_file() or path.is_dir() or is_shell_pipe):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file")
+
+    # A pipe has no size, and a sparse file of gigabytes would fill the memory.
+    with path.open(encoding="utf-8-sig", errors=errors) as file:
+        text = file.read(max_bytes)
+        if file.read(1):
+            raise OSError(errno.EFBIG, f"it has more than {max_bytes // 2**20} MiB")
+    return text
 
 
 def read_stored_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:

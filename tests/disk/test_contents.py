@@ -1,11 +1,12 @@
-"""Digests of large files are remembered until the content changes."""
+"""Text is read up to a limit; digests of large files are remembered until the content changes."""
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.disk.contents import hash_file, hash_files
+from dreambooth_moslora.disk.contents import hash_file, hash_files, read_small_text
 
 
 @pytest.fixture
@@ -49,3 +50,13 @@ def test_a_damaged_record_is_ignored(content, file, tmp_path):
         record.write_bytes(content)
     for _ in range(2):
         assert hash_files([file], record) == [hash_file(file)]
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="no pipe has a path here")
+def test_a_pipe_is_read_up_to_the_limit():
+    end, start = os.pipe()
+    with open(end), open(start, "w") as file:
+        file.write("letters")
+        file.close()
+        with pytest.raises(OSError, match="more than 0 MiB"):
+            read_small_text(Path(f"/dev/fd/{end}"), max_bytes=6)

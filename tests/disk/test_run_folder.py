@@ -215,7 +215,7 @@ TREATED_AS_DAMAGED = {
 
 @pytest.mark.parametrize("name", [*REFUSED, *TREATED_AS_DAMAGED])
 def test_a_file_of_gigabytes_is_not_read(name, tmp_path):
-    """Refuse a sparse file without reading it."""
+    """Refuse a sparse file without reading it whole."""
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.touch()

@@ -89,17 +89,27 @@ def test_a_pipe_without_a_writer_is_refused(tmp_path, name):
     os.mkfifo(tmp_path / name)
     writer = threading.Timer(5, (tmp_path / name).write_text, [""])
     writer.start()
-    with pytest.raises(UserError, match="it is a pipe, not a file"):
+    with pytest.raises(UserError, match="it is a pipe or a device, not a file"):
         parse_train_config(["--config", str(tmp_path / name)])
     writer.cancel()
 
 
-@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="no pipe has a path here")
-def test_a_shells_pipe_is_read(tmp_path):
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no device has a path here")
+@pytest.mark.parametrize("name", ["a.toml", "a.json"])
+def test_a_device_is_refused_before_it_is_read(tmp_path, name):
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=f"{name}: it is a pipe or a device, not a file"):
+        parse_train_config(["--config", str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("folder", ["/dev/fd", "/proc/self/fd"])
+def test_a_shells_pipe_is_read(folder):
+    if not Path(folder).exists():
+        pytest.skip("no pipe has a path here")
     end, start = os.pipe()
     with open(start, "w") as file:
         file.write("rank = 3")
-    assert parse_train_config([*NEEDED, "--config", f"/dev/fd/{end}"]).rank == 3
+    assert parse_train_config([*NEEDED, "--config", f"{folder}/{end}"]).rank == 3
     os.close(end)
 
 
