@@ -91,6 +91,8 @@ SUBJECT = {
     "class_prompt": "a photo of a dog",
     "with_prior_preservation": True,
 }
+LISTED_KEYS = 5
+"""Keys of another trainer that a row without a counterpart names."""
 PLAN_SETTINGS = {name for plan in MEMORY_PLANS.values() for name in plan}
 METADATA_WORDS = {"always": "always", "if_changed": "if changed", None: ""}
 
@@ -223,8 +225,12 @@ def format_trainer_tables(*tables: Table) -> str:
 
 
 def format_trainer_row(keys: Sequence[str], row: Row) -> tuple[str, str, str]:
-    """Return the cells of a row: keys, counterpart, remark."""
+    """Return the cells of a row: keys, counterpart, remark. Of keys without a counterpart the first
+    are named, as the command names those that it meets."""
     theirs = ", ".join(f"`{key}`" for key in keys)
+    if isinstance(row, (Ignored, Unsupported)) and len(keys) > LISTED_KEYS:
+        theirs = ", ".join(f"`{key}`" for key in keys[:LISTED_KEYS])
+        theirs += f" and {len(keys) - LISTED_KEYS} more"
     if isinstance(row, Ignored):
         return theirs, "no effect", row.reason
     if isinstance(row, Unsupported):
