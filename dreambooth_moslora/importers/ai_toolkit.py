@@ -57,6 +57,7 @@ PLACEHOLDER = "[trigger]"
 
 FAMILIES = {
     **dict.fromkeys(("sd1", "sdxl", "flux", "qwen_image", "krea2", "lumina2", "anima"), None),
+    "sd15": "sd1",
     "is_xl": "sdxl",
     "is_flux": "flux",
     "sd3": "sd3",
@@ -70,6 +71,9 @@ NOISE_LEVELS: dict[str, dict[str, Any]] = {
     "sigmoid": {"scheme": "logit_normal"},
     "linear": {},
     **{name: {"shift": None} for name in ("shift", "flux_shift", "lumina2_shift")},
+    # All levels are drawn alike there, and their errors weighed by a table. Levels that are drawn
+    # as often as they weigh have the same mean gradient: this is the nearest such distribution.
+    "weighted": {"scheme": "logit_normal", "mean": 0.5, "std": 1.55},
 }
 """`timestep_type` -> arguments of `set_noise_levels`."""
 SCHEDULES = {name: name for name in ("constant", "constant_with_warmup", "cosine")}
@@ -180,7 +184,8 @@ TABLE: Table = {
         "train.timestep_type": Translated(
             "weighting_scheme",
             choose(dict.fromkeys(NOISE_LEVELS)),
-            "with `--flow_shift` or `--shift_timesteps`; `sigmoid` where it is silent",
+            "with `--flow_shift` or `--shift_timesteps`; `sigmoid` where it is silent; with "
+            "`weighted` levels are drawn about as often as their errors weigh there",
         ),
         "train.linear_timesteps train.linear_timesteps2": Unsupported(
             "errors are not weighed by ai-toolkit's bell curve"
@@ -283,6 +288,7 @@ TABLE: Table = {
         "model.quantize_te model.qtype_te model.low_vram model.te_name_or_path "
         "model.extras_name_or_path model.layer_offloading_transformer_percent "
         "model.layer_offloading_text_encoder_percent model.model_kwargs model.dtype "
+        "model.model_kwargs.match_target_res "
         "model.attn_masking model.split_model_over_gpus model.accuracy_recovery_adapter": Ignored(
             "encoders leave the GPU when they are not used, and --memory chooses the rest"
         ),
@@ -370,7 +376,7 @@ def complete_settings(translation: Translation, values: dict[str, Any]) -> None:
     set_block_layers(translation, family)
     if values.get("train.noise_scheduler") == "flowmatch":
         kind = str(values.get("train.timestep_type") or "sigmoid")
-        source = f"train.timestep_type {kind}"
+        source = f"train.timestep_type {kind}{' (nearest)' if kind == 'weighted' else ''}"
         set_noise_levels(translation, family, source, **NOISE_LEVELS.get(kind, {}))
 
     if settings.get("lr_scheduler") == "constant_with_warmup":
