@@ -7,11 +7,15 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.importers import diffusers, kohya
 from dreambooth_moslora.importers.rows import Row, Translation, list_rows
 
-COMMAND_SIGNATURE = frozenset(("network_module", "train_data_dir", "dataset_config"))
-"""Flags that show a command of sd-scripts or musubi-tuner, whose defaults apply then."""
+COMMAND_SIGNATURE = frozenset(("network_module", "network_dim", "dataset_config"))
+"""Flags that show a command of sd-scripts or musubi-tuner, whose defaults apply then. So does
+`train_data_dir` without a flag that only diffusers' script of text to image has."""
 KOHYA_ROWS: dict[str, Row] = dict(list_rows(kohya.TABLE))
 FLAG_ROWS: dict[str, Row] = KOHYA_ROWS | dict(list_rows(diffusers.TABLE))
 SWITCHES = kohya.SWITCHES | diffusers.SWITCHES
+LISTS = kohya.LISTS | diffusers.LISTS
+DIFFUSERS_NAMES = {name for name, _ in list_rows(diffusers.TABLE)} - KOHYA_ROWS.keys()
+DIFFUSERS_NAMES |= {"center_crop", "random_flip", "rank", "validation_prompt"}
 
 
 def translate_flags(
@@ -28,6 +32,7 @@ def translate_flags(
     # All flags of a command of sd-scripts are its own; of any other, those that are not ours.
     names = {split_flag(argument)[0] for argument in arguments if argument.startswith("--")}
     is_kohya = bool(names & COMMAND_SIGNATURE)
+    is_kohya |= "train_data_dir" in names and not names & DIFFUSERS_NAMES
     foreign_names = KOHYA_ROWS.keys() if is_kohya else FLAG_ROWS.keys() - set(own_names)
 
     # Take them out with their values.
@@ -45,7 +50,7 @@ def translate_flags(
             texts = []
             while remaining and not remaining[0].startswith("--"):
                 texts.append(remaining.pop(0))
-                if name not in kohya.LISTS:
+                if name not in LISTS:
                     break
             if not texts:
                 raise UserError(f"--{name}: expected 1 argument.")

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.disk.contents import read_small_text
+from dreambooth_moslora.disk.contents import read_json, read_small_text
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.importers.converters import (
     CAPTION_SUFFIX_ROW,
     CLIPPING_ROW,
@@ -74,7 +75,6 @@ SIGNATURE = frozenset(
     )
 )
 """Keys that only sd-scripts and musubi-tuner have: one of them shows whose command it is."""
-DATASET_KEYS = {"subsets", "image_directory", "image_jsonl_file"}
 SWITCHES = frozenset(
     (
         *("enable_bucket", "shuffle_caption", "flip_aug", "color_aug", "random_crop", "alpha_mask"),
@@ -159,12 +159,19 @@ def convert_text_encoder_rate(value: Any) -> dict[str, Any]:
 
 
 def read_sample_prompts(value: Any) -> list[str]:
-    """Return the prompts of a `sample_prompts` file, without their options. Raises UserError."""
+    """Return the prompts of a `sample_prompts` file: lines of text, a list in JSON, or subsets in
+    TOML, without their options. Raises UserError."""
     path = Path(str(value))
-    if not os.path.isfile(path) or path.suffix != ".txt":
-        raise UnsupportedValueError("expected a .txt file with a prompt on each line")
-    lines = read_small_text(path).splitlines()
-    prompts = [SAMPLE_OPTION.sub("", line).strip() for line in lines if not line.startswith("#")]
+    if not os.path.isfile(path):
+        raise UnsupportedValueError("there is no such file")
+    if path.suffix == ".json":
+        lines = read_json(path, list)
+    elif path.suffix == ".toml":
+        lines = to_list(read_file(path).get("prompt", {}).get("subset"))
+    else:
+        lines = read_small_text(path).splitlines()
+    texts = [str(line["prompt"] if isinstance(line, Mapping) else line) for line in lines]
+    prompts = [SAMPLE_OPTION.sub("", text).strip() for text in texts if not text.startswith("#")]
     return list(filter(None, prompts))
 
 
@@ -223,7 +230,8 @@ TABLE: Table = {
         ),
         "token_warmup_step token_warmup_min": Unsupported("captions are whole all along", (1,)),
         "conditioning_data_dir control_directory": Unsupported(
-            "photos are trained without control images"
+            "photos are trained without control images; a mask lies beside its photo, as "
+            "`dog.mask.png`"
         ),
         "weighted_captions": Unsupported("brackets in a caption are letters like others"),
         "max_token_length": Unsupported("77 tokens are read", (75,)),
@@ -238,8 +246,14 @@ TABLE: Table = {
         "cache_text_encoder_outputs cache_text_encoder_outputs_to_disk text_encoder_batch_size": (
             Ignored("frozen text encoders encode prompts once")
         ),
-        "resize_interpolation": Ignored("photos are resized by Lanczos"),
+        "resize_interpolation interpolation_type": Ignored("photos are resized by Lanczos"),
         "dataset_class": Unsupported("photos are read from a folder"),
+        "video_directory video_jsonl_file": Unsupported("photos alone are trained"),
+        "target_frames frame_extraction frame_stride frame_sample max_frames source_fps": Ignored(
+            "it belongs to videos"
+        ),
+        "network_multiplier": Unsupported("all photos count equally", (1, 1.0)),
+        "custom_attributes": Unsupported("there is no counterpart"),
         "debug_dataset": Unsupported("`check` shows photos and crops"),
     },
     "Adapter": {
@@ -278,7 +292,8 @@ TABLE: Table = {
         "clip_skip": Translated(),
         "learning_rate": Translated(),
         "unet_lr": Translated("learning_rate"),
-        "text_encoder_lr text_encoder_lr1 text_encoder_lr2": Translated(
+        "text_encoder_lr text_encoder_lr1 text_encoder_lr2 learning_rate_te learning_rate_te1 "
+        "learning_rate_te2": Translated(
             "text_encoder_lr", convert_text_encoder_rate, "one rate for all encoders"
         ),
         "self_attn_lr cross_attn_lr mlp_lr mod_lr llm_adapter_lr": Unsupported(
@@ -322,7 +337,7 @@ TABLE: Table = {
         ),
         "weighting_scheme": Translated(convert=lambda value: {"uniform": "none"}.get(value, value)),
         "logit_mean logit_std mode_scale": Translated(),
-        "model_prediction_type": Unsupported("the velocity is predicted", ("raw",)),
+        "model_prediction_type": Unsupported("the velocity is predicted", ("raw", "sigma_scaled")),
         "guidance_scale": Translated(),
         "t5xxl_max_token_length gemma2_max_token_length qwen3_max_token_length "
         "t5_max_token_length": Translated("max_sequence_length"),
@@ -385,7 +400,9 @@ TABLE: Table = {
         ),
         "metadata_arch metadata_reso no_metadata training_comment metadata_title metadata_author "
         "metadata_description "
-        "metadata_license metadata_tags": Ignored("the header holds numbers and trigger words"),
+        "metadata_license metadata_tags metadata_usage_hint metadata_trigger_phrase "
+        "metadata_thumbnail metadata_merged_from metadata_preprocessor "
+        "metadata_is_negative_embedding": Ignored("the header holds numbers and trigger words"),
         "sample_prompts": Translated("validation_prompt", read_sample_prompts),
         "sample_every_n_steps": Translated("validation_steps", to_positive),
         "sample_every_n_epochs": Translated("validation_epochs"),
@@ -425,8 +442,7 @@ def matches_file(content: Mapping[str, Any]) -> bool:
     for value in content.values():
         if isinstance(value, Mapping):
             names |= value.keys()
-    datasets = list_mappings(content.get("datasets"))
-    return bool(names & SIGNATURE) or any(item.keys() & DATASET_KEYS for item in datasets)
+    return bool(names & SIGNATURE) or bool(list_mappings(content.get("datasets")))
 
 
 def read_values(
@@ -439,7 +455,10 @@ def read_values(
         if name not in ("general", "datasets"):
             values |= value if isinstance(value, Mapping) else {name: value}
     if values.get("dataset_config"):
-        content = read_file(Path(str(values.pop("dataset_config"))))
+        path = Path(str(values.pop("dataset_config")))
+        if not os.path.exists(path):
+            raise UserError(f"dataset_config {path}: there is no such file.")
+        content = read_file(path)
     datasets = list(list_datasets(content))
     data_dir, reg_dir = values.pop("train_data_dir", None), values.pop("reg_data_dir", None)
     if not datasets:
@@ -505,6 +524,12 @@ def complete_settings(translation: Translation, values: dict[str, Any]) -> None:
     if settings["train_text_encoder"] and "unet_lr" in values:
         rate = read_number(values, "learning_rate", 2e-6)
         translation.add_defaults({"text_encoder_lr": rate})
+
+    # FLUX.1's default there compares an estimate of the clean latents with the velocity.
+    prediction = values.get("model_prediction_type", "sigma_scaled")
+    if family == "flux" and prediction == "sigma_scaled":
+        reason = "the velocity is compared with the velocity, as with `raw`"
+        translation.ignore("model_prediction_type sigma_scaled, which FLUX.1 has there", reason)
 
     # Layers, and noise levels, by the module. Its two programs have other defaults.
     if layers:

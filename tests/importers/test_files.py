@@ -28,7 +28,7 @@ HOSTILE = {
     "twice.json": ('{"training_method": "LORA", "training_method": "X"}', "given twice"),
     "missing.toml": (
         'network_dim = 4\ndataset_config = "none.toml"',
-        "none.toml: there is no",
+        "error: dataset_config none.toml: there is no",
     ),
     "pipe.toml": ('network_dim = 4\ndataset_config = "pipe"', "pipe: it is a pipe"),
     "outside.json": (
@@ -166,6 +166,60 @@ def test_dataset_of_musubi_tuner_names_the_folder_of_its_jsonl():
     config = TrainConfig.from_dict(settings)
     assert (config.instance_data_dir, config.repeats) == ("photos", 3)
     assert (config.resolution, config.train_batch_size) == (720, 2)
+
+
+def test_datasets_without_folders_are_recognized():
+    """As pages of sd-scripts and musubi-tuner show parts of a file."""
+    Path("dataset.toml").write_text("[[datasets]]\nresolution = 768\nbatch_size = 2\n")
+    _, translation = load_config(Path("dataset.toml"))
+    assert translation.trainer == "kohya's sd-scripts" and not translation.unknown
+
+
+def test_folder_of_masks_is_refused_with_the_place_for_masks():
+    masks = 'image_dir = "photos"\nconditioning_data_dir = "masks"'
+    path = write_config("kohya", ('image_dir = "photos"', masks))
+    with pytest.raises(UserError, match=r"conditioning_data_dir masks: .*`dog\.mask\.png`"):
+        parse_training(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("prompts.txt", "# two\na dog --w 512 --n blurry\na cat\n"),
+        ("prompts.json", '[{"prompt": "a dog", "width": 512}, "a cat --w 512"]'),
+        (
+            "prompts.toml",
+            '[prompt]\nwidth = 512\n[[prompt.subset]]\nprompt = "a dog"\n'
+            '[[prompt.subset]]\nprompt = "a cat"\n',
+        ),
+    ],
+)
+def test_sample_prompts_of_kohya_are_read_in_each_form(name, content):
+    Path(name).write_text(content)
+    path = write_config("kohya", ("sdpa = true", f'sample_prompts = "{name}"'))
+    assert load_config(path)[0]["validation_prompt"] == ("a dog", "a cat")
+
+
+def test_prompt_library_of_simpletuner_is_read():
+    Path("library.json").write_text('{"dog": "a dog", "cat": {"prompt": "a cat"}}')
+    path = write_config(
+        "SimpleTuner", ('"--seed"', '"user_prompt_library": "library.json", "--seed"')
+    )
+    prompts = load_config(path)[0]["validation_prompt"]
+    assert list(prompts) == ["a photo of sks dog", "a dog", "a cat"]
+
+
+@pytest.mark.parametrize(
+    ("line", "is_named"),
+    [("", True), ('"sigma_scaled"', True), ('"raw"', False)],
+)
+def test_prediction_of_flux_in_sd_scripts_is_named(line, is_named):
+    """Its default compares clean latents with the velocity."""
+    flag = f"\nmodel_prediction_type = {line}" if line else ""
+    path = write_config("kohya", ('networks.lora"', f'networks.lora_flux"{flag}'))
+    _, translation = load_config(path)
+    assert not translation.unsupported
+    assert any("as with `raw`" in reason for reason in translation.ignored) == is_named
 
 
 def test_subsets_of_sd_scripts_need_no_dataset_above_them():

@@ -165,3 +165,26 @@ def test_text_encoders_rate_is_the_largest_of_several(tmp_path, monkeypatch):
     command = ["--base", "toy", "--train_data_dir", "photos", "--network_dim", "4"]
     assert parse_config([*command, "--text_encoder_lr", "1e-5", "2e-5"]).text_encoder_lr == 2e-5
     assert not parse_config([*command, "--text_encoder_lr", "0"]).train_text_encoder
+
+
+def test_folder_of_text_to_image_in_diffusers_is_no_command_of_kohya():
+    flags = ["--center_crop", "--resolution", "128", "--instance_prompt", "sks toy"]
+    folder = ["--train_data_dir", find_asset("assets/subjects/bear")]
+    config = parse_config(["--base", "toy", *folder, *flags])
+    assert config.lora_alpha is None and config.instance_data_dir == folder[1]
+    with pytest.raises(UserError, match="use_ema True"):
+        parse_training(["--base", "toy", *folder, *flags, "--use_ema"])
+
+
+def test_several_validation_images_belong_to_one_flag():
+    images = ["--validation_images", "a.png", "b.png", "--validation_scheduler", "DDPMScheduler"]
+    with pytest.raises(UserError, match=r"validation_images \['a.png', 'b.png'\]: samples"):
+        parse_training([*DIFFUSERS_COMMAND, *images])
+
+
+def test_rates_of_text_encoders_in_sdxl_scripts_are_translated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    command = ["--base", "toy", "--train_data_dir", "photos", "--network_dim", "4"]
+    rates = ["--learning_rate_te1", "1e-5", "--learning_rate_te2", "2e-5"]
+    assert parse_config([*command, *rates]).text_encoder_lr == 2e-5
