@@ -119,6 +119,8 @@ def build_settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
 def build_result_widgets(ctx: state.AppContext) -> dict[str, Any]:
     """Build the widgets of the results, by name; a public page has no history."""
     parts: dict[str, Any] = {"status": gr.HTML(IDLE_CARD, elem_id="status", label="Status")}
+    # Not between the tabs, where gradio counts it as one of them.
+    parts["drawn_seed"] = gr.State(-1)
     with gr.Tabs(elem_id="result_tabs", selected="pictures") as parts["tabs"]:
         # The image in progress, and the finished ones.
         with gr.Tab("Pictures", id="pictures"):
@@ -127,7 +129,6 @@ def build_result_widgets(ctx: state.AppContext) -> dict[str, Any]:
             parts["used_seed"] = gr.Number(
                 label="Seed used", interactive=False, elem_id="used_seed", visible="hidden"
             )
-        parts["drawn_seed"] = gr.State(-1)
         # One image with and without the adapter, from the same noise.
         with gr.Tab("Compare", id="compare"):
             parts["compare"] = gr.Button("Compare at the same seed", elem_id="compare")

@@ -25,7 +25,7 @@ from dreambooth_moslora.ui import app
 from dreambooth_moslora.ui.drawing import generate_images
 from dreambooth_moslora.ui.generate_values import GenerateForm
 from dreambooth_moslora.ui.generate_widgets import build_settings_widgets
-from dreambooth_moslora.ui.page import MAX_SESSIONS
+from dreambooth_moslora.ui.page import MAX_SESSIONS, build_app
 from dreambooth_moslora.ui.state import PageBase
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_families import tiny_pipeline
@@ -182,6 +182,13 @@ def test_public_page_offers_one_base(tmp_path, public):
 
 def raise_user_error():
     raise UserError("it has no unet")
+
+
+def test_tabs_contain_tabs_alone(context):
+    """A state between them took the place of a tab, whose button then had its neighbour's name."""
+    tab_rows = [block for block in build_app(context()).blocks.values() if type(block) is gr.Tabs]
+    assert [len(tabs.children) for tabs in tab_rows] == [3, 3]
+    assert all(isinstance(child, gr.Tab) for tabs in tab_rows for child in tabs.children)
 
 
 def test_failed_base_choice_keeps_the_old_base(context):

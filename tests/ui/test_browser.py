@@ -177,6 +177,7 @@ def test_keys_generate_and_a_png_reproduces_its_image(visited, page, tmp_path):
         for img in page.locator("#slider img").all()
     ]
     assert len(set(halves)) == 2
+    web.open_tab(page, "History")
 
 
 def test_run_starts_stops_resumes_and_its_adapter_is_used(served, visited, page, tmp_path):
