@@ -377,18 +377,20 @@ def get_default_folder(args: argparse.Namespace) -> Path:
 
 
 def format_summary(evaluation: "Evaluation") -> str:
-    """Return the metrics of the summary and the score, one a line."""
+    """Return the scores in words, one a line, with their 95 % intervals and the base's own."""
     lines = []
-    for name, row in metric_kinds.METRICS.items():
-        if row.summary and name in evaluation.tables:
-            lines.append(f"{name:18} {evaluation.interval(name)}")
-    alarm = "no copy alarm"
-    if evaluation.alarm.raised:
-        alarm = f"copy alarm: {evaluation.alarm.share:.0%} of the images are copies"
-    score = f"none: {evaluation.no_score}"
-    if evaluation.score is not None:
-        score = f"{evaluation.score:.3f}"
-    return "\n".join([*lines, f"{'score':18} {score}  ({alarm})"])
+    for name, line in metric_kinds.describe_scores(evaluation.list_logged_scores()).items():
+        if name in evaluation.tables:
+            interval = evaluation.interval(name)
+            if interval.low is not None:  # a single value has none
+                line += f" ({interval.low:.0%} to {interval.high:.0%})"
+        base_name = metric_kinds.METRICS[name].base
+        if base_name in evaluation.tables:
+            line += f"; the base's images {evaluation.mean(base_name):.0%}"
+        lines.append(line)
+    if evaluation.score is None:
+        lines.append(f"no score: {evaluation.no_score}")
+    return "\n".join(lines)
 
 
 STATE_PHRASES = {"done": "it ended", "interrupted": "it was stopped", "failed": "it failed"}

@@ -32,7 +32,6 @@ class Metric:
     help: str = ""  # meaning
     better: str = ""  # higher, lower, or near which value
     share: tuple[str, str] | None = None  # two metrics: it is the ratio of their means
-    summary: bool = False  # whether `evaluate` prints it
     # whether evaluations during training write it into the run's events, and so into the card
     logged: bool = False
     curve: str = ""  # its label on the plots in a run's folder
@@ -51,7 +50,6 @@ METRICS = {
         base="dino_base",
         help="likeness to the photos; tells subjects of one class apart",
         better="higher",
-        summary=True,
         logged=True,
         curve="subject",
         study="differences",
@@ -65,7 +63,6 @@ METRICS = {
         base="pres_base",
         help="likeness at the instance prompt alone, without a place",
         better="near DINO",
-        summary=True,
         logged=True,
         curve="bare prompt",
         study="differences",
@@ -76,7 +73,6 @@ METRICS = {
     "style": Metric(
         title="Style",
         help="how far other content went to the photos' style; 0: the base's, 1: theirs",
-        summary=True,
         logged=True,
         curve="style",
         study="differences",
@@ -87,7 +83,6 @@ METRICS = {
         title="Content leak",
         base="leak_base",
         help="share of the pictures in which a thing of the style's pictures appears unasked",
-        summary=True,
         logged=True,
         curve="leak",
         study="differences",
@@ -101,7 +96,6 @@ METRICS = {
         photos="identity_of_photos",
         better="higher",
         help="likeness of the face to the photos' faces, in the pictures that show one",
-        summary=True,
         logged=True,
         curve="face",
         study="differences",
@@ -109,13 +103,12 @@ METRICS = {
         phrase="likeness of the face",
     ),
     "identity_base": Metric(logged=True),
-    "identity_of_photos": Metric(summary=True, logged=True),
+    "identity_of_photos": Metric(logged=True),
     "no_face": Metric(
         title="No face",
         base="no_face_base",
         better="lower",
         help="share of the pictures in which no face is found; the identity leaves these out",
-        summary=True,
         logged=True,
         study="values",
     ),
@@ -125,7 +118,6 @@ METRICS = {
         base="clip_i_base",
         help="likeness to the photos, as CLIP sees it",
         better="higher",
-        summary=True,
         logged=True,
         study="values",
     ),
@@ -134,20 +126,18 @@ METRICS = {
         base="clip_t_base",
         help="does the picture show what the prompt says? (token left out)",
         better="higher",
-        summary=True,
         logged=True,
         curve="prompt",
         study="differences",
         panel="prompt (CLIP-T)",
         pictures=True,
     ),
-    "clip_t_base": Metric(summary=True),
+    "clip_t_base": Metric(),
     "diversity": Metric(
         title="DIV",
         base="diversity_base",
         help="difference between pictures of one prompt",
         better="near the base's",
-        summary=True,
         logged=True,
         study="scores",
     ),
@@ -156,21 +146,19 @@ METRICS = {
         base="pres_base",
         help="likeness of the bare class to the subject",
         better="lower",
-        summary=True,
         logged=True,
         study="differences",
     ),
-    "pres_base": Metric(summary=True, logged=True),
+    "pres_base": Metric(logged=True),
     "drift": Metric(
         title="Drift",
         base="drift_base_spread",
         help="change of unrelated pictures; beside it, the base's own from seed to seed",
         better="lower",
-        summary=True,
         logged=True,
         study="differences",
     ),
-    "drift_base_spread": Metric(summary=True),
+    "drift_base_spread": Metric(),
     "copy_index": Metric(
         title="Copy index",
         help="0: no nearer to a photo than the photos are to each other; 1: it is the photo",
@@ -192,10 +180,9 @@ METRICS = {
             "do, 1: as if that one had been asked for"
         ),
         better="lower",
-        summary=True,
         logged=True,
     ),
-    "confusion_base": Metric(summary=True),
+    "confusion_base": Metric(),
     # Only for the embedded base: likeness to true renders in the same place.
     "truth": Metric(logged=True, study="values"),
     # Ratios of these, by which runs on different subjects compare.

@@ -360,7 +360,7 @@ SMILE = Metric(
     "Smile",
     base="smile_base",
     help="does it smile?",
-    summary=True,
+    phrase="smiles in the images",
     logged=True,
     curve="smiles",
 )
@@ -455,7 +455,9 @@ def test_a_measure_needs_only_a_row_of_the_table(encoders, photos, monkeypatch):
         "1.250",
     ):
         assert f">{text}<" in html
-    assert "smile              0.625" in format_summary(evaluation)
+    summary = format_summary(evaluation)
+    assert "smiles in the images 62% (62% to 62%); the base's images 50%" in summary.splitlines()
+    assert all(line[0].isalpha() and "_" not in line for line in summary.splitlines())
     scores = evaluation.list_logged_scores()
     assert (scores["smile"], scores["smile_of_base"]) == (0.625, 1.25)
     event = {

@@ -84,7 +84,7 @@ def test_a_style_of_the_base_has_no_score_and_a_reason(evaluator):
     unscored = evaluate_style(inked, "ink", base_style="ink")
     reason = "about as like the photos' style as the photos are to each other"
     assert unscored.score is None and "style" not in unscored.tables and "leak" in unscored.tables
-    assert f"score              none: {metrics.NO_STYLE_SCORE}" in format_summary(unscored)
+    assert f"no score: {metrics.NO_STYLE_SCORE}" in format_summary(unscored)
     scores = report.build_scores_json(unscored, ABOUT)
     assert scores["score"] is None and reason in scores["no_score"]
     page = report.render_report(unscored, ABOUT, inked.photos.pictures)
@@ -95,7 +95,7 @@ def test_a_style_of_the_base_has_no_score_and_a_reason(evaluator):
     whole = evaluate_style(evaluator, "ink")
     assert report.build_scores_json(whole, ABOUT)[
         "no_score"
-    ] == "" and "none" not in format_summary(whole)
+    ] == "" and "no score" not in format_summary(whole)
 
     # The score of several subjects is the mean of those that have one.
     merged = report.merge_evaluations([unscored, whole])
