@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.base.devices import CUDA_BUILD, ROCM_BUILD, WHEELS_COMMAND
+from dreambooth_moslora.base.devices import TORCH_COMMAND
 from dreambooth_moslora.cli.main import COMMANDS, load_command
 from dreambooth_moslora.cli.parser import CommandParser, normalize_flags
 from dreambooth_moslora.cli.train_flags import build_train_parser
@@ -40,6 +40,7 @@ OTHER_PROGRAMS = (
     "python",
     "mkdocs",
     "pip",
+    "uv ",
     "pre-commit",
     "docker",
 )
@@ -108,11 +109,10 @@ def check_command(line: str) -> None:
             require((ROOT / file).is_file(), file)
         case ["pip", "install", "."]:
             require((ROOT / "pyproject.toml").is_file(), line)
-        case ["pip", "install", *arguments] if "torch" in arguments:
-            wheels = {f"{WHEELS_COMMAND}{build}" for build in (CUDA_BUILD, ROCM_BUILD)}
-            require(
-                line in wheels | {wheel.replace("--force-reinstall ", "") for wheel in wheels}, line
-            )
+        case ["uv", "pip", "install", "-r", file, "--torch-backend=auto"]:
+            require((ROOT / file).is_file(), file)
+        case ["uv", *_]:
+            require(line == TORCH_COMMAND, line)
         case ["pip", "install", name] if name.startswith(".["):
             extras = tomllib.loads(read_text(ROOT / "pyproject.toml"))["project"][
                 "optional-dependencies"
@@ -139,6 +139,8 @@ def check_command(line: str) -> None:
             )
         case ["mkdocs", "build", "--strict"] | ["mkdocs", "serve"]:
             require((ROOT / "mkdocs.yml").is_file(), line)
+        case ["pip", "install", "uv"]:
+            pass
         case ["pip", "install", "pre-commit"] | ["pre-commit", "install"]:
             require((ROOT / ".pre-commit-config.yaml").is_file(), line)
         case ["python", "-m", module, *arguments]:
@@ -169,6 +171,8 @@ WRONG_COMMANDS = [
     "python -m dreambooth_moslora chek photos",
     "python -m benchmarks.random_sdxl --output X",
     "python setup.py",
+    "uv pip install -r none.txt --torch-backend=auto",
+    "uv pip install torch",
 ]
 
 

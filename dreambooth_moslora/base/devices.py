@@ -160,13 +160,12 @@ def has_fast_search() -> bool:
     return not torch.version.hip
 
 
-WHEELS_COMMAND = (
-    "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/"
+TORCH_COMMAND = (
+    "uv pip install --reinstall-package torch --reinstall-package torchvision "
+    "torch torchvision --torch-backend=auto"
 )
-"""Command that installs another build of PyTorch; the build's name follows."""
-CUDA_BUILD = "cu128"
-"""PyTorch's build for Nvidia; pytorch.org lists those for other drivers."""
-ROCM_BUILD = "rocm6.4"
+"""Command that installs PyTorch again, built for this machine's card and driver. It is the same in
+bash and PowerShell."""
 HIDING_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 """Environment variables by which a user hides GPUs from programs."""
 
@@ -182,21 +181,21 @@ def explain_unused_gpu() -> str | None:
     import torch
 
     # With a build for this GPU the cause is the driver or the user's rights, else the build.
-    not_built = f"PyTorch {torch.__version__} is not built for it"
+    not_built = f"PyTorch {torch.__version__} is not built for it: pip install uv, then"
     if has_nvidia_driver():
         if torch.version.cuda:
             return (
                 f"PyTorch for CUDA {torch.version.cuda} sees no GPU: "
                 "install a newer driver, as `nvidia-smi` says."
             )
-        return f"there is an Nvidia GPU, and {not_built}: {WHEELS_COMMAND}{CUDA_BUILD}"
+        return f"there is an Nvidia GPU, and {not_built} {TORCH_COMMAND}"
     if os.path.exists("/dev/kfd") or shutil.which("rocminfo"):
         if torch.version.hip:
             return (
                 "PyTorch for ROCm sees no GPU: it knows another, or you may not use it "
                 "(sudo usermod -aG render,video $USER, then log in anew)."
             )
-        return f"there is an AMD GPU, and {not_built}: {WHEELS_COMMAND}{ROCM_BUILD}"
+        return f"there is an AMD GPU, and {not_built} {TORCH_COMMAND}"
     return None
 
 

@@ -1,5 +1,6 @@
 """What `doctor` says of versions and of the machine."""
 
+import os
 from types import SimpleNamespace
 
 import psutil
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.base.devices import TORCH_COMMAND, has_gpu
 from dreambooth_moslora.cli.command_doctor import Findings, collect_machine_facts
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.errors import UserError
@@ -23,6 +25,22 @@ def test_doctor_reads_versions_and_the_machine(capsys, monkeypatch):
     facts = {line.split()[0]: line for line in output.splitlines() if line}
     assert {"python", "torch", "peft", "device"} <= facts.keys()
     assert facts["processor"].endswith(" cores, 3.0 GiB")
+
+
+@pytest.mark.skipif(os.name != "posix" or has_gpu(), reason="a script in the place of a driver's")
+def test_doctor_prints_command_for_card_that_pytorch_is_not_built_for(
+    tmp_path, monkeypatch, capsys
+):
+    (script := tmp_path / "nvidia-smi").write_text(
+        "#!/bin/sh\necho 'GPU 0: NVIDIA GeForce RTX 3060'\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", None)  # as in a build for the CPU
+    assert main(["doctor"]) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith("warning  there is an Nvidia GPU, and PyTorch ")
+    assert line.endswith(f"is not built for it: pip install uv, then {TORCH_COMMAND}")
 
 
 @pytest.mark.parametrize(("macos", "says"), [(14, "yes"), (13, "no: use --mixed_precision fp16")])

@@ -13,6 +13,7 @@ from PIL import Image
 
 from dreambooth_moslora import UserError, train_subject
 from dreambooth_moslora.base import devices as precision
+from dreambooth_moslora.base.devices import TORCH_COMMAND
 from dreambooth_moslora.cli import one_word
 from dreambooth_moslora.cli.command_train import train_main
 from dreambooth_moslora.cli.main import main
@@ -265,14 +266,14 @@ def test_config_replaces_recipe_without_its_subject(
 
 
 CARDS = [
-    ("nvidia-smi", "echo 'GPU 0: NVIDIA GeForce RTX 3060'", {}, "whl/cu128"),
+    ("nvidia-smi", "echo 'GPU 0: NVIDIA GeForce RTX 3060'", {}, TORCH_COMMAND),
     (
         "nvidia-smi",
         "echo 'GPU 0: NVIDIA GeForce RTX 3060'",
         {"cuda": "12.8"},
         "sees no GPU: install a newer driver",
     ),
-    ("rocminfo", "", {}, "whl/rocm6.4"),
+    ("rocminfo", "", {}, TORCH_COMMAND),
     ("rocminfo", "", {"hip": "6.4"}, "usermod -aG render,video"),
     ("nvidia-smi", "echo 'it could not communicate with the driver'; exit 9", {}, None),
 ]

@@ -99,7 +99,7 @@ SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 OTHERS = ("Tongyi-MAI/Z-Image", "black-forest-labs/FLUX.1-dev")
 """The other bases of the walk to ComfyUI."""
 RUN_ELSEWHERE = (
-    *("pip install ", "python -m venv ", "python app.py"),
+    *("pip install ", "uv pip install ", "python -m venv ", "python app.py"),
     "python -m dreambooth_moslora doctor",
 )
 """`tests/test_wheel.py` installs the program in a fresh environment, `tests/cli/test_doctor.py`
