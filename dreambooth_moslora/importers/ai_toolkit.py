@@ -117,6 +117,7 @@ DATASET_TABLE: Table = {
         "random_crop": Translated("center_crop", lambda value: not value),
         "flip_x": Translated("random_flip"),
         "num_repeats": Translated("repeats"),
+        "batch_size": Translated("train_batch_size"),
         "cache_latents_to_disk": Translated("caching", if_true({"caching": "disk"})),
         "alpha_mask": Ignored("a photo's transparency is its mask"),
         "mask_min_value": Translated("unmasked_weight"),
@@ -176,6 +177,11 @@ TABLE: Table = {
         "train.train_unet": Unsupported("the denoiser is always trained", (True,)),
         "train.optimizer": Translated("optimizer", convert_optimizer),
         "train.optimizer_params.weight_decay": Translated("adam_weight_decay"),
+        "train.optimizer_params.betas": Translated(
+            "adam_beta1", lambda betas: {"adam_beta1": betas[0], "adam_beta2": betas[1]}
+        ),
+        "train.optimizer_params.eps": Translated("adam_epsilon"),
+        "train.optimizer_params.d_coef": Unsupported("Prodigy's step size is its own", (1, 1.0)),
         "train.lr_scheduler": Translated(convert=choose(SCHEDULES)),
         "train.lr_scheduler_params.num_warmup_steps": Translated("lr_warmup_steps"),
         "train.max_grad_norm": CLIPPING_ROW,
@@ -301,7 +307,9 @@ TABLE: Table = {
         "sample.prompts sample.samples": Translated("validation_prompt", convert_prompts),
         "sample.sampler sample.width sample.height sample.neg sample.seed sample.walk_seed "
         "sample.guidance_scale sample.sample_steps sample.sample_start_step sample.format "
-        "sample.num_frames sample.fps sample.network_multiplier sample.guidance_rescale": Ignored(
+        "sample.num_frames sample.fps sample.network_multiplier sample.guidance_rescale "
+        "sample.do_cfg_norm sample.refiner_start_at sample.adapter_conditioning_scale "
+        "sample.extra_values": Ignored(
             "samples are generated with the base's usual steps and guidance at fixed seeds"
         ),
         "save.save_every": Translated("checkpointing_steps"),

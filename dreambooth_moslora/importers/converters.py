@@ -105,10 +105,10 @@ def if_true(settings: Mapping[str, Any]) -> Callable[[Any], Mapping[str, Any] | 
 
 
 def flatten_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested values by dotted names. An empty table and a list stay values."""
+    """Return nested values by dotted names. A list stays a value; an empty table says nothing."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             flat |= flatten_values(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value

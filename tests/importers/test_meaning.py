@@ -14,6 +14,7 @@ from dreambooth_moslora.training.objective import sample_flow_timesteps
 from dreambooth_moslora.training.optimizer import make_lr_schedule
 from tests.helpers.foreign_configs import write_config
 
+FLUX_DEV = "black-forest-labs/FLUX.1-dev"
 PRODIGY = {
     "optimizer": "Prodigy",
     "adam_weight_decay": 0.0,
@@ -30,13 +31,21 @@ MEANINGS = {
         ("timestep_type: sigmoid", ""): {"weighting_scheme": "logit_normal", "flow_shift": 1.0},
         ("sigmoid", "linear"): {"weighting_scheme": "none", "flow_shift": 1.0},
         ("sigmoid", "flux_shift"): {"weighting_scheme": "none", "shift_timesteps": True},
-        ("sigmoid", "weighted"): {"logit_mean": -0.5, "logit_std": 1.55, "flow_shift": 1.0},
         ("noise_scheduler: flowmatch", ""): {"weighting_scheme": None},
         ("dtype: bf16", "max_grad_norm: 0"): {"max_grad_norm": 1e9},
         ("is_flux: true", "arch: zimage"): {"target_modules": ("layers.*",)},
         ("is_flux: true", "arch: anima"): {
             "target_modules": ("*transformer_blocks.*",),
             "weighting_scheme": "logit_normal",
+        },
+        ("dtype: bf16", "optimizer_params: {betas: [0.8, 0.9], eps: 1.0e-8}"): {
+            "adam_beta1": 0.8,
+            "adam_beta2": 0.9,
+            "adam_epsilon": 1e-8,
+        },
+        ("dtype: bf16", "optimizer_params: {}", "caption_ext: txt", "batch_size: 3"): {
+            "adam_weight_decay": 0.01,
+            "train_batch_size": 3,
         },
         ("is_flux: true", "arch: sd15"): {"target_modules": LINEAR_UNET_LAYERS},
         ("is_flux: true", "is_xl: true"): {
@@ -208,6 +217,142 @@ NOISE_SHARES = {
 """Trainer and changed text -> its formula of the noise's share, from a normal draw."""
 
 
+UNET = {
+    "target_modules": LINEAR_UNET_LAYERS,
+    "weighting_scheme": None,
+    "logit_mean": 0.0,
+    "logit_std": 1.0,
+    "flow_shift": None,
+}
+SIGMOID = {"weighting_scheme": "logit_normal", "logit_mean": 0.0, "logit_std": 1.0}
+ONE_PHOTO_A_STEP = {"train_batch_size": 1, "gradient_accumulation_steps": 1, "repeats": 1}
+CAPTIONS_ALONE = {"instance_prompt": "", "caption_dropout": 0.0}
+FIRST_STEPS = {
+    ("ai-toolkit", ()): SIGMOID
+    | {"rank": 16, "lora_alpha": 8.0, "target_modules": ("*transformer_blocks.*",)}
+    | {"flow_shift": 1.0, "resolution": 1024, "more_resolutions": ("768", "512")}
+    | ONE_PHOTO_A_STEP
+    | {"gradient_accumulation_steps": 2, "instance_prompt": "sks", "caption_dropout": 0.05}
+    | {"center_crop": True, "enable_bucket": True},
+    (
+        "ai-toolkit",
+        (
+            *("is_flux: true", "arch: zimage:turbo", "sigmoid", "weighted"),
+            *(
+                "linear: 16, linear_alpha: 8",
+                "linear: 32",
+                "accumulation_steps: 2",
+                "accumulation: 3",
+            ),
+        ),
+    ): {"rank": 32, "lora_alpha": 1.0, "target_modules": ("layers.*",), "flow_shift": 1.0}
+    | {"weighting_scheme": "logit_normal", "logit_mean": -0.5, "logit_std": 1.55}
+    | ONE_PHOTO_A_STEP
+    | {"gradient_accumulation_steps": 3},
+    (
+        "ai-toolkit",
+        (
+            *("is_flux: true", "arch: sdxl", "flowmatch\n        opt", "ddpm\n        opt"),
+            *(
+                "batch_size: 1",
+                "batch_size: 2",
+                "[512, 768, 1024]",
+                "768\n          num_repeats: 3",
+            ),
+            *("trigger_word: sks", "", "caption_dropout_rate: 0.05", "default_caption: a dog"),
+        ),
+    ): UNET
+    | {"train_batch_size": 2, "gradient_accumulation_steps": 2, "repeats": 3, "resolution": 768}
+    | {"more_resolutions": (), "instance_prompt": "a dog", "caption_dropout": 0.0},
+    ("kohya", ()): UNET
+    | {"rank": 16, "lora_alpha": 8.0, "resolution": 1024, "more_resolutions": ("512",)}
+    | {"train_batch_size": 2, "gradient_accumulation_steps": 1, "repeats": 10}
+    | {"instance_prompt": "sks dog", "caption_dropout": 0.0, "shuffle_caption": True}
+    | {"keep_tokens": 1, "enable_bucket": True, "center_crop": True, "random_flip": False},
+    (
+        "kohya",
+        (
+            'networks.lora"\nnetwork_dim = 16\nnetwork_alpha = 8',
+            'networks.lora_flux"\ntimestep_sampling = "shift"\ndiscrete_flow_shift = 3.1',
+            *(
+                "keep_tokens = 1",
+                "flip_aug = true",
+                "sdpa = true",
+                "gradient_accumulation_steps = 4",
+            ),
+        ),
+    ): SIGMOID
+    | {"rank": 4, "lora_alpha": 1.0, "target_modules": ("*transformer_blocks.*",)}
+    | {"flow_shift": 3.1, "gradient_accumulation_steps": 4, "keep_tokens": 0, "random_flip": True},
+    (
+        "kohya",
+        (
+            *('networks.lora"', 'networks.lora_zimage"\ndit = "z"\ntimestep_sampling = "shift"'),
+            *("sdpa = true", "sigmoid_scale = 0.8\ndiscrete_flow_shift = 2.0"),
+            *("keep_tokens = 1", "caption_dropout_rate = 0.1"),
+        ),
+    ): {"weighting_scheme": "logit_normal", "logit_mean": 0.0, "logit_std": 0.8, "flow_shift": 2.0}
+    | {"rank": 16, "lora_alpha": 8.0, "caption_dropout": 0.1}
+    | {"target_modules": ("layers.*.attention.*", "layers.*.feed_forward.*")},
+    ("OneTrainer", ()): UNET
+    | {"target_modules": ("*attentions*",), "rank": 16, "lora_alpha": 1.0, "resolution": 1024}
+    | {"train_batch_size": 4, "gradient_accumulation_steps": 1, "repeats": 20}
+    | {"center_crop": True, "random_flip": True, "enable_bucket": True}
+    | CAPTIONS_ALONE,
+    (
+        "OneTrainer",
+        (
+            *(SDXL_TYPE, '"FLUX_DEV_1", "timestep_distribution": "LOGIT_NORMAL"'),
+            *('"lora_rank": 16, "lora_alpha": 1.0', '"lora_rank": 32, "lora_alpha": 16'),
+            *('"batch_size": 4', '"batch_size": 2, "gradient_accumulation_steps": 2'),
+            *('"resolution": "1024"', '"resolution": "512,768"'),
+        ),
+    ): SIGMOID
+    | {"rank": 32, "lora_alpha": 16.0, "target_modules": ("*attn*", "*ff.net*", "*proj_mlp*")}
+    | {"flow_shift": 1.0, "train_batch_size": 2, "gradient_accumulation_steps": 2}
+    | {"resolution": 768, "more_resolutions": ("512",)},
+    (
+        "OneTrainer",
+        (
+            *(SDXL_TYPE, '"Z_IMAGE", "timestep_shift": 2.5', "attn-mlp", "attn-only"),
+            *('"enable_crop_jitter": false', '"enable_crop_jitter": true'),
+            *('"balancing": 20.0', '"balancing": 2.6', '"batch_size": 4, ', ""),
+        ),
+    ): {"target_modules": ("layers.*attention*",), "weighting_scheme": "none", "flow_shift": 2.5}
+    | {"center_crop": False, "repeats": 3, "train_batch_size": 1},
+    ("SimpleTuner", ()): SIGMOID
+    | {"rank": 8, "lora_alpha": None, "target_modules": ATTENTION_LAYERS, "flow_shift": 3.0}
+    | {"train_batch_size": 1, "gradient_accumulation_steps": 1, "repeats": 4, "resolution": 1000}
+    | {"instance_prompt": "sks dog", "caption_dropout": 0.1, "center_crop": False},
+    (
+        "SimpleTuner",
+        (
+            *('z_image", "--model_flavour": "base"', 'sdxl", "--lora_alpha": 4'),
+            *('"--train_batch_size": 1', '"--caption_dropout_probability": 0.0'),
+        ),
+    ): UNET
+    | {"target_modules": ATTENTION_LAYERS, "rank": 8, "lora_alpha": 4.0, "train_batch_size": 4}
+    | {"caption_dropout": 0.0},
+    (
+        "SimpleTuner",
+        (
+            'z_image", "--model_flavour": "base"',
+            'flux", "--model_flavour": "dev", "--flux_lora_target": "all+ffs", '
+            '"--flow_sigmoid_scale": 0.9, "--gradient_accumulation_steps": 2',
+        ),
+    ): {"weighting_scheme": "logit_normal", "logit_mean": 0.0, "logit_std": 0.9, "flow_shift": 3.0}
+    | {"gradient_accumulation_steps": 2, "pretrained_model_name_or_path": FLUX_DEV}
+    | {
+        "target_modules": (
+            *(*ATTENTION_LAYERS, *CONTEXT_LAYERS, "ff.net.0.proj", "ff.net.2"),
+            *("ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"),
+        )
+    },
+}
+"""Trainer and changed text -> what its program does in the first step: the adapter, how noise
+levels are drawn, photos, captions and batch. Three files for each."""
+
+
 def warm_up(step: int, warmup: int) -> float:
     return min(1.0, step / warmup)
 
@@ -280,6 +425,16 @@ def test_setting_means_what_the_trainer_does(trainer, changes, expected):
     _, translation = load_config(write_config(trainer, changes))
     assert not translation.unsupported and not translation.unknown
     config = TrainConfig.from_dict(translation.settings)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("case", FIRST_STEPS, ids=lambda case: f"{case[0]}-{case[1][1:2]}")
+def test_first_step_is_that_of_the_trainer(case):
+    _, translation = load_config(write_config(*case))
+    assert not translation.unsupported and not translation.unknown
+    config = TrainConfig.from_dict(translation.settings)
+    assert config.instance_data_dir == "photos"
+    expected = FIRST_STEPS[case]
     assert {name: getattr(config, name) for name in expected} == expected
 
 
