@@ -178,7 +178,7 @@ TABLE: Table = {
         "train.optimizer": Translated("optimizer", convert_optimizer),
         "train.optimizer_params.weight_decay": Translated("adam_weight_decay"),
         "train.optimizer_params.betas": Translated(
-            "adam_beta1", lambda betas: {"adam_beta1": betas[0], "adam_beta2": betas[1]}
+            "adam_beta1", lambda betas: dict(zip(("adam_beta1", "adam_beta2"), betas))
         ),
         "train.optimizer_params.eps": Translated("adam_epsilon"),
         "train.optimizer_params.d_coef": Unsupported("Prodigy's step size is its own", (1, 1.0)),

@@ -20,6 +20,7 @@ from dreambooth_moslora.importers.converters import (
     convert_precision,
     convert_resolution,
     convert_schedule,
+    flatten_values,
     if_true,
     read_number,
     to_positive,
@@ -167,10 +168,10 @@ def read_sample_prompts(value: Any) -> list[str]:
     if path.suffix == ".json":
         lines = read_json(path, list)
     elif path.suffix == ".toml":
-        lines = to_list(read_file(path).get("prompt", {}).get("subset"))
+        lines = to_list(flatten_values(read_file(path)).get("prompt.subset"))
     else:
         lines = read_small_text(path).splitlines()
-    texts = [str(line["prompt"] if isinstance(line, Mapping) else line) for line in lines]
+    texts = [str(line.get("prompt", "") if isinstance(line, Mapping) else line) for line in lines]
     prompts = [SAMPLE_OPTION.sub("", text).strip() for text in texts if not text.startswith("#")]
     return list(filter(None, prompts))
 

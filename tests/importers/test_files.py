@@ -9,6 +9,7 @@ import pytest
 
 from dreambooth_moslora.cli.command_train import parse_training
 from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.importers.files import TRAINERS, load_config
 from dreambooth_moslora.importers.reading import read_file
@@ -18,6 +19,7 @@ from dreambooth_moslora.settings.setting_names import SETTINGS
 from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.foreign_configs import CONFIGS, write_config
 
+BEAR = "assets/subjects/bear"
 HOSTILE = {
     "tag.yaml": ("!!python/object/apply:os.system ['touch hacked']", "cannot be read"),
     "bomb.yaml": ("a: &a [x]\nb: [*a, *a]", "aliases"),
@@ -41,6 +43,7 @@ HOSTILE = {
     "typo.yaml": ('job: extension\nconfig: "x\nname: y', "it is not valid YAML in line "),
     "list.yaml": ("- 1", "expected a table"),
     "own.yaml": ("rank: 8", "no configuration of a trainer"),
+    "huge.json": ('{"model_family": "' + "x" * (20 * 2**20), "it is not valid JSON"),
     "huge.yaml": ("x" * (20 * 2**20), "it has more than 1 MiB"),
 }
 """File's name -> its content, and a part of the one line that it costs."""
@@ -63,6 +66,18 @@ def test_hostile_file_costs_one_line(name, capsys):
     assert message in error and not Path("hacked").exists()
 
 
+@pytest.mark.parametrize("content", ['{"prompt": 3}', "3", '["a", [', '{"a": ["b"]}', "[{}, [1]]"])
+@pytest.mark.parametrize("key", ["sample_prompts", "user_prompt_library"])
+def test_odd_file_of_prompts_costs_a_line_at_most(key, content):
+    Path("odd.json").write_text(content)
+    name = "network_dim" if key == "sample_prompts" else "model_family"
+    Path("config.json").write_text(json.dumps({name: 4, key: "odd.json"}))
+    try:
+        load_config(Path("config.json"))
+    except UserError as error:
+        assert "odd.json" in str(error) and "\n" not in str(error)
+
+
 @pytest.mark.parametrize("trainer", CONFIGS)
 def test_file_means_the_same_settings_here(trainer):
     _, translation = load_config(write_config(trainer))
@@ -83,6 +98,36 @@ def test_train_reads_the_file_and_reports_every_key(trainer, capsys):
     assert "plain LoRA" in report and f"--learning_rate {settings['learning_rate']}" in report
     assert max(map(len, report.splitlines())) <= 100
     assert " False" not in report  # switches that are off are not worth a line
+
+
+@pytest.mark.parametrize(
+    ("trainer", "changes"),
+    [
+        (
+            "ai-toolkit",
+            (
+                *(
+                    "black-forest-labs/FLUX.1-dev, is_flux: true, quantize",
+                    "toy, is_xl: true, low_vram",
+                ),
+                *("noise_scheduler: flowmatch", "noise_scheduler: ddpm", "sampler: flowmatch", ""),
+                *("folder_path: photos", f"folder_path: {find_asset(BEAR)}"),
+            ),
+        ),
+        (
+            "kohya",
+            (
+                *("stabilityai/stable-diffusion-xl-base-1.0", "toy"),
+                *('image_dir = "photos"', f'image_dir = "{find_asset(BEAR)}"'),
+                *('image_dir = "regular"\nis_reg = true', 'image_dir = "photos"\nis_reg = true'),
+            ),
+        ),
+    ],
+)
+def test_train_plans_a_run_of_the_file_as_it_is(trainer, changes, capsys):
+    path = write_config(trainer, changes)
+    assert main(["train", "--config", str(path), "--dry_run"]) == 0
+    assert "steps an epoch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("trainer", CONFIGS)
