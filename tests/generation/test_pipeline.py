@@ -453,10 +453,18 @@ def test_a_small_gpu_holds_one_model_at_a_time(tiny_base, monkeypatch):
     assert [generate_first(small).tolist() for _ in range(2)] == [expected.tolist()] * 2
     assert set(offloads) == {OTHER_DEVICE}
     small.pipeline.vae.decoder.register_forward_pre_hook(lambda *_: offloads.append("decode"))
+    freed = []
+    monkeypatch.setattr(
+        devices, "free_unused_memory", lambda device: freed.append((device, hooked_models(small)))
+    )
     generate_first(small)
     assert offloads[-2:] == ["decode", OTHER_DEVICE]  # the VAE leaves when it has decoded
-    hooked = [part for part in small.pipeline.components.values() if hasattr(part, "_hf_hook")]
-    assert not hooked and small.pipeline.device == torch.device("cpu")
+    assert not hooked_models(small) and small.pipeline.device == torch.device("cpu")
+    assert freed == [(torch.device(OTHER_DEVICE), [])]  # once, when the models have left
+
+
+def hooked_models(subject: SubjectPipeline) -> list:
+    return [part for part in subject.pipeline.components.values() if hasattr(part, "_hf_hook")]
 
 
 def set_free_gib(monkeypatch, gib: float) -> None:

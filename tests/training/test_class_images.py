@@ -4,6 +4,7 @@ photos stay."""
 import argparse
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,8 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
+from dreambooth_moslora.base import devices
 from dreambooth_moslora.cli import command_evaluate
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
@@ -20,7 +23,7 @@ from dreambooth_moslora.generation import offload
 from dreambooth_moslora.photos.captions import Captioner
 from dreambooth_moslora.photos.folder import add_saved_sidecars, build_photo_report, find_photos
 from dreambooth_moslora.photos.masks import Segmenter
-from dreambooth_moslora.photos.photo_file import open_mask
+from dreambooth_moslora.photos.photo_file import Photo, open_mask
 from dreambooth_moslora.pictures import encode_png
 from dreambooth_moslora.settings import train_config
 from dreambooth_moslora.training import class_images, reporter
@@ -44,6 +47,7 @@ MISSING = {
     "captions": "caption_model Qwen/Qwen3-VL-2B-Instruct",
 }
 WORDS = ("sks dog", "zwx cat")
+CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("few_steps")
 
 
@@ -229,6 +233,33 @@ def test_error_in_one_process_ends_all_and_restart_continues(make_in_processes):
     assert str(own_error) == "full" and str(heard) == "the main process ended: full"
     results, counts, files = make_in_processes(2)
     assert sum(counts) == 3 and len(files) == 6 and results[0] == results[1]
+
+
+def test_memory_of_each_sidecar_model_is_freed_when_it_is_gone(monkeypatch, tmp_path):
+    accelerator = Accelerator(cpu=True)
+    report = SimpleNamespace(report_counts=lambda phase, counts, total: counts, failure=None)
+    context = reporter.RunContext(RunDir(tmp_path), accelerator, report, bool)
+    config = train_config.TrainConfig(instance_data_dir="x", instance_prompt="sks dog")
+    models, captions, freed = [], [], []
+
+    def load(config, device):
+        model = torch.nn.Linear(1, 1)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(
+        devices, "free_unused_memory", lambda device: freed.append((device, models[0]()))
+    )
+    class_images.make_for_photos(
+        config,
+        context,
+        kind="caption",
+        photos=[Photo("0.png", (8, 8), ("sks dog",))],
+        load=load,
+        make=lambda photo, model: "a caption",
+        keep=lambda photo, caption: captions.append(caption),
+    )
+    assert captions == ["a caption"] and freed == [(CPU, None)]
 
 
 def build_dog_images(folder, seed=7, size=(8, 8)):

@@ -1,6 +1,7 @@
 """A step, or pictures, that run out of memory are done with less, and that changes nothing else."""
 
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -9,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from dreambooth_moslora.base import load
+from dreambooth_moslora.base import devices, load
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.sampling import Sampler, SampleRequest
 from dreambooth_moslora.plan import memory_plans
@@ -103,13 +104,17 @@ def test_retried_first_step_equals_a_leaner_run(
     usual, fits, changes, flags, card, tiny_base, photos, tmp_path, caplog, monkeypatch
 ):
     """The same bytes, though it ran out in the second of its passes. The run's folder tells. In 8
-    bit it goes on where there is no bitsandbytes."""
+    bit it goes on where there is no bitsandbytes. Each change frees memory once more."""
     monkeypatch.setattr(memory_plans, "find_spec", lambda name: changes != IN_8_BIT)
+    freed = []
+    monkeypatch.setattr(devices, "free_unused_memory", freed.append)
     begun = tiny_config(tiny_base, photos, tmp_path / "begun", **usual | changes)
     train(begun)
+    usual_count = len(freed)
     card(fits, free_passes=1)
     train(tiny_config(tiny_base, photos, tmp_path / "recovered", **usual))
 
+    assert len(freed) - usual_count == usual_count + len(flags)
     assert adapter_sha256(tmp_path / "recovered") == adapter_sha256(tmp_path / "begun")
     messages = [line for line in caplog.messages if "out of memory" in line]
     prefix = "the first step ran out of memory: it is done again with"
@@ -132,8 +137,9 @@ def test_where_nothing_is_left_a_run_ends(changes, free_passes, card, tiny_base,
     assert RunDir(tmp_path / "run").read_events()[-1]["message"] == NO_ROOM
 
 
-def test_pictures_are_drawn_half_as_many_at_once(card, tiny_base, caplog):
-    """Each once, and the same; one that does not fit alone ends it."""
+def test_pictures_are_drawn_half_as_many_at_once(card, tiny_base, caplog, monkeypatch):
+    """Each once, and the same; one that does not fit alone ends it. Memory is freed before each
+    smaller batch, without the error that keeps the larger one's tensors."""
     pipeline = load.load_pipeline(tiny_base)
     pipeline.set_progress_bar_config(disable=True)
     embed = partial(load.SDXL_FAMILY.encode_prompts, pipeline)
@@ -141,8 +147,13 @@ def test_pictures_are_drawn_half_as_many_at_once(card, tiny_base, caplog):
     requests = [SampleRequest("a dog", seed) for seed in range(5)]
     expected = list(sampler(requests, batch_size=1))
 
+    freed = []
+    monkeypatch.setattr(
+        devices, "free_unused_memory", lambda device: freed.append((device, sys.exc_info()[1]))
+    )
     card(lambda unet, z: len(z) <= 2)  # a picture with guidance passes twice
     assert list(sampler(requests, batch_size=4)) == expected
+    assert freed == [(torch.device("cpu"), None)] * 2
     message = "out of memory while generating images: continuing with batches of %d."
     assert caplog.messages == [message % 2, message % 1]
 
