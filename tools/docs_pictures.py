@@ -13,7 +13,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-IMAGE_LINK_PATTERN = re.compile(r"\]\(\.\./(assets/[^)\s]+\.(?:png|jpg))\)")
+IMAGE_LINK_PATTERN = re.compile(r"\]\(\.\./(assets/[^)\s]+\.(?:png|jpg|webp))\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
