@@ -7,6 +7,9 @@ While a block computes, the next one is copied, and after a pass without gradien
 for the next pass. Nothing is copied back, as the base is frozen. Adapters, norms, biases, and the
 scales of packed weights stay on the device.
 
+Of a device on which most of the model fits, only a share of the blocks is streamed, evenly spaced,
+so that several blocks compute during each copy.
+
 Streaming needs blocks that are recomputed (gradient checkpointing), which read no weights between
 their two forward passes. A block is copied before its forward, and again when the first gradient of
 its outputs arrives. Its addresses never change, so that views of its weights stay valid:
@@ -83,6 +86,11 @@ class StreamedBlock(NamedTuple):
     module: nn.Module
     layers: list[nn.Linear]
 
+    @property
+    def padded_bytes(self) -> int:
+        """Return the bytes of its matrices in a buffer."""
+        return sum(map(compute_padded_bytes, self.layers))
+
 
 class StreamedBlocks:
     """Matrices of a model's blocks on the host, which are copied to the device for computation.
@@ -91,14 +99,21 @@ class StreamedBlocks:
         or 8 bit; the caller moves all but the blocks' matrices
     device: on which the model computes
     copies: copier of the blocks; by default one for the device
+    share: of the blocks' bytes that is streamed at least, in (0, 1]; the caller moves the rest
 
     `resident_blocks` are the indices of the blocks in the device's buffers.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, copies: BlockCopier | None = None):
-        self.blocks = list_streamed_blocks(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        copies: BlockCopier | None = None,
+        share: float = 1.0,
+    ):
+        self.blocks = select_evenly(list_streamed_blocks(model), share)
         self.pass_length = sum(not block.path.startswith(UNUSED_BLOCKS) for block in self.blocks)
-        self.largest = max(sum(map(compute_padded_bytes, block.layers)) for block in self.blocks)
+        self.largest = max(block.padded_bytes for block in self.blocks)
         self.make_buffers(device, copies or BlockCopier(device))
 
         # Move each block to the host, and copy it back whenever its forward is called. The hooks
@@ -203,6 +218,19 @@ def list_streamed_blocks(model: nn.Module) -> list[StreamedBlock]:
         if layers:
             blocks.append(StreamedBlock(path, module, layers))
     return blocks
+
+
+def select_evenly(blocks: Sequence[StreamedBlock], share: float) -> list[StreamedBlock]:
+    """Select blocks, evenly spaced in the order of use, that hold at least this share of all bytes:
+    each block before which the selected ones would fall behind the share."""
+    selected: list[StreamedBlock] = []
+    selected_bytes = passed_bytes = 0
+    for block in blocks:
+        passed_bytes += block.padded_bytes
+        if selected_bytes < share * passed_bytes:
+            selected.append(block)
+            selected_bytes += block.padded_bytes
+    return selected
 
 
 def rank_by_use(path: str) -> int:

@@ -126,6 +126,12 @@ def convert_warmup(value: Any) -> int:
     return max(0, int(float(value)))
 
 
+def convert_offload_share(value: Any) -> dict[str, Any] | None:
+    """Return the settings that keep this share of the blocks in the host's memory."""
+    share = float(value)
+    return {"stream_blocks": True, "streamed_share": share} if share > 0 else None
+
+
 COLOUR_AND_ANGLE = Unsupported("colours and angles of the photos stay as they are")
 CONCEPT_TABLE: Table = {
     "Concepts": {
@@ -280,7 +286,7 @@ TABLE: Table = {
         ),
         "unet.gradient_checkpointing transformer.gradient_checkpointing": Translated(),
         "layer_offload_fraction unet.offload_fraction transformer.offload_fraction": Translated(
-            "stream_blocks", lambda share: float(share) > 0 or None, "all blocks"
+            "stream_blocks", convert_offload_share, "with the same `--streamed_share`"
         ),
         "compile": Translated(convert=if_true({"compile": "on"})),
         "sample_after sample_after_unit sample_skip_first sample_image_format validation "

@@ -133,15 +133,19 @@ def estimate_denoiser_gib(config: train_config.TrainConfig, size: BaseSize) -> f
 
 
 def estimate_host_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
-    """Return the size of those that the host keeps during a step, GiB."""
-    return estimate_streamed_away_gib(config, size) if config.stream_blocks else 0.0
+    """Return by how much the device holds less than those during a step, GiB."""
+    if not config.stream_blocks:
+        return 0.0
+    return estimate_streamed_away_gib(config, size, config.streamed_share)
 
 
-def estimate_streamed_away_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
-    """Return the size of the weights that the host keeps when blocks are streamed, GiB."""
-    return estimate_streamed_gib(config, size) - estimate_streamed_gib(
-        config, size, devices.RESIDENT_BLOCKS
-    )
+def estimate_streamed_away_gib(
+    config: train_config.TrainConfig, size: BaseSize, share: float = 1.0
+) -> float:
+    """Return the size of the weights that leave the device when this share of the blocks is
+    streamed, less the buffers that take their place, GiB."""
+    buffers = estimate_streamed_gib(config, size, devices.RESIDENT_BLOCKS)
+    return share * estimate_streamed_gib(config, size) - buffers
 
 
 def estimate_streamed_gib(

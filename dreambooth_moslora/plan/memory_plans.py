@@ -49,6 +49,7 @@ LOADED_BASE_SETTINGS = {
     "gradient_checkpointing",
     "base_quantization",
     "stream_blocks",
+    "streamed_share",
 }
 """Settings that a run can take on before its first update (`TrainStep.apply_settings`)."""
 MemoryPlan = Mapping[str, Any]
@@ -211,11 +212,16 @@ def find_leaner_settings(
     """Return a flag and its settings that take less memory, and to which a loaded base can change;
     None if there is none.
 
-    Half as many images at once come first, as nothing is computed twice; then the next plan.
+    Half as many images at once come first, as nothing is computed twice; then twice as many
+    streamed blocks, or the next plan.
     """
     images = math.ceil(config.images_per_pass / 2)
     if images < config.images_per_pass and not rules.list_exclusions("images_at_once", config):
         return f"--images_at_once {images}", {"images_at_once": images}
+
+    if config.stream_blocks and config.streamed_share < 1:
+        share = min(1.0, 2 * config.streamed_share)
+        return f"--streamed_share {share:g}", {"streamed_share": share}
 
     # Go on after the leanest plan whose settings the run has.
     later = []

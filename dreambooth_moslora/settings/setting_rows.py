@@ -873,6 +873,18 @@ class SettingRows:
         excludes={"use_dora": "DoRA reads the weights"},
         yields_to=("memory",),
     )
+    streamed_share: float = memory_field(
+        default=1.0,
+        help=(
+            "share of the blocks that --stream_blocks streams, evenly spaced; the others stay on "
+            "the GPU"
+        ),
+        above=0,
+        high=1,
+        publish="if_changed",
+        yields_to=("memory",),
+        idle=field_facts.ignore_unless(stream_blocks=True),
+    )
     images_at_once: int | None = memory_field(
         default=None,
         help=(

@@ -112,6 +112,7 @@ class TrainSettings(TypedDict, total=False):
     gradient_checkpointing: bool
     recompute_feed_forward: bool
     stream_blocks: bool
+    streamed_share: float
     images_at_once: int | None
     caching: str
     cache_latents: bool

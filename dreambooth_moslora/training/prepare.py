@@ -60,6 +60,7 @@ class TrainInputs:
     dataloader: batches of photos and class images
     text_cache: text embeddings of frozen text encoders
     dtype: of the frozen base
+    streamed_blocks: of the denoiser; None if none is streamed
     initial_weights: of a fresh adapter, if a file gives them
     base_identity: digests of the base's parts (`identify_base`)
     """
@@ -71,6 +72,7 @@ class TrainInputs:
     dataloader: dataset.TrainDataLoader
     text_cache: encoding_cache.TextEmbeddingCache
     dtype: torch.dtype
+    streamed_blocks: StreamedBlocks | None = None
     initial_weights: reader.AdapterWeights | None = None
     base_identity: dict[str, str] = field(default_factory=dict)
 
@@ -140,7 +142,7 @@ def prepare_inputs(
     if is_late:
         load_late_denoiser(config, base, pipeline, dtype, device)
         digests |= identify_base(config, base, family.facts, [family.facts.denoiser])
-    place_denoiser(config, pipeline, device)
+    streamed_blocks = place_denoiser(config, pipeline, device)
     initial_weights = None
     if is_fresh and config.init_adapter is not None:
         initial_weights = reader.read_start(config.init_adapter, pipeline, config.use_dora)
@@ -152,6 +154,7 @@ def prepare_inputs(
         dataloader=dataloader,
         text_cache=text_cache,
         dtype=dtype,
+        streamed_blocks=streamed_blocks,
         initial_weights=initial_weights,
         base_identity=digests,
     )
@@ -173,13 +176,16 @@ def load_late_denoiser(
 
 def place_denoiser(
     config: train_config.TrainConfig, pipeline: DiffusionPipeline, device: torch.device
-) -> None:
-    """Move the denoiser to `device`, except blocks that are streamed."""
+) -> StreamedBlocks | None:
+    """Move the denoiser to `device`, except blocks that are streamed, which are returned."""
     denoiser = families.get_denoiser(pipeline)
+    streamed_blocks = None
     if config.stream_blocks:
+        streamed_blocks = StreamedBlocks(denoiser, device, share=config.streamed_share)
         # The device as its weights name it: `to` would copy each weight from "cpu" to "cpu:0".
-        device = StreamedBlocks(denoiser, device).buffers[0].device
+        device = streamed_blocks.buffers[0].device
     denoiser.to(device)
+    return streamed_blocks
 
 
 def load_photos(

@@ -290,8 +290,11 @@ class TrainStep:
             quantize(inputs.denoiser, config.base_quantization, inputs.dtype, self.device)
         for module in self.components.values():
             apply_gradient_checkpointing(config, module)
-        if config.stream_blocks and not self.config.stream_blocks:
-            StreamedBlocks(inputs.denoiser, self.device)
+        if settings.keys() & {"stream_blocks", "streamed_share"}:
+            if inputs.streamed_blocks:
+                inputs.streamed_blocks.end()
+            share = config.streamed_share
+            inputs.streamed_blocks = StreamedBlocks(inputs.denoiser, self.device, share=share)
 
         # New copies: the old ones hold the old weights, and what an interrupted step left.
         self.working_copies = fast_linear.WorkingCopies(*self.components.values())

@@ -1,5 +1,7 @@
 """Blocks that are streamed from the host compute the same numbers, and few are on the device."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,8 @@ from dreambooth_moslora.base import families, streaming
 from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.method import fast_linear
 from dreambooth_moslora.settings.family_facts import FAMILIES
-from dreambooth_moslora.training import adapters
+from dreambooth_moslora.training import adapters, compilation
+from tests.helpers import tiny_families
 from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.late_copies import LateCopies
 from tests.helpers.tiny_families import TINY_FAMILIES, tiny_pipeline
@@ -16,17 +19,24 @@ from tests.helpers.tiny_training import tiny_config
 
 
 def compute_gradients(
-    name: str, folder, kind: str, copies: LateCopies | None
+    name: str,
+    folder,
+    kind: str,
+    copies: LateCopies | None,
+    share: float = 1.0,
+    passes_between: int = 0,
+    is_compiled: bool = False,
 ) -> tuple[torch.Tensor, list[torch.Tensor], tuple[nn.Module, streaming.StreamedBlocks | None]]:
     """The prediction of a tiny base of the family, twice and then backwards, and the gradients of
-    an adapter on half of its layers; with `copies` its blocks are streamed by them."""
+    an adapter on half of its layers; with `copies` this share of its blocks is streamed by them.
+    With `passes_between`, as of samples, a second step follows after these."""
     torch.manual_seed(0)
     pipeline = tiny_pipeline(name, folder)
     denoiser = families.get_denoiser(pipeline).requires_grad_(False).train()
     quantize(denoiser, kind, torch.float32, "cpu")
     streamed = None
     if copies:
-        streamed = streaming.StreamedBlocks(denoiser, torch.device("cpu"), copies)
+        streamed = WatchedBlocks(denoiser, torch.device("cpu"), copies, share)
 
     # An adapter on the queries alone: the gradients pass through other layers of the blocks too.
     config = tiny_config(
@@ -35,18 +45,22 @@ def compute_gradients(
     family = families.build_family(pipeline)
     adapters.add_adapters(config, {family.facts.denoiser: denoiser})
     copied = fast_linear.WorkingCopies(denoiser)
+    if is_compiled:
+        compilation.compile_blocks(denoiser)
 
     # The pass of the prior without gradients, then a step.
     text = family.collate(family.encode_prompts(pipeline, ["a dog"]))
     z = torch.randn(1, *latent_shape(name, denoiser))
     time_ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
     t = torch.tensor([500.0])
-    with copied.attach_copies() as step:
-        with torch.no_grad():
-            family.predict(denoiser, z, t, time_ids, **text)
-        prediction = family.predict(denoiser, z, t, time_ids, **text)
-        prediction.square().sum().backward()
-        step.collect()
+    for passes in (1, passes_between) if passes_between else (1,):
+        with copied.attach_copies() as step:
+            for _ in range(passes):
+                with torch.no_grad():
+                    family.predict(denoiser, z, t, time_ids, **text)
+            prediction = family.predict(denoiser, z, t, time_ids, **text)
+            prediction.square().sum().backward()
+            step.collect()
     learned = [weight.grad for weight in denoiser.parameters() if weight.grad is not None]
     return prediction.detach(), learned, (denoiser, streamed)
 
@@ -90,6 +104,56 @@ def test_streamed_blocks_give_the_same_gradients_bit_for_bit(name, kind, tmp_pat
     ]
     assert len(buffers) == 2
     assert {weight.untyped_storage().data_ptr() for weight in weights} <= buffers
+
+
+SHARED = [(kind, False) for kind in ("none", "int8", "nf4")]
+SHARED += [pytest.param(kind, True, marks=pytest.mark.slow) for kind in ("none", "int8", "nf4")]
+
+
+@pytest.mark.parametrize(("kind", "is_compiled"), SHARED)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_share_of_streamed_blocks_gives_the_same_gradients(
+    share, kind, is_compiled, tmp_path, monkeypatch
+):
+    """With recomputation, and samples between two steps. No pass but the first waits for a copy
+    that was not yet begun."""
+    monkeypatch.setitem(tiny_families.LAYERS, "num_single_layers", 8)
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")  # inductor takes minutes
+    options = {"passes_between": 2, "is_compiled": is_compiled}
+    whole, expected, (denoiser, _) = compute_gradients(
+        "flux", tmp_path / "whole", kind, copies=None, **options
+    )
+    copies = LateCopies()
+    prediction, learnt, (denoiser, streamed) = compute_gradients(
+        "flux", tmp_path / "streamed", kind, copies, share, **options
+    )
+    assert torch.equal(prediction, whole) and len(learnt) == len(expected) > 0
+    assert all(map(torch.equal, learnt, expected))
+    blocks = streaming.list_streamed_blocks(denoiser)
+    assert 0 < len(streamed.blocks) < len(blocks)
+    resident = [was_resident for _, was_resident in streamed.entered]
+    assert not resident[0] and all(resident[1:])
+
+
+def test_streamed_blocks_are_evenly_spaced_and_hold_their_share():
+    """Of blocks of one size, and of FLUX.1's two."""
+    for sizes in ([4] * 60, [9] * 19 + [4] * 38):
+        blocks = [
+            streaming.StreamedBlock(str(number), nn.Identity(), [nn.Linear(64, size)])
+            for number, size in enumerate(sizes)
+        ]
+        for share in (0.1, 0.5, 0.9, 1.0):
+            selected = streaming.select_evenly(blocks, share)
+            selected_bytes = sum(block.padded_bytes for block in selected)
+            total = sum(block.padded_bytes for block in blocks)
+            largest = max(block.padded_bytes for block in blocks)
+            assert share * total <= selected_bytes < share * total + largest
+            if len(set(sizes)) == 1:
+                numbers = [int(block.path) for block in selected]
+                assert {b - a for a, b in itertools.pairwise(numbers)} <= {
+                    int(1 / share),
+                    -int(-1 // share),
+                }
 
 
 class WatchedBlocks(streaming.StreamedBlocks):

@@ -352,6 +352,11 @@ LEANER = [
     ("sdxl", {"base_quantization": "nf4"}, ["ff", "recompute", "nf4_stream"]),
     ("z_image", CHECKPOINTED, [*NF4]),
     ("z_image", CHECKPOINTED | {"stream_blocks": True}, []),
+    (
+        "z_image",
+        CHECKPOINTED | {"stream_blocks": True, "streamed_share": 0.3},
+        ["_share 0.6", "_share 1"],
+    ),
 ]
 
 

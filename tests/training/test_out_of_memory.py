@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from dreambooth_moslora.base import devices, load
+from dreambooth_moslora.base.streaming import list_streamed_blocks
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.sampling import Sampler, SampleRequest
 from dreambooth_moslora.plan import memory_plans
@@ -51,6 +52,7 @@ TO_FEWER, TO_FEED_FORWARD = "--images_at_once 1", "--memory recompute_ff"
 TO_RECOMPUTED, TO_4_BIT = "--memory recompute", "--memory nf4"
 IN_8_BIT = RECOMPUTED | {"base_quantization": "int8"}
 STREAMED, TO_STREAMED = IN_4_BIT | {"stream_blocks": True}, "--memory nf4_stream"
+TO_WHOLE = "--streamed_share 1"
 slow = pytest.mark.slow
 
 
@@ -64,6 +66,10 @@ def is_streamed(unet: nn.Module, z: torch.Tensor) -> bool:
 
 def is_single(unet: nn.Module, z: torch.Tensor) -> bool:
     return len(z) == 1
+
+
+def is_streamed_whole(unet: nn.Module, z: torch.Tensor) -> bool:
+    return all(block.module._forward_pre_hooks for block in list_streamed_blocks(unet))
 
 
 def has_layers(kind: str) -> Fits:
@@ -89,6 +95,7 @@ WAYS = [
         ["--memory int8_stream"],
         marks=slow,
     ),
+    (LAYERS | STREAMED | {"streamed_share": 0.5}, is_streamed_whole, STREAMED, [TO_WHOLE]),
     pytest.param(
         PAIR | LAYERS,
         has_layers("Linear4bit"),
