@@ -3,7 +3,6 @@
 import gc
 import logging
 import os
-import socket
 import sys
 from collections import Counter
 from importlib.util import find_spec
@@ -19,6 +18,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from tests.helpers.ports import find_free_port
 
 TESTS = Path(__file__).parent
 LONGEST = (
@@ -210,7 +211,4 @@ def client(served):
 
 @pytest.fixture
 def free_port() -> int:
-    """Return an unused port of the loopback."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    return find_free_port()

@@ -1,7 +1,6 @@
 """The service on Ray Serve for real: two replicas on this machine, and what becomes of one that is
 killed."""
 
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
@@ -16,6 +15,7 @@ from dreambooth_moslora.extras.serving.front import RAY_TIMEOUTS, ServeSettings
 from dreambooth_moslora.generation.image_params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from tests.extras.serving.conftest import NAMES, TOKEN
+from tests.helpers.ports import find_free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.extra(*REQUIRED_PACKAGES)]
 
@@ -28,7 +28,7 @@ def service(shelf, tiny_base):
     settings = ServeSettings(
         adapters=(str(shelf),),
         pretrained_model_name_or_path=str(tiny_base),
-        port=free(),
+        port=find_free_port(),
         replicas=2,
         tokens=(TOKEN,),
         max_waiting=16,
@@ -46,12 +46,6 @@ def service(shelf, tiny_base):
             client = httpx.Client(base_url=url, headers=bearer, timeout=120, trust_env=False)
             with serve_until_exit(settings, alone=True), client:
                 yield client, shelf
-
-
-def free() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def draw(client: httpx.Client, name: str, seed: int = 1, **values) -> httpx.Response:
