@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.base.library_notes import disable_library_notes
 from dreambooth_moslora.cli import one_word, terminal, train_flags
 from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.errors import UserError, escape_control_characters
@@ -86,7 +87,7 @@ def write_masks(photos: Sequence["Photo"], config: train_config.TrainConfig) -> 
     from dreambooth_moslora.photos.masks import load_segmenter, write_mask_files
 
     terminal.print_loading()
-    terminal.disable_library_notes()
+    disable_library_notes()
     for mask_result in write_mask_files(photos, load_segmenter(config, get_best_device())):
         note = f"{mask_result.path.name} is written" if mask_result.path else ""
         line = "; ".join(filter(None, [note, mask_result.remark]))
@@ -212,7 +213,7 @@ def run_caption(args: argparse.Namespace) -> int:
 
     # Caption one photo after the other, and report each at once.
     terminal.print_loading()
-    terminal.disable_library_notes()
+    disable_library_notes()
     captioner = load_captioner(config, get_best_device())
     count = 0
     for result in write_caption_files(report.photos, captioner, config.instance_prompt):

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.cli.terminal import create_bar, disable_library_notes, print_loading
+from dreambooth_moslora.base.library_notes import disable_library_notes
+from dreambooth_moslora.cli.terminal import create_bar, print_loading
 from dreambooth_moslora.disk.atomic import write_atomic
 from dreambooth_moslora.disk.contents import hash_file
 from dreambooth_moslora.disk.paths import find_asset

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.cli.terminal import create_bar, disable_library_notes, print_loading
+from dreambooth_moslora.base.library_notes import disable_library_notes
+from dreambooth_moslora.cli.terminal import create_bar, print_loading
 from dreambooth_moslora.disk.contents import explain_read_error, read_json, read_small_text
 from dreambooth_moslora.disk.paths import expand_user_path, find_asset
 from dreambooth_moslora.disk.run_folder import RunDir, find_weights

@@ -9,7 +9,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dreambooth_moslora.base.base import BASE_SETTINGS, Base
-from dreambooth_moslora.cli.terminal import disable_library_notes, print_lines, print_loading
+from dreambooth_moslora.base.library_notes import disable_library_notes
+from dreambooth_moslora.cli.terminal import print_lines, print_loading
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.paths import expand_user_path, find_asset, find_free_name
 from dreambooth_moslora.disk.run_folder import RunDir, find_weights

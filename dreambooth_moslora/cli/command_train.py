@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dreambooth_moslora import __version__
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.devices import assumed_vram_gib, is_main_process
+from dreambooth_moslora.base.library_notes import disable_library_notes
 from dreambooth_moslora.cli import one_word
 from dreambooth_moslora.cli.parser import describe_unknown_flag, normalize_flags
 from dreambooth_moslora.cli.run_log import start_log
@@ -22,7 +23,6 @@ from dreambooth_moslora.cli.terminal import (
     EXIT_INTERRUPTED,
     StopRequest,
     TerminalProgress,
-    disable_library_notes,
     print_lines,
     print_loading,
     run_to_exit_code,

@@ -7,14 +7,12 @@ steps. A stop file, made by the page, a queue or a fleet's worker, has the same 
 """
 
 import errno
-import logging
 import os
 import signal
 import sys
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import copy_context
@@ -51,23 +49,6 @@ def print_loading() -> None:
     Prints nothing once it is imported, and nothing into a file."""
     if "torch" not in sys.modules and sys.stderr.isatty():
         print_lines(["loading PyTorch …"])
-
-
-def disable_library_notes() -> None:
-    """Turn off the libraries' progress bars while a base is loaded (not those of downloads), and
-    notes that need no action."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-
-    # diffusers' note about layers to keep in fp32, where its list of layers is empty
-    logging.getLogger("diffusers.models.modeling_utils").addFilter(
-        lambda record: "should be kept in float32: []" not in record.getMessage()
-    )
-    # `describe_black_images` reports it.
-    warnings.filterwarnings("ignore", "invalid value encountered in cast")
 
 
 class SilenceCounter:

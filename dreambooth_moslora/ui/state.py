@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.base.library_notes import disable_library_notes
 from dreambooth_moslora.base.model_files import MAX_SMALL_BASE_PX
 from dreambooth_moslora.disk import processes, run_folder
 from dreambooth_moslora.disk.paths import find_free_name
@@ -98,12 +99,14 @@ def import_libraries() -> None:
     """Import torch, diffusers and transformers in the first thread that needs them.
 
     Other threads wait: these libraries import each other in circles, and two threads would find
-    half-made modules. Call it before any import of one.
+    half-made modules. Call it before any import of one. Their progress bars are turned off.
     """
     with _IMPORT_LOCK:
         # These import torch and the pipeline's libraries.
         import dreambooth_moslora.generation.pipeline
         import dreambooth_moslora.lora.describe  # noqa: F401
+
+        disable_library_notes()
 
 
 @dataclass(frozen=True)

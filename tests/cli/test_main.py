@@ -23,6 +23,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from dreambooth_moslora import __version__
+from dreambooth_moslora.base.library_notes import disable_library_notes
 from dreambooth_moslora.cli import terminal
 from dreambooth_moslora.cli.command_train import format_ending, run_trainer, train_main
 from dreambooth_moslora.cli.main import COMMANDS, load_command, main
@@ -32,7 +33,6 @@ from dreambooth_moslora.cli.terminal import (
     STEP_BAR_FORMAT,
     StopRequest,
     TerminalProgress,
-    disable_library_notes,
     run_to_exit_code,
 )
 from dreambooth_moslora.disk.events import PhaseProgress, RunStarted, StepDone, StepEvaluated

@@ -10,10 +10,12 @@ from concurrent.futures import wait
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import gradio as gr
 import numpy as np
 import psutil
 import pytest
+import transformers
 from safetensors.numpy import save_file
 
 from dreambooth_moslora.base.base import Base
@@ -182,6 +184,14 @@ def test_public_page_offers_one_base(tmp_path, public):
 
 def raise_user_error():
     raise UserError("it has no unet")
+
+
+def test_loading_the_base_prints_no_bars(capfd):
+    """Four bars of the libraries stood after the page's address on the console."""
+    for library in (diffusers, transformers):
+        library.utils.logging.enable_progress_bar()
+    app.build_page_base("toy", Base.find("toy")).load()
+    assert "%|" not in capfd.readouterr().err
 
 
 def test_tabs_contain_tabs_alone(context):
