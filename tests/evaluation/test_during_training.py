@@ -198,8 +198,8 @@ def test_the_evaluate_command_leaves_a_report_beside_the_run(run, evaluate):
     assert "The instance prompt alone: “a photo of sks dog”" in html and "DINO, bare prompt" in html
     for text in (html, scores):
         assert str(run[1].path.parent) not in text
-    assert "dino_bare " in out and "dino_bare" in json.loads(scores)["scores"]
-    assert "dino " in out and run[1].adapter_path.read_bytes() == before
+    assert "likeness to the photos " in out and "dino_bare" in json.loads(scores)["scores"]
+    assert "likeness without a place " in out and run[1].adapter_path.read_bytes() == before
 
 
 def test_the_report_of_a_checkpoint_outlives_it(run):
