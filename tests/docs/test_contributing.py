@@ -43,6 +43,19 @@ def test_every_name_in_contributing_exists():
     assert parts - known_names - KEYS_OF_FILES == set()
 
 
+def test_the_map_lists_every_module():
+    """The modules of commands share one entry."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .* \| `([a-z/]+)` \| (.*) \|$", text, flags=re.MULTILINE)
+    listed = {f"{package}/{name}" for package, row in rows for name in re.findall(r"`(\w+)`", row)}
+    modules = {
+        path.relative_to(PACKAGE).with_suffix("").as_posix()
+        for path in PACKAGE.rglob("*/*.py")
+        if path.stem != "__init__" and not path.stem.startswith("command_")
+    }
+    assert modules == listed
+
+
 def test_every_setting_is_read():
     """A setting that nothing reads would be accepted and have no effect."""
     table = PACKAGE / "settings" / "setting_rows.py"
