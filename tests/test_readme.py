@@ -193,6 +193,23 @@ def test_wrong_commands_and_links_are_noticed(monkeypatch):
     ]
 
 
+def test_commands_suit_bash_and_powershell():
+    """A continued line and `export` mean something else in PowerShell."""
+    for path in DOCUMENTS:
+        for line in "".join(text for _, text in FENCED.findall(read_text(path))).splitlines():
+            assert not line.endswith("\\") and not line.startswith("export "), (path.name, line)
+
+
+def test_trainings_are_spelled_alike():
+    """The script has a place where a command of diffusers is run as it is."""
+    scripts = {
+        path.name
+        for path in DOCUMENTS
+        if any("python train_dreambooth.py" in text for _, text in FENCED.findall(read_text(path)))
+    }
+    assert scripts == {"README.md", "from_diffusers.md"}
+
+
 def test_the_command_lines_and_files_were_found():
     assert len(list_commands(README)) > 5 and len(ALL_LINES) > 25
     assert len({name for path in DOCUMENTS for name in FILE.findall(read_text(path))}) > 15
