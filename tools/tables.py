@@ -200,10 +200,11 @@ def format_card_plans() -> str:
 def choose_card_plan(hub_id: str, vram_gib: float) -> tuple[str, float]:
     """Return the plan that `--memory auto` chooses on a card for a subject, and its peak, GiB."""
     base = Base.find(hub_id)
-    _, recipe = load_recipe(base)
-    config = TrainConfig.from_dict(recipe | SUBJECT | {"pretrained_model_name_or_path": hub_id})
+    # The recipe's precision depends on the card too, so the card is assumed before it is read.
     token = devices.assumed_vram_gib.set(vram_gib)
     try:
+        _, recipe = load_recipe(base)
+        config = TrainConfig.from_dict(recipe | SUBJECT | {"pretrained_model_name_or_path": hub_id})
         settings = memory_plans.choose_memory_settings(config, base, devices.measure_free_gpu_gib())
     finally:
         devices.assumed_vram_gib.reset(token)

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+from dreambooth_moslora.base import devices
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.settings.family_facts import SDXL_HUB_ID
 from dreambooth_moslora.settings.metric_kinds import METRICS, Metric
 from dreambooth_moslora.settings.setting_names import SETTINGS
 from tools import bare_photos, formats_table, pictures, systems, tables, words
@@ -64,6 +66,13 @@ def test_tables_are_up_to_date_and_list_each_setting_once():
         assert page.read_text(encoding="utf-8") == text, "run: python -m tools.tables"
     listed = tables.render_settings()
     assert [listed.count(f"`--{name}` |") for name in SETTINGS] == [1] * len(SETTINGS)
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_the_plan_of_a_card_is_the_same_on_every_cpu(monkeypatch, has_bf16):
+    monkeypatch.setattr(devices, "has_fast_bf16", lambda: has_bf16)
+    name, peak_gib = tables.choose_card_plan(SDXL_HUB_ID, 24)
+    assert (name, round(peak_gib, 1)) == ("full", 16.2)
 
 
 def test_every_table_has_a_page_and_a_new_row_is_in_it(monkeypatch):
