@@ -368,7 +368,7 @@ def test_photos_and_a_word_suffice_and_hidden_fields_count(served, browser, tmp_
         web.set_number(page, "prior_weight", 3)
         web.set_number(page, "unmasked_weight", 0.5)
         page.click("#start")
-        web.says(page, "cost", "Likeness is measured every 60 steps")
+        web.says(page, "cost", "Likeness is measured every 80 steps")
         for size in web.SIZES:
             web.resize(page, size)
             boxes = [
@@ -388,8 +388,8 @@ def test_photos_and_a_word_suffice_and_hidden_fields_count(served, browser, tmp_
     }
     changes |= {
         "unmasked_weight": 0.5,
-        "evaluate_steps": 60,
-        "validation_steps": 60,
+        "evaluate_steps": 80,
+        "validation_steps": 80,
     }
     before, after = started
     assert {name for name in after if before[name] != after[name]} == {
@@ -444,9 +444,9 @@ def test_phone_layout_and_dark_mode(served, browser):
         assert tops == sorted(tops)
         (run := served.ctx.runs_dir / "ended").mkdir()
         (run / "pytorch_lora_weights.safetensors").write_bytes(b"")
-        PIL.Image.new("RGB", (900, 400)).save(run / "loss.png")
         (run / "job.log").write_text("a line\n" * 39 + "the newest\n")
-        write_run(run, {"type": "start"}, {"type": "end", "state": "done"})
+        steps = [{"type": "step", "step": step, "loss_instance": 1 / step} for step in (1, 2, 3)]
+        write_run(run, {"type": "start"}, *steps, {"type": "end", "state": "done"})
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
             visited.reload()
@@ -459,7 +459,7 @@ def test_phone_layout_and_dark_mode(served, browser):
             web.open_tab(page, tab)
             assert web.fits(page), tab
         web.open_box(page, "log_box")
-        page.locator("#plot img").wait_for()
+        page.locator("#loss_curve canvas, #loss_curve svg.marks").wait_for()
         log = page.locator("#log").evaluate("e => [e.scrollHeight - e.clientHeight, e.scrollTop]")
         assert log[0] > 0 and log[1] == 0  # it is counted from the end
         text_left_script = (
