@@ -15,6 +15,7 @@ from PIL import Image
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import photo_file
 from dreambooth_moslora.photos.augment import Box
+from dreambooth_moslora.photos.pretrained import is_hub_answering
 from dreambooth_moslora.settings import subject_kinds, train_config
 from dreambooth_moslora.settings.metric_kinds import SFACE, YUNET
 
@@ -111,13 +112,18 @@ def get_longer_side(face: Face) -> float:
 
 
 def download_weights(repository: str, file: str) -> str:
-    """Return the path of a model's file from the hub. Raises UserError when it cannot be
-    downloaded."""
+    """Return the path of a model's file, downloaded from the hub if it is not here. Raises
+    UserError when it cannot be downloaded."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return hf_hub_download(repository, file)
+        try:
+            return hf_hub_download(repository, file, local_files_only=True)
+        except OSError:
+            if not is_hub_answering(repository):
+                raise
+            return hf_hub_download(repository, file)
     except (OSError, HfHubHTTPError) as error:
         raise UserError(
             f"faces: {repository} is not here and cannot be fetched: connect to the hub once"

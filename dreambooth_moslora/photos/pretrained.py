@@ -6,9 +6,11 @@ from typing import Any
 
 from dreambooth_moslora.errors import UserError, format_error
 
+HUB_TIMEOUT_SEC = 5
+
 
 def load_pretrained(kind: Any, name: str | Path, flag: str, **options: Any) -> Any:
-    """Load `kind.from_pretrained(name)`.
+    """Load `kind.from_pretrained(name)`: a model that is here is loaded without asking the hub.
 
     kind: a class of transformers
     name: a folder or an id of the hub
@@ -19,8 +21,14 @@ def load_pretrained(kind: Any, name: str | Path, flag: str, **options: Any) -> A
     """
     from huggingface_hub.errors import HFValidationError
 
+    options |= {"trust_remote_code": False}
     try:
-        return kind.from_pretrained(name, trust_remote_code=False, **options)
+        try:
+            return kind.from_pretrained(name, local_files_only=True, **options)
+        except OSError:
+            if Path(name).is_dir() or not is_hub_answering(str(name)):
+                raise
+            return kind.from_pretrained(name, **options)
     except (OSError, HFValidationError) as error:
         raise UserError(
             f"{flag} {name} is not here and cannot be fetched: connect to the hub once, or name a "
@@ -29,6 +37,20 @@ def load_pretrained(kind: Any, name: str | Path, flag: str, **options: Any) -> A
     except Exception as error:  # files of other models may raise any error
         reason = format_error(f"{type(error).__name__} {error}")
         raise UserError(f"{flag} {name} cannot be read as a {kind.__name__}: {reason}") from error
+
+
+def is_hub_answering(model_id: str) -> bool:
+    """Return whether the hub answers a request for a model, whatever it says. It is asked once:
+    transformers repeats the request for each file of a model, for minutes."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session
+
+    try:
+        url = hf_hub_url(model_id, "config.json")
+        get_session().head(url, headers=build_hf_headers(), timeout=HUB_TIMEOUT_SEC)
+    except Exception:  # the client passes on the HTTP library's errors
+        return False
+    return True
 
 
 def load_frozen(kind: Any, name: str | Path, flag: str, device: Any, **options: Any) -> Any:
