@@ -16,12 +16,14 @@ import os
 import traceback
 from collections import Counter
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+PACKAGE_PREFIX = os.path.join(Path(__file__).parents[2], "dreambooth_moslora", "")
 NAME = "pygpu"
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}
 COPYING = {"aten::_to_copy", "aten::copy_"}
@@ -74,7 +76,7 @@ def note(kind: str) -> None:
 def asking_line() -> str:
     """The innermost line of the package on the stack; autograd's thread has none."""
     for frame in reversed(traceback.extract_stack()):
-        if "/dreambooth_moslora/" in frame.filename:
+        if frame.filename.startswith(PACKAGE_PREFIX):
             return f"{os.path.basename(frame.filename)}: {frame.line}"
     return "backward"
 
