@@ -112,18 +112,14 @@ def get_longer_side(face: Face) -> float:
 
 
 def download_weights(repository: str, file: str) -> str:
-    """Return the path of a model's file, downloaded from the hub if it is not here. Raises
-    UserError when it cannot be downloaded."""
+    """Return the path of a model's file, from the hub or from its cache if the hub is unreachable.
+    Raises UserError when it is in neither."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        try:
-            return hf_hub_download(repository, file, local_files_only=True)
-        except OSError:
-            if not is_hub_answering(repository):
-                raise
-            return hf_hub_download(repository, file)
+        is_local = not is_hub_answering(repository)
+        return hf_hub_download(repository, file, local_files_only=is_local)
     except (OSError, HfHubHTTPError) as error:
         raise UserError(
             f"faces: {repository} is not here and cannot be fetched: connect to the hub once"

@@ -7,10 +7,11 @@ from typing import Any
 from dreambooth_moslora.errors import UserError, format_error
 
 HUB_TIMEOUT_SEC = 5
+"""Of the one request that tells whether the hub can be reached."""
 
 
 def load_pretrained(kind: Any, name: str | Path, flag: str, **options: Any) -> Any:
-    """Load `kind.from_pretrained(name)`: a model that is here is loaded without asking the hub.
+    """Load `kind.from_pretrained(name)`; one of the hub from the cache if the hub is unreachable.
 
     kind: a class of transformers
     name: a folder or an id of the hub
@@ -21,14 +22,11 @@ def load_pretrained(kind: Any, name: str | Path, flag: str, **options: Any) -> A
     """
     from huggingface_hub.errors import HFValidationError
 
-    options |= {"trust_remote_code": False}
     try:
-        try:
-            return kind.from_pretrained(name, local_files_only=True, **options)
-        except OSError:
-            if Path(name).is_dir() or not is_hub_answering(str(name)):
-                raise
-            return kind.from_pretrained(name, **options)
+        is_local = Path(name).is_dir() or not is_hub_answering(str(name))
+        return kind.from_pretrained(
+            name, local_files_only=is_local, trust_remote_code=False, **options
+        )
     except (OSError, HFValidationError) as error:
         raise UserError(
             f"{flag} {name} is not here and cannot be fetched: connect to the hub once, or name a "
@@ -40,8 +38,11 @@ def load_pretrained(kind: Any, name: str | Path, flag: str, **options: Any) -> A
 
 
 def is_hub_answering(model_id: str) -> bool:
-    """Return whether the hub answers a request for a model, whatever it says. It is asked once:
-    transformers repeats the request for each file of a model, for minutes."""
+    """Return whether the hub answers a request for a model, with any status.
+
+    There is one request: transformers repeats its own for each file of a model, for minutes. None
+    is made with HF_HUB_OFFLINE, or for a name that is no id of the hub, such as a path.
+    """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session
 

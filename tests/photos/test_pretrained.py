@@ -1,29 +1,26 @@
-"""Loading of pretrained vision models: what is here, without the hub, and one request else."""
+"""Loading of pretrained vision models: one request tells whether the hub can be reached."""
 
 from typing import ClassVar
 
+import huggingface_hub
 import pytest
 
-from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.photos import faces
 from dreambooth_moslora.photos.pretrained import load_pretrained
 
 
-class UncachedModel:
-    """Class of transformers whose model only the hub has."""
-
-    loads: ClassVar[list[str]] = []
+class HubModel:
+    """Class of transformers whose model is in the cache and on the hub."""
 
     @classmethod
-    def from_pretrained(cls, name, local_files_only=False, **options):
-        cls.loads.append("here" if local_files_only else "hub")
-        if local_files_only:
-            raise OSError("it is not cached")
-        return cls()
+    def from_pretrained(cls, name, local_files_only, trust_remote_code):
+        assert trust_remote_code is False
+        return "cache" if local_files_only else "hub"
 
 
 @pytest.fixture
-def hub_requests(monkeypatch):
-    """Requests to the hub, which fail after `hub_requests.error` is set."""
+def hub(monkeypatch):
+    """Session with the hub: its requests, which fail once `error` is set."""
 
     class Session:
         error = None
@@ -35,23 +32,27 @@ def hub_requests(monkeypatch):
                 raise self.error
 
     monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
-    monkeypatch.setattr(UncachedModel, "loads", [])
     return Session
 
 
-def test_a_model_that_is_not_here_is_fetched_from_a_hub_that_answers(hub_requests):
-    assert isinstance(load_pretrained(UncachedModel, "a/model", "--caption_model"), UncachedModel)
-    assert UncachedModel.loads == ["here", "hub"]
+@pytest.mark.parametrize(("error", "source"), [(None, "hub"), (OSError("no route"), "cache")])
+def test_an_unreachable_hub_is_asked_once_and_the_cache_is_used(hub, error, source, monkeypatch):
+    hub.error = error
+    assert load_pretrained(HubModel, "a/model", "--caption_model") == source
+    assert len(hub.urls) == 1
+
+    # The weights of the face models are single files.
+    def download(repository, file, local_files_only):
+        return "cache" if local_files_only else "hub"
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert faces.download_weights("a/model", "file.onnx") == source
+    assert len(hub.urls) == 2
 
 
-def test_an_unreachable_hub_is_asked_once(hub_requests):
-    hub_requests.error = OSError("no route")
-    with pytest.raises(UserError, match="connect to the hub once"):
-        load_pretrained(UncachedModel, "a/model", "--caption_model")
-    assert UncachedModel.loads == ["here"] and len(hub_requests.urls) == 1
-
-
-def test_a_broken_folder_is_not_asked_of_the_hub(hub_requests, tmp_path):
-    with pytest.raises(UserError):
-        load_pretrained(UncachedModel, tmp_path, "--caption_model")
-    assert not hub_requests.urls
+def test_a_path_is_never_sent_to_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    for name in ("models/mine", tmp_path / "models" / "mine", tmp_path / "missing"):
+        assert load_pretrained(HubModel, name, "--caption_model") == "cache"
+    assert not hub.urls
