@@ -341,10 +341,14 @@ class TrainStep:
     @contextmanager
     def apply_average(self) -> Iterator[None]:
         """Swap the adapter's averaged weights in for the duration of the block, as they are
-        published, scored and sampled."""
+        published, scored and sampled. Images are drawn with copies of them, as steps are."""
         # Sampling would need compiled graphs of its own.
         pause = torch.compiler.set_stance("force_eager") if self.compiled_blocks else nullcontext()
-        with pause, use_averaged_weights(self.average, self.parameters):
+        with (
+            pause,
+            use_averaged_weights(self.average, self.parameters),
+            self.working_copies.attach_copies(),
+        ):
             yield
 
     def build_micro_batch(self, number: int) -> MicroBatch:

@@ -1,5 +1,7 @@
 """Which layers of a frozen base are quantised, and where; how near those in 8 bit come."""
 
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -11,6 +13,7 @@ from peft.tuners import lora
 from peft.tuners.lora import bnb as peft_bnb
 from torch import nn
 
+from benchmarks.meta_count import Counter
 from dreambooth_moslora.base import quantization
 from dreambooth_moslora.base.int8 import Int8Linear, dequantize_weight, quantize_weight
 from dreambooth_moslora.base.quantization import list_block_layers, quantize
@@ -104,6 +107,34 @@ def test_an_outlier_coarsens_its_group_alone(dtype):
     assert (restored[0, 128:] - weight[0, 128:]).norm() < 0.01 * weight[0, 128:].norm()
     assert restored[0, 3] == pytest.approx(1000, rel=0.01) and not restored[1].any()
     assert restored.isfinite().all()
+
+
+ON_A_GPU = """
+import os, torch
+from dreambooth_moslora.base.int8 import dequantize_weight, quantize_weight
+from tests.helpers.python_gpu import DEVICE
+
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    weight, scales = quantize_weight(torch.randn(8, 256), dtype)
+    there = dequantize_weight(weight.to(DEVICE), scales.to(DEVICE))
+    assert there.dtype == dtype and torch.equal(there.cpu(), dequantize_weight(weight, scales))
+print("equal", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_8_bit_weights_are_the_same_on_a_gpu():
+    output = subprocess.check_output([sys.executable, "-c", ON_A_GPU], text=True)
+    assert output.strip().splitlines()[-1] == "equal"
+
+
+def test_8_bit_weights_are_dequantized_in_one_kernel_on_a_gpu():
+    weight = torch.empty(8, 256, dtype=torch.int8, device="meta")
+    scales = torch.empty(8, 2, 1, dtype=torch.bfloat16, device="meta")
+    with Counter() as counter:
+        assert dequantize_weight(weight, scales).dtype == torch.bfloat16
+    assert counter.kernels == 1
 
 
 def test_an_8_bit_layer_computes_as_its_dense_weights():

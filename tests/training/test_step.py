@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,6 +16,7 @@ from dreambooth_moslora.base import families
 from dreambooth_moslora.disk.events import StepDone
 from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
 from dreambooth_moslora.errors import StopRequestedError, UserError
+from dreambooth_moslora.generation.sampling import Sampler, SampleRequest
 from dreambooth_moslora.method.fast_linear import WorkingCopies
 from dreambooth_moslora.plan import distributed
 from dreambooth_moslora.plan.distributed import set_deterministic
@@ -80,6 +82,32 @@ def test_working_copies_give_the_gradients_of_peft_layers(first_gradients, monke
                 gradient - expected
             ).norm() <= tolerance * expected.norm() and gradient.dtype == torch.float32
     assert any(g is not None and g.norm() > 0 for g in with_copies)
+
+
+def test_images_are_drawn_with_working_copies(tiny_base, photos, tmp_path):
+    """The same images as by PEFT's layers, and no gradients are left."""
+    images = []
+
+    def draw_twice(sampler: Sampler, step: int) -> dict:
+        (fast,) = sampler([SampleRequest("a photo of a dog", 0)])
+        layers = [part for part in sampler.pipeline.unet.modules() if hasattr(part, "step_copies")]
+        copies = [layer.step_copies for layer in layers]
+        assert copies and all(copies)
+        for layer in layers:
+            layer.step_copies = {}
+        (slow,) = sampler([SampleRequest("a photo of a dog", 0)])
+        for layer, copy in zip(layers, copies):
+            layer.step_copies = copy
+        images.append((np.asarray(fast, dtype=int), np.asarray(slow, dtype=int)))
+        return {"scores": {}, "best": None}
+
+    draw_twice.prompts = ["a photo of a dog"]
+    changes = {"max_train_steps": 2, "evaluate_steps": 1, "learning_rate": 0.1}
+    config = tiny_config(tiny_base, photos, tmp_path, **changes)
+    train(config, evaluator=draw_twice)
+    for fast, slow in images:
+        assert abs(fast - slow).max() <= 1
+    assert len(images) > 1 and not np.array_equal(images[0][0], images[-1][0])
 
 
 def test_recomputed_feed_forward_gives_the_same_bytes(first_gradients):
