@@ -12,8 +12,9 @@ are those of the same step by PEFT's own layers. The estimate is that of `--dry_
 from the shapes of the weights.
 
 A sample between two steps takes what stays of them, gradients too, the VAE, and the larger of two:
-a forward pass by PEFT's own layers, with and without the prompt where the pipeline makes both as
-one; and the decoder in its smallest tiles, as where memory is short. A flow's VAE works in bf16, a
+a forward pass by PEFT's own layers, as in `generate`, with and without the prompt where the
+pipeline makes both as one; and the decoder in its smallest tiles, as where memory is short. A run
+draws with its working copies, which take less: a line shows both. A flow's VAE works in bf16, a
 UNet's in fp32.
 """
 
@@ -22,6 +23,7 @@ import gc
 import itertools
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -293,15 +295,17 @@ def count(name: str, facts: FamilyFacts, denoiser: nn.Module, resolution: int) -
     return Count(live_bytes / GIB, counter.peak / GIB, counter.kernels)
 
 
-def measure_drawing_gib(
-    name: str, facts: FamilyFacts, denoiser: nn.Module, resolution: int
-) -> float:
-    """Measure a step of denoising one picture by the adapted denoiser, as between two steps of
-    training, in GiB."""
+def count_drawing(
+    name: str, facts: FamilyFacts, denoiser: nn.Module, resolution: int, is_fused: bool
+) -> Count:
+    """Count a step of denoising one picture by the adapted denoiser: with working copies, as
+    between two steps of training, or by PEFT's layers."""
     predict = build_prediction(name, facts, denoiser, resolution)
-    with torch.device("meta"), Counter() as counter, patch_attention(), torch.no_grad():
+    copies = WorkingCopies(denoiser).attach_copies() if is_fused else nullcontext()
+    with torch.device("meta"), copies, Counter() as counter, patch_attention(), torch.no_grad():
         predict()
-    return counter.peak / GIB * (2 if facts.name in CFG_BATCHED_FAMILIES else 1)
+    batch = 2 if facts.name in CFG_BATCHED_FAMILIES else 1
+    return Count(0.0, counter.peak / GIB * batch, counter.kernels)
 
 
 @cache
@@ -379,7 +383,7 @@ def format_row(size: BaseSize, steps: dict[bool, float], drawing: float) -> str:
     """Format the counts as a row of `family_facts`, without `text_tokens`, `encoders` and `vae`.
 
     steps: GiB of a step without gradients, by whether it is recomputed
-    drawing: `measure_drawing_gib`
+    drawing: GiB of `count_drawing` by PEFT's layers
     """
     memory = f"full_gib={steps[False]:.3f}, recomputed_gib={steps[True]:.3f}"
     memory += f", drawing_gib={drawing:.3f}, parameters={size.unet / 1e9:.3f}e9"
@@ -416,14 +420,19 @@ def print_deviations(name: str, resolution: int, rank: int) -> list[tuple[float,
         if is_recomputed not in counts:
             ours = count(name, facts, denoiser, resolution)
             steps[is_recomputed] = ours.peak_gib - adapter * GRADIENT_BYTES / GIB
-            drawing = measure_drawing_gib(name, facts, denoiser, resolution)
+            drawings = [
+                count_drawing(name, facts, denoiser, resolution, is_fused)
+                for is_fused in (True, False)
+            ]
             restore_peft_layers(denoiser)
             counts[is_recomputed] = ours, count(name, facts, denoiser, resolution)
         counted, of_peft = counts[is_recomputed]
 
         # Both side by side
         staying = weights + adapter * 12 / GIB + CONTEXT_GIB
-        sample_gib = max(drawing, measure_decoding_gib(facts.name, resolution, is_short=True))
+        sample_gib = max(
+            drawings[1].peak_gib, measure_decoding_gib(facts.name, resolution, is_short=True)
+        )
         sample_gib += count_bytes(vae) / GIB + adapter * GRADIENT_BYTES / GIB
         totals = [
             (staying + counted.peak_gib, estimate.training_gib),
@@ -439,7 +448,9 @@ def print_deviations(name: str, resolution: int, rank: int) -> list[tuple[float,
         print(f"{line} {kernels}", flush=True)
         measured.append(tuple(estimated / total - 1 for total, estimated in totals))
     print(format_decoding(facts, resolution))
-    print(format_row(size, steps, drawing), flush=True)
+    costs = [f"{drawing.kernels:,} kernels and {drawing.peak_gib:.2f} GiB" for drawing in drawings]
+    print(f"    a pass of drawing: {costs[0]}; by PEFT's layers {costs[1]}")
+    print(format_row(size, steps, drawings[1].peak_gib), flush=True)
     return measured
 
 
