@@ -177,8 +177,9 @@ def format_memory_plans() -> str:
 
 def format_card_plans() -> str:
     """Format the plan of `train photos/dog dog --base ID --dry_run --vram GIB` for each model and
-    card: its name and its peak, GiB; the size of the model in half precision, GiB, which is loaded
-    into the host's memory; and the recipe's rank and rate.
+    card: its name, the share of the blocks that it streams, and its peak, GiB. Beside them are the
+    size of the model in half precision, GiB, which is loaded into the host's memory, and the
+    recipe's rank and rate.
 
     The host has `HOST_GIB`, whatever this machine has.
     """
@@ -186,7 +187,7 @@ def format_card_plans() -> str:
     with patch.object(memory_plans, "measure_host_gib", return_value=HOST_GIB):
         for hub_id in CARD_MODELS:
             plans = [choose_card_plan(hub_id, vram_gib) for vram_gib in CARDS_GIB]
-            cells = [f"`{name}`, {peak_gib:.1f}" for name, peak_gib in plans]
+            cells = [f"{plan}, {peak_gib:.1f}" for plan, peak_gib in plans]
             base = Base.find(hub_id)
             host_gib = 2 * find_base_size(base, ()).unet / devices.GIB
             _, recipe = load_recipe(base)
@@ -198,7 +199,8 @@ def format_card_plans() -> str:
 
 
 def choose_card_plan(hub_id: str, vram_gib: float) -> tuple[str, float]:
-    """Return the plan that `--memory auto` chooses on a card for a subject, and its peak, GiB."""
+    """Return the plan that `--memory auto` chooses on a card for a subject, with the share of the
+    blocks that it streams, and its peak, GiB."""
     base = Base.find(hub_id)
     # The recipe's precision depends on the card too, so the card is assumed before it is read.
     token = devices.assumed_vram_gib.set(vram_gib)
@@ -212,7 +214,8 @@ def choose_card_plan(hub_id: str, vram_gib: float) -> tuple[str, float]:
     peak_gib = estimate_memory(replace(config, **settings), size, 1).peak_gib
     plan_settings = {name: value for name, value in settings.items() if name in PLAN_SETTINGS}
     (name,) = [name for name, plan in MEMORY_PLANS.items() if plan == plan_settings]
-    return name, peak_gib
+    share = f" {settings['streamed_share']:.0%}" if "streamed_share" in settings else ""
+    return f"`{name}`{share}", peak_gib
 
 
 def format_trainer_tables(*tables: Table) -> str:

@@ -27,6 +27,12 @@ QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.016}
 precision."""
 STREAMED_BYTES = {"nf4": 0.5, "int8": 1.0}
 """The same without the scales, which stay on the device."""
+FLOP_PER_COPIED_BYTE = 100e12 / 25e9
+"""What a GPU computes while the host sends it a byte, by published figures, not measured: three
+fifths of the 165 TFLOPS of an RTX 4090, over PCIe 4 with 16 lanes. Slower cards compute less."""
+UNET_TOKENS = 1200
+"""Tokens of an image of 1024 px for which each of the UNet's weights is used on average: SDXL's
+pass takes 6 TFLOP."""
 AVERAGE_BYTES = 4
 """Further bytes per parameter of a checkpoint with an average."""
 GRADIENT_BYTES = 4
@@ -155,6 +161,23 @@ def estimate_streamed_gib(
     number = STREAMED_BYTES.get(config.base_quantization, PRECISION_BYTES[get_precision(config)])
     count = size.streamed if blocks is None else blocks * size.largest_block
     return min(count, size.streamed) * number / devices.GIB
+
+
+def is_streaming_hidden(config: train_config.TrainConfig, size: BaseSize) -> bool:
+    """Return whether the streamed blocks are copied in less time than a forward pass computes. A
+    backward pass copies as much and computes twice as long.
+
+    A pass takes 2·n·t FLOP for n weights and t tokens, and copies share·bytes·n.
+    """
+    if not config.stream_blocks:
+        return True
+    number = STREAMED_BYTES.get(config.base_quantization, PRECISION_BYTES[get_precision(config)])
+    memory = size.family.memory
+    tokens = UNET_TOKENS * (config.resolution / 1024) ** 2
+    if memory:
+        tokens = config.resolution**2 / family_facts.PX_PER_TOKEN + memory.text_tokens
+    copied_bytes = config.streamed_share * number
+    return copied_bytes * FLOP_PER_COPIED_BYTE <= 2 * tokens * config.images_per_pass
 
 
 def get_vae_number_bytes(config: train_config.TrainConfig, size: BaseSize) -> float:

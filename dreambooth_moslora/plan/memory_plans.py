@@ -2,8 +2,10 @@
 row of `settings.memory_presets.MEMORY_PLANS`.
 
 It only adds to the user's settings; on a GPU it also chooses half precision, unless the user set
-one. `auto` is the first plan that is possible and fits the GPU's free memory; without a GPU it is
-the first of all. On Apple's, whose attention keeps all scores, it is always one that recomputes.
+one. `auto` is the first plan that is possible and fits the GPU's free memory, so the one with the
+least quantised weights; without a GPU it is the first of all. It streams no more blocks than do not
+fit, and passes by a plan whose copies would take longer than the computation. On Apple's, whose
+attention keeps all scores, it is always one that recomputes.
 
 Gradients of the plans differ at most by rounding, but for quantised plans, and so do those of one
 large pass and of several small ones (`--images_at_once`). A plan fits if its smallest pass does:
@@ -29,7 +31,11 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan.agreement import get_min_free_gib
 from dreambooth_moslora.plan.base_size import BaseSize, find_base_size
-from dreambooth_moslora.plan.memory import estimate_memory, estimate_streamed_gib
+from dreambooth_moslora.plan.memory import (
+    estimate_memory,
+    estimate_streamed_gib,
+    is_streaming_hidden,
+)
 from dreambooth_moslora.settings import (
     family_facts,
     memory_presets,
@@ -52,6 +58,8 @@ LOADED_BASE_SETTINGS = {
     "streamed_share",
 }
 """Settings that a run can take on before its first update (`TrainStep.apply_settings`)."""
+STREAMED_SHARES = tuple(percent / 100 for percent in range(5, 105, 5))
+"""Shares of the blocks, of which `auto` streams the smallest that fits."""
 MemoryPlan = Mapping[str, Any]
 """The settings of a plan, as a row of `MEMORY_PLANS` names them."""
 
@@ -113,12 +121,14 @@ def choose_precision_settings(
 def choose_plan_settings(
     config: train_config.TrainConfig, size: BaseSize, free_gib: float | None
 ) -> dict[str, Any]:
-    """Return the settings of the plan that `--memory` names, or with `auto` of the first whose
-    smallest pass fits, with its largest pass that fits."""
+    """Return the settings of the plan that `--memory` names, or with `auto` of the one that it
+    chooses for the smallest pass, with the largest pass that fits."""
     passes = list_pass_settings(config)
     plan = get_plan_settings(config, choose_plan(config, size, free_gib))
     if free_gib is None:
         return plan
+    if config.memory == "auto":
+        plan |= choose_streamed_share(replace(config, **plan, **passes[-1]), size, free_gib)
     for images in passes:
         tried = replace(config, **plan, **images)
         if estimate_memory(tried, size, 1).peak_gib <= USABLE_RATIO * free_gib:
@@ -128,14 +138,37 @@ def choose_plan_settings(
 
 def choose_plan(config: train_config.TrainConfig, size: BaseSize, free_gib: float | None) -> str:
     """Return the name of the plan: that of `--memory`, or for `auto` the first whose smallest pass
-    fits, or else the leanest possible one, which a later check refuses."""
+    fits. If its copies would take longer than the computation it is the next, and if none is left
+    the leanest that is possible, which a later check may refuse."""
     if config.memory != "auto":
         return config.memory
     if free_gib is None:
         return next(iter(memory_presets.MEMORY_PLANS))
-    needs = estimate_plans(replace(config, **list_pass_settings(config)[-1]), size)
-    fitting = [name for name, gib in needs.items() if gib <= USABLE_RATIO * free_gib]
-    return fitting[0] if fitting else list(needs)[-1]
+    smallest = replace(config, **list_pass_settings(config)[-1])
+    plans = list_possible_plans(smallest, size, free_gib)
+    fitting = {
+        name: tried
+        for name, tried in plans.items()
+        if estimate_memory(tried, size, 1).peak_gib <= USABLE_RATIO * free_gib
+    }
+    for name, tried in fitting.items():
+        if is_streaming_hidden(tried, size):
+            return name
+    return list(fitting or plans)[-1]
+
+
+def choose_streamed_share(
+    config: train_config.TrainConfig, size: BaseSize, free_gib: float
+) -> dict[str, float]:
+    """Return the smallest share of the blocks to stream with which these settings fit, or 1, as a
+    setting; none for settings without streaming, and for a share of the user."""
+    if not config.stream_blocks or config.streamed_share < 1:
+        return {}
+    for share in STREAMED_SHARES:
+        tried = replace(config, streamed_share=share)
+        if estimate_memory(tried, size, 1).peak_gib <= USABLE_RATIO * free_gib:
+            return {"streamed_share": share}
+    return {}
 
 
 def list_pass_settings(config: train_config.TrainConfig) -> list[dict[str, int]]:
@@ -166,17 +199,32 @@ def get_plan_settings(config: train_config.TrainConfig, name: str) -> dict[str, 
 
 def estimate_plans(config: train_config.TrainConfig, size: BaseSize) -> dict[str, float]:
     """Return {plan: peak memory in GiB}, for the plans that these settings and packages allow."""
-    needs = {}
+    plans = list_possible_plans(config, size)
+    return {name: estimate_memory(tried, size, 1).peak_gib for name, tried in plans.items()}
+
+
+def list_possible_plans(
+    config: train_config.TrainConfig, size: BaseSize, free_gib: float | None = None
+) -> dict[str, train_config.TrainConfig]:
+    """Return {plan: the settings with it}, for the plans that these settings, packages and the
+    host's memory allow.
+
+    free_gib: of the GPU, beyond which blocks are streamed; None to stream them all
+    """
+    plans = {}
     for name, plan in memory_presets.MEMORY_PLANS.items():
         if not is_plan_possible(name, config, size.family):
             continue
         tried = replace(config, **get_plan_settings(config, name))
+        if free_gib is not None:
+            tried = replace(tried, **choose_streamed_share(tried, size, free_gib))
         # Blocks may need more than the host has. Those in 4 bit take a quarter: nothing takes less.
-        is_large = "stream_blocks" in plan and plan.get("base_quantization") != "nf4"
-        if is_large and estimate_streamed_gib(tried, size) > MAX_HOST_RATIO * measure_host_gib():
-            continue
-        needs[name] = estimate_memory(tried, size, 1).peak_gib
-    return needs
+        if "stream_blocks" in plan and plan.get("base_quantization") != "nf4":
+            host_gib = tried.streamed_share * estimate_streamed_gib(tried, size)
+            if host_gib > MAX_HOST_RATIO * measure_host_gib():
+                continue
+        plans[name] = tried
+    return plans
 
 
 def measure_host_gib() -> float:
@@ -226,8 +274,7 @@ def find_leaner_settings(
     # Go on after the leanest plan whose settings the run has.
     later = []
     for name, plan in memory_presets.MEMORY_PLANS.items():
-        settings = get_plan_settings(config, name)
-        if all(getattr(config, key) == value for key, value in settings.items()):
+        if all(getattr(config, key) == value for key, value in plan.items()):
             later = []
         elif can_switch_plan(plan, config) and is_plan_possible(name, config, facts):
             later.append(name)
@@ -271,7 +318,20 @@ def format_chosen_plan(config: train_config.TrainConfig) -> list[str]:
     ]
     free = devices.measure_free_gpu_gib()
     free_text = "there is no GPU here" if free is None else f"{free:.1f} GiB are free"
-    return [f"memory plan: {matching[-1]}; {free_text} (--memory {config.memory})"]
+    return [
+        f"memory plan: {matching[-1]}{format_weights(config)}; {free_text} "
+        f"(--memory {config.memory})"
+    ]
+
+
+def format_weights(config: train_config.TrainConfig) -> str:
+    """Return how the base's weights are kept, in parentheses, if blocks are streamed."""
+    if not config.stream_blocks:
+        return ""
+    kind = config.base_quantization
+    precision = devices.get_precision(config) if kind == "none" else kind
+    name = "fp32" if precision == "no" else precision
+    return f" (weights in {name}, {config.streamed_share:.0%} of the blocks streamed)"
 
 
 def format_plans(config: train_config.TrainConfig, size: BaseSize) -> list[str]:

@@ -825,7 +825,7 @@ class SettingRows:
     # Memory and speed. Most of these change a result only by rounding.
     memory: str | None = memory_field(
         default=None,
-        help="a plan to save memory, fastest first; auto: what fits",
+        help="a plan to save memory, most exact weights first; auto: what fits",
         choices=("auto", *memory_presets.MEMORY_PLANS),
         replaces=("mixed_precision", *memory_presets.MEMORY_PLAN_SETTINGS),
     )

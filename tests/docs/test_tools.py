@@ -71,8 +71,8 @@ def test_tables_are_up_to_date_and_list_each_setting_once():
 @pytest.mark.parametrize("has_bf16", [False, True])
 def test_the_plan_of_a_card_is_the_same_on_every_cpu(monkeypatch, has_bf16):
     monkeypatch.setattr(devices, "has_fast_bf16", lambda: has_bf16)
-    name, peak_gib = tables.choose_card_plan(SDXL_HUB_ID, 24)
-    assert (name, round(peak_gib, 1)) == ("full", 16.2)
+    plan, peak_gib = tables.choose_card_plan(SDXL_HUB_ID, 24)
+    assert (plan, round(peak_gib, 1)) == ("`full`", 16.2)
 
 
 def test_every_table_has_a_page_and_a_new_row_is_in_it(monkeypatch):

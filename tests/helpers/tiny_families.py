@@ -488,7 +488,6 @@ class TinyFamily:
     prompts: of which its pipeline draws in a batch what it draws of each alone
     file_type: diffusers' word for a single file of it; "" where it has none
     file_keys: what such a file has beside the family's mark
-    streams_at_gib: on a card with at most so much free, its recipe streams the blocks
     original: layer of its original layout -> the layers of diffusers that its rows are, in their
         order, as the tools map them; empty where the tools know no other layout
     """
@@ -501,7 +500,6 @@ class TinyFamily:
     prompts: tuple[str, str] = ("a photo of sks dog", "a much longer photo of a cat on the moon")
     file_type: str = ""
     file_keys: tuple[str, ...] = ()
-    streams_at_gib: float = 0.0
     original: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -546,7 +544,6 @@ TINY_FAMILIES = {
             "guidance_in.in_layer.bias",
             "img_in.weight",
         ),
-        streams_at_gib=7.5,
         original={
             "double_blocks.0.img_attn.qkv": three("transformer_blocks.0.attn"),
             "double_blocks.1.txt_attn.proj": ("transformer_blocks.1.attn.to_add_out",),
@@ -584,7 +581,6 @@ TINY_FAMILIES = {
         make=qwen_image,
         one_layer="transformer_blocks.0.attn.to_k",
         as_tokens=pack_latents,
-        streams_at_gib=11.4,
         original={  # its original layout is diffusers'
             "transformer_blocks.0.attn.to_q": ("transformer_blocks.0.attn.to_q",),
             "transformer_blocks.1.img_mlp.net.0.proj": ("transformer_blocks.1.img_mlp.net.0.proj",),
@@ -625,7 +621,6 @@ TINY_FAMILIES = {
         one_layer="transformer_blocks.0.attn.to_k",
         as_tokens=pack_latents,
         file_type="krea2",
-        streams_at_gib=11.4,
         original={
             "blocks.0.attn.wq": ("transformer_blocks.0.attn.to_q",),
             "blocks.1.attn.wo": ("transformer_blocks.1.attn.to_out.0",),

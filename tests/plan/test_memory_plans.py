@@ -32,7 +32,7 @@ from dreambooth_moslora.settings.config_files import load_settings
 from dreambooth_moslora.settings.family_facts import FAMILIES, SDXL_HUB_ID
 from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.command_line import parse_train_config
-from tests.helpers.tiny_families import TINY_FAMILIES, tiny_pipeline
+from tests.helpers.tiny_families import tiny_pipeline
 
 CONFIGS = Path(__file__).parents[2] / "assets" / "configs"
 SDXL = TrainConfig(
@@ -76,7 +76,7 @@ def short(config: TrainConfig) -> str:
     return f"{' '.join(parts) or 'full'}, {config.images_per_pass}"
 
 
-CARDS = {"4 GB": (3.3, "nf4, 1"), "6 GB": (5.05, "int8, 2"), "8 GB": (6.9, "recompute, 2")}
+CARDS = {"4 GB": (3.3, "int8, 1"), "6 GB": (5.05, "int8, 2"), "8 GB": (6.9, "recompute, 2")}
 CARDS |= {
     "3060 on Windows": (10.2, "ff, 1"),
     "3060": (11.5, "ff, 1"),
@@ -277,12 +277,19 @@ def test_advised_settings_fit_and_so_does_a_small_base(card):
     check_with(pretrained_model_name_or_path="toy", resolution=128)
 
 
-@pytest.mark.parametrize("name", ["recompute", "int8", "stream"])
-def test_a_dry_run_names_its_plan_and_with_verbose_what_each_needs(name, capsys):
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("recompute", ""),
+        ("int8", ""),
+        ("int8_stream", " (weights in int8, 100% of the blocks streamed)"),
+    ],
+)
+def test_a_dry_run_names_its_plan_and_with_verbose_what_each_needs(name, weights, capsys):
     config = ["--config", "assets/configs/quickstart.toml"]
     assert train_main([*config, "--dry_run", "--memory", name]) == 0
     short = capsys.readouterr().out
-    assert f"memory plan: {name}; there is no GPU here (--memory {name})" in short
+    assert f"memory plan: {name}{weights}; there is no GPU here (--memory {name})" in short
     assert "memory plans: " not in short and "gradient_checkpointing" not in short
     assert "--verbose also lists" in short
 
@@ -307,12 +314,12 @@ def test_refusal_names_the_family_and_auto_takes_a_fitting_plan(card, monkeypatc
         SDXL, target_modules=facts.targets, mixed_precision="bf16", num_validation_images=0
     )
     card(8.0)
-    plans = {48.0: "full", 18.0: "recompute", 12.0: "int8", 8.0: "nf4", 6.2: "stream"}
+    plans = {48.0: "full", 18.0: "recompute", 12.0: "stream", 6.2: "stream"}
     plans |= {5.0: "int8_stream", 4.2: "nf4_stream"}
     assert {free: memory_plans.choose_plan(run, size, free) for free in plans} == plans
 
     # What half of the host's memory cannot hold is streamed in 8 bit, or else in 4.
-    for host_gib, plan in ((16.0, "int8_stream"), (8.0, "nf4_stream")):
+    for host_gib, plan in ((16.0, "int8_stream"), (6.0, "nf4_stream")):
         monkeypatch.setattr(memory_plans, "measure_host_gib", lambda host_gib=host_gib: host_gib)
         assert memory_plans.choose_plan(run, size, 6.2) == plan
     with pytest.raises(UserError, match=r"this run of Z-Image needs about .* give --memory auto"):
@@ -429,7 +436,49 @@ def test_every_card_trains_the_one_recipe_of_a_family(card, facts, free_gib, tmp
     assert size.family is facts and estimate_memory(config, size, 1).peak_gib <= USABLE_RATIO * (
         free_gib + 0.5
     )
-    assert config.stream_blocks == (free_gib <= TINY_FAMILIES[facts.name].streams_at_gib)
+
+
+COARSENESS = {"none": 0, "int8": 1, "nf4": 2}
+LARGE_MODELS = [
+    model.hub_id for facts in FAMILIES for model in facts.models if model.parameters > 2e9
+]
+
+
+@pytest.mark.parametrize("base", LARGE_MODELS)
+def test_no_larger_card_has_coarser_weights(card, base, tmp_path):
+    """No more of the blocks are streamed than must be: with 5 % fewer it would not fit."""
+    kinds = []
+    for vram_gib in (6, 8, 10, 12, 16, 24, 32, 48, 80):
+        card(vram_gib - 1.0)
+        run = TrainConfig.from_dict(
+            SETTINGS | {"pretrained_model_name_or_path": base, "memory": "auto"}
+        )
+        config = planned(run)
+        kinds.append(COARSENESS[config.base_quantization])
+        size, usable_gib = find_base_size(Base.of(run), ()), USABLE_RATIO * (vram_gib - 0.5)
+        if 0.05 < config.streamed_share < 1:
+            assert estimate_memory(config, size, 1).peak_gib <= usable_gib
+            less = replace(config, streamed_share=config.streamed_share - 0.05)
+            assert estimate_memory(less, size, 1).peak_gib > usable_gib
+    assert kinds == sorted(kinds, reverse=True) and kinds[-1] == 0
+
+
+def test_auto_passes_by_a_plan_whose_copies_take_longer_than_the_computation(card, monkeypatch):
+    """A small image computes little while its blocks are copied."""
+    card(7.5)
+    monkeypatch.setattr(memory_plans, "measure_host_gib", lambda: 64.0)
+    flux = {"pretrained_model_name_or_path": "black-forest-labs/FLUX.1-dev", "memory": "auto"}
+    whole = planned(TrainConfig.from_dict(SETTINGS | flux))
+    assert (whole.base_quantization, whole.stream_blocks) == ("none", True)
+    small = planned(TrainConfig.from_dict(SETTINGS | flux | {"resolution": 256}))
+    assert (small.base_quantization, small.stream_blocks) == ("nf4", False)
+
+
+def test_auto_keeps_the_share_of_the_user(card):
+    card(7.5)
+    flux = {"pretrained_model_name_or_path": "black-forest-labs/FLUX.1-dev", "memory": "auto"}
+    run = TrainConfig.from_dict(SETTINGS | flux | {"streamed_share": 0.97})
+    assert planned(run).streamed_share == 0.97
 
 
 def test_one_word_takes_the_recipe_of_the_bases_family(tmp_path):
