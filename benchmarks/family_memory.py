@@ -106,13 +106,12 @@ def build_pooled_inputs(tokens: int, width: int, pooled_width: int) -> Callable[
     }
 
 
-def build_masked_inputs(
-    tokens: int, width: int, prompt_tokens: int, device: str = "meta"
-) -> Callable[[], TextInputs]:
-    """Return inputs of `tokens` tokens, of which the first `prompt_tokens` are the prompt's."""
+def build_masked_inputs(tokens: int, width: int, prompt_tokens: int) -> Callable[[], TextInputs]:
+    """Return inputs of `tokens` tokens, of which the first `prompt_tokens` are the prompt's: the
+    family reads that in a mask with values."""
     return lambda: {
         "prompt_embeds": create_empty(1, tokens, width),
-        "prompt_attention_mask": torch.arange(tokens, device=device)[None] < prompt_tokens,
+        "prompt_attention_mask": torch.arange(tokens, device="cpu")[None] < prompt_tokens,
     }
 
 
@@ -191,12 +190,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, int], Callable[[], TextI
         (16, 8),
         lambda: {"prompt_embeds": create_empty(1, 64, 12, 2560), "prompt_embeds_mask": None},
     ),
-    # it reads it
     "Lumina 2": (
         "lumina2",
         {"cap_feat_dim": 2304},
         (16, 8),
-        build_masked_inputs(256, 2304, prompt_tokens=64, device="cpu"),
+        build_masked_inputs(256, 2304, prompt_tokens=64),
     ),
     "Sana": ("sana", {}, (32, 32), build_masked_inputs(300, 2304, prompt_tokens=300)),
 }

@@ -88,7 +88,7 @@ SECTIONS = (
         (
             'flow_step --model "Z-Image" --arms ours peft compiled stateful',
             'flow_step --model "FLUX.1 dev" --arms ours peft',
-            "flow_step --model Qwen-Image --arms ours masked",
+            "flow_step --model Qwen-Image --arms ours",
             'flow_step --model "Krea 2" --plan recompute nf4',
         ),
     ),

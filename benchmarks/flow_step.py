@@ -2,7 +2,7 @@
 
     python -m benchmarks.flow_step --model Z-Image            # ours, recomputed, 1024 px
     python -m benchmarks.flow_step --model "FLUX.1 dev" --plan nf4 nf4_stream --arms ours peft
-    python -m benchmarks.flow_step --model Qwen-Image --arms ours masked stateful compiled
+    python -m benchmarks.flow_step --model Qwen-Image --arms ours stateful compiled
     python -m benchmarks.flow_step --size small --resolution 64           # on a CPU: does it run
 
 It downloads nothing: the configurations are those of the published models, one photo and one
@@ -23,7 +23,7 @@ from benchmarks.family_memory import MODELS, build_config, find_facts
 from benchmarks.gpu_step import WARM_UP_STEPS, Step, measure_arm, measure_or_say
 from benchmarks.peft_layers import restore_peft_layers
 from benchmarks.precision import build_half_accelerator
-from dreambooth_moslora.base.families import FAMILY_CLASSES, pad_text_embeddings
+from dreambooth_moslora.base.families import FAMILY_CLASSES
 from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.base.streaming import StreamedBlocks
 from dreambooth_moslora.extras.lab.full_step import build_inputs, fill_weights, sample_noise
@@ -42,7 +42,6 @@ ARMS = {
     "peft": "the same, by PEFT's own layers",
     "compiled": "ours, with --compile on",
     "stateful": "ours, recomputed with the state of the random generator",
-    "masked": "ours, texts with a mask that hides nothing, for Qwen-Image and Krea 2",
 }
 SMALL = {
     "FLUX.1 dev": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2},
@@ -122,9 +121,6 @@ def build_trainer_step(
         StreamedBlocks(denoiser, device)
 
     materials = build_random_inputs(options.model, facts, denoiser, options.resolution, dtype)
-    if arm == "masked":
-        family = materials.family
-        family.collate = lambda texts: pad_text_embeddings(type(family).collate(family, texts))
 
     steps = WARM_UP_STEPS + options.steps
     train_step = TrainStep(config, materials, accelerator, max_train_steps=steps)

@@ -150,6 +150,37 @@ class Family:
         """
         raise NotImplementedError
 
+    def predict_by_length(
+        self,
+        denoiser: torch.nn.Module,
+        z: torch.Tensor,
+        t: torch.Tensor,
+        texts: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """Predict (B, C, h, w) for B texts (T, …) without padding, those of equal length together.
+        No attention needs a mask then, with which it has slower kernels."""
+        rows_by_length: dict[int, list[int]] = {}
+        for row, text in enumerate(texts):
+            rows_by_length.setdefault(len(text), []).append(row)
+        if len(rows_by_length) == 1:
+            return self.predict_equal_lengths(denoiser, z, t, torch.stack(list(texts)))
+        prediction = torch.empty_like(z)
+        for rows in rows_by_length.values():
+            prompt_embeds = torch.stack([texts[row] for row in rows])
+            prediction[rows] = self.predict_equal_lengths(denoiser, z[rows], t[rows], prompt_embeds)
+        return prediction
+
+    def predict_equal_lengths(
+        self,
+        denoiser: torch.nn.Module,
+        z: torch.Tensor,
+        t: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+    ) -> torch.Tensor:
+        """Predict (B, C, h, w) for texts (B, T, …) without padding, where `predict` goes by their
+        lengths."""
+        raise NotImplementedError
+
     def select_photo_inputs(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the inputs that are arguments of this family's `predict`; other families may have
         more."""
@@ -309,22 +340,9 @@ class Flux3(Flux2):
         return vae.decode(z.to(vae.device, vae.dtype), return_dict=False)[0]
 
     def predict(self, denoiser, z, t, time_ids, prompt_embeds):
-        lengths = [len(rows) for rows in prompt_embeds]
-        prediction = torch.empty_like(z)
-        for length in set(lengths):
-            rows = [row for row, row_length in enumerate(lengths) if row_length == length]
-            texts = torch.stack([prompt_embeds[row] for row in rows])
-            prediction[rows] = self.predict_equal_lengths(denoiser, z[rows], t[rows], texts)
-        return prediction
+        return self.predict_by_length(denoiser, z, t, prompt_embeds)
 
-    def predict_equal_lengths(
-        self,
-        denoiser: torch.nn.Module,
-        z: torch.Tensor,
-        t: torch.Tensor,
-        prompt_embeds: torch.Tensor,
-    ) -> torch.Tensor:
-        """Predict (B, C, h, w) for texts (B, T, D)."""
+    def predict_equal_lengths(self, denoiser, z, t, prompt_embeds):
         text_ids = torch.zeros(prompt_embeds.shape[1], 4, device=z.device)
         text_ids[:, 3] = torch.arange(len(text_ids), device=z.device)
 
@@ -352,14 +370,14 @@ class ZImage(Family):
 
 
 class QwenImage(Family):
-    """Qwen-Image. A mask marks the tokens of each text among its padding. The VAE has an axis for
-    frames."""
+    """Qwen-Image. A mask marks the tokens of each text among its padding, of which the denoiser
+    sees neither. The VAE has an axis for frames."""
 
     def collate(self, texts):
         embeds = [text["prompt_embeds"] for text in texts]
         lengths = torch.tensor([len(rows) for rows in embeds])
 
-        # Attention without a mask has faster kernels, so texts of one length get none.
+        # Texts of one length need no mask.
         mask = None
         if lengths.min() < lengths.max():
             mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(embeds[0].device)
@@ -379,14 +397,14 @@ class QwenImage(Family):
         return (z - mean) / deviation
 
     def predict(self, denoiser, z, t, time_ids, prompt_embeds, prompt_embeds_mask):
+        return self.predict_by_length(
+            denoiser, z, t, remove_padding(prompt_embeds, prompt_embeds_mask)
+        )
+
+    def predict_equal_lengths(self, denoiser, z, t, prompt_embeds):
         shape = (1, z.shape[-2] // 2, z.shape[-1] // 2)
         tokens = denoiser(
-            pack_latents(z),
-            prompt_embeds,
-            prompt_embeds_mask,
-            t / 1000,
-            [shape] * len(z),
-            return_dict=False,
+            pack_latents(z), prompt_embeds, None, t / 1000, [shape] * len(z), return_dict=False
         )[0]
         return unpack_latents(tokens, z)
 
@@ -414,7 +432,7 @@ class Krea2(QwenImage):
             pad_text_embeddings(negative_embeddings, length),
         )
 
-    def predict(self, denoiser, z, t, time_ids, prompt_embeds, prompt_embeds_mask):
+    def predict_equal_lengths(self, denoiser, z, t, prompt_embeds):
         height, width = z.shape[-2:]
         text_ids = torch.zeros(prompt_embeds.shape[1], 3, device=z.device)
         image_ids = build_position_ids(height // 2, width // 2, axes=3, device=z.device)
@@ -423,7 +441,6 @@ class Krea2(QwenImage):
             prompt_embeds,
             t / 1000,
             torch.cat([text_ids, image_ids]),
-            encoder_attention_mask=prompt_embeds_mask,
             return_dict=False,
         )[0]
         return unpack_latents(tokens, z)
@@ -457,9 +474,8 @@ class Anima(QwenImage):
 
 
 class QwenImage21(QwenImage):
-    """Qwen-Image 2.1. The image's tokens follow the longest text of a batch in one sequence. So
-    that their positions are those without a batch, texts of equal length are predicted together.
-    The VAE's fourth channel is opacity."""
+    """Qwen-Image 2.1. The image's tokens follow the longest text of a batch in one sequence: their
+    positions are right for texts of equal length alone. The VAE's fourth channel is opacity."""
 
     def add_references(self, text_embeddings, prompts, references, side_px):
         """Return the pipeline's arguments with the prompts themselves, as its text encoder reads
@@ -475,28 +491,7 @@ class QwenImage21(QwenImage):
         opaque = torch.ones_like(pixels[:, :1])
         return super().encode_latents(vae, torch.cat([pixels, opaque], dim=1))
 
-    def predict(self, denoiser, z, t, time_ids, prompt_embeds, prompt_embeds_mask):
-        if prompt_embeds_mask is None:
-            return self.predict_equal_lengths(denoiser, z, t, prompt_embeds)
-
-        # A list of rows needs one copy from the GPU, a boolean mask one for each use.
-        lengths = prompt_embeds_mask.sum(1).tolist()
-        prediction = torch.empty_like(z)
-        for length in set(lengths):
-            rows = [row for row, row_length in enumerate(lengths) if row_length == length]
-            prediction[rows] = self.predict_equal_lengths(
-                denoiser, z[rows], t[rows], prompt_embeds[rows, :length]
-            )
-        return prediction
-
-    def predict_equal_lengths(
-        self,
-        denoiser: torch.nn.Module,
-        z: torch.Tensor,
-        t: torch.Tensor,
-        prompt_embeds: torch.Tensor,
-    ) -> torch.Tensor:
-        """Predict (B, C, h, w) for texts (B, T, D) without padding."""
+    def predict_equal_lengths(self, denoiser, z, t, prompt_embeds):
         height, width = z.shape[-2:]
 
         # Each position of the sequence is one text token or four image tokens.
@@ -531,8 +526,14 @@ class Lumina2(Family):
         return {name: value[0] for name, value in zip(self.names, values)}
 
     def predict(self, denoiser, z, t, time_ids, prompt_embeds, prompt_attention_mask):
-        output = denoiser(z, 1 - t / 1000, prompt_embeds, prompt_attention_mask, return_dict=False)
-        return -output[0]
+        return self.predict_by_length(
+            denoiser, z, t, remove_padding(prompt_embeds, prompt_attention_mask)
+        )
+
+    def predict_equal_lengths(self, denoiser, z, t, prompt_embeds):
+        # It reads the texts' lengths from a mask.
+        mask = prompt_embeds.new_ones(prompt_embeds.shape[:2], dtype=torch.bool)
+        return -denoiser(z, 1 - t / 1000, prompt_embeds, mask, return_dict=False)[0]
 
 
 class Sana(Lumina2):
@@ -548,9 +549,9 @@ class Sana(Lumina2):
         z = vae.encode(pixels.to(vae.device, vae.dtype)).latent.float()
         return z * vae.config.scaling_factor
 
-    def predict(self, denoiser, z, t, time_ids, prompt_embeds, prompt_attention_mask):
-        options = {"encoder_attention_mask": prompt_attention_mask, "return_dict": False}
-        return denoiser(z, prompt_embeds, t * denoiser.config.timestep_scale, **options)[0]
+    def predict_equal_lengths(self, denoiser, z, t, prompt_embeds):
+        time = t * denoiser.config.timestep_scale
+        return denoiser(z, prompt_embeds, time, return_dict=False)[0]
 
 
 def drop_unused_negative(
@@ -574,6 +575,18 @@ def pad_text_embeddings(text_embeddings: dict[str, Any], length: int = 0) -> dic
         "prompt_embeds": torch.nn.functional.pad(embeds, (0, 0) * (embeds.ndim - 2) + padding),
         "prompt_embeds_mask": torch.nn.functional.pad(mask, padding),
     }
+
+
+def remove_padding(
+    prompt_embeds: torch.Tensor, mask: torch.Tensor | None
+) -> Sequence[torch.Tensor]:
+    """Return the texts of a batch (B, T, …), each without its padding, which comes last.
+
+    mask: (B, T), true for the tokens of a text; None for texts without padding
+    """
+    if mask is None:
+        return list(prompt_embeds)
+    return [text[:length] for text, length in zip(prompt_embeds, mask.sum(1).tolist())]
 
 
 def pack_latents(z: torch.Tensor) -> torch.Tensor:

@@ -123,8 +123,8 @@ FLOWS = [
     ("Z-Image", "stream", ["ours"]),
     ("FLUX.1 dev", "nf4", ["ours"]),
     ("FLUX.2 klein 4B", "full", ["ours"]),
-    ("Qwen-Image", "recompute", ["ours", "masked"]),
-    ("Krea 2", "recompute", ["ours", "masked"]),
+    ("Qwen-Image", "recompute", ["ours"]),
+    ("Krea 2", "recompute", ["ours"]),
 ]
 
 
