@@ -174,7 +174,7 @@ class Base:
         ""."""
         if self.source != "hub" or self.facts is not None:
             return ""
-        ids = [model.hub_id for facts in family_facts.FAMILIES for model in facts.models]
+        ids = [model.hub_id for _, model in family_facts.MODELS_BY_HUB_ID.values()]
         near = difflib.get_close_matches(self.name, ids, n=1, cutoff=0.85)
         return f"did you mean {near[0]}? " if near else ""
 

@@ -404,7 +404,7 @@ class QwenImage(Family):
     def predict_equal_lengths(self, denoiser, z, t, prompt_embeds):
         shape = (1, z.shape[-2] // 2, z.shape[-1] // 2)
         tokens = denoiser(
-            pack_latents(z), prompt_embeds, None, t / 1000, [shape] * len(z), return_dict=False
+            pack_latents(z), prompt_embeds, None, t / 1000, [[shape]] * len(z), return_dict=False
         )[0]
         return unpack_latents(tokens, z)
 

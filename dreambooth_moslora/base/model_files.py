@@ -174,14 +174,12 @@ class OtherModel(NamedTuple):
 FLUX1_TENSORS = ("vector_in.in_layer.weight", "double_blocks.0.img_attn.norm.key_norm.scale")
 FLUX3_DISTILLED = "the distilled form of flux-3-image-klein-base"
 OTHER_MODELS = (
-    OtherModel("FLUX.1 Kontext", FLUX1_TENSORS, pattern="kontext"),
     OtherModel("FLUX.1 Fill", FLUX1_TENSORS, inputs=384),
     OtherModel("FLUX.1 Depth or Canny", FLUX1_TENSORS, inputs=128),
     OtherModel("FLUX.1 schnell", FLUX1_TENSORS, lacks="guidance_in.in_layer.bias"),
     OtherModel(
         "FLUX.2 dev", ("single_stream_modulation.lin.weight", "guidance_in.in_layer.weight")
     ),
-    OtherModel("Qwen-Image-Edit", ("txt_norm.weight",), pattern="qwen.?image.*edit"),
     OtherModel("Chroma", ("distilled_guidance_layer.in_proj.bias",)),
     OtherModel("Wan", ("head.modulation",)),
     OtherModel("HiDream", ("double_stream_blocks.0.block.adaLN_modulation.1.bias",)),

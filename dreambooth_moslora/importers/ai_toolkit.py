@@ -60,6 +60,8 @@ FAMILIES = {
     "sd15": "sd1",
     "is_xl": "sdxl",
     "is_flux": "flux",
+    "flux_kontext": "flux",
+    **dict.fromkeys(("qwen_image_edit", "qwen_image_edit_plus"), "qwen_image"),
     "sd3": "sd3",
     "is_v3": "sd3",
     "is_lumina2": "lumina2",

@@ -58,14 +58,23 @@ CLASS_KEYS = ("is_regularisation_data", "is_regularization_data")
 FAMILIES = {"sd1x": "sd1"}
 """`model_family` -> family, where it has another name here."""
 HUB_IDS = {
-    "flux": {"": "black-forest-labs/FLUX.1-Krea-dev", "dev": "black-forest-labs/FLUX.1-dev"},
+    "flux": {
+        "": "black-forest-labs/FLUX.1-Krea-dev",
+        "dev": "black-forest-labs/FLUX.1-dev",
+        "kontext": "black-forest-labs/FLUX.1-Kontext-dev",
+    },
     "flux2": {
         "": "black-forest-labs/FLUX.2-klein-base-9B",
         "klein-4b": "black-forest-labs/FLUX.2-klein-base-4B",
         "dev": "black-forest-labs/FLUX.2-dev",
     },
     "z_image": {"": "Tongyi-MAI/Z-Image-Turbo", "base": "Tongyi-MAI/Z-Image"},
-    "qwen_image": {"": "Qwen/Qwen-Image-2512", "v1.0": "Qwen/Qwen-Image"},
+    "qwen_image": {
+        "": "Qwen/Qwen-Image-2512",
+        "v1.0": "Qwen/Qwen-Image",
+        "edit-v1": "Qwen/Qwen-Image-Edit",
+        "edit-v2": "Qwen/Qwen-Image-Edit-2509",
+    },
     "anima": {
         "": "CalamitousFelicitousness/Anima-Preview-3-sdnext-diffusers",
         "release": "circlestone-labs/Anima-Base-v1.0-Diffusers",

@@ -7,7 +7,7 @@ Sources: diffusers 0.42, its pipelines' defaults and its `examples/dreambooth` s
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dreambooth_moslora.errors import UserError
@@ -81,6 +81,10 @@ class FamilyFacts:
     title: str
     pipeline: str  # Class of the pipeline.
     model: str  # Class of the model that denoises.
+    editing_pipelines: tuple[str, ...] = ()
+    """Pipelines of editing models with the same denoiser. These are trained and drawn without a
+    reference image, as the family's other models."""
+    editing_models: tuple[str, ...] = ()  # Their hub ids; all are as large as the first model.
     memory: ActivationMemory | None  # None for UNets, which scale with SDXL's.
     recomputed_gib: float = 0.51
     """GiB of a recomputed step of one image of 1024 px, for a UNet as large as SDXL's."""
@@ -301,6 +305,8 @@ FAMILIES = (
         title="FLUX.1",
         pipeline="FluxPipeline",
         model="FluxTransformer2DModel",
+        editing_pipelines=("FluxKontextPipeline",),
+        editing_models=("black-forest-labs/FLUX.1-Kontext-dev",),
         encoders=("text_encoder", "text_encoder_2"),
         adapted_encoders=("text_encoder",),
         targets=(*JOINT_ATTENTION_LAYERS, *FEED_FORWARD_LAYERS),
@@ -442,6 +448,12 @@ FAMILIES = (
         title="Qwen-Image",
         pipeline="QwenImagePipeline",
         model="QwenImageTransformer2DModel",
+        editing_pipelines=("QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
+        editing_models=(
+            "Qwen/Qwen-Image-Edit",
+            "Qwen/Qwen-Image-Edit-2509",
+            "Qwen/Qwen-Image-Edit-2511",
+        ),
         guidance_name="true_cfg_scale",
         call=', negative_prompt=" "',
         marker_tensor="txt_norm.weight",
@@ -645,10 +657,17 @@ FLOW_SETTINGS = list_settings("family", "flow")
 TEXT_OPTIONS = tuple(dict.fromkeys(name for facts in FAMILIES for name in facts.text_options))
 """Settings that are arguments of some pipeline's `encode_prompt`."""
 MODELS_BY_HUB_ID = {
-    model.hub_id.lower(): (facts, model) for facts in FAMILIES for model in facts.models
+    model.hub_id.lower(): (facts, model)
+    for facts in FAMILIES
+    for model in (
+        *facts.models,
+        *(replace(facts.models[0], hub_id=hub_id) for hub_id in facts.editing_models),
+    )
 }
 """Hub id in lower case -> family and model."""
-FACTS_BY_PIPELINE = {facts.pipeline: facts for facts in FAMILIES}
+FACTS_BY_PIPELINE = {
+    pipeline: facts for facts in FAMILIES for pipeline in (facts.pipeline, *facts.editing_pipelines)
+}
 DENOISERS = tuple(dict.fromkeys(facts.denoiser for facts in FAMILIES))
 """Components of adapter files that are no text encoder: `unet` and `transformer`."""
 

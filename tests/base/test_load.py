@@ -588,7 +588,6 @@ def test_a_file_of_no_family_is_not_called_sdxl(tmp_path):
 UNSUPPORTED_IDS = {
     "Tongyi-MAI/Z-Image-Turbo": "“turbo” says that it is distilled .*train .* Tongyi-MAI/Z-Image,",
     "black-forest-labs/FLUX.1-schnell": "“schnell” says that it is distilled",
-    "Qwen/Qwen-Image-Edit-2511": "is Qwen-Image-Edit by its name",
     "city96/Qwen-Image-gguf": "is a GGUF file by its name",
 }
 
